@@ -1,0 +1,79 @@
+# `make demo` and `make test` each work alone on a machine that has only make and Python 3.10 or newer.
+# Everything is installed into .venv, again only when pyproject.toml has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := examples/sweep
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format types types-tree coverage bench wheel clean
+
+help:
+	@echo "make demo      install the run-time dependencies, run $(DEMO), say where the result is"
+	@echo "make test      install the tools, run the tests"
+	@echo "make types     mypy --strict         make lint      ruff check and ruff format --check"
+	@echo "make coverage  tests with coverage   make bench     the benchmarks"
+	@echo "make wheel     build dist/*.whl      make clean     remove all of this, .venv too"
+
+# The interpreter is a prerequisite by existence only: its date says nothing.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "pilotq needs Python 3.10 or newer, and $(PYTHON) is not: name another with 'make PYTHON=...'." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install the Debian package python3-venv." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[report]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev,report]'
+	@touch $@ $(VENV)/demo.stamp
+
+demo: $(VENV)/demo.stamp
+	@rm -rf $(DEMO)/results
+	cd $(DEMO) && PATH="$(abspath $(BIN)):$$PATH" pilotq run sweep.toml
+	@cat $(DEMO)/results/gather.txt
+	@echo "The result is in $(DEMO)/results: sweep.png (the picture) and summary.json (the numbers)."
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+# mypy cannot see through an editable install: it gets a tree of links that looks like the installed package.
+types-tree:
+	@rm -rf .types && mkdir -p .types/pilotq
+	@ln -s ../../broker ../../workers ../../cli $(addprefix ../../,$(wildcard package/*.py package/py.typed)) .types/pilotq/
+
+types: $(VENV)/dev.stamp types-tree
+	MYPYPATH=.types $(BIN)/python -m mypy --strict -p pilotq
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(VENV)/dev.stamp
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+coverage: $(VENV)/dev.stamp
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+bench: $(VENV)/dev.stamp
+	for each in benchmarks/[a-z]*.py; do $(BIN)/python "$$each" || exit 1; done
+
+# A build/ of an earlier time would leak modules that were deleted since into the wheel.
+wheel: $(VENV)/dev.stamp
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation
+	rm -rf build
+
+clean:
+	rm -rf .venv .types build dist *.egg-info .mypy_cache .ruff_cache tests/.ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf $(DEMO)/results $(DEMO)/.pilotq
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

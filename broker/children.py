@@ -1,0 +1,161 @@
+"""Parts of a pilot as child processes: started with a log, watched by pidfd, restarted within a budget.
+
+A part dies with its parent: the kernel sends it SIGTERM when the supervisor ends, however that happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+def become_subreaper() -> None:
+    """Orphans below this process become its children, so that none escapes (see `reap_orphans`)."""
+    if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that is readable once the process has ended; None where the kernel (before 5.3) has none.
+
+    Raises ProcessLookupError when there is no such process.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except (OSError, AttributeError):
+        return None
+
+
+class Budget:
+    """At most ``limit`` restarts within ``window`` seconds."""
+
+    def __init__(self, limit: int, window: float) -> None:
+        self.limit = limit
+        self.window = window
+        self._times: deque[float] = deque()
+
+    def take(self, now: float) -> bool:
+        """Whether one more restart is allowed; ``now`` is monotonic."""
+        while self._times and self._times[0] <= now - self.window:
+            self._times.popleft()
+        if len(self._times) >= self.limit:
+            return False
+        self._times.append(now)
+        return True
+
+
+class Part:
+    """One part: how it is started, and its process while there is one.
+
+    ``log`` is appended to and readable by its owner only. ``cwd`` is where it runs: never the user's directory, where
+    a folder called ``pilotq`` would be imported instead of us.
+    """
+
+    def __init__(self, name: str, argv: list[str], *, log: str, cwd: str) -> None:
+        self.name = name
+        self.argv = argv
+        self.log = log
+        self.cwd = cwd
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pidfd: int | None = None
+
+    def start(self) -> None:
+        self.close()
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            # The parent may have died before the line above took effect: then no signal would ever come.
+            if os.getppid() != parent:
+                os._exit(1)
+
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            self.process = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.cwd,
+                start_new_session=True, umask=0o077,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - a supervisor has one thread, and this takes no lock
+            )  # fmt: skip
+        finally:
+            os.close(log)
+        self.pidfd = open_pidfd(self.process.pid)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process is not None else 0
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def ended(self) -> str:
+        """How it ended, in words; empty while it runs, and before it was started."""
+        code = self.process.poll() if self.process is not None else None
+        if code is None:
+            return ""
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    def signal(self, number: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)  # does nothing once the end was seen
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def close(self) -> None:
+        """Forget an ended process."""
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+        self.process = None
+
+    def last_words(self, lines: int = 5) -> str:
+        """The last lines of its log, or a remark that it is empty."""
+        return tail(self.log, lines) or f"({self.log} is empty)"
+
+
+def tail(path: str, lines: int) -> str:
+    """The last lines of a file; empty when there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 16_384))
+            text = file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def reap_orphans(known: set[int]) -> None:
+    """Collect ended children that are not in ``known`` (those are waited for by their owners).
+
+    Stops at the first known one: it stands in front of others in the kernel's list until its owner has seen it.
+    """
+    while True:
+        try:
+            # Look without taking: waitpid(-1) would steal the exit status of a part.
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if found is None or found.si_pid in known:
+            return
+        os.waitpid(found.si_pid, 0)
+
+
+def log(text: str) -> None:
+    """One line with the time to stderr, which is the log of the part that calls it."""
+    os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode("utf-8", "replace"))

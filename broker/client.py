@@ -1,0 +1,193 @@
+"""`Broker`: what a user's script, a task, and the command line use to talk to a running pilot."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pilotq.broker import keys
+from pilotq.broker.errors import NoPilot, UnknownTask, WaitTimedOut
+from pilotq.broker.journal import Journal
+from pilotq.broker.link import Address, Link, parse_url
+from pilotq.broker.listing import Listing
+from pilotq.broker.output import captured, live
+from pilotq.broker.pilot import Pilot, find
+from pilotq.broker.records import Nudge
+from pilotq.broker.settings import load
+from pilotq.broker.store import Store, pack
+from pilotq.broker.submit import submit
+from pilotq.broker.surroundings import capture
+from pilotq.broker.task import Shared, Task
+from pilotq.broker.views import Counts, NodeView, TaskView
+
+if TYPE_CHECKING:
+    import redis
+
+POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
+SLICE = 500
+
+
+class Broker:
+    """A connection to one pilot. Not for several threads; may be used as a context manager."""
+
+    def __init__(self, address: Address, epoch: str, pilot: Pilot | None, *, timeout: float = 10.0) -> None:
+        self.pilot = pilot
+        self.link = Link(address, timeout=timeout)
+        self.store = Store(self.link, epoch, load(os.environ.get("PILOTQ_SETTINGS")))
+        self._listing = Listing(self.link, Journal(pilot.journal) if pilot is not None else None)
+        self._redis: redis.Redis | None = None
+
+    @classmethod
+    def connect(cls, dir: str | None = None, *, timeout: float = 10.0) -> Broker:
+        """Find the pilot: ``dir``, else ``PILOTQ_DIR``, else ``.pilotq/current``. Raises NoPilot."""
+        pilot = find(dir)
+        connection = pilot.connection()
+        broker = cls(connection.address, connection.epoch, pilot, timeout=timeout)
+        broker.link.connect()
+        return broker
+
+    @classmethod
+    def from_url(cls, url: str, *, timeout: float = 10.0) -> Broker:
+        """The pilot on a server that was started by hand; there is no journal at hand. Raises NoPilot."""
+        address = parse_url(url)
+        epoch = Link(address, timeout=timeout).call("GET", keys.EPOCH)
+        if epoch is None:
+            raise NoPilot(f"no pilot uses the server at {address}: start a dispatcher there with `pilotq dispatcher`")
+        return cls(address, epoch.decode(), None, timeout=timeout)
+
+    def __enter__(self) -> Broker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- submitting ---------------------------------------------------------------------------------------------
+
+    def enqueue(self, task: Task) -> str:
+        """Submit one task (or one array) and return its id; see `enqueue_many`."""
+        return self.enqueue_many([task])[0]
+
+    def enqueue_many(
+        self, tasks: Sequence[Task], *, key: str | None = None, shared: Shared | None = None
+    ) -> list[str]:
+        """Submit all or none; returns ids in order (an array is one id). The same ``key`` gives the same ids.
+
+        ``shared`` is the surroundings the tasks get, by default those of this process. Raises InvalidInput, NeverFits,
+        UnknownTask (nothing was submitted) or ServerUnavailable (unknown: submit again with the same key).
+        """
+        if not tasks:
+            return []
+        return submit(self.link, self.store, tasks, shared or capture(), key)
+
+    # -- waiting and stopping -----------------------------------------------------------------------------------
+
+    def wait(self, ids: Iterable[str] | None = None, *, timeout: float | None = None) -> Counts:
+        """Wait until these tasks (default: all of the pilot) have ended; raises WaitTimedOut after ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        left = None if ids is None else list(dict.fromkeys(ids))
+        counts = Counts(total=len(left or ()))
+        pause = POLL_MIN_S
+        while True:
+            if left is None:
+                counts = self.counts()
+                missing = counts.left
+            else:
+                left = self._not_ended(left, counts)
+                missing = len(left)
+            if missing <= 0:
+                return counts
+            if deadline is not None and time.monotonic() > deadline:
+                raise WaitTimedOut(f"{missing} of {counts.total} tasks had not ended after {timeout:g} s")
+            time.sleep(pause)
+            pause = min(pause * 1.3, POLL_MAX_S)
+
+    def _not_ended(self, ids: list[str], counts: Counts) -> list[str]:
+        """The ids that have not ended yet; those that have are added to ``counts``."""
+        left = []
+        for task_id, view in zip(ids, self._listing.views(ids), strict=True):
+            known = view or self.task(task_id)
+            if not known.ended:
+                left.append(task_id)
+            elif known.status == "finished":
+                counts.finished += 1
+            elif known.status == "canceled":
+                counts.canceled += 1
+            else:
+                counts.failed += 1
+        return left
+
+    def cancel(self, ids: Iterable[str]) -> dict[str, str]:
+        """id -> what happened: 'canceled' (was waiting), 'told' (is running: its worker was told), its status when it
+        had ended, or 'unknown'."""
+        wanted = list(dict.fromkeys(ids))
+        answers: dict[str, str] = {}
+        for first in range(0, len(wanted), SLICE):
+            part = wanted[first : first + SLICE]
+            answers.update(zip(part, self.store.cancel(part), strict=True))
+        return answers
+
+    def pause(self, paused: bool) -> None:
+        """Hand out nothing more (running tasks go on), or go on."""
+        change = ("HSET", keys.WISH, "paused", 1) if paused else ("HDEL", keys.WISH, "paused")
+        self.link.pipeline([change, ("RPUSH", keys.MAIL, pack(Nudge()))])
+
+    def request_stop(self, mode: str) -> None:
+        """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
+        self.link.call("HSET", keys.WISH, "stop", mode)
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def counts(self, submission: str | None = None) -> Counts:
+        """Numbers of tasks, of the whole pilot or of one submission (by its key)."""
+        key = keys.COUNTS if submission is None else keys.submission(submission)
+        values = self.link.call("HMGET", key, "total", "finished", "failed", "canceled")
+        total, finished, failed, canceled = (int(v or 0) for v in values)
+        return Counts(total=total, finished=finished, failed=failed, canceled=canceled)
+
+    def task(self, task_id: str) -> TaskView:
+        """One task, from Redis or the journal. Raises UnknownTask."""
+        view = self._listing.task(task_id)
+        if view is None:
+            raise UnknownTask(f"there is no task {task_id!r} in this pilot: `pilotq list` shows those it has")
+        return view
+
+    def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
+        """Tasks, those Redis still knows first (running, waiting, ended), then those of the journal."""
+        return self._listing.tasks(status, limit)
+
+    def find(self, name: str) -> list[str]:
+        """Ids of the tasks with this name that Redis or the journal knows."""
+        found = [v.id for v in self._listing.tasks(None, 100_000) if v.name == name and not v.array]
+        return list(dict.fromkeys(found))
+
+    def nodes(self) -> list[NodeView]:
+        return self._listing.nodes()
+
+    def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
+        """The captured output of the last execution, in pieces; nothing if there is none. ``stream``: stdout or stderr."""
+        return captured(self.pilot, task_id, stream)
+
+    def live_output(self, task_id: str, stream: str, offset: int) -> tuple[bytes, bool]:
+        """(bytes after ``offset`` that were written so far, whether the task has ended)."""
+        return live(self.link, self.pilot, task_id, stream, offset)
+
+    @property
+    def redis(self) -> redis.Redis:
+        """A redis-py client of the pilot's server."""
+        if self._redis is None:
+            import redis as redis_py
+
+            self._redis = redis_py.Redis.from_url(self.url)
+        return self._redis
+
+    @property
+    def url(self) -> str:
+        """The server's URL with its password: for RQ_REDIS_URL and its like, never for a command line."""
+        return self.link.address.url()
+
+    def close(self) -> None:
+        self.link.close()
+        if self._redis is not None:
+            self._redis.close()

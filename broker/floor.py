@@ -1,0 +1,159 @@
+"""What the dispatcher knows of nodes, lanes and tasks handed ahead: memory only, rebuilt from the nodes' own words."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from pilotq.broker.cluster import Cluster
+from pilotq.broker.records import End, NodeInfo, NodeState, Part, parse_allocation
+from pilotq.broker.settings import Settings
+from pilotq.broker.task import Request
+
+
+
+class ClassInfo(msgspec.Struct, frozen=True):
+    """A class list as it stands in the hash of classes."""
+
+    queue: str
+    priority: int
+    request: Request
+
+
+class Lane(msgspec.Struct):
+    """One reservation, and the class of the tasks that run in it one after another."""
+
+    number: int
+    class_name: str
+    parts: tuple[Part, ...]
+    ends_by: float  # monotonic; inf when its task has no limit
+
+
+class Ahead(msgspec.Struct):
+    """Tasks of one class handed to one node without a lane."""
+
+    count: int = 0
+    since: float = 0.0  # monotonic, of the last hand-out or progress
+
+
+class Pace(msgspec.Struct):
+    """How long tasks of a class take: a moving mean that follows changes within about ten ends."""
+
+    ends: int = 0
+    mean_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.ends += 1
+        self.mean_s += (seconds - self.mean_s) / min(self.ends, 10)
+
+
+class Node(msgspec.Struct):
+    info: NodeInfo
+    lanes: dict[int, Lane] = {}
+    ahead: dict[str, Ahead] = {}
+
+    @property
+    def address(self) -> str:
+        return f"{self.info.name}:{self.info.incarnation}"
+
+
+class Floor:
+    """All nodes that have said what they hold, and all lanes. Time is monotonic and an argument."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.cluster = Cluster()
+        self.nodes: dict[str, Node] = {}
+        self.lanes: dict[int, Lane] = {}
+        self.pace: dict[str, Pace] = {}
+
+    def arrive(self, info: NodeInfo, state: NodeState, requests: dict[str, ClassInfo], now: float) -> None:
+        """A node says what it holds; replaces what was known of this incarnation."""
+        self.depart(info.name)
+        node = Node(info)
+        self.nodes[info.name] = node
+        self.cluster.add_node(info)
+        for number, allocation, class_name in state.lanes:
+            known = requests.get(class_name)
+            lane = Lane(number, class_name, parse_allocation(allocation), ends_by(known, now))
+            node.lanes[number] = self.lanes[number] = lane
+        # Parts on this node of lanes that other nodes run count here too, whoever arrived first.
+        for lane in self.lanes.values():
+            mine = tuple(p for p in lane.parts if p.node == info.name)
+            if mine:
+                self.cluster.take(mine)
+            if lane.number in node.lanes:
+                self.cluster.take(tuple(p for p in lane.parts if p.node != info.name and p.node in self.nodes))
+        for class_name, count in state.ahead.items():
+            node.ahead[class_name] = Ahead(count, now)
+
+    def depart(self, name: str) -> None:
+        """A node is gone, with the lanes that ran on it."""
+        node = self.nodes.pop(name, None)
+        if node is None:
+            return
+        self.cluster.remove_node(name)
+        for number, lane in node.lanes.items():
+            self.lanes.pop(number, None)
+            self.cluster.release(tuple(p for p in lane.parts if p.node in self.nodes))
+
+    def open_lane(self, lane: Lane) -> None:
+        self.lanes[lane.number] = lane
+        self.nodes[lane.parts[0].node].lanes[lane.number] = lane
+
+    def end(self, node: Node, end: End, known: ClassInfo | None, now: float) -> None:
+        """One execution has ended. Lanes and counts we do not know (older than our term) are no matter."""
+        if end.seconds >= 0:
+            self.pace.setdefault(end.class_name, Pace()).add(end.seconds)
+        if end.kept or end.lane == 0:
+            self.less_ahead(node, end.class_name, 1, now)
+        lane = self.lanes.get(end.lane)
+        if lane is None:
+            return
+        if end.kept:
+            lane.ends_by = ends_by(known, now)
+            return
+        self.close_lane(node, lane)
+
+    def close_lane(self, node: Node, lane: Lane) -> None:
+        del self.lanes[lane.number]
+        node.lanes.pop(lane.number, None)
+        self.cluster.release(tuple(p for p in lane.parts if p.node in self.nodes))
+
+    def less_ahead(self, node: Node, class_name: str, count: int, now: float) -> None:
+        ahead = node.ahead.get(class_name)
+        if ahead is None:
+            return
+        ahead.count -= count
+        ahead.since = now
+        if ahead.count <= 0:
+            del node.ahead[class_name]
+
+    def wanted_ahead(self, node: Node, class_name: str, waiting: int) -> int:
+        """How many more tasks of the class should be handed ahead to this node, 0 while it has enough."""
+        pace = self.pace.get(class_name)
+        if pace is None or pace.ends < self.settings.ahead_after_ends:
+            return 0
+        lanes = sum(lane.class_name == class_name for lane in node.lanes.values())
+        if not lanes:
+            return 0
+        every = sum(lane.class_name == class_name for lane in self.lanes.values())
+        # Never more than a fair share of what waits, so that the last tasks of a run are spread over all lanes.
+        each = min(self.settings.ahead_s / max(pace.mean_s, 1e-4), self.settings.ahead_max, math.ceil(waiting / every))
+        target = int(each) * lanes
+        have = node.ahead[class_name].count if class_name in node.ahead else 0
+        # Topped up only when half is gone: many tasks in one claim.
+        return target - have if have <= target // 2 else 0
+
+    def add_ahead(self, node: Node, class_name: str, count: int, now: float) -> None:
+        ahead = node.ahead.setdefault(class_name, Ahead())
+        ahead.count += count
+        ahead.since = now
+
+
+def ends_by(known: ClassInfo | None, now: float) -> float:
+    """When a task of this class that starts now must have ended (monotonic)."""
+    if known is None or known.request.limit is None:
+        return math.inf
+    return now + known.request.limit

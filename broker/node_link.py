@@ -1,0 +1,264 @@
+"""A worker's side of the broker: its inbox, its reports, its heartbeat. Nothing here blocks but `register`.
+
+Two connections. One has a BLMPOP on the inbox outstanding at all times; the other carries reports, in order, any
+number outstanding. A report stays in `_sent` until its answer has come; after a lost connection all of `_sent` is
+sent again, which the scripts know by execution and call numbers.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+import zlib
+from collections import deque
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+from pilotq.broker import keys
+from pilotq.broker.errors import PilotFailed, ServerUnavailable, Superseded
+from pilotq.broker.link import Address, Argument, Link, ReplyError, ScriptMissing
+from pilotq.broker.records import End, Ended, EndReport, GivenBack, NodeInfo, NodeState, ToWorker
+from pilotq.broker.settings import Settings
+from pilotq.broker.store import Store, iso, pack, script, translate
+from pilotq.broker.task import Shared
+
+__all__ = ["NodeLink", "iso"]
+WORKER_TTL_S = 480  # as RQ's own workers
+VALUES_BLOCK = 1000
+_inbox = msgspec.msgpack.Decoder(ToWorker)
+_values = msgspec.msgpack.Decoder(list[str])
+_shared = msgspec.msgpack.Decoder(Shared)
+
+
+class _Call(NamedTuple):
+    script: str  # "" for a plain command
+    args: tuple[Argument, ...]
+    reports: tuple[tuple[str, int], ...] = ()
+
+
+class NodeLink:
+    """Wait on `filenos()`, then call `pump`.
+
+    Lost connections are made again by `pump`, with pauses; what had not been confirmed is sent again. After
+    `server_wait_s` without a server `pump` raises ServerUnavailable; StateLost when the server came back with another
+    epoch; Superseded when a newer incarnation of this node has registered.
+    """
+
+    def __init__(self, address: Address, epoch: str, settings: Settings) -> None:
+        self.settings = settings
+        self._inbox_link = Link(address)
+        self._report_link = Link(address)
+        self._fetch_link = Link(address)
+        self._store = Store(self._report_link, epoch, settings)
+        self._info: NodeInfo | None = None
+        self._call_number = 0
+        self._sent: deque[_Call] = deque()
+        self._verdicts: list[tuple[str, int, str]] = []
+        self._down_since: float | None = None
+        self._retry_at = 0.0
+        self._fetch_shared = lru_cache(maxsize=256)(self._read_shared)
+        self._fetch_block = lru_cache(maxsize=16)(self._read_block)
+
+    # -- registration -------------------------------------------------------------------------------------------
+
+    def register(self, info: NodeInfo) -> int:
+        """Register this node as a new incarnation (its number is returned and kept), as an RQ worker too."""
+        info.incarnation = int(self._fetch_link.call("INCR", keys.BORN))
+        self._info = info
+        now = iso(time.time())
+        fields = {
+            "birth": now, "last_heartbeat": now, "queues": "default", "pid": str(info.pid), "hostname": info.host,
+            "ip_address": "", "version": "3", "python_version": platform.python_version(), "state": "idle",
+            "successful_job_count": "0", "failed_job_count": "0", "total_working_time": "0",
+        }  # fmt: skip
+        state = pack(NodeState(info.name, info.incarnation, 0, [], {}))
+        record = msgspec.json.encode(info)
+        flat = [text for pair in fields.items() for text in pair]
+        store = Store(self._fetch_link, self._store.epoch, self.settings)
+        if not store.run("register", info.name, info.incarnation, record, state, WORKER_TTL_S, *flat):
+            raise Superseded(f"a newer worker of node {info.name} has registered")
+        self._connect()
+        return info.incarnation
+
+    def unregister(self) -> None:
+        """Leave RQ's registry and the list of nodes: after a clean end."""
+        info = self._known()
+        Store(self._fetch_link, self._store.epoch, self.settings).run("leave", info.name, info.incarnation)
+
+    def _known(self) -> NodeInfo:
+        if self._info is None:
+            raise PilotFailed("this worker has not registered")
+        return self._info
+
+    # -- waiting and pumping -------------------------------------------------------------------------------------
+
+    def filenos(self) -> list[int]:
+        """Descriptors to wait on for reading; they change after a reconnect, so ask before each wait."""
+        return [link.fileno() for link in (self._inbox_link, self._report_link) if link.connected]
+
+    def pause(self, now: float) -> float:
+        """Seconds until `pump` wants to be called though nothing arrives."""
+        return max(self._retry_at - now, 0.0) if self._down_since is not None else 60.0
+
+    def pump(self, now: float) -> list[ToWorker]:
+        """Read what has arrived; returns the inbox messages. ``now`` is monotonic. Never waits for a reply."""
+        messages: list[ToWorker] = []
+        try:
+            if self._down_since is not None:
+                if now < self._retry_at:
+                    return messages
+                self._connect()
+                self._down_since = None
+            messages = self._read_inbox()
+            self._read_answers()
+        except ServerUnavailable:
+            self._lost(now)
+        return messages
+
+    def _connect(self) -> None:
+        """Open both connections, ask for the inbox, send again what has no answer."""
+        for link in (self._inbox_link, self._report_link):
+            link.close()
+            link.connect()
+        for name in ("end", "give_back", "launched", "beat"):
+            self._load(name)
+        self._ask_inbox()
+        again, self._sent = self._sent, deque()
+        for call in again:
+            self._post(call)
+
+    def _lost(self, now: float) -> None:
+        self._inbox_link.close()
+        self._report_link.close()
+        if self._down_since is None:
+            self._down_since = now
+        elif now - self._down_since > self.settings.server_wait_s:
+            raise ServerUnavailable(f"no server for {self.settings.server_wait_s:.0f} s at {self._inbox_link.address}")
+        self._retry_at = now + 0.1
+
+    def _ask_inbox(self) -> None:
+        info = self._known()
+        # The bound only serves connections that died without a word; a reply comes as soon as there is one.
+        self._inbox_link.post("BLMPOP", 30, 1, keys.inbox(info.name, info.incarnation), "LEFT", "COUNT", 500)
+
+    def _read_inbox(self) -> list[ToWorker]:
+        found: list[ToWorker] = []
+        for reply in self._inbox_link.replies():
+            if isinstance(reply, Exception):
+                raise reply if not isinstance(reply, ReplyError) else translate(reply)
+            if reply is not None:
+                found += [_inbox.decode(item) for item in reply[1]]
+            self._ask_inbox()
+        return found
+
+    def _read_answers(self) -> None:
+        for reply in self._report_link.replies():
+            call = self._sent.popleft()
+            if isinstance(reply, ScriptMissing):
+                self._load(call.script)
+                self._post(call)
+            elif isinstance(reply, ServerUnavailable):
+                self._sent.appendleft(call)  # it is out of memory or disk: nothing was written, all is sent again
+                raise reply
+            elif isinstance(reply, ReplyError):
+                raise translate(reply)
+            elif call.script == "end":
+                for (task_id, execution), verdict in zip(call.reports, reply, strict=True):
+                    self._verdicts.append((task_id, execution, verdict.decode()))
+            elif call.script == "beat" and reply == 0:
+                raise Superseded(f"a newer worker of node {self._known().name} has registered")
+
+    def _load(self, name: str) -> None:
+        """A server that was started again does not know our scripts. Not on the report link: its order must stand."""
+        self._fetch_link.call("SCRIPT", "LOAD", script(name).text)
+
+    def _post(self, call: _Call) -> None:
+        self._sent.append(call)
+        if self._down_since is None and self._report_link.connected:
+            try:
+                command = self._store.command(call.script, *call.args) if call.script else call.args
+                self._report_link.post(*command)
+            except ServerUnavailable:
+                self._report_link.close()  # the next pump finds out, and sends it again
+
+    # -- reports ------------------------------------------------------------------------------------------------
+
+    def post_ends(self, reports: list[EndReport], ends: list[End]) -> None:
+        """Report ended executions, and what became of their lanes, in one script call."""
+        info = self._known()
+        self._call_number += 1
+        mail = pack(Ended(info.name, info.incarnation, ends))
+        rows = [
+            (r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position)
+            for r in reports
+        ]
+        args = self._store.end_arguments(
+            self._address(), self._call_number, mail, rows, [r.line for r in reports], [r.text for r in reports]
+        )
+        self._post(_Call("end", tuple(args), tuple((r.id, r.execution) for r in reports)))
+
+    def verdicts(self) -> list[tuple[str, int, str]]:
+        """(id, execution, verdict) of ends the server has answered since the last call.
+
+        ``ok`` counted; ``retry`` counted, and the task is queued again; ``stale`` a newer execution stands, or the
+        record is gone: discard the outcome.
+        """
+        found, self._verdicts = self._verdicts, []
+        return found
+
+    def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
+        """(id, execution, allocation, ISO start, stdout path, stderr path) of launches that live longer than a moment."""
+        self._post(_Call("launched", tuple(value for start in starts for value in start)))
+
+    def post_give_back(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
+        """Handed tasks that were not started go back to the head of their lists (oldest first); counts by class name."""
+        info = self._known()
+        self._call_number += 1
+        mail = pack(GivenBack(info.name, info.incarnation, counts))
+        self._post(_Call("give_back", (self._address(), self._call_number, mail, pack(tasks))))
+
+    def post_state(self, state: NodeState) -> None:
+        """Answer to Hello: all lanes and what was handed ahead."""
+        self._post(_Call("", ("RPUSH", keys.MAIL, pack(state))))
+
+    def post_beat(self, fields: dict[str, str]) -> None:
+        """Refresh the worker's record in RQ's registry."""
+        info = self._known()
+        flat = tuple(text for pair in fields.items() for text in pair)
+        self._post(_Call("beat", (info.name, info.incarnation, WORKER_TTL_S, *flat)))
+
+    def unsent(self) -> int:
+        """Reports that the server has not confirmed yet."""
+        return len(self._sent)
+
+    def _address(self) -> str:
+        info = self._known()
+        return f"{info.name}:{info.incarnation}"
+
+    # -- what tasks share ----------------------------------------------------------------------------------------
+
+    def fetch_shared(self, key: str) -> Shared:
+        """The surroundings of a submission; cached. May wait for the server up to the link's timeout."""
+        return self._fetch_shared(key)
+
+    def fetch_value(self, array: str, position: int) -> str:
+        """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
+        return self._fetch_block(array, position // VALUES_BLOCK)[position % VALUES_BLOCK]
+
+    def _read_shared(self, key: str) -> Shared:
+        data = self._fetch_link.call("GET", keys.shared(key))
+        if data is None:
+            raise PilotFailed(f"the surroundings {key} of a submission are gone")
+        return _shared.decode(data)
+
+    def _read_block(self, array: str, block: int) -> list[str]:
+        data = self._fetch_link.call("HGET", keys.values(array), block)
+        if data is None:
+            raise PilotFailed(f"the values of array {array} are gone")
+        return _values.decode(zlib.decompress(data))
+
+    def close(self) -> None:
+        for link in (self._inbox_link, self._report_link, self._fetch_link):
+            link.close()

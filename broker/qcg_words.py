@@ -1,0 +1,82 @@
+"""The words ``${it}``, ``${ncores}``... of QCG-PilotJob files: which there are, and how they are filled in. Pure.
+
+Only the known words are replaced, each in one go: what was filled in is not looked at again, quotes in a value stay
+quotes, ``$$`` and every other ``$name`` stay as they are. Two rules, by what the text is:
+
+* in arguments, variables, paths and names both ``${word}`` and ``$word`` are replaced;
+* in a script only ``${word}`` is, and not where the script sets a variable of that name itself (``date=...``,
+  ``for it in``, ``read it``, ``local``...). ``it=${it}`` does not count as setting it: it asks for ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+# Known when a request is read, and when an execution starts.
+REQUEST_WORDS = frozenset({"rcnt", "uniq", "sname", "date", "time", "dateTime", "jname"})
+RUN_WORDS = frozenset({"root_wd", "ncores", "nnodes", "nlist", "it", "itval"})
+
+_WORD = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+_COMMANDS = re.compile(r"[\n;&|()`]")
+_ARITHMETIC = re.compile(r"\$\(\(|\)\)")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?:\[[^\]]*\])?\+?=(.*)", re.DOTALL)
+_LEADING = frozenset({"then", "do", "else", "if", "elif", "while", "until", "!", "{"})
+_LOCAL = frozenset({"local", "declare", "typeset"})
+_DECLARING = _LOCAL | {"export", "readonly", "let"}
+_READING = frozenset({"read", "mapfile", "readarray", "getopts"})
+
+
+def fill(text: str, words: Mapping[str, str], *, script: bool = False) -> str:
+    """``text`` with the words that are keys of ``words`` replaced, by the rule for scripts or the other one."""
+    if "$" not in text:
+        return text
+    pieces = split(text, frozenset(words), script)
+    if len(pieces) == 1:
+        return text
+    return "".join(words[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+
+
+@lru_cache(maxsize=128)
+def split(text: str, words: frozenset[str], script: bool) -> tuple[str, ...]:
+    """Text and words by turns: text first and last, every second piece the name of a word."""
+    if script:
+        words = words - own_names(text)
+    pieces = []
+    end = 0
+    for match in _WORD.finditer(text):
+        name = match[1] or ("" if script else match[2])
+        if name in words:
+            pieces += [text[end : match.start()], name]
+            end = match.end()
+    return (*pieces, text[end:])
+
+
+def own_names(script: str) -> frozenset[str]:
+    """Names of the variables that a script sets itself, as far as its text shows."""
+    names: set[str] = set()
+    for command in _COMMANDS.split(_ARITHMETIC.sub("", script)):
+        tokens = command.split()
+        while tokens and tokens[0] in _LEADING:
+            del tokens[0]
+        while tokens and (match := _ASSIGNMENT.match(tokens[0])):
+            names.update(_set_by(match))
+            del tokens[0]
+        if not tokens:
+            continue
+        first, *rest = tokens
+        if first in ("for", "select"):
+            names.update(rest[:1])
+        elif first in _READING or (first == "printf" and rest[:1] == ["-v"]):
+            names.update(rest)
+        elif first in _DECLARING:
+            for token in rest:
+                match = _ASSIGNMENT.match(token.strip("'\""))
+                names.update(_set_by(match) if match else [token] if first in _LOCAL else [])
+    return frozenset(names)
+
+
+def _set_by(assignment: re.Match[str]) -> list[str]:
+    """The name that is set; none where its new value asks for the word of that name."""
+    return [] if f"${{{assignment[1]}}}" in assignment[2] else [assignment[1]]

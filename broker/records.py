@@ -1,0 +1,217 @@
+"""The messages between dispatcher and workers, and the line of the journal. All are msgpack.
+
+Dispatcher to worker: one list per incarnation of a node (the inbox), each element one of ``Handed`` (pushed by the
+claim script itself), ``Stop``, ``Recall``, ``Hello``, ``Leave``. Worker to dispatcher: the mail, each element one
+of ``Ended``, ``GivenBack``, ``NodeState``, ``NodeLost``; clients add ``Nudge``.
+
+A *lane* is one reservation as dispatcher and worker both know it: a number and an allocation text. A task is handed
+with a lane, or with lane 0: then it is handed *ahead*, and takes over the lane of the next task of its class that
+ends on this node.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+
+class Handed(msgspec.Struct, array_like=True, tag="run"):
+    """One execution. Field order is fixed by claim.lua."""
+
+    id: str
+    execution: int
+    lane: int
+    allocation: str  # of the lane; empty when handed ahead
+    class_name: str
+    name: str
+    queued: float  # unix seconds
+    handed: float
+    shared: str  # content key of the Shared record
+    array: str  # id of the array, or empty
+    index: int  # the element's index as the user counts; -1 when no element
+    position: int  # 0, 1, ... within the array
+    retries: int  # left
+    submission: str
+    spec: msgspec.Raw
+
+
+class Stop(msgspec.Struct, array_like=True, tag="stop"):
+    """End this task if that execution is still here; ``reason`` is one of states.REASONS."""
+
+    id: str
+    execution: int  # 0: whichever is here
+    reason: str
+
+
+class Recall(msgspec.Struct, array_like=True, tag="recall"):
+    """Give back up to ``count`` tasks of a class that were handed ahead and have not started."""
+
+    class_name: str
+    count: int
+
+
+class Hello(msgspec.Struct, array_like=True, tag="hello"):
+    """A new dispatcher asks: tell me what you hold. Answered by NodeState."""
+
+    term: int
+
+
+class Leave(msgspec.Struct, array_like=True, tag="leave"):
+    """End. ``grace`` seconds between SIGTERM and SIGKILL; running and handed tasks are given back."""
+
+    grace: float
+
+
+ToWorker = Handed | Stop | Recall | Hello | Leave
+
+
+class End(NamedTuple):
+    """What the dispatcher must know of one ended execution."""
+
+    lane: int
+    class_name: str
+    seconds: float  # launch to end, < 0 if it was never launched
+    kept: bool  # True: the lane went on to a task that had been handed ahead
+
+
+class Ended(msgspec.Struct, array_like=True, tag="ended"):
+    node: str
+    incarnation: int
+    ends: list[End]
+
+
+class GivenBack(msgspec.Struct, array_like=True, tag="back"):
+    """Tasks handed ahead that went back to their class lists, by class."""
+
+    node: str
+    incarnation: int
+    counts: dict[str, int]
+
+
+class NodeState(msgspec.Struct, array_like=True, tag="state"):
+    """All that a worker holds: sent at birth, and as the answer to Hello."""
+
+    node: str
+    incarnation: int
+    term: int  # of the Hello answered; 0 at birth
+    lanes: list[tuple[int, str, str]]  # lane, allocation, class name
+    ahead: dict[str, int]
+
+
+class NodeLost(msgspec.Struct, array_like=True, tag="lost"):
+    """Proof that an incarnation of a node is dead (its process was seen to end)."""
+
+    node: str
+    incarnation: int
+    why: str
+
+
+class Nudge(msgspec.Struct, array_like=True, tag="nudge"):
+    """Standing wishes have changed: read them again."""
+
+
+ToDispatcher = Ended | GivenBack | NodeState | NodeLost | Nudge
+
+
+class NodeInfo(msgspec.Struct):
+    """A node as its worker registers it. ``cores`` are core numbers as allocations name them."""
+
+    name: str
+    incarnation: int
+    host: str
+    pid: int
+    cores: list[int]
+    shared_cores: bool = False  # several virtual cores stand for one real one
+    numa: list[list[int]] = []  # groups of ``cores``; empty: one group
+    gpus: list[str] = []
+    memory: int = 0  # bytes, 0 = not counted
+    counters: dict[str, int] = {}
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+    """One line of journal.jsonl: one ended execution, or one task that ended without any.
+
+    Times are unix seconds, ``cpu`` seconds, ``max_rss`` bytes. ``final`` is False for an execution that is tried
+    again. ``stdout``/``stderr`` hold captured output up to 4 KB, else ``stdout_at``/``stderr_at`` say where it is:
+    [file below the pilot directory, offset, length], or [file named by the task].
+    The first key must be ``id``: cli and broker find lines by ``\\n{"id":"..."``.
+    """
+
+    id: str
+    name: str = ""
+    status: str = ""  # RQ's word
+    reason: str = ""
+    execution: int = 0
+    final: bool = True
+    node: str = ""
+    cpus: str = ""  # allocation text, n1[0:1],n2[0]
+    queued: float | None = None
+    handed: float | None = None
+    started: float | None = None
+    ended: float | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    max_rss: int | None = None
+    cpu: float | None = None
+    array: str = ""
+    index: int | None = None
+    message: str = ""  # more than the reason, for people
+    stdout: str | bytes = ""
+    stderr: str | bytes = ""
+    stdout_at: list[str | int] = []
+    stderr_at: list[str | int] = []
+    submission: str = ""
+    elements: dict[str, str] = {}  # of an array: status -> compact ranges of indices
+    at: str = ""  # stream id and number: what was written is known by it
+
+
+class Part(NamedTuple):
+    """What one node gives to a reservation."""
+
+    node: str
+    cores: tuple[int, ...]
+    gpus: tuple[str, ...] = ()
+    memory: int = 0  # bytes
+    use: tuple[tuple[str, int], ...] = ()  # named counters; like memory not part of the allocation text
+
+
+@lru_cache(maxsize=4096)
+def parse_allocation(text: str) -> tuple[Part, ...]:
+    """``n1[0:1],n2[0]`` -> parts; the same text QCG-PilotJob reports. GPUs follow a semicolon: ``n1[0:1;g0:g1]``."""
+    parts = []
+    for piece in text.split("],"):
+        node, _, rest = piece.rstrip("]").partition("[")
+        cores, _, gpus = rest.partition(";")
+        numbers = tuple(int(c) for c in cores.split(":") if c)
+        parts.append(Part(node, numbers, tuple(g for g in gpus.split(":") if g)))
+    return tuple(parts)
+
+
+def format_allocation(parts: tuple[Part, ...]) -> str:
+    return ",".join(
+        f"{p.node}[{':'.join(map(str, p.cores))}{';' + ':'.join(p.gpus) if p.gpus else ''}]" for p in parts
+    )
+
+
+class EndReport(msgspec.Struct):
+    """One ended execution, as a worker reports it to end.lua.
+
+    ``wish`` is finished, failed, stopped (by the user, RQ's stop-job), canceled, lost (counts against the crash
+    limit) or free (walltime: requeued without counting). ``line`` is the packed ``Line``; ``text`` is what RQ shows
+    of a failure (its exc_string, already encoded).
+    """
+
+    id: str
+    execution: int
+    wish: str
+    reason: str
+    ended: str  # RQ's ISO form
+    exit: str  # exit code as text, or ''
+    started: str  # ISO
+    allocation: str
+    line: bytes
+    text: str = ""
+    array: str = ""  # of an element
+    position: int = 0

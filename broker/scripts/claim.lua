@@ -1,0 +1,117 @@
+-- claim: waiting tasks are handed to nodes. Event claim.
+--
+-- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped. An array
+-- stays at the head until its last element is handed out. The inbox gets records.Handed, field by field.
+-- ARGV: 1 epoch, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
+--       7 msgpack [[class, [[node:incarnation, lane, allocation], ...]], ...]; lane 0 = handed ahead.
+-- Returns for each class {number handed, length left, first ids, elements left in the first one}: slots are filled in order.
+if not epoch_ok() then return epoch_error() end
+if not term_ok() then return term_error() end
+local now, now_iso, show, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local inboxes, wip, answer = {}, {}, {}
+local pack = cmsgpack.pack
+
+local function hand(slot, class, id, execution, f)
+  local inbox = inboxes[slot[1]]
+  if not inbox then inbox = {}; inboxes[slot[1]] = inbox end
+  inbox[#inbox + 1] = string.char(220, 0, 16) .. pack('run', id, execution, slot[2], slot[3], class, f.name or '',
+    tonumber(f.queued) or 0, tonumber(now), f.shared or '', f.array or '', f.index or -1, f.position or 0,
+    tonumber(f.retries or 0), f.submission or '') .. f.spec
+  local queue = queue_of(class)
+  local members = wip[queue]
+  if not members then members = {}; wip[queue] = members end
+  members[#members + 1] = 'inf'
+  members[#members + 1] = id .. ':' .. execution
+end
+
+local function started(slot, class, execution)
+  return 'status', 'started', 'origin', queue_of(class), 'pq_class', class, 'pq_exec', execution, 'pq_node', slot[1],
+    'worker_name', string.match(slot[1], '^(.*):'), 'pq_lane', slot[2], 'pq_handed', now, 'started_at', now_iso
+end
+
+-- As many elements of an array as there are slots; returns how many, and whether some are left.
+local function claim_array(id, class, f, slots, from)
+  local count = tonumber(string.match(f.array, '(%d+)$'))
+  local position, used = tonumber(f.next), 0
+  while position < count and from + used <= #slots do
+    local slot = slots[from + used]
+    local element, index = make_element(id, position, f, {started(slot, class, 1)})
+    hand(slot, class, element, 1, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
+      position = position, retries = f.retries, submission = f.submission, spec = f.spec})
+    if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
+    position, used = position + 1, used + 1
+  end
+  redis.call('HSET', job_key(id), 'pq_next', string.format('%d', position))
+  if position == count then
+    redis.call('HSET', job_key(id), 'status', 'started', 'origin', queue_of(class), 'pq_class', class,
+      'started_at', now_iso)
+    redis.call('ZADD', registry('wip', queue_of(class)), 'inf', id .. ':0')
+  elseif f.next == '0' then
+    redis.call('HSET', job_key(id), 'pq_class', class)
+  end
+  return used, position < count
+end
+
+-- One popped id: returns slots used, and whether it must go back to the head of its list.
+local function claim_one(id, class, slots, from)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
+    'pq_sub', 'pq_at', 'pq_array', 'pq_array_of')
+  if v[1] ~= 'queued' then return 0, false end
+  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9]}
+  if v[9] then
+    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next')
+    f.data, f.description, f.created, f.next = more[1], more[2], more[3], more[4]
+    return claim_array(id, class, f, slots, from)
+  end
+  if v[10] then
+    -- An element that had been given back, or released by another array's element: its array knows the rest.
+    local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_at', 'pq_array',
+      'pq_cancel')
+    local position = tonumber(redis.call('HGET', job_key(id), 'pq_pos'))
+    if not a[1] then return 0, false end
+    if a[7] then
+      redis.call('DEL', job_key(id))
+      set_bits(v[10], position, position, 3)
+      count_end(a[4], 'canceled', 1)
+      array_ended(v[10], 1, 1, now, now_iso, ttl, ttl)
+      return 0, false
+    end
+    f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
+      position = position, index = tonumber(string.match(id, '_(%d+)$'))}
+  end
+  local slot, execution = slots[from], tonumber(v[4] or 0) + 1
+  redis.call('HSET', job_key(id), started(slot, class, execution))
+  hand(slot, class, id, execution, f)
+  return 1, false
+end
+
+for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
+  local class, slots, from = group[1], group[2], 1
+  local list = list_key(class)
+  while from <= #slots do
+    local ids = redis.call('LPOP', list, math.min(#slots - from + 1, PIECE))
+    if not ids then break end
+    for i, id in ipairs(ids) do
+      local used, again = claim_one(id, class, slots, from)
+      from = from + used
+      if again then
+        -- Slots are full: the array and all that was popped behind it go back in their order.
+        local back = {}
+        for k = #ids, i, -1 do back[#back + 1] = ids[k] end
+        push('LPUSH', list, back)
+        break
+      end
+    end
+  end
+  local ids, left = redis.call('LRANGE', list, 0, show - 1), 0
+  if ids[1] then
+    local f = redis.call('HMGET', job_key(ids[1]), 'pq_array', 'pq_next')
+    if f[1] then left = string.match(f[1], '(%d+)$') - f[2] end
+  end
+  answer[number] = {from - 1, #ids < show and #ids or redis.call('LLEN', list), ids, left}
+end
+for node, items in pairs(inboxes) do push('RPUSH', inbox_key(node), items) end
+for queue, members in pairs(wip) do push('ZADD', registry('wip', queue), members) end
+flush_tally(ttl)
+flush_lines()
+return answer

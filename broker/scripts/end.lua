@@ -1,0 +1,147 @@
+-- end: executions have ended. Events end_finished, end_failed, end_retried, end_stopped, end_canceled, lost, crash_limit.
+--
+-- Idempotent: a report is judged by its execution number; of a task that has ended with that number it is answered
+-- 'ok' again, and nothing is written. The mail to the dispatcher is sent once for each number of call.
+-- ARGV: 1 epoch, 2 node:incarnation ('' = the dispatcher, for a lost node), 3 number of the call, 4 mail (packed, may be ''),
+--       5 now (unix s), 6 ttl of finished, 7 ttl of failed (s), 8 crash limit,
+--       9 msgpack [[id, execution, wish, reason, ended ISO, exit, started ISO, allocation, array, position], ...],
+--       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
+-- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued).
+-- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or it is gone).
+if not epoch_ok() then return epoch_error() end
+local node, call, mail, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
+local verdicts, done, wip, front, arrays, each = {}, {}, {}, {}, {}, {}
+local requeued, last_ended = false, ''
+
+local function add(map, key, ...)
+  local items = map[key]
+  if not items then items = {}; map[key] = items end
+  for _, item in ipairs({...}) do items[#items + 1] = item end
+end
+
+-- Does an array have others that wait for it element by element? Asked once a call.
+local function has_each(array)
+  if each[array] == nil then each[array] = redis.call('HGET', job_key(array), 'pq_each') or false end
+  return each[array]
+end
+
+local function end_element(f, id, status, reason)
+  local array, position = f.array, tonumber(f.position)
+  local outcome = status == 'finished' and 1 or (status == 'canceled' and 3 or 2)
+  redis.call('BITFIELD', bits_key(array), 'SET', 'u2', '#' .. f.position, outcome)
+  local state = arrays[array]
+  if not state then state = {0, 0}; arrays[array] = state end
+  state[1] = state[1] + 1
+  if outcome ~= 1 then state[2] = state[2] + 1 end
+  if outcome ~= 2 or redis.call('HINCRBY', job_key(array), 'pq_kept', 1) > KEPT_ELEMENTS then
+    redis.call('DEL', job_key(id))
+    status = nil
+  end
+  if has_each(array) then redis.call('RPUSH', 'pilotq:release', 'e:' .. array .. ':' .. f.position) end
+  return status
+end
+
+local function final(r, f, id, status, reason, text)
+  local queue, ttl = f.queue, status == 'finished' and ttl_finished or ttl_failed
+  count_end(f.submission, status, 1)
+  local kept = status
+  if f.array then kept = end_element(f, id, status, reason) end
+  if kept then
+    redis.call('HSET', job_key(id), 'status', status, 'pq_reason', reason, 'ended_at', r[5], 'pq_exit', r[6],
+      'started_at', r[7], 'pq_cpus', r[8])
+    redis.call('EXPIRE', job_key(id), ttl)
+    local kind = status == 'stopped' and 'failed' or status
+    add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)
+    if text ~= '' and (status == 'failed' or status == 'stopped') then
+      redis.call('XADD', 'rq:results:' .. id, 'MAXLEN', '10', '*', 'type', '2', 'exc_string', text, 'worker_name', f.worker)
+      redis.call('EXPIRE', 'rq:results:' .. id, ttl)
+    end
+  end
+  if f.kids then redis.call('RPUSH', 'pilotq:release', 'k:' .. id) end
+end
+
+local function requeue(id, f, command)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
+  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_out', 'pq_err')
+  if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
+  redis.call('SADD', 'rq:queues', list_key(f.class))
+  requeued = true
+end
+
+-- What becomes of an execution that had this wish: status, reason, and whether the task is queued again.
+local function judge(wish, reason, f, id)
+  if f.status == 'canceled' then return 'canceled', 'canceled', false end
+  if wish ~= 'finished' and f.cancel then return 'canceled', 'canceled', false end
+  if wish == 'failed' and f.retries > 0 then
+    redis.call('HSET', job_key(id), 'pq_retries', f.retries - 1)
+    requeue(id, f, 'RPUSH')
+    return 'failed', reason, true
+  elseif wish == 'free' then
+    requeue(id, f, 'LPUSH')
+    return 'failed', reason, true
+  elseif wish == 'lost' then
+    -- A task that was only handed ahead cannot have killed its worker.
+    local crashes = f.lane == '0' and 0 or redis.call('HINCRBY', job_key(id), 'pq_crashes', 1)
+    if crashes >= crash_limit then return 'failed', 'crash limit', false end
+    requeue(id, f, 'LPUSH')
+    return 'failed', reason, true
+  end
+  return wish, reason, false
+end
+
+local function report(r, line, text)
+  local id, execution = r[1], tostring(r[2])
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_sub', 'pq_class', 'pq_retries', 'pq_array_of',
+    'pq_pos', 'pq_kids', 'pq_cancel', 'pq_lane', 'worker_name')
+  if not v[1] then
+    -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
+    if r[9] ~= '' and redis.call('BITFIELD', bits_key(r[9]), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
+    return 'stale'
+  end
+  if v[2] ~= execution then return 'stale' end
+  local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
+  local f = {status = v[1], submission = v[3], class = v[4], queue = queue_of(v[4]), retries = tonumber(v[5] or 0),
+    array = v[6], position = v[7], kids = v[8], cancel = v[9], lane = v[10], worker = v[11] or ''}
+  if v[1] == 'canceled' and redis.call('ZSCORE', registry('wip', f.queue), id .. ':' .. execution) == false then
+    again = true
+  end
+  if again then return 'ok' end
+  if v[1] ~= 'started' and v[1] ~= 'canceled' then return v[1] == 'queued' and 'retry' or 'stale' end
+  add(wip, f.queue, id .. ':' .. execution)
+  last_ended = r[5]
+  local status, reason, retried = judge(r[3], r[4], f, id)
+  if not retried then final(r, f, id, status, reason, text) end
+  journal(line, {status = status, reason = reason, final = not retried})
+  return retried and 'retry' or 'ok'
+end
+
+local finished = 0
+for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
+  verdicts[number] = report(r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
+  if verdicts[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
+end
+for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
+for key, members in pairs(done) do push('ZADD', key, members) end
+for class, ids in pairs(front) do
+  local back = {}
+  for k = #ids, 1, -1 do back[#back + 1] = ids[k] end
+  push('LPUSH', list_key(class), back)
+end
+for array, state in pairs(arrays) do
+  array_ended(array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed)
+end
+flush_tally(ttl_failed)
+flush_lines()
+if node ~= '' then
+  local worker = 'rq:worker:' .. string.match(node, '^(.*):')
+  -- A repeated call (its reply was lost) must not free a lane twice.
+  if tonumber(redis.call('HGET', worker, 'pq_call:' .. node) or 0) < tonumber(call) then
+    redis.call('HSET', worker, 'pq_call:' .. node, call)
+    redis.call('HINCRBY', worker, 'successful_job_count', finished)
+    if mail ~= '' then redis.call('RPUSH', 'pilotq:mail', mail) end
+  end
+end
+if requeued or redis.call('EXISTS', 'pilotq:release') == 1 then ring() end
+return verdicts

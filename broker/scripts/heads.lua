@@ -1,0 +1,18 @@
+-- heads: what waits. Changes nothing.
+--
+-- ARGV: 1 epoch, 2 term, 3 how many ids of each list to show, 4... class names.
+-- Returns for each class {length of its list, ids of its first tasks, elements left in the first one if it is an array (0)}.
+if not epoch_ok() then return epoch_error() end
+if not term_ok() then return term_error() end
+local found = {}
+for i = 4, #ARGV do
+  local list = list_key(ARGV[i])
+  local ids = redis.call('LRANGE', list, 0, ARGV[3] - 1)
+  local left = 0
+  if ids[1] then
+    local f = redis.call('HMGET', job_key(ids[1]), 'pq_array', 'pq_next')
+    if f[1] then left = string.match(f[1], '(%d+)$') - f[2] end
+  end
+  found[#found + 1] = {#ids < tonumber(ARGV[3]) and #ids or redis.call('LLEN', list), ids, left}
+end
+return found

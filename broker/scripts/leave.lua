@@ -1,0 +1,13 @@
+-- leave: a node is gone, cleanly or not; its record goes if that incarnation still stands.
+--
+-- ARGV: 1 epoch, 2 node, 3 incarnation.
+-- Returns 1 if it was removed.
+if not epoch_ok() then return epoch_error() end
+local key = 'rq:worker:' .. ARGV[2]
+redis.call('DEL', inbox_key(ARGV[2] .. ':' .. ARGV[3]))
+local known = redis.call('HGET', key, 'pq_incarnation')
+if known and known ~= ARGV[3] then return 0 end
+redis.call('DEL', key)
+redis.call('SREM', 'rq:workers', key)
+redis.call('HDEL', 'pilotq:nodes', ARGV[2])
+return 1

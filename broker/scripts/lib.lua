@@ -1,0 +1,146 @@
+-- Put in front of every script. Words of design: docs/design/0004-data-in-redis.md.
+--
+-- Keys are built here and not passed in KEYS: one private server, no cluster; who a task's dependents or its array are
+-- is only known after reading. All checks come before the first write: a script is not rolled back.
+-- ARGV[1] is always the epoch of the queue; scripts of the dispatcher get its term in ARGV[2].
+-- Lists of ours are cut into pieces for unpack(): Lua's stack holds fewer than 8,000 values.
+
+local PIECE = 4000
+
+local function job_key(id) return 'rq:job:' .. id end
+local function list_key(class) return 'rq:queue:' .. class end
+local function registry(kind, queue) return 'rq:' .. kind .. ':' .. queue end
+local function inbox_key(node) return 'pilotq:inbox:' .. node end
+local function submit_key(key) return 'pilotq:submit:' .. key end
+local function kids_key(id) return 'pilotq:kids:' .. id end
+local function each_key(id) return 'pilotq:each:' .. id end
+local function bits_key(id) return 'pilotq:bits:' .. id end
+local function values_key(id) return 'pilotq:values:' .. id end
+
+-- The user's queue of a class list: default.p10.2c -> default.
+local function queue_of(class) return string.match(class, '^[^.]+') end
+
+-- True unless the server lost its state (P11); then the script must return stale().
+local function epoch_ok() return redis.call('GET', 'pilotq:epoch') == ARGV[1] end
+local function term_ok() return redis.call('GET', 'pilotq:term') == ARGV[2] end
+local function epoch_error() return redis.error_reply('EPOCH this server does not hold the queue you mean') end
+local function term_error() return redis.error_reply('TERM another dispatcher has taken over') end
+
+local function push(command, key, items)
+  for first = 1, #items, PIECE do
+    redis.call(command, key, unpack(items, first, math.min(first + PIECE - 1, #items)))
+  end
+end
+
+local function ring()
+  if redis.call('LLEN', 'pilotq:bell') == 0 then redis.call('RPUSH', 'pilotq:bell', '1') end
+end
+
+-- What ended in this call, by submission; written once by flush_tally.
+local tally = {}
+
+local function count_end(submission, status, number)
+  local field = status == 'finished' and 'finished' or (status == 'canceled' and 'canceled' or 'failed')
+  local key = (submission or '') .. '\n' .. field
+  tally[key] = (tally[key] or 0) + number
+end
+
+local function flush_tally(ttl)
+  for key, number in pairs(tally) do
+    local submission, field = string.match(key, '^(.*)\n(.*)$')
+    redis.call('HINCRBY', 'pilotq:counts', field, number)
+    if submission ~= '' then
+      redis.call('HINCRBY', submit_key(submission), field, number)
+      if redis.call('HINCRBY', submit_key(submission), 'left', -number) <= 0 then
+        redis.call('EXPIRE', submit_key(submission), ttl)
+      end
+    end
+  end
+  tally = {}
+end
+
+-- Lines for the journal; one stream entry holds all lines of one call: msgpack [[line, changes], ...].
+local lines = {}
+
+local function journal(line, changes)
+  lines[#lines + 1] = '\146' .. line .. cmsgpack.pack(changes)
+end
+
+local function flush_lines()
+  for first = 1, #lines, PIECE do
+    local last = math.min(first + PIECE - 1, #lines)
+    local number = last - first + 1
+    local head = string.char(220, math.floor(number / 256), number % 256)
+    redis.call('XADD', 'pilotq:journal', '*', 'e', head .. table.concat(lines, '', first, last))
+  end
+  lines = {}
+end
+
+-- The end of a task of which nothing ever ran (canceled while it waited, or omitted). `f` holds the fields name,
+-- submission, queued; `number` is the number of tasks it stands for.
+local function end_unrun(id, f, status, reason, now, now_iso, ttl, number)
+  redis.call('HSET', job_key(id), 'status', status, 'pq_reason', reason, 'ended_at', now_iso)
+  redis.call('EXPIRE', job_key(id), ttl)
+  count_end(f.submission, status, number)
+  journal(cmsgpack.pack({id = id, name = f.name or '', submission = f.submission or ''}),
+    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f.queued or now)})
+end
+
+-- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
+local function set_bits(array, first, last, outcome)
+  local position = first
+  while position <= last and position % 4 ~= 0 do
+    redis.call('BITFIELD', bits_key(array), 'SET', 'u2', '#' .. position, outcome)
+    position = position + 1
+  end
+  local whole = math.floor((last - position + 1) / 4)
+  if whole > 0 then
+    redis.call('SETRANGE', bits_key(array), position / 4, string.rep(string.char(outcome * 85), whole))
+    position = position + whole * 4
+  end
+  while position <= last do
+    redis.call('BITFIELD', bits_key(array), 'SET', 'u2', '#' .. position, outcome)
+    position = position + 1
+  end
+end
+
+-- Elements of an array have ended: `number` of them, `bad` of these not finished. Ends the array with its last one.
+local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed)
+  if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_bad', bad) end
+  if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
+  local f = redis.call('HMGET', job_key(array), 'pq_bad', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_at', 'pq_kids',
+    'pq_class', 'status', 'pq_array')
+  if f[8] == 'finished' or f[8] == 'failed' or f[8] == 'canceled' then return end
+  local status, reason = 'finished', ''
+  if f[2] then
+    status, reason = 'canceled', 'canceled'
+  elseif tonumber(f[1] or 0) > 0 then
+    status, reason = 'failed', 'elements'
+  end
+  local queue = queue_of(f[7])
+  local ttl = status == 'finished' and ttl_finished or ttl_failed
+  redis.call('HSET', job_key(array), 'status', status, 'pq_reason', reason, 'ended_at', now_iso, 'origin', queue)
+  redis.call('ZREM', registry('wip', queue), array .. ':0')
+  redis.call('ZADD', registry(status, queue), status == 'canceled' and now or now + ttl, array)
+  redis.call('EXPIRE', job_key(array), ttl)
+  redis.call('EXPIRE', bits_key(array), ttl)
+  redis.call('EXPIRE', values_key(array), ttl)
+  redis.call('EXPIRE', each_key(array), ttl)
+  redis.call('DEL', each_key(array) .. ':seen')
+  local start, step = string.match(f[9], '^(%d+):(%d+):')
+  journal(cmsgpack.pack({id = array, name = f[3] or '', submission = f[4] or ''}),
+    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or now),
+      bits = redis.call('GET', bits_key(array)) or '', start = tonumber(start), step = tonumber(step)})
+  if f[6] then redis.call('RPUSH', 'pilotq:release', 'k:' .. array) end
+end
+
+-- The record of one element of an array, made when the element gets a life of its own.
+local function make_element(array, position, f, extra)
+  local start, step = string.match(f.array, '^(%d+):(%d+):')
+  local index = start + position * step
+  local id = array .. '_' .. string.format('%d', index)
+  redis.call('HSET', job_key(id), 'data', f.data, 'description', f.description, 'created_at', f.created,
+    'enqueued_at', f.created, 'timeout', '-1', 'pq_array_of', array, 'pq_pos', string.format('%d', position),
+    'pq_sub', f.submission or '', unpack(extra))
+  return id, index
+end

@@ -1,0 +1,44 @@
+"""Every interval and bound, named, with its unit in the name and the reason for the number."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Times in seconds. Tests shorten them through ``PILOTQ_SETTINGS`` (a JSON object of these names)."""
+
+    backfill_wait_s: float = 1.0  # W: how long the first blocked task may be overtaken
+    ahead_s: float = 0.2  # work handed ahead per lane: hides the round trip, bounds the inversion of priorities
+    ahead_after_ends: int = 5  # nothing is handed ahead before so many ends of the class were seen
+    ahead_max: int = 200  # tasks handed ahead per lane, whatever their length
+    recall_s: float = 1.0  # handed ahead, not started for so long, and would fit elsewhere: taken back
+    report_s: float = 0.02  # ends wait so long for company while their lanes go on with tasks handed ahead
+    report_max: int = 64  # ... or until there are so many
+    started_after_s: float = 0.1  # a launch is reported by itself only when the task lives so long
+    kill_grace_s: float = 10.0  # between SIGTERM and SIGKILL
+    launch_confirm_s: float = 10.0  # a launch not confirmed by then: the launcher is put aside
+    beat_s: float = 2.0  # a worker's heartbeat
+    reconcile_s: float = 1.0
+    foreign_poll_s: float = 0.05  # how soon jobs of stock RQ producers are seen
+    stage_ttl_s: int = 600  # an uncommitted submit vanishes after this
+    finished_ttl_s: int = 3600
+    failed_ttl_s: int = 7 * 86_400
+    keep_records: int = 100_000  # ended records of one kind that Redis keeps for a queue
+    server_wait_s: float = 60.0  # how long a part waits for a server that does not answer
+    journal_fsync_s: float = 1.0
+    restart_limit: int = 5  # restarts of a part ...
+    restart_window_s: float = 60.0  # ... within this time, then the pilot ends
+    crash_limit: int = 3  # unexplained losses of one task
+    stop_wait_s: float = 30.0  # how long `stop` waits for workers to end
+
+
+def load(text: str | None) -> Settings:
+    """Settings from the text of ``PILOTQ_SETTINGS``; unknown names and wrong types raise msgspec.ValidationError."""
+    if not text:
+        return Settings()
+    msgspec.json.decode(text, type=dict[str, float | int])
+    unknown = set(msgspec.json.decode(text)) - set(Settings.__struct_fields__)
+    if unknown:
+        raise msgspec.ValidationError(f"PILOTQ_SETTINGS: unknown names {', '.join(sorted(unknown))}")
+    return msgspec.json.decode(text, type=Settings)

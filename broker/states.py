@@ -1,0 +1,63 @@
+"""The life of a task as one table, (status, event) -> status; the authority that scripts are checked against.
+
+Statuses are RQ's own words (an unknown one would break every dashboard); ``pq_reason`` says more, from REASONS.
+``rate_limited`` and ``ready_to_enqueue`` are entered by stock RQ producers only.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+WAITING: Final = frozenset({"created", "deferred", "scheduled", "queued", "rate_limited", "ready_to_enqueue"})
+ACTIVE: Final = frozenset({"started"})
+ENDED: Final = frozenset({"finished", "failed", "stopped", "canceled"})
+STATUSES: Final = WAITING | ACTIVE | ENDED
+
+# event -> what happens; each event is one script (broker/scripts/<script>.lua, named in EVENT_SCRIPTS).
+TABLE: Final[dict[tuple[str, str], str]] = {
+    ("created", "commit"): "queued",
+    ("created", "commit_deferred"): "deferred",
+    ("created", "commit_omitted"): "canceled",
+    ("deferred", "release"): "queued",
+    ("deferred", "omit"): "canceled",
+    ("deferred", "cancel"): "canceled",
+    ("queued", "claim"): "started",
+    ("queued", "cancel"): "canceled",
+    ("started", "give_back"): "queued",
+    ("started", "lost"): "queued",
+    ("started", "crash_limit"): "failed",
+    ("started", "end_finished"): "finished",
+    ("started", "end_failed"): "failed",
+    ("started", "end_retried"): "queued",
+    ("started", "end_stopped"): "stopped",
+    ("started", "end_canceled"): "canceled",
+    ("started", "cancel"): "started",  # the worker is told; the status changes when its processes are gone
+    ("canceled", "end_canceled"): "canceled",  # RQ's own job.cancel() sets the status first
+}
+
+EVENT_SCRIPTS: Final = {
+    "commit": "commit", "commit_deferred": "commit", "commit_omitted": "commit", "release": "release",
+    "omit": "release", "cancel": "cancel", "claim": "claim", "give_back": "give_back", "lost": "give_back",
+    "crash_limit": "give_back", "end_finished": "end", "end_failed": "end", "end_retried": "end",
+    "end_stopped": "end", "end_canceled": "end",
+}  # fmt: skip
+
+# The closed list of reasons, with the sentence that `explain` and the tables show.
+REASONS: Final[dict[str, str]] = {
+    "": "",
+    "exit": "ended with a non-zero exit code",
+    "signal": "was killed by a signal",
+    "time limit": "ran longer than its time limit",
+    "canceled": "was canceled by its user",
+    "stopped": "was stopped by its user",
+    "dependency": "a task it depends on did not finish",
+    "not found": "its program, directory or input file does not exist or may not be used",
+    "launch": "could not be started",
+    "launch hangs": "starting it did not return (a file system or device hangs)",
+    "output": "its output file could not be written",
+    "crash limit": "its worker died under it too often",
+    "worker lost": "its worker died",
+    "pilot ended": "the pilot ended before it did",
+    "elements": "some of its elements did not finish",
+    "unkillable": "one of its processes could not be killed",
+}

@@ -1,0 +1,128 @@
+"""The supervisor's side of the broker: wishes, the journal, news of dead workers.
+
+`poll` never waits for the server, so that a server that hangs delays nothing else. The other calls are rare, and wait
+at most TALK_S; False or nothing means that the server is away, and that they should be made again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from pilotq.broker import keys
+from pilotq.broker.errors import ServerUnavailable
+from pilotq.broker.journal import JournalWriter
+from pilotq.broker.link import Address, Link
+from pilotq.broker.records import Leave, NodeInfo, NodeLost, Nudge
+
+POLL_S = 0.1
+TALK_S = 0.5
+_pack = msgspec.msgpack.encode
+
+
+class SupervisorLink:
+    """What was read last: ``wish``, how the pilot shall end, or empty; ``busy``, how many lanes are in use by the
+    dispatcher's word (None: it has said nothing); ``lost``, whether the server holds another queue than ours, or none.
+    """
+
+    def __init__(self, address: Address, epoch: str, journal: JournalWriter) -> None:
+        self.wish = ""
+        self.busy: int | None = None
+        self.lost = False
+        self._epoch = epoch.encode()
+        self._journal = journal
+        self._link = Link(address, timeout=TALK_S)
+        self._talk = Link(address, timeout=TALK_S)
+        self._replies: list[Any] = []
+        self._next = 0.0
+
+    def fileno(self) -> int | None:
+        """Readable when `poll` has something to read; None while no answer is awaited."""
+        return self._link.fileno() if self._link.outstanding else None
+
+    def poll(self, now: float) -> None:
+        """Read what has arrived, and each POLL_S ask again; ``now`` is monotonic."""
+        if self.lost:
+            return
+        try:
+            if self._link.outstanding:
+                self._replies += self._link.replies()
+                if self._link.outstanding:
+                    return
+                more = self._read(self._replies)
+                self._next = now if more else now + POLL_S
+            if now >= self._next:
+                self._replies = []
+                commands = self._journal.commands(now)
+                self._link.post("HMGET", keys.WISH, "stop", "busy")
+                self._link.post("GET", keys.EPOCH)
+                for command in commands:
+                    self._link.post(*command)
+        except ServerUnavailable:
+            self._link.close()
+            self._next = now + POLL_S
+
+    def _read(self, replies: list[Any]) -> bool:
+        wishes, epoch, *rest = replies
+        # While the server loads its data it answers everything with an error: that is no answer.
+        if not isinstance(epoch, Exception) and epoch != self._epoch:
+            self.lost = True
+            return False
+        if not isinstance(wishes, Exception):
+            stop, busy = wishes
+            self.wish = stop.decode() if stop else ""
+            self.busy = int(busy) if busy is not None else None
+        return self._journal.feed(rest)
+
+    # -- rare calls -----------------------------------------------------------------------------------------------
+
+    def pause(self) -> bool:
+        """Nothing more is handed out."""
+        return self._say([("HSET", keys.WISH, "paused", "1"), ("RPUSH", keys.MAIL, _pack(Nudge()))])
+
+    def announce_loss(self, node: str, pid: int, why: str) -> bool:
+        """Tell the dispatcher that a worker's process is dead, if it had registered."""
+        try:
+            record = self._talk.call("HGET", keys.NODES, node)
+            info = msgspec.json.decode(record, type=NodeInfo) if record else None
+            if info is not None and info.pid == pid:
+                self._talk.call("RPUSH", keys.MAIL, _pack(NodeLost(node, info.incarnation, why)))
+        except ServerUnavailable:
+            return False
+        return True
+
+    def nodes(self) -> list[NodeInfo]:
+        """All nodes that are registered; none while the server is away."""
+        try:
+            return [msgspec.json.decode(record, type=NodeInfo) for record in self._talk.call("HVALS", keys.NODES)]
+        except ServerUnavailable:
+            return []
+
+    def leave(self, nodes: list[NodeInfo], grace: float) -> bool:
+        """Tell workers to end, with so many seconds between SIGTERM and SIGKILL."""
+        message = _pack(Leave(grace))
+        return self._say([("RPUSH", keys.inbox(n.name, n.incarnation), message) for n in nodes])
+
+    def drain_journal(self, now: float) -> bool:
+        """Move all that has ended to the journal and onto the disk; whether that was possible. `poll` asks no more."""
+        if self.lost:
+            return True  # what that server holds is not ours
+        # Its answers may not come between ours.
+        self._link.close()
+        self._next = float("inf")
+        try:
+            return self._journal.drain(self._talk, now)
+        except ServerUnavailable:
+            return False
+
+    def close(self) -> None:
+        self._link.close()
+        self._talk.close()
+
+    def _say(self, commands: list[tuple[Any, ...]]) -> bool:
+        try:
+            self._talk.pipeline(commands)
+        except ServerUnavailable:
+            return False
+        return True

@@ -1,0 +1,62 @@
+"""What listings show: plain records with RQ's words, made from Redis or from the journal."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TaskView(msgspec.Struct, kw_only=True):
+    """One task. Times are unix seconds; ``cores`` is the allocation text (``n1[0:1]``) once it was handed."""
+
+    id: str
+    name: str = ""
+    status: str
+    reason: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    execution: int = 0
+    node: str = ""
+    cores: str = ""
+    times: dict[str, float | None] = {}  # queued, handed, started, ended
+    queue: str = ""
+    command: str = ""
+    message: str = ""
+    max_rss: int | None = None
+    cpu: float | None = None
+    retries: int = 0
+    array_size: int = 0  # > 0: an array
+    elements: dict[str, str] = {}  # of an array: status -> compact ranges of indices, "0-3,7"
+    array: str = ""  # of an element: its array
+    index: int | None = None
+    stdout_tail: str = ""
+    stderr_tail: str = ""
+    ended: bool = False
+
+
+class NodeView(msgspec.Struct, kw_only=True):
+    name: str
+    state: str  # up, lost
+    host: str
+    pid: int
+    cores: int
+    used: int
+    shared_cores: bool = False
+    running: int = 0
+    last_beat: float | None = None
+
+
+class Counts(msgspec.Struct, kw_only=True):
+    """Tasks of a pilot or of one submission; elements of arrays count one each."""
+
+    total: int = 0
+    finished: int = 0
+    failed: int = 0
+    canceled: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.finished + self.failed + self.canceled
+
+    @property
+    def left(self) -> int:
+        return self.total - self.ended

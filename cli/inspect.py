@@ -1,0 +1,160 @@
+"""`pilotq list`, `show`, `logs`, `nodes` and `status`: looking changes nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from itertools import islice
+
+import click
+
+from pilotq.broker.client import Broker
+from pilotq.broker.states import REASONS, STATUSES
+from pilotq.broker.views import TaskView
+from pilotq.cli import render
+from pilotq.cli.options import dir_option, json_option
+from pilotq.cli.select import ids_of
+
+FOLLOW_S = 0.2  # how often `logs -f` looks
+
+
+@click.command("list")
+@click.option("--status", type=click.Choice(sorted(STATUSES)), metavar="STATUS",
+              help="Only tasks that are " + ", ".join(sorted(STATUSES)) + ".")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="At most so many.")
+@dir_option
+@json_option
+def list_command(status: str | None, limit: int, directory: str | None, as_json: bool) -> None:
+    """List tasks: running, waiting, then those that have ended.
+
+    \b
+    Example: pilotq list --status failed
+    """
+    with Broker.connect(directory) as broker:
+        tasks = list(islice(broker.tasks(status=status, limit=limit + 1), limit + 1))
+    shown = tasks[:limit]
+    if as_json:
+        click.echo(render.to_json([render.task_json(task) for task in shown]))
+        return
+    click.echo(render.tasks_table(shown))
+    if len(tasks) > limit:
+        click.echo(f"pilotq: there are more than {limit}; --limit {10 * limit} shows more of them", err=True)
+
+
+@click.command("show", no_args_is_help=True)
+@click.argument("words", nargs=-1, required=True, metavar="ID...")
+@dir_option
+@json_option
+def show_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
+    """Show all that is known of tasks; ID is an id or the name of one task.
+
+    \b
+    Example: pilotq show 1f
+    """
+    with Broker.connect(directory) as broker:
+        tasks = [broker.task(task_id) for task_id in ids_of(broker, words)]
+    if as_json:
+        click.echo(render.to_json([render.task_json(task) for task in tasks]))
+    else:
+        click.echo("\n\n".join(_details(task) for task in tasks))
+
+
+def _details(task: TaskView) -> str:
+    reason = f"{task.reason}: {REASONS[task.reason]}" if REASONS.get(task.reason) else task.reason
+    times = task.times
+    facts = [
+        ("id", task.id),
+        ("name", task.name),
+        ("status", task.status),
+        ("reason", reason),
+        ("message", task.message),
+        ("exit code", "" if task.exit_code is None else str(task.exit_code)),
+        ("signal", str(task.signal or "")),
+        ("command", task.command),
+        ("queue", task.queue),
+        ("array", f"{task.array}, index {task.index}" if task.array else ""),
+        ("elements", f"{task.array_size:,}" if task.array_size else ""),
+        *((f"  {status}", ranges) for status, ranges in task.elements.items()),
+        ("execution", str(task.execution or "")),
+        ("retries left", str(task.retries or "")),
+        ("cores", task.cores),
+        *((word, render.moment(times.get(word))) for word in ("queued", "handed", "started", "ended")),
+        ("ran", render.seconds(render.ran(task))),
+        ("CPU time", render.seconds(task.cpu)),
+        ("memory", f"{task.max_rss / 2**20:,.1f} MiB at most" if task.max_rss else ""),
+    ]
+    out = [f"{name:<14}{render.clean(text)}" for name, text in facts if text]
+    for stream, text in (("stdout", task.stdout_tail), ("stderr", task.stderr_tail)):
+        if text.strip():
+            out += [f"{stream}, the end:", *(f"  {line}" for line in render.lines(text))]
+    return "\n".join(out)
+
+
+@click.command("logs", no_args_is_help=True)
+@click.argument("word", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the task has ended.")
+@click.option("--stderr", "stream", flag_value="stderr", help="What it wrote to stderr.")
+@click.option("--stdout", "stream", flag_value="stdout", default=True, help="What it wrote to stdout (the default).")
+@dir_option
+def logs_command(word: str, follow: bool, stream: str, directory: str | None) -> None:
+    """Print what the last execution of a task wrote, byte for byte.
+
+    \b
+    Example: pilotq logs 1f --stderr
+    """
+    with Broker.connect(directory) as broker:
+        (task_id,) = ids_of(broker, [word])
+        out = sys.stdout.buffer
+        if not follow:
+            for piece in broker.output(task_id, stream):
+                out.write(piece)
+            out.flush()
+            return
+        offset, ended = 0, False
+        while not ended:
+            piece, ended = broker.live_output(task_id, stream, offset)
+            offset += len(piece)
+            out.write(piece)
+            out.flush()
+            if not piece and not ended:
+                time.sleep(FOLLOW_S)
+
+
+@click.command("nodes")
+@dir_option
+@json_option
+def nodes_command(directory: str | None, as_json: bool) -> None:
+    """List the nodes of the pilot, their cores, and how many are in use.
+
+    \b
+    Example: pilotq nodes
+    """
+    with Broker.connect(directory) as broker:
+        nodes = broker.nodes()
+    if as_json:
+        click.echo(render.to_json(nodes))
+        return
+    click.echo(render.nodes_table(nodes))
+    if any(node.shared_cores for node in nodes):
+        click.echo("* several of these cores share one real core")
+
+
+@click.command("status")
+@dir_option
+@json_option
+def status_command(directory: str | None, as_json: bool) -> None:
+    """Show how far the pilot is: tasks that ended, nodes, cores in use.
+
+    \b
+    Example: pilotq status
+    """
+    with Broker.connect(directory) as broker:
+        counts, nodes = broker.counts(), broker.nodes()
+    cores, used = sum(n.cores for n in nodes), sum(n.used for n in nodes)
+    running = sum(n.running for n in nodes)
+    if as_json:
+        facts = {"tasks": render.counts_json(counts), "running": running}
+        click.echo(render.to_json({**facts, "nodes": len(nodes), "cores": cores, "used": used}))
+        return
+    click.echo(f"tasks  {render.counts_text(counts)}; {running:,} running")
+    click.echo(f"nodes  {len(nodes)}, with {cores:,} cores, {used:,} in use")

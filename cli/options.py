@@ -1,0 +1,180 @@
+"""Options that several commands share, and the task that they describe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.files import FORMATS
+from pilotq.broker.link import parse_url
+from pilotq.broker.quantities import parse_array, parse_duration, request_of
+from pilotq.broker.surroundings import POLICIES
+from pilotq.broker.task import MODELS, Request, Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
+    """A click callback that reads a value with one of the broker's parsers; what that refuses is a usage error."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> T | None:
+        try:
+            return None if value is None else parse(value)
+        except InvalidInput as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+    return callback
+
+
+def all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator that adds these options, in this order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+dir_option = click.option(
+    "--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: $PILOTQ_DIR, else .pilotq/current]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+task_options = all_of(
+    click.option("--script", metavar="FILE", help="Run the text of FILE (- is stdin) with bash, instead of CMD."),
+    click.option("--name", help="A name to find it by."),
+    click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),
+    click.option("--gpus", type=int, metavar="N", help="GPUs."),
+    click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G."),
+    click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter of the node; may be repeated."),
+    click.option("--array", callback=parsed(parse_array), metavar="A-B[:STEP]",
+                 help="A task for each index, {index} in CMD."),
+    click.option("--each-line", "--values", "each_line", metavar="FILE",
+                 help="A task for each line that is not blank, {value} in CMD."),
+    click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
+    click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
+                 help="End it after: 90s, 10m, 1:30:00."),
+    click.option("--time-request", metavar="TIME", callback=parsed(parse_duration),
+                 help="Start it only where so much time is left."),
+    click.option("--retries", type=int, default=0, metavar="N", help="Try again after failures."),
+    click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; may be repeated."),
+    click.option("--env-policy", type=click.Choice(POLICIES), default="submit",
+                 help="Whose environment the task has: yours, the worker's, or a clean one."),
+    click.option("--cwd", metavar="DIR", help="Where it runs.  [default: here]"),
+    click.option("--stdin", metavar="FILE", help="Read from FILE.  [default: /dev/null]"),
+    click.option("--stdout", metavar="FILE", help="Write to FILE.  [default: captured, see `pilotq logs`]"),
+    click.option("--stderr", metavar="FILE", help="Write to FILE."),
+    click.option("--model", type=click.Choice(sorted(MODELS)), default="default", metavar="MODEL",
+                 help="How it is started: " + ", ".join(sorted(MODELS)) + "."),
+    click.option("--queue", default="default", metavar="QUEUE", help="The queue it waits in."),
+)  # fmt: skip
+
+# These describe a task, and have no meaning beside a file of tasks.
+TASK_WORDS = frozenset(
+    parameter.name for parameter in click.command()(task_options(lambda **_: None)).params
+) - {"env_policy", "help"}
+
+file_options = all_of(
+    click.option("--format", type=click.Choice(FORMATS), help="What FILE is.  [default: recognised]"),
+    click.option("--shell", is_flag=True, help="Each plain line is for a shell: pipes and redirections work."),
+)
+
+
+def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
+    """The task that a command and the values of `task_options` describe; raises InvalidInput."""
+    if bool(command) == (options["script"] is not None):
+        raise InvalidInput("give a command after `--`, or --script FILE" + (", not both" if command else ""))
+    values = None if options["each_line"] is None else _values(options["each_line"])
+    try:
+        request = request_of(
+            Request(),
+            cores=options["cores"],
+            nodes=options.get("task_nodes"),
+            gpus=options["gpus"],
+            memory=options["memory"],
+            use=dict(_use(word) for word in options["use"]),
+        )
+    except InvalidInput as error:
+        raise InvalidInput(f"--{error}") from None  # its text begins with the name of the option
+    return Task(
+        command=list(command) or None,
+        script=None if options["script"] is None else read_text(options["script"]),
+        name=options["name"],
+        request=request,
+        array=options["array"],
+        values=values,
+        after=list(options.get("after", ())),
+        priority=options["priority"],
+        time_limit=options["time_limit"],
+        time_request=options["time_request"],
+        retries=options["retries"],
+        env=dict(_variable(word) for word in options["env"]),
+        cwd=options["cwd"],
+        stdin=options["stdin"],
+        stdout=options["stdout"],
+        stderr=options["stderr"],
+        model=options["model"],
+        queue=options["queue"],
+    )
+
+
+def server_url(url: str | None) -> str | None:
+    """The URL of the user's own server: ``--redis`` or PILOTQ_REDIS_URL, with the password of PILOTQ_PASSWORD_FILE.
+
+    Raises InvalidInput when ``--redis`` holds a password: every user of the machine can read command lines.
+    """
+    if url and parse_url(url).password:
+        raise InvalidInput(
+            "--redis: a password on a command line can be read by everybody on this machine: put the URL into "
+            "PILOTQ_REDIS_URL, or the password into a file that PILOTQ_PASSWORD_FILE names"
+        )
+    url = url or os.environ.get("PILOTQ_REDIS_URL")
+    secret = os.environ.get("PILOTQ_PASSWORD_FILE")
+    if not url or not secret:
+        return url
+    return msgspec.structs.replace(parse_url(url), password=read_text(secret).strip()).url()
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of stdin for ``-``; raises InvalidInput."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode()
+        with open(path, "rb") as file:
+            return file.read().decode()
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: byte {error.start} is not UTF-8 text") from None
+
+
+def _values(path: str) -> list[str]:
+    values = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
+    if not values:
+        raise InvalidInput(f"{path}: has no line that is not blank, so there is no task")
+    return values
+
+
+def _use(word: str) -> tuple[str, int]:
+    name, _, number = word.partition("=")
+    if not name or not number.isdecimal():
+        raise InvalidInput(f"use: {word!r} says not how many: write NAME=N, such as --use licence=1")
+    return name, int(number)
+
+
+def _variable(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise InvalidInput(f"--env {name}: the variable is not set here; write --env {name}=VALUE")
+    return name, os.environ[name]

@@ -1,0 +1,26 @@
+"""The tasks that a person means by the words of a command line: ids, or names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pilotq.broker.client import Broker
+from pilotq.broker.errors import InvalidInput, UnknownTask
+
+
+def ids_of(broker: Broker, words: Iterable[str]) -> list[str]:
+    """An id for each word, which is an id or the name of exactly one task; raises UnknownTask, InvalidInput."""
+    return [_id_of(broker, word) for word in words]
+
+
+def _id_of(broker: Broker, word: str) -> str:
+    try:
+        return broker.task(word).id
+    except UnknownTask:
+        found = broker.find(word)
+    if not found:
+        raise UnknownTask(f"there is no task with the id or name {word!r} in this pilot: see `pilotq list`")
+    if len(found) > 1:
+        some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        raise InvalidInput(f"{len(found)} tasks are called {word!r} ({some}): give the id of the one you mean")
+    return found[0]

@@ -1,0 +1,106 @@
+"""What `pilotq run` says at its end: how many ended how, how well the cores were used, and what failed, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from pilotq.broker.records import Line, parse_allocation
+from pilotq.broker.states import REASONS
+from pilotq.broker.views import Counts
+from pilotq.cli import render
+
+NAMED_MAX = 20  # failed tasks that are named
+STDERR_LINES = 5  # last lines of what each of them wrote to stderr
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """``seconds`` is from the submission to the last end, ``core_seconds`` what executions held meanwhile."""
+
+    counts: Counts
+    seconds: float
+    cores: int
+    core_seconds: float = 0.0
+    failed: list[Line] = []  # the first NAMED_MAX
+    directory: str
+
+    @property
+    def efficiency(self) -> float | None:
+        """The share of ``cores`` x ``seconds`` that executions held; None when there was nothing to hold."""
+        possible = self.cores * self.seconds
+        return self.core_seconds / possible if possible > 0 else None
+
+
+def summarise(
+    lines: Iterable[Line], *, counts: Counts, cores: int, begin: float, end: float, directory: str
+) -> Summary:
+    """Sum up the journal's lines of executions that ended since ``begin`` (unix seconds, as ``end``)."""
+    summary = Summary(counts=counts, seconds=max(end - begin, 0.0), cores=cores, directory=directory)
+    for line in lines:
+        if line.ended is None or line.ended < begin:
+            continue  # of a run that this one resumes
+        if line.started is not None:
+            held = sum(len(part.cores) for part in parse_allocation(line.cpus)) if line.cpus else 0
+            summary.core_seconds += held * max(line.ended - line.started, 0.0)
+        failed = line.final and line.status in ("failed", "stopped") and not line.elements  # an array is its elements
+        if failed and len(summary.failed) < NAMED_MAX:
+            summary.failed.append(line)
+    return summary
+
+
+def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
+    return {
+        "exit_code": exit_code,
+        "tasks": render.counts_json(summary.counts),
+        "seconds": round(summary.seconds, 3),
+        "cores": summary.cores,
+        "efficiency": None if summary.efficiency is None else round(summary.efficiency, 4),
+        "failed": [
+            {"id": line.id, "name": line.name, "status": line.status, "reason": line.reason,
+             "exit_code": line.exit_code, "execution": line.execution, "node": line.node, "cores": line.cpus,
+             "times": {"queued": line.queued, "handed": line.handed, "started": line.started, "ended": line.ended}}
+            for line in summary.failed
+        ],
+        "directory": summary.directory,
+    }  # fmt: skip
+
+
+def as_text(summary: Summary, tails: dict[str, str]) -> str:
+    """For people; ``tails`` holds the end of stderr by id of the failed task."""
+    share = summary.efficiency
+    used = "" if share is None else f", in use {100 * share:.0f} % of the time"
+    noun = "core" if summary.cores == 1 else "cores"
+    out = [
+        render.counts_text(summary.counts),
+        f"took {render.seconds(summary.seconds)} on {summary.cores} {noun}{used}",
+    ]
+    for line in summary.failed:
+        out.append("")
+        out.append(f"{failure(line)}")
+        out += [f"    {text}" for text in render.lines(tails.get(line.id, ""))[-STDERR_LINES:]]
+    more = summary.counts.failed - len(summary.failed)
+    if more > 0:
+        out += ["", f"and {more:,} more failed"]
+    return "\n".join([*out, "", f"the pilot's directory: {summary.directory}"])
+
+
+def short(summary: Summary) -> str:
+    """One line: ``1 task: 1 finished; took 0.52s on 2 cores; the pilot's directory: ...``."""
+    cores = f"{summary.cores} " + ("core" if summary.cores == 1 else "cores")
+    took = f"took {render.seconds(summary.seconds)} on {cores}"
+    return f"{render.counts_text(summary.counts)}; {took}; the pilot's directory: {summary.directory}"
+
+
+def failure(line: Line) -> str:
+    """``1f (name) failed: ended with a non-zero exit code (3)``."""
+    name = f" ({render.clean(line.name)})" if line.name else ""
+    why = REASONS.get(line.reason) or line.reason
+    if line.signal:
+        why += f" ({line.signal})"
+    elif line.exit_code:
+        why += f" ({line.exit_code})"
+    if line.message:
+        why += f": {render.clean(line.message)}"
+    return f"{line.id}{name} {line.status}: {why}"

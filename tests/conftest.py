@@ -1,0 +1,143 @@
+"""Every test leaves nothing behind, and in CI no test is skipped for a reason that is not on the list.
+
+The leak check is cheap (two listings of /proc and one of the descriptors) and exact: only what is new since the
+test began counts, so servers that a module shares stay out of it. It works on Linux, where /proc tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import wait_until
+
+PROC = Path("/proc")
+SCRATCH = Path("/tmp")
+SKIPS = Path(__file__).parent / "skips.txt"
+GRACE_S = 3.0
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a child, a process of its pilot, an open descriptor or a scratch folder behind.
+
+    It is set up before every other fixture of the test, so it looks when those have cleaned up. Processes and
+    folders get GRACE_S to go: a process that was told to end may be on its way out when the test is over.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    pids, files, folders = _pids(), _descriptors(), _folders()
+    yield
+    home = (request.node.funcargs or {}).get("tmp_path")
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not _started(pids, home) and not _folders() - folders, seconds=GRACE_S)
+    started = _started(pids, home)
+    left = [*started.values(), *(f"folder {path}" for path in sorted(_folders() - folders))]
+    for pid in started:  # so that one failure stays one
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    if _descriptors() - files:
+        gc.collect()  # what only a reference cycle keeps open is no leak of the test
+        new = sorted(number for number, *_ in _descriptors() - files)
+        left += [f"descriptor {number} -> {os.readlink(f'/proc/self/fd/{number}')}" for number in new]
+    if left:
+        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+
+
+def _started(before: set[str], home: Path | None) -> dict[str, str]:
+    """pid -> description of our children, and of processes that carry this test's folder, new since ``before``."""
+    found = {}
+    for pid in _pids() - before:
+        try:
+            state, parent = (PROC / pid / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (PROC / pid / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            child = parent == str(os.getpid())
+            if child or (home is not None and state != "Z" and _carries(pid, home)):
+                kind = "zombie" if state == "Z" else "child" if child else "process"
+                found[pid] = f"{kind} {pid} ({command or 'not waited for'})"
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended while we looked, or is another user's
+    return found
+
+
+def _carries(pid: str, home: Path) -> bool:
+    """Whether a process belongs to a pilot below ``home``: by PILOTQ_DIR, or by an argument that names a path there."""
+    mark = os.fsencode(home)
+    variables = (PROC / pid / "environ").read_bytes().split(b"\0")
+    if any(v.startswith(b"PILOTQ_DIR=" + mark) for v in variables):
+        return True
+    return mark in (PROC / pid / "cmdline").read_bytes()
+
+
+def _pids() -> set[str]:
+    return {name for name in os.listdir(PROC) if name.isdigit()}
+
+
+def _descriptors() -> set[tuple[int, int, int]]:
+    """Number, device and inode: unlike a link's text they stay when the file is renamed or removed."""
+    found = set()
+    for name in os.listdir(PROC / "self/fd"):
+        try:
+            status = os.fstat(int(name))
+        except OSError:
+            continue  # the descriptor of the listing itself
+        found.add((int(name), status.st_dev, status.st_ino))
+    return found
+
+
+def _folders() -> set[str]:
+    """Folders of servers' sockets that no server listens in: a living server of ours is found as a process."""
+    found = {str(path) for path in SCRATCH.glob("pilotq-*")}
+    if not found:
+        return found
+    listening = (PROC / "net/unix").read_text(errors="replace")
+    return {path for path in found if f" {path}/" not in listening}
+
+
+# -- skips ------------------------------------------------------------------------------------------------------------
+
+_unlisted = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_unlisted] = []
+    config.pluginmanager.register(Skips(config), "pilotq-skips")
+
+
+class Skips:
+    """Collects skips whose reason is not on the list; with CI=true they fail the run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        lines = SKIPS.read_text(encoding="utf-8").splitlines()
+        self.allowed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if reason not in self.allowed:
+                self.config.stash[_unlisted].append(f"{report.nodeid}: {reason}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if os.environ.get("CI") == "true" and self.config.stash[_unlisted] and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if os.environ.get("CI") == "true" and self.config.stash[_unlisted]:
+            terminalreporter.section(f"skipped, but not for a reason listed in {SKIPS.name}", red=True)
+            for line in self.config.stash[_unlisted]:
+                terminalreporter.line(line)

@@ -1,0 +1,135 @@
+"""The command line without a pilot: help, wrong usage, and what the light commands import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pilotq.cli.main import HIDDEN, VERBS
+
+SHOWN = sorted(set(VERBS) - set(HIDDEN))
+LIGHT = {
+    "enqueue": ["enqueue", "--", "true"],
+    "submit": ["submit", "tasks.txt"],
+    "wait": ["wait", "1"],
+    "list": ["list"],
+}
+HEAVY = ("rq", "redis", "rich", "psutil", "cloudpickle")
+
+
+def pilotq(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PILOTQ_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pilotq", *args], cwd=cwd, env={**clean, "COLUMNS": "100", **env},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", SHOWN)
+def test_help_fits_a_screen_and_has_an_example(verb: str, tmp_path: Path) -> None:
+    result = pilotq(verb, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Example: pilotq " + verb in result.stdout
+    assert "--dir" in result.stdout
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 48
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_help_names_every_command(tmp_path: Path) -> None:
+    result = pilotq("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    words = result.stdout.split()
+    assert [verb for verb in SHOWN if verb not in words] == []
+    assert not [verb for verb in HIDDEN if verb in words]
+    assert len(result.stdout.splitlines()) <= 50
+
+
+def test_the_version(tmp_path: Path) -> None:
+    import pilotq as package
+
+    assert pilotq("--version", cwd=tmp_path).stdout.strip().endswith(package.__version__)
+
+
+WRONG = [
+    (["lsit"], "list"),
+    (["enqueu", "--", "true"], "enqueue"),
+    (["enqueue", "--coers", "2", "--", "true"], "--cores"),
+    (["run", "--node", "2", "f"], "--nodes"),
+    (["enqueue", "--cores", "many", "--", "true"], "--cores"),
+    (["enqueue", "--memory", "2 buckets", "--", "true"], "--memory"),
+    (["enqueue", "--array", "9-1:x", "--", "true"], "--array"),
+    (["enqueue", "--name", "x"], "command"),
+    (["enqueue", "--script", "no-such-file"], "no-such-file"),
+    (["enqueue", "--script", "tasks.txt", "--", "true"], "not both"),
+    (["enqueue", "--use", "licence", "--", "true"], "NAME=N"),
+    (["enqueue", "--env", "SURELY_NOT_SET_HERE", "--", "true"], "SURELY_NOT_SET_HERE"),
+    (["enqueue", "--each-line", "empty.txt", "--", "true"], "empty.txt"),
+    (["submit", "no-such-file"], "no-such-file"),
+    (["submit", "tasks.txt", "tasks.txt"], "tasks.txt"),
+    (["cancel"], "cancel"),
+    (["cancel", "--all", "1"], "not both"),
+    (["show"], "show"),
+    (["exec"], "exec"),
+    (["run"], "FILE"),
+    (["run", "no-such-file"], "no-such-file"),
+    (["run", "tasks.txt", "--", "true"], "not both"),
+    (["run", "echo", "hi"], "run -- echo hi"),
+    (["run", "--cores", "2", "tasks.txt"], "--cores"),
+    (["run", "--resources", "slurm", "--", "true"], "slurm"),
+    (["run", "--nodes", "n1:0", "--", "true"], "nodes"),
+]
+
+
+@pytest.mark.parametrize(("args", "hint"), WRONG, ids=[" ".join(args) for args, _ in WRONG])
+def test_wrong_usage_ends_with_2_and_a_sentence(args: list[str], hint: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks.txt").write_text("true\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    result = pilotq(*args, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert hint in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "tasks.txt"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("verb", ["list", "nodes", "status", "url", "stop", "wait"])
+def test_without_a_pilot_the_answer_is_a_sentence(verb: str, tmp_path: Path) -> None:
+    result = pilotq(verb, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("pilotq: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert "pilotq start" in result.stderr or ".pilotq" in result.stderr
+
+
+@pytest.mark.parametrize("verb", LIGHT)
+def test_light_commands_import_nothing_heavy(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks.txt").write_text("true\n")
+    code = (
+        "import sys\n"
+        "from pilotq.cli.main import call\n"
+        "code = call(sys.argv[1:])\n"
+        f"print(code, *[m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *LIGHT[verb]], cwd=tmp_path, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PILOTQ_")},
+    )  # fmt: skip
+    assert result.stdout.split() == ["2"], "no pilot here, and none of the heavy modules: " + result.stdout
+
+
+def test_a_closed_reader_is_no_error(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "pilotq", "run", "--help"], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert "Traceback" not in result.stderr

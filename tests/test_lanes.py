@@ -1,0 +1,257 @@
+"""The pure books of a worker: lanes and what waits for them, deadlines, and the steps of one execution."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pilotq.broker.records import Handed
+from pilotq.broker.settings import Settings
+from pilotq.workers.ladder import KILL_AGAIN_S, UNKILLABLE_S, Deadlines, Execution, Ladder, Phase, Step
+from pilotq.workers.lanes import Lanes
+from pilotq.workers.wire import Captured, Exited
+
+SETTINGS = Settings(launch_confirm_s=10.0, kill_grace_s=5.0, started_after_s=0.1)
+
+
+def handed(task_id: str, lane: int = 0, class_name: str = "c", execution: int = 1) -> Handed:
+    allocation = f"n1[{lane}]" if lane else ""
+    return Handed(
+        task_id, execution, lane, allocation, class_name, "", 0.0, 0.0, "", "", -1, 0, 0, "", msgspec.Raw(b"\x90")
+    )
+
+
+def exited(key: int, left: int = 0) -> Exited:
+    return Exited(key, 0, 0.0, 0.0, 0.0, 0, left, Captured(), Captured())
+
+
+# -- lanes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lane_goes_to_the_oldest_of_its_class_and_is_released_when_none_is_left() -> None:
+    lanes = Lanes()
+    first = lanes.hand(handed("a", lane=3))
+    other = lanes.hand(handed("x", class_name="other"))
+    second, third = lanes.hand(handed("b")), lanes.hand(handed("c"))
+
+    assert lanes.end(first) is second
+    assert (second.phase, second.lane, second.allocation) == (Phase.WAITING, 3, "n1[3]")
+    assert lanes.lanes() == [(3, "n1[3]", "c")]
+    assert lanes.end(second) is third
+    assert lanes.end(third) is None
+    assert lanes.lanes() == []
+    assert lanes.ahead() == {"other": 1}
+    assert other.phase is Phase.AHEAD
+
+
+def test_a_lane_is_released_at_once_when_it_shall_not_go_on() -> None:
+    lanes = Lanes()
+    first = lanes.hand(handed("a", lane=1))
+    lanes.hand(handed("b"))
+    assert lanes.end(first, go_on=False) is None
+    assert lanes.lanes() == [] and lanes.ahead() == {"c": 1}
+
+
+def test_one_that_ends_while_it_is_ahead_frees_no_lane_and_keeps_the_order() -> None:
+    lanes = Lanes()
+    running = lanes.hand(handed("a", lane=1))
+    _, canceled, last = (lanes.hand(handed(i)) for i in "bcd")
+    assert lanes.end(canceled) is None
+    assert lanes.lanes() == [(1, "n1[1]", "c")]
+    follower = lanes.end(running)
+    assert follower is not None and follower.handed.id == "b"
+    assert lanes.end(follower) is last
+
+
+def test_recall_takes_the_newest_and_gives_them_in_their_order() -> None:
+    lanes = Lanes()
+    for name in "abcd":
+        lanes.hand(handed(name))
+    assert [e.handed.id for e in lanes.recall("c", 2)] == ["c", "d"]
+    assert lanes.find("c", 1) is None
+    assert [e.handed.id for e in lanes.recall("c", 5)] == ["a", "b"]
+    assert lanes.recall("c", 5) == [] and lanes.recall("unknown", 1) == []
+    assert len(lanes) == 0
+
+
+def test_what_cannot_be_killed_keeps_its_lane_but_is_gone() -> None:
+    lanes = Lanes()
+    e = lanes.hand(handed("a", lane=1))
+    lanes.hand(handed("b"))
+    lanes.withhold(e)
+    assert lanes.find("a", 0) is None
+    assert lanes.lanes() == [(1, "n1[1]", "c")] and lanes.ahead() == {"c": 1}
+
+
+def test_find_knows_executions() -> None:
+    lanes = Lanes()
+    old = lanes.hand(handed("a", lane=1))
+    new = lanes.hand(handed("a", lane=2, execution=2))
+    assert lanes.find("a", 0) is new and lanes.find("a", 2) is new and lanes.find("a", 1) is None
+    lanes.end(old)
+    assert lanes.find("a", 0) is new
+
+
+@given(st.lists(st.tuples(st.sampled_from(["lane", "ahead", "end", "cancel", "recall"]), st.integers(0, 2))))
+def test_every_lane_has_one_task_and_no_task_is_lost(moves: list[tuple[str, int]]) -> None:
+    lanes = Lanes()
+    running: dict[int, Execution] = {}
+    ahead: dict[str, list[str]] = {}
+    for number, (move, which) in enumerate(moves, 1):
+        name = f"class{which}"
+        row = ahead.setdefault(name, [])
+        if move == "lane":
+            running[number] = lanes.hand(handed(str(number), number, name))
+        elif move == "ahead":
+            lanes.hand(handed(str(number), 0, name))
+            row.append(str(number))
+        elif move == "end" and running:
+            lane, e = min(running.items())
+            follower = lanes.end(e)
+            expected = ahead.get(e.handed.class_name) or [None]
+            assert (follower.handed.id if follower else None) == expected[0]
+            if follower is None:
+                del running[lane]
+            else:
+                del expected[0]
+                running[lane] = follower
+        elif move == "cancel" and row:
+            found = lanes.find(row.pop(0), 1)
+            assert found is not None
+            lanes.end(found)
+        elif move == "recall":
+            assert [e.handed.id for e in lanes.recall(name, 2)] == row[-2:]
+            del row[-2:]
+        assert {lane for lane, _, _ in lanes.lanes()} == set(running)
+        assert lanes.ahead() == {key: len(names) for key, names in ahead.items() if names}
+        assert len(lanes) == len(running) + sum(map(len, ahead.values()))
+
+
+# -- deadlines ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 20)))), st.integers(0, 20))
+def test_deadlines_are_those_set_last(moves: list[tuple[int, int | None]], now: int) -> None:
+    deadlines, expected = Deadlines(), {}
+    for key, when in moves:
+        if when is None:
+            deadlines.drop(key)
+            expected.pop(key, None)
+        else:
+            deadlines.set(key, float(when))
+            expected[key] = when
+    assert deadlines.next() == min(expected.values(), default=None)
+    due = deadlines.due(float(now))
+    assert sorted(due) == sorted(key for key, when in expected.items() if when <= now)
+    assert [expected[key] for key in due] == sorted(expected[key] for key in due)
+    assert deadlines.next() == min((when for when in expected.values() if when > now), default=None)
+
+
+def test_deadlines_of_millions_of_short_tasks_do_not_pile_up() -> None:
+    deadlines = Deadlines()
+    for key in range(100_000):
+        deadlines.set(key, 3600.0 + key)
+        deadlines.drop(key)
+    assert len(deadlines._heap) < 2_000
+
+
+# -- the ladder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ladder() -> Ladder:
+    return Ladder(SETTINGS)
+
+
+def launched(ladder: Ladder, limit: float = 0.0) -> Execution:
+    e = Execution(1, handed("a", lane=1))
+    e.limit = limit
+    ladder.launching(e, 0.0)
+    return e
+
+
+def steps(ladder: Ladder, now: float) -> list[Step]:
+    return [step for _, step in ladder.due(now)]
+
+
+def test_a_launch_that_is_not_confirmed_hangs(ladder: Ladder) -> None:
+    launched(ladder)
+    assert steps(ladder, 9.9) == []
+    assert steps(ladder, 10.0) == [Step.HANGS]
+    assert ladder.next() is None
+
+
+def test_only_what_lives_longer_than_a_moment_is_announced(ladder: Ladder) -> None:
+    e = launched(ladder)
+    assert ladder.started(e, 1000.0, 1.0) is None
+    assert steps(ladder, 1.05) == []
+    assert steps(ladder, 1.1) == [Step.ANNOUNCE]
+    assert ladder.next() is None
+    ladder.ended(e)
+    assert ladder.executions == {}
+
+
+def test_the_time_limit_counts_from_the_start_and_climbs_the_ladder(ladder: Ladder) -> None:
+    e = launched(ladder, limit=7.0)
+    ladder.started(e, 1000.0, 3.0)
+    assert steps(ladder, 3.1) == [Step.ANNOUNCE]
+    assert steps(ladder, 9.9) == []
+    assert steps(ladder, 10.0) == [Step.TERM]
+    assert e.reason == "time limit"
+    assert steps(ladder, 14.9) == []
+    assert steps(ladder, 15.0) == [Step.KILL]
+    assert steps(ladder, 15.0 + KILL_AGAIN_S) == [Step.KILL]
+    assert steps(ladder, 15.0 + UNKILLABLE_S - 0.1) == [Step.KILL]
+    assert steps(ladder, 15.0 + UNKILLABLE_S) == [Step.UNKILLABLE]
+    assert ladder.next() is None
+
+
+def test_a_limit_shorter_than_a_moment_still_holds(ladder: Ladder) -> None:
+    e = launched(ladder, limit=0.05)
+    ladder.started(e, 1000.0, 1.0)
+    assert steps(ladder, 1.05) == [Step.TERM]
+
+
+def test_the_first_reason_and_the_shortest_grace_count(ladder: Ladder) -> None:
+    e = launched(ladder)
+    ladder.started(e, 1000.0, 0.0)
+    assert ladder.stop(e, "canceled", 8.0, 1.0) is Step.TERM
+    assert ladder.stop(e, "pilot ended", 2.0, 1.0) is None
+    assert ladder.stop(e, "stopped", 100.0, 1.0) is None
+    assert e.reason == "canceled"
+    assert steps(ladder, 2.9) == []
+    assert steps(ladder, 3.0) == [Step.KILL]
+
+
+def test_what_is_stopped_while_it_is_launched_is_ended_when_it_has_started(ladder: Ladder) -> None:
+    e = launched(ladder)
+    assert ladder.stop(e, "canceled", 4.0, 1.0) is None
+    assert ladder.started(e, 1000.0, 2.0) is Step.TERM
+    assert steps(ladder, 5.9) == []
+    assert steps(ladder, 6.0) == [Step.KILL]
+
+
+def test_what_is_stopped_while_its_launch_hangs_hangs(ladder: Ladder) -> None:
+    e = launched(ladder)
+    ladder.stop(e, "canceled", 60.0, 1.0)
+    assert steps(ladder, 10.0) == [Step.HANGS]
+
+
+def test_leftovers_get_the_grace_and_cannot_change_the_outcome(ladder: Ladder) -> None:
+    e = launched(ladder, limit=2.0)
+    ladder.started(e, 1000.0, 0.0)
+    assert ladder.exited(e, exited(1, left=2), 1.0) is Step.TERM
+    assert ladder.stop(e, "canceled", 1.0, 1.5) is None
+    assert e.reason == ""
+    assert steps(ladder, 2.5) == [Step.KILL]
+    assert e.reason == ""
+
+
+def test_leftovers_of_what_is_being_ended_do_not_get_more_time(ladder: Ladder) -> None:
+    e = launched(ladder)
+    ladder.started(e, 1000.0, 0.0)
+    ladder.stop(e, "canceled", 2.0, 0.0)
+    assert ladder.exited(e, exited(1, left=1), 1.9) is None
+    assert steps(ladder, 2.0) == [Step.KILL]

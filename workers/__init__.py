@@ -1,0 +1,1 @@
+"""The worker: one node; launch, pin, watch, end, report."""

@@ -1,0 +1,301 @@
+"""What happens on a node: messages of the dispatcher, records of launchers and deadlines, each with its consequences.
+
+`Node` waits for nothing: the loop (control.py) brings it what has happened, with the time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+
+from pilotq.broker.children import log
+from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
+from pilotq.broker.node_link import NodeLink, iso
+from pilotq.broker.records import (
+    End,
+    Handed,
+    Hello,
+    NodeInfo,
+    NodeState,
+    Recall,
+    Stop,
+    ToWorker,
+    parse_allocation,
+)
+from pilotq.broker.settings import Settings
+from pilotq.workers.ladder import Execution, Ladder, Phase, Step
+from pilotq.workers.lanes import Lanes
+from pilotq.workers.launchers import Launcher, Launchers
+from pilotq.workers.prepare import Preparer, UnlaunchableError
+from pilotq.workers.remains import Remains
+from pilotq.workers.report import Outbox, Reporter
+from pilotq.workers.wire import Exited, Refused, Signal, Started, Swept, Up
+
+FETCH_AGAIN_S = 0.5  # a launch that needs the server while it is away is tried again
+
+
+class Node:
+    """One node of the pilot in ``directory``, as the dispatcher knows it from ``info``."""
+
+    def __init__(
+        self, link: NodeLink, launchers: Launchers, directory: str, info: NodeInfo, real: Mapping[int, int],
+        settings: Settings,
+    ) -> None:  # fmt: skip
+        self._link = link
+        self._launchers = launchers
+        self._info = info
+        self._settings = settings
+        self._lanes = Lanes()
+        self._ladder = Ladder(settings)
+        self._preparer = Preparer(link, directory, real)
+        self._reporter = Reporter(info.name, directory)
+        self._remains = Remains(directory)
+        self.outbox = Outbox(link, settings)
+        self._ready: deque[Execution] = deque()  # have a lane: `launch` takes them
+        self._postponed: dict[int, Execution] = {}  # have a lane, but the server was away
+        self._fetch_at = 0.0
+        self._starts: list[tuple[str, int, str, str, str, str]] = []
+        self._unpublished: dict[tuple[str, int], tuple[list[str], str]] = {}  # files, suffix
+        self.leaving = False
+
+    @property
+    def busy(self) -> bool:
+        return len(self._lanes) > 0
+
+    # -- what the dispatcher says ----------------------------------------------------------------------------------
+
+    def receive(self, message: ToWorker, now: float) -> None:
+        if isinstance(message, Handed):
+            self._hand(message)
+        elif isinstance(message, Stop):
+            e = self._lanes.find(message.id, message.execution)
+            if e is not None:
+                self._stop(e, message.reason, self._settings.kill_grace_s, now)
+        elif isinstance(message, Recall):
+            self._give_back(self._lanes.recall(message.class_name, message.count), message.class_name)
+        elif isinstance(message, Hello):
+            # What has ended is no longer in the state: said later, it would be counted a second time.
+            self.outbox.flush(now, all_now=True)
+            state = NodeState(
+                self._info.name, self._info.incarnation, message.term, self._lanes.lanes(), self._lanes.ahead()
+            )
+            self._link.post_state(state)
+
+    def _hand(self, handed: Handed) -> None:
+        if self._lanes.find(handed.id, handed.execution) is not None:
+            return  # said twice
+        e = self._lanes.hand(handed)
+        if e.phase is Phase.WAITING:
+            self._ready.append(e)
+        if self.leaving:
+            e.reason = "pilot ended"
+            self._give_back(self._lanes.recall_all())
+
+    def _stop(self, e: Execution, reason: str, grace: float, now: float) -> None:
+        if e.launched:
+            self._do(e, self._ladder.stop(e, reason, grace, now), now)
+            return
+        e.reason = e.reason or reason
+        if e.phase is Phase.AHEAD:
+            self._end(e, time.time(), now)
+        elif self._postponed.pop(e.key, None) is not None:
+            self._ready.append(e)
+
+    def _give_back(self, tasks: list[Execution], asked: str = "") -> None:
+        """``asked``: the class whose recall must be answered even when nothing of it is left."""
+        counts = {asked: 0} if asked else {}
+        for e in tasks:
+            counts[e.handed.class_name] = counts.get(e.handed.class_name, 0) + 1
+        if counts:
+            self._link.post_give_back([(e.handed.id, e.handed.execution) for e in tasks], counts)
+
+    def leave(self, grace: float, now: float) -> None:
+        """End all tasks and give everything back; said again, it can only shorten the grace."""
+        self.leaving = True
+        self._give_back(self._lanes.recall_all())
+        for e in self._lanes:
+            self._stop(e, "pilot ended", grace, now)
+
+    # -- what launchers say ----------------------------------------------------------------------------------------
+
+    def heard(self, record: Up, now: float) -> None:
+        e = self._ladder.executions.get(record.key)
+        if e is None:
+            return  # it was taken from that launcher
+        if isinstance(record, Exited):
+            step = self._ladder.exited(e, record, now)
+            if record.left:
+                self._do(e, step, now)
+            else:
+                self._end(e, record.ended, now)
+        elif isinstance(record, Started):
+            e.live = (record.stdout_path or e.stdout + e.suffix, record.stderr_path or e.stderr + e.suffix)
+            self._do(e, self._ladder.started(e, record.at, now), now)
+        elif isinstance(record, Swept):
+            if e.exited is not None:
+                e.exited.stdout, e.exited.stderr = record.stdout, record.stderr
+            self._end(e, record.ended, now)
+        elif isinstance(record, Refused):
+            if not e.reason:
+                e.reason, e.message = record.reason, record.message
+            self._end(e, time.time(), now)
+
+    def launcher_ended(self, launcher: Launcher, now: float) -> None:
+        """A launcher has died or closed its pipe; it is still to be reaped."""
+        if not launcher.aside:
+            log(f"launcher {launcher.number} (process {launcher.pid}) has died")
+            self._abandon(launcher, now)
+
+    def _abandon(self, launcher: Launcher, now: float) -> None:
+        """Take everything from a launcher that is dead or hangs, and replace it."""
+        while records := launcher.hear():
+            for record in records:
+                self.heard(record, now)
+        taken = [e for e in self._ladder.executions.values() if e.launcher == launcher.number]
+        for e in taken:
+            self._ladder.ended(e)
+            e.phase = Phase.KILLED
+            if not e.reason:
+                e.reason = "worker lost"
+        self._remains.add(launcher.number, taken, now)
+        if self.leaving:
+            launcher.kill()
+        else:
+            self._launchers.replace(launcher)
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def next(self) -> float | None:
+        """Monotonic time at which `tick` wants to be called."""
+        moments = [self._ladder.next(), self._remains.next(), self._fetch_at if self._postponed else None]
+        return min((m for m in moments if m is not None), default=None)
+
+    def tick(self, now: float) -> None:
+        for e, step in self._ladder.due(now):
+            # A launcher that was put aside in this very loop has taken others with it.
+            if e.key in self._ladder.executions:
+                self._do(e, step, now)
+        look_at = self._remains.next()
+        if look_at is not None and look_at <= now:
+            self._bury(now)
+        if self._postponed and now >= self._fetch_at:
+            self._ready.extend(self._postponed.values())
+            self._postponed.clear()
+
+    def _bury(self, now: float) -> None:
+        pids = {launcher.number: launcher.pid for launcher in self._launchers.living.values()}
+        gone, stuck = self._remains.look(now, pids)
+        for e in gone:
+            self._end(e, time.time(), now)
+        for e in stuck:
+            self._withhold(e, now)
+
+    def _do(self, e: Execution, step: Step | None, now: float) -> None:
+        if step is None:
+            return
+        if step is Step.ANNOUNCE:
+            self._starts.append((e.handed.id, e.handed.execution, e.allocation, iso(e.started), *e.live))
+        elif step is Step.HANGS:
+            self._put_aside(e, now)
+        elif step is Step.UNKILLABLE:
+            self._withhold(e, now)
+        else:
+            launcher = self._launchers.living.get(e.launcher)
+            if launcher is not None:
+                launcher.tell(Signal(e.key, signal.SIGTERM if step is Step.TERM else signal.SIGKILL))
+
+    def _put_aside(self, e: Execution, now: float) -> None:
+        launcher = self._launchers.living.get(e.launcher)
+        if launcher is None:
+            return  # it has died at the same moment: its tasks are being buried
+        log(f"launcher {launcher.number} did not confirm the launch of task {e.handed.id}: it is put aside")
+        e.reason = e.reason or "launch hangs"
+        for other in self._ladder.executions.values():
+            if other.launcher == e.launcher and other is not e and not other.reason:
+                # It is known why they are lost, and that it is not their doing: their crash limit is not charged.
+                other.reason, other.wish = "worker lost", "free"
+        self._abandon(launcher, now)
+
+    # -- launching and ending --------------------------------------------------------------------------------------
+
+    def launch(self, now: float) -> None:
+        """Tell the launchers to start whatever has a lane."""
+        while self._ready:
+            e = self._ready.popleft()
+            if e.reason:
+                self._end(e, time.time(), now)
+                continue
+            try:
+                base, launch = self._preparer.prepare(e)
+            except (ServerUnavailable, StateLost, Superseded) as error:
+                self._postponed[e.key] = e
+                self._fetch_at = now + FETCH_AGAIN_S
+                if isinstance(error, ServerUnavailable):
+                    continue
+                raise
+            except UnlaunchableError as error:
+                e.reason, e.message = error.reason, str(error)
+                self._end(e, time.time(), now)
+                continue
+            launcher = self._launchers.serving(parse_allocation(e.allocation)[0].cores[0])
+            e.launcher = launcher.number
+            launcher.launch(base, launch)
+            self._ladder.launching(e, now)
+
+    def _end(self, e: Execution, ended: float, now: float) -> None:
+        """Nothing of it lives: its lane goes on, and its end is reported."""
+        if e.key in self._ladder.executions:
+            self._ladder.ended(e)
+        follower = self._lanes.end(e, go_on=not self.leaving)
+        if follower is not None:
+            self._ready.append(follower)
+        seconds = ended - e.started if e.started else -1.0
+        self._report(e, ended, End(e.lane, e.handed.class_name, seconds, follower is not None), now)
+
+    def _withhold(self, e: Execution, now: float) -> None:
+        """Something of it lives for ever, on its cores: the lane is never given back."""
+        if e.key in self._ladder.executions:
+            self._ladder.ended(e)
+        self._lanes.withhold(e)
+        if e.reason != "launch hangs":
+            e.reason, e.wish = "unkillable", "failed"
+        log(f"task {e.handed.id} cannot be killed: {e.allocation} stays taken until this node is started again")
+        self._report(e, time.time(), None, now)
+
+    def _report(self, e: Execution, ended: float, end: End | None, now: float) -> None:
+        report = self._reporter.report(e, ended)
+        if e.suffix and e.started:
+            counts = report.wish not in ("lost", "free")
+            files = [path for path in dict.fromkeys((e.stdout, e.stderr)) if path]
+            if counts:
+                self._unpublished[e.handed.id, e.handed.execution] = (files, e.suffix)
+            else:
+                _settle(files, e.suffix, publish=False)
+        self.outbox.add(report, end, now)
+
+    def report(self, now: float) -> None:
+        """Post what is due, and settle what the server has answered."""
+        if self._starts:
+            self._link.post_starts(self._starts)
+            self._starts = []
+        self.outbox.flush(now)
+        for task_id, execution, verdict in self._link.verdicts():
+            if self._unpublished and (found := self._unpublished.pop((task_id, execution), None)):
+                _settle(*found, publish=verdict != "stale")
+
+
+def _settle(files: list[str], suffix: str, *, publish: bool) -> None:
+    """A rerun's output takes the place of the earlier one's when it counts, and goes away when it does not."""
+    for path in files:
+        try:
+            if publish:
+                os.replace(path + suffix, path)
+            else:
+                os.unlink(path + suffix)
+        except FileNotFoundError:
+            pass  # the task, or its user, has moved it
+        except OSError as error:
+            log(f"output {path + suffix} could not be published: {error.strerror}")

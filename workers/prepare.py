@@ -1,0 +1,170 @@
+"""From a handed task to the record a launcher starts it by: command, files, surroundings, CPUs."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.node_link import NodeLink
+from pilotq.broker.records import Handed, parse_allocation
+from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, Spec
+from pilotq.workers.ladder import Execution
+from pilotq.workers.render import Words, render
+from pilotq.workers.wire import Base, Launch
+
+# Values are fetched only for specs that could name one: they are the only words whose content is not at hand.
+VALUE_WORDS = (b"{value}", b"itval")
+
+
+class UnlaunchableError(Exception):
+    """This task can never be launched as it is described; ``reason`` is of states.REASONS."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Place(NamedTuple):
+    """What an allocation means for a task that is launched here."""
+
+    env: dict[str, str]
+    cpus: list[int]  # numbers of real CPUs
+    nodes: tuple[str, ...]
+    cores: tuple[int, ...]  # how many on each node
+
+
+class Surroundings(NamedTuple):
+    base: Base
+    cwd: str
+    threads_set: bool  # OMP_NUM_THREADS is the submitter's own
+
+
+class Preparer:
+    """Makes launch records. ``directory`` is the pilot's, ``real`` maps core to CPU numbers where they differ."""
+
+    def __init__(self, link: NodeLink, directory: str, real: Mapping[int, int]) -> None:
+        self._link = link
+        self._directory = directory
+        self._real = real
+        self._spec = msgspec.msgpack.Decoder(Spec)
+        self._surroundings = lru_cache(256)(self._fetch_surroundings)
+        self._place = lru_cache(4096)(self._find_place)
+
+    def prepare(self, e: Execution) -> tuple[Base, Launch]:
+        """The launch of an execution that has a lane, and the base it names; sets its limit and its files.
+
+        Raises UnlaunchableError, and ServerUnavailable when something must be fetched and the server is away.
+        """
+        handed = e.handed
+        try:
+            around = self._surroundings(handed.shared)
+            place = self._place(e.allocation)
+            spec = self._spec.decode(handed.spec)
+            if spec.flags & (FLAG_ARRAY | FLAG_QCG):
+                spec = render(spec, self._words(handed, place, around.cwd))
+        except (ServerUnavailable, StateLost, Superseded):
+            raise
+        except (PilotqError, msgspec.MsgspecError) as error:
+            raise UnlaunchableError("launch", f"its description cannot be used: {error}") from None
+        cwd = os.path.join(around.cwd, spec.cwd) if spec.cwd else around.cwd
+        if spec.flags & FLAG_QCG:
+            _make_directory(cwd, around.base.umask)
+        e.limit = spec.time_limit
+        e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
+        if handed.execution > 1 and (e.stdout or e.stderr):
+            e.suffix = f".{handed.execution}"
+        env = _environment(handed, spec, place, around)
+        launch = Launch(
+            e.key, handed.id, handed.execution, handed.shared, _argv(spec), env, place.cpus, cwd,
+            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix,
+        )  # fmt: skip
+        return around.base, launch
+
+    def _fetch_surroundings(self, key: str) -> Surroundings:
+        shared = self._link.fetch_shared(key)
+        return Surroundings(
+            Base(key, shared.env, shared.umask, shared.limits), shared.cwd, "OMP_NUM_THREADS" in shared.env
+        )
+
+    def _find_place(self, allocation: str) -> Place:
+        parts = parse_allocation(allocation)
+        here = parts[0]
+        nodes = tuple(p.node for p in parts)
+        cores = tuple(len(p.cores) for p in parts)
+        env = {
+            "PILOTQ_DIR": self._directory,
+            "PILOTQ_CORES": str(sum(cores)),
+            "PILOTQ_NODES": str(len(nodes)),
+            "PILOTQ_NODELIST": ",".join(nodes),
+            "PILOTQ_CPUS": ",".join(map(str, here.cores)),
+            "OMP_NUM_THREADS": str(len(here.cores)),
+            "QCG_PM_NNODES": str(len(nodes)),
+            "QCG_PM_NODELIST": ",".join(nodes),
+            "QCG_PM_NPROCS": str(sum(cores)),
+            "QCG_PM_NTASKS": str(sum(cores)),
+            "QCG_PM_TASKS_PER_NODE": ",".join(map(str, cores)),
+        }
+        if here.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(here.gpus)
+        return Place(env, [self._real.get(core, core) for core in here.cores], nodes, cores)
+
+    def _words(self, handed: Handed, place: Place, root: str) -> Words:
+        value = None
+        if handed.array and any(word in bytes(handed.spec) for word in VALUE_WORDS):
+            value = self._link.fetch_value(handed.array, handed.position)
+        return Words(
+            task_id=handed.id,
+            name=handed.name,
+            index=handed.index,
+            value=value,
+            position=handed.position,
+            cores=sum(place.cores),
+            nodes=place.nodes,
+            cores_per_node=place.cores,
+            root=root,
+        )
+
+
+# The bits that make a random number a UUID of version 4 (RFC 9562): `uuid4` costs a system call each.
+STEP_CLEAR = (0xF << 76) | (0x3 << 62)
+STEP_SET = (0x4 << 76) | (0x2 << 62)
+
+
+def _environment(handed: Handed, spec: Spec, place: Place, around: Surroundings) -> dict[str, str]:
+    """What the launcher lays over the submitter's environment."""
+    env = dict(place.env)
+    if around.threads_set:
+        del env["OMP_NUM_THREADS"]
+    env["PILOTQ_TASK_ID"] = handed.id
+    env["PILOTQ_EXECUTION"] = str(handed.execution)
+    env["QCG_PM_STEP_ID"] = f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"
+    if handed.array:
+        env["PILOTQ_ARRAY_ID"] = handed.array
+        env["PILOTQ_INDEX"] = str(handed.index)
+    if spec.env:
+        env.update(spec.env)
+    return env
+
+
+def _argv(spec: Spec) -> list[bytes]:
+    if not spec.script:
+        return spec.argv
+    return [b"bash", *([b"-l"] if spec.flags & FLAG_LOGIN else []), b"-c", spec.script.encode()]
+
+
+def _below(cwd: str, path: str) -> str:
+    return path if not path or path[0] == "/" else os.path.join(cwd, path)
+
+
+def _make_directory(path: str, umask: int) -> None:
+    """QCG-PilotJob makes a job's working directory, parents too."""
+    try:
+        os.makedirs(path, mode=0o777 & ~umask, exist_ok=True)
+    except OSError as error:
+        raise UnlaunchableError("not found", f"its directory {path} cannot be made: {error.strerror}") from None

@@ -1,0 +1,80 @@
+"""What a dead launcher leaves behind: its tasks, which are killed by their marks before anything is said of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from signal import SIGKILL
+
+from pilotq.workers import sweep
+from pilotq.workers.ladder import UNKILLABLE_S, Execution
+
+LOOK_S = 0.02  # between two looks at what was killed
+CLEAN_LOOKS = 2  # a process in the middle of exec has no environment for a moment: one clean look is no proof
+
+
+class _Estate:
+    """The executions of one launcher that is dead, or was killed and hangs in the kernel."""
+
+    def __init__(self, launcher: int, executions: list[Execution], give_up_at: float) -> None:
+        self.launcher = launcher
+        self.executions = executions
+        self.give_up_at = give_up_at
+        self.clean = 0
+
+
+class Remains:
+    """``directory`` is the pilot's: other pilots of this user may have tasks of the same name."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._estates: list[_Estate] = []
+        self._look_at = 0.0
+
+    def add(self, launcher: int, executions: list[Execution], now: float) -> None:
+        self._estates.append(_Estate(launcher, executions, now + UNKILLABLE_S))
+        self._look_at = now
+
+    def next(self) -> float | None:
+        """Monotonic time of the next look; None when nothing is left."""
+        return self._look_at if self._estates else None
+
+    def look(self, now: float, launchers: dict[int, int]) -> tuple[list[Execution], list[Execution]]:
+        """Kill what is there; returns the executions of which nothing lives any more, and those that cannot be killed.
+
+        ``launchers`` are the pids of the launchers that live, by number.
+        """
+        self._look_at = now + LOOK_S
+        strays = self._kill_strays(set(launchers.values()))
+        gone: list[Execution] = []
+        stuck: list[Execution] = []
+        for estate in list(self._estates):
+            marks = {(e.handed.id, str(e.handed.execution)) for e in estate.executions}
+            alive = sweep.kill_marked(self._belongs(marks), SIGKILL, seconds=0) if marks else []
+            dead = not strays and not alive and estate.launcher not in launchers
+            estate.clean = estate.clean + 1 if dead else 0
+            if estate.clean >= CLEAN_LOOKS:
+                gone += estate.executions
+            elif now >= estate.give_up_at:
+                stuck += estate.executions
+            else:
+                continue
+            self._estates.remove(estate)
+        return gone, stuck
+
+    def _belongs(self, marks: set[tuple[str, str]]) -> Callable[..., bool]:
+        return lambda env: (
+            env.get("PILOTQ_DIR") == self._directory
+            and (env.get("PILOTQ_TASK_ID", ""), env.get("PILOTQ_EXECUTION", "")) in marks
+        )
+
+    @staticmethod
+    def _kill_strays(launchers: set[int]) -> bool:
+        """Orphans come to us from a dead launcher only, with their marks or without; True if some live."""
+        everybody = sweep.processes()
+        me = os.getpid()
+        ours = [p.pid for p in everybody.values() if p.parent == me and p.pid not in launchers]
+        strays = sweep.below(ours, everybody)
+        for process in strays:
+            sweep.send(process, SIGKILL)
+        return bool(strays)

@@ -1,0 +1,180 @@
+"""From what a launcher saw of an execution to what the broker is told of it, and how reports are collected."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import zlib
+
+import msgspec
+
+from pilotq.broker.node_link import NodeLink, iso
+from pilotq.broker.records import End, EndReport, Line
+from pilotq.broker.settings import Settings
+from pilotq.broker.states import REASONS
+from pilotq.workers.ladder import Execution
+from pilotq.workers.wire import Captured
+
+# What ends an execution from our side, as a wish for its task; every other reason is a failure.
+WISHES = {"canceled": "canceled", "stopped": "stopped", "pilot ended": "free", "worker lost": "lost"}
+STATUSES = {"finished": "finished", "canceled": "canceled", "stopped": "stopped"}
+CALL_MAX = 500  # ends in one script call: it stops the server for so long
+TAIL_BYTES = 2048  # of captured stderr, in the text that RQ shows of a failure
+
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class Reporter:
+    """Makes the reports of one node; ``directory`` is the pilot's, paths in lines are relative to it."""
+
+    def __init__(self, node: str, directory: str) -> None:
+        self._node = node
+        self._directory = directory
+        self._prefix = directory.rstrip("/") + "/"
+
+    def report(self, e: Execution, ended: float) -> EndReport:
+        """The report of an execution that has ended, or never began, at ``ended`` (unix seconds)."""
+        handed, exited = e.handed, e.exited
+        code: int | None = None
+        number: int | None = None
+        if exited is not None:
+            ending = os.waitstatus_to_exitcode(exited.status)
+            code, number = (ending, None) if ending >= 0 else (None, -ending)
+        wish, reason, message = _judge(e, code, number)
+        line = Line(
+            id=handed.id,
+            name=handed.name,
+            status=STATUSES.get(wish, "failed"),
+            reason=reason,
+            execution=handed.execution,
+            node=self._node,
+            cpus=e.allocation,
+            queued=handed.queued,
+            handed=handed.handed,
+            started=e.started or None,
+            ended=ended,
+            exit_code=code,
+            signal=number,
+            array=handed.array,
+            index=handed.index if handed.array else None,
+            message=message,
+            submission=handed.submission,
+        )
+        if exited is not None:
+            line.max_rss, line.cpu = exited.max_rss, exited.cpu
+            line.stdout, line.stdout_at = self._output(exited.stdout, e.stdout)
+            line.stderr, line.stderr_at = self._output(exited.stderr, e.stderr)
+        return EndReport(
+            id=handed.id,
+            execution=handed.execution,
+            wish=wish,
+            reason=reason,
+            ended=iso(ended),
+            exit="" if code is None else str(code),
+            started=iso(e.started) if e.started else "",
+            allocation=e.allocation,
+            line=_pack(line),
+            text=self._text(e, reason, message, code) if wish in ("failed", "stopped") else "",
+            array=handed.array,
+            position=handed.position,
+        )
+
+    def _output(self, captured: Captured, named: str) -> tuple[str | bytes, list[str | int]]:
+        if named:
+            return "", [named]
+        if captured.path:
+            return "", [captured.path.removeprefix(self._prefix), captured.offset, captured.length]
+        if not captured.data:
+            return "", []
+        try:
+            return captured.data.decode(), []
+        except UnicodeDecodeError:
+            return captured.data, []
+
+    def _text(self, e: Execution, reason: str, message: str, code: int | None) -> str:
+        """What RQ's tools show of a failure, in RQ's encoding."""
+        what = e.handed.name or e.handed.id
+        lines = [f"{what} {REASONS[reason]}.", f"node {self._node}, execution {e.handed.execution}"]
+        if code is not None:
+            lines[1] += f", exit code {code}"
+        if message:
+            lines.append(message)
+        if e.exited is not None and (tail := _tail(e.exited.stderr)):
+            lines += ["stderr ends with:", tail.decode("utf-8", "replace")]
+        return base64.b64encode(zlib.compress("\n".join(lines).encode())).decode()
+
+
+def _judge(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:
+    """Wish, reason and message. What we ended keeps our reason, whatever its exit code says."""
+    if e.reason:
+        return e.wish or WISHES.get(e.reason, "failed"), e.reason, e.message
+    if number is not None:
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = "a real-time signal"
+        return "failed", "signal", f"Signal {number} ({name}) killed it."
+    if code:
+        return "failed", "exit", f"Its exit code was {code}."
+    return "finished", "", ""
+
+
+def _tail(captured: Captured) -> bytes:
+    if not captured.path:
+        return captured.data[-TAIL_BYTES:]
+    size = min(captured.length, TAIL_BYTES)
+    try:
+        with open(captured.path, "rb") as file:
+            file.seek(captured.offset + captured.length - size)
+            return file.read(size)
+    except OSError:
+        return b""  # the text is only a help: the line says where the output is
+
+
+class Outbox:
+    """Ends that wait for company before they are reported.
+
+    While lanes go on by themselves nobody is in a hurry; a released lane is reported at once. At most one call is on
+    its way: what ends meanwhile rides in the next one, so a busy server makes batches larger, not queues longer.
+    """
+
+    def __init__(self, link: NodeLink, settings: Settings) -> None:
+        self._link = link
+        self._settings = settings
+        self._waiting: list[tuple[EndReport, End | None]] = []
+        self._since = 0.0
+        self._urgent = False
+
+    def add(self, report: EndReport, end: End | None, now: float) -> None:
+        """``end`` is None when the lane stays taken."""
+        if not self._waiting:
+            self._since = now
+        self._waiting.append((report, end))
+        if end is None or not end.kept:
+            self._urgent = True
+
+    def due(self, now: float) -> float | None:
+        """Monotonic time at which `flush` wants to be called; None: not before something else happens."""
+        if not self._waiting or self._link.unsent():
+            return None
+        if self._urgent or len(self._waiting) >= self._settings.report_max:
+            return now
+        return self._since + self._settings.report_s
+
+    def flush(self, now: float, *, all_now: bool = False) -> bool:
+        """Post what is due; with ``all_now`` everything. True if something was posted."""
+        due = now if all_now and self._waiting else self.due(now)
+        if due is None or due > now:
+            return False
+        while self._waiting:
+            call = self._waiting[:CALL_MAX]
+            del self._waiting[:CALL_MAX]
+            self._link.post_ends([report for report, _ in call], [end for _, end in call if end is not None])
+            if not all_now:
+                break
+        self._urgent = bool(self._waiting)
+        return True
+
+    def __len__(self) -> int:
+        return len(self._waiting)

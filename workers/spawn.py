@@ -1,0 +1,294 @@
+"""One spawn: from a Launch record to a process with the task's surroundings and nothing else.
+
+posix_spawn can set little of what a task must find, so the launcher puts it on itself (mask, umask, directory, soft
+limits) and the child inherits it; no helper process stands between, and nothing runs between fork and exec.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import time
+from typing import NamedTuple
+
+from pilotq.workers.capture import Capture, PoolFile
+from pilotq.workers.wire import Base, Launch
+
+DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
+PROGRAM_S = 1.0  # a program found on PATH is looked for again after this: a newer one may stand in front
+PROGRAMS_MAX = 1000  # of such findings are kept
+MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
+Limit = tuple[int, int, int]  # number of the limit, soft, hard
+Action = tuple[int, int, int]  # POSIX_SPAWN_DUP2, from, to
+
+
+class Refusal(Exception):
+    """The task was not started; ``reason`` is of states.REASONS."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Spawned(NamedTuple):
+    pid: int
+    env: dict[bytes, bytes]
+    stdout: PoolFile | None  # None: it goes to a named file
+    stderr: PoolFile | None
+
+
+class _Surroundings(NamedTuple):
+    """A Base made ready for use."""
+
+    env: dict[bytes, bytes]
+    umask: int
+    limits: list[Limit]  # to be set for a spawn, only those that differ from ours
+    ours: list[Limit]  # to be set back after it
+
+
+class Spawner:
+    """Starts processes for one launcher, whose own mask, umask and directory it changes on the way."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        # Children inherit it as their stdin, which saves an action of every spawn.
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(null, 0)
+        os.close(null)
+        # All signals are at their defaults in a child: exec resets those that are caught, the spawn those ignored.
+        self._ignored = [s for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
+        self._given: dict[str, Base] = {}
+        self._bases: dict[str, _Surroundings] = {}
+        self._programs: dict[tuple[bytes, bytes], tuple[float, bytes]] = {}
+        self._home = sorted(os.sched_getaffinity(0))
+        self._cpus = self._home
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+
+    def add(self, base: Base) -> None:
+        """Launches may name this base from now on."""
+        self._given[base.base] = base
+        self._bases.pop(base.base, None)
+
+    def spawn(self, launch: Launch) -> Spawned:
+        """Start it, or raise Refusal; whatever is wrong with one launch comes out as that."""
+        opened: list[int] = []
+        pool: list[PoolFile] = []
+        try:
+            around = self._enter(launch)
+            env = around.env.copy()
+            for name, value in launch.env.items():
+                env[name.encode()] = value.encode()
+            env[b"PILOTQ_TASK_ID"] = launch.id.encode()
+            env[b"PILOTQ_EXECUTION"] = b"%d" % launch.execution
+            program = self._program(launch.argv, env)
+            actions, stdout, stderr = self._files(launch, opened, pool)
+            pid = self._start(program, launch.argv, env, actions, around)
+            return Spawned(pid, env, stdout, stderr)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            self._return(pool)
+            raise Refusal("launch", f"Starting it failed: {_text(error)}.") from None
+        except Refusal:
+            self._return(pool)
+            raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def rest(self) -> None:
+        """Between spawns: go back to our own CPUs, so that the kernel wakes us on one that is free.
+
+        On the last task's CPU we would displace that task at each event, and be moved for the next spawn.
+        """
+        if self._cpus is not self._home:
+            os.sched_setaffinity(0, self._home)
+            self._cpus = self._home
+
+    def _return(self, pool: list[PoolFile]) -> None:
+        for file in pool:
+            self._capture.give_back(file)
+
+    def _enter(self, launch: Launch) -> _Surroundings:
+        """Put on what the child inherits."""
+        around = self._bases.get(launch.base)
+        if around is None:
+            around = self._prepare(launch.base)
+        cpus = launch.cpus or self._home
+        if cpus != self._cpus:
+            try:
+                os.sched_setaffinity(0, cpus)
+            except (OSError, ValueError, OverflowError) as error:
+                raise Refusal("launch", f"CPUs {cpus} cannot be used by this worker: {_text(error)}.") from None
+            self._cpus = cpus
+        if around.umask != self._umask:
+            os.umask(around.umask)
+            self._umask = around.umask
+        try:
+            os.chdir(launch.cwd)
+        except OSError as error:
+            raise _refusal(error, launch.cwd, "its working directory cannot be used") from None
+        return around
+
+    def _prepare(self, name: str) -> _Surroundings:
+        base = self._given.get(name)
+        if base is None:
+            raise Refusal("launch", f"Surroundings {name!r} were not sent to this launcher before the task.")
+        limits, ours = [], []
+        for number, wanted in base.limits.items():
+            soft, hard = resource.getrlimit(number)
+            new = _capped(wanted, hard)
+            if new != soft:
+                limits.append((number, new, hard))
+                ours.append((number, soft, hard))
+        env = {key.encode(): value.encode() for key, value in base.env.items()}
+        around = self._bases[name] = _Surroundings(env, base.umask, limits, ours)
+        return around
+
+    def _program(self, argv: list[bytes], env: dict[bytes, bytes]) -> bytes:
+        """The file to execute: a name without ``/`` is looked for on the task's own PATH."""
+        if not argv or not argv[0]:
+            raise Refusal("launch", "Its command is empty.")
+        name = argv[0]
+        if b"/" in name:
+            return name
+        path = env.get(b"PATH", DEFAULT_PATH)
+        now = time.monotonic()
+        known = self._programs.get((name, path))
+        if known is not None and now < known[0] and os.access(known[1], os.X_OK):
+            return known[1]
+        self._programs.pop((name, path), None)
+        program = _search(name, path)
+        # A relative directory on PATH means another one in each working directory.
+        if all(folder.startswith(b"/") for folder in path.split(b":")):
+            if len(self._programs) >= PROGRAMS_MAX:
+                self._programs.clear()
+            self._programs[name, path] = (now + PROGRAM_S, program)
+        return program
+
+    def _files(
+        self, launch: Launch, opened: list[int], pool: list[PoolFile]
+    ) -> tuple[list[Action], PoolFile | None, PoolFile | None]:
+        """What the child does with descriptors; fills ``opened`` (to be closed) and ``pool`` (to be given back)."""
+        actions: list[Action] = []
+        stdout = stderr = -1
+        if launch.stdin:
+            try:
+                stdin = _open(launch.stdin, os.O_RDONLY)
+            except OSError as error:
+                raise _refusal(error, launch.stdin, "its stdin cannot be read") from None
+            opened.append(stdin)
+            actions.append((os.POSIX_SPAWN_DUP2, stdin, 0))
+        if launch.stdout:
+            stdout = _open_output(launch.stdout, launch.suffix)
+            opened.append(stdout)
+        if launch.stderr and launch.stderr == launch.stdout:
+            stderr = stdout
+        elif launch.stderr:
+            stderr = _open_output(launch.stderr, launch.suffix)
+            opened.append(stderr)
+        out = err = None
+        try:
+            if stdout < 0:
+                out = self._capture.take()
+                pool.append(out)
+                stdout = out.fd
+            if stderr < 0:
+                err = self._capture.take()
+                pool.append(err)
+                stderr = err.fd
+        except OSError as error:
+            raise Refusal("output", f"Its output cannot be captured: {_text(error)}.") from None
+        actions += ((os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2))
+        return actions, out, err
+
+    def _start(
+        self, program: bytes, argv: list[bytes], env: dict[bytes, bytes], actions: list[Action], around: _Surroundings
+    ) -> int:
+        try:
+            for limit in around.limits:
+                resource.setrlimit(limit[0], limit[1:])
+            return os.posix_spawn(
+                program, argv, env, file_actions=actions, setsid=True, setsigmask=[], setsigdef=self._ignored
+            )
+        except OSError as error:
+            raise _spawn_refusal(error, program) from None
+        finally:
+            # Only the child lives under them: a low limit on memory or files would hit every later launch.
+            for limit in around.ours:
+                resource.setrlimit(limit[0], limit[1:])
+
+
+def _capped(soft: int, hard: int) -> int:
+    """``soft`` as far as ``hard`` allows; no limit may be written as -1 or as the kernel's largest number."""
+    unlimited = resource.RLIM_INFINITY
+    if not 0 <= soft < 1 << 63:
+        return hard
+    return soft if hard == unlimited else min(soft, hard)
+
+
+def _search(name: bytes, path: bytes) -> bytes:
+    denied = b""
+    for folder in path.split(b":"):
+        candidate = (folder or b".") + b"/" + name
+        if os.path.isfile(candidate):
+            if os.access(candidate, os.X_OK):
+                return candidate
+            denied = denied or candidate
+    if denied:
+        raise Refusal("not found", f"Permission denied: {_shown(denied)} is not executable.")
+    raise Refusal(
+        "not found", f"No such file or directory: {_shown(name)} is in no directory of its PATH ({_shown(path)})."
+    )
+
+
+def _open(path: str, flags: int) -> int:
+    # Without O_NONBLOCK a FIFO that nobody opens on its other side would stop all tasks of this launcher; without
+    # O_NOCTTY a terminal would become the launcher's.
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _open_output(path: str, suffix: str) -> int:
+    # What is no regular file (/dev/null, a FIFO) is written to directly: a name beside it would make no sense.
+    if suffix and (os.path.isfile(path) or not os.path.exists(path)):
+        path += suffix
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        try:
+            return _open(path, flags)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            return _open(path, flags)
+    except (OSError, ValueError) as error:
+        raise Refusal("output", f"{_text(error)}: {_shown(path)} cannot be written.") from None
+
+
+def _refusal(error: OSError, path: str, what: str) -> Refusal:
+    reason = "not found" if error.errno in MISSING else "launch"
+    return Refusal(reason, f"{_text(error)}: {_shown(path)}, {what}.")
+
+
+def _spawn_refusal(error: OSError, program: bytes) -> Refusal:
+    shown = _shown(program)
+    if error.errno == errno.ENOEXEC:
+        what = "is neither a binary for this machine nor a script that begins with '#!'"
+        return Refusal("launch", f"{_text(error)}: {shown} {what}.")
+    if error.errno == errno.ENOENT and os.path.exists(program):
+        return Refusal("not found", f"{_text(error)}: the interpreter or loader that {shown} asks for does not exist.")
+    if error.errno in MISSING:
+        return Refusal("not found", f"{_text(error)}: {shown}.")
+    return Refusal("launch", f"{_text(error)}: {shown} could not be executed.")
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
+
+
+def _shown(path: str | bytes) -> str:
+    """A path in quotes, as text that can travel: what is no UTF-8 is escaped."""
+    return repr(path.decode("utf-8", "backslashreplace") if isinstance(path, bytes) else path)
