@@ -1,1 +1,23 @@
-"""What a task is, its life in Redis, and who gets which cores."""
+"""What a task is, its life in Redis, and who gets which cores.
+
+``from pilotq.broker import Broker, Task`` is all a script needs. The names are imported when they are first used: every
+part of a pilot imports something below this package, and start-up time is a figure.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pilotq.broker.client import Broker
+    from pilotq.broker.task import ArrayRange, Request, Task
+
+__all__ = ["ArrayRange", "Broker", "Request", "Task"]
+_HOMES = {"Broker": "client", "ArrayRange": "task", "Request": "task", "Task": "task"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -94,7 +94,10 @@ class Broker:
                 counts = self.counts()
                 missing = counts.left
             else:
-                left = self._not_ended(left, counts)
+                # Only the first few are asked for each time: what a wait costs does not grow with what it waits for.
+                while left and not (pending := self._not_ended(left[:SLICE], counts)):
+                    left = left[SLICE:]
+                left = pending + left[SLICE:] if left else left
                 missing = len(left)
             if missing <= 0:
                 return counts

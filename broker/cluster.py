@@ -177,9 +177,7 @@ class Cluster:
             found.append(tuple(parts))
         return found
 
-    def _on_one(
-        self, request: Request, count: int, view: Free, usable: int, plain: bool
-    ) -> list[tuple[Part, ...]]:
+    def _on_one(self, request: Request, count: int, view: Free, usable: int, plain: bool) -> list[tuple[Part, ...]]:
         low, high = request.cores
         outside = view is self._outside
         found: list[tuple[Part, ...]] = []

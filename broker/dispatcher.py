@@ -203,8 +203,8 @@ class Dispatcher:
                 self.floor.cluster, waiting, running, self.backfill, now, self.settings.backfill_wait_s, CLAIM_LIMIT
             )
             groups = self._open_lanes(placed, now)
-            self._add_ahead(groups, now)
-            if not groups or not self._claim(groups, now):
+            self._add_ahead(groups)
+            if not groups or not (self._claim(groups, now) or len(placed) == CLAIM_LIMIT):
                 return
 
     def _waiting(self) -> list[Waiting]:
@@ -227,8 +227,13 @@ class Dispatcher:
             groups.setdefault(class_name, []).append(Slot(node.address, lane.number, format_allocation(parts)))
         return groups
 
-    def _add_ahead(self, groups: dict[str, list[Slot]], now: float) -> None:
-        """More tasks for lanes that will soon be free; none for a class that is outranked by one that is blocked."""
+    def _add_ahead(self, groups: dict[str, list[Slot]]) -> None:
+        """More tasks for lanes that will soon be free.
+
+        None for a class that is outranked by a blocked one, and none on nodes that are being drained for one: lanes
+        that go on there would never drain.
+        """
+        draining = self._draining()
         blocked = [
             (-self.classes[name].priority, order_of(head.ids[0]))
             for name, head in self.heads.items()
@@ -240,10 +245,16 @@ class Dispatcher:
             if rest <= 0 or (rank is not None and rank < (-self.classes[name].priority, order_of(head.ids[0]))):
                 continue
             for node in self.floor.nodes.values():
+                if node.info.name in draining:
+                    continue
                 number = min(self.floor.wanted_ahead(node, name, rest), rest, CLAIM_LIMIT)
                 if number > 0:
                     groups.setdefault(name, []).extend([Slot(node.address, 0, "")] * number)
                     rest -= number
+
+    def _draining(self) -> set[str]:
+        hold = self.backfill.hold
+        return {part.node for part in hold.parts} if hold is not None else set()
 
     def _has_lane(self, class_name: str) -> bool:
         return any(lane.class_name == class_name for lane in self.floor.lanes.values())
@@ -266,16 +277,18 @@ class Dispatcher:
 
     def _recall(self, now: float) -> None:
         """Take back what was handed ahead and is stuck, when it would fit elsewhere or holds up something better."""
+        draining = self._draining()
         for node in self.floor.nodes.values():
+            at_once = self.paused or node.info.name in draining
             for class_name, ahead in list(node.ahead.items()):
-                if not self.paused and now - ahead.since < self.settings.recall_s:
+                if not at_once and now - ahead.since < self.settings.recall_s:
                     continue
                 info = self.classes.get(class_name)
                 parts = self.floor.cluster.reserve(info.request) if info is not None else None
                 if parts is not None:
                     self.floor.cluster.release(parts)
-                if parts is not None or self.paused or self._outranked(class_name):
-                    self._send(node.info, Recall(class_name, ahead.waiting))
+                if parts is not None or at_once or self._outranked(class_name):
+                    self._send(node.info, Recall(class_name, ahead.count))
                     ahead.since = now
 
     def _outranked(self, class_name: str) -> bool:

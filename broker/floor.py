@@ -6,11 +6,10 @@ import math
 
 import msgspec
 
-from pilotq.broker.cluster import Cluster
+from pilotq.broker.cluster import Cluster, with_counted
 from pilotq.broker.records import End, NodeInfo, NodeState, Part, parse_allocation
 from pilotq.broker.settings import Settings
 from pilotq.broker.task import Request
-
 
 
 class ClassInfo(msgspec.Struct, frozen=True):
@@ -76,7 +75,10 @@ class Floor:
         self.cluster.add_node(info)
         for number, allocation, class_name in state.lanes:
             known = requests.get(class_name)
-            lane = Lane(number, class_name, parse_allocation(allocation), ends_by(known, now))
+            parts = parse_allocation(allocation)
+            if known is not None:
+                parts = with_counted(parts, known.request)
+            lane = Lane(number, class_name, parts, ends_by(known, now))
             node.lanes[number] = self.lanes[number] = lane
         # Parts on this node of lanes that other nodes run count here too, whoever arrived first.
         for lane in self.lanes.values():

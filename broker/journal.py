@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 
 from pilotq.broker import keys
-from pilotq.broker.children import log
 from pilotq.broker.link import Argument, Link
 from pilotq.broker.records import Line, Nudge
 
@@ -144,7 +143,7 @@ class JournalWriter:
                 items = _items.decode(fields[1])
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 # The boundary to what scripts pack: one entry that cannot be read must not stop all others.
-                log(f"journal: entry {entry} cannot be read and is left out: {error}")
+                _log(f"journal: entry {entry} cannot be read and is left out: {error}")
                 items = []
             for number, (line, verdict) in enumerate(items):
                 if (place, number) > self._last:
@@ -165,14 +164,14 @@ class JournalWriter:
         except OSError as error:
             self._written = 0
             if not self.trouble:
-                log(f"journal: {self.path} cannot be written ({error.strerror}); trying again, nothing is lost")
+                _log(f"journal: {self.path} cannot be written ({error.strerror}); trying again, nothing is lost")
             self.trouble = (
                 f"the journal {self.path} cannot be written ({error.strerror}): "
                 "nothing is handed out until it can; make room, or mend the file system"
             )
             return
         if self.trouble:
-            log(f"journal: {self.path} can be written again")
+            _log(f"journal: {self.path} can be written again")
             self.trouble = ""
         if sync:
             self._synced += len(self._tail)
@@ -191,6 +190,12 @@ class JournalWriter:
         if self._size <= self._pause_bytes and self._paused:
             return {"resume": ("HDEL", keys.WISH, "journal"), "nudge": nudge}
         return {}
+
+
+def _log(text: str) -> None:
+    from pilotq.broker.children import log  # for the writer only: a reader need not load it
+
+    log(text)
 
 
 def _place(entry: str) -> tuple[int, int]:

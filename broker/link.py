@@ -22,7 +22,7 @@ import msgspec
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, ServerUnavailable
 
-Argument = bytes | str | int | float
+Argument = bytes | str | int | float | memoryview
 # Errors of the server that mean "not now": nothing was changed and the same call may succeed later.
 PASSING = ("LOADING", "BUSY", "MISCONF", "OOM", "READONLY", "MASTERDOWN", "TRYAGAIN")
 

@@ -19,7 +19,7 @@ SLICE = 500
 ELEMENT_WORDS = ("waiting", "finished", "failed", "canceled")  # by the two bits of an element
 FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
-    "pq_at", "pq_handed", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
+    "pq_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
 )  # fmt: skip
 
 
@@ -67,7 +67,8 @@ def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
     reason = f["pq_reason"]
     if status == "started" and not f["pq_array"]:
         reason = "running" if f["pq_running"] else "handed"
-    started = f["started_at"] if status in ENDED or f["pq_running"] else ""
+    # Until a launch is reported, started_at is the time the task was handed out; the journal knows both.
+    launched = status in ENDED or f["pq_running"]
     view = TaskView(
         id=task_id,
         name=f["pq_name"],
@@ -79,8 +80,8 @@ def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         cores=f["pq_cpus"],
         times={
             "queued": _number(f["pq_at"]),
-            "handed": _number(f["pq_handed"]),
-            "started": from_iso(started),
+            "handed": None if launched else from_iso(f["started_at"]),
+            "started": from_iso(f["started_at"]) if launched else None,
             "ended": from_iso(f["ended_at"]),
         },
         queue=f["origin"].partition(".")[0],

@@ -100,7 +100,9 @@ class NodeLink:
 
     def pause(self, now: float) -> float:
         """Seconds until `pump` wants to be called though nothing arrives."""
-        return max(self._retry_at - now, 0.0) if self._down_since is not None else 60.0
+        if self._down_since is not None:
+            return max(self._retry_at - now, 0.0)
+        return 60.0 if self._report_link.connected and self._inbox_link.connected else 0.0
 
     def pump(self, now: float) -> list[ToWorker]:
         """Read what has arrived; returns the inbox messages. ``now`` is monotonic. Never waits for a reply."""
@@ -191,7 +193,8 @@ class NodeLink:
         self._call_number += 1
         mail = pack(Ended(info.name, info.incarnation, ends))
         rows = [
-            (r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position)
+            (r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
+             r.class_name, r.submission, r.retries)
             for r in reports
         ]
         args = self._store.end_arguments(

@@ -227,9 +227,7 @@ class _Pass:
         self.cluster.unhold()
 
 
-def drain(
-    cluster: Cluster, request: Request, running: Iterable[tuple[Parts, float]]
-) -> tuple[Parts, float] | None:
+def drain(cluster: Cluster, request: Request, running: Iterable[tuple[Parts, float]]) -> tuple[Parts, float] | None:
     """The cores that can be free soonest for a request, and when; math.inf if the limits do not tell.
 
     Nodes that free soonest by limits come first, then those with most free cores. None if it can never fit.

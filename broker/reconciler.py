@@ -117,7 +117,7 @@ class Reconciler:
                 now = time.time()
                 reports, lines = [], []
                 for task_id, execution in part:
-                    reports.append((task_id, execution, "lost", "worker lost", iso(now), "", iso(now), "", "", 0))
+                    reports.append((task_id, execution, "lost", "worker lost", iso(now), "", iso(now), "", "", 0, "", "", 0))
                     line = Line(id=task_id, execution=execution, node=address.rpartition(":")[0], ended=now, message=why)
                     lines.append(msgspec.msgpack.encode(line))
                 self.store.lose(address, reports, lines)

@@ -215,3 +215,6 @@ class EndReport(msgspec.Struct):
     text: str = ""
     array: str = ""  # of an element
     position: int = 0
+    class_name: str = ""  # these three as they were handed
+    submission: str = ""
+    retries: int = 0

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -27,7 +27,13 @@ SHOW = 16  # ids of a class list the dispatcher looks at
 
 def iso(seconds: float) -> str:
     """RQ's form of a time: ``2026-01-31T12:00:00.000000Z``."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    whole = int(seconds)
+    return f"{_to_second(whole)}.{int((seconds - whole) * 1e6):06d}Z"
+
+
+@lru_cache(maxsize=64)
+def _to_second(whole: int) -> str:
+    return datetime.fromtimestamp(whole, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def from_iso(text: str) -> float | None:
@@ -150,7 +156,7 @@ class Store:
         texts: Sequence[str],
     ) -> list[Argument]:  # fmt: skip
         """ARGV of end.lua after the epoch. A report is [id, execution, wish, reason, ended, exit, started, allocation,
-        array, position]."""
+        array, position, class, submission, retries]."""
         s = self.settings
         head: list[Argument] = [
             node, call, mail, f"{time.time():.6f}", s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(reports)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pilotq.broker import keys
+from pilotq.broker.cluster import Cluster
 from pilotq.broker.errors import InvalidInput, NeverFits, PilotFailed, ServerRefused, UnknownTask
 from pilotq.broker.link import Argument, Link
-from pilotq.broker.cluster import Cluster
 from pilotq.broker.records import NodeInfo
 from pilotq.broker.rq_jobs import COMMAND_DATA
 from pilotq.broker.store import Store, iso, pack
@@ -186,10 +186,11 @@ def _stage(link: Link, store: Store, plan: Plan, ids: list[str], shared: Shared,
     for number, task in enumerate(plan.tasks):
         waits = plan.parents[number] or plan.each[number]
         fields: list[Argument] = [
-            "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1",
-            "origin", plan.classes[number], "status", "deferred" if waits else "queued",
-            "description", description(task), "pq_spec", pack(spec_of(task)), "pq_shared", shared_key,
-            "pq_sub", key, "pq_at", at,
+            # What scripts read most often stands first: a small hash is searched from its front.
+            "status", "deferred" if waits else "queued", "pq_exec", "0", "origin", plan.classes[number],
+            "pq_class", plan.classes[number], "pq_spec", pack(spec_of(task)), "pq_shared", shared_key, "pq_sub", key,
+            "pq_at", at, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1",
+            "description", description(task),
         ]  # fmt: skip
         if task.name is not None:
             fields += ["pq_name", task.name]

@@ -167,6 +167,7 @@ class Spec(msgspec.Struct, array_like=True):
 FLAG_ARRAY = 1  # {index} and {value} are filled in
 FLAG_QCG = 2  # ${it} and its like are filled in, QCG-PilotJob's rules
 FLAG_LOGIN = 4  # scripts run in `bash -l`
+FLAG_VALUES = 8  # elements have values, to be fetched by array and position
 
 
 class Shared(msgspec.Struct, array_like=True):
@@ -217,6 +218,7 @@ def description(task: Task) -> str:
 
 def spec_of(task: Task) -> Spec:
     flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
+    flags |= FLAG_VALUES if task.values is not None else 0
     return Spec(
         argv=[os_encode(a) for a in task.command or []],
         script=task.script or "",

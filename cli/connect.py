@@ -20,7 +20,7 @@ def url_command(directory: str | None) -> None:
     """Print the URL of the pilot's server. It is a key to the pilot: `pilotq exec` keeps it out of sight.
 
     \b
-    Example: rq info --url "$(pilotq url)"
+    Example: pilotq url --dir p
     """
     with Broker.connect(directory) as broker:
         click.echo(broker.url)

@@ -93,19 +93,19 @@ def _details(task: TaskView) -> str:
 @click.command("logs", no_args_is_help=True)
 @click.argument("word", metavar="ID")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the task has ended.")
-@click.option("--stderr", "stream", flag_value="stderr", help="What it wrote to stderr.")
-@click.option("--stdout", "stream", flag_value="stdout", default=True, help="What it wrote to stdout (the default).")
+@click.option("--stderr", "stderr", is_flag=True, help="What it wrote to stderr, not what to stdout.")
 @dir_option
-def logs_command(word: str, follow: bool, stream: str, directory: str | None) -> None:
-    """Print what the last execution of a task wrote, byte for byte.
+def logs_command(word: str, follow: bool, stderr: bool, directory: str | None) -> None:
+    """Print what the last execution of a task has written so far, byte for byte.
 
     \b
     Example: pilotq logs 1f --stderr
     """
+    stream = "stderr" if stderr else "stdout"
+    out = sys.stdout.buffer
     with Broker.connect(directory) as broker:
         (task_id,) = ids_of(broker, [word])
-        out = sys.stdout.buffer
-        if not follow:
+        if broker.task(task_id).ended:
             for piece in broker.output(task_id, stream):
                 out.write(piece)
             out.flush()
@@ -117,6 +117,8 @@ def logs_command(word: str, follow: bool, stream: str, directory: str | None) ->
             out.write(piece)
             out.flush()
             if not piece and not ended:
+                if not follow:
+                    return
                 time.sleep(FOLLOW_S)
 
 

@@ -79,9 +79,10 @@ task_options = all_of(
 )  # fmt: skip
 
 # These describe a task, and have no meaning beside a file of tasks.
-TASK_WORDS = frozenset(
-    parameter.name for parameter in click.command()(task_options(lambda **_: None)).params
-) - {"env_policy", "help"}
+TASK_WORDS = frozenset(parameter.name for parameter in click.command("task")(task_options(lambda **_: None)).params) - {
+    "env_policy",
+    "help",
+}
 
 file_options = all_of(
     click.option("--format", type=click.Choice(FORMATS), help="What FILE is.  [default: recognised]"),

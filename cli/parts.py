@@ -20,7 +20,7 @@ from pilotq.cli.pilots import node_info
 from pilotq.workers.topology import usable_cpus
 
 redis_option = click.option(
-    "--redis", metavar="URL", help="A server of your own, at redis://host:port or unix:///path.  [default: $PILOTQ_REDIS_URL]"
+    "--redis", metavar="URL", help="Your own server: redis://host:port, unix:///path.  [default: $PILOTQ_REDIS_URL]"
 )
 
 
@@ -30,8 +30,12 @@ def settings() -> Settings:
 
 @click.command("server")
 @click.option("--dir", "directory", required=True, metavar="DIR", help="The pilot's directory; made if need be.")
-@click.option("--bind", multiple=True, metavar="ADDRESS",
-              help="Listen there too, on a random port; may be repeated.  [default: a unix socket only]")
+@click.option(
+    "--bind",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Listen there too, on a random port; may be repeated.  [default: a unix socket only]",
+)
 @click.option("--server", metavar="FILE", help="The server's executable.  [default: $PILOTQ_SERVER, else found]")
 @click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec",
               help="How soon what was accepted is on disk.")  # fmt: skip

@@ -37,7 +37,7 @@ pilot_options = all_of(
 def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> SupervisorOptions:
     """What the values of `pilot_options` ask for; raises InvalidInput. With ``owner_pid`` it ends with that process."""
     if values["resources"] == "slurm":
-        raise InvalidInput("--resources slurm: pilots on all nodes of an allocation are not built yet: use --resources local")
+        raise InvalidInput("--resources slurm: pilots on the nodes of an allocation are not built yet: use local")
     plans = virtual_nodes(values["nodes"], usable_cpus(), socket.gethostname())
     return SupervisorOptions(
         nodes=[LocalNode(plan.name, plan.cores, plan.real, plan.shared) for plan in plans],

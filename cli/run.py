@@ -45,8 +45,6 @@ class FileOrCommand(click.Command):
     """A command whose words after ``--`` are the user's own command line, and taken as they are."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
-            raise click.UsageError("give a FILE of tasks, or `--` and a command.", ctx)
         here = args.index("--") if "--" in args else len(args)
         ctx.params["command"] = tuple(args[here + 1 :])
         return super().parse_args(ctx, args[:here])
@@ -62,10 +60,13 @@ class FileOrCommand(click.Command):
 @task_options
 @json_option
 @click.pass_context
-def run_command(ctx: click.Context, files: tuple[str, ...], command: tuple[str, ...], as_json: bool, **values: Any) -> int:
+def run_command(
+    ctx: click.Context, /, files: tuple[str, ...], command: tuple[str, ...], as_json: bool, **values: Any
+) -> int:
     """Start a pilot, run the tasks of FILE or one CMD in it, wait, sum up, end.
 
-    Ctrl-C starts nothing more and lets running tasks end; once more ends them. --resume goes on later.
+    CMD takes the options of `pilotq enqueue` that describe a task. Ctrl-C starts nothing more and lets running
+    tasks end; once more ends them. --resume goes on later.
 
     \b
     Example: pilotq run tasks.txt
@@ -100,8 +101,10 @@ def _batch(
     if files and command:
         raise InvalidInput("give a FILE or a command after `--`, not both")
     if not files:
-        if values["resume"] and not command and values["script"] is None:
-            return Batch([])  # only what is left
+        if not command and values["script"] is None:
+            if values["resume"]:
+                return Batch([])  # only what is left
+            raise InvalidInput("give a FILE of tasks, or `--` and a command: see `pilotq run --help`")
         return Batch([task_of(command, values)])
     if len(files) > 1 or (not os.path.exists(files[0]) and files[0] != "-" and shutil.which(files[0])):
         hint = f": for a command write `pilotq run -- {' '.join(files)}`"
@@ -121,6 +124,11 @@ def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool
     for parent in (p for parents in plan.parents for p in parents):
         if fresh and isinstance(parent, str) and not parent.startswith("@"):  # "@" is an element of this submission
             raise UnknownTask(f"after: there is no task {parent!r}: a new pilot has no tasks yet")
+
+
+for option in run_command.params:
+    if isinstance(option, click.Option) and option.name in TASK_WORDS:
+        option.hidden = True  # the help of enqueue has them; twice they would not fit a screen
 
 
 class Interrupts:
@@ -217,6 +225,9 @@ class Run:
 
     def _ask(self, broker: Broker, mode: str) -> None:
         try:
+            if mode == "drain":
+                # At once, and not when the supervisor looks: what ends from here on is followed by nothing.
+                broker.pause(True)
             broker.request_stop(mode)
             if mode == "drain":
                 running = sum(1 for task in broker.tasks(status="started", limit=100_000) if not task.array_size)

@@ -57,7 +57,7 @@ def stop_command(mode: str | None, timeout: float | None, directory: str | None)
         if not pilot.alive():
             raise
         click.echo("pilotq: the pilot is ending already", err=True)
-        await_end(pilot, timeout=timeout or STOP_S)
+        await_end(pilot, timeout=STOP_S if timeout is None else timeout)
         return
     with broker:
         broker.request_stop(mode or "stop")
@@ -67,6 +67,9 @@ def stop_command(mode: str | None, timeout: float | None, directory: str | None)
                 running = sum(node.running for node in broker.nodes())
             except ServerUnavailable:
                 return "waiting for the server to end"
-            return f"waiting for {plural(running, 'running task')} to end" if running else "waiting for the pilot to end"
+            whom = plural(running, "running task") if running else "the pilot"
+            return f"waiting for {whom} to end"
 
-        await_end(pilot, timeout=timeout or (None if mode == "drain" else STOP_S), say=say)
+        if timeout is None and mode != "drain":
+            timeout = STOP_S
+        await_end(pilot, timeout=timeout, say=say)

@@ -15,9 +15,12 @@ from pilotq.workers.wire import INLINE_BYTES, Captured, Exited, Started, Swept
 from tests.launching import Driver
 from tests.waiting import wait_until
 
-WRITE = "import os, sys\nfor fd, seed in ((1, sys.argv[2]), (2, sys.argv[3])):\n" \
-        "    data = (seed * int(sys.argv[1])).encode()[:int(sys.argv[1])]\n" \
-        "    while data: data = data[os.write(fd, data):]\n"  # fmt: skip
+WRITE = """
+import os, sys
+for fd, seed in ((1, sys.argv[2]), (2, sys.argv[3])):
+    data = (seed * int(sys.argv[1])).encode()[:int(sys.argv[1])]
+    while data: data = data[os.write(fd, data):]
+"""
 
 
 @pytest.fixture

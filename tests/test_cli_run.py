@@ -163,7 +163,7 @@ def test_run_is_told_in_plain_lines_where_there_is_no_terminal(cli: Cli, tmp_pat
     (tmp_path / "t.txt").write_text("true\nsleep 3\n")
     result = cli("run", "t.txt", "--nodes", "2")
     assert result.returncode == 0
-    assert "1 of 2 tasks ended: 1 finished; 1 running" in result.stderr
+    assert "1 of 2 tasks ended: 1 finished" in result.stderr
     assert "\x1b" not in result.stderr + result.stdout
 
 
@@ -270,7 +270,9 @@ def test_cancel_a_running_and_a_waiting_task(pilot: Cli, tmp_path: Path) -> None
     rows = json.loads(pilot("list", "--json").stdout)
     assert {row["id"]: row["status"] for row in rows} == {running: "canceled", waiting: "canceled"}
     assert not (tmp_path / "never").exists()
-    assert "had ended before" in pilot("cancel", waiting).stdout
+    (done,) = pilot("enqueue", "--", "true").stdout.split()
+    assert pilot("wait", done).returncode == 0
+    assert f"{done}: had ended before: finished" in pilot("cancel", done).stdout
 
 
 def test_an_unknown_task_is_a_sentence(pilot: Cli) -> None:
@@ -314,6 +316,7 @@ def test_logs_follow_a_task_until_it_ends(pilot: Cli, tmp_path: Path) -> None:
     )
     assert follower.stdout is not None
     assert follower.stdout.readline() == "one\n"
+    assert pilot("logs", task).stdout == "one\n", "without -f: what there is now"
     (tmp_path / "go").touch()
     assert follower.communicate(timeout=TIMEOUT)[0] == "two\n"
     assert follower.returncode == 0
@@ -351,3 +354,58 @@ def test_stop_with_drain_lets_running_tasks_end(pilot: Cli, tmp_path: Path) -> N
     assert stopping.returncode == 0
     assert (tmp_path / "ended").exists()
     assert pilot("enqueue", "--", "true").returncode == 2, "there is no pilot any more"
+
+
+# a terminal
+
+
+def on_a_terminal(tmp_path: Path, *args: str, **env: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The command with a terminal of its own, and the terminal's other end."""
+    ours, theirs = os.openpty()
+    name = os.ttyname(theirs)
+    # The first terminal that the leader of a new session opens becomes the one whose Ctrl-C it gets.
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>"$0"', name, *command(*args)], cwd=tmp_path,
+        env=environment(TERM="xterm", COLUMNS="100", **env), stdin=theirs, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    return process, ours
+
+
+def read_all(terminal: int) -> str:
+    found = b""
+    try:
+        while data := os.read(terminal, 65_536):
+            found += data
+    except OSError:
+        pass  # how Linux says that the other end is closed
+    finally:
+        os.close(terminal)
+    return found.decode()
+
+
+def test_a_terminal_sees_a_live_bar_and_the_summary(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("sleep 1\ntrue\n")
+    process, terminal = on_a_terminal(tmp_path, "run", "t.txt", "--nodes", "2", NO_COLOR="1")
+    text = read_all(terminal)
+    assert process.wait() == 0
+    assert "1/2" in text, "the bar has moved"
+    assert "2 tasks: 2 finished" in text
+    assert "\x1b[3" not in text and "\x1b[9" not in text, "no colours with NO_COLOR"
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_command_and_not_the_pilot(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"tasks": [
+        {"script": "touch started; while [ ! -e go ]; do sleep 0.05; done; touch ended"},
+        {"command": ["touch", "second"]},
+    ]}))  # fmt: skip
+    process, terminal = on_a_terminal(tmp_path, "run", "t.json", "--nodes", "1")
+    wait_until((tmp_path / "started").exists)
+    os.write(terminal, b"\x03")
+    seen = b""
+    while b"Ctrl-C again" not in seen:
+        seen += os.read(terminal, 65_536)
+    (tmp_path / "go").touch()
+    read_all(terminal)
+    assert process.wait() == 130
+    assert (tmp_path / "ended").exists() and not (tmp_path / "second").exists()

@@ -9,10 +9,10 @@ import zlib
 from pathlib import Path
 
 import pytest
-from tests.waiting import wait_until
-from tests.worker_host import Host, alive, children
 
 from pilotq.broker.records import Hello, Leave, Recall
+from tests.waiting import wait_until
+from tests.worker_host import Host, alive, children
 
 # Writes its number to a file in the pilot directory and waits to be ended; "deaf" ones have to be killed.
 WAITER = "echo $$ > $PILOTQ_DIR/$PILOTQ_TASK_ID.pid; while :; do read -t 100 < <(:) ; sleep 100; done"
@@ -25,7 +25,7 @@ def pid_of(host: Host, task_id: str) -> int:
     return int(host.until(lambda: path.exists() and path.read_text().strip(), f"pid of {task_id}"))
 
 
-# -- lanes and reports --------------------------------------------------------------------------------------------------
+# -- lanes and reports ------------------------------------------------------------------------------------------------
 
 
 def test_a_lane_goes_from_task_to_task_of_its_class(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_it_beats(tmp_path: Path) -> None:
         host.until(lambda: any(beat["state"] == "busy" for (beat,) in host.said("beat")))
 
 
-# -- what a task finds ----------------------------------------------------------------------------------------------------
+# -- what a task finds ------------------------------------------------------------------------------------------------
 
 
 def test_a_task_finds_its_cores_and_its_surroundings(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_words_are_filled_in_and_paths_are_of_the_working_directory(tmp_path: Pa
     with Host(tmp_path) as host:
         host.tell("values", "arr", ["x", "y"])
         element = {"array": "arr", "index": 1, "position": 1}
-        host.hand("arr_1", "echo", "{index}{value}", lane=1, flags=1, stdout="{index}.txt", **element)
+        host.hand("arr_1", "echo", "{index}{value}", lane=1, flags=9, stdout="{index}.txt", **element)
         host.hand("range_1", "echo", "{value}", lane=2, flags=1, array="range", index=7)
         qcg = "sub/${it}"
-        host.hand("q", "sh", "-c", "pwd; echo ${itval}", lane=3, flags=3, cwd=qcg, stdout="${it}.out", **element)
+        host.hand("q", "sh", "-c", "pwd; echo ${itval}", lane=3, flags=11, cwd=qcg, stdout="${it}.out", **element)
         host.hand("login", lane=4, flags=4, script="shopt -q login_shell && echo login")
         assert host.end_of("arr_1").line.stdout_at == [str(tmp_path / "1.txt")]
         assert host.end_of("range_1").line.stdout == "7\n"
@@ -195,7 +195,7 @@ def test_what_cannot_be_started_says_why_and_its_lane_goes_on(tmp_path: Path) ->
     assert "no-such-program" in first.line.message
 
 
-# -- being ended ----------------------------------------------------------------------------------------------------------
+# -- being ended ------------------------------------------------------------------------------------------------------
 
 
 def test_a_time_limit_is_a_request_then_an_order(tmp_path: Path) -> None:
@@ -251,13 +251,15 @@ def test_recall_gives_back_the_newest_and_is_always_answered(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
-# -- when parts fail ------------------------------------------------------------------------------------------------------
+# -- when parts fail --------------------------------------------------------------------------------------------------
 
 
 def test_a_dead_launcher_takes_its_tasks_with_it_and_is_replaced(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         host.hand("a", "bash", "-c", DEAF, lane=1)
-        host.hand("b", "bash", "-c", f"setsid env -i PILOTQ_DIR=$PILOTQ_DIR PILOTQ_TASK_ID=b bash -c '{DEAF}'", lane=2)
+        host.hand(
+            "b", "bash", "-c", f"setsid -w env -i PILOTQ_DIR=$PILOTQ_DIR PILOTQ_TASK_ID=b bash -c '{DEAF}'", lane=2
+        )
         host.hand("next", "true", class_name="c")
         pids = [pid_of(host, "a"), pid_of(host, "b")]
         (launcher,) = host.launchers()
@@ -315,9 +317,12 @@ def test_a_launch_waits_for_a_server_that_is_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("error", "grace"), [("ServerUnavailable", True), ("StateLost", False), ("Superseded", False)])
 def test_without_its_server_a_worker_ends_its_tasks(tmp_path: Path, error: str, grace: bool) -> None:
     with Host(tmp_path, kill_grace_s=5.0) as host:
-        host.hand("a", "bash", "-c", f"trap 'touch asked; exit' TERM; echo $$ > a.pid; sleep 100 & wait", lane=1)
-        host.hand("deaf", "bash", "-c", DEAF, lane=2) if not grace else None
-        pids = [pid_of(host, name) for name in (["a"] if grace else ["a", "deaf"])]
+        host.hand("a", "bash", "-c", "trap 'touch asked; exit' TERM; echo $$ > a.pid; sleep 100 & wait", lane=1)
+        names = ["a"]
+        if not grace:
+            host.hand("deaf", "bash", "-c", DEAF, lane=2)
+            names.append("deaf")
+        pids = [pid_of(host, name) for name in names]
         host.tell("raise", error)
         assert host.wait() == 3
         assert not any(map(alive, pids))
@@ -327,7 +332,7 @@ def test_without_its_server_a_worker_ends_its_tasks(tmp_path: Path, error: str, 
         assert (tmp_path / "asked").exists()
 
 
-# -- leaving --------------------------------------------------------------------------------------------------------------
+# -- leaving ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by", ["message", "signal"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import subprocess
 import sys
@@ -211,8 +213,10 @@ def test_what_a_killed_writer_had_not_trimmed_is_trimmed_by_the_next(link: Link,
         for _ in range(2):
             w.feed([link.call(*c) if c[0] == "XREAD" else None for c in w.commands(1.0)])
     assert link.call("XLEN", keys.JOURNAL) == 2
-    add(link, Line("c"))
     with writer(path) as w:
+        assert w.drain(link, 0.0)
+        assert link.call("XLEN", keys.JOURNAL) == 1  # the last entry may have been written in part
+        add(link, Line("c"))
         assert w.drain(link, 0.0)
     assert ids(path) == ["a", "b", "c"]
     assert link.call("XLEN", keys.JOURNAL) == 0
@@ -264,6 +268,32 @@ def test_while_it_cannot_be_written_nothing_is_lost_and_it_says_so(link: Link, p
         assert link.call("LPOP", keys.MAIL) == msgspec.msgpack.encode(Nudge())
     assert ids(path) == expected
     assert capfd.readouterr().err.count("journal: ") == 2  # said once, and that it is over
+
+
+def test_after_a_failed_fsync_everything_behind_the_last_one_is_written_again(
+    link: Link, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """The kernel may have dropped any of it, and will say so only once."""
+    with writer(path) as w:
+        add(link, Line("a"))
+        assert w.drain(link, 0.0)
+        add(link, Line("b"))
+        turn(w, link)
+        synced = path.stat().st_size
+
+        def dropped(file: int) -> None:
+            os.pwrite(file, b"\0" * (path.stat().st_size - synced), synced)
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pilotq.broker.journal.os.fsync", dropped)
+            turn(w, link)
+        assert "Input/output error" in w.trouble
+        assert w.drain(link, 0.0) is False
+        turn(w, link)
+        assert w.drain(link, 0.0)
+    assert ids(path) == ["a", "b"]
+    assert "can be written again" in capfd.readouterr().err
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

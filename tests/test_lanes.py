@@ -129,7 +129,7 @@ def test_every_lane_has_one_task_and_no_task_is_lost(moves: list[tuple[str, int]
         assert len(lanes) == len(running) + sum(map(len, ahead.values()))
 
 
-# -- deadlines ----------------------------------------------------------------------------------------------------------
+# -- deadlines --------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 20)))), st.integers(0, 20))
@@ -157,7 +157,7 @@ def test_deadlines_of_millions_of_short_tasks_do_not_pile_up() -> None:
     assert len(deadlines._heap) < 2_000
 
 
-# -- the ladder ---------------------------------------------------------------------------------------------------------
+# -- the ladder -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

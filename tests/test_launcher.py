@@ -71,7 +71,7 @@ def test_a_task_finds_its_surroundings_and_no_trace_of_the_launcher(driver: Driv
     folder = tmp_path / "work"
     folder.mkdir()
     key = driver.launch(
-        sys.executable, "-c", LOOK, cwd=str(folder), cpus=HERE[-1:], env={"ONE": "1", "TWO": "ä"}, id="abc", execution=3,
+        sys.executable, "-c", LOOK, cwd=str(folder), cpus=HERE[-1:], env={"ONE": "1", "TWO": "ä"}, id="a-c", execution=3,
         base=driver.base("own", umask=0o027, limits={resource.RLIMIT_NOFILE: 77}, ONE="base", THREE="3"),
     )  # fmt: skip
     exited = driver.get(Exited, key)
@@ -82,7 +82,7 @@ def test_a_task_finds_its_surroundings_and_no_trace_of_the_launcher(driver: Driv
     assert found["files"] == 77
     assert found["leader"]
     assert found["pid"] == driver.get(Started, key).pid
-    expected = {"ONE": "1", "TWO": "ä", "THREE": "3", "PILOTQ_TASK_ID": "abc", "PILOTQ_EXECUTION": "3",
+    expected = {"ONE": "1", "TWO": "ä", "THREE": "3", "PILOTQ_TASK_ID": "a-c", "PILOTQ_EXECUTION": "3",
                 "PILOTQ_DIR": str(tmp_path), "PATH": os.environ["PATH"]}  # fmt: skip
     assert {name: value for name, value in found["env"].items() if name != "LC_CTYPE"} == expected
 
@@ -103,6 +103,14 @@ def test_limits_above_the_hard_limit_are_capped(driver: Driver) -> None:
     for wanted in (-1, 1 << 40):
         base = driver.base(f"high{wanted}", limits={resource.RLIMIT_NOFILE: wanted})
         assert json.loads(driver.run(sys.executable, "-c", LOOK, base=base).stdout.data)["files"] == hard
+
+
+def test_a_limit_of_open_files_may_be_below_what_the_launcher_has_open(driver: Driver) -> None:
+    others = [driver.launch("sleep", "1000") for _ in range(20)]
+    assert all(driver.get(Started, key) for key in others)
+    assert (
+        driver.run("echo", "here", base=driver.base("low", limits={resource.RLIMIT_NOFILE: 8})).stdout.data == b"here\n"
+    )
 
 
 def test_only_the_three_standard_descriptors_are_open(driver: Driver) -> None:

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from pilotq.broker import keys
+from pilotq.broker import lock as lock_module
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotExists, PilotFailed, StateLost, Superseded
 from pilotq.broker.link import Address, Link
 from pilotq.broker.lock import STALE_S, Holder, Lock, holder
@@ -276,6 +278,27 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(here: Path) -> None:
             for process in processes:
                 process.communicate()
         assert os.listdir(here) == ["lock"]
+
+
+def test_a_lock_taken_between_look_and_removal_is_put_back(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = here / "lock"
+    path.write_bytes(msgspec.json.encode(Holder("dead", Holder.here().machine, 1, None, "t")))
+    others: list[Lock] = []
+    look = lock_module._living
+
+    def slow_look(*seen: Any) -> Holder | None:
+        found = look(*seen)
+        if not others:  # while we look, another one removes the dead lock and takes it
+            path.unlink()
+            others.append(Lock.take(str(path)))
+        return found
+
+    monkeypatch.setattr(lock_module, "_living", slow_look)
+    with pytest.raises(PilotExists):
+        Lock.take(str(path))
+    others[0].beat()
+    others[0].release()
+    assert os.listdir(here) == []
 
 
 # -- the queue the server holds ---------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ import pytest
 
 from pilotq.broker import keys
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotExists, PilotFailed, StateLost
-from pilotq.broker.journal import Journal
+from pilotq.broker.journal import Journal, JournalWriter
 from pilotq.broker.link import Address, Link
 from pilotq.broker.lock import holder
 from pilotq.broker.pilot import Pilot
 from pilotq.broker.records import Leave, Line, NodeInfo, NodeLost, Nudge
 from pilotq.broker.server import start_server
 from pilotq.broker.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
+from pilotq.broker.supervisor_link import SupervisorLink
 from tests.waiting import wait_until
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
@@ -316,10 +317,32 @@ def test_the_journal_is_written_as_things_end_and_to_the_last(start: Start) -> N
     os.kill(pilot.process.pid, signal.SIGCONT)
     assert pilot.process.wait(20) == 0
     pilot = start()
+    assert ask(pilot, "EXISTS", keys.WISH) == 0  # the wish to end was for the pilot before
     end("c")
     pilot.process.terminate()
     assert pilot.process.wait(20) == 0
     assert [line.id for line in journal.lines()] == ["a", "b", "c"]
+
+
+def test_draining_the_journal_is_not_disturbed_by_answers_under_way(tmp_path: Path) -> None:
+    server = start_server(str(tmp_path))
+    line = b"\x91\x92" + msgspec.msgpack.encode(Line("a")) + msgspec.msgpack.encode({"final": True})
+    try:
+        with (
+            closing(Link(server.address)) as link,
+            closing(JournalWriter(str(tmp_path / "journal.jsonl"), fsync_s=0.0)) as journal,
+            closing(SupervisorLink(server.address, "e", journal)) as side,
+        ):
+            link.pipeline([("SET", keys.EPOCH, "e"), ("XADD", keys.JOURNAL, "*", "e", line)])
+            side.poll(1.0)
+            assert side.fileno() is not None
+            assert side.drain_journal(1.0)
+            for now in (2.0, 3.0):
+                side.poll(now)
+            assert side.fileno() is None
+    finally:
+        server.stop()
+    assert [line.id for line in Journal(str(tmp_path / "journal.jsonl")).lines()] == ["a"]
 
 
 def test_over_tcp(start: Start) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tests.waiting import wait_until
 
 from pilotq.broker import errors
 from pilotq.broker.records import End, EndReport, Handed, Line, NodeInfo, NodeState, Stop, ToWorker
 from pilotq.broker.settings import Settings
 from pilotq.broker.task import Shared, Spec
+from tests.waiting import wait_until
 
 SIZE = struct.Struct("<I")
 HERE = Path(__file__).resolve()
@@ -126,8 +126,8 @@ class SocketLink:
             raise errors.ServerUnavailable("the test has taken the server away")
         return self._shared[key]
 
-    def fetch_value(self, array: str, position: int) -> str | None:
-        return self._values[array][position] if array in self._values else None
+    def fetch_value(self, array: str, position: int) -> str:
+        return self._values[array][position]
 
     def unregister(self) -> None:
         self._channel.send(("unregister",))
@@ -168,10 +168,14 @@ class Host:
         return self
 
     def __exit__(self, *_: object) -> None:
+        launchers = []
         if self.process.poll() is None:
+            launchers = self.launchers()
             self.process.kill()
         self.process.wait()
         self._channel.sock.close()
+        # They notice that they are alone, and kill what they have.
+        wait_until(lambda: not any(map(alive, launchers)), what="end of the launchers")
 
     # -- what the worker is told -----------------------------------------------------------------------------------
 
@@ -187,8 +191,8 @@ class Host:
         self._channel.send(("shared", key, Shared({"PATH": path, **env}, str(self.directory), 0o022, {})))
 
     def hand(
-        self, task_id: str, *argv: str, lane: int = 0, allocation: str = "n1[0]", execution: int = 1, shared: str = "base",
-        class_name: str = "c", array: str = "", index: int = -1, position: int = 0, **spec: Any,
+        self, task_id: str, *argv: str, lane: int = 0, allocation: str = "n1[0]", execution: int = 1,
+        shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0, **spec: Any,
     ) -> None:  # fmt: skip
         packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **spec))
         allocation = allocation if lane else ""

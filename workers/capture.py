@@ -55,22 +55,21 @@ class Capture:
         ``name`` is the file's in the output directory if it is kept. ``length`` counts all that was written: when
         the disk refuses to keep it, ``path`` is empty and ``data`` is the beginning.
         """
+        captured = NOTHING
         try:
             size = os.lseek(file.fd, 0, os.SEEK_END)
-            if not size:
-                self.give_back(file)
-                return NOTHING
-            captured = self._keep(file, size, name)
-            if not captured.path or captured.path == self._pack_path:
+            if size:
+                captured = self._keep(file, size, name)
+                if captured.path and captured.path != self._pack_path:
+                    return captured  # it is no file of the pool any more
                 os.ftruncate(file.fd, 0)
                 # Appending does not look at the position, but the next task could see it.
                 os.lseek(file.fd, 0, os.SEEK_SET)
-                self.give_back(file)
-            return captured
+            self.give_back(file)
         except OSError:
-            # Its file system fails: this file is never used again, and a task's output is lost, but no other's.
+            # Its file system fails: this file is never used again; at worst this output is lost, but no other.
             self._drop(file)
-            return NOTHING
+        return captured
 
     def close(self) -> None:
         """Remove the files of the pool, those in use too; what records point to stays."""

@@ -96,7 +96,6 @@ class Launcher:
     def _turn(self) -> bool:
         """Wait for something, do what it asks for; False when the pipe has closed or Quit came."""
         goes_on = True
-        self._spawner.rest()
         for fd, _ in self._poll.poll(POLL_S if self._ended else -1):
             if fd == self._down:
                 goes_on = self._receive()

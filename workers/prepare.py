@@ -13,7 +13,7 @@ import msgspec
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.node_link import NodeLink
 from pilotq.broker.records import Handed, parse_allocation
-from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, Spec
+from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, FLAG_VALUES, Spec
 from pilotq.workers.ladder import Execution
 from pilotq.workers.render import Words, render
 from pilotq.workers.wire import Base, Launch
@@ -67,7 +67,7 @@ class Preparer:
             place = self._place(e.allocation)
             spec = self._spec.decode(handed.spec)
             if spec.flags & (FLAG_ARRAY | FLAG_QCG):
-                spec = render(spec, self._words(handed, place, around.cwd))
+                spec = render(spec, self._words(handed, spec, place, around.cwd))
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except (PilotqError, msgspec.MsgspecError) as error:
@@ -114,9 +114,9 @@ class Preparer:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(here.gpus)
         return Place(env, [self._real.get(core, core) for core in here.cores], nodes, cores)
 
-    def _words(self, handed: Handed, place: Place, root: str) -> Words:
+    def _words(self, handed: Handed, spec: Spec, place: Place, root: str) -> Words:
         value = None
-        if handed.array and any(word in bytes(handed.spec) for word in VALUE_WORDS):
+        if spec.flags & FLAG_VALUES and any(word in bytes(handed.spec) for word in VALUE_WORDS):
             value = self._link.fetch_value(handed.array, handed.position)
         return Words(
             task_id=handed.id,

@@ -78,6 +78,9 @@ class Reporter:
             text=self._text(e, reason, message, code) if wish in ("failed", "stopped") else "",
             array=handed.array,
             position=handed.position,
+            class_name=handed.class_name,
+            submission=handed.submission,
+            retries=handed.retries,
         )
 
     def _output(self, captured: Captured, named: str) -> tuple[str | bytes, list[str | int]]:

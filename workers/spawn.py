@@ -21,7 +21,6 @@ PROGRAM_S = 1.0  # a program found on PATH is looked for again after this: a new
 PROGRAMS_MAX = 1000  # of such findings are kept
 MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 Limit = tuple[int, int, int]  # number of the limit, soft, hard
-Action = tuple[int, int, int]  # POSIX_SPAWN_DUP2, from, to
 
 
 class Refusal(Exception):
@@ -53,10 +52,9 @@ class Spawner:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        # Children inherit it as their stdin, which saves an action of every spawn.
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        os.dup2(null, 0)
-        os.close(null)
+        # A child inherits 0, 1 and 2: here is what they are between spawns.
+        self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), os.dup(1), os.dup(2)
+        os.dup2(self._own[0], 0)
         # All signals are at their defaults in a child: exec resets those that are caught, the spawn those ignored.
         self._ignored = [s for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
         self._given: dict[str, Base] = {}
@@ -84,8 +82,8 @@ class Spawner:
             env[b"PILOTQ_TASK_ID"] = launch.id.encode()
             env[b"PILOTQ_EXECUTION"] = b"%d" % launch.execution
             program = self._program(launch.argv, env)
-            actions, stdout, stderr = self._files(launch, opened, pool)
-            pid = self._start(program, launch.argv, env, actions, around)
+            files, stdout, stderr = self._files(launch, opened, pool)
+            pid = self._start(program, launch.argv, env, files, around)
             return Spawned(pid, env, stdout, stderr)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             self._return(pool)
@@ -96,15 +94,6 @@ class Spawner:
         finally:
             for fd in opened:
                 os.close(fd)
-
-    def rest(self) -> None:
-        """Between spawns: go back to our own CPUs, so that the kernel wakes us on one that is free.
-
-        On the last task's CPU we would displace that task at each event, and be moved for the next spawn.
-        """
-        if self._cpus is not self._home:
-            os.sched_setaffinity(0, self._home)
-            self._cpus = self._home
 
     def _return(self, pool: list[PoolFile]) -> None:
         for file in pool:
@@ -169,17 +158,15 @@ class Spawner:
 
     def _files(
         self, launch: Launch, opened: list[int], pool: list[PoolFile]
-    ) -> tuple[list[Action], PoolFile | None, PoolFile | None]:
-        """What the child does with descriptors; fills ``opened`` (to be closed) and ``pool`` (to be given back)."""
-        actions: list[Action] = []
-        stdout = stderr = -1
+    ) -> tuple[tuple[int, int, int], PoolFile | None, PoolFile | None]:
+        """What becomes 0, 1 and 2 of the child; fills ``opened`` (to be closed) and ``pool`` (to be given back)."""
+        stdin, stdout, stderr = self._own[0], -1, -1
         if launch.stdin:
             try:
                 stdin = _open(launch.stdin, os.O_RDONLY)
             except OSError as error:
                 raise _refusal(error, launch.stdin, "its stdin cannot be read") from None
             opened.append(stdin)
-            actions.append((os.POSIX_SPAWN_DUP2, stdin, 0))
         if launch.stdout:
             stdout = _open_output(launch.stdout, launch.suffix)
             opened.append(stdout)
@@ -200,24 +187,34 @@ class Spawner:
                 stderr = err.fd
         except OSError as error:
             raise Refusal("output", f"Its output cannot be captured: {_text(error)}.") from None
-        actions += ((os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2))
-        return actions, out, err
+        return (stdin, stdout, stderr), out, err
 
     def _start(
-        self, program: bytes, argv: list[bytes], env: dict[bytes, bytes], actions: list[Action], around: _Surroundings
+        self,
+        program: bytes,
+        argv: list[bytes],
+        env: dict[bytes, bytes],
+        files: tuple[int, int, int],
+        around: _Surroundings,
     ) -> int:
+        own = self._own
         try:
+            # Not as actions of the spawn: these fail for descriptors above the child's limit of open files.
+            for number, fd in enumerate(files):
+                if fd != own[number]:
+                    os.dup2(fd, number)
             for limit in around.limits:
                 resource.setrlimit(limit[0], limit[1:])
-            return os.posix_spawn(
-                program, argv, env, file_actions=actions, setsid=True, setsigmask=[], setsigdef=self._ignored
-            )
+            return os.posix_spawn(program, argv, env, setsid=True, setsigmask=[], setsigdef=self._ignored)
         except OSError as error:
             raise _spawn_refusal(error, program) from None
         finally:
-            # Only the child lives under them: a low limit on memory or files would hit every later launch.
+            # A low limit on memory or files would hit every later launch, and a file kept open here its readers.
             for limit in around.ours:
                 resource.setrlimit(limit[0], limit[1:])
+            for number, fd in enumerate(files):
+                if fd != own[number]:
+                    os.dup2(own[number], number)
 
 
 def _capped(soft: int, hard: int) -> int:

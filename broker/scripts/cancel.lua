@@ -18,7 +18,7 @@ end
 local function cancel_array(id, f)
   local count, position = tonumber(string.match(f.array, '(%d+)$')), tonumber(f.next)
   local waiting = count - position
-  redis.call('HSET', job_key(id), 'pq_cancel', '1', 'pq_next', count, 'pq_class', f.class)
+  redis.call('HSET', job_key(id), 'pq_cancel', '1', 'pq_next', count)
   local running = redis.call('ZRANGEBYLEX', registry('wip', queue_of(f.class)), '[' .. id .. '_', '(' .. id .. '`')
   for _, member in ipairs(running) do
     local element = string.match(member, '^(.*):')

@@ -24,9 +24,11 @@ local function hand(slot, class, id, execution, f)
   members[#members + 1] = id .. ':' .. execution
 end
 
+-- A lane is noted only when there is one: what was handed ahead has not run when its node dies.
 local function started(slot, class, execution)
-  return 'status', 'started', 'origin', queue_of(class), 'pq_class', class, 'pq_exec', execution, 'pq_node', slot[1],
-    'worker_name', string.match(slot[1], '^(.*):'), 'pq_lane', slot[2], 'pq_handed', now, 'started_at', now_iso
+  return 'status', 'started', 'origin', queue_of(class), 'pq_exec', execution, 'pq_node', slot[1], 'worker_name',
+    string.match(slot[1], '^(.*):'), 'started_at', now_iso, slot[2] ~= 0 and 'pq_lane' or 'pq_node',
+    slot[2] ~= 0 and slot[2] or slot[1]
 end
 
 -- As many elements of an array as there are slots; returns how many, and whether some are left.
@@ -43,11 +45,8 @@ local function claim_array(id, class, f, slots, from)
   end
   redis.call('HSET', job_key(id), 'pq_next', string.format('%d', position))
   if position == count then
-    redis.call('HSET', job_key(id), 'status', 'started', 'origin', queue_of(class), 'pq_class', class,
-      'started_at', now_iso)
+    redis.call('HSET', job_key(id), 'status', 'started', 'origin', queue_of(class), 'started_at', now_iso)
     redis.call('ZADD', registry('wip', queue_of(class)), 'inf', id .. ':0')
-  elseif f.next == '0' then
-    redis.call('HSET', job_key(id), 'pq_class', class)
   end
   return used, position < count
 end
@@ -60,7 +59,7 @@ local function claim_one(id, class, slots, from)
   local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9]}
   if v[9] then
     local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next')
-    f.data, f.description, f.created, f.next = more[1], more[2], more[3], more[4]
+    f.data, f.description, f.created, f.next, f.class = more[1], more[2], more[3], more[4], class
     return claim_array(id, class, f, slots, from)
   end
   if v[10] then

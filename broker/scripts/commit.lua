@@ -64,7 +64,7 @@ end
 for _, group in ipairs(work.groups) do ready(group[1], group[2], group[3]) end
 local function omit(id, class, number)
   local f = redis.call('HMGET', job_key(id), 'pq_name', 'pq_at')
-  redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_class', class)
+  redis.call('HSET', job_key(id), 'origin', queue_of(class))
   end_unrun(id, {name = f[1], submission = key, queued = f[2]}, 'canceled', 'dependency', now, now_iso, ttl, number)
   redis.call('ZADD', registry('canceled', queue_of(class)), now, id)
   if redis.call('EXISTS', kids_key(id)) == 1 then redis.call('RPUSH', 'pilotq:release', 'k:' .. id) end
@@ -94,7 +94,7 @@ for _, item in ipairs(work.waits) do
       redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
       ready(class, item[3], {id})
     else
-      redis.call('HSET', job_key(id), 'pq_waits', left, 'pq_class', class, 'origin', queue_of(class))
+      redis.call('HSET', job_key(id), 'pq_waits', left, 'origin', queue_of(class))
       redis.call('HSETNX', 'pilotq:classes', class, item[3])
       redis.call('ZADD', registry('deferred', queue_of(class)), now, id)
     end
@@ -103,7 +103,7 @@ end
 for _, item in ipairs(work.each) do
   local id, class = item[1], item[2]
   redis.call('HSETNX', 'pilotq:classes', class, item[3])
-  redis.call('HSET', job_key(id), 'pq_class', class, 'origin', queue_of(class), 'pq_parents', #item[4])
+  redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[4])
   redis.call('ZADD', registry('deferred', queue_of(class)), now, id)
   for number, parent in ipairs(item[4]) do
     redis.call('RPUSH', each_key(parent), (number - 1) .. ':' .. id)

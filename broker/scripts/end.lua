@@ -4,7 +4,8 @@
 -- 'ok' again, and nothing is written. The mail to the dispatcher is sent once for each number of call.
 -- ARGV: 1 epoch, 2 node:incarnation ('' = the dispatcher, for a lost node), 3 number of the call, 4 mail (packed, may be ''),
 --       5 now (unix s), 6 ttl of finished, 7 ttl of failed (s), 8 crash limit,
---       9 msgpack [[id, execution, wish, reason, ended ISO, exit, started ISO, allocation, array, position], ...],
+--       9 msgpack [[id, execution, wish, reason, ended ISO, exit, started ISO, allocation, array, position,
+--         class, submission, retries left], ...]; an empty class: all three are read from the record,
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
 -- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued).
 -- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or it is gone).
@@ -49,13 +50,13 @@ local function final(r, f, id, status, reason, text)
   local kept = status
   if f.array then kept = end_element(f, id, status, reason) end
   if kept then
-    redis.call('HSET', job_key(id), 'status', status, 'pq_reason', reason, 'ended_at', r[5], 'pq_exit', r[6],
-      'started_at', r[7], 'pq_cpus', r[8])
+    redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
+      'pq_cpus', r[8], 'pq_reason', reason)
     redis.call('EXPIRE', job_key(id), ttl)
     local kind = status == 'stopped' and 'failed' or status
     add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)
     if text ~= '' and (status == 'failed' or status == 'stopped') then
-      redis.call('XADD', 'rq:results:' .. id, 'MAXLEN', '10', '*', 'type', '2', 'exc_string', text, 'worker_name', f.worker)
+      redis.call('XADD', 'rq:results:' .. id, 'MAXLEN', '10', '*', 'type', '2', 'exc_string', text, 'worker_name', string.match(node, '^(.*):') or '')
       redis.call('EXPIRE', 'rq:results:' .. id, ttl)
     end
   end
@@ -64,7 +65,7 @@ end
 
 local function requeue(id, f, command)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
-  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_out', 'pq_err')
+  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane', 'pq_running', 'pq_out', 'pq_err')
   if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
   redis.call('SADD', 'rq:queues', list_key(f.class))
   requeued = true
@@ -83,7 +84,7 @@ local function judge(wish, reason, f, id)
     return 'failed', reason, true
   elseif wish == 'lost' then
     -- A task that was only handed ahead cannot have killed its worker.
-    local crashes = f.lane == '0' and 0 or redis.call('HINCRBY', job_key(id), 'pq_crashes', 1)
+    local crashes = redis.call('HEXISTS', job_key(id), 'pq_lane') == 0 and 0 or redis.call('HINCRBY', job_key(id), 'pq_crashes', 1)
     if crashes >= crash_limit then return 'failed', 'crash limit', false end
     requeue(id, f, 'LPUSH')
     return 'failed', reason, true
@@ -93,8 +94,7 @@ end
 
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_sub', 'pq_class', 'pq_retries', 'pq_array_of',
-    'pq_pos', 'pq_kids', 'pq_cancel', 'pq_lane', 'worker_name')
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_kids')
   if not v[1] then
     -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
     if r[9] ~= '' and redis.call('BITFIELD', bits_key(r[9]), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
@@ -102,8 +102,13 @@ local function report(r, line, text)
   end
   if v[2] ~= execution then return 'stale' end
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
-  local f = {status = v[1], submission = v[3], class = v[4], queue = queue_of(v[4]), retries = tonumber(v[5] or 0),
-    array = v[6], position = v[7], kids = v[8], cancel = v[9], lane = v[10], worker = v[11] or ''}
+  local f = {status = v[1], cancel = v[3], kids = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
+    submission = r[12], retries = r[13]}
+  if f.class == '' then
+    local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
+    f.class, f.submission, f.retries, f.array, f.position = more[1], more[2], tonumber(more[3] or 0), more[4], more[5]
+  end
+  f.queue = queue_of(f.class)
   if v[1] == 'canceled' and redis.call('ZSCORE', registry('wip', f.queue), id .. ':' .. execution) == false then
     again = true
   end
@@ -113,7 +118,7 @@ local function report(r, line, text)
   last_ended = r[5]
   local status, reason, retried = judge(r[3], r[4], f, id)
   if not retried then final(r, f, id, status, reason, text) end
-  journal(line, {status = status, reason = reason, final = not retried})
+  journal(line, packed_verdict(status, reason, not retried))
   return retried and 'retry' or 'ok'
 end
 

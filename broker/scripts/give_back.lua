@@ -10,7 +10,7 @@ for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class')
   if v[1] == 'started' and v[2] == execution then
     redis.call('HSET', job_key(id), 'status', 'queued', 'origin', v[3])
-    redis.call('HDEL', job_key(id), 'worker_name', 'pq_node')
+    redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane')
     lists[v[3]] = lists[v[3]] or {}
     table.insert(lists[v[3]], 1, id)
     wip[v[3]] = wip[v[3]] or {}

@@ -63,7 +63,20 @@ end
 local lines = {}
 
 local function journal(line, changes)
-  lines[#lines + 1] = '\146' .. line .. cmsgpack.pack(changes)
+  lines[#lines + 1] = '\146' .. line .. (type(changes) == 'string' and changes or cmsgpack.pack(changes))
+end
+
+-- Packed {status, reason, final} of an ended execution; most executions of a call end alike.
+local verdict_cache = {}
+
+local function packed_verdict(status, reason, final)
+  local key = status .. '\n' .. reason .. (final and '\n1' or '')
+  local packed = verdict_cache[key]
+  if not packed then
+    packed = cmsgpack.pack({status = status, reason = reason, final = final})
+    verdict_cache[key] = packed
+  end
+  return packed
 end
 
 local function flush_lines()
@@ -139,8 +152,12 @@ local function make_element(array, position, f, extra)
   local start, step = string.match(f.array, '^(%d+):(%d+):')
   local index = start + position * step
   local id = array .. '_' .. string.format('%d', index)
-  redis.call('HSET', job_key(id), 'data', f.data, 'description', f.description, 'created_at', f.created,
-    'enqueued_at', f.created, 'timeout', '-1', 'pq_array_of', array, 'pq_pos', string.format('%d', position),
-    'pq_sub', f.submission or '', unpack(extra))
+  local n = #extra
+  for i, value in ipairs({'pq_class', f.class, 'pq_array_of', array, 'pq_pos', string.format('%d', position), 'pq_sub',
+    f.submission or '', 'data', f.data, 'description', f.description, 'created_at', f.created, 'enqueued_at', f.created,
+    'timeout', '-1'}) do
+    extra[n + i] = value
+  end
+  redis.call('HSET', job_key(id), unpack(extra))
   return id, index
 end

@@ -71,8 +71,8 @@ local function release_element(child, number, position, outcome)
   end
   local index = string.match(v[4], '^(%d+)') + position * string.match(v[4], ':(%d+):')
   if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
-  local id = make_element(child, position, {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8]},
-    {'pq_retries', v[9] or '0', 'pq_class', v[2]})
+  local id = make_element(child, position, {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
+    {'status', 'queued', 'pq_exec', '0', 'pq_retries', v[9] or '0'})
   queue_up(id, v[2])
 end
 

@@ -1,0 +1,1 @@
+"""`python -m pilotq.selfcheck`: tasks that find out from inside whether they run as was promised."""
