@@ -65,7 +65,7 @@ coverage: $(VENV)/dev.stamp
 	$(BIN)/python -m coverage report
 
 bench: $(VENV)/dev.stamp
-	for each in benchmarks/[a-z]*.py; do $(BIN)/python "$$each" || exit 1; done
+	$(BIN)/python -m benchmarks $(FIGURES)
 
 # A build/ of an earlier time would leak modules that were deleted since into the wheel.
 wheel: $(VENV)/dev.stamp

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
+from benchmarks.figures import Figure
+from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Task
 from pilotq.broker.journal import Journal
-from pilotq.broker.task import ArrayRange
 
 TRUE = "/bin/true"
 
@@ -42,43 +40,24 @@ def bare_loop(number: int) -> float:
     return number / took
 
 
-def through_pilot(number: int, *, array: bool) -> float:
+def through_pilot(number: int) -> float:
     """Tasks per second through a pilot, from the first start to the last end by its journal."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
-        directory = os.path.join(folder, "pilot")
-        subprocess.run([sys.executable, "-m", "pilotq", "start", "--dir", directory], check=True, capture_output=True)
-        try:
-            with Broker.connect(directory) as broker:
-                if array:
-                    ids = [broker.enqueue(Task(command=[TRUE], array=ArrayRange(1, number)))]
-                else:
-                    ids = broker.enqueue_many([Task(command=[TRUE, str(n)]) for n in range(number)])
-                broker.wait(ids)
-        finally:
-            subprocess.run([sys.executable, "-m", "pilotq", "stop", "--dir", directory], check=True, capture_output=True)
-        lines = [line for line in Journal(os.path.join(directory, "journal.jsonl")).lines() if line.execution]
-        if len(lines) != number or any(line.exit_code != 0 for line in lines):
-            raise SystemExit(f"{len(lines)} of {number} tasks ended well")
-        starts = [line.started for line in lines if line.started is not None]
-        ends = [line.ended for line in lines if line.ended is not None]
-        return number / (max(ends) - min(starts))
+    with pilot() as directory:
+        with Broker.connect(directory) as broker:
+            broker.wait(broker.enqueue_many([Task(command=[TRUE, str(n)]) for n in range(number)]))
+        while len(lines := [li for li in Journal(os.path.join(directory, "journal.jsonl")).lines() if li.execution]) < number:
+            time.sleep(0.1)
+    if len(lines) != number or any(line.exit_code != 0 for line in lines):
+        raise SystemExit(f"{len(lines)} of {number} tasks ended well")
+    first = min(line.started for line in lines if line.started is not None)
+    return number / (max(line.ended for line in lines if line.ended is not None) - first)
 
 
-def run(number: int = 20_000, rounds: int = 5) -> dict[str, object]:
-    bare, pilot = [], []
+def run(number: int = 20_000, rounds: int = 5) -> list[Figure]:
+    bare, through = [], []
     for _ in range(rounds):
         bare.append(bare_loop(number))
-        pilot.append(through_pilot(number, array=False))
-    ratios = [p / b for p, b in zip(pilot, bare, strict=True)]
-    return {
-        "what": f"{number:,} x {TRUE}, {len(os.sched_getaffinity(0))} cores, tasks per second",
-        "bare": statistics.median(bare),
-        "pilotq": statistics.median(pilot),
-        "ratio": statistics.median(ratios),
-        "aim": 0.60,
-    }
-
-
-if __name__ == "__main__":
-    arguments = [int(a) for a in sys.argv[1:]]
-    print(run(*arguments))
+        through.append(through_pilot(number))
+    ratio = statistics.median(p / b for p, b in zip(through, bare, strict=True))
+    detail = f"{statistics.median(through):,.0f}/s, bare loop {statistics.median(bare):,.0f}/s"
+    return [Figure(f"{number:,} x {TRUE}, of the bare loop", ratio, "", 0.60, True, detail)]

@@ -11,8 +11,9 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.task import Task
 
-# The form of ids of tasks and of elements; whether there is such a task is found out at submit.
-ID = re.compile(r"[0-9a-v]{1,13}(?:_[0-9]{1,15})?")
+# The form of ids of tasks and of elements, with `=` in front where no name is meant; whether there is such a task is
+# found out at submit.
+ID = re.compile(r"=?[0-9a-v]{1,13}(?:_[0-9]{1,15})?")
 _ELEMENT = re.compile(r"(.+):([0-9]{1,15})", re.DOTALL)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pilotq.broker import keys
-from pilotq.broker.errors import NoPilot, UnknownTask, WaitTimedOut
+from pilotq.broker.archive import Archive, remember_total
+from pilotq.broker.errors import NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
 from pilotq.broker.journal import Journal
 from pilotq.broker.link import Address, Link, parse_url
 from pilotq.broker.listing import Listing
-from pilotq.broker.output import captured, live
+from pilotq.broker.output import Output
 from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.records import Nudge
 from pilotq.broker.settings import load
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
 SLICE = 500
+READY_S = 30.0  # how long a pilot may be on its way to being ready, or gone, before we say so
 
 
 class Broker:
@@ -84,7 +86,7 @@ class Broker:
     # -- waiting and stopping -----------------------------------------------------------------------------------
 
     def wait(self, ids: Iterable[str] | None = None, *, timeout: float | None = None) -> Counts:
-        """Wait until these tasks (default: all of the pilot) have ended; raises WaitTimedOut after ``timeout`` seconds."""
+        """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         left = None if ids is None else list(dict.fromkeys(ids))
         counts = Counts(total=len(left or ()))
@@ -94,10 +96,7 @@ class Broker:
                 counts = self.counts()
                 missing = counts.left
             else:
-                # Only the first few are asked for each time: what a wait costs does not grow with what it waits for.
-                while left and not (pending := self._not_ended(left[:SLICE], counts)):
-                    left = left[SLICE:]
-                left = pending + left[SLICE:] if left else left
+                left = self._skip_ended(left, counts)
                 missing = len(left)
             if missing <= 0:
                 return counts
@@ -105,6 +104,20 @@ class Broker:
                 raise WaitTimedOut(f"{missing} of {counts.total} tasks had not ended after {timeout:g} s")
             time.sleep(pause)
             pause = min(pause * 1.3, POLL_MAX_S)
+
+    def _skip_ended(self, ids: list[str], counts: Counts) -> list[str]:
+        """The ids without the ended ones at their front.
+
+        Only a few are asked for while they have not ended: what a wait costs must not grow with what it waits for.
+        """
+        window = 8
+        while ids:
+            pending = self._not_ended(ids[:window], counts)
+            ids = ids[window:]
+            if pending:
+                return pending + ids
+            window = min(2 * window, SLICE)
+        return ids
 
     def _not_ended(self, ids: list[str], counts: Counts) -> list[str]:
         """The ids that have not ended yet; those that have are added to ``counts``."""
@@ -138,6 +151,8 @@ class Broker:
 
     def request_stop(self, mode: str) -> None:
         """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
+        if self.pilot is not None:
+            remember_total(self.pilot, self.counts().total)
         self.link.call("HSET", keys.WISH, "stop", mode)
 
     # -- looking ------------------------------------------------------------------------------------------------
@@ -157,24 +172,36 @@ class Broker:
         return view
 
     def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
-        """Tasks, those Redis still knows first (running, waiting, ended), then those of the journal."""
+        """Tasks, newest first: those that Redis still knows (running, waiting, ended), then those of the journal."""
         return self._listing.tasks(status, limit)
 
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name that Redis or the journal knows."""
-        found = [v.id for v in self._listing.tasks(None, 100_000) if v.name == name and not v.array]
-        return list(dict.fromkeys(found))
+        return self._listing.find(name)
 
     def nodes(self) -> list[NodeView]:
         return self._listing.nodes()
 
-    def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
-        """The captured output of the last execution, in pieces; nothing if there is none. ``stream``: stdout or stderr."""
-        return captured(self.pilot, task_id, stream)
+    def running(self) -> int:
+        """How many executions are under way: running, or handed to a worker."""
+        return sum(not member.endswith(":0") for member in self._listing.executions())
 
-    def live_output(self, task_id: str, stream: str, offset: int) -> tuple[bytes, bool]:
-        """(bytes after ``offset`` that were written so far, whether the task has ended)."""
-        return live(self.link, self.pilot, task_id, stream, offset)
+    def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
+        """The captured output of the last execution that has ended, in pieces; nothing if there is none.
+
+        ``stream``: stdout or stderr. Waits some seconds for the journal; raises PilotFailed when it does not come.
+        """
+        return self._output().last(task_id, stream)
+
+    def follow(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
+        """What the task writes, from the beginning of its last execution on until it has ended; an empty piece
+        whenever there is nothing new yet. Raises UnknownTask when somebody deletes it, PilotFailed as `output`."""
+        return self._output().follow(task_id, stream)
+
+    def _output(self) -> Output:
+        if self.pilot is None:
+            raise NoPilot("captured output is read from the pilot's directory: give it with --dir")
+        return Output(self._listing, self.pilot, Journal(self.pilot.journal))
 
     @property
     def redis(self) -> redis.Redis:
@@ -194,3 +221,29 @@ class Broker:
         self.link.close()
         if self._redis is not None:
             self._redis.close()
+
+
+def reach(directory: str | None = None, *, timeout: float = 10.0) -> Broker | Archive:
+    """The pilot of ``directory`` (as in `Broker.connect`): a Broker when it runs, an Archive when it has ended.
+
+    A pilot that is about to be ready or gone is waited for. Raises NoPilot when there has never been one, and
+    ServerUnavailable when it runs but its server does not answer.
+    """
+    pilot = find(directory)
+    deadline = time.monotonic() + READY_S
+    while True:
+        alive = pilot.alive()
+        try:
+            return Broker.connect(pilot.directory, timeout=timeout)
+        except NoPilot:
+            if not alive and not os.path.exists(pilot.journal):
+                raise
+            if alive and time.monotonic() > deadline:
+                raise
+        except ServerUnavailable:
+            # A killed pilot leaves a connection that leads nowhere.
+            if alive:
+                raise
+        if not alive:
+            return Archive(pilot)
+        time.sleep(POLL_MAX_S)

@@ -9,6 +9,7 @@ the same, because a claim may have happened whose answer it never saw.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from pilotq.broker.records import (
     format_allocation,
 )
 from pilotq.broker.settings import Settings
-from pilotq.broker.store import Head, Slot, Store, pack
+from pilotq.broker.store import Head, Slot, Store, to_worker
 from pilotq.broker.task import order_of
 
 log = logging.getLogger("pilotq.dispatcher")
@@ -65,6 +66,7 @@ class Dispatcher:
         self.next_lane = 0
         self.next_check = 0.0
         self.busy_told = -1
+        self.used_told: dict[str, str] = {}
         self.fresh = False  # False: class heads must be read again before the next plan
 
     def run(self) -> None:
@@ -121,10 +123,13 @@ class Dispatcher:
         """Once in a while: recall what is stuck, reconcile, look at all lists (a bell may have been lost)."""
         self.next_check = now + min(self.settings.reconcile_s, self.settings.recall_s / 4)
         self._recall(now)
+        self._tell_used()
         if self.reconciler.due(now):
             self._read_wish()
             for info in self.reconciler.turn(now, self._addresses()):
                 self._lose(info, "it has been silent for too long")
+            if self.reconciler.tidied:
+                self.classes = {}  # as many others may come: their number tells nothing
             self.store.release(RELEASE_LIMIT)
             self.fresh = False
 
@@ -150,9 +155,11 @@ class Dispatcher:
         elif isinstance(message, NodeState):
             self._node_state(message, now)
         elif isinstance(message, NodeLost):
-            known = self._read_nodes().get(message.node)
-            if known is not None and known.incarnation == message.incarnation:
-                self._lose(known, message.why)
+            # A worker that has left is not in the list of nodes any more, one that never said a word not in ours.
+            for known in (self.nodes_known.get(message.node), self._read_nodes().get(message.node)):
+                if known is not None and known.incarnation == message.incarnation:
+                    self._lose(known, message.why)
+                    break
         elif isinstance(message, Nudge):
             self._read_wish()
 
@@ -166,6 +173,9 @@ class Dispatcher:
         info = self._read_nodes().get(state.node)
         if info is None or info.incarnation != state.incarnation:
             return
+        here = self.floor.nodes.get(state.node)
+        if here is not None and here.info.incarnation == state.incarnation:
+            return  # said at birth and asked by us, or sent again after a lost connection: what we know is newer
         known = self.nodes_known.get(state.node)
         if known is not None and known.incarnation < info.incarnation:
             self._lose(known, "it was started again")
@@ -182,7 +192,7 @@ class Dispatcher:
             del self.nodes_known[info.name]
             self.floor.depart(info.name)
         number = self.reconciler.requeue_node(_address(info), why)
-        self.store.run("leave", info.name, info.incarnation)
+        self.store.run("leave", info.name, info.incarnation, "")
         self.fresh = False
         log.warning("node %s is lost (%s): %d tasks go back", info.name, why, number)
 
@@ -228,29 +238,25 @@ class Dispatcher:
         return groups
 
     def _add_ahead(self, groups: dict[str, list[Slot]]) -> None:
-        """More tasks for lanes that will soon be free.
-
-        None for a class that is outranked by a blocked one, and none on nodes that are being drained for one: lanes
-        that go on there would never drain.
-        """
+        """More tasks for lanes that will soon be free, but none on nodes that are being drained for a task that waits:
+        lanes that go on there would never drain."""
         draining = self._draining()
-        blocked = [
-            (-self.classes[name].priority, order_of(head.ids[0]))
-            for name, head in self.heads.items()
-            if head.waiting > len(groups.get(name, ())) and not self._has_lane(name)
-        ]
-        rank = min(blocked, default=None)
-        for name, head in self.heads.items():
-            rest = head.waiting - len(groups.get(name, ()))
-            if rest <= 0 or (rank is not None and rank < (-self.classes[name].priority, order_of(head.ids[0]))):
-                continue
+        rests = {name: head.waiting - len(groups.get(name, ())) for name, head in self.heads.items()}
+        for name in self._not_outranked(rests):
             for node in self.floor.nodes.values():
-                if node.info.name in draining:
-                    continue
-                number = min(self.floor.wanted_ahead(node, name, rest), rest, CLAIM_LIMIT)
-                if number > 0:
+                number = min(self.floor.wanted_ahead(node, name, rests[name]), rests[name], CLAIM_LIMIT)
+                if number > 0 and node.info.name not in draining:
                     groups.setdefault(name, []).extend([Slot(node.address, 0, "")] * number)
-                    rest -= number
+                    rests[name] -= number
+
+    def _not_outranked(self, rests: dict[str, int]) -> list[str]:
+        """The classes whose lanes may go on: of the highest priority that waits, and before any of that priority that
+        has no lane yet."""
+        waiting = [n for n, rest in rests.items() if rest > 0 and self.floor.cluster.possible(self.classes[n].request)]
+        top = max((self.classes[name].priority for name in waiting), default=0)
+        first = {n: order_of(self.heads[n].ids[0]) for n in waiting if self.classes[n].priority == top}
+        blocked = min((order for name, order in first.items() if not self._has_lane(name)), default=math.inf)
+        return [name for name, order in first.items() if order < blocked]
 
     def _draining(self) -> set[str]:
         hold = self.backfill.hold
@@ -287,13 +293,13 @@ class Dispatcher:
                 parts = self.floor.cluster.reserve(info.request) if info is not None else None
                 if parts is not None:
                     self.floor.cluster.release(parts)
-                if parts is not None or at_once or self._outranked(class_name):
+                if parts is not None or at_once or (info is not None and self._outranked(info.priority)):
                     self._send(node.info, Recall(class_name, ahead.count))
                     ahead.since = now
 
-    def _outranked(self, class_name: str) -> bool:
-        mine = self.classes[class_name].priority
-        return any(head.length and self.classes[name].priority > mine for name, head in self.heads.items())
+    def _outranked(self, mine: int) -> bool:
+        better = [i for n, i in self.classes.items() if i.priority > mine and n in self.heads and self.heads[n].length]
+        return any(self.floor.cluster.possible(info.request) for info in better)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -332,11 +338,20 @@ class Dispatcher:
             self.link.call("HSET", keys.WISH, "busy", busy)
             self.busy_told = busy
 
+    def _tell_used(self) -> None:
+        """For those who look."""
+        floor = self.floor
+        used = {name: f"{floor.cluster.used(name)} {len(node.lanes)}" for name, node in floor.nodes.items()}
+        changed = [item for item in used.items() if self.used_told.get(item[0]) != item[1]]
+        if changed:
+            self.link.call("HSET", keys.USED, *(text for item in changed for text in item))
+        self.used_told = used
+
     def _addresses(self) -> dict[str, NodeInfo]:
         return {_address(info): info for info in self.nodes_known.values()}
 
     def _send(self, info: NodeInfo, message: Hello | Recall) -> None:
-        self.link.call("RPUSH", keys.inbox(info.name, info.incarnation), pack(message))
+        self.link.call(*to_worker(info.name, info.incarnation, message))
 
 
 def _address(info: NodeInfo) -> str:

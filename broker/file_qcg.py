@@ -120,9 +120,9 @@ def read_qcg(
             raise InvalidInput(f"{file}: {where}: a submit has the keys request and jobs, and no other")
         jobs = _decode(raw["jobs"], list[Job], file, f"{where}.jobs", data)
         submits += 1
-        words = _request_words(submits, now)
+        words = request_words(submits, now)
         found = [
-            _draft(job, file, f"{where}.jobs[{place}]", words, base, total_cores) for place, job in enumerate(jobs)
+            draft_of(job, file, f"{where}.jobs[{place}]", words, base, total_cores) for place, job in enumerate(jobs)
         ]
         drafts += found
         requests.append(FileRequest(name, jobs=[draft.name for draft in found]))
@@ -139,7 +139,17 @@ def _decode(raw: msgspec.Raw | bytes, kind: type[T] | Any, file: str, prefix: st
         raise malformed_json(data, file) from None
 
 
-def _request_words(count: int, now: datetime) -> dict[str, str]:
+def job_of(body: Any, file: str, path: str) -> Job:
+    """A job that was decoded already, checked and typed; raises InvalidInput with its place."""
+    refuse_nul(body, f"{file}: {path}" if path else file)
+    try:
+        return msgspec.convert(body, Job)
+    except msgspec.ValidationError as error:
+        raise wrong_field(error, file, path, KEYS) from None
+
+
+def request_words(count: int, now: datetime) -> dict[str, str]:
+    """The words that all jobs of submit number ``count`` share."""
     plain = now.replace(tzinfo=None)
     return {
         "rcnt": str(count),
@@ -151,7 +161,8 @@ def _request_words(count: int, now: datetime) -> dict[str, str]:
     }
 
 
-def _draft(job: Job, file: str, path: str, words: Mapping[str, str], base: Task, total_cores: int | None) -> Draft:
+def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], base: Task, total_cores: int | None) -> Draft:
+    """What a job means, with the words of its request filled in; raises InvalidInput with its place."""
     where = f"{file}: {path}"
     name = fill(job.name, words)
     if not name or any(character in "${}()'\":" or character.isspace() for character in name):
@@ -212,11 +223,11 @@ def _request(resources: Resources, where: str) -> tuple[Request, Wish | None]:
     One core cannot be spread over nodes: it is the same shape as everybody's single core.
     """
     nodes = _span(resources.numNodes, f"{where}.numNodes")
-    gpus = dict(resources.nodeCrs)
-    count = gpus.pop("gpu", 0)
-    if gpus:
-        raise InvalidInput(f"{where}.nodeCrs: {', '.join(gpus)}: only gpu can be asked for")
-    if count and nodes is None:
+    counters = dict(resources.nodeCrs)
+    count = counters.pop("gpu", 0)
+    if unknown := counters.keys() - {"mem"}:
+        raise InvalidInput(f"{where}.nodeCrs: {', '.join(sorted(unknown))}: only gpu and mem can be asked for")
+    if resources.nodeCrs and nodes is None:
         raise InvalidInput(f"{where}.nodeCrs: they are per node, so numNodes must be given")
     amount = resources.numCores
     if isinstance(amount, Amount) and amount.scheduler is not None:
@@ -226,7 +237,8 @@ def _request(resources: Resources, where: str) -> tuple[Request, Wish | None]:
     cores = _span(amount, f"{where}.numCores")
     if nodes is None:
         return Request(cores=cores or (1, 1), spread=cores is not None and cores[1] > 1), None
-    return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count), None
+    use = tuple(counters.items())
+    return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count, use=use), None
 
 
 def _span(amount: int | Amount | None, where: str) -> tuple[int, int] | None:
@@ -280,11 +292,12 @@ def _run(execution: Execution, words: Mapping[str, str], base: Task, where: str)
 
 
 def _setup(execution: Execution, words: Mapping[str, str]) -> Iterator[str]:
+    """What bash does first. Unlike there a module or environment that cannot be had ends the task."""
     if execution.modules:
         modules = [execution.modules] if isinstance(execution.modules, str) else execution.modules
-        yield f"source /etc/profile && module load {fill(' '.join(modules), words)}; "
+        yield f"source /etc/profile; module load {fill(' '.join(modules), words)} || exit; "
     if execution.venv:
-        yield f"source {fill(execution.venv, words)}/bin/activate; "
+        yield f"source {fill(execution.venv, words)}/bin/activate || exit; "
 
 
 def _filled(text: str | None, words: Mapping[str, str]) -> str | None:

@@ -6,25 +6,31 @@ PERMANENT lists the patterns that may have no TTL; a test fails on any other key
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 SCHEMA = "pilotq:schema"  # version of this data model
 EPOCH = "pilotq:epoch"  # random name of this queue's life: another value means that the server lost its state
 TERM = "pilotq:term"  # number of the dispatcher that may write; grows with each new one
 SEQ = "pilotq:seq"  # last task number given out
-CLASSES = "pilotq:classes"  # hash: class name -> msgpack [queue, priority, request]
-NODES = "pilotq:nodes"  # hash: node name -> msgpack NodeInfo of the live incarnation
+CLASSES = "pilotq:classes"  # hash: class name -> its queue, priority and request (JSON)
+NODES = "pilotq:nodes"  # hash: node name -> NodeInfo (JSON) of the live incarnation
+PLANNED = "pilotq:planned"  # set: names of the nodes that the supervisor starts itself
 BORN = "pilotq:born"  # last incarnation given to a node
 COUNTS = "pilotq:counts"  # hash: total, finished, failed, canceled tasks since the queue began
+SHARES = "pilotq:shares"  # hash: content key of a Shared record -> submissions that use it and have not ended
 MAIL = "pilotq:mail"  # list the dispatcher blocks on: reports of workers, wishes of clients
 BELL = "pilotq:bell"  # capped list the dispatcher blocks on: "there is new work"
 RELEASE = "pilotq:release"  # list: ended parents whose dependents are still to be released or omitted
 JOURNAL = "pilotq:journal"  # stream: one entry per script call that ended executions
-WISH = "pilotq:wish"  # hash of standing wishes: paused, stop
+WISH = "pilotq:wish"  # hash of standing wishes: paused, stop; and of answers: busy (lanes), journal (its trouble)
+USED = "pilotq:used"  # hash: node name -> "cores reserved, tasks running" as the dispatcher knows them
 SUSPENDED = "rq:suspended"  # set by `rq suspend`: nothing is handed out
 QUEUES = "rq:queues"
 WORKERS = "rq:workers"
 
 PERMANENT = (
-    SCHEMA, EPOCH, TERM, SEQ, CLASSES, NODES, BORN, COUNTS, MAIL, BELL, RELEASE, JOURNAL, WISH, SUSPENDED, QUEUES, WORKERS,
+    SCHEMA, EPOCH, TERM, SEQ, CLASSES, NODES, PLANNED, BORN, COUNTS, SHARES, MAIL, BELL, RELEASE, JOURNAL, WISH,
+    USED, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
     "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:kids:*", "pilotq:bits:*",
@@ -38,6 +44,12 @@ def job(task_id: str) -> str:
 
 def queue(name: str) -> str:
     return f"rq:queue:{name}"
+
+
+def queue_names(members: Iterable[bytes]) -> list[str]:
+    """The queues of users among the members of QUEUES; class lists have a point in their names."""
+    names = [member.decode().removeprefix("rq:queue:") for member in members]
+    return sorted(name for name in names if "." not in name)
 
 
 def registry(kind: str, queue_name: str) -> str:

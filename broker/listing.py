@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import chain, islice
 
 import msgspec
 
 from pilotq.broker import keys
+from pilotq.broker.elements import count_of, element_ranges, outcome_at, word_of
 from pilotq.broker.journal import Journal
 from pilotq.broker.link import Link
 from pilotq.broker.records import Line, NodeInfo
-from pilotq.broker.states import ENDED
+from pilotq.broker.states import ENDED, WAITING
 from pilotq.broker.store import from_iso
 from pilotq.broker.views import NodeView, TaskView
 
 SLICE = 500
-ELEMENT_WORDS = ("waiting", "finished", "failed", "canceled")  # by the two bits of an element
 FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
     "pq_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
 )  # fmt: skip
-
-
-def ranges(numbers: Iterable[int], step: int = 1) -> str:
-    """Compact text of ascending numbers that are ``step`` apart: ``0-3,7``; with a step above 1: ``0-8:2``."""
-    pieces: list[list[int]] = []
-    for number in numbers:
-        if pieces and number == pieces[-1][1] + step:
-            pieces[-1][1] = number
-        else:
-            pieces.append([number, number])
-    suffix = f":{step}" if step > 1 else ""
-    return ",".join(str(a) if a == b else f"{a}-{b}{suffix}" for a, b in pieces)
-
-
-def outcome_at(bits: bytes, position: int, following: int) -> str:
-    """What became of the element at this position: one of ELEMENT_WORDS, or started."""
-    byte = bits[position >> 2] if position >> 2 < len(bits) else 0
-    outcome = (byte >> (6 - 2 * (position & 3))) & 3
-    return "started" if outcome == 0 and position < following else ELEMENT_WORDS[outcome]
-
-
-def element_ranges(bits: bytes, array: str, following: int) -> dict[str, str]:
-    """Status -> compact ranges of indices. ``array`` is ``start:step:count``; from position ``following`` on none was handed out."""
-    start, step, count = map(int, array.split(":"))
-    found: dict[str, list[int]] = {}
-    for position in range(count):
-        found.setdefault(outcome_at(bits, position, following), []).append(start + step * position)
-    return {word: ranges(indices, step) for word, indices in found.items()}
+WAITING_KINDS = ("deferred", "scheduled")
+ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
+Pages = Callable[[int, int], Iterable[bytes]]
 
 
 def _text(value: bytes | None) -> str:
@@ -114,6 +90,7 @@ def from_line(line: Line) -> TaskView:
         cpu=line.cpu,
         array=line.array,
         index=line.index,
+        array_size=sum(map(count_of, line.elements.values())),
         elements=line.elements,
         stdout_tail=_tail(line.stdout),
         stderr_tail=_tail(line.stderr),
@@ -123,6 +100,36 @@ def from_line(line: Line) -> TaskView:
 
 def _tail(data: str | bytes) -> str:
     return data if isinstance(data, str) else data.decode("utf-8", "replace")
+
+
+def element_from_line(line: Line, task_id: str) -> TaskView | None:
+    """A view of an element that never ran, from the line of its array; None when that had no such element."""
+    index = int(task_id.rpartition("_")[2])
+    status = word_of(line.elements, index)
+    if status is None:
+        return None
+    times = {"queued": line.queued, "ended": line.ended}
+    return TaskView(
+        id=task_id, name=line.name, status=status, reason=line.reason if status == "canceled" else "", array=line.id,
+        index=index, times=times, ended=True,
+    )  # fmt: skip
+
+
+def array_of(task_id: str) -> str | None:
+    """The id of the array whose element this can be; None when it has not the form of an element's id."""
+    array, _, index = task_id.rpartition("_")
+    return array if array and index.isdecimal() else None
+
+
+def newest(journal: Journal) -> Iterator[Line]:
+    """The lines of the journal, newest first; as many are read as are taken, or a few times so many."""
+    given, count = 0, SLICE
+    while True:
+        lines = journal.last(count)
+        yield from islice(lines, given, None)
+        if len(lines) < count:
+            return
+        given, count = len(lines), 4 * count
 
 
 def enrich(view: TaskView, line: Line) -> TaskView:
@@ -172,94 +179,125 @@ class Listing:
         return _text(row[0]), int(row[1] or 0), bits or b""
 
     def _element_without_record(self, task_id: str) -> TaskView | None:
-        """An element that was not handed out yet (it has no record), or whose line is still on its way."""
-        array, _, index = task_id.rpartition("_")
-        if not array or not index.isdigit():
+        """An element that was not handed out yet (it has no record), or never was, or whose line is on its way."""
+        array = array_of(task_id)
+        if array is None:
             return None
         view = self.views([array])[0]
         if view is None or not view.array_size:
-            return None
+            lines = self.journal.find(array) if self.journal is not None else []
+            return element_from_line(lines[0], task_id) if lines else None
+        index = int(task_id.rpartition("_")[2])
         span, following, bits = self._array(array)
         start, step, count = map(int, span.split(":"))
-        position, rest = divmod(int(index) - start, step)
+        position, rest = divmod(index - start, step)
         if rest or not 0 <= position < count:
             return None
         word = outcome_at(bits, position, following)
         status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(word, word)
         return TaskView(
             id=task_id, name=view.name, status=status, queue=view.queue, command=view.command, array=array,
-            index=int(index), times={"queued": view.times["queued"]}, ended=status in ENDED,
+            index=index, times={"queued": view.times["queued"]}, ended=status in ENDED,
         )  # fmt: skip
 
-    def ids(self, status: str | None) -> Iterator[str]:
-        """Ids of the records Redis has, by RQ's lists and registries; running first, then waiting, then ended."""
-        classes = [name.decode() for name in self.link.call("HKEYS", keys.CLASSES)]
-        queues = sorted({name.partition(".")[0] for name in classes})
-        kinds = (("wip", "started"), ("deferred", "deferred"), ("failed", "failed"), ("canceled", "canceled"), ("finished", "finished"))
-        for kind, word in kinds[:1]:
-            if status in (None, word):
-                for queue in queues:
-                    for member in self.link.call("ZREVRANGE", keys.registry(kind, queue), 0, -1):
-                        yield member.decode().rpartition(":")[0]
-        if status in (None, "queued"):
-            for name in classes:
-                for member in self.link.call("LRANGE", keys.queue(name), 0, 9999):
-                    yield member.decode()
-        for kind, word in kinds[1:]:
-            if status in (None, word) or (kind == "failed" and status == "stopped"):
-                for queue in queues:
-                    for member in self.link.call("ZREVRANGE", keys.registry(kind, queue), 0, 9999):
-                        yield member.decode()
+    # -- many -------------------------------------------------------------------------------------------------------
 
     def tasks(self, status: str | None, limit: int) -> Iterator[TaskView]:
-        """Tasks Redis knows, then those only the journal remembers."""
+        """At most ``limit`` tasks, newest first: what Redis knows (running, waiting, ended), then what only the journal
+        remembers. Elements of arrays that wait stand behind their array's record."""
         seen: set[str] = set()
-        batch: list[str] = []
 
-        def flush() -> Iterator[TaskView]:
-            for view in self.views(batch):
-                if view is not None and (status is None or view.status == status):
+        def known() -> Iterator[TaskView]:
+            for view in self._known(status, min(SLICE, limit)):
+                if view.id not in seen:
+                    seen.add(view.id)
                     yield view
+            if status is None or status in ENDED:
+                yield from self._remembered(seen)
 
-        for task_id in self.ids(status):
-            if task_id in seen:
-                continue
-            seen.add(task_id)
-            batch.append(task_id)
-            if len(batch) >= min(SLICE, limit):
-                for view in flush():
-                    yield view
-                    limit -= 1
-                    if limit <= 0:
-                        return
-                batch = []
-        for view in flush():
-            yield view
-            limit -= 1
-            if limit <= 0:
-                return
-        yield from self._remembered(status, limit, seen)
+        return islice((view for view in known() if status in (None, view.status)), limit)
 
-    def _remembered(self, status: str | None, limit: int, seen: set[str]) -> Iterator[TaskView]:
-        if self.journal is None:
-            return
-        for line in self.journal.last(limit + len(seen)):
-            if line.final and line.id not in seen and (status is None or line.status == status):
+    def _known(self, status: str | None, page: int) -> Iterator[TaskView]:
+        """What Redis knows, and may have this status. ``page`` is how much is read at once of each list."""
+        if status in (None, "started"):
+            yield from self._views(self._running(), page)
+        if status is None or status in WAITING:
+            yield from self._views(self._waiting(page), page)
+        kinds = sorted(set(ENDED_KINDS.values())) if status is None else [ENDED_KINDS.get(status, "")]
+        ended = [
+            self._views(_pages(self._of_registry(kind, queue), page), page)
+            for kind in kinds if kind
+            for queue in self._queues()
+        ]  # fmt: skip
+        yield from merge(*ended, key=lambda view: view.times.get("ended") or 0.0, reverse=True)
+
+    def _views(self, ids: Iterator[str], page: int) -> Iterator[TaskView]:
+        while batch := list(islice(ids, page)):
+            yield from (view for view in self.views(batch) if view is not None)
+
+    def _queues(self) -> list[str]:
+        return keys.queue_names(self.link.call("SMEMBERS", keys.QUEUES))
+
+    def executions(self) -> Iterator[str]:
+        """Members of the wip registries, ``<id>:<execution>``; an array that was handed out whole is ``<id>:0``."""
+        queues = self._queues()
+        for members in self.link.pipeline([("ZRANGE", keys.registry("wip", queue), 0, -1) for queue in queues]):
+            yield from (member.decode() for member in members)
+
+    def _running(self) -> Iterator[str]:
+        yield from sorted((member.rpartition(":")[0] for member in self.executions()), key=_age, reverse=True)
+
+    def _waiting(self, page: int) -> Iterator[str]:
+        queues = self._queues()
+        # A foreign job stands in its user's queue until it is routed to a class list.
+        names = [*(name.decode() for name in self.link.call("HKEYS", keys.CLASSES)), *queues]
+        lengths = self.link.pipeline([("LLEN", keys.queue(name)) for name in names])
+        filled = [name for name, length in zip(names, lengths, strict=True) if length]
+        lists = [_pages(self._of_list(name), page) for name in filled]
+        registries = [_pages(self._of_registry(kind, queue), page) for kind in WAITING_KINDS for queue in queues]
+        yield from merge(*lists, *registries, key=_age, reverse=True)
+
+    def _of_list(self, name: str) -> Pages:
+        key = keys.queue(name)
+        return lambda first, count: reversed(self.link.call("LRANGE", key, -first - count, -first - 1))
+
+    def _of_registry(self, kind: str, queue: str) -> Pages:
+        key = keys.registry(kind, queue)
+        return lambda first, count: self.link.call("ZREVRANGE", key, first, first + count - 1)
+
+    def _remembered(self, seen: set[str]) -> Iterator[TaskView]:
+        for line in newest(self.journal) if self.journal is not None else ():
+            if line.final and line.id not in seen:
                 seen.add(line.id)
                 yield from_line(line)
-                limit -= 1
-                if limit <= 0:
-                    return
+
+    def find(self, name: str) -> list[str]:
+        """Ids of the tasks with this name, without elements of arrays."""
+        found: dict[str, None] = {}
+        ids = chain(self._running(), self._waiting(SLICE), *(
+            _pages(self._of_registry(kind, queue), SLICE)
+            for kind in sorted(set(ENDED_KINDS.values())) for queue in self._queues()
+        ))  # fmt: skip
+        while batch := list(islice(ids, SLICE)):
+            rows = self.link.pipeline([("HMGET", keys.job(i), "pq_name", "pq_array_of") for i in batch])
+            wanted = name.encode()
+            found.update((i, None) for i, row in zip(batch, rows, strict=True) if row[0] == wanted and not row[1])
+        lines = self.journal.tasks_by_name(name) if self.journal is not None else []
+        found.update((line.array or line.id, None) for line in lines)
+        return list(found)
 
     def nodes(self) -> list[NodeView]:
         infos = [msgspec.json.decode(r, type=NodeInfo) for r in self.link.call("HVALS", keys.NODES)]
         infos.sort(key=lambda info: info.name)
-        rows = self.link.pipeline([("HMGET", keys.worker(i.name), "last_heartbeat", "pq_used", "pq_running") for i in infos])
-        return [_node_view(info, row) for info, row in zip(infos, rows, strict=True)]
+        names = [info.name for info in infos]
+        used = self.link.call("HMGET", keys.USED, *names) if names else []
+        beats = self.link.pipeline([("HGET", keys.worker(name), "last_heartbeat") for name in names])
+        return [_node_view(*row) for row in zip(infos, beats, used, strict=True)]
 
 
-def _node_view(info: NodeInfo, row: Any) -> NodeView:
-    beat, used, running = map(_text, row)
+def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None) -> NodeView:
+    beat = _text(last_heartbeat)
+    used, _, running = _text(in_use).partition(" ")
     return NodeView(
         name=info.name,
         state="up" if beat else "lost",
@@ -272,3 +310,21 @@ def _node_view(info: NodeInfo, row: Any) -> NodeView:
         last_beat=from_iso(beat),
     )
 
+
+def _pages(read: Pages, page: int) -> Iterator[str]:
+    """All that ``read(first, count)`` gives, ``page`` at a time."""
+    first = 0
+    while batch := list(read(first, page)):
+        yield from (member.decode() for member in batch)
+        if len(batch) < page:
+            return
+        first += page
+
+
+def _age(task_id: str) -> tuple[int, int]:
+    """The place of an id in the order of submission; ids that are not ours come first of all."""
+    number, _, index = task_id.partition("_")
+    try:
+        return int(number, 32), int(index or 0)
+    except ValueError:
+        return -1, 0

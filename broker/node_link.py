@@ -1,8 +1,9 @@
 """A worker's side of the broker: its inbox, its reports, its heartbeat. Nothing here blocks but `register`.
 
-Two connections. One has a BLMPOP on the inbox outstanding at all times; the other carries reports, in order, any
-number outstanding. A report stays in `_sent` until its answer has come; after a lost connection all of `_sent` is
-sent again, which the scripts know by execution and call numbers.
+Two connections. One has an XREAD of the inbox outstanding at all times: what was read stays there until it is
+confirmed, so that nothing is lost with a reply that never arrives. The other carries reports, in order, any number
+outstanding. A report stays in `_sent` until its answer has come; after a lost connection all of `_sent` is sent again,
+which the scripts know by execution and call numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 from pilotq.broker import keys
 from pilotq.broker.errors import PilotFailed, ServerUnavailable, Superseded
 from pilotq.broker.link import Address, Argument, Link, ReplyError, ScriptMissing
-from pilotq.broker.records import End, Ended, EndReport, GivenBack, NodeInfo, NodeState, ToWorker
+from pilotq.broker.records import End, Ended, EndReport, GivenBack, NodeInfo, NodeLost, NodeState, ToWorker
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import Store, iso, pack, script, translate
 from pilotq.broker.task import Shared
@@ -27,7 +28,8 @@ from pilotq.broker.task import Shared
 __all__ = ["NodeLink", "iso"]
 WORKER_TTL_S = 480  # as RQ's own workers
 VALUES_BLOCK = 1000
-_inbox = msgspec.msgpack.Decoder(ToWorker)
+CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
+_inbox = msgspec.msgpack.Decoder(list[ToWorker])
 _values = msgspec.msgpack.Decoder(list[str])
 _shared = msgspec.msgpack.Decoder(Shared)
 
@@ -53,6 +55,9 @@ class NodeLink:
         self._fetch_link = Link(address)
         self._store = Store(self._report_link, epoch, settings)
         self._info: NodeInfo | None = None
+        self._fields: dict[str, str] = {}  # of RQ's worker record
+        self._read_to = "0"  # id of the last entry of the inbox that was read
+        self._unconfirmed = 0  # entries that were read, but are still in the inbox
         self._call_number = 0
         self._sent: deque[_Call] = deque()
         self._verdicts: list[tuple[str, int, str]] = []
@@ -71,11 +76,12 @@ class NodeLink:
         fields = {
             "birth": now, "last_heartbeat": now, "queues": "default", "pid": str(info.pid), "hostname": info.host,
             "ip_address": "", "version": "3", "python_version": platform.python_version(), "state": "idle",
-            "successful_job_count": "0", "failed_job_count": "0", "total_working_time": "0",
         }  # fmt: skip
         state = pack(NodeState(info.name, info.incarnation, 0, [], {}))
         record = msgspec.json.encode(info)
-        flat = [text for pair in fields.items() for text in pair]
+        self._fields = fields
+        counts = {"successful_job_count": "0", "failed_job_count": "0", "total_working_time": "0"}
+        flat = [text for pair in {**fields, **counts}.items() for text in pair]
         store = Store(self._fetch_link, self._store.epoch, self.settings)
         if not store.run("register", info.name, info.incarnation, record, state, WORKER_TTL_S, *flat):
             raise Superseded(f"a newer worker of node {info.name} has registered")
@@ -85,7 +91,8 @@ class NodeLink:
     def unregister(self) -> None:
         """Leave RQ's registry and the list of nodes: after a clean end."""
         info = self._known()
-        Store(self._fetch_link, self._store.epoch, self.settings).run("leave", info.name, info.incarnation)
+        mail = pack(NodeLost(info.name, info.incarnation, "it has left"))
+        Store(self._fetch_link, self._store.epoch, self.settings).run("leave", info.name, info.incarnation, mail)
 
     def _known(self) -> NodeInfo:
         if self._info is None:
@@ -112,7 +119,6 @@ class NodeLink:
                 if now < self._retry_at:
                     return messages
                 self._connect()
-                self._down_since = None
             messages = self._read_inbox()
             self._read_answers()
         except ServerUnavailable:
@@ -126,6 +132,7 @@ class NodeLink:
             link.connect()
         for name in ("end", "give_back", "launched", "beat"):
             self._load(name)
+        self._down_since = None
         self._ask_inbox()
         again, self._sent = self._sent, deque()
         for call in again:
@@ -143,17 +150,31 @@ class NodeLink:
     def _ask_inbox(self) -> None:
         info = self._known()
         # The bound only serves connections that died without a word; a reply comes as soon as there is one.
-        self._inbox_link.post("BLMPOP", 30, 1, keys.inbox(info.name, info.incarnation), "LEFT", "COUNT", 500)
+        inbox = keys.inbox(info.name, info.incarnation)
+        self._inbox_link.post("XREAD", "COUNT", 100, "BLOCK", 30_000, "STREAMS", inbox, self._read_to)
 
     def _read_inbox(self) -> list[ToWorker]:
         found: list[ToWorker] = []
         for reply in self._inbox_link.replies():
             if isinstance(reply, Exception):
                 raise reply if not isinstance(reply, ReplyError) else translate(reply)
-            if reply is not None:
-                found += [_inbox.decode(item) for item in reply[1]]
-            self._ask_inbox()
+            for entry, (_, packed) in reply[0][1] if reply is not None else ():
+                found += _inbox.decode(packed)
+                self._read_to = entry.decode()
+                self._unconfirmed += 1
+            try:
+                self._ask_inbox()
+            except ServerUnavailable:
+                self._inbox_link.close()  # the next pump finds out; what was read counts
+        if self._unconfirmed >= CONFIRM_ENTRIES:
+            self._confirm_inbox()
         return found
+
+    def _confirm_inbox(self) -> None:
+        """Remove what was read, but for the last entry."""
+        info = self._known()
+        self._unconfirmed = 0
+        self._post(_Call("", ("XTRIM", keys.inbox(info.name, info.incarnation), "MINID", self._read_to)))
 
     def _read_answers(self) -> None:
         for reply in self._report_link.replies():
@@ -220,7 +241,9 @@ class NodeLink:
         info = self._known()
         self._call_number += 1
         mail = pack(GivenBack(info.name, info.incarnation, counts))
-        self._post(_Call("give_back", (self._address(), self._call_number, mail, pack(tasks))))
+        now = time.time()
+        late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
+        self._post(_Call("give_back", (self._address(), self._call_number, mail, pack(tasks), *late)))
 
     def post_state(self, state: NodeState) -> None:
         """Answer to Hello: all lanes and what was handed ahead."""
@@ -229,7 +252,9 @@ class NodeLink:
     def post_beat(self, fields: dict[str, str]) -> None:
         """Refresh the worker's record in RQ's registry."""
         info = self._known()
-        flat = tuple(text for pair in fields.items() for text in pair)
+        if self._unconfirmed:
+            self._confirm_inbox()
+        flat = tuple(text for pair in {**self._fields, **fields}.items() for text in pair)
         self._post(_Call("beat", (info.name, info.incarnation, WORKER_TTL_S, *flat)))
 
     def unsent(self) -> int:

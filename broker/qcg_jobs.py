@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -18,8 +19,23 @@ SINGLES_LIMIT = 100_000
 _ONE = re.compile(r"(.+):([0-9]{1,15})")
 
 
-class _Missing(Exception):
-    """A dependency that no request brings."""
+class Unmet(Exception):
+    """A dependency that can never be met; its text says why."""
+
+
+class Known(Protocol):
+    """A job that was submitted before."""
+
+    @property
+    def indices(self) -> range | None:
+        """What its ``${it}`` counts through; None when it is no iteration."""
+
+    @property
+    def array(self) -> str | None:
+        """The id of its one array that can still be waited for element by element, if it is such."""
+
+    def parents(self, index: int | None) -> Sequence[str]:
+        """Ids to wait for, for one element or (None) all of it; none when that has ended well. Raises Unmet."""
 
 
 class Draft(msgspec.Struct):
@@ -41,28 +57,31 @@ class Draft(msgspec.Struct):
         return None
 
 
-def tasks_of(drafts: list[Draft], file: str) -> tuple[list[Task], dict[str, str]]:
+def tasks_of(
+    drafts: Sequence[Draft], file: str, known: Mapping[str, Known] | None = None
+) -> tuple[list[Task], dict[str, str]]:
     """The tasks, and the names of jobs and elements that are omitted, with a sentence why.
 
-    Omitted is what waits for a job or element that no request brings, and all that waits for it.
+    Omitted is what waits for a job or element that neither ``drafts`` nor ``known`` have, or that did not end well,
+    and all that waits for it.
     """
     names: dict[str, Draft] = {}
     for draft in drafts:
         other = names.setdefault(draft.name, draft)
         if other is not draft:
             raise InvalidInput(f"{file}: {draft.path}.name: {draft.name!r} is the name of {other.path} already")
-    single = _singles(drafts, names)
+    graph = _Graph(names, known or {})
     tasks: list[Task] = []
     paths: dict[str, str] = {}
     omitted: dict[str, str] = {}
     for draft in drafts:
-        found = _elements(draft, file) if draft.name in single else [(None, draft.task)]
+        found = _elements(draft, file) if draft.name in graph.single else [(None, draft.task)]
         for index, task in found:
             name = task.name or ""
             try:
-                after, after_each = _resolve(draft, index, names, single)
-            except _Missing as missing:
-                omitted[name] = f"it waits for {str(missing)!r}, which no request of this file brings"
+                after, after_each = graph.resolve(draft, index)
+            except Unmet as unmet:
+                omitted[name] = f"it waits for {unmet}"
                 after, after_each = [], []
             tasks.append(msgspec.structs.replace(task, after=after, after_each=after_each))
             paths[name] = draft.path
@@ -72,23 +91,68 @@ def tasks_of(drafts: list[Draft], file: str) -> tuple[list[Task], dict[str, str]
     return tasks, omitted
 
 
-def _singles(drafts: list[Draft], names: Mapping[str, Draft]) -> set[str]:
-    """The iteration jobs that need a task per element, and those that name such elements one by one."""
-    users: dict[str, list[str]] = defaultdict(list)
-    found = [draft.name for draft in drafts if draft.cores is not None]
-    for draft in drafts:
-        for text in draft.after if draft.indices is not None else ():
-            if (match := _SAME.fullmatch(text)) and (other := names.get(match[1])) and other.indices is not None:
-                users[other.name].append(draft.name)
-                if other.indices != draft.indices:
-                    found.append(draft.name)
-    single: set[str] = set()
-    while found:
-        name = found.pop()
-        if name not in single:
-            single.add(name)
-            found += users[name]
-    return single
+class _Graph:
+    """Who waits for whom. ``single`` are the iteration jobs that need a task for each element."""
+
+    def __init__(self, names: Mapping[str, Draft], known: Mapping[str, Known]) -> None:
+        self.names = names
+        self.known = known
+        self.single: set[str] = set()
+        users: dict[str, list[str]] = defaultdict(list)
+        found = [draft.name for draft in names.values() if draft.cores is not None]
+        for draft in names.values():
+            same = [match[1] for text in draft.after if (match := _SAME.fullmatch(text))]
+            if draft.indices is None or not same:
+                continue
+            # An array waits for elements of equal arrays, or for whole tasks, but not for both.
+            if len(same) < len(draft.after) or not all(self._alike(draft, name) for name in same):
+                found.append(draft.name)
+            for name in same:
+                users[name].append(draft.name)
+        while found:
+            name = found.pop()
+            if name not in self.single:
+                self.single.add(name)
+                found += users[name]
+
+    def _alike(self, draft: Draft, name: str) -> bool:
+        other = self._find(name)
+        if isinstance(other, Draft):
+            return other.indices is None or other.indices == draft.indices
+        return other is None or (other.indices == draft.indices and other.array is not None)
+
+    def _find(self, name: str) -> Draft | Known | None:
+        return self.names.get(name) or self.known.get(name)
+
+    def resolve(self, draft: Draft, index: int | None) -> tuple[list[str], list[str]]:
+        """(after, after_each) of a job, or of one element of it. Raises Unmet."""
+        after: list[str] = []
+        after_each: list[str] = []
+        for text in draft.after:
+            same, one = _SAME.fullmatch(text), _ONE.fullmatch(text)
+            if self._find(text) is not None:
+                after += self._parents(text, None)
+                continue
+            name = (same or one or [text, text])[1]
+            other = self._find(name)
+            if other is None or other.indices is None or (same and draft.indices is None):
+                raise Unmet(f"{text!r}, which no request brings")
+            if same and index is None:
+                after_each.append(name if isinstance(other, Draft) else f"={other.array}")
+                continue
+            wanted = int(one[2]) if one else index
+            if wanted not in other.indices:
+                raise Unmet(f"'{name}:{wanted}', which no request brings")
+            after += self._parents(name, wanted)
+        return after, after_each
+
+    def _parents(self, name: str, index: int | None) -> list[str]:
+        draft = self.names.get(name)
+        if draft is None:
+            return [f"={parent}" for parent in self.known[name].parents(index)]
+        if index is not None:
+            return [f"{name}:{index}"]
+        return [f"{name}:{i}" for i in draft.indices or ()] if name in self.single else [name]
 
 
 def _elements(draft: Draft, file: str) -> Iterator[tuple[int, Task]]:
@@ -119,32 +183,6 @@ def _elements(draft: Draft, file: str) -> Iterator[tuple[int, Task]]:
                 },
             ),
         )
-
-
-def _resolve(
-    draft: Draft, index: int | None, names: Mapping[str, Draft], single: set[str]
-) -> tuple[list[str], list[str]]:
-    """(after, after_each) of a job, or of one element of it. Raises _Missing with the dependency that is nowhere."""
-    after: list[str] = []
-    after_each: list[str] = []
-    for text in draft.after:
-        same, one = _SAME.fullmatch(text), _ONE.fullmatch(text)
-        if text in names:
-            other = names[text]
-            after += [f"{text}:{i}" for i in other.indices or ()] if text in single else [text]
-            continue
-        found = names.get((same or one or [text, text])[1])
-        indices = None if found is None else found.indices
-        if found is None or indices is None or (same and draft.indices is None):
-            raise _Missing(text)
-        if same and index is None:
-            after_each.append(found.name)
-            continue
-        wanted = int(one[2]) if one else index
-        if wanted not in indices:
-            raise _Missing(f"{found.name}:{wanted}")
-        after.append(f"{found.name}:{wanted}")
-    return after, after_each
 
 
 def _omit_dependents(tasks: list[Task], omitted: dict[str, str]) -> None:

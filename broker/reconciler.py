@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
 
 from pilotq.broker import keys
 from pilotq.broker.records import Line, NodeInfo, Stop
-from pilotq.broker.store import Store, iso, pack
+from pilotq.broker.store import Store, iso, to_worker
 
 log = logging.getLogger("pilotq.reconciler")
+T = TypeVar("T")
 SLICE = 500
+CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
 CONTACT_S = 120.0  # a node whose beat has not moved for so long by our clock is given up
 
 
@@ -26,18 +30,24 @@ class Reconciler:
         self.link = store.link
         self.next_turn = 0.0
         self.next_trim = 0.0
-        self.beats: dict[str, tuple[bytes, float]] = {}  # address -> last beat, when it last moved (monotonic)
-        self.cursor: dict[str, int] = {}
+        self.tidied = False
+        self.beats: dict[str, tuple[bytes | None, float]] = {}  # address -> last beat, when it last moved (monotonic)
+        self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
+        self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to look from, ids seen from there on
 
     def due(self, now: float) -> bool:
         return now >= self.next_turn
 
     def turn(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
-        """One round; returns the nodes that are to be given up."""
+        """One round; returns the nodes that are to be given up. ``tidied``: classes were removed."""
         self.next_turn = now + self.store.settings.reconcile_s
+        self.tidied = False
         queues = self._queues()
-        self._stop_canceled(queues, nodes)
-        self._stop_vanished(queues, nodes)
+        self._adopt_canceled(queues)
+        for queue in queues:
+            self._check_running(queue, nodes)
+        if self.store.run("settle", self.store.term, *queues):
+            log.warning("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s
             self._trim(queues)
@@ -45,57 +55,78 @@ class Reconciler:
         return self._silent(now, nodes)
 
     def _queues(self) -> list[str]:
-        names = {name.decode().partition(".")[0] for name in self.link.call("HKEYS", keys.CLASSES)}
-        return sorted(names)
+        return keys.queue_names(self.link.call("SMEMBERS", keys.QUEUES))
 
     # -- RQ's own job.cancel() and delete ------------------------------------------------------------------------
 
-    def _stop_canceled(self, queues: list[str], nodes: dict[str, NodeInfo]) -> None:
-        """RQ's cancel of a running job sets its status and tells nobody (the score is the second of the cancel)."""
-        for queue in queues:
-            recent = self.link.call("ZRANGEBYSCORE", keys.registry("canceled", queue), time.time() - 3, "+inf")
-            for first in range(0, len(recent), SLICE):
-                ids = [i.decode() for i in recent[first : first + SLICE]]
-                rows = self.link.pipeline([("HMGET", keys.job(i), "status", "pq_node", "pq_exec") for i in ids])
-                for task_id, (status, node, execution) in zip(ids, rows, strict=True):
-                    if status == b"canceled" and node is not None and node.decode() in nodes:
-                        self._tell(nodes[node.decode()], Stop(task_id, int(execution), "canceled"))
+    def _adopt_canceled(self, queues: list[str]) -> None:
+        """RQ's cancel sets the status and tells nobody: cancel.lua makes the usual event of it.
 
-    def _stop_vanished(self, queues: list[str], nodes: dict[str, NodeInfo]) -> None:
-        """Running tasks whose record was deleted: nobody knows where they are, so every node is told."""
+        RQ's score is a whole second, by the clock of whoever canceled; ours have fractions, and need no look.
+        """
         for queue in queues:
-            wip = keys.registry("wip", queue)
-            cursor, flat = self.link.call("ZSCAN", wip, self.cursor.get(queue, 0), "COUNT", SLICE)
-            self.cursor[queue] = int(cursor)
-            members = [m.decode() for m in flat[::2]]
-            if not members:
-                continue
-            ids = [m.rpartition(":")[0] for m in members]
-            alive = self.link.pipeline([("EXISTS", keys.job(i)) for i in ids])
-            for member, task_id, exists in zip(members, ids, alive, strict=True):
-                if not exists and self.link.call("ZSCORE", wip, member) is not None:
-                    log.warning("the record of running task %s is gone: it is stopped", task_id)
-                    for info in nodes.values():
-                        self._tell(info, Stop(task_id, 0, "canceled"))
-                    self.link.call("ZREM", wip, member)
+            since, before = self.canceled.get(queue, (float("-inf"), frozenset()))
+            flat = self.link.call("ZRANGEBYSCORE", keys.registry("canceled", queue), since, "+inf", "WITHSCORES")
+            met = frozenset(i.decode() for i, score in zip(flat[::2], flat[1::2], strict=True) if score.isdigit())
+            for part in _slices(sorted(met - before)):
+                self.store.cancel(part)
+            if flat:
+                self.canceled[queue] = (float(flat[-1]) - CLOCKS_S, met)
 
-    def _tell(self, info: NodeInfo, stop: Stop) -> None:
-        self.link.call("RPUSH", keys.inbox(info.name, info.incarnation), pack(stop))
+    def _check_running(self, queue: str, nodes: dict[str, NodeInfo]) -> None:
+        """A slice of what runs: what RQ canceled unseen, elements of a deleted array, records that were deleted."""
+        wip = keys.registry("wip", queue)
+        cursor, flat = self.link.call("ZSCAN", wip, self.cursor.get(queue, 0), "COUNT", SLICE)
+        self.cursor[queue] = int(cursor)
+        members = [m.decode() for m in flat[::2]]
+        if not members:
+            return
+        ids = [m.rpartition(":")[0] for m in members]
+        rows = self.link.pipeline([("HMGET", keys.job(i), "status", "pq_cancel", "pq_array_of") for i in ids])
+        arrays = sorted({array.decode() for _, _, array in rows if array is not None})
+        there = dict(zip(arrays, self.link.pipeline([("EXISTS", keys.job(a)) for a in arrays]), strict=True))
+        unwanted = [
+            task_id
+            for task_id, (status, cancel, array) in zip(ids, rows, strict=True)
+            if cancel is None and (status == b"canceled" or (array is not None and not there[array.decode()]))
+        ]
+        for part in _slices(unwanted):
+            self.store.cancel(part)
+        gone = [m for m, (status, _, _) in zip(members, rows, strict=True) if status is None]
+        # An element that finished between the two reads has lost its record and its place here in one script.
+        for member in gone:
+            if self.link.call("ZSCORE", wip, member) is not None:
+                self._end_vanished(queue, member, nodes)
+
+    def _end_vanished(self, queue: str, member: str, nodes: dict[str, NodeInfo]) -> None:
+        """The record of a running task was deleted. Nobody knows where it runs, so every node is told."""
+        task_id, _, execution = member.rpartition(":")
+        log.warning("the record of running task %s is gone: it is stopped", task_id)
+        if execution == "0":  # an array: its elements are ended one by one
+            self.link.call("ZREM", keys.registry("wip", queue), member)
+            return
+        for info in nodes.values():
+            self.link.call(*to_worker(info.name, info.incarnation, Stop(task_id, 0, "canceled")))
+        now = time.time()
+        array, _, index = task_id.partition("_")
+        span = self.link.call("HGET", keys.job(array), "pq_array") if index.isdigit() else None
+        start, step = map(int, span.split(b":")[:2]) if span else (0, 1)
+        position = (int(index) - start) // step if span else 0
+        row = (task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", array if span else "", position, queue, "", 0)
+        line = Line(id=task_id, execution=int(execution), ended=now, message="its record was deleted")
+        self.store.lose([row], [msgspec.msgpack.encode(line)])
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     def _silent(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
         """Judged by a beat that does not move, on our own monotonic clock: wall clocks may jump."""
-        found = []
-        for address, info in nodes.items():
-            beat = self.link.call("HGET", keys.worker(info.name), "last_heartbeat") or b""
-            last, since = self.beats.get(address, (b"", now))
-            if beat != last:
-                since = now
-            self.beats[address] = (beat, since)
-            if now - since > CONTACT_S:
-                found.append(info)
-        return found
+        beats = self.link.pipeline([("HGET", keys.worker(info.name), "last_heartbeat") for info in nodes.values()])
+        moved: dict[str, tuple[bytes | None, float]] = {}
+        for address, beat in zip(nodes, beats, strict=True):
+            last, since = self.beats.get(address, (None, now))
+            moved[address] = (beat, since if beat == last else now)
+        self.beats = moved
+        return [info for address, info in nodes.items() if now - moved[address][1] > CONTACT_S]
 
     def requeue_orphans(self, alive: set[str]) -> int:
         """Tasks that were handed to incarnations of nodes which are no more (asked once by a new dispatcher)."""
@@ -111,16 +142,16 @@ class Reconciler:
         number = 0
         for queue in self._queues():
             mine = [(i, e) for i, node, e in self._running(queue) if node == address]
-            mine.sort(key=lambda pair: (len(pair[0]), pair[0]))
-            for first in range(0, len(mine), SLICE):
-                part = mine[first : first + SLICE]
+            mine.sort(key=_order)
+            # The last ones first, as each slice goes to the head of its list.
+            for part in reversed(_slices(mine)):
                 now = time.time()
                 reports, lines = [], []
                 for task_id, execution in part:
                     reports.append((task_id, execution, "lost", "worker lost", iso(now), "", iso(now), "", "", 0, "", "", 0))
                     line = Line(id=task_id, execution=execution, node=address.rpartition(":")[0], ended=now, message=why)
                     lines.append(msgspec.msgpack.encode(line))
-                self.store.lose(address, reports, lines)
+                self.store.lose(reports, lines)
                 number += len(part)
         return number
 
@@ -150,11 +181,21 @@ class Reconciler:
             for kind in ("finished", "canceled", "failed"):
                 key = keys.registry(kind, queue)
                 excess = int(self.link.call("ZCARD", key)) - keep
-                for _ in range(0, max(excess, 0), SLICE):
-                    ids = self.link.call("ZRANGE", key, 0, SLICE - 1)
+                while excess > 0:
+                    ids = self.link.call("ZRANGE", key, 0, min(excess, SLICE) - 1)
                     self.store.run("trim", self.store.term, kind, queue, *ids)
+                    excess -= SLICE
 
     def _tidy(self) -> None:
         classes = [name.decode() for name in self.link.call("HKEYS", keys.CLASSES)]
-        if classes:
-            self.store.run("tidy", self.store.term, *classes)
+        self.tidied = bool(classes) and self.store.run("tidy", self.store.term, *classes) > 0
+
+
+def _slices(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[first : first + SLICE] for first in range(0, len(items), SLICE)]
+
+
+def _order(running: tuple[str, int]) -> tuple[int, str, int, str]:
+    """Sorts by submission, elements of an array by index."""
+    task_id, _, index = running[0].partition("_")
+    return len(task_id), task_id, len(index), index

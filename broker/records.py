@@ -1,6 +1,6 @@
 """The messages between dispatcher and workers, and the line of the journal. All are msgpack.
 
-Dispatcher to worker: one list per incarnation of a node (the inbox), each element one of ``Handed`` (pushed by the
+Dispatcher to worker: one stream per incarnation of a node (the inbox), each entry a list of ``Handed`` (added by the
 claim script itself), ``Stop``, ``Recall``, ``Hello``, ``Leave``. Worker to dispatcher: the mail, each element one
 of ``Ended``, ``GivenBack``, ``NodeState``, ``NodeLost``; clients add ``Nudge``.
 
@@ -35,6 +35,7 @@ class Handed(msgspec.Struct, array_like=True, tag="run"):
     retries: int  # left
     submission: str
     spec: msgspec.Raw
+    crashes: int = 0  # executions whose launcher or worker died under them
 
 
 class Stop(msgspec.Struct, array_like=True, tag="stop"):

@@ -13,7 +13,8 @@ ACTIVE: Final = frozenset({"started"})
 ENDED: Final = frozenset({"finished", "failed", "stopped", "canceled"})
 STATUSES: Final = WAITING | ACTIVE | ENDED
 
-# event -> what happens; each event is one script (broker/scripts/<script>.lua, named in EVENT_SCRIPTS).
+# Events are named for what a script does; EVENT_SCRIPTS says which (broker/scripts/<script>.lua). The record of an array
+# is queued until its last element was handed out, then started until the last one has ended.
 TABLE: Final[dict[tuple[str, str], str]] = {
     ("created", "commit"): "queued",
     ("created", "commit_deferred"): "deferred",
@@ -24,22 +25,27 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("queued", "claim"): "started",
     ("queued", "cancel"): "canceled",
     ("started", "give_back"): "queued",
+    ("started", "give_back_canceled"): "canceled",  # it was to be stopped while it was on its way back
     ("started", "lost"): "queued",
     ("started", "crash_limit"): "failed",
     ("started", "end_finished"): "finished",
     ("started", "end_failed"): "failed",
     ("started", "end_retried"): "queued",
+    ("started", "end_free"): "queued",  # ended through no fault of its own: the pilot ends
     ("started", "end_stopped"): "stopped",
     ("started", "end_canceled"): "canceled",
     ("started", "cancel"): "started",  # the worker is told; the status changes when its processes are gone
-    ("canceled", "end_canceled"): "canceled",  # RQ's own job.cancel() sets the status first
+    # RQ's own job.cancel() sets the status first, of waiting and of running tasks, and tells nobody.
+    ("canceled", "cancel"): "canceled",
+    ("canceled", "end_canceled"): "canceled",
+    ("canceled", "give_back_canceled"): "canceled",
 }
 
 EVENT_SCRIPTS: Final = {
     "commit": "commit", "commit_deferred": "commit", "commit_omitted": "commit", "release": "release",
-    "omit": "release", "cancel": "cancel", "claim": "claim", "give_back": "give_back", "lost": "give_back",
-    "crash_limit": "give_back", "end_finished": "end", "end_failed": "end", "end_retried": "end",
-    "end_stopped": "end", "end_canceled": "end",
+    "omit": "release", "cancel": "cancel", "claim": "claim", "give_back": "give_back",
+    "give_back_canceled": "give_back", "lost": "end", "crash_limit": "end", "end_finished": "end", "end_failed": "end",
+    "end_retried": "end", "end_free": "end", "end_stopped": "end", "end_canceled": "end",
 }  # fmt: skip
 
 # The closed list of reasons, with the sentence that `explain` and the tables show.

@@ -19,6 +19,7 @@ import msgspec
 from pilotq.broker import keys
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.link import Argument, Link, ReplyError, ScriptMissing
+from pilotq.broker.records import ToWorker
 from pilotq.broker.settings import Settings
 
 pack = msgspec.msgpack.Encoder().encode
@@ -51,7 +52,9 @@ class Script(NamedTuple):
 def script(name: str) -> Script:
     """A script of broker/scripts, with lib.lua in front."""
     folder = files("pilotq.broker.scripts")
-    text = (folder / "lib.lua").read_text() + (folder / f"{name}.lua").read_text()
+    # Out of memory only a submit is refused, and before it has written anything: ends make room.
+    flags = "" if name == "commit" else " flags=allow-oom"
+    text = f"#!lua{flags}\n" + (folder / "lib.lua").read_text() + (folder / f"{name}.lua").read_text()
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
@@ -62,6 +65,11 @@ def translate(error: ReplyError) -> Exception:
     if error.code == "TERM":
         return Superseded("another dispatcher has taken over this queue")
     return error
+
+
+def to_worker(node: str, incarnation: int, message: ToWorker) -> tuple[Argument, ...]:
+    """The command that puts a message into the inbox of a node."""
+    return ("XADD", keys.inbox(node, incarnation), "*", "m", pack([message]))
 
 
 class Head(NamedTuple):
@@ -145,7 +153,7 @@ class Store:
         handled, left = self.run("release", self.term, f"{now:.6f}", iso(now), limit, self.settings.failed_ttl_s)
         return int(handled), int(left)
 
-    def lose(self, node: str, reports: Sequence[tuple[Any, ...]], lines: Sequence[bytes]) -> list[str]:
+    def lose(self, reports: Sequence[tuple[Any, ...]], lines: Sequence[bytes]) -> list[str]:
         """End executions of a dead node; see `end_arguments` for the form of a report."""
         return [v.decode() for v in self.run("end", *self.end_arguments("", 0, b"", reports, lines, [""] * len(lines)))]
 

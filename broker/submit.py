@@ -22,6 +22,7 @@ from pilotq.broker.task import Request, Shared, Task, class_name, description, i
 
 CHUNK = 500
 VALUES_BLOCK = 1000
+EACH_LIMIT = 30  # arrays that an array may wait for element by element: each has a bit
 CLASS_LIMIT = 256  # class lists of one queue: the dispatcher looks at the head of each
 ID = re.compile(r"[0-9a-v]{1,13}(_[0-9]+)?")
 BYTES_PER_TASK = 700  # of server memory, for the check before a large submit
@@ -86,7 +87,12 @@ def _names(tasks: Sequence[Task]) -> dict[str, int]:
 
 
 def _resolve(parent: str, names: dict[str, int], where: str) -> str | int:
-    """A name of this submission, ``name:INDEX`` for one element of an array of it, or an id."""
+    """A name of this submission, ``name:INDEX`` for one element of an array of it, or an id.
+
+    ``=ID`` is an id even where a task of this submission has that name.
+    """
+    if parent.startswith("=") and ID.fullmatch(parent[1:]):
+        return parent[1:]
     if parent in names:
         return names[parent]
     name, _, index = parent.rpartition(":")
@@ -100,10 +106,12 @@ def _resolve(parent: str, names: dict[str, int], where: str) -> str | int:
 def _check_each(task: Task, each: list[str | int], tasks: Sequence[Task], where: str) -> None:
     if each and task.after:
         raise InvalidInput(f"{where}: give after or after_each, not both")
+    if len(each) > EACH_LIMIT:
+        raise InvalidInput(f"{where}: after_each: at most {EACH_LIMIT} arrays, not {len(each)}")
     for parent in each:
-        if isinstance(parent, str):
-            raise InvalidInput(f"{where}: after_each names arrays of the same submission, {parent!r} is none")
-        if not tasks[parent].is_array or tasks[parent].size != task.size:
+        if isinstance(parent, str) and "_" in parent:
+            raise InvalidInput(f"{where}: after_each: {parent!r} is one element, name its array")
+        if isinstance(parent, int) and not (tasks[parent].is_array and tasks[parent].size == task.size):
             raise InvalidInput(
                 f"{where}: after_each: {tasks[parent].name!r} must be an array of {task.size} elements, as this one"
             )
@@ -146,20 +154,26 @@ def _inner(parents: list[str | int], each: list[str | int]) -> list[int]:
 def submit(link: Link, store: Store, tasks: Sequence[Task], shared: Shared, key: str | None) -> list[str]:
     """Check, stage and commit; returns the ids in order. Nothing is visible unless all of it is."""
     key = key or secrets.token_hex(8)
-    replies = link.pipeline([("HVALS", keys.NODES), ("HKEYS", keys.CLASSES), ("INCRBY", keys.SEQ, len(tasks))])
+    replies = link.pipeline(
+        [("HVALS", keys.NODES), ("HKEYS", keys.CLASSES), ("INCRBY", keys.SEQ, len(tasks)), ("SMEMBERS", keys.PLANNED)]
+    )
     nodes = [msgspec.json.decode(record, type=NodeInfo) for record in replies[0]]
+    if {name.decode() for name in replies[3]} - {node.name for node in nodes}:
+        nodes = []  # some are still starting, or are started again: what they can hold is not known
     plan = check(tasks, nodes, {name.decode() for name in replies[1]})
     if plan.total > 0 and len(tasks) >= CHUNK:
         _check_memory(link, len(tasks))
     first = int(replies[2]) - len(tasks) + 1
     ids = [id_of(first + n) for n in range(len(tasks))]
     _stage(link, store, plan, ids, shared, key)
-    answer = store.commit(key, first, len(tasks), plan.total, _work(plan, ids))
+    answer = store.commit(key, first, len(tasks), plan.total, {**_work(plan, ids), "shared": shared.key()})
     word = answer[0].decode()
     if word == "again":
         return [id_of(int(answer[1]) + n) for n in range(int(answer[2]))]
     if word == "unknown":
         raise UnknownTask(f"after: there is no task {answer[1].decode()!r} here (any more)")
+    if word == "unequal":
+        raise InvalidInput(f"after_each: {answer[1].decode()!r} is no array of as many elements as the one that waits")
     if word == "gone":
         raise PilotFailed("the submit took too long and its staged records have expired: submit again")
     return ids
@@ -182,7 +196,11 @@ def _stage(link: Link, store: Store, plan: Plan, ids: list[str], shared: Shared,
     ttl = store.settings.stage_ttl_s
     now = time.time()
     stamp, at, shared_key = iso(now), f"{now:.6f}", shared.key()
-    commands: list[tuple[Argument, ...]] = [("SET", keys.shared(shared_key), pack(shared), "NX")]
+    # It may be there already, for ever or for a while: it stays at least as long as the rest.
+    commands: list[tuple[Argument, ...]] = [
+        ("SET", keys.shared(shared_key), pack(shared), "NX", "EX", ttl),
+        ("EXPIRE", keys.shared(shared_key), ttl, "GT"),
+    ]
     for number, task in enumerate(plan.tasks):
         waits = plan.parents[number] or plan.each[number]
         fields: list[Argument] = [

@@ -143,7 +143,9 @@ class Supervisor:
         link = Link(address)
         try:
             epoch = establish_epoch(self.pilot, link)
-            link.call("DEL", keys.WISH)  # wishes were for the pilot that lived here before
+            link.call("DEL", keys.WISH, keys.PLANNED)  # they were of the pilot that lived here before
+            if self.workers:
+                link.call("SADD", keys.PLANNED, *self.workers)
         finally:
             link.close()
         self.journal = JournalWriter(self.pilot.journal, fsync_s=self.settings.journal_fsync_s, pilot=self.pilot.id)

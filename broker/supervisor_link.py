@@ -15,6 +15,7 @@ from pilotq.broker.errors import ServerUnavailable
 from pilotq.broker.journal import JournalWriter
 from pilotq.broker.link import Address, Link
 from pilotq.broker.records import Leave, NodeInfo, NodeLost, Nudge
+from pilotq.broker.store import to_worker
 
 POLL_S = 0.1
 TALK_S = 0.5
@@ -101,8 +102,7 @@ class SupervisorLink:
 
     def leave(self, nodes: list[NodeInfo], grace: float) -> bool:
         """Tell workers to end, with so many seconds between SIGTERM and SIGKILL."""
-        message = _pack(Leave(grace))
-        return self._say([("RPUSH", keys.inbox(n.name, n.incarnation), message) for n in nodes])
+        return self._say([to_worker(n.name, n.incarnation, Leave(grace)) for n in nodes])
 
     def drain_journal(self, now: float) -> bool:
         """Move all that has ended to the journal and onto the disk; whether that was possible. `poll` asks no more."""

@@ -98,7 +98,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     they are then of the submitter's directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).
     In an array ``{index}`` and ``{value}`` in ``command``, ``script``, ``env`` values, ``cwd`` and the three files
     stand for the element's own (only these two words: any other braces stay as they are).
-    ``after`` names tasks by id, or by name within one submission; ``after_each`` names arrays of the same length,
+    ``after`` names tasks by id (``=ID``: in any case an id), or by name within one submission; ``after_each`` names arrays of the same length,
     whose element i must end before element i of this array starts.
     """
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 
 import click
 
-from pilotq.broker.client import Broker
-from pilotq.broker.errors import InvalidInput
+from pilotq.broker.archive import Archive
+from pilotq.broker.batch import ID
+from pilotq.broker.client import Broker, reach
+from pilotq.broker.errors import InvalidInput, ServerUnavailable, UnknownTask
 from pilotq.broker.quantities import parse_duration
+from pilotq.broker.settings import Settings
+from pilotq.broker.states import WAITING
+from pilotq.broker.views import Counts
 from pilotq.cli import exit_codes, render
 from pilotq.cli.options import dir_option, json_option, parsed
 from pilotq.cli.select import ids_of
+
+AGAIN_S = 0.2  # how often a wait looks for a server that has gone
 
 
 @click.command("wait")
@@ -23,18 +32,62 @@ from pilotq.cli.select import ids_of
 def wait_command(words: tuple[str, ...], timeout: float | None, directory: str | None, as_json: bool) -> int:
     """Wait until these tasks (without any: all) have ended.
 
-    Ends with 0 when all of them finished, 1 when some did not, 4 when the time is over.
+    Ends with 0 when all of them finished, 1 when some did not, 4 when the time is over. Of a pilot that has ended the
+    journal tells at once.
 
     \b
     Example: pilotq wait --timeout 10m && echo all well
     """
-    with Broker.connect(directory) as broker:
-        counts = broker.wait(ids_of(broker, words) if words else None, timeout=timeout)
+    begin, asked, away_since = time.monotonic(), timeout, None
+    while True:
+        try:
+            counts, sentence = _wait(words, timeout, directory)
+            break
+        except ServerUnavailable:
+            # It is started again, or the pilot ends: then its journal tells.
+            now = time.monotonic()
+            away_since = away_since or now
+            if now - away_since > Settings().server_wait_s:
+                raise
+            timeout = None if asked is None else max(asked - (now - begin), 0.0)
+            time.sleep(AGAIN_S)
+    if sentence:
+        click.echo(f"pilotq: {sentence}", err=True)
     if as_json:
         click.echo(render.to_json(render.counts_json(counts)))
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and not sentence:
         click.echo(f"pilotq: {render.counts_text(counts)}", err=True)
-    return exit_codes.of_counts(counts)
+    return exit_codes.TASKS_FAILED if sentence else exit_codes.of_counts(counts)
+
+
+def _wait(words: Sequence[str], timeout: float | None, directory: str | None) -> tuple[Counts, str]:
+    """What became of the tasks, and a sentence about those that will never end. Raises WaitTimedOut."""
+    with reach(directory) as pilot:
+        if not isinstance(pilot, Archive):
+            return pilot.wait(ids_of(pilot, words) if words else None, timeout=timeout), ""
+        counts = pilot.wait([_possible_id(pilot, word) for word in words] if words else None)
+        where = pilot.pilot.directory
+        if counts.left:
+            return counts, (
+                f"the pilot has ended, and {counts.left:,} of {counts.total:,} tasks had not: `pilotq start --resume "
+                f"{where}` goes on with them"
+            )
+        if not words and not pilot.complete:
+            return counts, (
+                f"the pilot was killed: {render.counts_text(counts)}, but its journal does not know what never ran; "
+                f"`pilotq start --resume {where}` goes on with it"
+            )
+        return counts, ""
+
+
+def _possible_id(pilot: Archive, word: str) -> str:
+    """The id of a task; what may be one is taken for the id of a task that never ran, which no journal knows."""
+    try:
+        return ids_of(pilot, [word])[0]
+    except UnknownTask:
+        if not ID.fullmatch(word):
+            raise
+        return word
 
 
 @click.command("cancel", no_args_is_help=True)
@@ -62,4 +115,7 @@ def cancel_command(words: tuple[str, ...], everything: bool, directory: str | No
 
 def _open_ids(broker: Broker) -> list[str]:
     """Ids of the tasks that have not ended; an array stands for its elements."""
-    return [t.id for t in broker.tasks(limit=sys.maxsize) if not t.ended and not t.array]
+    return [
+        task.id for status in ("started", *sorted(WAITING)) for task in broker.tasks(status=status, limit=sys.maxsize)
+        if not task.array
+    ]  # fmt: skip

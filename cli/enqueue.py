@@ -56,10 +56,13 @@ def submit_command(
     """
     from pilotq.broker.files import read_tasks
 
-    tasks = read_tasks(file, format=format, shell=shell).tasks
     with Broker.connect(directory) as broker:
-        ids = broker.enqueue_many(tasks, key=key, shared=capture(env_policy))
-    _print(ids, tasks, as_json)
+        cores = sum(node.cores for node in broker.nodes())
+        batch = read_tasks(file, format=format, shell=shell, total_cores=cores or None)
+        ids = broker.enqueue_many(batch.tasks, key=key, shared=capture(env_policy))
+    for name, why in batch.omitted.items():
+        click.echo(f"pilotq: {render.clean(name)} is omitted: {why}", err=True)
+    _print(ids, batch.tasks, as_json)
 
 
 def _print(ids: Sequence[str], tasks: Sequence[Task], as_json: bool) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from itertools import islice
 
 import click
 
-from pilotq.broker.client import Broker
+from pilotq.broker.archive import Archive
+from pilotq.broker.client import Broker, reach
 from pilotq.broker.states import REASONS, STATUSES
 from pilotq.broker.views import TaskView
 from pilotq.cli import render
@@ -30,12 +30,14 @@ def list_command(status: str | None, limit: int, directory: str | None, as_json:
     \b
     Example: pilotq list --status failed
     """
-    with Broker.connect(directory) as broker:
-        tasks = list(islice(broker.tasks(status=status, limit=limit + 1), limit + 1))
+    with reach(directory) as pilot:
+        tasks = list(pilot.tasks(status=status, limit=limit + 1))
     shown = tasks[:limit]
     if as_json:
         click.echo(render.to_json([render.task_json(task) for task in shown]))
         return
+    if isinstance(pilot, Archive):
+        click.echo(f"pilotq: the pilot in {pilot.pilot.directory} has ended; its journal has these", err=True)
     click.echo(render.tasks_table(shown))
     if len(tasks) > limit:
         click.echo(f"pilotq: there are more than {limit}; --limit {10 * limit} shows more of them", err=True)
@@ -51,10 +53,10 @@ def show_command(words: tuple[str, ...], directory: str | None, as_json: bool) -
     \b
     Example: pilotq show 1f
     """
-    with Broker.connect(directory) as broker:
-        tasks = [broker.task(task_id) for task_id in ids_of(broker, words)]
+    with reach(directory) as pilot:
+        tasks = [pilot.task(task_id) for task_id in ids_of(pilot, words)]
     if as_json:
-        click.echo(render.to_json([render.task_json(task) for task in tasks]))
+        click.echo(render.to_json([render.details_json(task) for task in tasks]))
     else:
         click.echo("\n\n".join(_details(task) for task in tasks))
 
@@ -103,23 +105,16 @@ def logs_command(word: str, follow: bool, stderr: bool, directory: str | None) -
     """
     stream = "stderr" if stderr else "stdout"
     out = sys.stdout.buffer
-    with Broker.connect(directory) as broker:
-        (task_id,) = ids_of(broker, [word])
-        if broker.task(task_id).ended:
-            for piece in broker.output(task_id, stream):
-                out.write(piece)
-            out.flush()
-            return
-        offset, ended = 0, False
-        while not ended:
-            piece, ended = broker.live_output(task_id, stream, offset)
-            offset += len(piece)
+    with reach(directory) as pilot:
+        (task_id,) = ids_of(pilot, [word])
+        for piece in pilot.follow(task_id, stream):
             out.write(piece)
-            out.flush()
-            if not piece and not ended:
+            if not piece:
+                out.flush()
                 if not follow:
                     return
                 time.sleep(FOLLOW_S)
+        out.flush()
 
 
 @click.command("nodes")
@@ -150,13 +145,18 @@ def status_command(directory: str | None, as_json: bool) -> None:
     \b
     Example: pilotq status
     """
-    with Broker.connect(directory) as broker:
-        counts, nodes = broker.counts(), broker.nodes()
+    with reach(directory) as pilot:
+        counts, running, nodes = pilot.counts(), 0, []
+        if isinstance(pilot, Broker):
+            running, nodes = pilot.running(), pilot.nodes()
+    ended = isinstance(pilot, Archive)
     cores, used = sum(n.cores for n in nodes), sum(n.used for n in nodes)
-    running = sum(n.running for n in nodes)
     if as_json:
-        facts = {"tasks": render.counts_json(counts), "running": running}
+        facts = {"ended": ended, "tasks": render.counts_json(counts), "running": running}
         click.echo(render.to_json({**facts, "nodes": len(nodes), "cores": cores, "used": used}))
         return
     click.echo(f"tasks  {render.counts_text(counts)}; {running:,} running")
-    click.echo(f"nodes  {len(nodes)}, with {cores:,} cores, {used:,} in use")
+    if ended:
+        click.echo("nodes  none: the pilot has ended")
+    else:
+        click.echo(f"nodes  {len(nodes)}, with {cores:,} cores, {used:,} in use")

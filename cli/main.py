@@ -110,10 +110,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(call(argv))
 
 
-def call(argv: list[str] | None = None) -> int:
+def call(argv: list[str] | None = None, command: click.Command = pilotq, name: str = "pilotq") -> int:
     """Run the command line; returns the exit code. Expected errors are printed to stderr, as one sentence."""
     try:
-        code = pilotq.main(args=argv, prog_name="pilotq", standalone_mode=False)
+        code = command.main(args=argv, prog_name=name, standalone_mode=False)
         return code if isinstance(code, int) else exit_codes.ALL_FINISHED
     except click.ClickException as error:
         return _usage(error)

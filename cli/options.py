@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -47,6 +48,10 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 dir_option = click.option(
     "--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: $PILOTQ_DIR, else .pilotq/current]"
 )
+counter_option = click.option(
+    "--counter", "counters", multiple=True, metavar="NAME=N",
+    help="Each node has N units of a counter, for tasks with --use NAME; may be repeated.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 task_options = all_of(
@@ -95,6 +100,7 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
     if bool(command) == (options["script"] is not None):
         raise InvalidInput("give a command after `--`, or --script FILE" + (", not both" if command else ""))
     values = None if options["each_line"] is None else _values(options["each_line"])
+    use = dict(_counted("use", word) for word in options["use"])
     try:
         request = request_of(
             Request(),
@@ -102,7 +108,7 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
             nodes=options.get("task_nodes"),
             gpus=options["gpus"],
             memory=options["memory"],
-            use=dict(_use(word) for word in options["use"]),
+            use=use,
         )
     except InvalidInput as error:
         raise InvalidInput(f"--{error}") from None  # its text begins with the name of the option
@@ -165,10 +171,20 @@ def _values(path: str) -> list[str]:
     return values
 
 
-def _use(word: str) -> tuple[str, int]:
+def counters_of(words: Iterable[str]) -> dict[str, int]:
+    """The counters of a node by the words of ``--counter``; raises InvalidInput."""
+    counters = dict(_counted("counter", word) for word in words)
+    try:
+        request_of(Request(), use=counters)  # has the rule for their names
+    except InvalidInput as error:
+        raise InvalidInput(f"--counter{str(error).removeprefix('use')}") from None
+    return counters
+
+
+def _counted(option: str, word: str) -> tuple[str, int]:
     name, _, number = word.partition("=")
-    if not name or not number.isdecimal():
-        raise InvalidInput(f"use: {word!r} says not how many: write NAME=N, such as --use licence=1")
+    if not name or not re.fullmatch(r"[0-9]{1,15}", number):
+        raise InvalidInput(f"--{option}: {word!r} says not how many: write NAME=N, such as --{option} licence=1")
     return name, int(number)
 
 

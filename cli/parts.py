@@ -15,8 +15,8 @@ from pilotq.broker.pilot import Pilot, create, establish_epoch, find
 from pilotq.broker.server import DURABILITY, wait_ready
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.start import LocalNode
-from pilotq.cli.options import dir_option, server_url
-from pilotq.cli.pilots import node_info
+from pilotq.cli.options import counter_option, dir_option, server_url
+from pilotq.cli.pilots import node_info, set_counters
 from pilotq.workers.topology import usable_cpus
 
 redis_option = click.option(
@@ -74,9 +74,11 @@ def dispatcher_command(directory: str | None, redis: str | None) -> int:
 @click.option("--cores", metavar="LIST", help="Core numbers: 0,1.  [default: all it may use]")
 @click.option("--real", metavar="LIST", help="CPU of each core where they differ: 0:4,1:5.")
 @click.option("--shared", is_flag=True, help="Its CPUs are used by other nodes too.")
+@counter_option
 def worker_command(
-    directory: str | None, redis: str | None, node: str | None, cores: str | None, real: str | None, shared: bool
-) -> int:
+    directory: str | None, redis: str | None, node: str | None, cores: str | None, real: str | None, shared: bool,
+    counters: tuple[str, ...],
+) -> int:  # fmt: skip
     """Run the worker of one node, in the foreground; with it the node joins the pilot.
 
     It waits for the server for a minute. A password goes into PILOTQ_REDIS_URL, or into a file that
@@ -90,6 +92,7 @@ def worker_command(
     name = node or socket.gethostname().partition(".")[0]
     numbers = _numbers(cores) if cores else usable_cpus()
     cpus = {core: core for core in numbers} | (_pairs(real) if real else {})
+    set_counters(counters)
     info = node_info(LocalNode(name, numbers, cpus, shared or len(set(cpus.values())) < len(cpus)))
     pilot, address, epoch = _reach(directory, redis)
     return run_worker(pilot.directory, address, epoch, info, cpus, settings())

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import click
 
+from pilotq.broker.archive import forget_total
 from pilotq.broker.children import tail
+from pilotq.broker.client import Broker
 from pilotq.broker.errors import InvalidInput, PilotFailed
 from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.records import NodeInfo
 from pilotq.broker.server import DURABILITY
-from pilotq.broker.start import LocalNode, SupervisorOptions
-from pilotq.cli.options import all_of, server_url
+from pilotq.broker.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
+from pilotq.cli.options import all_of, counter_option, counters_of, server_url
 from pilotq.workers.topology import memory_bytes, numa_groups, usable_cpus, virtual_nodes
 
+COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
+GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
 LOOK_S = 0.05
+NODES_S = 30.0  # how long nodes of this machine may take to join
 
 pilot_options = all_of(
     click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4.  [default: all here]"),
@@ -29,16 +36,23 @@ pilot_options = all_of(
     click.option("--redis", metavar="URL", help="Use this server.  [default: $PILOTQ_REDIS_URL, else a private one]"),
     click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec",
                  help="How soon what was accepted is on disk."),
+    counter_option,
     click.option("--resume", metavar="DIR", help="Go on with the pilot that has ended in DIR."),
     click.option("--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: .pilotq/<id>]"),
 )  # fmt: skip
 
 
 def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> SupervisorOptions:
-    """What the values of `pilot_options` ask for; raises InvalidInput. With ``owner_pid`` it ends with that process."""
+    """What the values of `pilot_options` ask for; raises InvalidInput. With ``owner_pid`` it ends with that process.
+
+    Counters, and which node has the GPUs, reach the workers by the environment: of this process, and of the pilot that
+    it starts.
+    """
     if values["resources"] == "slurm":
         raise InvalidInput("--resources slurm: pilots on the nodes of an allocation are not built yet: use local")
     plans = virtual_nodes(values["nodes"], usable_cpus(), socket.gethostname())
+    set_counters(values["counters"])
+    os.environ[GPU_NODE] = plans[0].name
     return SupervisorOptions(
         nodes=[LocalNode(plan.name, plan.cores, plan.real, plan.shared) for plan in plans],
         server=values["server"] or "",
@@ -48,7 +62,7 @@ def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> Supervi
     )
 
 
-def directory_of(values: dict[str, Any]) -> str | None:
+def _directory_of(values: dict[str, Any]) -> str | None:
     """The directory to start in: that of ``--resume``, which must have been a pilot's, or of ``--dir``."""
     if not values["resume"]:
         directory: str | None = values["directory"]
@@ -58,16 +72,50 @@ def directory_of(values: dict[str, Any]) -> str | None:
     return find(values["resume"]).directory
 
 
+def set_counters(words: Sequence[str]) -> None:
+    """Let the nodes have these counters, in this process and those that it starts; raises InvalidInput."""
+    if words:
+        counters_of(words)
+        os.environ[COUNTERS] = " ".join(words)
+
+
+def start(values: dict[str, Any], options: SupervisorOptions) -> StartedPilot:
+    """Start the pilot that the values of `pilot_options` describe; raises as `start_pilot`."""
+    pilot = start_pilot(_directory_of(values), options)
+    forget_total(pilot)
+    return pilot
+
+
+def await_nodes(broker: Broker, pilot: StartedPilot, options: SupervisorOptions) -> None:
+    """Wait until all nodes have joined; raises PilotFailed when the pilot ends, or they do not come."""
+    wanted = {node.name for node in options.nodes}
+    deadline = time.monotonic() + NODES_S
+    while missing := wanted - {node.name for node in broker.nodes()}:
+        if pilot.process.poll() is not None:
+            raise failure(pilot)
+        if time.monotonic() > deadline:
+            raise PilotFailed(f"nodes {', '.join(sorted(missing))} have not joined: see {pilot.log('supervisor')}")
+        time.sleep(0.005)
+
+
 def node_info(node: LocalNode) -> NodeInfo:
-    """What a worker registers. Memory is counted only for a node that is this whole machine."""
+    """What a worker registers. Memory is counted only for a node that is this whole machine, and of several nodes of
+    one machine the first has its GPUs, those of CUDA_VISIBLE_DEVICES."""
     whole = not node.shared and all(core == cpu for core, cpu in node.real.items())
     whole = whole and sorted(node.cores) == usable_cpus()
     by_cpu = {cpu: core for core, cpu in node.real.items()}
     groups = [] if node.shared else [[by_cpu[cpu] for cpu in group] for group in numa_groups(sorted(by_cpu))]
     return NodeInfo(
         node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
-        memory=memory_bytes() if whole else 0,
+        gpus=_gpus() if os.environ.get(GPU_NODE, node.name) == node.name else [],
+        memory=memory_bytes() if whole else 0, counters=counters_of(os.environ.get(COUNTERS, "").split()),
     )  # fmt: skip
+
+
+def _gpus() -> list[str]:
+    """The GPUs that CUDA would show here: as there, what follows one that is none does not count."""
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return list(takewhile(lambda name: re.fullmatch(r"[0-9]+|(GPU|MIG)-[A-Za-z0-9/-]+", name), names))
 
 
 def await_end(

@@ -29,6 +29,10 @@ ESCAPE = re.compile(
 )
 COLOURS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped": "yellow", "started": "cyan"}
 TASK_COLUMNS = ("ID", "NAME", "STATUS", "REASON", "EXIT", "CORES", "RAN", "COMMAND")
+DETAILS = (
+    "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "elements",
+    "ended",
+)  # fmt: skip
 NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "BEAT")
 
 
@@ -138,6 +142,11 @@ def task_json(task: TaskView) -> dict[str, Any]:
         "cores": task.cores,
         "times": task.times,
     }
+
+
+def details_json(task: TaskView) -> dict[str, Any]:
+    """The record of one task that was asked for: that of a listing, and all else that is known."""
+    return {**task_json(task), **{name: getattr(task, name) for name in DETAILS}}
 
 
 def nodes_table(nodes: Iterable[NodeView]) -> str:

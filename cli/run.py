@@ -21,7 +21,7 @@ from pilotq.broker.files import read_tasks
 from pilotq.broker.journal import Journal
 from pilotq.broker.output import of_line
 from pilotq.broker.pilot import Pilot
-from pilotq.broker.start import StartedPilot, SupervisorOptions, start_pilot
+from pilotq.broker.start import StartedPilot, SupervisorOptions
 from pilotq.broker.submit import check
 from pilotq.broker.surroundings import capture
 from pilotq.broker.task import Task
@@ -30,11 +30,11 @@ from pilotq.cli import exit_codes, progress, render, summary
 from pilotq.cli.options import TASK_WORDS, file_options, json_option, task_of, task_options
 from pilotq.cli.pilots import (
     cores_of,
-    directory_of,
     failure,
     node_info,
     pilot_options,
     plural,
+    start,
     supervisor_options,
 )
 
@@ -74,16 +74,15 @@ def run_command(
     """
     options = supervisor_options(values, owner_pid=os.getpid())
     batch = _batch(ctx, files, command, values, options)
-    directory = directory_of(values)
     _preflight(batch.tasks, options, fresh=not values["resume"])
     single = bool(command) and len(batch.tasks) == 1 and not batch.tasks[0].is_array
     with Interrupts() as interrupts:
-        pilot = start_pilot(directory, options)
+        pilot = start(values, options)
         run = Run(pilot, cores_of(options.nodes), interrupts, progress.shown(quiet=single or as_json))
         found = run.whole(batch.tasks, values["env_policy"])
+        found.omitted = batch.omitted
         code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
-    for name, why in batch.omitted.items():
-        _say(f"{render.clean(name)} is omitted: {why}")
+    if batch.omitted:
         code = code or exit_codes.TASKS_FAILED
     if as_json:
         click.echo(render.to_json(summary.as_json(found, code)))
@@ -205,7 +204,7 @@ class Run:
     def _look(self, broker: Broker) -> None:
         try:
             self.counts = broker.counts()
-            self.shown.update(self.counts, sum(node.running for node in broker.nodes()))
+            self.shown.update(self.counts, broker.running())
         except ServerUnavailable:
             pass  # it has ended, or is on its way back: the next look tells
 
@@ -230,7 +229,7 @@ class Run:
                 broker.pause(True)
             broker.request_stop(mode)
             if mode == "drain":
-                running = sum(1 for task in broker.tasks(status="started", limit=100_000) if not task.array_size)
+                running = broker.running()
                 whom = "it" if running == 1 else "them"
                 _say(f"waiting for {plural(running, 'running task')}; Ctrl-C again ends {whom}")
             elif mode == "now":

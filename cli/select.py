@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pilotq.broker.archive import Archive
 from pilotq.broker.client import Broker
 from pilotq.broker.errors import InvalidInput, UnknownTask
 
 
-def ids_of(broker: Broker, words: Iterable[str]) -> list[str]:
+def ids_of(pilot: Broker | Archive, words: Iterable[str]) -> list[str]:
     """An id for each word, which is an id or the name of exactly one task; raises UnknownTask, InvalidInput."""
-    return [_id_of(broker, word) for word in words]
+    return [_id_of(pilot, word) for word in words]
 
 
-def _id_of(broker: Broker, word: str) -> str:
+def _id_of(pilot: Broker | Archive, word: str) -> str:
     try:
-        return broker.task(word).id
+        return pilot.task(word).id
     except UnknownTask:
-        found = broker.find(word)
+        found = pilot.find(word)
     if not found:
         raise UnknownTask(f"there is no task with the id or name {word!r} in this pilot: see `pilotq list`")
     if len(found) > 1:

@@ -10,9 +10,8 @@ from pilotq.broker.client import Broker
 from pilotq.broker.errors import NoPilot, ServerUnavailable
 from pilotq.broker.pilot import find
 from pilotq.broker.quantities import parse_duration
-from pilotq.broker.start import start_pilot
 from pilotq.cli.options import dir_option, parsed
-from pilotq.cli.pilots import await_end, cores_of, directory_of, pilot_options, plural, supervisor_options
+from pilotq.cli.pilots import await_end, await_nodes, cores_of, pilot_options, plural, start, supervisor_options
 
 STOP_S = 90.0  # workers get 30 s, the server as long again; then something is wrong
 
@@ -26,7 +25,9 @@ def start_command(**values: Any) -> None:
     Example: pilotq start --nodes 4
     """
     options = supervisor_options(values)
-    pilot = start_pilot(directory_of(values), options)
+    pilot = start(values, options)
+    with Broker.connect(pilot.directory) as broker:
+        await_nodes(broker, pilot, options)
     click.echo(pilot.directory)
     # Only where --dir named the directory it must be named again.
     where = f" --dir {pilot.directory}" if values["directory"] or values["resume"] else ""
@@ -64,7 +65,7 @@ def stop_command(mode: str | None, timeout: float | None, directory: str | None)
 
         def say() -> str:
             try:
-                running = sum(node.running for node in broker.nodes())
+                running = broker.running()
             except ServerUnavailable:
                 return "waiting for the server to end"
             whom = plural(running, "running task") if running else "the pilot"

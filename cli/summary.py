@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -17,13 +18,17 @@ STDERR_LINES = 5  # last lines of what each of them wrote to stderr
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """``seconds`` is from the submission to the last end, ``core_seconds`` what executions held meanwhile."""
+    """``seconds`` is from the submission to the last end, ``core_seconds`` what executions held meanwhile.
+
+    ``omitted`` are tasks of the file that could never run and were not submitted, with a sentence why.
+    """
 
     counts: Counts
     seconds: float
     cores: int
     core_seconds: float = 0.0
     failed: list[Line] = []  # the first NAMED_MAX
+    omitted: dict[str, str] = {}
     directory: str
 
     @property
@@ -53,7 +58,7 @@ def summarise(
 def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
     return {
         "exit_code": exit_code,
-        "tasks": render.counts_json(summary.counts),
+        "tasks": {**render.counts_json(summary.counts), "omitted": len(summary.omitted)},
         "seconds": round(summary.seconds, 3),
         "cores": summary.cores,
         "efficiency": None if summary.efficiency is None else round(summary.efficiency, 4),
@@ -63,6 +68,7 @@ def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
              "times": {"queued": line.queued, "handed": line.handed, "started": line.started, "ended": line.ended}}
             for line in summary.failed
         ],
+        "omitted": summary.omitted,
         "directory": summary.directory,
     }  # fmt: skip
 
@@ -73,7 +79,7 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
     used = "" if share is None else f", in use {100 * share:.0f} % of the time"
     noun = "core" if summary.cores == 1 else "cores"
     out = [
-        render.counts_text(summary.counts),
+        render.counts_text(summary.counts) + (f"; {len(summary.omitted):,} omitted" if summary.omitted else ""),
         f"took {render.seconds(summary.seconds)} on {summary.cores} {noun}{used}",
     ]
     for line in summary.failed:
@@ -83,6 +89,8 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
     more = summary.counts.failed - len(summary.failed)
     if more > 0:
         out += ["", f"and {more:,} more failed"]
+    for name, why in islice(summary.omitted.items(), NAMED_MAX):
+        out += ["", f"{render.clean(name)} omitted: {why}"]
     return "\n".join([*out, "", f"the pilot's directory: {summary.directory}"])
 
 

@@ -6,4 +6,4 @@ from pilotq.cli.main import call
 from pilotq.cli.selfcheck.command import selfcheck_command
 
 if __name__ == "__main__":
-    sys.exit(call(command=selfcheck_command))
+    sys.exit(call(command=selfcheck_command, name="python -m pilotq.selfcheck"))

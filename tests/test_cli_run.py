@@ -7,45 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.prompt import TIMEOUT, Cli, command, environment, in_background, prompt
 from tests.waiting import wait_until
 
-TIMEOUT = 120.0
-Cli = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "pilotq", *args]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("PILOTQ_")}, **more}
 
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
-    """Runs `pilotq ARGS` in tmp_path."""
-
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*args), cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=TIMEOUT, check=False,
-        )  # fmt: skip
-
-    return run
+    return prompt(tmp_path)
 
 
 @pytest.fixture
-def pilot(cli: Cli) -> Iterator[Cli]:
+def pilot(tmp_path: Path) -> Iterator[Cli]:
     """A pilot of four virtual cores that runs in the background."""
-    started = cli("start", "--nodes", "4")
-    assert started.returncode == 0, started.stderr
-    yield cli
-    cli("stop", "--now")
+    with in_background(tmp_path, "--nodes", "4") as cli:
+        yield cli
 
 
 # run
@@ -163,7 +144,7 @@ def test_run_is_told_in_plain_lines_where_there_is_no_terminal(cli: Cli, tmp_pat
     (tmp_path / "t.txt").write_text("true\nsleep 3\n")
     result = cli("run", "t.txt", "--nodes", "2")
     assert result.returncode == 0
-    assert "1 of 2 tasks ended: 1 finished" in result.stderr
+    assert "1 of 2 tasks ended: 1 finished; 1 running, after " in result.stderr
     assert "\x1b" not in result.stderr + result.stdout
 
 

@@ -69,7 +69,6 @@ WRONG = [
     (["enqueue", "--use", "licence", "--", "true"], "NAME=N"),
     (["enqueue", "--env", "SURELY_NOT_SET_HERE", "--", "true"], "SURELY_NOT_SET_HERE"),
     (["enqueue", "--each-line", "empty.txt", "--", "true"], "empty.txt"),
-    (["submit", "no-such-file"], "no-such-file"),
     (["submit", "tasks.txt", "tasks.txt"], "tasks.txt"),
     (["cancel"], "cancel"),
     (["cancel", "--all", "1"], "not both"),

@@ -81,7 +81,7 @@ def test_10_dependencies_in_any_order() -> None:
 def test_11_only_the_job_that_waits_for_nothing_is_omitted_at_once() -> None:
     batch = case("11_dependency_failed_omitted")
     assert [task.name for task in batch.tasks] == ["bad", "child", "grandchild"]
-    assert batch.omitted == {"unknown": "it waits for 'no_such_job', which no request of this file brings"}
+    assert batch.omitted == {"unknown": "it waits for 'no_such_job', which no request brings"}
     assert batch.requests[0].jobs == ["bad", "child", "grandchild", "unknown"]
 
 
@@ -174,9 +174,9 @@ def test_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"modules": "gcc"}, "source /etc/profile && module load gcc; exec x a\\ b $HOME ${it}"),
+        ({"modules": "gcc"}, "source /etc/profile; module load gcc || exit; exec x a\\ b $HOME ${it}"),
         ({"modules": ["a", "b"], "venv": "v"},
-         "source /etc/profile && module load a b; source v/bin/activate; exec x a\\ b $HOME ${it}"),
+         "source /etc/profile; module load a b || exit; source v/bin/activate || exit; exec x a\\ b $HOME ${it}"),
         ({"venv": ""}, "exec x a\\ b $HOME ${it}"),
     ],
 )  # fmt: skip
@@ -192,15 +192,23 @@ def test_model_and_script_with_venv_and_env(tmp_path: Path) -> None:
         "model_opts": {"mpirun": "mpiexec", "mpirun_args": ["-x", "a b"]},
     }  # fmt: skip
     (task,) = read(tmp_path, {"name": "a", "execution": execution}).tasks
-    assert (task.script, task.env, task.login_shell) == ("source v/bin/activate; ./run", {"A": "1"}, True)
+    assert (task.script, task.env, task.login_shell) == ("source v/bin/activate || exit; ./run", {"A": "1"}, True)
     assert (task.model, task.model_opts) == ("openmpi", {"mpirun": "mpiexec", "mpirun_args": "-x 'a b'"})
 
 
 def test_dependencies_on_elements(tmp_path: Path) -> None:
     three = {"iteration": {"stop": 3}}
-    batch = read(tmp_path, job("b", "a:${it}", "c", **three), job("a", **three), job("c"), job("d", "a:2", "b:0"))
+    batch = read(tmp_path, job("b", "a:${it}", **three), job("a", **three), job("d", "a:2", "b:0"))
     assert {task.name: (task.after, task.after_each) for task in batch.tasks} == {
-        "b": (["c"], ["a"]), "a": ([], []), "c": ([], []), "d": (["a:2", "b:0"], []),
+        "b": ([], ["a"]), "a": ([], []), "d": (["a:2", "b:0"], []),
+    }  # fmt: skip
+
+
+def test_an_iteration_that_waits_for_elements_and_for_whole_jobs(tmp_path: Path) -> None:
+    two = {"iteration": {"stop": 2}}
+    batch = read(tmp_path, job("b", "a:${it}", "c", **two), job("a", **two), job("c"))
+    assert {task.name: (task.after, task.after_each) for task in batch.tasks} == {
+        "b:0": (["a:0", "c"], []), "b:1": (["a:1", "c"], []), "a": ([], []), "c": ([], []),
     }  # fmt: skip
 
 
@@ -213,7 +221,7 @@ def test_elements_of_other_indices_are_matched_by_index(tmp_path: Path) -> None:
         "a": [], "b:1": ["a:1"], "b:2": ["a:2"], "c:1": ["b:1"], "c:2": ["b:2"], "e": ["b:1"],
     }  # fmt: skip
     assert batch.omitted == {
-        "b:3": "it waits for 'a:3', which no request of this file brings",
+        "b:3": "it waits for 'a:3', which no request brings",
         "c:3": "it waits for 'b:3', which is omitted",
         "d": "it waits for 'c:3', which is omitted",
     }
@@ -309,7 +317,7 @@ def test_schedulers_that_cannot_be(tmp_path: Path, wish: dict[str, Any], said: s
         (job("a", resources={"numCores": {"min": 3, "max": 1}}), "jobs[1].resources.numCores: give exact"),
         (job("a", resources={"numCores": {"exact": 3, "max": 4}}), "jobs[1].resources.numCores: give exact"),
         (job("a", resources={"nodeCrs": {"gpu": 1}}), "jobs[1].resources.nodeCrs: they are per node"),
-        (job("a", resources={"numNodes": 1, "nodeCrs": {"mem": 1}}), "jobs[1].resources.nodeCrs: mem: only gpu"),
+        (job("a", resources={"numNodes": 1, "nodeCrs": {"disk": 1}}), "jobs[1].resources.nodeCrs: disk: only gpu"),
         (job("a", resources={"wt": "soon"}), "jobs[1].resources.wt: 'soon' is no duration"),
         (job("a", iteration={"start": 3}), "jobs[1].iteration: stop must be given"),
         (job("a", iteration={"start": 3, "stop": 3}), "jobs[1].iteration: stop must be given, and be above start (3)"),

@@ -71,7 +71,8 @@ def test_a_task_finds_its_surroundings_and_no_trace_of_the_launcher(driver: Driv
     folder = tmp_path / "work"
     folder.mkdir()
     key = driver.launch(
-        sys.executable, "-c", LOOK, cwd=str(folder), cpus=HERE[-1:], env={"ONE": "1", "TWO": "ä"}, id="a-c", execution=3,
+        sys.executable, "-c", LOOK, cwd=str(folder), cpus=HERE[-1:], id="a-c", execution=3,
+        env={"ONE": "1", "TWO": "ä"},
         base=driver.base("own", umask=0o027, limits={resource.RLIMIT_NOFILE: 77}, ONE="base", THREE="3"),
     )  # fmt: skip
     exited = driver.get(Exited, key)
@@ -108,9 +109,8 @@ def test_limits_above_the_hard_limit_are_capped(driver: Driver) -> None:
 def test_a_limit_of_open_files_may_be_below_what_the_launcher_has_open(driver: Driver) -> None:
     others = [driver.launch("sleep", "1000") for _ in range(20)]
     assert all(driver.get(Started, key) for key in others)
-    assert (
-        driver.run("echo", "here", base=driver.base("low", limits={resource.RLIMIT_NOFILE: 8})).stdout.data == b"here\n"
-    )
+    low = driver.base("low", limits={resource.RLIMIT_NOFILE: 8})
+    assert driver.run("echo", "here", base=low).stdout.data == b"here\n"
 
 
 def test_only_the_three_standard_descriptors_are_open(driver: Driver) -> None:
@@ -254,6 +254,16 @@ def test_named_output_gets_the_suffix_and_the_umask_but_devices_do_not(driver: D
     assert not Path("/dev/null.2").exists()
 
 
+def test_a_terminal_named_as_stdin_does_not_become_the_launchers(driver: Driver) -> None:
+    ours, theirs = os.openpty()
+    os.write(ours, b"words\n\4")
+    assert driver.run("cat", stdin=os.ttyname(theirs)).stdout.data == b"words\n"
+    fields = Path(f"/proc/{driver.process.pid}/stat").read_text().rpartition(")")[2].split()
+    assert fields[4] == "0"
+    os.close(theirs)
+    os.close(ours)
+
+
 def test_output_that_cannot_be_written_is_refused(driver: Driver, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (str(tmp_path), str(tmp_path / "file" / "out"), "/proc/no/out", "/a\0b"):
@@ -317,22 +327,51 @@ def test_a_daemon_that_hides_its_origin_belongs_to_the_task_that_just_ended(swee
 
 
 def test_what_runs_behind_another_task_is_left_alone(sweeper: Driver, tmp_path: Path) -> None:
-    behind = (
-        "setsid sh -c 'echo $$ >{0}; exec {1} sleep 1000' & while [ ! -s {0} ]; do sleep 0.01; done; exec sleep 1000"
-    )
+    # The inner shell ends at once, so what it started comes home to the launcher while its task still runs.
+    behind = "(setsid sh -c 'echo $$ >{0}; exec {1} sleep 1000' &); exec sleep 1000"
     keys = [sweeper.launch("sh", "-c", behind.format(name, wrap)) for name, wrap in (("one", ""), ("two", "env -i"))]
     one, two = pid_in(tmp_path / "one"), pid_in(tmp_path / "two")
-    # Their parents are gone, so they are children of the launcher while other tasks end.
+    wait_until(lambda: all(Path(f"/proc/{pid}/cmdline").read_bytes() == b"sleep\x001000\0" for pid in (one, two)))
+    wait_until(lambda: {look(pid).parent for pid in (one, two)} == {sweeper.process.pid})
     for _ in range(3):
         assert sweeper.run("true").left == 0
     assert not gone(one)
     assert not gone(two)
     for key, pid in zip(keys, (one, two), strict=True):
         sweeper.signal(key, signal.SIGKILL)
+        # The one that hides is seen to be of its task only when the main process has ended: it is killed then.
         if sweeper.get(Exited, key).left:
-            sweeper.signal(key, signal.SIGKILL)
             sweeper.get(Swept, key)
         assert gone(pid)
+
+
+def test_orphans_of_a_later_task_are_known_by_session_or_mark(sweeper: Driver, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    earlier = sweeper.launch("sh", "-c", "read word <go")
+    in_session = "(env -i sh -c 'echo $$ >one; exec sleep 1000' &)"
+    with_mark = "(setsid sh -c 'echo $$ >two; exec sleep 1000' &)"
+    later = sweeper.launch("sh", "-c", f"{in_session}; {with_mark}; exec sleep 1000")
+    one, two = pid_in(tmp_path / "one"), pid_in(tmp_path / "two")
+    wait_until(lambda: {look(pid).parent for pid in (one, two)} == {sweeper.process.pid})
+    (tmp_path / "go").write_text("now\n")
+    assert sweeper.get(Exited, earlier).left == 0
+    sweeper.signal(later, signal.SIGKILL)
+    if sweeper.get(Exited, later).left:
+        sweeper.get(Swept, later)
+    assert gone(one)
+    assert gone(two)
+
+
+def test_without_a_subreaper_the_group_is_still_swept(tmp_path: Path) -> None:
+    start = (
+        "import sys; from pilotq.workers import launcher; launcher._become_subreaper = int; launcher.main(sys.argv[1:])"
+    )
+    driver = Driver(tmp_path, program=("-c", start))
+    key = driver.launch("sh", "-c", "sleep 1000 & sleep 1000 & exit 0")
+    assert driver.get(Exited, key).left == 2
+    driver.signal(key, signal.SIGTERM)
+    driver.get(Swept, key)
+    driver.close()
 
 
 def test_background_processes_of_the_same_group_are_swept(sweeper: Driver) -> None:

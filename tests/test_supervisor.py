@@ -162,8 +162,8 @@ def test_workers_of_other_nodes_are_told_and_waited_for(start: Start) -> None:
     ask(pilot, "HSET", keys.NODES, "far", msgspec.json.encode(far))
     with closing(Link(pilot.connection().address)) as link:
         link.call("HSET", keys.WISH, "stop", "now")
-        message = link.call("BLPOP", keys.inbox("far", 7), 20, timeout=30)[1]
-        assert message == msgspec.msgpack.encode(Leave(0.0))
+        inbox = link.call("XREAD", "BLOCK", 20_000, "STREAMS", keys.inbox("far", 7), "0", timeout=30)[0][1]
+        assert inbox[0][1] == [b"m", msgspec.msgpack.encode([Leave(0.0)])]
         link.call("HDEL", keys.NODES, "far")
     assert pilot.process.wait(20) == 0
 

@@ -15,6 +15,7 @@ from pilotq.broker.errors import PilotFailed
 from pilotq.broker.settings import Settings
 from pilotq.workers.wire import Base, Down, Frames, Launch, Quit, Signal, Up, frame
 
+NO_SLOT = -1
 CORES_EACH = 32  # launches of one launcher scale to about so many cores of short tasks
 READ_BYTES = 1 << 18
 PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
@@ -35,7 +36,7 @@ class Launcher:
     def __init__(self, number: int, slot: int, directory: str, node: str) -> None:
         self.number = number
         self.slot = slot
-        self.aside = False  # gets no more work, and was killed
+        self.aside = False  # gets no more work: it was killed, or told to quit
         self.silent = False  # it has closed its end of the pipe
         self.full = False  # the pipe takes no more for now
         down, self.down = os.pipe2(os.O_CLOEXEC)
@@ -130,14 +131,27 @@ class Launchers:
         for slot in range(max(1, -(-len(cores) // CORES_EACH))):
             self._start(slot)
 
-    def _start(self, slot: int) -> None:
+    def _start(self, slot: int) -> Launcher:
         self._started += 1
         launcher = Launcher(self._started, slot, self._directory, self._node)
-        self._serving[slot] = self.living[launcher.number] = launcher
+        self.living[launcher.number] = launcher
+        if slot != NO_SLOT:
+            self._serving[slot] = launcher
+        return launcher
 
     def serving(self, core: int) -> Launcher:
         """The launcher that starts what begins at this core."""
         return self._serving[self._slots.get(core, 0)]
+
+    def alone(self) -> Launcher:
+        """A launcher for one task that may be what kills launchers; `dismiss` it afterwards."""
+        return self._start(NO_SLOT)
+
+    def dismiss(self, launcher: Launcher) -> None:
+        """The task of a launcher has ended: one that was for this task alone ends, too."""
+        if launcher.slot == NO_SLOT:
+            launcher.aside = True
+            launcher.tell(Quit())
 
     def with_pid(self, pid: int) -> Launcher | None:
         return next((launcher for launcher in self.living.values() if launcher.pid == pid), None)

@@ -240,15 +240,24 @@ class Node:
                 e.reason, e.message = error.reason, str(error)
                 self._end(e, time.time(), now)
                 continue
-            launcher = self._launchers.serving(parse_allocation(e.allocation)[0].cores[0])
+            launcher = self._launcher_for(e)
             e.launcher = launcher.number
             launcher.launch(base, launch)
             self._ladder.launching(e, now)
+
+    def _launcher_for(self, e: Execution) -> Launcher:
+        # Of tasks that were lost together one may have killed the launcher, time after time. The last trial before
+        # the crash limit is made alone, so that only that one fails.
+        if e.handed.crashes + 1 >= self._settings.crash_limit > 1:
+            return self._launchers.alone()
+        return self._launchers.serving(parse_allocation(e.allocation)[0].cores[0])
 
     def _end(self, e: Execution, ended: float, now: float) -> None:
         """Nothing of it lives: its lane goes on, and its end is reported."""
         if e.key in self._ladder.executions:
             self._ladder.ended(e)
+            if (launcher := self._launchers.living.get(e.launcher)) is not None:
+                self._launchers.dismiss(launcher)
         follower = self._lanes.end(e, go_on=not self.leaving)
         if follower is not None:
             self._ready.append(follower)

@@ -13,6 +13,7 @@ import msgspec
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.node_link import NodeLink
 from pilotq.broker.records import Handed, parse_allocation
+from pilotq.broker.surroundings import environment
 from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, FLAG_VALUES, Spec
 from pilotq.workers.ladder import Execution
 from pilotq.workers.render import Words, render
@@ -88,9 +89,8 @@ class Preparer:
 
     def _fetch_surroundings(self, key: str) -> Surroundings:
         shared = self._link.fetch_shared(key)
-        return Surroundings(
-            Base(key, shared.env, shared.umask, shared.limits), shared.cwd, "OMP_NUM_THREADS" in shared.env
-        )
+        env = shared.env or environment(os.environ)  # none stands for the worker's own: --env-policy worker
+        return Surroundings(Base(key, env, shared.umask, shared.limits), shared.cwd, "OMP_NUM_THREADS" in env)
 
     def _find_place(self, allocation: str) -> Place:
         parts = parse_allocation(allocation)

@@ -33,7 +33,7 @@ class Refusal(Exception):
 
 class Spawned(NamedTuple):
     pid: int
-    env: dict[bytes, bytes]
+    env: dict[bytes, bytes]  # what it was started with
     stdout: PoolFile | None  # None: it goes to a named file
     stderr: PoolFile | None
 
@@ -133,6 +133,7 @@ class Spawner:
                 ours.append((number, soft, hard))
         env = {key.encode(): value.encode() for key, value in base.env.items()}
         around = self._bases[name] = _Surroundings(env, base.umask, limits, ours)
+        del self._given[name]
         return around
 
     def _program(self, argv: list[bytes], env: dict[bytes, bytes]) -> bytes:
@@ -197,12 +198,14 @@ class Spawner:
         files: tuple[int, int, int],
         around: _Surroundings,
     ) -> int:
-        own = self._own
+        stdin, stdout, stderr = files
+        null, own_stdout, own_stderr = self._own
         try:
             # Not as actions of the spawn: these fail for descriptors above the child's limit of open files.
-            for number, fd in enumerate(files):
-                if fd != own[number]:
-                    os.dup2(fd, number)
+            if stdin != null:
+                os.dup2(stdin, 0)
+            os.dup2(stdout, 1)
+            os.dup2(stderr, 2)
             for limit in around.limits:
                 resource.setrlimit(limit[0], limit[1:])
             return os.posix_spawn(program, argv, env, setsid=True, setsigmask=[], setsigdef=self._ignored)
@@ -212,9 +215,10 @@ class Spawner:
             # A low limit on memory or files would hit every later launch, and a file kept open here its readers.
             for limit in around.ours:
                 resource.setrlimit(limit[0], limit[1:])
-            for number, fd in enumerate(files):
-                if fd != own[number]:
-                    os.dup2(own[number], number)
+            if stdin != null:
+                os.dup2(null, 0)
+            os.dup2(own_stdout, 1)
+            os.dup2(own_stderr, 2)
 
 
 def _capped(soft: int, hard: int) -> int:

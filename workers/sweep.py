@@ -265,9 +265,10 @@ class Family:
         # It hides whose it is. It is taken for part of the launch that has just ended, unless it is older: then it
         # waits here for the end of one that is older still.
         boot = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-        if not asking.running and process.start >= int((asking.began + boot) * TICKS_PER_S):
-            return key
-        return None
+        began = int((asking.began + boot) * TICKS_PER_S)
+        # A tick is long: within one the numbers, which are given out in turn, tell which process is the older.
+        younger = (process.start, process.pid) > (began, asking.pid)
+        return key if younger and not asking.running else None
 
 
 class _Children:

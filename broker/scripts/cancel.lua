@@ -2,82 +2,58 @@
 --
 -- ARGV: 1 epoch, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
 -- Returns for each id 'canceled' (it was waiting), 'told' (it runs, or elements of it do: their workers were told),
--- its status when it had ended, or 'unknown'. Ids stay in the middle of their lists: claim drops them.
+-- its status when it has ended or only RQ's stock producers know it, or 'unknown'. Ids stay in the middle of their lists: claim drops them.
+-- RQ's own job.cancel() sets the status and tells nobody: a task that it has met and we do not know of yet (no reason, no
+-- pq_cancel) is treated like any other; the reconciler calls for that.
 if not epoch_ok() then return epoch_error() end
 local now, now_iso, ttl = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local changed = false
 
-local function tell(id, f)
-  redis.call('HSET', job_key(id), 'pq_cancel', '1')
-  if f.node then
-    redis.call('RPUSH', inbox_key(f.node), string.char(148) .. cmsgpack.pack('stop', id, tonumber(f.execution), 'canceled'))
-  end
-  return 'told'
+local function tell(id, node, execution)
+  redis.call('HSET', job_key(id), 'pq_cancel', 'canceled')
+  send(node, 1, string.char(148) .. cmsgpack.pack('stop', id, tonumber(execution), 'canceled'))
 end
 
--- An array: elements not handed out end here; those that are handed or run are told one by one.
-local function cancel_array(id, f)
-  local count, position = tonumber(string.match(f.array, '(%d+)$')), tonumber(f.next)
-  local waiting = count - position
-  redis.call('HSET', job_key(id), 'pq_cancel', '1', 'pq_next', count)
-  local running = redis.call('ZRANGEBYLEX', registry('wip', queue_of(f.class)), '[' .. id .. '_', '(' .. id .. '`')
+-- An array: elements that never had a record end here; those handed out are told one by one; what went back to its list,
+-- or waits element by element, is found by release.lua in slices.
+local function cancel_array(id, v)
+  local count, queue = tonumber(string.match(v[4], '(%d+)$')), queue_of(v[5])
+  local handed = v[7] and count or tonumber(v[6])
+  redis.call('HSET', job_key(id), 'pq_cancel', 'canceled', 'pq_next', count)
+  local running = redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`')
   for _, member in ipairs(running) do
-    local element = string.match(member, '^(.*):')
-    local v = redis.call('HMGET', job_key(element), 'pq_node', 'pq_exec', 'status')
-    if v[3] == 'started' then tell(element, {node = v[1], execution = v[2]}) end
+    local element, execution = string.match(member, '^(.*):(%d+)$')
+    local node = redis.call('HGET', job_key(element), 'pq_node')
+    if node then tell(element, node, execution) end
   end
-  if waiting > 0 then
-    if f.status ~= 'started' then
-      redis.call('HSET', job_key(id), 'status', 'started', 'origin', queue_of(f.class), 'started_at', now_iso)
-      redis.call('ZADD', registry('wip', queue_of(f.class)), 'inf', id .. ':0')
-    end
-    redis.call('ZREM', registry('deferred', queue_of(f.class)), id)
-    if not f.each then set_bits(id, position, count - 1, 3) end
-    count_end(f.submission, 'canceled', waiting)
-    array_ended(id, waiting, waiting, now, now_iso, ttl, ttl)
+  redis.call('ZREM', registry('deferred', queue), id)
+  if handed > 0 and v[1] ~= 'started' then
+    if v[1] ~= 'canceled' then redis.call('HSET', job_key(id), 'status', 'started', 'origin', queue, 'started_at', now_iso) end
+    redis.call('ZADD', registry('wip', queue), 'inf', id .. ':0')
   end
+  if handed > 0 then redis.call('RPUSH', 'pilotq:release', string.format('c:%s:0:%d', id, handed - 1)) end
+  if handed < count then end_elements(id, v[8], handed, count - 1, now, now_iso, ttl) end
   return #running > 0 and 'told' or 'canceled'
 end
 
--- An array that waits element by element has no position: what was not released yet ends here.
-local function cancel_each(id, f)
-  local count, waiting = tonumber(string.match(f.array, '(%d+)$')), 0
-  for position = 0, count - 1 do
-    local index = string.match(f.array, '^(%d+)') + position * string.match(f.array, ':(%d+):')
-    local outcome = redis.call('BITFIELD', bits_key(id), 'GET', 'u2', '#' .. position)[1]
-    if outcome == 0 and redis.call('EXISTS', job_key(id .. '_' .. string.format('%d', index))) == 0 then
-      set_bits(id, position, position, 3)
-      waiting = waiting + 1
-    end
-  end
-  f.next = count - waiting
-  f.each = true
-  return cancel_array(id, f)
-end
-
 local function cancel(id)
-  local v = redis.call('HMGET', job_key(id), 'status', 'origin', 'pq_exec', 'pq_node', 'pq_sub', 'pq_array', 'pq_next',
-    'pq_class', 'pq_kids', 'pq_name', 'pq_at', 'pq_parents', 'pq_array_of', 'pq_pos')
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
+    'pq_sub', 'origin', 'pq_cancel', 'pq_reason')
   local status = v[1]
   if not status then return 'unknown' end
-  local f = {status = status, class = v[8] or v[2], execution = v[3] or '0', node = v[4] or nil, submission = v[5],
-    array = v[6], next = v[7], name = v[10], queued = v[11]}
-  if status == 'finished' or status == 'failed' or status == 'stopped' or status == 'canceled' then return status end
-  if v[6] then return v[12] and cancel_each(id, f) or cancel_array(id, f) end
-  if status == 'started' then return tell(id, f) end
-  local queue = queue_of(f.class)
-  if v[13] then
-    local submission = redis.call('HGET', job_key(v[13]), 'pq_sub')
-    redis.call('DEL', job_key(id))
-    set_bits(v[13], tonumber(v[14]), tonumber(v[14]), 3)
-    count_end(submission, 'canceled', 1)
-    array_ended(v[13], 1, 1, now, now_iso, ttl, ttl)
-    return 'canceled'
+  local waiting = status == 'queued' or status == 'deferred'
+  -- What a submit has staged and not committed yet nobody can know.
+  if waiting and v[8] and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
+  if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
+  if status == 'canceled' and (v[10] or v[11]) then return status end
+  changed = true
+  if v[4] then return v[10] and 'told' or cancel_array(id, v) end
+  local member = id .. ':' .. (v[2] or '')
+  if status == 'started' or status == 'canceled' and redis.call('ZSCORE', registry('wip', queue_of(v[5] or v[9])), member) then
+    tell(id, v[3], v[2])
+    return 'told'
   end
-  redis.call('ZREM', registry('deferred', queue), id)
-  redis.call('HSET', job_key(id), 'origin', queue)
-  end_unrun(id, f, 'canceled', 'canceled', ARGV[2], now_iso, ttl, 1)
-  redis.call('ZADD', registry('canceled', queue), now, id)
-  if v[9] then redis.call('RPUSH', 'pilotq:release', 'k:' .. id) end
+  end_unrun(id, 'canceled', now, now_iso, ttl)
   return 'canceled'
 end
 
@@ -85,5 +61,5 @@ local answer = {}
 for i = 5, #ARGV do answer[#answer + 1] = cancel(ARGV[i]) end
 flush_tally(ttl)
 flush_lines()
-ring()
+if changed then ring() end
 return answer

@@ -1,7 +1,8 @@
 -- claim: waiting tasks are handed to nodes. Event claim.
 --
--- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped. An array
--- stays at the head until its last element is handed out. The inbox gets records.Handed, field by field.
+-- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped, at most
+-- GHOSTS of them in a call. An array stays at the head until its last element is handed out. The inbox gets
+-- records.Handed, field by field.
 -- ARGV: 1 epoch, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
 --       7 msgpack [[class, [[node:incarnation, lane, allocation], ...]], ...]; lane 0 = handed ahead.
 -- Returns for each class {number handed, length left, first ids, elements left in the first one}: slots are filled in order.
@@ -9,14 +10,15 @@ if not epoch_ok() then return epoch_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, show, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local inboxes, wip, answer = {}, {}, {}
+local GHOSTS, dropped = 2000, 0
 local pack = cmsgpack.pack
 
 local function hand(slot, class, id, execution, f)
   local inbox = inboxes[slot[1]]
   if not inbox then inbox = {}; inboxes[slot[1]] = inbox end
-  inbox[#inbox + 1] = string.char(220, 0, 16) .. pack('run', id, execution, slot[2], slot[3], class, f.name or '',
+  inbox[#inbox + 1] = string.char(220, 0, 17) .. pack('run', id, execution, slot[2], slot[3], class, f.name or '',
     tonumber(f.queued) or 0, tonumber(now), f.shared or '', f.array or '', f.index or -1, f.position or 0,
-    tonumber(f.retries or 0), f.submission or '') .. f.spec
+    tonumber(f.retries or 0), f.submission or '') .. f.spec .. pack(tonumber(f.crashes or 0))
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
@@ -54,9 +56,10 @@ end
 -- One popped id: returns slots used, and whether it must go back to the head of its list.
 local function claim_one(id, class, slots, from)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
-    'pq_sub', 'pq_at', 'pq_array', 'pq_array_of')
+    'pq_sub', 'pq_at', 'pq_array', 'pq_array_of', 'pq_crashes')
   if v[1] ~= 'queued' then return 0, false end
-  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9]}
+  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9],
+    crashes = v[11]}
   if v[9] then
     local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next')
     f.data, f.description, f.created, f.next, f.class = more[1], more[2], more[3], more[4], class
@@ -67,16 +70,14 @@ local function claim_one(id, class, slots, from)
     local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_at', 'pq_array',
       'pq_cancel')
     local position = tonumber(redis.call('HGET', job_key(id), 'pq_pos'))
-    if not a[1] then return 0, false end
-    if a[7] then
+    if not a[1] then -- somebody deleted the array: what waits of it goes too
+      count_end(redis.call('HGET', job_key(id), 'pq_sub'), 'canceled', 1)
       redis.call('DEL', job_key(id))
-      set_bits(v[10], position, position, 3)
-      count_end(a[4], 'canceled', 1)
-      array_ended(v[10], 1, 1, now, now_iso, ttl, ttl)
       return 0, false
     end
+    if a[7] then return 0, false end -- the array was canceled: release.lua ends what waits of it
     f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
-      position = position, index = tonumber(string.match(id, '_(%d+)$'))}
+      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11]}
   end
   local slot, execution = slots[from], tonumber(v[4] or 0) + 1
   redis.call('HSET', job_key(id), started(slot, class, execution))
@@ -87,12 +88,15 @@ end
 for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
   local class, slots, from = group[1], group[2], 1
   local list = list_key(class)
-  while from <= #slots do
+  while from <= #slots and dropped < GHOSTS do
     local ids = redis.call('LPOP', list, math.min(#slots - from + 1, PIECE))
     if not ids then break end
     for i, id in ipairs(ids) do
-      local used, again = claim_one(id, class, slots, from)
+      -- An array in front of it may have taken all slots.
+      local used, again = 0, from > #slots
+      if not again then used, again = claim_one(id, class, slots, from) end
       from = from + used
+      if used == 0 and not again then dropped = dropped + 1 end
       if again then
         -- Slots are full: the array and all that was popped behind it go back in their order.
         local back = {}
@@ -109,7 +113,7 @@ for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
   end
   answer[number] = {from - 1, #ids < show and #ids or redis.call('LLEN', list), ids, left}
 end
-for node, items in pairs(inboxes) do push('RPUSH', inbox_key(node), items) end
+for node, items in pairs(inboxes) do send(node, #items, table.concat(items)) end
 for queue, members in pairs(wip) do push('ZADD', registry('wip', queue), members) end
 flush_tally(ttl)
 flush_lines()

@@ -7,10 +7,12 @@
 --         waits  = [[id, class, class record, [parent, ...], number of tasks], ...]    wait for whole tasks
 --         each   = [[array id, class, class record, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
+--         shared = key of what all of them share
 --       }
 -- A parent is a task, an array, or one element of an array (<array>_<index>).
 -- Returns {'ok'}; {'again', first number, number} when this key was committed before (nothing is written);
---       {'gone'} when a staged hash has expired; {'unknown', id} when a parent does not exist.
+--       {'gone'} when a staged key has expired; {'unknown', id} when a parent does not exist; {'unequal', id} when a
+--       parent to wait for element by element is no array of as many elements.
 if not epoch_ok() then return epoch_error() end
 local key, now, now_iso, first, records, total, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local known = redis.call('HMGET', submit_key(key), 'first', 'records')
@@ -22,14 +24,19 @@ local found, all = 0, {}
 for _, group in ipairs(work.groups) do for _, id in ipairs(group[3]) do all[#all + 1] = job_key(id) end end
 for _, item in ipairs(work.waits) do all[#all + 1] = job_key(item[1]) end
 for _, item in ipairs(work.each) do all[#all + 1] = job_key(item[1]) end
+for _, name in ipairs(work.extra) do all[#all + 1] = name end
+all[#all + 1] = 'pilotq:shared:' .. work.shared
 for i = 1, #all, PIECE do found = found + redis.call('EXISTS', unpack(all, i, math.min(i + PIECE - 1, #all))) end
 if found ~= #all then return {'gone'} end
-local parents, elements = {}, {}
+local parents, elements, counts = {}, {}, {}
 -- The status of a parent. Elements have no record of their own before they run and after they finished.
 local function status_of(parent)
   local status = redis.call('HGET', job_key(parent), 'status')
   local array, index = string.match(parent, '^(.-)_(%d+)$')
-  if not array then return status end
+  if not array then
+    counts[parent] = tonumber(string.match(redis.call('HGET', job_key(parent), 'pq_array') or '', '(%d+)$'))
+    return status
+  end
   local range = redis.call('HGET', job_key(array), 'pq_array')
   if not range then return false end
   local start, step, count = string.match(range, '^(%d+):(%d+):(%d+)$')
@@ -51,33 +58,40 @@ for _, items in ipairs({work.waits, work.each}) do
   end
 end
 
+for _, item in ipairs(work.each) do
+  for _, parent in ipairs(item[4]) do
+    if counts[parent] ~= item[5] then return {'unequal', parent} end
+  end
+end
+
 -- 2. Write.
 for _, name in ipairs(all) do redis.call('PERSIST', name) end
-for _, name in ipairs(work.extra) do redis.call('PERSIST', name) end
-redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total)
+redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total,
+  'shared', work.shared)
+redis.call('HINCRBY', 'pilotq:shares', work.shared, 1)
 redis.call('HINCRBY', 'pilotq:counts', 'total', total)
-local function ready(class, record, ids)
+local function know(class, record)
   redis.call('HSETNX', 'pilotq:classes', class, record)
-  redis.call('SADD', 'rq:queues', list_key(class), list_key(queue_of(class)))
+  redis.call('SADD', 'rq:queues', list_key(queue_of(class)))
+end
+local function ready(class, ids)
+  redis.call('SADD', 'rq:queues', list_key(class))
   push('RPUSH', list_key(class), ids)
 end
-for _, group in ipairs(work.groups) do ready(group[1], group[2], group[3]) end
-local function omit(id, class, number)
-  local f = redis.call('HMGET', job_key(id), 'pq_name', 'pq_at')
-  redis.call('HSET', job_key(id), 'origin', queue_of(class))
-  end_unrun(id, {name = f[1], submission = key, queued = f[2]}, 'canceled', 'dependency', now, now_iso, ttl, number)
-  redis.call('ZADD', registry('canceled', queue_of(class)), now, id)
-  if redis.call('EXISTS', kids_key(id)) == 1 then redis.call('RPUSH', 'pilotq:release', 'k:' .. id) end
-  parents[id] = 'canceled'
+for _, group in ipairs(work.groups) do
+  know(group[1], group[2])
+  ready(group[1], group[3])
 end
 for _, item in ipairs(work.waits) do
   local id, class, left, broken = item[1], item[2], 0, false
+  know(class, item[3])
   for _, parent in ipairs(item[4]) do
     local status = parents[parent]
     if status == 'failed' or status == 'stopped' or status == 'canceled' then broken = true end
   end
   if broken then
-    omit(id, class, item[5])
+    omit(id, now, now_iso, ttl)
+    parents[id] = 'canceled'
   else
     for _, parent in ipairs(item[4]) do
       if parents[parent] ~= 'finished' then
@@ -92,25 +106,26 @@ for _, item in ipairs(work.waits) do
     end
     if left == 0 then
       redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
-      ready(class, item[3], {id})
+      ready(class, {id})
     else
       redis.call('HSET', job_key(id), 'pq_waits', left, 'origin', queue_of(class))
-      redis.call('HSETNX', 'pilotq:classes', class, item[3])
       redis.call('ZADD', registry('deferred', queue_of(class)), now, id)
     end
   end
 end
 for _, item in ipairs(work.each) do
   local id, class = item[1], item[2]
-  redis.call('HSETNX', 'pilotq:classes', class, item[3])
+  know(class, item[3])
   redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[4])
   redis.call('ZADD', registry('deferred', queue_of(class)), now, id)
   for number, parent in ipairs(item[4]) do
     redis.call('RPUSH', each_key(parent), (number - 1) .. ':' .. id)
     redis.call('HSET', job_key(parent), 'pq_each', '1')
+    local status = parents[parent]
+    if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', each_key(parent), ttl) end
     -- Elements of the parent that ended before this commit rang no bell for us: look at all of them once.
-    if parents[parent] ~= 'queued' and parents[parent] ~= 'deferred' or redis.call('EXISTS', bits_key(parent)) == 1 then
-      redis.call('RPUSH', 'pilotq:release', 's:' .. parent .. ':' .. (number - 1) .. ':' .. id .. ':0')
+    if redis.call('EXISTS', bits_key(parent)) == 1 then
+      redis.call('RPUSH', 'pilotq:release', string.format('e:%s:0:%d', parent, item[5] - 1))
     end
   end
 end

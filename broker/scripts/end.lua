@@ -1,4 +1,5 @@
--- end: executions have ended. Events end_finished, end_failed, end_retried, end_stopped, end_canceled, lost, crash_limit.
+-- end: executions have ended. Events end_finished, end_failed, end_retried, end_free, end_stopped, end_canceled, lost,
+-- crash_limit.
 --
 -- Idempotent: a report is judged by its execution number; of a task that has ended with that number it is answered
 -- 'ok' again, and nothing is written. The mail to the dispatcher is sent once for each number of call.
@@ -8,7 +9,8 @@
 --         class, submission, retries left], ...]; an empty class: all three are read from the record,
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
 -- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued).
--- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or it is gone).
+-- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or the record
+-- is gone).
 if not epoch_ok() then return epoch_error() end
 local node, call, mail, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
@@ -22,14 +24,20 @@ local function add(map, key, ...)
   for _, item in ipairs({...}) do items[#items + 1] = item end
 end
 
--- Does an array have others that wait for it element by element? Asked once a call.
-local function has_each(array)
-  if each[array] == nil then each[array] = redis.call('HGET', job_key(array), 'pq_each') or false end
+-- Is the array's record there, and does anything wait for it element by element? Asked once a call.
+local function known(array)
+  if not each[array] then
+    each[array] = redis.call('HMGET', job_key(array), 'pq_array', 'pq_each')
+  end
   return each[array]
 end
 
-local function end_element(f, id, status, reason)
-  local array, position = f.array, tonumber(f.position)
+local function end_element(f, id, status)
+  local array = f.array
+  if not known(array)[1] then -- somebody deleted the array
+    redis.call('DEL', job_key(id), bits_key(array))
+    return
+  end
   local outcome = status == 'finished' and 1 or (status == 'canceled' and 3 or 2)
   redis.call('BITFIELD', bits_key(array), 'SET', 'u2', '#' .. f.position, outcome)
   local state = arrays[array]
@@ -40,7 +48,7 @@ local function end_element(f, id, status, reason)
     redis.call('DEL', job_key(id))
     status = nil
   end
-  if has_each(array) then redis.call('RPUSH', 'pilotq:release', 'e:' .. array .. ':' .. f.position) end
+  if known(array)[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, f.position, f.position)) end
   return status
 end
 
@@ -48,7 +56,7 @@ local function final(r, f, id, status, reason, text)
   local queue, ttl = f.queue, status == 'finished' and ttl_finished or ttl_failed
   count_end(f.submission, status, 1)
   local kept = status
-  if f.array then kept = end_element(f, id, status, reason) end
+  if f.array then kept = end_element(f, id, status) end
   if kept then
     redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
       'pq_cpus', r[8], 'pq_reason', reason)
@@ -60,7 +68,7 @@ local function final(r, f, id, status, reason, text)
       redis.call('EXPIRE', 'rq:results:' .. id, ttl)
     end
   end
-  if f.kids then redis.call('RPUSH', 'pilotq:release', 'k:' .. id) end
+  release_dependents(id, f.kids, status)
 end
 
 local function requeue(id, f, command)
@@ -92,14 +100,24 @@ local function judge(wish, reason, f, id)
   return wish, reason, false
 end
 
+-- There is no record: an element that finished, or a task whose record expired, or was deleted while it ran. That
+-- counts as canceled, once: its place in wip tells.
+local function vanished(r, id, execution, line)
+  local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
+  -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
+  if array and redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
+  if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
+  last_ended = r[5]
+  count_end(r[12], 'canceled', 1)
+  if array then end_element({array = array, position = r[10]}, id, 'canceled') end
+  journal(line, packed_verdict('canceled', 'canceled', true))
+  return 'stale'
+end
+
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_kids')
-  if not v[1] then
-    -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
-    if r[9] ~= '' and redis.call('BITFIELD', bits_key(r[9]), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
-    return 'stale'
-  end
+  if not v[1] then return vanished(r, id, execution, line) end
   if v[2] ~= execution then return 'stale' end
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
   local f = {status = v[1], cancel = v[3], kids = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
@@ -109,9 +127,7 @@ local function report(r, line, text)
     f.class, f.submission, f.retries, f.array, f.position = more[1], more[2], tonumber(more[3] or 0), more[4], more[5]
   end
   f.queue = queue_of(f.class)
-  if v[1] == 'canceled' and redis.call('ZSCORE', registry('wip', f.queue), id .. ':' .. execution) == false then
-    again = true
-  end
+  if v[1] == 'canceled' then again = redis.call('ZREM', registry('wip', f.queue), id .. ':' .. execution) == 0 end
   if again then return 'ok' end
   if v[1] ~= 'started' and v[1] ~= 'canceled' then return v[1] == 'queued' and 'retry' or 'stale' end
   add(wip, f.queue, id .. ':' .. execution)
@@ -122,10 +138,11 @@ local function report(r, line, text)
   return retried and 'retry' or 'ok'
 end
 
-local finished = 0
+local finished, failed = 0, 0
 for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
   verdicts[number] = report(r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
   if verdicts[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
+  if verdicts[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
 end
 for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
 for key, members in pairs(done) do push('ZADD', key, members) end
@@ -139,14 +156,6 @@ for array, state in pairs(arrays) do
 end
 flush_tally(ttl_failed)
 flush_lines()
-if node ~= '' then
-  local worker = 'rq:worker:' .. string.match(node, '^(.*):')
-  -- A repeated call (its reply was lost) must not free a lane twice.
-  if tonumber(redis.call('HGET', worker, 'pq_call:' .. node) or 0) < tonumber(call) then
-    redis.call('HSET', worker, 'pq_call:' .. node, call)
-    redis.call('HINCRBY', worker, 'successful_job_count', finished)
-    if mail ~= '' then redis.call('RPUSH', 'pilotq:mail', mail) end
-  end
-end
+if node ~= '' then deliver(node, call, mail, finished, failed) end
 if requeued or redis.call('EXISTS', 'pilotq:release') == 1 then ring() end
 return verdicts

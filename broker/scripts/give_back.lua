@@ -1,24 +1,31 @@
--- give_back: handed tasks that were never launched return to the head of their lists. Event give_back.
+-- give_back: handed tasks that were never launched return to the head of their lists. Events give_back, give_back_canceled.
 --
--- ARGV: 1 epoch, 2 node:incarnation, 3 number of the call, 4 mail (packed), 5 msgpack [[id, execution], ...] oldest first.
--- Returns the number of tasks that went back; ids with another execution or status are left alone.
+-- ARGV: 1 epoch, 2 node:incarnation, 3 number of the call, 4 mail (packed), 5 msgpack [[id, execution], ...] oldest first,
+--       6 now (unix s), 7 now (ISO), 8 ttl of canceled records (s).
+-- Returns the number of tasks that went back; ids with another execution or status are left alone. A task that was
+-- canceled meanwhile ends: the word to stop it passes the task that is on its way back.
 if not epoch_ok() then return epoch_error() end
-local node, call, mail = ARGV[2], ARGV[3], ARGV[4]
+local node, call, mail, now, now_iso, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[6], ARGV[7], ARGV[8]
 local lists, wip, number = {}, {}, 0
 for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
   local id, execution = item[1], tostring(item[2])
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class')
-  if v[1] == 'started' and v[2] == execution then
-    redis.call('HSET', job_key(id), 'status', 'queued', 'origin', v[3])
-    redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane')
-    lists[v[3]] = lists[v[3]] or {}
-    table.insert(lists[v[3]], 1, id)
-    wip[v[3]] = wip[v[3]] or {}
-    table.insert(wip[v[3]], id .. ':' .. execution)
-    number = number + 1
-  elseif v[1] == 'canceled' and v[2] == execution then
-    -- Canceled by RQ's own button while it was handed: nothing ran, and nothing will.
-    redis.call('ZREM', registry('wip', queue_of(v[3])), id .. ':' .. execution)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
+  local class = v[3]
+  if v[2] == execution and (v[1] == 'started' or v[1] == 'canceled') then
+    local member = id .. ':' .. execution
+    if v[1] == 'canceled' or v[4] then
+      if redis.call('ZREM', registry('wip', queue_of(class)), member) == 1 then
+        end_unrun(id, 'canceled', now, now_iso, ttl)
+      end
+    else
+      redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+      redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane')
+      lists[class] = lists[class] or {}
+      table.insert(lists[class], 1, id)
+      wip[class] = wip[class] or {}
+      table.insert(wip[class], member)
+      number = number + 1
+    end
   end
 end
 for class, ids in pairs(lists) do
@@ -26,10 +33,8 @@ for class, ids in pairs(lists) do
   push('ZREM', registry('wip', queue_of(class)), wip[class])
   redis.call('SADD', 'rq:queues', list_key(class))
 end
-local worker = 'rq:worker:' .. string.match(node, '^(.*):')
-if tonumber(redis.call('HGET', worker, 'pq_call:' .. node) or 0) < tonumber(call) then
-  redis.call('HSET', worker, 'pq_call:' .. node, call)
-  redis.call('RPUSH', 'pilotq:mail', mail)
-end
-if number > 0 then ring() end
+flush_tally(ttl)
+flush_lines()
+deliver(node, call, mail, 0, 0)
+if number > 0 or redis.call('EXISTS', 'pilotq:release') == 1 then ring() end
 return number

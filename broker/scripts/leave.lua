@@ -1,7 +1,7 @@
 -- leave: a node is gone, cleanly or not; its record goes if that incarnation still stands.
 --
--- ARGV: 1 epoch, 2 node, 3 incarnation.
--- Returns 1 if it was removed.
+-- ARGV: 1 epoch, 2 node, 3 incarnation, 4 mail to the dispatcher (packed; '' when it is the caller).
+-- Returns 1 if it was removed, 0 if a newer incarnation stands.
 if not epoch_ok() then return epoch_error() end
 local key = 'rq:worker:' .. ARGV[2]
 redis.call('DEL', inbox_key(ARGV[2] .. ':' .. ARGV[3]))
@@ -10,4 +10,5 @@ if known and known ~= ARGV[3] then return 0 end
 redis.call('DEL', key)
 redis.call('SREM', 'rq:workers', key)
 redis.call('HDEL', 'pilotq:nodes', ARGV[2])
+if ARGV[4] ~= '' then redis.call('RPUSH', 'pilotq:mail', ARGV[4]) end
 return 1

@@ -20,7 +20,7 @@ local function values_key(id) return 'pilotq:values:' .. id end
 -- The user's queue of a class list: default.p10.2c -> default.
 local function queue_of(class) return string.match(class, '^[^.]+') end
 
--- True unless the server lost its state (P11); then the script must return stale().
+-- True unless the server lost its state (P11); then the script must return epoch_error().
 local function epoch_ok() return redis.call('GET', 'pilotq:epoch') == ARGV[1] end
 local function term_ok() return redis.call('GET', 'pilotq:term') == ARGV[2] end
 local function epoch_error() return redis.error_reply('EPOCH this server does not hold the queue you mean') end
@@ -32,8 +32,27 @@ local function push(command, key, items)
   end
 end
 
+-- A message to a worker: its inbox is a stream, each entry holds a packed list of messages.
+local function send(node, number, packed)
+  local head = string.char(220, math.floor(number / 256), number % 256)
+  redis.call('XADD', inbox_key(node), '*', 'm', head .. packed)
+end
+
 local function ring()
   if redis.call('LLEN', 'pilotq:bell') == 0 then redis.call('RPUSH', 'pilotq:bell', '1') end
+end
+
+-- The mail of a worker's call to the dispatcher, once for each number of call: a call that is repeated because its reply
+-- was lost must not free a lane twice. Without a record (it expired) nothing is noted: that would make a ghost of it.
+local function deliver(node, call, mail, finished, failed)
+  local worker = 'rq:worker:' .. string.match(node, '^(.*):')
+  local v = redis.call('HMGET', worker, 'pq_incarnation', 'pq_call:' .. node)
+  if tonumber(v[2] or 0) >= tonumber(call) then return end
+  redis.call('RPUSH', 'pilotq:mail', mail)
+  if not v[1] then return end
+  redis.call('HSET', worker, 'pq_call:' .. node, call)
+  if finished > 0 then redis.call('HINCRBY', worker, 'successful_job_count', finished) end
+  if failed > 0 then redis.call('HINCRBY', worker, 'failed_job_count', failed) end
 end
 
 -- What ended in this call, by submission; written once by flush_tally.
@@ -45,15 +64,23 @@ local function count_end(submission, status, number)
   tally[key] = (tally[key] or 0) + number
 end
 
+-- What the tasks of a submission share goes some time after the last submission that uses it.
+local function unshare(key, ttl)
+  if key and redis.call('HINCRBY', 'pilotq:shares', key, -1) <= 0 then
+    redis.call('HDEL', 'pilotq:shares', key)
+    redis.call('EXPIRE', 'pilotq:shared:' .. key, ttl)
+  end
+end
+
 local function flush_tally(ttl)
   for key, number in pairs(tally) do
     local submission, field = string.match(key, '^(.*)\n(.*)$')
     redis.call('HINCRBY', 'pilotq:counts', field, number)
     if submission ~= '' then
       redis.call('HINCRBY', submit_key(submission), field, number)
-      if redis.call('HINCRBY', submit_key(submission), 'left', -number) <= 0 then
-        redis.call('EXPIRE', submit_key(submission), ttl)
-      end
+      local left = redis.call('HINCRBY', submit_key(submission), 'left', -number)
+      if left <= 0 then redis.call('EXPIRE', submit_key(submission), ttl) end
+      if left == 0 then unshare(redis.call('HGET', submit_key(submission), 'shared'), ttl) end
     end
   end
   tally = {}
@@ -89,14 +116,10 @@ local function flush_lines()
   lines = {}
 end
 
--- The end of a task of which nothing ever ran (canceled while it waited, or omitted). `f` holds the fields name,
--- submission, queued; `number` is the number of tasks it stands for.
-local function end_unrun(id, f, status, reason, now, now_iso, ttl, number)
-  redis.call('HSET', job_key(id), 'status', status, 'pq_reason', reason, 'ended_at', now_iso)
-  redis.call('EXPIRE', job_key(id), ttl)
-  count_end(f.submission, status, number)
-  journal(cmsgpack.pack({id = id, name = f.name or '', submission = f.submission or ''}),
-    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f.queued or now)})
+-- Those that wait for a whole task are looked after by release.lua, in slices. How it ended stands in the entry: its
+-- record may be gone by then.
+local function release_dependents(id, kids, status)
+  if kids then redis.call('RPUSH', 'pilotq:release', (status == 'finished' and 'k:' or 'o:') .. id) end
 end
 
 -- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
@@ -118,15 +141,19 @@ local function set_bits(array, first, last, outcome)
 end
 
 -- Elements of an array have ended: `number` of them, `bad` of these not finished. Ends the array with its last one.
+-- An array whose record somebody deleted has nothing to count on: an HINCRBY would make a ghost of it.
 local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed)
+  if redis.call('EXISTS', job_key(array)) == 0 then return end
   if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_bad', bad) end
   if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
   local f = redis.call('HMGET', job_key(array), 'pq_bad', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_at', 'pq_kids',
-    'pq_class', 'status', 'pq_array')
-  if f[8] == 'finished' or f[8] == 'failed' or f[8] == 'canceled' then return end
+    'pq_class', 'status', 'pq_array', 'pq_reason')
+  if f[10] then return end
   local status, reason = 'finished', ''
   if f[2] then
-    status, reason = 'canceled', 'canceled'
+    status, reason = 'canceled', f[2]
+  elseif f[8] == 'deferred' then
+    status, reason = 'canceled', 'dependency' -- element by element: none of them ever ran
   elseif tonumber(f[1] or 0) > 0 then
     status, reason = 'failed', 'elements'
   end
@@ -134,17 +161,57 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   local ttl = status == 'finished' and ttl_finished or ttl_failed
   redis.call('HSET', job_key(array), 'status', status, 'pq_reason', reason, 'ended_at', now_iso, 'origin', queue)
   redis.call('ZREM', registry('wip', queue), array .. ':0')
+  redis.call('ZREM', registry('deferred', queue), array)
   redis.call('ZADD', registry(status, queue), status == 'canceled' and now or now + ttl, array)
-  redis.call('EXPIRE', job_key(array), ttl)
-  redis.call('EXPIRE', bits_key(array), ttl)
-  redis.call('EXPIRE', values_key(array), ttl)
-  redis.call('EXPIRE', each_key(array), ttl)
+  for _, key in ipairs({job_key(array), bits_key(array), values_key(array), each_key(array)}) do
+    redis.call('EXPIRE', key, ttl)
+  end
   redis.call('DEL', each_key(array) .. ':seen')
   local start, step = string.match(f[9], '^(%d+):(%d+):')
   journal(cmsgpack.pack({id = array, name = f[3] or '', submission = f[4] or ''}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or now),
       bits = redis.call('GET', bits_key(array)) or '', start = tonumber(start), step = tonumber(step)})
-  if f[6] then redis.call('RPUSH', 'pilotq:release', 'k:' .. array) end
+  release_dependents(array, f[6], status)
+end
+
+-- Elements first..last of an array, of which none runs or has ended, end as canceled.
+local function end_elements(array, submission, first, last, now, now_iso, ttl)
+  local number = last - first + 1
+  set_bits(array, first, last, 3)
+  count_end(submission, 'canceled', number)
+  if redis.call('HGET', job_key(array), 'pq_each') then
+    redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, last))
+  end
+  array_ended(array, number, number, now, now_iso, ttl, ttl)
+end
+
+-- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.
+local function end_unrun(id, reason, now, now_iso, ttl)
+  local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_at', 'pq_kids',
+    'pq_array_of', 'pq_pos')
+  if v[7] then
+    redis.call('DEL', job_key(id))
+    end_elements(v[7], v[4], tonumber(v[8]), tonumber(v[8]), now, now_iso, ttl)
+    return
+  end
+  local queue = queue_of(v[1] or v[2])
+  redis.call('HSET', job_key(id), 'status', 'canceled', 'origin', queue, 'pq_reason', reason, 'ended_at', now_iso)
+  redis.call('EXPIRE', job_key(id), ttl)
+  redis.call('ZREM', registry('deferred', queue), id)
+  redis.call('ZADD', registry('canceled', queue), now, id)
+  count_end(v[4], 'canceled', 1)
+  journal(cmsgpack.pack({id = id, name = v[3] or '', submission = v[4] or ''}),
+    {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or now)})
+  release_dependents(id, v[6], 'canceled')
+end
+
+-- A task or array is not run because a task it depends on did not finish.
+local function omit(id, now, now_iso, ttl)
+  local v = redis.call('HMGET', job_key(id), 'pq_array', 'pq_sub')
+  if not v[1] then return end_unrun(id, 'dependency', now, now_iso, ttl) end
+  local count = tonumber(string.match(v[1], '(%d+)$'))
+  redis.call('HSET', job_key(id), 'pq_cancel', 'dependency', 'pq_next', count)
+  end_elements(id, v[2], 0, count - 1, now, now_iso, ttl)
 end
 
 -- The record of one element of an array, made when the element gets a life of its own.

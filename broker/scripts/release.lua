@@ -1,9 +1,11 @@
 -- release: dependents of ended tasks are queued, or omitted. Events release, omit.
 --
--- One call takes one entry from pilotq:release and handles at most `limit` dependents of it; the rest stays for the next.
--- Entries: 'k:<id>' a task or array ended, its whole-task dependents wait in pilotq:kids:<id>;
---   'e:<array>:<position>' an element ended, arrays wait element by element in pilotq:each:<array>;
---   's:<array>:<number>:<child>:<position>' look at elements of the array from this position on for one new child.
+-- Takes entries from the front of pilotq:release until about `limit` dependents were handled; what is left of an entry
+-- goes back to the front.
+--   'k:<id>' a task or array has finished, 'o:<id>' it ended otherwise: what waits for all of it is in pilotq:kids:<id>;
+--   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:each:<array> wait for each of them, and
+--      tasks in pilotq:kids:<array>_<index>; those that have not ended are passed over, what was seen before counts once;
+--   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends.
 -- ARGV: 1 epoch, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s).
 -- Returns {number handled, entries left}.
 if not epoch_ok() then return epoch_error() end
@@ -17,22 +19,13 @@ local function queue_up(id, class)
   table.insert(ready[class], id)
 end
 
-local function omit(id, v)
-  local class = v[2]
-  local count = v[6] and tonumber(string.match(v[6], '(%d+)$')) or 1
-  redis.call('ZREM', registry('deferred', queue_of(class)), id)
-  end_unrun(id, {name = v[3], submission = v[4], queued = v[5]}, 'canceled', 'dependency', now, now_iso, ttl, count)
-  redis.call('ZADD', registry('canceled', queue_of(class)), now, id)
-  if v[7] then redis.call('RPUSH', 'pilotq:release', 'k:' .. id) end
-end
-
 local function release_kids(parent, good)
   local kids = redis.call('LPOP', kids_key(parent), limit) or {}
   for _, id in ipairs(kids) do
-    local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_name', 'pq_sub', 'pq_at', 'pq_array', 'pq_kids')
+    local v = redis.call('HMGET', job_key(id), 'status', 'pq_class')
     if v[1] == 'deferred' then
       if not good then
-        omit(id, v)
+        omit(id, now, now_iso, ttl)
       elseif redis.call('HINCRBY', job_key(id), 'pq_waits', -1) <= 0 then
         redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
         queue_up(id, v[2])
@@ -49,13 +42,7 @@ local function release_element(child, number, position, outcome)
   if not v[1] or v[10] or position >= tonumber(string.match(v[4], '(%d+)$')) then return end
   if redis.call('BITFIELD', bits_key(child), 'GET', 'u2', '#' .. position)[1] ~= 0 then return end
   if outcome ~= 1 then
-    set_bits(child, position, position, 3)
-    count_end(v[8], 'canceled', 1)
-    array_ended(child, 1, 1, now, now_iso, ttl, ttl)
-    if redis.call('HGET', job_key(child), 'pq_each') then
-      redis.call('RPUSH', 'pilotq:release', 'e:' .. child .. ':' .. string.format('%d', position))
-    end
-    return
+    return end_elements(child, v[8], position, position, now, now_iso, ttl)
   end
   -- A bit for each parent, so that an element seen twice counts once.
   local field = 'w' .. string.format('%d', position)
@@ -76,32 +63,53 @@ local function release_element(child, number, position, outcome)
   queue_up(id, v[2])
 end
 
-local function release_each(array, position)
+-- One ended element: returns how much was handled, and whether dependents of it are left.
+local function release_position(array, children, span, position)
   local outcome = redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. position)[1]
-  local children = redis.call('LRANGE', each_key(array), 0, -1)
+  if outcome == 0 then return 1, false end
   for _, entry in ipairs(children) do
     local number, child = string.match(entry, '^(%d+):(.*)$')
     release_element(child, tonumber(number), position, outcome)
   end
-  local start, step = string.match(redis.call('HGET', job_key(array), 'pq_array') or '0:1:0', '^(%d+):(%d+):')
-  local element = array .. '_' .. string.format('%d', start + position * step)
+  local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
   local handled, more = release_kids(element, outcome == 1)
-  if more then redis.call('LPUSH', 'pilotq:release', 'e:' .. array .. ':' .. string.format('%d', position)) end
-  return #children + handled
+  return 1 + #children + handled, more
 end
 
-local function scan_elements(array, number, child, position)
-  local stop = position + limit
-  local count = tonumber(string.match(redis.call('HGET', job_key(array), 'pq_array') or '0', '(%d+)$'))
-  while position < math.min(stop, count) do
-    local outcome = redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. position)[1]
-    if outcome ~= 0 then release_element(child, number, position, outcome) end
-    position = position + 1
+-- One element of a canceled array: a retried one, one that was given back, or one that waited for another array's.
+local function sweep_position(array, submission, span, position)
+  if redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1, false end
+  local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
+  local status = redis.call('HGET', job_key(element), 'status')
+  if status == 'queued' then
+    end_unrun(element, 'canceled', now, now_iso, ttl)
+  elseif not status then
+    end_elements(array, submission, position, position, now, now_iso, ttl)
   end
-  if position < count then
-    redis.call('LPUSH', 'pilotq:release', table.concat({'s', array, number, child, string.format('%d', position)}, ':'))
+  return 1, false
+end
+
+-- The positions of an entry, as far as the limit goes.
+local function walk(kind, array, position, last, budget)
+  local v = redis.call('HMGET', job_key(array), 'pq_array', 'pq_sub')
+  if not v[1] then return 0 end -- somebody deleted it
+  local span = {string.match(v[1], '^(%d+):(%d+):')}
+  local children = kind == 'e' and redis.call('LRANGE', each_key(array), 0, -1)
+  local handled = 0
+  while position <= last and handled < budget do
+    local number, more
+    if kind == 'e' then
+      number, more = release_position(array, children, span, position)
+    else
+      number, more = sweep_position(array, v[2], span, position)
+    end
+    handled = handled + number
+    if not more then position = position + 1 end
   end
-  return limit
+  if position <= last then
+    redis.call('LPUSH', 'pilotq:release', string.format('%s:%s:%d:%d', kind, array, position, last))
+  end
+  return handled
 end
 
 local handled = 0
@@ -109,16 +117,14 @@ while handled < limit do
   local entry = redis.call('LPOP', 'pilotq:release')
   if not entry then break end
   local kind, rest = string.match(entry, '^(%a):(.*)$')
-  if kind == 'k' then
-    local number, more = release_kids(rest, redis.call('HGET', job_key(rest), 'status') == 'finished')
+  handled = handled + 1
+  if kind == 'k' or kind == 'o' then
+    local number, more = release_kids(rest, kind == 'k')
     if more then redis.call('LPUSH', 'pilotq:release', entry) end
-    handled = handled + 1 + number
-  elseif kind == 'e' then
-    local array, position = string.match(rest, '^(.*):(%d+)$')
-    handled = handled + 1 + release_each(array, tonumber(position))
+    handled = handled + number
   else
-    local array, number, child, position = string.match(rest, '^(.-):(%d+):(.-):(%d+)$')
-    handled = handled + scan_elements(array, tonumber(number), child, tonumber(position))
+    local array, first, last = string.match(rest, '^(.-):(%d+):(%d+)$')
+    handled = handled + walk(kind, array, tonumber(first), tonumber(last), limit - handled)
   end
 end
 for class, ids in pairs(ready) do
@@ -127,4 +133,6 @@ for class, ids in pairs(ready) do
 end
 flush_tally(ttl)
 flush_lines()
-return {handled, redis.call('LLEN', 'pilotq:release')}
+local left = redis.call('LLEN', 'pilotq:release')
+if left > 0 then ring() end
+return {math.floor(handled), left}

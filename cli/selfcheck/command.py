@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,19 +20,20 @@ from pilotq.broker.journal import Journal
 from pilotq.broker.output import of_line
 from pilotq.broker.pilot import Pilot
 from pilotq.broker.records import Line
-from pilotq.broker.start import SupervisorOptions, start_pilot
+from pilotq.broker.start import LocalNode, SupervisorOptions, start_pilot
 from pilotq.broker.surroundings import capture
 from pilotq.broker.views import Counts
 from pilotq.cli import exit_codes, progress, render
-from pilotq.cli.pilots import failure, plural, supervisor_options
+from pilotq.cli.pilots import failure, plural
 from pilotq.cli.selfcheck.judge import Node, Outcome, Run, Verdict, judge
 from pilotq.cli.selfcheck.ledger import Ledger, read
 from pilotq.cli.selfcheck.plan import Batch, Expected, Place, batches
 from pilotq.workers.sweep import kill_marked
+from pilotq.workers.topology import usable_cpus, virtual_nodes
 
 NODES = "n1:2,n2:2"
 LOOK_S = 0.25
-NODES_S = 30.0  # how long the nodes may take to be there
+FIRST_S, EACH_S = 120.0, 0.3  # how long the tasks may take: ten times as long as on a small machine
 JOURNAL_S = 30.0  # how long the last lines may take to arrive
 SHOWN = 5  # things that are wrong, of each check
 
@@ -44,11 +46,10 @@ class Target(NamedTuple):
 
 
 @click.command("selfcheck", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tasks", "count", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="How many.")
+@click.option("--tasks", "count", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="So many.")
 @click.option("--nodes", default=NODES, show_default=True, metavar="SPEC", help="The nodes of a pilot of its own.")
 @click.option("--dir", "directory", metavar="DIR", help="Check the pilot that runs in DIR, instead of one of its own.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, metavar="S", help="Seconds for all tasks.")
-def selfcheck_command(count: int, nodes: str, directory: str | None, timeout: float) -> int:
+def selfcheck_command(count: int, nodes: str, directory: str | None) -> int:
     """Run tasks that look from inside whether they have what they asked for, and judge by what they wrote.
 
     Prints a table of checks. The exit code is 0 when everything is as promised, else 1: what the tasks wrote is kept
@@ -59,7 +60,7 @@ def selfcheck_command(count: int, nodes: str, directory: str | None, timeout: fl
         place = Place(os.path.join(home, "ledgers"), os.path.join(home, "work"))
         for folder in (home, *place):
             os.mkdir(folder, 0o700)
-        run = check(target, place, count, timeout)
+        run = check(target, place, count)
         verdicts = judge(run)
         _tell(run, verdicts)
         if any(verdict.wrong for verdict in verdicts):
@@ -75,22 +76,18 @@ class SelfcheckFailedError(PilotFailed):
 @contextmanager
 def _private(spec: str) -> Iterator[Target]:
     """A pilot of our own, in a directory that is removed if nothing is wrong."""
-    options = _options(spec)
+    plans = virtual_nodes(spec, usable_cpus(), socket.gethostname())
+    options = SupervisorOptions(nodes=[LocalNode(*plan) for plan in plans], owner_pid=os.getpid())
     directory = tempfile.mkdtemp(prefix="selfcheck-")
     pilot = start_pilot(directory, options)
     try:
-        yield Target(pilot, {n.name: Node(len(n.cores), n.real, n.shared) for n in options.nodes})
+        yield Target(pilot, {plan.name: Node(len(plan.cores), plan.real, plan.shared) for plan in plans})
     finally:
         pilot.process.terminate()
         pilot.process.wait()
     if pilot.process.returncode:
         raise failure(pilot)
     shutil.rmtree(directory)
-
-
-def _options(spec: str) -> SupervisorOptions:
-    values = {"nodes": spec, "resources": "local", "server": None, "redis": None, "durability": "everysec"}
-    return supervisor_options(values, owner_pid=os.getpid())
 
 
 @contextmanager
@@ -100,16 +97,15 @@ def _running(directory: str) -> Iterator[Target]:
         yield Target(broker.pilot, {n.name: Node(n.cores, None, n.shared_cores) for n in broker.nodes()})
 
 
-def check(target: Target, place: Place, count: int, timeout: float) -> Run:
-    """Everything but the judgement; ``timeout`` in seconds. Raises WaitTimedOut."""
+def check(target: Target, place: Place, count: int) -> Run:
+    """Everything but the judgement. Raises WaitTimedOut."""
     begin = time.time()
     base = capture("clean")
     planned = batches(count, {name: node.cores for name, node in target.nodes.items()}, place, base)
     expected = [e for batch in planned for elements in batch.expected for e in elements]
     with Broker.connect(target.pilot.directory) as broker:
-        _until(lambda: target.nodes.keys() <= {n.name for n in broker.nodes()}, NODES_S, "not all nodes are there")
         submissions = [_submit(broker, batch) for batch in planned]
-        _follow(broker, submissions, timeout)
+        _follow(broker, submissions, FIRST_S + EACH_S * count)
     lines: dict[str, list[Line]] = {}
 
     def complete() -> bool:
@@ -117,7 +113,11 @@ def check(target: Target, place: Place, count: int, timeout: float) -> Run:
         lines = _lines(target.pilot, submissions)
         return all(any(line.final for line in lines.get(e.id, ())) for e in expected)
 
-    _until(complete, JOURNAL_S, "the journal does not have all tasks")
+    deadline = time.monotonic() + JOURNAL_S
+    while not complete():
+        if time.monotonic() > deadline:
+            raise WaitTimedOut(f"the journal does not have all tasks after {JOURNAL_S:g} s")
+        time.sleep(LOOK_S)
     end = time.time()
     ledgers = read(place.ledgers)
     outcomes = [_outcome(target.pilot, e, ledgers.pop(e.name, Ledger()), lines.pop(e.id)) for e in expected]
@@ -158,14 +158,6 @@ def _sum(each: Iterator[Counts]) -> Counts:
         failed=sum(c.failed for c in counts),
         canceled=sum(c.canceled for c in counts),
     )
-
-
-def _until(condition: Callable[[], bool], seconds: float, complaint: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise WaitTimedOut(f"{complaint} after {seconds:g} s")
-        time.sleep(LOOK_S)
 
 
 def _lines(pilot: Pilot, submissions: list[str]) -> dict[str, list[Line]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -87,10 +88,10 @@ def judge(run: Run) -> list[Verdict]:
 
 
 def _once(o: Outcome) -> Iterator[str]:
-    wanted = list(range(1, o.expected.executions + 1))
+    """Numbers of executions may be left out: one that was handed to a node and taken back did not begin."""
     begun = [start.execution for start in o.ledger.starts]
-    if begun != wanted:
-        yield f"executions {begun} began, not {wanted}"
+    if len(begun) != o.expected.executions or begun != sorted(set(begun)):
+        yield f"executions {begun} began, there should be {o.expected.executions}"
     ended = [(end.execution, end.pid) for end in o.ledger.ends]
     if ended != ([(start.execution, start.pid) for start in o.ledger.starts] if o.expected.ends else []):
         yield f"executions {begun} began, and {[number for number, _ in ended]} came to their end"
@@ -98,33 +99,31 @@ def _once(o: Outcome) -> Iterator[str]:
 
 def _journal(o: Outcome) -> Iterator[str]:
     expected = o.expected
-    if [line.execution for line in o.lines] != list(range(1, expected.executions + 1)):
-        yield f"the journal has executions {[line.execution for line in o.lines]}"
+    begun = [start.execution for start in o.ledger.starts]
+    if [line.execution for line in o.lines] != begun:
+        yield f"the journal has executions {[line.execution for line in o.lines]}, the ledger {begun}"
         return
-    for line, code in zip(o.lines, expected.exit_codes, strict=True):
-        final = line.execution == expected.executions
-        wanted = (final, expected.status if final else "failed", expected.reason if final else "exit", code)
-        said = (line.final, line.status, line.reason, line.exit_code)
-        if said != wanted:
-            yield f"the journal says (final, status, reason, exit code) {said} of execution {line.execution}, not {wanted}"
-        if line.signal != (expected.signal if final else None):
-            yield f"the journal says signal {line.signal} of execution {line.execution}"
-    for start in o.ledger.starts:
-        line = o.lines[start.execution - 1] if start.execution <= len(o.lines) else Line("")
+    for number, (line, start) in enumerate(zip(o.lines, o.ledger.starts, strict=True), 1):
+        final = number == len(o.lines)
+        code = expected.exit_codes[min(number, expected.executions) - 1]
+        wanted = (expected.status, expected.reason, code, expected.signal) if final else ("failed", "exit", code, None)
+        said = (line.status, line.reason, line.exit_code, line.signal)
+        if (line.final, *said) != (final, *wanted):
+            more = "" if line.final else ", and that it is tried again"
+            yield f"execution {line.execution}: the journal says {said}{more}; not {wanted}"
         parts = parse_allocation(line.cpus)
-        said = (line.node, list(parts[0].cores), [part.node for part in parts], sum(len(part.cores) for part in parts))
+        said_of = (line.node, list(parts[0].cores), [part.node for part in parts], sum(len(p.cores) for p in parts))
         told = (_node(start), _cores(start), _nodes(start), int(start.env.get("PILOTQ_CORES", 0)))
-        if said != told:
-            yield f"the journal says (node, cores there, nodes, all cores) {said}, the task was told {told}"
+        if said_of != told:
+            yield f"execution {line.execution}: it has (node, cores there, nodes, all cores) {told}, not {said_of}"
 
 
 def _output(o: Outcome) -> Iterator[str]:
     expected = o.expected
-    last = expected.executions
+    last = o.ledger.starts[-1].execution if o.ledger.starts else 0
     text = {stream: output(expected.name, last, stream, expected.size) for stream in ("stdout", "stderr")}
     if expected.stdout and expected.stdout == expected.stderr:
-        both = text["stdout"] + text["stderr"]
-        text = dict.fromkeys(text, both)
+        text = dict.fromkeys(text, text["stdout"] + text["stderr"])
     for stream, wanted in text.items():
         if o.output[stream] != wanted:
             yield f"{stream} holds {_shown(o.output[stream])}, not {_shown(wanted)}"
@@ -264,11 +263,11 @@ def _times(run: Run) -> Verdict:
             marks += [end.at for end in o.ledger.ends if end.execution == line.execution]
             marks += [line.ended, run.end]
             known = [mark for mark in marks if mark is not None]
-            if len(known) != len(marks) or any(b < a - SLACK_S for a, b in zip(known, known[1:], strict=False)):
+            if len(known) != len(marks) or any(b < a - SLACK_S for a, b in pairwise(known)):
                 times = " ".join("none" if mark is None else f"{mark - run.begin:.3f}" for mark in marks)
                 wrong.append(
-                    f"{o.expected.name}: begin of all, queued, handed, started, what the task saw, ended, end of all are "
-                    f"no ascending times: {times}"
+                    f"{o.expected.name}: begin of all, queued, handed, started, what the task saw, ended, end of all "
+                    f"do not ascend: {times}"
                 )
     return Verdict("times", "the journal's times enclose what the task saw", lines, wrong)
 

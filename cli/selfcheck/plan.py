@@ -52,7 +52,7 @@ class Expected(msgspec.Struct, kw_only=True):
     shell: bool = False
     executions: int = 1
     ends: bool = True  # it comes to its second line
-    exit_codes: list[int | None] = [0]  # of each execution; None: a signal
+    exit_codes: tuple[int | None, ...] = (0,)  # of each execution; None: a signal
     signal: int | None = None
     reason: str = ""
 
@@ -77,7 +77,7 @@ class Place(NamedTuple):
 
 
 def batches(count: int, nodes: Mapping[str, int], place: Place, base: Shared) -> list[Batch]:
-    """``count`` tasks (elements count one each) for a pilot of these nodes (name -> cores), in surroundings like ``base``."""
+    """``count`` tasks, an element counts one, for nodes of so many cores each, in surroundings like ``base``."""
     arrays = count // ARRAY_SHARE // ARRAY
     single = count - arrays * ARRAY
     found = []
@@ -146,17 +146,17 @@ def _resources(kind: int, task: Task, expected: Expected, nodes: Mapping[str, in
 def _ending(kind: int, task: Task, expected: Expected) -> str:
     """How the probe ends; mostly well."""
     if kind % 20 == 1:
-        expected.exit_codes, expected.reason = [kind], "exit"
+        expected.exit_codes, expected.reason = (kind,), "exit"
         return str(kind)
     if kind % 20 == 2:
-        expected.exit_codes, expected.signal, expected.reason = [None], 9, "signal"
+        expected.exit_codes, expected.signal, expected.reason = (None,), 9, "signal"
         return "-9"
     if kind % 20 == 3:
-        task.retries, expected.executions, expected.exit_codes = 2, 2, [probe.RETRIED, 0]
+        task.retries, expected.executions, expected.exit_codes = 2, 2, (probe.RETRIED, 0)
         return "retry"
     if kind == 50:
         task.time_limit, expected.ends = LIMIT_S, False
-        expected.exit_codes, expected.signal, expected.reason = [None], 15, "time limit"
+        expected.exit_codes, expected.signal, expected.reason = (None,), 15, "time limit"
         return "hang"
     return "0"
 

@@ -1,21 +1,23 @@
-"""What every task of the selfcheck runs: it writes down how it finds itself. Standard library only, and quick.
+"""What every task of the selfcheck runs: it writes down how it finds itself.
+
+It needs no installed package, and imports little: most of its time is Python's start.
 
     python -I -S probe.py LEDGER SECONDS END BYTES [STATUS]
 
-LEDGER gets a line when the task begins and one when it ends. In between it works for SECONDS and writes BYTES bytes
-to each of stdout and stderr. END is an exit code, -N (signal N kills it), "retry" (exit code 7 at the first
-execution, then 0) or "hang". STATUS is the /proc/self/status of a shell before it became this: Python ignores two
-signals by itself, so that only a program before it can see whether they were ignored already.
+LEDGER gets a line when the task begins and one when it ends. In between it waits for SECONDS and writes BYTES bytes
+to each of stdout and stderr. END is an exit code, -N (signal N kills it), "retry" (exit code 7 the first time, then
+0) or "hang". STATUS is the /proc/self/status of a shell before it became this: Python ignores two signals by itself,
+so that only a program before it can see whether they were ignored already.
 """
 
 import os
 import resource
-import signal
 import sys
 import time
 
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 RETRIED = 7
+LONG_S = 60.0
 
 
 def output(name: str, execution: int, stream: str, size: int) -> bytes:
@@ -73,20 +75,21 @@ def write(ledger: str, line: dict[str, object]) -> None:
     os.close(file)
 
 
-def end(how: str, execution: int) -> int:
+def end(how: str, first: bool) -> int:
     """The exit code, unless ``how`` says that there shall be none."""
     if how == "retry":
-        return RETRIED if execution == 1 else 0
+        return RETRIED if first else 0
     code = int(how)
     if code < 0:
         os.kill(os.getpid(), -code)
-        signal.pause()  # until it arrives
+        time.sleep(LONG_S)  # until it arrives
     return code
 
 
 def main(argv: list[str]) -> int:
     begun, at = time.monotonic(), time.time()
     ledger, seconds, how, size = argv[:4]
+    first = not os.path.exists(ledger)
     found = look("".join(argv[4:]))
     execution = int(os.environ["PILOTQ_EXECUTION"])
     same: dict[str, object] = {"execution": execution, "pid": os.getpid()}
@@ -96,10 +99,10 @@ def main(argv: list[str]) -> int:
         while data:
             data = data[os.write(number, data) :]
     while how == "hang":
-        signal.pause()
+        time.sleep(LONG_S)
     time.sleep(float(seconds))
     write(ledger, {**same, "ended": time.monotonic(), "at": time.time()})
-    return end(how, execution)
+    return end(how, first)
 
 
 if __name__ == "__main__":

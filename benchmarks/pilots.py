@@ -1,0 +1,32 @@
+"""A pilot for one measurement."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def pilot(*options: str) -> Iterator[str]:
+    """Start a pilot with these options of `pilotq start`; gives its directory, and ends it."""
+    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+        directory = os.path.join(folder, "pilot")
+        command("start", "--dir", directory, *options)
+        try:
+            yield directory
+        finally:
+            command("stop", "--dir", directory)
+
+
+def command(*arguments: str, cwd: str | None = None) -> str:
+    """Run a `pilotq` command that must succeed; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pilotq", *arguments], check=False, capture_output=True, text=True, cwd=cwd
+    )
+    if done.returncode:
+        raise SystemExit(f"pilotq {' '.join(arguments)} ended with {done.returncode}: {done.stderr}")
+    return done.stdout

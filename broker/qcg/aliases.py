@@ -1,0 +1,67 @@
+"""QCG-PilotJob's modules under their old names, for programs that cannot be edited.
+
+An installed original stays where it is: ``qcg`` and ``qcg.pilotjob`` are namespace packages, so what we do not
+replace (``qcg.pilotjob.utils``...) is still found there. A module is made when it is imported, not before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+_OURS = "pilotq.broker.qcg"
+_HOMES = {
+    "qcg.pilotjob.api.errors": f"{_OURS}.errors",
+    "qcg.pilotjob.api.job": f"{_OURS}.jobs",
+    "qcg.pilotjob.api.jobinfo": f"{_OURS}.jobinfo",
+    "qcg.pilotjob.api.manager": f"{_OURS}.manager",
+    "qcg.pilotjob.executor_api.qcgpj_executor": f"{_OURS}.executor",
+    "qcg.pilotjob.executor_api.qcgpj_future": f"{_OURS}.executor",
+    "qcg.pilotjob.executor_api.templates.basic_template": f"{_OURS}.executor",
+    "qcg.pilotjob.executor_api.templates.qcgpj_template": f"{_OURS}.executor",
+}
+# With nothing in them but their modules; an original's own code in their __init__ is not run.
+_PACKAGES = frozenset(
+    ("qcg", "qcg.pilotjob", "qcg.pilotjob.api", "qcg.pilotjob.executor_api", "qcg.pilotjob.executor_api.templates")
+)
+
+
+def install() -> None:
+    """Let ``import qcg.pilotjob.api.manager`` and its like find this package; may be called again.
+
+    It wins over an installed original. One that was imported before is forgotten, but names that were taken from it
+    (``from ... import LocalManager``) stay what they are: call it first.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    for name in _HOMES:
+        sys.modules.pop(name, None)
+    sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds and makes the modules of _HOMES and _PACKAGES; all others are left to the finders behind it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in _HOMES:
+            return ModuleSpec(fullname, self)
+        if fullname not in _PACKAGES:
+            return None
+        spec = ModuleSpec(fullname, self, is_package=True)
+        original = PathFinder.find_spec(fullname, path)
+        spec.submodule_search_locations = list((original and original.submodule_search_locations) or ())
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Nothing of our own: an empty module is made."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        home = _HOMES.get(module.__name__)
+        if home is not None:
+            names = vars(import_module(home))
+            vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})

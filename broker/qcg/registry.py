@@ -1,0 +1,262 @@
+"""The jobs of a service by name: which tasks they became, kept in the pilot's directory.
+
+Every change is one line of JSON at the end of a file, and what is known is what its lines say: a service that is
+started again, and another process of the same pilot, read them and know the same. Redis knows the tasks, this file
+which job they are.
+
+A submit is three lines: the jobs, the plan (which of them become tasks now, in which order), and, when the tasks are
+there, the number of the first one. A plan without an end (the process was killed there) is settled by asking Redis
+whether its tasks were committed: they are there, all of them, or none is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from pilotq.broker.file_qcg import draft_of, job_of
+from pilotq.broker.qcg.states import OMITTED
+from pilotq.broker.qcg_jobs import Draft
+from pilotq.broker.qcg_words import fill
+from pilotq.broker.task import Task, id_of
+
+FILE = "qcg-jobs.jsonl"
+
+
+class Submitted(msgspec.Struct, tag="submit", tag_field="is"):
+    """Jobs as they were given; ``words`` are those of the request, ``total`` the cores that schedulers share out."""
+
+    at: float
+    words: dict[str, str]
+    total: int
+    jobs: list[dict[str, Any]]
+    key: str
+
+
+class Planned(msgspec.Struct, tag="plan", tag_field="is"):
+    """``jobs`` are names, and whether each element is a task; ``lost`` are elements that are none: name:index -> why."""
+
+    key: str
+    jobs: list[tuple[str, bool]]
+    lost: dict[str, str] = {}
+
+
+class Done(msgspec.Struct, tag="done", tag_field="is"):
+    """The plan was committed: its tasks have the numbers from ``first`` on."""
+
+    key: str
+    first: int
+
+
+class Refused(msgspec.Struct, tag="refused", tag_field="is"):
+    """The plan was not committed, and the jobs that came with it are no jobs."""
+
+    key: str
+
+
+class Over(msgspec.Struct, tag="over", tag_field="is"):
+    """A job that has ended without ever being a task."""
+
+    name: str
+    state: str
+    why: str
+    at: float
+
+
+class Canceled(msgspec.Struct, tag="canceled", tag_field="is"):
+    """A user canceled it; ``index``: one element of it."""
+
+    name: str
+    index: int | None = None
+
+
+class Removed(msgspec.Struct, tag="removed", tag_field="is"):
+    name: str
+
+
+class Finish(msgspec.Struct, tag="finish", tag_field="is"):
+    """The service is asked to end when all jobs have; with ``wanted`` False: it begins anew."""
+
+    wanted: bool = True
+
+
+Record = Submitted | Planned | Done | Refused | Over | Canceled | Removed | Finish
+_decode = msgspec.json.Decoder(Record).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Job:
+    """A job. ``ids`` are its tasks: one, or (``single``) one for each element, empty where that is omitted."""
+
+    __slots__ = (
+        "at", "body", "canceled", "cwd", "draft", "dropped", "ended", "ids", "indices", "key", "lost", "name",
+        "program", "single", "state", "values", "why",
+    )  # fmt: skip
+
+    def __init__(self, draft: Draft, body: dict[str, Any], at: float, key: str) -> None:
+        task = draft.task
+        self.name = draft.name
+        self.body = _encode(body)
+        self.at = at  # unix seconds of the submit
+        self.key = key  # of the submission that brought it
+        self.draft: Draft | None = draft  # until it has become tasks
+        self.indices = draft.indices
+        # Kept only where the directory's name needs them.
+        self.values = task.values if "itval" in (task.cwd or "") else None
+        self.cwd = task.cwd or ""
+        execution = body.get("execution") or {}
+        program = "bash" if task.script is not None else (task.command or [""])[0]
+        self.program = os.path.basename(str(execution.get("exec") or program))
+        self.ids: list[str] = []
+        self.single = False
+        self.lost: dict[int, str] = {}  # elements that are omitted, and why
+        self.state = ""  # once it has ended, as far as was seen
+        self.why = ""
+        self.ended = 0.0
+        self.canceled = False
+        self.dropped: set[int] = set()  # elements that were canceled one by one
+
+    @property
+    def held(self) -> bool:
+        """Waits for a job that nobody has submitted yet."""
+        return not self.ids and not self.state
+
+    def directory(self, root: str, index: int | None, cores: int, nodes: list[str]) -> str:
+        """Where its task runs, or that element of it."""
+        words = {"root_wd": root, "ncores": str(cores), "nnodes": str(len(nodes)), "nlist": ",".join(nodes)}
+        if index is not None:
+            value = self.values[index] if self.values is not None else str(index)
+            words |= {"it": str(index), "itval": value}
+        return os.path.normpath(os.path.join(root, fill(self.cwd, words)))
+
+
+class Registry:
+    """``jobs`` by name, in the order of their submits. ``tasks`` has by the id of a task its job, removed ones too,
+    and the index of the element that it is.
+
+    ``committed`` tells the number of the first task of a submission, by its key; None when there is no such.
+    """
+
+    def __init__(self, path: str, committed: Callable[[str], int | None]) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.tasks: dict[str, tuple[Job, int | None]] = {}
+        self.over: list[Job] = []  # ended without ever being a task
+        self.submits = 0
+        self.finish = False
+        self._committed = committed
+        self._plans: dict[str, Planned] = {}
+        self._drafts: dict[str, Draft] = {}
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._read = 0
+        with self.locked():
+            pass
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The only one who writes, and knowing all that was written."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            self.refresh()
+            # Nobody is at it: who began these plans was killed, or did not hear what became of them.
+            for key in list(self._plans):
+                first = self._committed(key)
+                if first is None:
+                    del self._plans[key]
+                else:
+                    self.write(Done(key, first))
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def refresh(self) -> None:
+        """Take in what other processes have written."""
+        size = os.fstat(self._file).st_size
+        if size == self._read:
+            return
+        data = os.pread(self._file, size - self._read, self._read)
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            try:
+                self._apply(_decode(line))
+            except msgspec.DecodeError:
+                continue  # the torn end of a write that a kill has cut off, closed by the newline of the next one
+        self._read += len(whole)
+
+    def write(self, *records: Record, drafts: list[Draft] | None = None) -> None:
+        """Append and take in; only while `locked`. ``drafts`` are those of a Submitted, at hand already."""
+        data = b"".join(_encode(record) + b"\n" for record in records)
+        if os.fstat(self._file).st_size > self._read:
+            data = b"\n" + data  # a torn end: its writer is dead, as we have the lock
+        written = 0
+        while written < len(data):
+            written += os.write(self._file, data[written:])
+        self._read = os.fstat(self._file).st_size
+        self._drafts = {draft.name: draft for draft in drafts or ()}
+        for record in records:
+            self._apply(record)
+        self._drafts = {}
+
+    def _apply(self, record: Record) -> None:
+        if isinstance(record, Submitted):
+            self._submitted(record)
+        elif isinstance(record, Planned):
+            self._plans[record.key] = record
+        elif isinstance(record, Done):
+            self._done(self._plans.pop(record.key), record.first)
+        elif isinstance(record, Refused):
+            self._plans.pop(record.key, None)
+            self.jobs = {name: job for name, job in self.jobs.items() if not (job.held and job.key == record.key)}
+        elif isinstance(record, Finish):
+            self.finish = record.wanted
+        elif (job := self.jobs.get(record.name)) is None:
+            pass  # removed meanwhile
+        elif isinstance(record, Over):
+            job.state, job.why, job.ended, job.draft = record.state, record.why, record.at, None
+            self.over.append(job)
+        elif isinstance(record, Removed):
+            del self.jobs[record.name]
+        elif record.index is None:
+            job.canceled = True
+        else:
+            job.dropped.add(record.index)
+
+    def _submitted(self, record: Submitted) -> None:
+        self.submits += 1
+        for number, body in enumerate(record.jobs):
+            path = f"jobs[{number}]"
+            draft = self._drafts.get(fill(body["name"], record.words))
+            if draft is None:
+                draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, Task(), record.total)
+            self.jobs[draft.name] = Job(draft, body, record.at, record.key)
+
+    def _done(self, plan: Planned, first: int) -> None:
+        for name, single in plan.jobs:
+            job = self.jobs[name]
+            job.single, job.draft = single, None
+            for index in (job.indices or ()) if single else (None,):
+                if index is not None and (why := plan.lost.get(f"{name}:{index}")) is not None:
+                    job.lost[index] = why
+                    job.ids.append("")
+                    continue
+                job.ids.append(id_of(first))
+                self.tasks[job.ids[-1]] = job, index
+                first += 1
+
+
+def wholly_lost(draft: Draft, lost: dict[str, str]) -> tuple[str, str] | None:
+    """(OMITTED, why) of a job of which nothing can run; None when something can."""
+    if draft.name in lost:
+        return OMITTED, lost[draft.name]
+    if draft.indices is not None:
+        whys = [lost.get(f"{draft.name}:{index}") for index in draft.indices]
+        if whys and whys[0] is not None and None not in whys:
+            return OMITTED, whys[0]
+    return None

@@ -1,0 +1,504 @@
+"""Arrays: one record that stands for many tasks, on a real server."""
+
+from __future__ import annotations
+
+import pytest
+
+from pilotq.broker import keys
+from pilotq.broker.errors import InvalidInput, UnknownTask
+from pilotq.broker.journal import Journal
+from pilotq.broker.link import Link
+from pilotq.broker.listing import Listing
+from pilotq.broker.records import Handed, Stop
+from pilotq.broker.task import ArrayRange
+from tests.engine import ONE, Engine, array, fixtures, task
+
+engine, server = fixtures
+HIGH = "default.p9.1c"
+
+
+def ids(handed: list[Handed]) -> list[str]:
+    return [h.id for h in handed]
+
+
+def line_of(engine: Engine, task_id: str) -> dict[str, object]:
+    """The one final line of the journal about a task."""
+    (line,) = (line for line in engine.journal() if line["id"] == task_id and line["final"])
+    return line
+
+
+def nothing_left(engine: Engine) -> bool:
+    """No list, no registry of what has not ended, nothing to release; and everything was counted."""
+    counts = engine.counts()
+    lists = [k for k in engine.all_keys() if k.startswith("rq:queue:") or k == keys.RELEASE]
+    return not lists and not engine.registry("wip") and not engine.registry("deferred") and (
+        counts["total"] == sum(counts.values()) - counts["total"]
+    )  # fmt: skip
+
+
+# -- handing out ------------------------------------------------------------------------------------------------------
+
+
+def test_slices_of_a_stepped_range(engine: Engine) -> None:
+    (a,) = engine.submit(task(array=ArrayRange(10, 30, 5), name="steps", retries=2))
+    first = engine.claim(2)
+    assert [(h.id, h.array, h.index, h.position, h.execution, h.retries, h.name) for h in first] == [
+        (f"{a}_10", a, 10, 0, 1, 2, "steps"), (f"{a}_15", a, 15, 1, 1, 2, "steps"),
+    ]  # fmt: skip
+    assert (engine.status(a), engine.list()) == ("queued", [a])
+    (head,) = engine.store.heads([ONE])
+    assert (head.length, head.elements, head.waiting) == (1, 3, 3)
+    second = engine.claim(10)
+    assert [h.index for h in second] == [20, 25, 30]
+    assert (engine.status(a), engine.list()) == ("started", [])
+    assert engine.registry("wip") == sorted([f"{a}:0", *(f"{h.id}:1" for h in first + second)])
+    assert engine.end(second) == ["ok"] * 3
+    assert (engine.bits(a, 5), engine.status(a)) == ("00111", "started")
+    assert engine.end(first) == ["ok"] * 2
+    assert (engine.status(a), engine.registry("finished")) == ("finished", [a])
+    assert engine.counts() == {"total": 5, "finished": 5}
+    assert line_of(engine, a)["elements"] == {"finished": "10-30:5"}
+    assert nothing_left(engine)
+
+
+def test_a_claim_goes_over_the_ends_of_arrays_and_plain_tasks(engine: Engine) -> None:
+    a, b, c, d, e = engine.submit(array(3), task(), array(2), task(), task())
+    order = [f"{a}_0", f"{a}_1", f"{a}_2", b, f"{c}_0", f"{c}_1", d, e]
+    got = []
+    for size in (2, 3, 2, 5):
+        got += ids(engine.claim(size))
+    assert got == order
+
+
+def test_what_was_popped_behind_an_array_keeps_its_place(engine: Engine) -> None:
+    a, b, c = engine.submit(array(5), task(), task())
+    assert ids(engine.claim(3)) == [f"{a}_{n}" for n in range(3)]
+    assert engine.list() == [a, b, c]
+
+
+def test_elements_given_back_come_first_and_run_as_a_second_execution(engine: Engine) -> None:
+    a, b = engine.submit(array(4), task())
+    handed = engine.claim(3)
+    assert engine.give_back(handed[1:]) == 2
+    assert engine.list() == [f"{a}_1", f"{a}_2", a, b]
+    (head,) = engine.store.heads([ONE])
+    assert (head.ids[0], head.elements) == (f"{a}_1", 0)
+    again = engine.claim(4)
+    assert [(h.id, h.execution, h.array, h.index, h.position) for h in again[:2]] == [
+        (f"{a}_1", 2, a, 1, 1), (f"{a}_2", 2, a, 2, 2),
+    ]  # fmt: skip
+    assert again[0].spec == handed[0].spec
+    assert ids(again[2:]) == [f"{a}_3", b]
+    assert engine.end(handed[1:2]) == ["stale"]
+    engine.end([handed[0], *again])
+    assert engine.counts() == {"total": 5, "finished": 5}
+    assert nothing_left(engine)
+
+
+@pytest.mark.parametrize("wish", ["free", "lost"])
+def test_elements_that_are_requeued_count_once(engine: Engine, wish: str) -> None:
+    (a,) = engine.submit(array(3))
+    handed = engine.claim(3)
+    assert (engine.lose(handed) if wish == "lost" else engine.end(handed, wish)) == ["retry"] * 3
+    assert engine.list() == ids(handed)
+    engine.run_all()
+    assert (engine.bits(a, 3), engine.counts()) == ("111", {"total": 3, "finished": 3})
+    assert nothing_left(engine)
+
+
+def test_retries_count_for_each_element(engine: Engine) -> None:
+    (a,) = engine.submit(array(2, retries=1))
+    handed = engine.claim(2)
+    assert engine.end(handed, "failed", "exit") == ["retry", "retry"]
+    again = engine.claim(2)
+    assert [(h.id, h.execution, h.retries) for h in again] == [(f"{a}_0", 2, 0), (f"{a}_1", 2, 0)]
+    assert engine.end(again[:1], "failed", "exit") == ["ok"]
+    assert engine.end(again[1:]) == ["ok"]
+    assert engine.bits(a, 2) == "21"
+    assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("failed", "elements")
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_element_leaves_no_record_a_failed_one_does(engine: Engine) -> None:
+    (a,) = engine.submit(array(3))
+    good, bad, stopped = engine.claim(3)
+    engine.end([good])
+    engine.end([bad], "failed", "exit", text="dHJhY2U=")
+    engine.end([stopped], "stopped", "stopped")
+    assert engine.statuses(good.id, bad.id, stopped.id) == [None, "failed", "stopped"]
+    assert engine.ttl(keys.job(bad.id)) > 0 and engine.ttl(keys.results(bad.id)) > 0
+    assert sorted(engine.registry("failed")) == [a, bad.id, stopped.id]
+    assert (engine.bits(a, 3), engine.status(a)) == ("122", "failed")
+    assert engine.counts() == {"total": 3, "finished": 1, "failed": 2}
+    assert line_of(engine, a)["elements"] == {"finished": "0", "failed": "1-2"}
+
+
+def test_records_of_failed_elements_are_kept_up_to_a_bound(engine: Engine) -> None:
+    (a,) = engine.submit(array(3))
+    engine.link.call("HSET", keys.job(a), "pq_kept", 9999)
+    engine.end(engine.claim(3), "failed", "exit")
+    assert engine.statuses(f"{a}_0", f"{a}_1", f"{a}_2") == ["failed", None, None]
+    assert engine.counts() == {"total": 3, "failed": 3}
+
+
+def test_a_repeated_end_of_an_element_is_known_by_its_bits(engine: Engine) -> None:
+    (a,) = engine.submit(array(2))
+    handed = engine.claim(2)
+    engine.end(handed)
+    before = engine.dump(without=("rq:worker:", keys.MAIL))
+    assert engine.end(handed) == ["ok", "ok"]
+    assert engine.dump(without=("rq:worker:", keys.MAIL)) == before
+    assert engine.counts() == {"total": 2, "finished": 2}
+    assert engine.hash(a)["pq_left"] == "0"
+
+
+def test_every_key_of_an_ended_array_has_a_ttl(engine: Engine) -> None:
+    (a,) = engine.submit(task(values=["x", "y", "z"], name="first"))
+    engine.submit(task(values=["x", "y", "z"], after_each=[a]))
+    engine.run_all()
+    engine.run_all()
+    left = [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:bits", "pilotq:values", "pilotq:each"))]
+    assert left and [k for k in left if engine.ttl(k) < 0] == []
+    assert not [k for k in left if k.endswith(":seen")]
+    assert nothing_left(engine)
+
+
+def test_a_hundred_thousand_elements_in_a_few_calls(engine: Engine) -> None:
+    (a,) = engine.submit(array(100_000))
+    for _ in range(2):
+        handed = engine.claim(9_000)
+        engine.end(handed)
+    assert len(handed) == 9_000
+    assert engine.hash(a)["pq_left"] == "82000"
+    assert engine.cancel(a) == ["canceled"]
+    engine.release()
+    assert engine.counts() == {"total": 100_000, "finished": 18_000, "canceled": 82_000}
+    assert line_of(engine, a)["elements"] == {"finished": "0-17999", "canceled": "18000-99999"}
+    assert engine.claim() == []
+    assert nothing_left(engine)
+
+
+def test_listing_tells_what_became_of_elements(engine: Engine) -> None:
+    (a,) = engine.submit(array(5))
+    engine.end(engine.claim(1))
+    engine.end(engine.claim(1), "failed", "exit")
+    engine.claim(1)
+    listing = Listing(Link(engine.running.address), None)
+    view = listing.task(a)
+    assert view is not None
+    assert view.elements == {"finished": "0", "failed": "1", "started": "2", "waiting": "3-4"}
+    words = [v.status if v is not None else None for n in range(6) for v in [listing.task(f"{a}_{n}")]]
+    assert words == ["finished", "failed", "started", "queued", "queued", None]
+    listing.link.close()
+
+
+# -- cancel -----------------------------------------------------------------------------------------------------------
+
+
+def test_cancel_of_an_array_that_waits(engine: Engine) -> None:
+    a, b = engine.submit(array(6, name="six"), task())
+    assert engine.cancel(a) == ["canceled"]
+    assert (engine.status(a), engine.registry("canceled"), engine.bits(a, 6)) == ("canceled", [a], "333333")
+    assert line_of(engine, a)["elements"] == {"canceled": "0-5"}
+    assert ids(engine.claim(3)) == [b]
+    assert engine.counts() == {"total": 7, "canceled": 6}
+
+
+def test_cancel_of_an_array_of_which_some_run(engine: Engine) -> None:
+    (a,) = engine.submit(array(7))
+    ended, runs, given_back, other = engine.claim(4)
+    engine.end([ended])
+    engine.give_back([given_back])
+    assert engine.cancel(a) == ["told"]
+    assert engine.inbox() == [Stop(runs.id, 1, "canceled"), Stop(other.id, 1, "canceled")]
+    engine.release()
+    assert engine.bits(a, 7) == "1030333"
+    assert engine.status(a) == "started"
+    assert engine.claim(5) == []
+    assert engine.end([runs], "canceled", "canceled") == ["ok"]
+    assert engine.end([other]) == ["ok"]  # it was faster than the word to stop it
+    assert engine.bits(a, 7) == "1331333"
+    assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("canceled", "canceled")
+    assert engine.counts() == {"total": 7, "finished": 2, "canceled": 5}
+    assert engine.cancel(a) == ["canceled"]
+    assert nothing_left(engine)
+
+
+def test_cancel_of_an_array_passes_elements_on_their_way_back(engine: Engine) -> None:
+    """The workers were told, but what they held had not started and is given back after that."""
+    (a,) = engine.submit(array(4, retries=3))
+    handed = engine.claim(4)
+    engine.cancel(a)
+    engine.release()
+    assert engine.give_back(handed[:2]) == 0
+    assert engine.end(handed[2:3], "failed", "exit") == ["ok"]
+    assert engine.lose(handed[3:]) == ["ok"]
+    assert (engine.bits(a, 4), engine.status(a)) == ("3333", "canceled")
+    assert nothing_left(engine)
+
+
+def test_given_back_elements_of_a_canceled_array_are_not_handed_out(engine: Engine) -> None:
+    (a,) = engine.submit(array(2))
+    engine.give_back(engine.claim(2))
+    engine.cancel(a)
+    assert engine.claim(2) == []  # even before release.lua has ended them
+    engine.release()
+    assert (engine.status(a), engine.counts()) == ("canceled", {"total": 2, "canceled": 2})
+    assert nothing_left(engine)
+
+
+def test_cancel_of_one_element(engine: Engine) -> None:
+    (a,) = engine.submit(array(3))
+    waits, runs, _ = handed = engine.claim(3)
+    engine.give_back([waits])
+    assert engine.cancel(waits.id, runs.id, f"{a}_9") == ["canceled", "told", "unknown"]
+    engine.end([runs], "failed", "signal")
+    engine.end([handed[2]])
+    assert (engine.bits(a, 3), engine.status(a)) == ("331", "failed")
+    engine.claim(5)
+    assert engine.counts() == {"total": 3, "finished": 1, "canceled": 2}
+    assert nothing_left(engine)
+
+
+def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
+    """RQ has set the status and taken the record out of its list; the elements follow when our script hears of it."""
+    (a,) = engine.submit(array(5))
+    runs, back = engine.claim(2)
+    engine.give_back([back])
+    engine.link.call("HSET", keys.job(a), "status", "canceled")
+    engine.link.call("LREM", keys.queue(ONE), 0, a)
+    assert engine.cancel(a) == ["told"]
+    engine.release()
+    assert engine.bits(a, 5) == "03333"
+    assert engine.end([runs], "canceled", "canceled") == ["ok"]
+    assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("canceled", "canceled")
+    assert engine.counts() == {"total": 5, "canceled": 5}
+    assert engine.claim(2) == []
+    assert nothing_left(engine)
+
+
+# -- deleted records --------------------------------------------------------------------------------------------------
+
+
+def test_elements_of_a_deleted_array_make_no_ghost(engine: Engine) -> None:
+    (a,) = engine.submit(array(4))
+    good, bad, back = engine.claim(3)
+    engine.give_back([back])
+    engine.link.call("DEL", keys.job(a))
+    assert engine.end([good]) == ["ok"]
+    assert engine.end([bad], "failed", "exit") == ["ok"]
+    assert engine.claim(2) == []
+    assert not [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:bits"))]
+    assert engine.counts() == {"total": 4, "finished": 1, "failed": 1, "canceled": 1}
+    assert engine.store.run("settle", engine.store.term, "default") == 1
+    assert nothing_left(engine)
+
+
+def test_a_deleted_element_does_not_hold_up_its_array(engine: Engine) -> None:
+    (a,) = engine.submit(array(2))
+    handed = engine.claim(2)
+    engine.link.call("DEL", keys.job(handed[0].id))
+    assert engine.end(handed) == ["stale", "ok"]
+    assert engine.end(handed) == ["ok", "ok"]
+    assert (engine.bits(a, 2), engine.status(a)) == ("31", "failed")
+    assert engine.counts() == {"total": 2, "finished": 1, "canceled": 1}
+    assert nothing_left(engine)
+
+
+# -- dependencies -----------------------------------------------------------------------------------------------------
+
+
+def test_after_a_whole_array(engine: Engine) -> None:
+    a, b, c = engine.submit(array(3, name="a"), task(after=["a"]), array(2, after=["a"]))
+    engine.end(engine.claim(2))
+    engine.release()
+    assert engine.statuses(b, c) == ["deferred", "deferred"]
+    assert engine.claim(5)[0].index == 2 and engine.list() == []
+    engine.lose([Handed(f"{a}_2", 1, 1, "", ONE, "", 0, 0, "", a, 2, 2, 0, "", b"")])  # type: ignore[arg-type]
+    engine.end(engine.claim())
+    engine.release()
+    assert engine.list() == [b, c]
+
+
+def test_an_array_that_failed_omits_what_waits_transitively(engine: Engine) -> None:
+    a, b, c, d, e = engine.submit(
+        array(2, name="a"), array(3, name="b", after=["a"]), task(name="c", after=["b"]),
+        array(3, name="d", after_each=["b"]), task(after=["b:1"]),
+    )  # fmt: skip
+    engine.end(engine.claim(2), "failed", "exit")
+    engine.release()
+    assert engine.statuses(b, c, d, e) == ["canceled"] * 4
+    assert {engine.hash(i)["pq_reason"] for i in (b, c, d, e)} == {"dependency"}
+    assert (engine.bits(b, 3), engine.bits(d, 3)) == ("333", "333")
+    assert engine.counts() == {"total": 10, "failed": 2, "canceled": 8}
+    assert line_of(engine, d)["elements"] == {"canceled": "0-2"}
+    assert a in engine.registry("failed")
+    assert sorted(engine.registry("canceled")) == sorted([b, c, d, e])
+    assert nothing_left(engine)
+
+
+def test_after_one_element(engine: Engine) -> None:
+    a, b, c, d = engine.submit(
+        task(array=ArrayRange(10, 20, 5), name="a"), task(after=["a:15"]), task(after=["a:10", "a:20"]), task(name="d")
+    )
+    first, second, third, _ = engine.claim(4)
+    engine.end([second])
+    engine.release()
+    assert engine.list() == [b]
+    engine.end([first])
+    engine.release()
+    assert engine.status(c) == "deferred"
+    engine.end([third], "failed", "exit")
+    engine.release()
+    assert engine.status(c) == "canceled"
+    # By id, of elements that have ended: finished, failed; and of what does not exist.
+    e, f = engine.submit(task(after=[f"{a}_15"]), task(after=[f"{a}_20", d]))
+    assert engine.statuses(e, f) == ["queued", "canceled"]
+    for missing in (f"{a}_16", f"{a}_25", f"{a}_5", f"{d}_0"):
+        with pytest.raises(UnknownTask, match=missing):
+            engine.submit(task(after=[missing]))
+
+
+def test_canceled_elements_omit_what_waits_for_them(engine: Engine) -> None:
+    a, b, c = engine.submit(array(4, name="a"), task(after=["a:3"]), array(4, after_each=["a"]))
+    engine.end(engine.claim(1))
+    engine.cancel(a)
+    engine.release()
+    assert engine.status(b) == "canceled"
+    assert engine.bits(c, 4) == "0333"
+    assert engine.list() == [a, f"{c}_0"]
+    assert engine.run_all() == [f"{c}_0"]
+    assert (engine.status(c), engine.counts()) == ("failed", {"total": 9, "finished": 2, "canceled": 7})
+    assert nothing_left(engine)
+
+
+def test_after_each(engine: Engine) -> None:
+    _, b = engine.submit(array(3, name="a"), array(3, name="b", after_each=["a"], retries=1, priority=9))
+    one, two, three = engine.claim(3)
+    assert (engine.status(b), engine.registry("deferred")) == ("deferred", [b])
+    engine.end([two])
+    engine.release()
+    assert (engine.status(b), engine.list(HIGH), engine.registry("deferred")) == ("started", [f"{b}_1"], [])
+    (handed,) = engine.claim(5, HIGH)
+    assert (handed.index, handed.position, handed.retries, handed.array, handed.execution) == (1, 1, 1, b, 1)
+    assert engine.end([handed], "failed", "exit") == ["retry"]
+    engine.end([one], "failed", "exit")
+    engine.end([three])
+    engine.release()
+    assert engine.run_all(HIGH) == [f"{b}_1", f"{b}_2"]
+    assert (engine.bits(b, 3), engine.status(b)) == ("311", "failed")
+    assert engine.counts() == {"total": 6, "finished": 4, "failed": 1, "canceled": 1}
+    assert nothing_left(engine)
+
+
+def test_after_each_of_several_arrays_counts_every_one_once(engine: Engine) -> None:
+    a, b, c = engine.submit(
+        array(2, name="a"), array(2, name="b"), array(2, name="c", after_each=["a", "b"], priority=9)
+    )
+    first = engine.claim(2)
+    engine.end(first)
+    engine.release()
+    engine.link.call("RPUSH", keys.RELEASE, f"e:{a}:0:1", f"e:{a}:1:1")  # seen again: it is one parent still
+    engine.release()
+    assert engine.list(HIGH) == []
+    second = engine.claim(2)
+    assert {h.array for h in second} == {b}
+    engine.end(second[:1])
+    engine.release()
+    assert engine.list(HIGH) == [f"{c}_0"]
+    engine.link.call("RPUSH", keys.RELEASE, f"e:{a}:0:1", f"e:{b}:0:1")
+    engine.release()
+    assert engine.list(HIGH) == [f"{c}_0"]
+    engine.end(second[1:], "failed", "exit")
+    engine.release()
+    assert engine.run_all(HIGH) == [f"{c}_0"]
+    assert engine.bits(c, 2) == "13"
+    assert nothing_left(engine)
+
+
+def test_after_each_of_what_ended_before_the_submit(engine: Engine) -> None:
+    (a,) = engine.submit(array(4))
+    handed = engine.claim(3)
+    engine.end(handed[:1])
+    engine.end(handed[1:2], "failed", "exit")
+    (b,) = engine.submit(array(4, after_each=[a], priority=9))
+    engine.release()
+    assert engine.list(HIGH) == [f"{b}_0"]
+    assert engine.bits(b, 4) == "0300"
+    engine.end([*handed[2:], *engine.claim(1)])
+    assert engine.status(a) == "failed"
+    (c,) = engine.submit(array(4, after_each=[a, b], priority=8))
+    engine.release()
+    assert engine.run_all(HIGH) == [f"{b}_0", f"{b}_2", f"{b}_3"]
+    assert engine.run_all("default.p8.1c") == [f"{c}_0", f"{c}_2", f"{c}_3"]
+    assert (engine.bits(c, 4), engine.status(c)) == ("1311", "failed")
+    assert nothing_left(engine)
+
+
+def test_after_each_of_all_failed_was_never_run(engine: Engine) -> None:
+    _, b = engine.submit(array(2, name="a"), array(2, after_each=["a"]))
+    engine.end(engine.claim(2), "failed", "exit")
+    engine.release()
+    assert (engine.status(b), engine.hash(b)["pq_reason"]) == ("canceled", "dependency")
+    assert nothing_left(engine)
+
+
+@pytest.mark.parametrize("ended", [0, 2])
+def test_cancel_of_an_array_that_waits_element_by_element(engine: Engine, ended: int) -> None:
+    _, b, c = engine.submit(
+        array(5, name="a"), array(5, name="b", after_each=["a"], priority=9), array(5, after_each=["b"], priority=9)
+    )
+    parents = engine.claim(5)
+    engine.end(parents[:ended])
+    engine.release()
+    running = engine.claim(1, HIGH)
+    assert engine.cancel(b) == ["told" if running else "canceled"]
+    engine.release()
+    assert engine.bits(b, 5) == ("03333" if running else "33333")
+    engine.end(running, "canceled", "canceled")
+    engine.end(parents[ended:])  # too late for b
+    engine.release()
+    assert engine.statuses(b, c) == ["canceled", "canceled"]
+    assert engine.claim(5, HIGH) == []
+    assert engine.counts() == {"total": 15, "finished": 5, "canceled": 10}
+    assert nothing_left(engine)
+
+
+def test_what_cannot_be_waited_for_each(engine: Engine) -> None:
+    a, b = engine.submit(array(3), task())
+    before = engine.dump(without=(keys.SEQ, "rq:job:", "pilotq:shared"))
+    with pytest.raises(InvalidInput, match=f"'{a}' is no array of as many elements"):
+        engine.submit(array(4, after_each=[a]))
+    with pytest.raises(InvalidInput, match=f"'{b}' is no array of as many elements"):
+        engine.submit(array(4, after_each=[b]))
+    with pytest.raises(InvalidInput, match="one element"):
+        engine.submit(array(4, after_each=[f"{a}_1"]))
+    with pytest.raises(InvalidInput, match="at most 30 arrays, not 31"):
+        engine.submit(*(array(2, name=f"a{n}") for n in range(31)), array(2, after_each=[f"a{n}" for n in range(31)]))
+    assert engine.dump(without=(keys.SEQ, "rq:job:", "pilotq:shared")) == before
+
+
+def test_thirty_arrays_each(engine: Engine) -> None:
+    names = [f"a{n}" for n in range(30)]
+    *_, last = engine.submit(*(array(2, name=n) for n in names), array(2, after_each=names, priority=9))
+    engine.run_all()
+    assert engine.run_all(HIGH) == [f"{last}_0", f"{last}_1"]
+    assert nothing_left(engine)
+
+
+def test_the_journal_file_tells_of_elements(engine: Engine, tmp_path: object) -> None:
+    from pilotq.broker.journal import JournalWriter
+
+    (a,) = engine.submit(task(array=ArrayRange(5, 9, 2), name="odd"))
+    engine.end(engine.claim(2))
+    engine.end(engine.claim(1), "failed", "exit")
+    path = f"{tmp_path}/journal.jsonl"
+    writer = JournalWriter(path, fsync_s=0.0)
+    assert writer.drain(engine.link, 0.0)
+    writer.close()
+    (line,) = Journal(path).find(a)
+    assert (line.name, line.status, line.reason, line.final) == ("odd", "failed", "elements", True)
+    assert line.elements == {"finished": "5-7:2", "failed": "9"}
+    assert [e.status for e in Journal(path).find(f"{a}_9")] == ["failed"]
