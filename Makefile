@@ -8,7 +8,7 @@ DEMO := examples/sweep
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types types-tree coverage bench wheel clean
+.PHONY: help demo test retest lint format types types-tree coverage bench wheel clean
 
 help:
 	@echo "make demo      install the run-time dependencies, run $(DEMO), say where the result is"
@@ -41,6 +41,11 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# What failed last time, if that was little.
+retest: $(VENV)/dev.stamp
+	@test "$$($(BIN)/python -m pytest --last-failed --last-failed-no-failures none --collect-only -q | grep -c ::)" -le 20
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 # mypy cannot see through an editable install: it gets a tree of links that looks like the installed package.
 types-tree:

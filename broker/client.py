@@ -71,9 +71,7 @@ class Broker:
         """Submit one task (or one array) and return its id; see `enqueue_many`."""
         return self.enqueue_many([task])[0]
 
-    def enqueue_many(
-        self, tasks: Sequence[Task], *, key: str | None = None, shared: Shared | None = None
-    ) -> list[str]:
+    def enqueue_many(self, tasks: Sequence[Task], *, key: str | None = None, shared: Shared | None = None) -> list[str]:
         """Submit all or none; returns ids in order (an array is one id). The same ``key`` gives the same ids.
 
         ``shared`` is the surroundings the tasks get, by default those of this process. Raises InvalidInput, NeverFits,
@@ -146,14 +144,14 @@ class Broker:
 
     def pause(self, paused: bool) -> None:
         """Hand out nothing more (running tasks go on), or go on."""
-        change = ("HSET", keys.WISH, "paused", 1) if paused else ("HDEL", keys.WISH, "paused")
-        self.link.pipeline([change, ("RPUSH", keys.MAIL, pack(Nudge()))])
+        self.store.write(*(("HSET", keys.WISH, "paused", 1) if paused else ("HDEL", keys.WISH, "paused")))
+        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
 
     def request_stop(self, mode: str) -> None:
         """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
         if self.pilot is not None:
             remember_total(self.pilot, self.counts().total)
-        self.link.call("HSET", keys.WISH, "stop", mode)
+        self.store.write("HSET", keys.WISH, "stop", mode)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -178,6 +176,10 @@ class Broker:
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name that Redis or the journal knows."""
         return self._listing.find(name)
+
+    def open_ids(self) -> list[str]:
+        """Ids of the tasks that have not ended; an array stands for its elements."""
+        return self._listing.open_ids()
 
     def nodes(self) -> list[NodeView]:
         return self._listing.nodes()

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from pilotq.broker import keys
-from pilotq.broker.errors import ServerUnavailable
+from pilotq.broker.errors import ServerUnavailable, Superseded
 from pilotq.broker.floor import ClassInfo, Floor, Lane, Node, ends_by
 from pilotq.broker.link import Address, Link
 from pilotq.broker.placement import BackfillState, Waiting, plan
@@ -105,12 +105,17 @@ class Dispatcher:
         now = time.monotonic()
         if now >= self.next_check:
             self._check(now)
-        reply = self.link.call(
-            "BLMPOP", f"{max(self.next_check - now, 0.001):.3f}", 2, keys.MAIL, keys.BELL, "LEFT", "COUNT", 200
+        timeout = f"{max(self.next_check - now, 0.001):.3f}"
+        reply, term = self.link.pipeline(
+            [("BLMPOP", timeout, 2, keys.MAIL, keys.BELL, "LEFT", "COUNT", 200), ("GET", keys.TERM)]
         )
         now = time.monotonic()
         if reply is not None:
             key, items = reply
+            if term is not None and int(term) != self.store.term:
+                # Another dispatcher waits for this, maybe for the answer to its Hello.
+                self.store.write("LPUSH", key, *reversed(items))
+                raise Superseded("another dispatcher has taken over this queue")
             if key == keys.MAIL.encode():
                 for item in items:
                     self._read_mail(item, now)
@@ -155,11 +160,7 @@ class Dispatcher:
         elif isinstance(message, NodeState):
             self._node_state(message, now)
         elif isinstance(message, NodeLost):
-            # A worker that has left is not in the list of nodes any more, one that never said a word not in ours.
-            for known in (self.nodes_known.get(message.node), self._read_nodes().get(message.node)):
-                if known is not None and known.incarnation == message.incarnation:
-                    self._lose(known, message.why)
-                    break
+            self._node_lost(message)
         elif isinstance(message, Nudge):
             self._read_wish()
 
@@ -184,6 +185,13 @@ class Dispatcher:
         self.floor.arrive(info, state, self.classes, now)
         self.fresh = False
         log.info("node %s: %d cores, %d lanes in use", info.name, len(info.cores), len(state.lanes))
+
+    def _node_lost(self, message: NodeLost) -> None:
+        # A worker that has left is not in the list of nodes any more, one that never said a word not in ours.
+        for known in (self.nodes_known.get(message.node), self._read_nodes().get(message.node)):
+            if known is not None and known.incarnation == message.incarnation:
+                self._lose(known, message.why)
+                return
 
     def _lose(self, info: NodeInfo, why: str) -> None:
         """An incarnation of a node is dead: what it held goes back to the lists."""
@@ -335,7 +343,7 @@ class Dispatcher:
     def _tell_busy(self) -> None:
         busy = len(self.floor.lanes) + sum(a.count for n in self.floor.nodes.values() for a in n.ahead.values())
         if busy != self.busy_told:
-            self.link.call("HSET", keys.WISH, "busy", busy)
+            self.store.write("HSET", keys.WISH, "busy", busy)
             self.busy_told = busy
 
     def _tell_used(self) -> None:
@@ -344,14 +352,14 @@ class Dispatcher:
         used = {name: f"{floor.cluster.used(name)} {len(node.lanes)}" for name, node in floor.nodes.items()}
         changed = [item for item in used.items() if self.used_told.get(item[0]) != item[1]]
         if changed:
-            self.link.call("HSET", keys.USED, *(text for item in changed for text in item))
+            self.store.write("HSET", keys.USED, *(text for item in changed for text in item))
         self.used_told = used
 
     def _addresses(self) -> dict[str, NodeInfo]:
         return {_address(info): info for info in self.nodes_known.values()}
 
     def _send(self, info: NodeInfo, message: Hello | Recall) -> None:
-        self.link.call(*to_worker(info.name, info.incarnation, message))
+        self.store.write(*to_worker(info.name, info.incarnation, message))
 
 
 def _address(info: NodeInfo) -> str:

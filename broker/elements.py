@@ -77,3 +77,9 @@ def count_of(ranges: str) -> int:
 def word_of(elements: dict[str, str], index: int) -> str | None:
     """The word whose ranges hold the index; None when none does."""
     return next((word for word, ranges in elements.items() if any(index in r for r in _pieces(ranges))), None)
+
+
+def indices_of(ranges: str) -> Iterator[int]:
+    """The indices that these ranges hold."""
+    for piece in _pieces(ranges):
+        yield from piece

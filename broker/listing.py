@@ -257,6 +257,11 @@ class Listing:
         registries = [_pages(self._of_registry(kind, queue), page) for kind in WAITING_KINDS for queue in queues]
         yield from merge(*lists, *registries, key=_age, reverse=True)
 
+    def open_ids(self) -> list[str]:
+        """Ids of what has not ended; an array stands for its elements."""
+        found = dict.fromkeys(chain(self._running(), self._waiting(SLICE)))
+        return [task_id for task_id in found if array_of(task_id) not in found]
+
     def _of_list(self, name: str) -> Pages:
         key = keys.queue(name)
         return lambda first, count: reversed(self.link.call("LRANGE", key, -first - count, -first - 1))

@@ -28,6 +28,7 @@ from pilotq.broker.task import Shared
 __all__ = ["NodeLink", "iso"]
 WORKER_TTL_S = 480  # as RQ's own workers
 VALUES_BLOCK = 1000
+NUMBERED = ("end", "give_back")  # calls whose mail is delivered once for each number, their second argument
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 _inbox = msgspec.msgpack.Decoder(list[ToWorker])
 _values = msgspec.msgpack.Decoder(list[str])
@@ -70,7 +71,8 @@ class NodeLink:
 
     def register(self, info: NodeInfo) -> int:
         """Register this node as a new incarnation (its number is returned and kept), as an RQ worker too."""
-        info.incarnation = int(self._fetch_link.call("INCR", keys.BORN))
+        store = Store(self._fetch_link, self._store.epoch, self.settings)
+        info.incarnation = int(store.write("INCR", keys.BORN))
         self._info = info
         now = iso(time.time())
         fields = {
@@ -82,7 +84,6 @@ class NodeLink:
         self._fields = fields
         counts = {"successful_job_count": "0", "failed_job_count": "0", "total_working_time": "0"}
         flat = [text for pair in {**fields, **counts}.items() for text in pair]
-        store = Store(self._fetch_link, self._store.epoch, self.settings)
         if not store.run("register", info.name, info.incarnation, record, state, WORKER_TTL_S, *flat):
             raise Superseded(f"a newer worker of node {info.name} has registered")
         self._connect()
@@ -130,7 +131,7 @@ class NodeLink:
         for link in (self._inbox_link, self._report_link):
             link.close()
             link.connect()
-        for name in ("end", "give_back", "launched", "beat"):
+        for name in ("end", "give_back", "launched", "beat", "write"):
             self._load(name)
         self._down_since = None
         self._ask_inbox()
@@ -180,7 +181,11 @@ class NodeLink:
         for reply in self._report_link.replies():
             call = self._sent.popleft()
             if isinstance(reply, ScriptMissing):
+                # It did not run, and later calls may have: it goes again as the newest.
                 self._load(call.script)
+                if call.script in NUMBERED:
+                    self._call_number += 1
+                    call = call._replace(args=(call.args[0], self._call_number, *call.args[2:]))
                 self._post(call)
             elif isinstance(reply, ServerUnavailable):
                 self._sent.appendleft(call)  # it is out of memory or disk: nothing was written, all is sent again
@@ -213,14 +218,7 @@ class NodeLink:
         info = self._known()
         self._call_number += 1
         mail = pack(Ended(info.name, info.incarnation, ends))
-        rows = [
-            (r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
-             r.class_name, r.submission, r.retries)
-            for r in reports
-        ]
-        args = self._store.end_arguments(
-            self._address(), self._call_number, mail, rows, [r.line for r in reports], [r.text for r in reports]
-        )
+        args = self._store.end_arguments(self._address(), self._call_number, mail, reports)
         self._post(_Call("end", tuple(args), tuple((r.id, r.execution) for r in reports)))
 
     def verdicts(self) -> list[tuple[str, int, str]]:
@@ -233,11 +231,11 @@ class NodeLink:
         return found
 
     def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
-        """(id, execution, allocation, ISO start, stdout path, stderr path) of launches that live longer than a moment."""
+        """Launches that live longer than a moment: (id, execution, allocation, ISO start, stdout path, stderr path)."""
         self._post(_Call("launched", tuple(value for start in starts for value in start)))
 
     def post_give_back(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
-        """Handed tasks that were not started go back to the head of their lists (oldest first); counts by class name."""
+        """Handed tasks that were not started go back to the head of their lists (oldest first); counts by class."""
         info = self._known()
         self._call_number += 1
         mail = pack(GivenBack(info.name, info.incarnation, counts))
@@ -247,7 +245,7 @@ class NodeLink:
 
     def post_state(self, state: NodeState) -> None:
         """Answer to Hello: all lanes and what was handed ahead."""
-        self._post(_Call("", ("RPUSH", keys.MAIL, pack(state))))
+        self._post(_Call("write", ("RPUSH", keys.MAIL, pack(state))))
 
     def post_beat(self, fields: dict[str, str]) -> None:
         """Refresh the worker's record in RQ's registry."""

@@ -11,11 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import TypeVar
 
-import msgspec
-
 from pilotq.broker import keys
-from pilotq.broker.records import Line, NodeInfo, Stop
-from pilotq.broker.store import Store, iso, to_worker
+from pilotq.broker.records import EndReport, Line, NodeInfo, Stop
+from pilotq.broker.store import Store, iso, pack, to_worker
 
 log = logging.getLogger("pilotq.reconciler")
 T = TypeVar("T")
@@ -33,7 +31,7 @@ class Reconciler:
         self.tidied = False
         self.beats: dict[str, tuple[bytes | None, float]] = {}  # address -> last beat, when it last moved (monotonic)
         self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
-        self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to look from, ids seen from there on
+        self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to look from, ids seen from there
 
     def due(self, now: float) -> bool:
         return now >= self.next_turn
@@ -72,6 +70,12 @@ class Reconciler:
                 self.store.cancel(part)
             if flat:
                 self.canceled[queue] = (float(flat[-1]) - CLOCKS_S, met)
+        # The origin of what waits in a class list is that list: RQ takes it for a queue with a registry of its own.
+        lists = [keys.registry("canceled", name.decode()) for name in self.link.call("HKEYS", keys.CLASSES)]
+        for registry, members in zip(lists, self.link.pipeline([("ZRANGE", r, 0, -1) for r in lists]), strict=True):
+            for part in _slices([m.decode() for m in members]):
+                self.store.cancel(part)
+                self.link.call("ZREM", registry, *part)
 
     def _check_running(self, queue: str, nodes: dict[str, NodeInfo]) -> None:
         """A slice of what runs: what RQ canceled unseen, elements of a deleted array, records that were deleted."""
@@ -106,15 +110,19 @@ class Reconciler:
             self.link.call("ZREM", keys.registry("wip", queue), member)
             return
         for info in nodes.values():
-            self.link.call(*to_worker(info.name, info.incarnation, Stop(task_id, 0, "canceled")))
+            self.store.write(*to_worker(info.name, info.incarnation, Stop(task_id, 0, "canceled")))
         now = time.time()
         array, _, index = task_id.partition("_")
         span = self.link.call("HGET", keys.job(array), "pq_array") if index.isdigit() else None
         start, step = map(int, span.split(b":")[:2]) if span else (0, 1)
         position = (int(index) - start) // step if span else 0
-        row = (task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", array if span else "", position, queue, "", 0)
-        line = Line(id=task_id, execution=int(execution), ended=now, message="its record was deleted")
-        self.store.lose([row], [msgspec.msgpack.encode(line)])
+        line = pack(Line(id=task_id, execution=int(execution), ended=now, message="its record was deleted"))
+        report = EndReport(
+            task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", line, class_name=queue
+        )
+        if span:
+            report.array, report.position = array, position
+        self.store.lose([report])
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -146,12 +154,12 @@ class Reconciler:
             # The last ones first, as each slice goes to the head of its list.
             for part in reversed(_slices(mine)):
                 now = time.time()
-                reports, lines = [], []
+                node = address.rpartition(":")[0]
+                reports = []
                 for task_id, execution in part:
-                    reports.append((task_id, execution, "lost", "worker lost", iso(now), "", iso(now), "", "", 0, "", "", 0))
-                    line = Line(id=task_id, execution=execution, node=address.rpartition(":")[0], ended=now, message=why)
-                    lines.append(msgspec.msgpack.encode(line))
-                self.store.lose(reports, lines)
+                    line = pack(Line(id=task_id, execution=execution, node=node, ended=now, message=why))
+                    reports.append(EndReport(task_id, execution, "lost", "worker lost", iso(now), "", "", "", line))
+                self.store.lose(reports)
                 number += len(part)
         return number
 

@@ -154,6 +154,7 @@ class Line(msgspec.Struct, omit_defaults=True):
     ended: float | None = None
     exit_code: int | None = None
     signal: int | None = None
+    pid: int | None = None  # of the main process, on its node
     max_rss: int | None = None
     cpu: float | None = None
     array: str = ""
@@ -210,7 +211,7 @@ class EndReport(msgspec.Struct):
     reason: str
     ended: str  # RQ's ISO form
     exit: str  # exit code as text, or ''
-    started: str  # ISO
+    started: str  # ISO, or '' if it never began
     allocation: str
     line: bytes
     text: str = ""

@@ -13,8 +13,8 @@ ACTIVE: Final = frozenset({"started"})
 ENDED: Final = frozenset({"finished", "failed", "stopped", "canceled"})
 STATUSES: Final = WAITING | ACTIVE | ENDED
 
-# Events are named for what a script does; EVENT_SCRIPTS says which (broker/scripts/<script>.lua). The record of an array
-# is queued until its last element was handed out, then started until the last one has ended.
+# Events are named for what a script does; EVENT_SCRIPTS says which (broker/scripts/<script>.lua). The record of an
+# array is queued until its last element was handed out, then started until the last one has ended.
 TABLE: Final[dict[tuple[str, str], str]] = {
     ("created", "commit"): "queued",
     ("created", "commit_deferred"): "deferred",

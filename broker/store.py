@@ -19,7 +19,7 @@ import msgspec
 from pilotq.broker import keys
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.link import Argument, Link, ReplyError, ScriptMissing
-from pilotq.broker.records import ToWorker
+from pilotq.broker.records import EndReport, ToWorker
 from pilotq.broker.settings import Settings
 
 pack = msgspec.msgpack.Encoder().encode
@@ -117,6 +117,10 @@ class Store:
         except ReplyError as error:
             raise translate(error) from None
 
+    def write(self, *command: Argument) -> Any:
+        """A plain command that goes through though the memory is full."""
+        return self.run("write", *command)
+
     # -- clients ------------------------------------------------------------------------------------------------
 
     def commit(self, key: str, first: int, records: int, total: int, work: dict[str, Any]) -> list[Any]:
@@ -134,7 +138,7 @@ class Store:
 
     def take_term(self) -> int:
         """Become the dispatcher: claims of any earlier one are refused from now on."""
-        self.term = int(self.link.call("INCR", keys.TERM))
+        self.term = int(self.write("INCR", keys.TERM))
         return self.term
 
     def heads(self, classes: Sequence[str]) -> list[Head]:
@@ -143,9 +147,7 @@ class Store:
     def claim(self, groups: Sequence[tuple[str, Sequence[Slot]]]) -> list[tuple[int, Head]]:
         """Hand out heads of class lists to slots, in order; returns for each class how many slots were filled."""
         now = time.time()
-        answer = self.run(
-            "claim", self.term, f"{now:.6f}", iso(now), SHOW, self.settings.failed_ttl_s, pack(groups)
-        )
+        answer = self.run("claim", self.term, f"{now:.6f}", iso(now), SHOW, self.settings.failed_ttl_s, pack(groups))
         return [(int(r[0]), _head(r[1:])) for r in answer]
 
     def release(self, limit: int) -> tuple[int, int]:
@@ -153,22 +155,26 @@ class Store:
         handled, left = self.run("release", self.term, f"{now:.6f}", iso(now), limit, self.settings.failed_ttl_s)
         return int(handled), int(left)
 
-    def lose(self, reports: Sequence[tuple[Any, ...]], lines: Sequence[bytes]) -> list[str]:
-        """End executions of a dead node; see `end_arguments` for the form of a report."""
-        return [v.decode() for v in self.run("end", *self.end_arguments("", 0, b"", reports, lines, [""] * len(lines)))]
+    def lose(self, reports: Sequence[EndReport]) -> list[str]:
+        """End executions that no worker reports; what reports leave empty is read from the records."""
+        return [v.decode() for v in self.run("end", *self.end_arguments("", 0, b"", reports))]
 
     # -- workers ------------------------------------------------------------------------------------------------
 
-    def end_arguments(
-        self, node: str, call: int, mail: bytes, reports: Sequence[tuple[Any, ...]], lines: Sequence[bytes],
-        texts: Sequence[str],
-    ) -> list[Argument]:  # fmt: skip
-        """ARGV of end.lua after the epoch. A report is [id, execution, wish, reason, ended, exit, started, allocation,
-        array, position, class, submission, retries]."""
+    def end_arguments(self, node: str, call: int, mail: bytes, reports: Sequence[EndReport]) -> list[Argument]:
+        """ARGV of end.lua after the epoch."""
         s = self.settings
-        head: list[Argument] = [
-            node, call, mail, f"{time.time():.6f}", s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(reports)
+        rows = [
+            (
+                r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
+                r.class_name, r.submission, r.retries,
+            )
+            for r in reports
         ]  # fmt: skip
-        for line, text in zip(lines, texts, strict=True):
-            head += (line, text)
+        now = f"{time.time():.6f}"
+        head: list[Argument] = [
+            node, call, mail, now, s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(rows)
+        ]  # fmt: skip
+        for report in reports:
+            head += (report.line, report.text)
         return head

@@ -20,6 +20,7 @@ from pilotq.broker.errors import InvalidInput
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
 MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpich"})
+ENV_SCHEMAS = ("common", "slurm")
 PRIORITY_LIMIT = 1000
 ARRAY_LIMIT = 10_000_000
 # Time limits are rounded up to these steps (seconds) where they become part of a shape, so that tasks with
@@ -125,6 +126,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     # Words ``${it}``, ``${ncores}``... of QCG-PilotJob request files are filled in at launch; see workers/render.py.
     qcg: bool = False
     login_shell: bool = False
+    env_schema: str = "common"  # or slurm: with SLURM_* variables that say what a job step of this size would have
 
     @property
     def size(self) -> int:
@@ -168,6 +170,7 @@ FLAG_ARRAY = 1  # {index} and {value} are filled in
 FLAG_QCG = 2  # ${it} and its like are filled in, QCG-PilotJob's rules
 FLAG_LOGIN = 4  # scripts run in `bash -l`
 FLAG_VALUES = 8  # elements have values, to be fetched by array and position
+FLAG_SLURM = 16  # gets the variables of a Slurm job step
 
 
 class Shared(msgspec.Struct, array_like=True):
@@ -218,7 +221,7 @@ def description(task: Task) -> str:
 
 def spec_of(task: Task) -> Spec:
     flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
-    flags |= FLAG_VALUES if task.values is not None else 0
+    flags |= (FLAG_VALUES if task.values is not None else 0) | (FLAG_SLURM if task.env_schema == "slurm" else 0)
     return Spec(
         argv=[os_encode(a) for a in task.command or []],
         script=task.script or "",
@@ -276,6 +279,8 @@ def _problems(task: Task) -> Any:
     for key, value in task.env.items():
         if not key or "=" in key or "\0" in key + value:
             yield f"env: {key!r} cannot be an environment variable"
+    if task.env_schema not in ENV_SCHEMAS:
+        yield f"env_schema {task.env_schema!r} is unknown (known: {', '.join(ENV_SCHEMAS)})"
     if task.model not in MODELS:
         yield f"model {task.model!r} is unknown (known: {', '.join(sorted(MODELS))})"
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):

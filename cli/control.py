@@ -14,7 +14,6 @@ from pilotq.broker.client import Broker, reach
 from pilotq.broker.errors import InvalidInput, ServerUnavailable, UnknownTask
 from pilotq.broker.quantities import parse_duration
 from pilotq.broker.settings import Settings
-from pilotq.broker.states import WAITING
 from pilotq.broker.views import Counts
 from pilotq.cli import exit_codes, render
 from pilotq.cli.options import dir_option, json_option, parsed
@@ -104,18 +103,10 @@ def cancel_command(words: tuple[str, ...], everything: bool, directory: str | No
     if bool(words) == everything:
         raise InvalidInput("say which tasks to cancel, or --all" + (", not both" if words else ""))
     with Broker.connect(directory) as broker:
-        outcome = broker.cancel(_open_ids(broker) if everything else ids_of(broker, words))
+        outcome = broker.cancel(broker.open_ids() if everything else ids_of(broker, words))
     if as_json:
         click.echo(render.to_json([{"id": task_id, "outcome": word} for task_id, word in outcome.items()]))
         return
     sentences = {"canceled": "canceled", "told": "is running, and is being ended", "unknown": "is gone"}
     for task_id, word in outcome.items():
         click.echo(f"{task_id}: {sentences.get(word, f'had ended before: {word}')}")
-
-
-def _open_ids(broker: Broker) -> list[str]:
-    """Ids of the tasks that have not ended; an array stands for its elements."""
-    return [
-        task.id for status in ("started", *sorted(WAITING)) for task in broker.tasks(status=status, limit=sys.maxsize)
-        if not task.array
-    ]  # fmt: skip

@@ -11,7 +11,7 @@ from pilotq.broker.client import Broker
 from pilotq.broker.surroundings import POLICIES, capture
 from pilotq.broker.task import Task
 from pilotq.cli import render
-from pilotq.cli.options import dir_option, file_options, json_option, task_of, task_options
+from pilotq.cli.options import dir_option, file_of_tasks, file_options, json_option, task_of, task_options
 from pilotq.cli.select import ids_of
 
 
@@ -54,11 +54,9 @@ def submit_command(
     \b
     Example: pilotq submit tasks.toml
     """
-    from pilotq.broker.files import read_tasks
-
     with Broker.connect(directory) as broker:
         cores = sum(node.cores for node in broker.nodes())
-        batch = read_tasks(file, format=format, shell=shell, total_cores=cores or None)
+        batch = file_of_tasks(file, format, shell, cores or None)
         ids = broker.enqueue_many(batch.tasks, key=key, shared=capture(env_policy))
     for name, why in batch.omitted.items():
         click.echo(f"pilotq: {render.clean(name)} is omitted: {why}", err=True)

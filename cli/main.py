@@ -137,7 +137,7 @@ def _usage(error: click.ClickException) -> int:
         return exit_codes.INVALID
     text = error.format_message()
     if context is not None:
-        text += f" See `{context.command_path} --help`."
+        text = f"{text.rstrip('.')}. See `{context.command_path} --help`."
     return _complain(text, exit_codes.INVALID)
 
 

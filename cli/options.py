@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from pilotq.broker.batch import Batch
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.files import FORMATS
+from pilotq.broker.files import FORMATS, read_tasks
 from pilotq.broker.link import parse_url
 from pilotq.broker.quantities import parse_array, parse_duration, request_of
 from pilotq.broker.surroundings import POLICIES
@@ -132,6 +133,14 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         model=options["model"],
         queue=options["queue"],
     )
+
+
+def file_of_tasks(path: str, format: str | None, shell: bool, total_cores: int | None) -> Batch:
+    """The tasks of a file; raises InvalidInput, also when there is none (of a file of requests there may be none)."""
+    batch = read_tasks(path, format=format, shell=shell, total_cores=total_cores)
+    if not batch.tasks and not batch.requests:
+        raise InvalidInput(f"{'standard input' if path == '-' else path}: there is no task in it")
+    return batch
 
 
 def server_url(url: str | None) -> str | None:

@@ -15,7 +15,7 @@ import click
 from pilotq.broker.archive import forget_total
 from pilotq.broker.children import tail
 from pilotq.broker.client import Broker
-from pilotq.broker.errors import InvalidInput, PilotFailed
+from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed
 from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.records import NodeInfo
 from pilotq.broker.server import DURABILITY
@@ -55,7 +55,7 @@ def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> Supervi
     os.environ[GPU_NODE] = plans[0].name
     return SupervisorOptions(
         nodes=[LocalNode(plan.name, plan.cores, plan.real, plan.shared) for plan in plans],
-        server=values["server"] or "",
+        server=_server(values),
         redis=server_url(values["redis"]) or "",
         durability=values["durability"],
         owner_pid=owner_pid,
@@ -69,7 +69,23 @@ def _directory_of(values: dict[str, Any]) -> str | None:
         return directory
     if values["directory"]:
         raise InvalidInput("give --resume or --dir, not both: --resume names the directory")
-    return find(values["resume"]).directory
+    try:
+        return find(values["resume"]).directory
+    except NoPilot:
+        raise NoPilot(f"--resume {values['resume']}: there has been no pilot in that directory: correct it") from None
+
+
+def _server(values: dict[str, Any]) -> str:
+    """The path of the server that the user names, checked before anything is made; empty when they name none."""
+    named = values["server"] or os.environ.get("PILOTQ_SERVER")
+    if not named:
+        return ""
+    from pilotq.broker.server import find_server
+
+    try:
+        return os.path.abspath(find_server(named))  # the supervisor runs in another directory
+    except PilotFailed as error:
+        raise InvalidInput(str(error)) from None
 
 
 def set_counters(words: Sequence[str]) -> None:
@@ -107,12 +123,12 @@ def node_info(node: LocalNode) -> NodeInfo:
     groups = [] if node.shared else [[by_cpu[cpu] for cpu in group] for group in numa_groups(sorted(by_cpu))]
     return NodeInfo(
         node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
-        gpus=_gpus() if os.environ.get(GPU_NODE, node.name) == node.name else [],
+        gpus=gpus() if os.environ.get(GPU_NODE, node.name) == node.name else [],
         memory=memory_bytes() if whole else 0, counters=counters_of(os.environ.get(COUNTERS, "").split()),
     )  # fmt: skip
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """The GPUs that CUDA would show here: as there, what follows one that is none does not count."""
     names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return list(takewhile(lambda name: re.fullmatch(r"[0-9]+|(GPU|MIG)-[A-Za-z0-9/-]+", name), names))

@@ -17,7 +17,6 @@ import click
 from pilotq.broker.batch import Batch
 from pilotq.broker.client import Broker
 from pilotq.broker.errors import InvalidInput, ServerUnavailable, UnknownTask, WaitTimedOut
-from pilotq.broker.files import read_tasks
 from pilotq.broker.journal import Journal
 from pilotq.broker.output import of_line
 from pilotq.broker.pilot import Pilot
@@ -27,7 +26,7 @@ from pilotq.broker.surroundings import capture
 from pilotq.broker.task import Task
 from pilotq.broker.views import Counts
 from pilotq.cli import exit_codes, progress, render, summary
-from pilotq.cli.options import TASK_WORDS, file_options, json_option, task_of, task_options
+from pilotq.cli.options import TASK_WORDS, file_of_tasks, file_options, json_option, task_of, task_options
 from pilotq.cli.pilots import (
     cores_of,
     failure,
@@ -112,9 +111,7 @@ def _batch(
         given = ctx.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
         if given and parameter.name in TASK_WORDS:
             raise InvalidInput(f"{parameter.opts[0]} is for a command after `--`: for a FILE write it into the file")
-    return read_tasks(
-        files[0], format=values["format"], shell=values["shell"], total_cores=cores_of(options.nodes)
-    )  # fmt: skip
+    return file_of_tasks(files[0], values["format"], values["shell"], cores_of(options.nodes))
 
 
 def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool) -> None:

@@ -102,13 +102,11 @@ def short(summary: Summary) -> str:
 
 
 def failure(line: Line) -> str:
-    """``1f (name) failed: ended with a non-zero exit code (3)``."""
+    """``task 1f (name) failed: ended with a non-zero exit code (3)``."""
     name = f" ({render.clean(line.name)})" if line.name else ""
     why = REASONS.get(line.reason) or line.reason
-    if line.signal:
-        why += f" ({line.signal})"
-    elif line.exit_code:
+    if line.reason == "exit":
         why += f" ({line.exit_code})"
-    if line.message:
-        why += f": {render.clean(line.message)}"
-    return f"{line.id}{name} {line.status}: {why}"
+    elif line.message:
+        why = render.clean(line.message).rstrip(".")  # says the same, with the name of the file or signal
+    return f"task {line.id}{name} {line.status}: {why}"

@@ -1,10 +1,11 @@
 """The broker's engine for tests: a real server, scripts called one by one, raw readers, nodes without processes.
 
-A test module takes `engine` (an empty queue) and `server` (the module's server) from `fixtures`.
+A test module takes from `fixtures`: `engine` (an empty queue), `server` (the module's server), `node` (makes nodes).
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import threading
 import time
@@ -58,6 +59,10 @@ def wide(cores: int, **fields: Any) -> Task:
     return task(request=Request(cores=(cores, cores)), **fields)
 
 
+def ids(handed: Sequence[Handed]) -> list[str]:
+    return [h.id for h in handed]
+
+
 class Engine:
     """One queue on one server, with the term of a dispatcher."""
 
@@ -101,15 +106,17 @@ class Engine:
         text: str = "", mail: bytes = b"mail", node: str = NODE,
     ) -> list[str]:  # fmt: skip
         """Report the end of executions, as a worker does; returns the verdicts."""
-        rows = [end_row(h, wish, reason) for h in tasks]
-        lines = [msgspec.msgpack.encode(Line(id=h.id, execution=h.execution, array=h.array)) for h in tasks]
-        arguments = self.store.end_arguments(node, call or self.next_call(), mail, rows, lines, [text] * len(rows))
+        reports = [end_report(h, wish, reason) for h in tasks]
+        for report in reports:
+            report.text = text
+        arguments = self.store.end_arguments(node, call or self.next_call(), mail, reports)
         return [v.decode() for v in self.store.run("end", *arguments)]
 
     def lose(self, tasks: Sequence[Handed]) -> list[str]:
         """End executions of a dead node, as the dispatcher does."""
-        rows = [(*end_row(h, "lost", "worker lost")[:8], "", 0, "", "", 0) for h in tasks]
-        return self.store.lose(rows, [msgspec.msgpack.encode(Line(id=h.id, execution=h.execution)) for h in tasks])
+        now = iso(time.time())
+        words = ("lost", "worker lost", now, "", "", "")
+        return self.store.lose([EndReport(h.id, h.execution, *words, end_line(h)) for h in tasks])
 
     def give_back(self, tasks: Sequence[Handed], *, call: int | None = None) -> int:
         now = time.time()
@@ -181,6 +188,17 @@ class Engine:
         items = [item for _, (_, packed) in entries for item in _loose(packed)]
         return [{**line, **verdict} for line, verdict in items]
 
+    def final_line(self, task_id: str) -> dict[str, Any]:
+        """The one final line of the journal about a task."""
+        (line,) = (line for line in self.journal() if line["id"] == task_id and line["final"])
+        return line
+
+    def nothing_left(self) -> bool:
+        """No list, no registry of what has not ended, nothing to release; and everything was counted."""
+        total = self.counts()["total"]
+        lists = [k for k in self.all_keys() if k.startswith(("rq:queue:", "rq:wip:", "rq:deferred:", keys.RELEASE))]
+        return not lists and sum(self.counts().values()) == 2 * total
+
     def mail(self) -> list[bytes]:
         return list(self.link.call("LRANGE", keys.MAIL, 0, -1))
 
@@ -212,11 +230,16 @@ class Engine:
         return found
 
 
-def end_row(h: Handed, wish: str, reason: str) -> tuple[Any, ...]:
+def end_line(h: Handed) -> bytes:
+    return msgspec.msgpack.encode(Line(id=h.id, execution=h.execution, node="n1", array=h.array))
+
+
+def end_report(h: Handed, wish: str, reason: str) -> EndReport:
     now = iso(time.time())
-    return (
-        h.id, h.execution, wish, reason, now, "0" if wish == "finished" else "1", now, h.allocation or "n1[0]", h.array,
-        h.position, h.class_name, h.submission, h.retries,
+    return EndReport(
+        h.id, h.execution, wish, reason, now, "0" if wish == "finished" else "1", now, h.allocation or "n1[0]",
+        end_line(h), array=h.array, position=h.position, class_name=h.class_name, submission=h.submission,
+        retries=h.retries,
     )  # fmt: skip
 
 
@@ -328,9 +351,8 @@ class FakeNode:
         self.started.append(handed.id)
 
     def _end(self, h: Handed, lane: int, wish: str, *, kept: bool) -> None:
-        line = msgspec.msgpack.encode(Line(id=h.id, execution=h.execution, node=self.info.name, array=h.array))
-        row = end_row(h, wish, "" if wish == "finished" else "exit" if wish == "failed" else wish)
-        self._reports.append(EndReport(*row[:8], line, "", *row[8:]))
+        reason = {"finished": "", "failed": "exit"}.get(wish, wish)
+        self._reports.append(end_report(h, wish, reason))
         self._ends.append(End(lane, h.class_name, 0.001 if lane else -1.0, kept))
 
 
@@ -394,5 +416,18 @@ def engine(server: RunningServer) -> Iterator[Engine]:
     found.close()
 
 
-# An imported name that is a parameter too is a mistake in a linter's eyes: modules say `engine, server = fixtures`.
-fixtures = (engine, server)
+@pytest.fixture
+def node(engine: Engine) -> Iterator[Callable[..., FakeNode]]:
+    """Makes nodes that have registered; the arguments are FakeNode's."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*args: Any, **options: Any) -> FakeNode:
+            made = FakeNode(engine, *args, **options)
+            stack.callback(made.close)
+            return made.register()
+
+        yield make
+
+
+# An imported name that is a parameter too is a mistake to a linter: modules say `engine, server, node = fixtures`.
+fixtures = (engine, server, node)

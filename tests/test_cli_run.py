@@ -16,7 +16,6 @@ from tests.prompt import TIMEOUT, Cli, command, environment, in_background, prom
 from tests.waiting import wait_until
 
 
-
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     return prompt(tmp_path)
@@ -99,7 +98,7 @@ def test_run_names_what_failed_and_why(cli: Cli, tmp_path: Path) -> None:
     assert "4 tasks: 1 finished, 2 failed, 1 canceled" in result.stdout
     assert "(bad) failed: ended with a non-zero exit code (3)" in result.stdout
     assert "    the cause" in result.stdout
-    assert "(gone) failed: its program" in result.stdout
+    assert "(gone) failed: No such file or directory: './no-such-program'" in result.stdout
 
 
 def test_run_json(cli: Cli, tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_run_json(cli: Cli, tmp_path: Path) -> None:
     result = cli("run", "t.txt", "--nodes", "2", "--json")
     assert result.returncode == 1
     record = json.loads(result.stdout)
-    assert record["tasks"] == {"total": 2, "finished": 1, "failed": 1, "canceled": 0, "left": 0}
+    assert record["tasks"] == {"total": 2, "finished": 1, "failed": 1, "canceled": 0, "left": 0, "omitted": 0}
     assert record["exit_code"] == 1 and record["cores"] == 2
     assert [task["exit_code"] for task in record["failed"]] == [1]
     assert Path(record["directory"]).is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -47,6 +48,7 @@ def test_it_stops_itself(pilot: LivePilot) -> None:
 def test_a_stopped_one_is_canceled(pilot: LivePilot, tmp_path: Path) -> None:
     task_id = pilot.enqueue("sh", "-c", f"touch {tmp_path}/begun; kill -STOP $$")
     wait_until((tmp_path / "begun").exists)
+    wait_until(lambda: sorted(n["used"] for n in json.loads(pilot.cli("nodes", "--json").stdout)) == [0, 1])
     pilot.broker.cancel([task_id])
     task = pilot.ended(task_id)
     assert (task.status, task.reason, task.signal) == ("canceled", "canceled", 9)

@@ -9,31 +9,12 @@ from pilotq.broker.errors import InvalidInput, UnknownTask
 from pilotq.broker.journal import Journal
 from pilotq.broker.link import Link
 from pilotq.broker.listing import Listing
-from pilotq.broker.records import Handed, Stop
+from pilotq.broker.records import Handed
 from pilotq.broker.task import ArrayRange
-from tests.engine import ONE, Engine, array, fixtures, task
+from tests.engine import ONE, Engine, array, fixtures, ids, task
 
-engine, server = fixtures
+engine, server, node = fixtures
 HIGH = "default.p9.1c"
-
-
-def ids(handed: list[Handed]) -> list[str]:
-    return [h.id for h in handed]
-
-
-def line_of(engine: Engine, task_id: str) -> dict[str, object]:
-    """The one final line of the journal about a task."""
-    (line,) = (line for line in engine.journal() if line["id"] == task_id and line["final"])
-    return line
-
-
-def nothing_left(engine: Engine) -> bool:
-    """No list, no registry of what has not ended, nothing to release; and everything was counted."""
-    counts = engine.counts()
-    lists = [k for k in engine.all_keys() if k.startswith("rq:queue:") or k == keys.RELEASE]
-    return not lists and not engine.registry("wip") and not engine.registry("deferred") and (
-        counts["total"] == sum(counts.values()) - counts["total"]
-    )  # fmt: skip
 
 
 # -- handing out ------------------------------------------------------------------------------------------------------
@@ -57,8 +38,8 @@ def test_slices_of_a_stepped_range(engine: Engine) -> None:
     assert engine.end(first) == ["ok"] * 2
     assert (engine.status(a), engine.registry("finished")) == ("finished", [a])
     assert engine.counts() == {"total": 5, "finished": 5}
-    assert line_of(engine, a)["elements"] == {"finished": "10-30:5"}
-    assert nothing_left(engine)
+    assert engine.final_line(a)["elements"] == {"finished": "10-30:5"}
+    assert engine.nothing_left()
 
 
 def test_a_claim_goes_over_the_ends_of_arrays_and_plain_tasks(engine: Engine) -> None:
@@ -92,7 +73,7 @@ def test_elements_given_back_come_first_and_run_as_a_second_execution(engine: En
     assert engine.end(handed[1:2]) == ["stale"]
     engine.end([handed[0], *again])
     assert engine.counts() == {"total": 5, "finished": 5}
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 @pytest.mark.parametrize("wish", ["free", "lost"])
@@ -103,7 +84,7 @@ def test_elements_that_are_requeued_count_once(engine: Engine, wish: str) -> Non
     assert engine.list() == ids(handed)
     engine.run_all()
     assert (engine.bits(a, 3), engine.counts()) == ("111", {"total": 3, "finished": 3})
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_retries_count_for_each_element(engine: Engine) -> None:
@@ -132,7 +113,7 @@ def test_a_finished_element_leaves_no_record_a_failed_one_does(engine: Engine) -
     assert sorted(engine.registry("failed")) == [a, bad.id, stopped.id]
     assert (engine.bits(a, 3), engine.status(a)) == ("122", "failed")
     assert engine.counts() == {"total": 3, "finished": 1, "failed": 2}
-    assert line_of(engine, a)["elements"] == {"finished": "0", "failed": "1-2"}
+    assert engine.final_line(a)["elements"] == {"finished": "0", "failed": "1-2"}
 
 
 def test_records_of_failed_elements_are_kept_up_to_a_bound(engine: Engine) -> None:
@@ -162,7 +143,7 @@ def test_every_key_of_an_ended_array_has_a_ttl(engine: Engine) -> None:
     left = [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:bits", "pilotq:values", "pilotq:each"))]
     assert left and [k for k in left if engine.ttl(k) < 0] == []
     assert not [k for k in left if k.endswith(":seen")]
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_a_hundred_thousand_elements_in_a_few_calls(engine: Engine) -> None:
@@ -175,9 +156,9 @@ def test_a_hundred_thousand_elements_in_a_few_calls(engine: Engine) -> None:
     assert engine.cancel(a) == ["canceled"]
     engine.release()
     assert engine.counts() == {"total": 100_000, "finished": 18_000, "canceled": 82_000}
-    assert line_of(engine, a)["elements"] == {"finished": "0-17999", "canceled": "18000-99999"}
+    assert engine.final_line(a)["elements"] == {"finished": "0-17999", "canceled": "18000-99999"}
     assert engine.claim() == []
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_listing_tells_what_became_of_elements(engine: Engine) -> None:
@@ -192,119 +173,6 @@ def test_listing_tells_what_became_of_elements(engine: Engine) -> None:
     words = [v.status if v is not None else None for n in range(6) for v in [listing.task(f"{a}_{n}")]]
     assert words == ["finished", "failed", "started", "queued", "queued", None]
     listing.link.close()
-
-
-# -- cancel -----------------------------------------------------------------------------------------------------------
-
-
-def test_cancel_of_an_array_that_waits(engine: Engine) -> None:
-    a, b = engine.submit(array(6, name="six"), task())
-    assert engine.cancel(a) == ["canceled"]
-    assert (engine.status(a), engine.registry("canceled"), engine.bits(a, 6)) == ("canceled", [a], "333333")
-    assert line_of(engine, a)["elements"] == {"canceled": "0-5"}
-    assert ids(engine.claim(3)) == [b]
-    assert engine.counts() == {"total": 7, "canceled": 6}
-
-
-def test_cancel_of_an_array_of_which_some_run(engine: Engine) -> None:
-    (a,) = engine.submit(array(7))
-    ended, runs, given_back, other = engine.claim(4)
-    engine.end([ended])
-    engine.give_back([given_back])
-    assert engine.cancel(a) == ["told"]
-    assert engine.inbox() == [Stop(runs.id, 1, "canceled"), Stop(other.id, 1, "canceled")]
-    engine.release()
-    assert engine.bits(a, 7) == "1030333"
-    assert engine.status(a) == "started"
-    assert engine.claim(5) == []
-    assert engine.end([runs], "canceled", "canceled") == ["ok"]
-    assert engine.end([other]) == ["ok"]  # it was faster than the word to stop it
-    assert engine.bits(a, 7) == "1331333"
-    assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("canceled", "canceled")
-    assert engine.counts() == {"total": 7, "finished": 2, "canceled": 5}
-    assert engine.cancel(a) == ["canceled"]
-    assert nothing_left(engine)
-
-
-def test_cancel_of_an_array_passes_elements_on_their_way_back(engine: Engine) -> None:
-    """The workers were told, but what they held had not started and is given back after that."""
-    (a,) = engine.submit(array(4, retries=3))
-    handed = engine.claim(4)
-    engine.cancel(a)
-    engine.release()
-    assert engine.give_back(handed[:2]) == 0
-    assert engine.end(handed[2:3], "failed", "exit") == ["ok"]
-    assert engine.lose(handed[3:]) == ["ok"]
-    assert (engine.bits(a, 4), engine.status(a)) == ("3333", "canceled")
-    assert nothing_left(engine)
-
-
-def test_given_back_elements_of_a_canceled_array_are_not_handed_out(engine: Engine) -> None:
-    (a,) = engine.submit(array(2))
-    engine.give_back(engine.claim(2))
-    engine.cancel(a)
-    assert engine.claim(2) == []  # even before release.lua has ended them
-    engine.release()
-    assert (engine.status(a), engine.counts()) == ("canceled", {"total": 2, "canceled": 2})
-    assert nothing_left(engine)
-
-
-def test_cancel_of_one_element(engine: Engine) -> None:
-    (a,) = engine.submit(array(3))
-    waits, runs, _ = handed = engine.claim(3)
-    engine.give_back([waits])
-    assert engine.cancel(waits.id, runs.id, f"{a}_9") == ["canceled", "told", "unknown"]
-    engine.end([runs], "failed", "signal")
-    engine.end([handed[2]])
-    assert (engine.bits(a, 3), engine.status(a)) == ("331", "failed")
-    engine.claim(5)
-    assert engine.counts() == {"total": 3, "finished": 1, "canceled": 2}
-    assert nothing_left(engine)
-
-
-def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
-    """RQ has set the status and taken the record out of its list; the elements follow when our script hears of it."""
-    (a,) = engine.submit(array(5))
-    runs, back = engine.claim(2)
-    engine.give_back([back])
-    engine.link.call("HSET", keys.job(a), "status", "canceled")
-    engine.link.call("LREM", keys.queue(ONE), 0, a)
-    assert engine.cancel(a) == ["told"]
-    engine.release()
-    assert engine.bits(a, 5) == "03333"
-    assert engine.end([runs], "canceled", "canceled") == ["ok"]
-    assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("canceled", "canceled")
-    assert engine.counts() == {"total": 5, "canceled": 5}
-    assert engine.claim(2) == []
-    assert nothing_left(engine)
-
-
-# -- deleted records --------------------------------------------------------------------------------------------------
-
-
-def test_elements_of_a_deleted_array_make_no_ghost(engine: Engine) -> None:
-    (a,) = engine.submit(array(4))
-    good, bad, back = engine.claim(3)
-    engine.give_back([back])
-    engine.link.call("DEL", keys.job(a))
-    assert engine.end([good]) == ["ok"]
-    assert engine.end([bad], "failed", "exit") == ["ok"]
-    assert engine.claim(2) == []
-    assert not [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:bits"))]
-    assert engine.counts() == {"total": 4, "finished": 1, "failed": 1, "canceled": 1}
-    assert engine.store.run("settle", engine.store.term, "default") == 1
-    assert nothing_left(engine)
-
-
-def test_a_deleted_element_does_not_hold_up_its_array(engine: Engine) -> None:
-    (a,) = engine.submit(array(2))
-    handed = engine.claim(2)
-    engine.link.call("DEL", keys.job(handed[0].id))
-    assert engine.end(handed) == ["stale", "ok"]
-    assert engine.end(handed) == ["ok", "ok"]
-    assert (engine.bits(a, 2), engine.status(a)) == ("31", "failed")
-    assert engine.counts() == {"total": 2, "finished": 1, "canceled": 1}
-    assert nothing_left(engine)
 
 
 # -- dependencies -----------------------------------------------------------------------------------------------------
@@ -333,10 +201,10 @@ def test_an_array_that_failed_omits_what_waits_transitively(engine: Engine) -> N
     assert {engine.hash(i)["pq_reason"] for i in (b, c, d, e)} == {"dependency"}
     assert (engine.bits(b, 3), engine.bits(d, 3)) == ("333", "333")
     assert engine.counts() == {"total": 10, "failed": 2, "canceled": 8}
-    assert line_of(engine, d)["elements"] == {"canceled": "0-2"}
+    assert engine.final_line(d)["elements"] == {"canceled": "0-2"}
     assert a in engine.registry("failed")
     assert sorted(engine.registry("canceled")) == sorted([b, c, d, e])
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_after_one_element(engine: Engine) -> None:
@@ -371,7 +239,7 @@ def test_canceled_elements_omit_what_waits_for_them(engine: Engine) -> None:
     assert engine.list() == [a, f"{c}_0"]
     assert engine.run_all() == [f"{c}_0"]
     assert (engine.status(c), engine.counts()) == ("failed", {"total": 9, "finished": 2, "canceled": 7})
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_after_each(engine: Engine) -> None:
@@ -390,7 +258,7 @@ def test_after_each(engine: Engine) -> None:
     assert engine.run_all(HIGH) == [f"{b}_1", f"{b}_2"]
     assert (engine.bits(b, 3), engine.status(b)) == ("311", "failed")
     assert engine.counts() == {"total": 6, "finished": 4, "failed": 1, "canceled": 1}
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_after_each_of_several_arrays_counts_every_one_once(engine: Engine) -> None:
@@ -415,7 +283,7 @@ def test_after_each_of_several_arrays_counts_every_one_once(engine: Engine) -> N
     engine.release()
     assert engine.run_all(HIGH) == [f"{c}_0"]
     assert engine.bits(c, 2) == "13"
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_after_each_of_what_ended_before_the_submit(engine: Engine) -> None:
@@ -434,7 +302,7 @@ def test_after_each_of_what_ended_before_the_submit(engine: Engine) -> None:
     assert engine.run_all(HIGH) == [f"{b}_0", f"{b}_2", f"{b}_3"]
     assert engine.run_all("default.p8.1c") == [f"{c}_0", f"{c}_2", f"{c}_3"]
     assert (engine.bits(c, 4), engine.status(c)) == ("1311", "failed")
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_after_each_of_all_failed_was_never_run(engine: Engine) -> None:
@@ -442,28 +310,7 @@ def test_after_each_of_all_failed_was_never_run(engine: Engine) -> None:
     engine.end(engine.claim(2), "failed", "exit")
     engine.release()
     assert (engine.status(b), engine.hash(b)["pq_reason"]) == ("canceled", "dependency")
-    assert nothing_left(engine)
-
-
-@pytest.mark.parametrize("ended", [0, 2])
-def test_cancel_of_an_array_that_waits_element_by_element(engine: Engine, ended: int) -> None:
-    _, b, c = engine.submit(
-        array(5, name="a"), array(5, name="b", after_each=["a"], priority=9), array(5, after_each=["b"], priority=9)
-    )
-    parents = engine.claim(5)
-    engine.end(parents[:ended])
-    engine.release()
-    running = engine.claim(1, HIGH)
-    assert engine.cancel(b) == ["told" if running else "canceled"]
-    engine.release()
-    assert engine.bits(b, 5) == ("03333" if running else "33333")
-    engine.end(running, "canceled", "canceled")
-    engine.end(parents[ended:])  # too late for b
-    engine.release()
-    assert engine.statuses(b, c) == ["canceled", "canceled"]
-    assert engine.claim(5, HIGH) == []
-    assert engine.counts() == {"total": 15, "finished": 5, "canceled": 10}
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_what_cannot_be_waited_for_each(engine: Engine) -> None:
@@ -485,7 +332,7 @@ def test_thirty_arrays_each(engine: Engine) -> None:
     *_, last = engine.submit(*(array(2, name=n) for n in names), array(2, after_each=names, priority=9))
     engine.run_all()
     assert engine.run_all(HIGH) == [f"{last}_0", f"{last}_1"]
-    assert nothing_left(engine)
+    assert engine.nothing_left()
 
 
 def test_the_journal_file_tells_of_elements(engine: Engine, tmp_path: object) -> None:

@@ -15,7 +15,7 @@ from pilotq.broker.submit import check, submit
 from pilotq.broker.task import Request, Shared, Spec, Task
 from tests.engine import EPOCH, ONE, SHARED, Engine, array, fixtures, task, wide
 
-engine, server = fixtures
+engine, server, node = fixtures
 
 
 def visible(engine: Engine) -> dict[str, Any]:
@@ -221,6 +221,18 @@ def test_an_omitted_chain_in_one_submit_in_any_order(engine: Engine) -> None:
     assert engine.statuses(*ids) == ["canceled"] * 3
     assert engine.registry("deferred") == []
     assert engine.counts() == {"total": 4, "failed": 1, "canceled": 3}
+
+
+def test_an_omitted_array_in_one_submit_with_what_waits_for_its_elements(engine: Engine) -> None:
+    (bad,) = engine.submit(task())
+    engine.end(engine.claim(), "failed", "exit")
+    ids = engine.submit(
+        task(after=["a:1"]), array(2, name="a", after=[bad]), task(after=["a:1"]), array(2, after_each=["a"]),
+    )  # fmt: skip
+    engine.release()
+    assert engine.statuses(*ids) == ["canceled"] * 4
+    assert engine.counts() == {"total": 7, "failed": 1, "canceled": 6}
+    assert engine.nothing_left()
 
 
 def test_more_dependents_than_one_call_handles(engine: Engine) -> None:

@@ -43,7 +43,7 @@ class Execution:
 
     __slots__ = (
         "key", "handed", "phase", "lane", "allocation", "launcher", "limit", "limit_at", "grace", "gone_by", "reason",
-        "wish", "message", "started", "exited", "stdout", "stderr", "suffix", "live",
+        "wish", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live",
     )  # fmt: skip
 
     def __init__(self, key: int, handed: Handed) -> None:
@@ -60,6 +60,7 @@ class Execution:
         self.reason = ""  # why it is ended by us; of states.REASONS
         self.wish = ""  # where the reason alone does not decide what becomes of the task
         self.message = ""
+        self.pid = 0  # of its main process, once it has started
         self.started = 0.0  # unix seconds, 0 = never
         self.exited: Exited | None = None
         self.stdout = ""  # files named by the user

@@ -133,6 +133,7 @@ class Node:
                 self._end(e, record.ended, now)
         elif isinstance(record, Started):
             e.live = (record.stdout_path or e.stdout + e.suffix, record.stderr_path or e.stderr + e.suffix)
+            e.pid = record.pid
             self._do(e, self._ladder.started(e, record.at, now), now)
         elif isinstance(record, Swept):
             if e.exited is not None:

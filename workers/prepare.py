@@ -14,9 +14,10 @@ from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Supe
 from pilotq.broker.node_link import NodeLink
 from pilotq.broker.records import Handed, parse_allocation
 from pilotq.broker.surroundings import environment
-from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, FLAG_VALUES, Spec
+from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, FLAG_SLURM, FLAG_VALUES, Spec
 from pilotq.workers.ladder import Execution
 from pilotq.workers.render import Words, render
+from pilotq.workers.slurm_step import step_environment
 from pilotq.workers.wire import Base, Launch
 
 # Values are fetched only for specs that could name one: they are the only words whose content is not at hand.
@@ -147,6 +148,8 @@ def _environment(handed: Handed, spec: Spec, place: Place, around: Surroundings)
     if handed.array:
         env["PILOTQ_ARRAY_ID"] = handed.array
         env["PILOTQ_INDEX"] = str(handed.index)
+    if spec.flags & FLAG_SLURM:
+        env.update(step_environment(place.nodes, place.cores))
     if spec.env:
         env.update(spec.env)
     return env

@@ -56,6 +56,7 @@ class Reporter:
             ended=ended,
             exit_code=code,
             signal=number,
+            pid=e.pid or None,
             array=handed.array,
             index=handed.index if handed.array else None,
             message=message,

@@ -1,8 +1,8 @@
 """QCG-PilotJob's requests, reports and Python interface, on a pilot of ours.
 
-A program that can be edited changes one line: ``from pilotq.broker.qcg import Jobs, LocalManager``. For one that
-cannot, `install` puts this package in the place of ``qcg.pilotjob.api`` and ``qcg.pilotjob.executor_api``, before the
-program's own imports:
+A program that can be edited changes one line: ``from pilotq.broker.qcg import Jobs, LocalManager``; what is raised
+stands in pilotq.broker.qcg.errors. For one that cannot, `install` puts this package in the place of
+``qcg.pilotjob.api`` and ``qcg.pilotjob.executor_api``, before the program's own imports:
 
     python -c "import pilotq.broker.qcg as q, runpy; q.install(); runpy.run_path('program.py', run_name='__main__')"
 
@@ -20,49 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pilotq.broker.qcg.aliases import install
-    from pilotq.broker.qcg.errors import (
-        ConnectionError,
-        FileError,
-        InternalError,
-        InvalidJobDescriptionError,
-        JobNotDefinedError,
-        QCGPJMAError,
-        ServiceError,
-        TimeoutElapsed,
-        WrongArgumentsError,
-    )
     from pilotq.broker.qcg.executor import BasicTemplate, QCGPJExecutor, QCGPJFuture, QCGPJTemplate
     from pilotq.broker.qcg.jobinfo import JobInfo
     from pilotq.broker.qcg.jobs import Jobs
     from pilotq.broker.qcg.manager import LocalManager, Manager
 
-__all__ = [
-    "BasicTemplate",
-    "ConnectionError",
-    "FileError",
-    "InternalError",
-    "InvalidJobDescriptionError",
-    "JobInfo",
-    "JobNotDefinedError",
-    "Jobs",
-    "LocalManager",
-    "Manager",
-    "QCGPJExecutor",
-    "QCGPJFuture",
-    "QCGPJMAError",
-    "QCGPJTemplate",
-    "ServiceError",
-    "TimeoutElapsed",
-    "WrongArgumentsError",
-    "install",
-]
 _HOMES = {
     "BasicTemplate": "executor", "JobInfo": "jobinfo", "Jobs": "jobs", "LocalManager": "manager", "Manager": "manager",
     "QCGPJExecutor": "executor", "QCGPJFuture": "executor", "QCGPJTemplate": "executor", "install": "aliases",
 }  # fmt: skip
+__all__ = [
+    "BasicTemplate", "JobInfo", "Jobs", "LocalManager", "Manager", "QCGPJExecutor", "QCGPJFuture", "QCGPJTemplate",
+    "install",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -46,15 +46,16 @@ class _Finder:
     """Finds and makes the modules of _HOMES and _PACKAGES; all others are left to the finders behind it."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname in _HOMES:
-            return ModuleSpec(fullname, self)
-        if fullname not in _PACKAGES:
+        package = fullname in _PACKAGES
+        if not package and fullname not in _HOMES:
             return None
-        spec = ModuleSpec(fullname, self, is_package=True)
-        original = PathFinder.find_spec(fullname, path)
-        spec.submodule_search_locations = list((original and original.submodule_search_locations) or ())
+        # No heir of Loader: to import importlib.abc takes longer than all of this.
+        spec = ModuleSpec(fullname, self, is_package=package)  # type: ignore[arg-type]
+        if package:
+            original = PathFinder.find_spec(fullname, path)
+            spec.submodule_search_locations = list((original and original.submodule_search_locations) or ())
         return spec
 
     def create_module(self, spec: ModuleSpec) -> None:

@@ -12,6 +12,7 @@ whether its tasks were committed: they are there, all of them, or none is.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from typing import Any
 import msgspec
 
 from pilotq.broker.file_qcg import draft_of, job_of
-from pilotq.broker.qcg.states import OMITTED
 from pilotq.broker.qcg_jobs import Draft
 from pilotq.broker.qcg_words import fill
 from pilotq.broker.task import Task, id_of
@@ -39,7 +39,8 @@ class Submitted(msgspec.Struct, tag="submit", tag_field="is"):
 
 
 class Planned(msgspec.Struct, tag="plan", tag_field="is"):
-    """``jobs`` are names, and whether each element is a task; ``lost`` are elements that are none: name:index -> why."""
+    """``jobs`` are names, and whether each element is a task; ``lost`` are elements that are none:
+    name:index -> why."""
 
     key: str
     jobs: list[tuple[str, bool]]
@@ -109,9 +110,7 @@ class Job:
         # Kept only where the directory's name needs them.
         self.values = task.values if "itval" in (task.cwd or "") else None
         self.cwd = task.cwd or ""
-        execution = body.get("execution") or {}
-        program = "bash" if task.script is not None else (task.command or [""])[0]
-        self.program = os.path.basename(str(execution.get("exec") or program))
+        self.program = os.path.basename(task.command[0]) if task.command else "bash"
         self.ids: list[str] = []
         self.single = False
         self.lost: dict[int, str] = {}  # elements that are omitted, and why
@@ -135,6 +134,11 @@ class Job:
         return os.path.normpath(os.path.join(root, fill(self.cwd, words)))
 
 
+def digest(jobs: list[Any]) -> bytes:
+    """By which the same jobs are known again."""
+    return hashlib.sha256(_encode(jobs)).digest()
+
+
 class Registry:
     """``jobs`` by name, in the order of their submits. ``tasks`` has by the id of a task its job, removed ones too,
     and the index of the element that it is.
@@ -146,6 +150,8 @@ class Registry:
         self.jobs: dict[str, Job] = {}
         self.tasks: dict[str, tuple[Job, int | None]] = {}
         self.over: list[Job] = []  # ended without ever being a task
+        self.submissions: dict[str, tuple[bytes, list[str]]] = {}  # key -> digest of the jobs as given, their names
+        self.open: set[str] = set()  # keys of submissions that have not ended, as far as was seen
         self.submits = 0
         self.finish = False
         self._committed = committed
@@ -213,7 +219,9 @@ class Registry:
             self._done(self._plans.pop(record.key), record.first)
         elif isinstance(record, Refused):
             self._plans.pop(record.key, None)
-            self.jobs = {name: job for name, job in self.jobs.items() if not (job.held and job.key == record.key)}
+            del self.submissions[record.key]
+            self.jobs = {name: job for name, job in self.jobs.items() if job.ids or job.key != record.key}
+            self.over = [job for job in self.over if job.key != record.key]
         elif isinstance(record, Finish):
             self.finish = record.wanted
         elif (job := self.jobs.get(record.name)) is None:
@@ -230,14 +238,18 @@ class Registry:
 
     def _submitted(self, record: Submitted) -> None:
         self.submits += 1
+        names: list[str] = []
         for number, body in enumerate(record.jobs):
             path = f"jobs[{number}]"
             draft = self._drafts.get(fill(body["name"], record.words))
             if draft is None:
                 draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, Task(), record.total)
             self.jobs[draft.name] = Job(draft, body, record.at, record.key)
+            names.append(draft.name)
+        self.submissions[record.key] = digest(record.jobs), names
 
     def _done(self, plan: Planned, first: int) -> None:
+        self.open.add(plan.key)
         for name, single in plan.jobs:
             job = self.jobs[name]
             job.single, job.draft = single, None
@@ -249,14 +261,3 @@ class Registry:
                 job.ids.append(id_of(first))
                 self.tasks[job.ids[-1]] = job, index
                 first += 1
-
-
-def wholly_lost(draft: Draft, lost: dict[str, str]) -> tuple[str, str] | None:
-    """(OMITTED, why) of a job of which nothing can run; None when something can."""
-    if draft.name in lost:
-        return OMITTED, lost[draft.name]
-    if draft.indices is not None:
-        whys = [lost.get(f"{draft.name}:{index}") for index in draft.indices]
-        if whys and whys[0] is not None and None not in whys:
-            return OMITTED, whys[0]
-    return None

@@ -58,6 +58,13 @@ def state_of(status: str, reason: str) -> str:
     return _STATES.get(status, QUEUED)
 
 
+def whole(states: set[str], *, canceled: bool) -> str:
+    """The state of a job whose elements have ended so; ``canceled``: its user has canceled all of it."""
+    if canceled and states != {SUCCEED}:
+        return CANCELED
+    return next(iter(states)) if len(states) == 1 else FAILED
+
+
 def exit_code(line: Ended) -> str:
     """``0``, ``3``, ``-9`` for a signal, ``-1`` for what could not be launched."""
     if line.signal is not None:

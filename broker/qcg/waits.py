@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pilotq.broker.qcg.errors import TimeoutElapsed
+from pilotq.broker.qcg.states import FINAL
 
-FINAL = frozenset({"SUCCEED", "FAILED", "CANCELED", "OMITTED"})
+Ask = Callable[[dict[str, Any]], Mapping[str, Any]]  # from a request to the data of its reply
+
 SHORTEST_S, LONGEST_S = 0.01, 0.2
 SHARE = 2  # what waits rests at least so many times as long as it has looked
 
@@ -28,13 +30,13 @@ class Pace:
         self._pause = SHORTEST_S
         self._looking = time.monotonic()
 
-    def rest(self, what: Callable[[], str]) -> None:
+    def rest(self, what: str) -> None:
         """Sleep until the next look; raises TimeoutElapsed, saying ``what`` has not happened, when there is none."""
         now = time.monotonic()
         pause = max(self._pause, SHARE * (now - self._looking))
         if self.deadline is not None:
             if now >= self.deadline:
-                raise TimeoutElapsed(f"{what()} after {self.timeout:g} s")
+                raise TimeoutElapsed(f"{what} after {self.timeout:g} s")
             pause = min(pause, self.deadline - now)
         time.sleep(pause)
         self._pause = min(self._pause * 1.3, self._longest)
@@ -44,12 +46,10 @@ class Pace:
 class Ends:
     """The ends of jobs and iterations, each told once, about in the order in which they happened.
 
-    What others submitted, and what had ended when the first end was asked for, is no news. ``ask(request)`` returns
-    the data of the reply.
+    No news is what others submitted and had ended when the first end was asked for.
     """
 
-    def __init__(self, ask: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-        self._ask = ask
+    def __init__(self) -> None:
         self._ours: set[str] = set()  # jobs submitted here, not told yet
         self._told: set[str] | None = None  # jobs; None: nobody has asked yet
         self._parts: defaultdict[str, set[str]] = defaultdict(set)  # job that goes on -> its iterations that were told
@@ -65,8 +65,6 @@ class Ends:
         known = set(self._ours if names is None else names)
         self._found = deque(end for end in self._found if end[0] not in known)
         self._ours -= known
-        if self._told is None:
-            self._told = None if self._ours or names is not None else set()
         for name in known:
             job, colon, _ = name.partition(":")
             if colon:
@@ -74,36 +72,37 @@ class Ends:
             elif self._told is not None:
                 self._told.add(name)
 
-    def next(self) -> tuple[str, str] | None:
+    def next(self, ask: Ask) -> tuple[str, str] | None:
         """(name, state) of an end that was not told yet; None when there is none now."""
         if not self._found:
-            self._look()
+            self._look(ask)
         return self._found.popleft() if self._found else None
 
-    def _look(self) -> None:
-        jobs = {name: job["status"] for name, job in self._ask({"request": "listJobs"})["jobs"].items()}
+    def _look(self, ask: Ask) -> None:
+        jobs = {name: job["status"] for name, job in ask({"request": "listJobs"})["jobs"].items()}
         if self._told is None:
             self._told = {name for name, state in jobs.items() if state in FINAL and name not in self._ours}
         fresh = [name for name in jobs if name not in self._told]
         # Their state again, and not that of the list: when it is final here, so are those of all iterations.
-        for name, job in self._info(fresh).items() if fresh else ():
+        for name, job in _info(ask, fresh).items() if fresh else ():
             done = int(job.get("iterations", {}).get("finished", 0))
             if done > len(self._parts.get(name, ())):
-                self._look_into(name)
+                self._look_into(ask, name)
             if job["status"] in FINAL:
                 self._found.append((name, job["status"]))
                 self._told.add(name)
                 self._ours.discard(name)
                 self._parts.pop(name, None)
 
-    def _look_into(self, name: str) -> None:
+    def _look_into(self, ask: Ask, name: str) -> None:
         told = self._parts[name]
-        for child in self._info([name], withChilds=True)[name].get("childs", ()):
+        for child in _info(ask, [name], withChilds=True).get(name, {}).get("childs", ()):
             part = f"{name}:{child['iteration']}"
             if child["state"] in FINAL and part not in told:
                 self._found.append((part, child["state"]))
                 told.add(part)
 
-    def _info(self, names: list[str], **params: Any) -> dict[str, Mapping[str, Any]]:
-        reply = self._ask({"request": "jobInfo", "jobNames": names, "params": params})
-        return {name: job["data"] for name, job in reply["jobs"].items()}
+
+def _info(ask: Ask, names: list[str], **params: Any) -> dict[str, Mapping[str, Any]]:
+    reply = ask({"request": "jobInfo", "jobNames": names, "params": params})
+    return {name: job["data"] for name, job in reply["jobs"].items() if "data" in job}

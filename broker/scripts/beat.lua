@@ -11,7 +11,7 @@ if not known then
   known = record and tostring(cjson.decode(record).incarnation)
 end
 if known ~= ARGV[3] then return 0 end
-redis.call('SADD', 'rq:workers', key)
+enlist('SADD', key)
 redis.call('HSET', key, 'pq_incarnation', ARGV[3], unpack(ARGV, 5))
 redis.call('EXPIRE', key, ARGV[4])
 return 1

@@ -36,11 +36,31 @@ local function cancel_array(id, v)
   return #running > 0 and 'told' or 'canceled'
 end
 
+-- An element without a record: one that waits to be handed out, or for another array's element, is marked as ended, and
+-- claim and release pass it over.
+local function cancel_element(id)
+  local array, index = string.match(id, '^(.-)_(%d+)$')
+  local v = array and redis.call('HMGET', job_key(array), 'pq_array', 'pq_next', 'pq_parents', 'pq_sub', 'pq_cancel') or {}
+  if not v[1] then return 'unknown' end
+  local start, step, count = string.match(v[1], '^(%d+):(%d+):(%d+)$')
+  local position = (index - start) / step
+  if position < 0 or position >= tonumber(count) or position % 1 ~= 0 then return 'unknown' end
+  local outcome = redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
+  if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
+  if v[5] then return 'told' end
+  if redis.call('TTL', job_key(array)) >= 0 then return 'unknown' end -- staged
+  if position < tonumber(v[2]) and not v[3] then return 'unknown' end -- somebody deleted its record
+  redis.call('HSET', job_key(array), 'pq_holes', 1)
+  end_elements(array, v[4], position, position, now, now_iso, ttl)
+  changed = true
+  return 'canceled'
+end
+
 local function cancel(id)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
     'pq_sub', 'origin', 'pq_cancel', 'pq_reason')
   local status = v[1]
-  if not status then return 'unknown' end
+  if not status then return cancel_element(id) end
   local waiting = status == 'queued' or status == 'deferred'
   -- What a submit has staged and not committed yet nobody can know.
   if waiting and v[8] and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end

@@ -38,12 +38,16 @@ local function claim_array(id, class, f, slots, from)
   local count = tonumber(string.match(f.array, '(%d+)$'))
   local position, used = tonumber(f.next), 0
   while position < count and from + used <= #slots do
-    local slot = slots[from + used]
-    local element, index = make_element(id, position, f, {started(slot, class, 1)})
-    hand(slot, class, element, 1, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
-      position = position, retries = f.retries, submission = f.submission, spec = f.spec})
-    if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
-    position, used = position + 1, used + 1
+    -- With holes: elements that were canceled one by one have ended.
+    if not f.holes or redis.call('BITFIELD', bits_key(id), 'GET', 'u2', '#' .. position)[1] == 0 then
+      local slot = slots[from + used]
+      local element, index = make_element(id, position, f, {started(slot, class, 1)})
+      hand(slot, class, element, 1, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
+        position = position, retries = f.retries, submission = f.submission, spec = f.spec})
+      if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
+      used = used + 1
+    end
+    position = position + 1
   end
   redis.call('HSET', job_key(id), 'pq_next', string.format('%d', position))
   if position == count then
@@ -61,8 +65,8 @@ local function claim_one(id, class, slots, from)
   local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9],
     crashes = v[11]}
   if v[9] then
-    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next')
-    f.data, f.description, f.created, f.next, f.class = more[1], more[2], more[3], more[4], class
+    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_holes')
+    f.data, f.description, f.created, f.next, f.class, f.holes = more[1], more[2], more[3], more[4], class, more[5]
     return claim_array(id, class, f, slots, from)
   end
   if v[10] then

@@ -82,16 +82,17 @@ for _, group in ipairs(work.groups) do
   know(group[1], group[2])
   ready(group[1], group[3])
 end
+local omitted = {}
 for _, item in ipairs(work.waits) do
   local id, class, left, broken = item[1], item[2], 0, false
   know(class, item[3])
   for _, parent in ipairs(item[4]) do
     local status = parents[parent]
-    if status == 'failed' or status == 'stopped' or status == 'canceled' then broken = true end
+    if status == 'failed' or status == 'stopped' or status == 'canceled' or omitted[elements[parent]] then broken = true end
   end
   if broken then
     omit(id, now, now_iso, ttl)
-    parents[id] = 'canceled'
+    parents[id], omitted[id] = 'canceled', true
   else
     for _, parent in ipairs(item[4]) do
       if parents[parent] ~= 'finished' then

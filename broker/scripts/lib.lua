@@ -38,6 +38,12 @@ local function send(node, number, packed)
   redis.call('XADD', inbox_key(node), '*', 'm', head .. packed)
 end
 
+-- RQ's sets of workers: of all, and of the queue that each names (`rq info` looks there, by queue).
+local function enlist(command, worker)
+  redis.call(command, 'rq:workers', worker)
+  redis.call(command, 'rq:workers:default', worker)
+end
+
 local function ring()
   if redis.call('LLEN', 'pilotq:bell') == 0 then redis.call('RPUSH', 'pilotq:bell', '1') end
 end
@@ -153,7 +159,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   if f[2] then
     status, reason = 'canceled', f[2]
   elseif f[8] == 'deferred' then
-    status, reason = 'canceled', 'dependency' -- element by element: none of them ever ran
+    status, reason = 'canceled', 'dependency' -- none of its elements ever ran
   elseif tonumber(f[1] or 0) > 0 then
     status, reason = 'failed', 'elements'
   end
@@ -175,7 +181,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
 end
 
 -- Elements first..last of an array, of which none runs or has ended, end as canceled.
-local function end_elements(array, submission, first, last, now, now_iso, ttl)
+local function end_run(array, submission, first, last, now, now_iso, ttl)
   local number = last - first + 1
   set_bits(array, first, last, 3)
   count_end(submission, 'canceled', number)
@@ -183,6 +189,25 @@ local function end_elements(array, submission, first, last, now, now_iso, ttl)
     redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, last))
   end
   array_ended(array, number, number, now, now_iso, ttl, ttl)
+end
+
+-- The same where some may have been canceled one by one before (pq_holes): these have ended, and are passed over.
+local function end_elements(array, submission, first, last, now, now_iso, ttl)
+  if first == last or not redis.call('HGET', job_key(array), 'pq_holes') then
+    return end_run(array, submission, first, last, now, now_iso, ttl)
+  end
+  local base, run = math.floor(first / 4), nil
+  local bits = redis.call('GETRANGE', bits_key(array), base, math.floor(last / 4))
+  for position = first, last + 1 do
+    local byte = string.byte(bits, math.floor(position / 4) - base + 1) or 0
+    local waits = position <= last and bit.band(bit.rshift(byte, 6 - 2 * (position % 4)), 3) == 0
+    if waits then
+      run = run or position
+    elseif run then
+      end_run(array, submission, run, position - 1, now, now_iso, ttl)
+      run = nil
+    end
+  end
 end
 
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.
@@ -209,9 +234,7 @@ end
 local function omit(id, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_array', 'pq_sub')
   if not v[1] then return end_unrun(id, 'dependency', now, now_iso, ttl) end
-  local count = tonumber(string.match(v[1], '(%d+)$'))
-  redis.call('HSET', job_key(id), 'pq_cancel', 'dependency', 'pq_next', count)
-  end_elements(id, v[2], 0, count - 1, now, now_iso, ttl)
+  end_elements(id, v[2], 0, tonumber(string.match(v[1], '(%d+)$')) - 1, now, now_iso, ttl)
 end
 
 -- The record of one element of an array, made when the element gets a life of its own.

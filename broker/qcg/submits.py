@@ -1,0 +1,185 @@
+"""From the jobs of a submit request to tasks: what is refused, what is held back, what becomes a task now."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import msgspec
+
+from pilotq.broker import keys
+from pilotq.broker.client import Broker
+from pilotq.broker.cluster import Cluster
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.file_qcg import draft_of, job_of, request_words
+from pilotq.broker.qcg.look import Look
+from pilotq.broker.qcg.registry import Done, Over, Planned, Record, Refused, Registry, Submitted
+from pilotq.broker.qcg.states import FAILED, OMITTED, moment
+from pilotq.broker.qcg_jobs import Draft, Known, Unmet, tasks_of
+from pilotq.broker.records import NodeInfo
+from pilotq.broker.task import Request, Shared, Task, order_of
+
+WRONG = "Wrong submit request"  # what QCG-PilotJob's refusals begin with
+
+
+class Never:
+    """A job that cannot run here, as what others wait for."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._name = draft.name
+        self.indices = draft.indices
+        self.array = None
+
+    def parents(self, index: int | None) -> NoReturn:
+        name = self._name if index is None else f"{self._name}:{index}"
+        raise Unmet(f"{name!r}, which is {FAILED}")
+
+
+class Submits:
+    """Submits of one service. ``base`` holds what a job has that its description says nothing about."""
+
+    def __init__(
+        self, broker: Broker, registry: Registry, look: Look, *, shared: Shared, total: int, base: Task
+    ) -> None:  # fmt: skip
+        self._broker = broker
+        self._registry = registry
+        self._look = look
+        self._shared = shared
+        self._total = total
+        self._base = base
+
+    def submit(self, bodies: Sequence[Any]) -> list[str]:
+        """Take these jobs, all or none, and return their names; raises InvalidInput.
+
+        A job that waits for one which nobody has submitted yet is held until somebody does, or until `settle`.
+        """
+        with self._registry.locked():
+            now = time.time()
+            words = request_words(self._registry.submits + 1, moment(now))
+            drafts: list[Draft] = []
+            names = set(self._registry.jobs)
+            for number, body in enumerate(bodies):
+                path = f"jobs[{number}]"
+                draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._base, self._total or None)
+                if draft.name in names:
+                    raise InvalidInput(f"Job {draft.name} already exist")
+                names.add(draft.name)
+                drafts.append(draft)
+            never = self._never(drafts)
+            held = [job.draft for job in self._registry.jobs.values() if job.held and job.draft is not None]
+            ready = self._ready([*held, *(draft for draft in drafts if draft.name not in never)], never)
+            key = f"qcg-{secrets.token_hex(8)}"
+            submitted = Submitted(now, words, self._total, list(bodies), key)
+            overs = [Over(name, FAILED, why, now) for name, why in never.items()]
+            known = {draft.name: Never(draft) for draft in drafts if draft.name in never}
+            self._commit(key, ready, known, [submitted, *overs], drafts)
+            return [draft.name for draft in drafts]
+
+    def settle(self) -> dict[str, str]:
+        """Omit what waits for jobs that nobody has submitted; returns the names of those jobs, with the reason."""
+        with self._registry.locked():
+            held = {job.name: job.draft for job in self._registry.jobs.values() if job.held and job.draft is not None}
+            if not held:
+                return {}
+            before = len(self._registry.over)
+            key = f"qcg-{secrets.token_hex(8)}"
+            try:
+                self._commit(key, list(held.values()), {}, [], [])
+            except InvalidInput as error:
+                # The nodes have changed since they were submitted: nobody is there to be told but their report.
+                now = time.time()
+                self._registry.write(*(Over(name, FAILED, str(error), now) for name in held))
+            return {job.name: job.why for job in self._registry.over[before:]}
+
+    def _never(self, drafts: Sequence[Draft]) -> dict[str, str]:
+        """Jobs that ask for a resource which no node has, with the reason; other requests that cannot be are refused.
+
+        QCG-PilotJob accepts them, too, when it looks at numbers of cores and nodes only: then they fail, and the
+        others that came with them run.
+        """
+        cluster: Cluster | None = None
+        never: dict[str, str] = {}
+        fits: dict[Request, str | None] = {}
+        for draft in drafts:
+            for request in _requests(draft):
+                if request not in fits:
+                    cluster = cluster or self._cluster()
+                    plain = msgspec.structs.replace(request, gpus=0, use=())
+                    if why := cluster.never_fits(plain):
+                        raise InvalidInput(f"Not enough resources for job {draft.name}: {why}")
+                    fits[request] = cluster.never_fits(request)
+                if why := fits[request]:
+                    never[draft.name] = f"Not enough resources: {why}"
+        return never
+
+    def _cluster(self) -> Cluster:
+        cluster = Cluster()
+        for record in self._broker.link.call("HVALS", keys.NODES):
+            cluster.add_node(msgspec.json.decode(record, type=NodeInfo))
+        return cluster
+
+    def _ready(self, drafts: Sequence[Draft], never: Mapping[str, str]) -> list[Draft]:
+        """Those that wait for nothing unknown, over any number of steps."""
+        found = {draft.name for draft in drafts}
+        known = found | never.keys() | {job.name for job in self._registry.jobs.values() if not job.held}
+        users: dict[str, list[str]] = defaultdict(list)
+        pending: list[str] = []
+        for draft in drafts:
+            for name in _parents(draft):
+                users[name].append(draft.name)
+                if name not in known:
+                    pending.append(draft.name)
+        held: set[str] = set()
+        while pending:
+            name = pending.pop()
+            if name not in held:
+                held.add(name)
+                pending += users[name]
+        return [draft for draft in drafts if draft.name not in held]
+
+    def _commit(
+        self, key: str, ready: Sequence[Draft], never: Mapping[str, Known], records: list[Record], fresh: list[Draft]
+    ) -> None:
+        """Make tasks of what is ready, and write down all of it."""
+        wanted = {name for draft in ready for name in _parents(draft)} - {draft.name for draft in ready}
+        jobs = self._registry.jobs
+        parents = self._look.parents(jobs[name] for name in sorted(wanted) if name in jobs)
+        tasks, lost = tasks_of(ready, WRONG, {**parents, **never})
+        planned = list(dict.fromkeys(_base_name(task) for task in tasks))
+        now = time.time()
+        for draft in ready:
+            if draft.name not in {name for name, _ in planned}:
+                why = next(why for name, why in lost.items() if name.partition(":")[0] == draft.name)
+                records.append(Over(draft.name, OMITTED, why, now))
+        names = {name for name, single in planned if single}
+        gone = {name: why for name, why in lost.items() if ":" in name and name.partition(":")[0] in names}
+        if tasks:
+            records.append(Planned(key, planned, gone))
+        self._registry.write(*records, drafts=fresh)
+        if not tasks:
+            return
+        try:
+            ids = self._broker.enqueue_many(tasks, key=key, shared=self._shared)
+        except InvalidInput:
+            self._registry.write(Refused(key))
+            raise
+        self._registry.write(Done(key, order_of(ids[0])))
+
+
+def _base_name(task: Task) -> tuple[str, bool]:
+    """The job's name, and whether the task is one element of it."""
+    name, colon, _ = (task.name or "").partition(":")
+    return name, bool(colon)
+
+
+def _parents(draft: Draft) -> Iterable[str]:
+    return {text.partition(":")[0] for text in draft.after}
+
+
+def _requests(draft: Draft) -> Iterable[Request]:
+    if draft.cores is None:
+        return [draft.task.request]
+    return [msgspec.structs.replace(draft.task.request, cores=(n, n), spread=n > 1) for n in set(draft.cores)]

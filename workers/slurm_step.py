@@ -1,0 +1,39 @@
+"""The variables by which programs made for Slurm find out where they run. Pure.
+
+They say what a job step on the task's nodes and cores would have, for programs that look and do not ask Slurm.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby
+
+
+@lru_cache(maxsize=1024)
+def step_environment(nodes: tuple[str, ...], cores: tuple[int, ...]) -> dict[str, str]:
+    """Variables for a task with so many ``cores`` on each of ``nodes``; not to be changed."""
+    names, total, count = ",".join(nodes), str(sum(cores)), str(len(nodes))
+    each = ",".join(_times(number, len(list(same))) for number, same in groupby(cores))
+    env = {
+        "SLURM_NNODES": count,
+        "SLURM_NODELIST": names,
+        "SLURM_NPROCS": total,
+        "SLURM_NTASKS": total,
+        "SLURM_JOB_NODELIST": names,
+        "SLURM_JOB_NUM_NODES": count,
+        "SLURM_JOB_CPUS_PER_NODE": each,
+        "SLURM_STEP_NODELIST": names,
+        "SLURM_STEP_NUM_NODES": count,
+        "SLURM_STEP_NUM_TASKS": total,
+        "SLURM_STEP_TASKS_PER_NODE": each,
+        "SLURM_TASKS_PER_NODE": each,
+        "SLURM_OVERLAP": "1",
+    }
+    if len(set(cores)) == 1:
+        env["SLURM_NTASKS_PER_NODE"] = str(cores[0])
+    return env
+
+
+def _times(number: int, times: int) -> str:
+    """``2(x3)``: two on each of three nodes, as Slurm writes it."""
+    return f"{number}(x{times})" if times > 1 else str(number)
