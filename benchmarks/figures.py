@@ -29,4 +29,5 @@ def table(figures: list[Figure]) -> str:
         bound = f"{'>=' if f.at_least else '<='} {f.reach:,.4g}" if f.reach else ""
         rows.append((f.what, f"{f.value:,.4g} {f.unit}", bound, f.verdict, f.detail))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -45,7 +45,8 @@ def through_pilot(number: int) -> float:
     with pilot() as directory:
         with Broker.connect(directory) as broker:
             broker.wait(broker.enqueue_many([Task(command=[TRUE, str(n)]) for n in range(number)]))
-        while len(lines := [li for li in Journal(os.path.join(directory, "journal.jsonl")).lines() if li.execution]) < number:
+        journal = Journal(os.path.join(directory, "journal.jsonl"))
+        while len(lines := [line for line in journal.lines() if line.execution]) < number:
             time.sleep(0.1)
     if len(lines) != number or any(line.exit_code != 0 for line in lines):
         raise SystemExit(f"{len(lines)} of {number} tasks ended well")

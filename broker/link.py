@@ -115,22 +115,22 @@ class Link:
         return self._socket.fileno()
 
     def call(self, *command: Argument, timeout: float | None = None) -> Any:
-        """Send one command and return its reply; ``timeout`` (seconds) overrides the link's own for blocking commands."""
+        """Send one command and return its reply; ``timeout`` (s) overrides the link's own for blocking commands."""
         self.connect()
-        self._send(hiredis.pack_command(command))
+        self._send(_packed(command))
         return _checked(self._read(self.timeout if timeout is None else timeout))
 
     def pipeline(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
         """Send all, then return all replies; the first error is raised after every reply was read."""
         self.connect()
-        self._send(b"".join(hiredis.pack_command(c) for c in commands))
+        self._send(b"".join(_packed(c) for c in commands))
         replies = [self._read(self.timeout) for _ in commands]
         return [_checked(r) for r in replies]
 
     def post(self, *command: Argument) -> None:
         """Send one command; its reply comes with `replies`, in order."""
         self.connect()
-        self._send(hiredis.pack_command(command))
+        self._send(_packed(command))
         self.outstanding += 1
 
     def replies(self) -> list[Any]:
@@ -191,6 +191,11 @@ class Link:
             raise TimeoutError(f"no answer in {self.timeout:g} s")
 
 
+def _packed(command: tuple[Argument, ...]) -> bytes:
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub knows tuples of one only
+    return packed
+
+
 def _connect_unix(path: str, timeout: float) -> socket.socket:
     """Connect to a unix socket, also where the path is longer than the 107 bytes a socket address holds."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -237,6 +242,10 @@ def parse_url(url: str) -> Address:
         return Address(path=unquote(parts.path), user=user, password=password, db=db)
     if parts.scheme == "redis" and parts.hostname:
         return Address(
-            host=parts.hostname, port=parts.port or 6379, user=user, password=password, db=int(parts.path.strip("/") or 0)
+            host=parts.hostname,
+            port=parts.port or 6379,
+            user=user,
+            password=password,
+            db=int(parts.path.strip("/") or 0),
         )
     raise InvalidInput(f"{parts.scheme}://... is no server URL: use redis://host:port or unix:///path")

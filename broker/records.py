@@ -192,9 +192,7 @@ def parse_allocation(text: str) -> tuple[Part, ...]:
 
 
 def format_allocation(parts: tuple[Part, ...]) -> str:
-    return ",".join(
-        f"{p.node}[{':'.join(map(str, p.cores))}{';' + ':'.join(p.gpus) if p.gpus else ''}]" for p in parts
-    )
+    return ",".join(f"{p.node}[{':'.join(map(str, p.cores))}{';' + ':'.join(p.gpus) if p.gpus else ''}]" for p in parts)
 
 
 class EndReport(msgspec.Struct):

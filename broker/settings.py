@@ -12,6 +12,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ahead_s: float = 0.2  # work handed ahead per lane: hides the round trip, bounds the inversion of priorities
     ahead_after_ends: int = 5  # nothing is handed ahead before so many ends of the class were seen
     ahead_max: int = 200  # tasks handed ahead per lane, whatever their length
+    line_s: float = 0.02  # of it a launcher is told at once: more than a turn takes, less than anybody minds
+    line_max: int = 16  # ... and never more tasks per lane
     recall_s: float = 1.0  # handed ahead, not started for so long, and would fit elsewhere: taken back
     report_s: float = 0.02  # ends wait so long for company while their lanes go on with tasks handed ahead
     report_max: int = 64  # ... or until there are so many

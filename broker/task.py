@@ -47,7 +47,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     limit: int | None = None
 
     def label(self) -> str:
-        """A short readable name of the shape, of the alphabet ``[A-Za-z0-9-_]``: ``1c``, ``2-4c``, ``2n4c``, ``1c-t60``."""
+        """A short readable name of the shape, of ``[A-Za-z0-9-_]``: ``1c``, ``2-4c``, ``2n4c``, ``1c-t60``."""
         low, high = self.cores
         text = ""
         if self.nodes is not None:
@@ -99,8 +99,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     they are then of the submitter's directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).
     In an array ``{index}`` and ``{value}`` in ``command``, ``script``, ``env`` values, ``cwd`` and the three files
     stand for the element's own (only these two words: any other braces stay as they are).
-    ``after`` names tasks by id (``=ID``: in any case an id), or by name within one submission; ``after_each`` names arrays of the same length,
-    whose element i must end before element i of this array starts.
+    ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id); ``after_each`` names
+    arrays of the same length, whose element i must end before element i of this array starts.
     """
 
     command: list[str] | None = None

@@ -1,4 +1,4 @@
-"""A launcher process as a worker's control process has it: two pipes, records down, records up."""
+"""A launcher process as a worker's control process has it: three pipes, records down, records up, the bell."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pilotq.workers.wire import Base, Exited, Frames, Launch, Refused, Signal, Started, Swept, Up, frame
+from pilotq.workers.wire import (
+    Base,
+    Begun,
+    Exited,
+    Frames,
+    Launch,
+    Place,
+    Refused,
+    Signal,
+    Started,
+    Swept,
+    Up,
+    Withdrawn,
+    frame,
+)
 
 WAIT_S = 20.0
 HERE = sorted(os.sched_getaffinity(0))
-R = TypeVar("R", Started, Refused, Exited, Swept)
+R = TypeVar("R", Begun, Started, Withdrawn, Refused, Exited, Swept)
 
 
 class Driver:
@@ -26,16 +41,18 @@ class Driver:
         self.output.mkdir(exist_ok=True)
         down, self.down = os.pipe()
         self.up, up = os.pipe()
+        self.bell, bell = os.pipe()
         stray, other = os.pipe()  # something that the launcher inherits and its tasks must not
         os.set_inheritable(stray, True)
-        arguments = ("--dir", str(self.output), "--node", "n1", "--down", str(down), "--up", str(up))
+        arguments = ("--dir", str(self.output), "--node", "n1")
+        pipes = ("--down", str(down), "--up", str(up), "--bell", str(bell))
         self.process = subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            pass_fds=(down, up, stray),
+            [sys.executable, *program, *arguments, *pipes],
+            pass_fds=(down, up, bell, stray),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        for fd in (down, up, stray, other):
+        for fd in (down, up, bell, stray, other):
             os.close(fd)
         os.set_blocking(self.down, False)
         self._frames: Frames[Up] = Frames(Up)  # type: ignore[arg-type]
@@ -57,12 +74,18 @@ class Driver:
 
     def launch(self, *argv: str | bytes, **fields: Any) -> int:
         """Ask for a launch; returns its key. Field names are those of the record."""
+        record = self.prepare(*argv, **fields)
+        self.send(record)
+        return record.key
+
+    def prepare(self, *argv: str | bytes, cpus: Sequence[int] = HERE[:1], **fields: Any) -> Launch:
+        """The record of a launch, to be sent; the place it names has been sent."""
         key = next(self._keys)
         words = [word.encode() if isinstance(word, str) else word for word in argv]
-        settings = {"base": "base", "env": {}, "cpus": HERE[:1], "cwd": str(self.folder), **fields}
-        self.send(Launch(key=key, id=settings.pop("id", f"t{key}"), execution=settings.pop("execution", 1), argv=words,
-                         **settings))  # fmt: skip
-        return key
+        place = str(cpus)
+        self.send(Place(place, {}, {}, list(cpus)))
+        settings = {"id": f"t{key}", "execution": 1, "base": "base", "env": {}, "cwd": str(self.folder), **fields}
+        return Launch(key=key, place=place, argv=words, **settings)
 
     def get(self, kind: type[R], key: int) -> R:
         """Wait for that record."""
@@ -73,6 +96,11 @@ class Driver:
             assert data, "the launcher ended"
             self.seen += self._frames.feed(data)
         return found
+
+    def drain(self) -> None:
+        """Take in what a dead launcher has left."""
+        while data := os.read(self.up, 1 << 16):
+            self.seen += self._frames.feed(data)
 
     def find(self, kind: type[R], key: int) -> R | None:
         return next((r for r in self.seen if isinstance(r, kind) and r.key == key), None)
@@ -99,3 +127,4 @@ class Driver:
             self.process.kill()
             self.process.wait()
             os.close(self.up)
+            os.close(self.bell)

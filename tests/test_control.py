@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import os
 import signal
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -287,18 +289,39 @@ def test_launchers_that_keep_dying_end_the_worker(tmp_path: Path) -> None:
     assert "died more than 1 times" in host.log.read_text()
 
 
-def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Path) -> None:
-    with Host(tmp_path, launch_confirm_s=0.5) as host:
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Path]:
+    """A program whose start hangs: whoever opens it waits until its lease is given back."""
+    program = tmp_path / "held"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel asks for it back
+    fd = os.open(program, os.O_RDONLY)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    yield program
+    os.close(fd)
+    signal.signal(signal.SIGIO, before)
+
+
+def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Path, held: Path) -> None:
+    with Host(tmp_path, launch_confirm_s=0.5, beat_s=0.1, ahead_after_ends=1, line_s=3600.0) as host:
+        host.hand("warm", "true", lane=3, class_name="d")
+        host.end_of("warm")
         host.hand("runs", "bash", "-c", DEAF, lane=1)
         pid = pid_of(host, "runs")
-        (launcher,) = host.launchers()
-        os.kill(launcher, signal.SIGSTOP)
-        host.hand("hangs", "true", lane=2)
-        hangs, runs = host.end_of("hangs"), host.end_of("runs")
-        assert (hangs.report.wish, hangs.report.reason) == ("failed", "launch hangs")
-        assert (runs.report.wish, runs.report.reason) == ("free", "worker lost")
+        # The launcher comes to it by itself, and to the next one never.
+        host.hand("hangs", str(held), class_name="d")
+        host.hand("behind", "true", class_name="d")
+        host.hand("short", "true", lane=2, class_name="d")
+        assert host.end_of("short").report.wish == "finished"
+        host.hand("late", "true", lane=4)
+        ends = {name: host.end_of(name) for name in ("hangs", "runs", "behind", "late")}
+        assert {name: (e.report.wish, e.report.reason) for name, e in ends.items()} == {
+            "hangs": ("failed", "launch hangs"),
+            "runs": ("free", "worker lost"), "behind": ("free", "worker lost"), "late": ("free", "worker lost"),
+        }  # fmt: skip
         assert not alive(pid)
-        host.hand("good", "true", lane=3)
+        host.hand("good", "true", lane=5)
         assert host.end_of("good").report.wish == "finished"
 
 

@@ -11,7 +11,6 @@ from pilotq.broker.records import Handed
 from pilotq.broker.settings import Settings
 from pilotq.workers.ladder import KILL_AGAIN_S, UNKILLABLE_S, Deadlines, Execution, Ladder, Phase, Step
 from pilotq.workers.lanes import Lanes
-from pilotq.workers.wire import Captured, Exited
 
 SETTINGS = Settings(launch_confirm_s=10.0, kill_grace_s=5.0, started_after_s=0.1)
 
@@ -21,10 +20,6 @@ def handed(task_id: str, lane: int = 0, class_name: str = "c", execution: int = 
     return Handed(
         task_id, execution, lane, allocation, class_name, "", 0.0, 0.0, "", "", -1, 0, 0, "", msgspec.Raw(b"\x90")
     )
-
-
-def exited(key: int, left: int = 0) -> Exited:
-    return Exited(key, 0, 0.0, 0.0, 0.0, 0, left, Captured(), Captured())
 
 
 # -- lanes ------------------------------------------------------------------------------------------------------------
@@ -94,39 +89,125 @@ def test_find_knows_executions() -> None:
     assert lanes.find("a", 0) is new
 
 
-@given(st.lists(st.tuples(st.sampled_from(["lane", "ahead", "end", "cancel", "recall"]), st.integers(0, 2))))
-def test_every_lane_has_one_task_and_no_task_is_lost(moves: list[tuple[str, int]]) -> None:
+def test_a_line_comes_before_the_row_and_also_when_lanes_shall_not_go_on() -> None:
     lanes = Lanes()
-    running: dict[int, Execution] = {}
-    ahead: dict[str, list[str]] = {}
+    first = lanes.hand(handed("a", lane=1))
+    b, c = (lanes.hand(handed(i)) for i in "bc")
+    lane = lanes.lane(1)
+    assert lane is not None and lanes.next("c") is b
+    assert lanes.line_up(lane) is b
+    assert (b.phase, b.lane, b.allocation) == (Phase.LINED, 1, "n1[1]")
+    assert lanes.ahead() == {"c": 2}
+    assert lanes.end(first, go_on=False) is b
+    assert lanes.end(b) is c
+    assert c.phase is Phase.WAITING
+
+
+def test_what_was_lined_up_goes_back_in_its_order_whoever_comes_first() -> None:
+    lanes = Lanes()
+    for number in (1, 2):
+        lanes.hand(handed(f"head{number}", lane=number))
+    tasks = [lanes.hand(handed(i)) for i in "abcdef"]
+    for number in (1, 2, 1, 2, 1):
+        lane = lanes.lane(number)
+        assert lane is not None
+        lanes.line_up(lane)
+    assert [e.handed.id for e in lanes.newest_lined("c", 3)] == ["e", "d", "c"]
+    for place in (4, 0, 3, 1, 2):
+        lanes.put_back(tasks[place])
+    assert {(e.phase, e.lane, e.allocation) for e in tasks} == {(Phase.AHEAD, 0, "")}
+    assert [e.handed.id for e in lanes.recall("c", 9)] == list("abcdef")
+
+
+def test_each_lane_of_a_class_has_its_share_of_what_is_ahead() -> None:
+    lanes = Lanes()
+    assert lanes.share("c") == 0
+    for number in (1, 2, 3):
+        last = lanes.hand(handed(f"head{number}", lane=number))
+    for name in "abcd":
+        lanes.hand(handed(name))
+    assert lanes.share("c") == 2
+    lanes.end(last, go_on=False)
+    lanes.hand(handed("e"))
+    assert lanes.share("c") == 3
+
+
+MOVES = ["lane", "ahead", "end", "cancel", "recall", "line up", "put back"]
+
+
+class Model:
+    """What lanes must hold after the same moves."""
+
+    def __init__(self) -> None:
+        self.lanes = Lanes()
+        self.running: dict[int, Execution] = {}
+        self.lined: dict[int, list[str]] = {}
+        self.ahead: dict[str, list[str]] = {f"class{n}": [] for n in range(3)}
+
+    def hand(self, number: int, which: int, lane: int) -> None:
+        e = self.lanes.hand(handed(str(number), lane, f"class{which}"))
+        if lane:
+            self.running[lane], self.lined[lane] = e, []
+        else:
+            self.ahead[f"class{which}"].append(str(number))
+
+    def end(self, lane: int) -> None:
+        e = self.running.pop(lane)
+        line, row = self.lined[lane], self.ahead[e.handed.class_name]
+        follower = self.lanes.end(e)
+        expected = line.pop(0) if line else row.pop(0) if row else None
+        assert (follower.handed.id if follower else None) == expected
+        if follower is None:
+            del self.lined[lane]
+        else:
+            self.running[lane] = follower
+
+    def line_up(self, number: int) -> None:
+        row = self.ahead[self.running[number].handed.class_name]
+        lane = self.lanes.lane(number)
+        assert lane is not None
+        if row:
+            assert self.lanes.line_up(lane).handed.id == row[0]
+            self.lined[number].append(row.pop(0))
+
+    def put_back(self, lane: int, which: int) -> None:
+        row, line = self.ahead[self.running[lane].handed.class_name], self.lined[lane]
+        e = self.lanes.find(line.pop(which % len(line)), 1) if line else None
+        if e is not None:
+            self.lanes.put_back(e)
+            row.append(e.handed.id)
+            row.sort(key=int)
+
+    def check(self) -> None:
+        counts = {name: len(row) for name, row in self.ahead.items()}
+        for lane, line in self.lined.items():
+            counts[self.running[lane].handed.class_name] += len(line)
+        assert self.lanes.ahead() == {name: count for name, count in counts.items() if count}
+        assert {number for number, _, _ in self.lanes.lanes()} == set(self.running)
+        assert len(self.lanes) == len(self.running) + sum(counts.values())
+
+
+@given(st.lists(st.tuples(st.sampled_from(MOVES), st.integers(0, 2))))
+def test_every_lane_has_one_task_and_no_task_is_lost(moves: list[tuple[str, int]]) -> None:
+    model = Model()
     for number, (move, which) in enumerate(moves, 1):
-        name = f"class{which}"
-        row = ahead.setdefault(name, [])
-        if move == "lane":
-            running[number] = lanes.hand(handed(str(number), number, name))
-        elif move == "ahead":
-            lanes.hand(handed(str(number), 0, name))
-            row.append(str(number))
-        elif move == "end" and running:
-            lane, e = min(running.items())
-            follower = lanes.end(e)
-            expected = ahead.get(e.handed.class_name) or [None]
-            assert (follower.handed.id if follower else None) == expected[0]
-            if follower is None:
-                del running[lane]
-            else:
-                del expected[0]
-                running[lane] = follower
+        row = model.ahead[f"class{which}"]
+        if move in ("lane", "ahead"):
+            model.hand(number, which, number if move == "lane" else 0)
         elif move == "cancel" and row:
-            found = lanes.find(row.pop(0), 1)
-            assert found is not None
-            lanes.end(found)
+            canceled = model.lanes.find(row.pop(0), 1)
+            assert canceled is not None
+            model.lanes.end(canceled)
         elif move == "recall":
-            assert [e.handed.id for e in lanes.recall(name, 2)] == row[-2:]
+            assert [e.handed.id for e in model.lanes.recall(f"class{which}", 2)] == row[-2:]
             del row[-2:]
-        assert {lane for lane, _, _ in lanes.lanes()} == set(running)
-        assert lanes.ahead() == {key: len(names) for key, names in ahead.items() if names}
-        assert len(lanes) == len(running) + sum(map(len, ahead.values()))
+        elif model.running and move == "end":
+            model.end(min(model.running))
+        elif model.running and move == "line up":
+            model.line_up(min(model.running))
+        elif model.running and move == "put back":
+            model.put_back(min(model.running), which)
+        model.check()
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
@@ -239,10 +320,36 @@ def test_what_is_stopped_while_its_launch_hangs_hangs(ladder: Ladder) -> None:
     assert steps(ladder, 10.0) == [Step.HANGS]
 
 
+def test_what_is_lined_up_has_no_deadline_until_it_is_withdrawn_or_its_turn(ladder: Ladder) -> None:
+    e, other = Execution(1, handed("a")), Execution(2, handed("b"))
+    for lined in (e, other):
+        lined.phase = Phase.LINED
+        ladder.lined(lined)
+    assert ladder.next() is None
+    assert ladder.withdraw(e, 1.0) is Step.WITHDRAW
+    assert ladder.withdrawing(e) and not ladder.withdrawing(other)
+    assert ladder.withdraw(e, 2.0) is None
+    ladder.launching(other, 2.0)
+    assert ladder.due(10.9) == []
+    assert ladder.due(11.0) == [(e, Step.HANGS)]
+    assert ladder.due(12.0) == [(other, Step.HANGS)]
+
+
+def test_what_is_stopped_while_it_is_lined_up_is_withdrawn_or_ended_when_it_has_started(ladder: Ladder) -> None:
+    e = Execution(1, handed("a"))
+    e.phase = Phase.LINED
+    ladder.lined(e)
+    assert ladder.stop(e, "canceled", 4.0, 1.0) is Step.WITHDRAW
+    assert ladder.stop(e, "pilot ended", 2.0, 1.0) is None
+    ladder.launching(e, 2.0)
+    assert ladder.started(e, 1000.0, 3.0) is Step.TERM
+    assert (e.reason, ladder.due(5.0)) == ("canceled", [(e, Step.KILL)])
+
+
 def test_leftovers_get_the_grace_and_cannot_change_the_outcome(ladder: Ladder) -> None:
     e = launched(ladder, limit=2.0)
     ladder.started(e, 1000.0, 0.0)
-    assert ladder.exited(e, exited(1, left=2), 1.0) is Step.TERM
+    assert ladder.exited(e, 1.0) is Step.TERM
     assert ladder.stop(e, "canceled", 1.0, 1.5) is None
     assert e.reason == ""
     assert steps(ladder, 2.5) == [Step.KILL]
@@ -253,5 +360,5 @@ def test_leftovers_of_what_is_being_ended_do_not_get_more_time(ladder: Ladder) -
     e = launched(ladder)
     ladder.started(e, 1000.0, 0.0)
     ladder.stop(e, "canceled", 2.0, 0.0)
-    assert ladder.exited(e, exited(1, left=1), 1.9) is None
+    assert ladder.exited(e, 1.9) is None
     assert steps(ladder, 2.0) == [Step.KILL]

@@ -61,6 +61,21 @@ def m(home: Home) -> Iterator[LocalManager]:
     assert home.manager.list() == {}
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., LocalManager]]:
+    """Starts managers in tmp_path, or in ``wd``; what a failed test has left of them ends with it."""
+    started: list[LocalManager] = []
+
+    def start_one(*args: Any, wd: Path = tmp_path) -> LocalManager:
+        started.append(LocalManager(["--wd", wd, *args], {"wdir": wd}))
+        return started[-1]
+
+    yield start_one
+    for manager in started:
+        manager.cleanup()
+    assert not left_of(str(tmp_path))
+
+
 def aux_of(wd: Path) -> Path:
     (found,) = wd.glob(".qcgpjm-service-*")
     return found
@@ -304,13 +319,39 @@ def test_environment_and_functions_reach_the_tasks(tmp_path: Path) -> None:
     code = """
 from pilotq.broker.qcg import Jobs, LocalManager
 m = LocalManager(["--nodes", "1"])
-m.wait4(m.submit(Jobs().add(script="module load $MINE $ITS", env={"ITS": 3}, stdout="out")), 60)
+jobs = Jobs().add(script="module call $MINE $ITS", env={"ITS": 3}, stdout="out")
+m.wait4(m.submit(jobs.add(exec="echo", args=["$MINE"], modules=["a", "b"], stdout="loaded")), 60)
 m.finish()
 """
     with python(code, tmp_path, shell='module() { echo "it is $*"; }; export -f module; exec', MINE="x y") as process:
         pass
     assert process.returncode == 0
-    assert (tmp_path / "out").read_text() == "it is load x y 3\n"
+    assert (tmp_path / "out").read_text() == "it is call x y 3\n"
+    assert (tmp_path / "loaded").read_text() == "it is load a b\nx y\n"
+
+
+def test_programs_as_its_users_write_them(home: Home, m: LocalManager) -> None:
+    (home.wd / "log_task").mkdir()
+    (home.wd / "task.sh").write_text("echo task $QCG_PM_NPROCS")
+    jobs = Jobs()
+    for number in (1, 2):
+        jobs.add(
+            name=f"TaskID{number}", exec="bash", args=["-l", str(home.wd / "task.sh")], model="default",
+            stdout=f"log_task/TaskID{number}_${{jname}}__${{uniq}}.stdout", numCores={"exact": number},
+        )  # fmt: skip
+    ids = m.submit(jobs)
+    m.wait4(ids)
+    assert {job["data"]["status"] for job in m.info(ids)["jobs"].values()} == {"SUCCEED"}
+    outputs = sorted((home.wd / "log_task").iterdir())
+    assert [path.read_text() for path in outputs] == ["task 1\n", "task 2\n"]
+    assert [path.name[:16] for path in outputs] == ["TaskID1_TaskID1_", "TaskID2_TaskID2_"]
+
+    generate = m.submit(Jobs().add(exec="seq", args=[3], stdout="in", iteration=1, numCores={"exact": 1}))
+    m.wait4(generate)
+    average = m.submit(Jobs().add(exec="sort", args=["-r"], stdin="in", stdout="sorted", after=generate))
+    m.wait4all()
+    assert m.status(average)["jobs"][average[0]]["data"]["status"] == "SUCCEED"
+    assert (home.wd / "sorted").read_text() == "3\n2\n1\n"
 
 
 # -- the service ------------------------------------------------------------------------------------------------------
@@ -341,8 +382,8 @@ def test_a_child_of_the_program_does_not_end_the_pilot(home: Home, m: LocalManag
     assert m.wait4(m.submit(Jobs().add(name="a", exec="true")), LONG) == {"a": "SUCCEED"}
 
 
-def test_finish_gives_running_jobs_time_and_leaves_nothing(tmp_path: Path) -> None:
-    manager = LocalManager(["--wd", tmp_path, "--nodes", "1"], {"wdir": tmp_path})
+def test_finish_gives_running_jobs_time_and_leaves_nothing(start: Callable[..., LocalManager], tmp_path: Path) -> None:
+    manager = start("--nodes", "1")
     manager.submit(Jobs().add(script="sleep 1; touch done"))
     manager.finish()
     assert (tmp_path / "done").exists() and not left_of(str(tmp_path))
@@ -351,25 +392,21 @@ def test_finish_gives_running_jobs_time_and_leaves_nothing(tmp_path: Path) -> No
         manager.list()
 
 
-def test_resume_in_one_directory(tmp_path: Path) -> None:
-    args = ["--wd", tmp_path, "--nodes", "2"]
-    first = LocalManager(args, {"wdir": tmp_path})
+def test_resume_in_one_directory(start: Callable[..., LocalManager], tmp_path: Path) -> None:
+    first = start("--nodes", "2")
     script = "echo ${it} >> runs; [ ${it} -lt 2 ] || [ -e gate ] || sleep 600"
     first.submit(Jobs().add(name="its", script=script, iteration=["a", "b", "c", "d", "e"]))
     first.wait4(["its:0", "its:1"], LONG)
-    wait_until(lambda: (tmp_path / "runs").read_text().split() == ["0", "1", "2", "3"])
+    wait_until(lambda: sorted((tmp_path / "runs").read_text().split()) == ["0", "1", "2", "3"])
     first.kill_manager_process()
     first.cleanup()
     (tmp_path / "gate").touch()
-    second = LocalManager([*args, "--resume", tmp_path], {"wdir": tmp_path})
-    try:
-        second.wait4all(LONG)
-        info = second.info_parsed("its", withChilds=True)["its"]
-        assert info.status == "SUCCEED" and [c.status for c in info.childs or []] == ["SUCCEED"] * 5
-    finally:
-        second.finish()
+    second = start("--nodes", "2", "--resume", tmp_path)
+    second.wait4all(LONG)
+    info = second.info_parsed("its", withChilds=True)["its"]
+    assert info.status == "SUCCEED" and [c.status for c in info.childs or []] == ["SUCCEED"] * 5
     runs = (tmp_path / "runs").read_text().split()
-    assert runs[:4] == ["0", "1", "2", "3"] and sorted(runs[4:]) == ["2", "3", "4"]
+    assert sorted(runs) == ["0", "1", "2", "2", "3", "3", "4"], "what had ended is not run again"
     aux_of(tmp_path)
 
 
@@ -392,29 +429,21 @@ def test_services_that_cannot_start(tmp_path: Path) -> None:
     assert not left_of(str(tmp_path))
 
 
-def test_a_directory_deeper_than_a_socket_path_may_be_long(tmp_path: Path) -> None:
+def test_a_directory_deeper_than_a_socket_path_may_be_long(start: Callable[..., LocalManager], tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
-    manager = LocalManager(["--wd", deep, "--nodes", 1], {"wdir": deep})
-    try:
-        assert manager.wait4(manager.submit(Jobs().add(name="a", exec="pwd", stdout="out")), LONG) == {"a": "SUCCEED"}
-    finally:
-        manager.finish()
+    manager = start("--nodes", 1, wd=deep)
+    assert manager.wait4(manager.submit(Jobs().add(name="a", exec="pwd", stdout="out")), LONG) == {"a": "SUCCEED"}
     assert (deep / "out").read_text() == f"{deep}\n"
 
 
-def test_waits_outlive_the_server_and_end_with_the_pilot(tmp_path: Path) -> None:
-    manager = LocalManager(["--wd", tmp_path, "--nodes", 1], {"wdir": tmp_path})
-    try:
-        ids = manager.submit(Jobs().add(name="a", script="sleep 1").add(name="b", script="sleep 600", after="a"))
-        server = int((aux_of(tmp_path) / "server" / "server.pid").read_text())
-        os.kill(server, signal.SIGKILL)
-        assert manager.wait4("a", LONG) == {"a": "SUCCEED"}
-        who = holder(str(aux_of(tmp_path) / "lock"))
-        assert who is not None
-        os.kill(who.pid, signal.SIGTERM)
-        with pytest.raises(errors.ConnectionError):
-            manager.wait4(ids, LONG)
-    finally:
-        manager.cleanup()
-    assert not left_of(str(tmp_path))
+def test_waits_outlive_the_server_and_end_with_the_pilot(start: Callable[..., LocalManager], tmp_path: Path) -> None:
+    manager = start("--nodes", 1)
+    ids = manager.submit(Jobs().add(name="a", script="sleep 1").add(name="b", script="sleep 600", after="a"))
+    os.kill(int((aux_of(tmp_path) / "server" / "server.pid").read_text()), signal.SIGKILL)
+    assert manager.wait4("a", LONG) == {"a": "SUCCEED"}
+    supervisor = holder(str(aux_of(tmp_path) / "lock"))
+    assert supervisor is not None
+    os.kill(supervisor.pid, signal.SIGTERM)
+    with pytest.raises(errors.ConnectionError):
+        manager.wait4(ids, LONG)

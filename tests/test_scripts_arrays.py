@@ -249,6 +249,7 @@ def test_after_each(engine: Engine) -> None:
     engine.end([two])
     engine.release()
     assert (engine.status(b), engine.list(HIGH), engine.registry("deferred")) == ("started", [f"{b}_1"], [])
+    assert f"{b}:0" in engine.registry("wip")
     (handed,) = engine.claim(5, HIGH)
     assert (handed.index, handed.position, handed.retries, handed.array, handed.execution) == (1, 1, 1, b, 1)
     assert engine.end([handed], "failed", "exit") == ["retry"]
@@ -281,6 +282,8 @@ def test_after_each_of_several_arrays_counts_every_one_once(engine: Engine) -> N
     assert engine.list(HIGH) == [f"{c}_0"]
     engine.end(second[1:], "failed", "exit")
     engine.release()
+    assert keys.each(c) + ":seen" in engine.all_keys()
+    assert engine.link.call("HKEYS", keys.each(c) + ":seen") == [b"w1"]
     assert engine.run_all(HIGH) == [f"{c}_0"]
     assert engine.bits(c, 2) == "13"
     assert engine.nothing_left()

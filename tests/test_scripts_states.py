@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from importlib.resources import files
-
 import pytest
 
 from pilotq.broker import keys
-from pilotq.broker.errors import StateLost, Superseded
-from pilotq.broker.link import ReplyError
 from pilotq.broker.records import Handed, Stop
 from pilotq.broker.states import ENDED, EVENT_SCRIPTS, STATUSES, TABLE
-from pilotq.broker.store import Slot, Store
+from pilotq.broker.store import Store
 from pilotq.broker.submit import submit
 from tests.engine import EPOCH, NODE, ONE, SHARED, Engine, fixtures, task
 
 engine, server, node = fixtures
-NO_TRANSITION = {"lib", "beat", "heads", "launched", "leave", "register", "settle", "tidy", "trim", "write"}
-SCRIPTS = {
-    f.name.removesuffix(".lua"): f.read_text()
-    for f in files("pilotq.broker.scripts").iterdir()
-    if f.name.endswith(".lua")
-}
 EVENTS = tuple(EVENT_SCRIPTS)
 KEY = "submission-of-the-task"
 PARENTS = "default.p5.1c"  # the class of what a deferred task waits for
@@ -317,6 +305,36 @@ def test_a_reported_launch_is_forgotten_when_the_task_waits_again(engine: Engine
     assert engine.store.run("launched", *launch) == 0
 
 
+@pytest.mark.parametrize("event", ["end", "retry", "give back", "cancel"])
+def test_what_the_dispatcher_must_look_at_rings_its_bell(engine: Engine, event: str) -> None:
+    parent, _ = engine.submit(task(name="p", retries=1), task(after=["p"]))
+    handed = engine.claim() if event != "cancel" else []
+    engine.store.run("tidy", engine.store.term, ONE)
+    engine.link.call("DEL", keys.BELL)
+    if event == "end":
+        engine.end(handed)
+    elif event == "retry":
+        engine.end(handed, "failed", "exit")
+    elif event == "give back":
+        engine.give_back(handed)
+    else:
+        engine.cancel(parent)
+    assert engine.link.call("LLEN", keys.BELL) == 1
+    if event in ("retry", "give back"):  # the list is one of RQ's queues again
+        assert engine.link.call("SISMEMBER", keys.QUEUES, keys.queue(ONE)) == 1
+
+
+def test_a_task_that_was_deleted_while_it_ran_counts_as_canceled_once(engine: Engine) -> None:
+    task_id, handed = bring(engine, "started")
+    assert handed is not None
+    engine.link.call("DEL", keys.job(task_id))
+    assert engine.lose([handed]) == ["stale"]  # a report that does not name the class: wip cannot be asked
+    for _ in range(2):
+        assert engine.end([handed]) == ["stale"]
+        assert (engine.registry("wip"), engine.counts()) == ([], {"total": 1, "canceled": 1})
+    assert [(line["id"], line["status"]) for line in engine.journal()] == [(task_id, "canceled")]
+
+
 # -- everything else changes nothing ----------------------------------------------------------------------------------
 
 IMPOSSIBLE = [(s, e) for s in sorted(STATUSES) for e in EVENTS if (s, e) not in TABLE and s != "created"]
@@ -416,70 +434,3 @@ def test_a_repeated_cancel_counts_once(engine: Engine, status: str) -> None:
     after = without_mail(engine)
     before.pop(keys.inbox("n1", 1), None)
     assert after == before
-
-
-# -- other terms and epochs -------------------------------------------------------------------------------------------
-
-TERMED: dict[str, Callable[[Store], object]] = {
-    "heads": lambda s: s.heads([ONE]),
-    "claim": lambda s: s.claim([(ONE, [Slot(NODE, 1, "n1[0]")])]),
-    "release": lambda s: s.release(10),
-    "tidy": lambda s: s.run("tidy", s.term, ONE),
-    "trim": lambda s: s.run("trim", s.term, "finished", "default", "1"),
-    "settle": lambda s: s.run("settle", s.term, "default"),
-}
-
-
-@pytest.mark.parametrize("name", TERMED)
-def test_an_older_term_may_nothing(engine: Engine, name: str) -> None:
-    engine.submit(task())
-    old = Store(engine.link, EPOCH, engine.settings, term=engine.store.term)
-    engine.store.take_term()
-    before = engine.dump()
-    with pytest.raises(Superseded):
-        TERMED[name](old)
-    assert engine.dump() == before
-
-
-@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"lib"}))
-def test_another_epoch_stops_every_script(engine: Engine, name: str) -> None:
-    engine.submit(task())
-    before = engine.dump()
-    with pytest.raises(StateLost):
-        Store(engine.link, "another", engine.settings).run(name, *["1"] * 12)
-    assert engine.dump() == before
-
-
-# -- what headers say -------------------------------------------------------------------------------------------------
-
-
-def test_every_script_is_in_the_table_or_no_transition() -> None:
-    named = set(EVENT_SCRIPTS.values())
-    assert named | NO_TRANSITION == set(SCRIPTS)
-    assert not named & NO_TRANSITION
-    assert {event for _, event in TABLE} == set(EVENT_SCRIPTS)
-    assert {s for s, _ in TABLE} | set(TABLE.values()) <= STATUSES
-
-
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_headers_name_events_arguments_and_answers(name: str) -> None:
-    header = re.match(r"(?:--.*\n)+", SCRIPTS[name])
-    assert header is not None
-    text, code = " ".join(header[0].replace("--", " ").split()), SCRIPTS[name][header.end() :]
-    if name == "lib":
-        return
-    assert text.startswith(f"{name}: ")
-    assert "ARGV: 1 epoch" in text
-    arguments, answers = text.partition("ARGV:")[2].split("Returns", 1)
-    used = {int(n) for n in re.findall(r"ARGV\[(\d+)\]", code)}
-    assert used <= {int(n) for n in re.findall(r"\b(\d+)(?:\.\.\.)? \w", arguments)} | {1, 2}
-    events = {e for e, script in EVENT_SCRIPTS.items() if script == name}
-    assert events <= set(re.findall(r"\w+", text.partition("ARGV:")[0].rpartition("Event")[2])) or not events
-    passed_on = {"finished", "failed", "stopped"}  # answered by cancel as they stand in the record
-    words = set(re.findall(r"return .*?\{?'(\w+)'", code)) | set(re.findall(r"and '(\w+)' or '\w+'", code))
-    assert set(re.findall(r"'(\w+)'", answers)) <= words | passed_on
-
-
-def test_a_broken_script_says_where(engine: Engine) -> None:
-    with pytest.raises(ReplyError):
-        engine.store.run("commit", "k", 1, "x", 1, 1, 1, 1, b"\xc1")

@@ -134,8 +134,12 @@ class _Loop:
             self._node.report(time.monotonic())
         ready = self._wait()
         now = time.monotonic()
+        beat = now >= self._beat_at
+        if beat:
+            self._beat_at = now + self._settings.beat_s
         for launcher in list(self._launchers.living.values()):
-            if launcher.up in ready:
+            # With each beat all of them: one that hangs does not ring for what it has done before.
+            if beat or launcher.bell in ready:
                 for record in launcher.hear():
                     self._node.heard(record, now)
                 if launcher.silent:
@@ -144,7 +148,7 @@ class _Loop:
             self._signal(now)
         self._node.tick(now)
         if self._online:
-            self._talk(ready, now)
+            self._talk(ready, beat, now)
         self._node.launch(now)
 
     def _wait(self) -> Descriptors:
@@ -152,7 +156,7 @@ class _Loop:
         wanted: Descriptors = {self._signals.fileno: select.POLLIN}
         for launcher in self._launchers.living.values():
             if not launcher.silent:
-                wanted[launcher.up] = select.POLLIN
+                wanted[launcher.bell] = select.POLLIN
             if launcher.full:
                 wanted[launcher.down] = select.POLLOUT
         now = time.monotonic()
@@ -170,10 +174,8 @@ class _Loop:
         first = min(moment for moment in moments if moment is not None)
         return dict(self._poll.poll(max(first - now, 0.0) * 1000))
 
-    def _talk(self, ready: Descriptors, now: float) -> None:
-        beat = now >= self._beat_at
+    def _talk(self, ready: Descriptors, beat: bool, now: float) -> None:
         if beat:
-            self._beat_at = now + self._settings.beat_s
             self._link.post_beat({"last_heartbeat": iso(time.time()), "state": "busy" if self._node.busy else "idle"})
         # With each beat the link looks after connections that nothing arrives on any more.
         if beat or self._link.pause(now) <= 0 or any(fd in ready for fd in self._link.filenos()):

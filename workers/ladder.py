@@ -1,8 +1,9 @@
 """One execution on a node, from being handed to its end, as pure book-keeping: times are arguments, nothing is done.
 
     AHEAD ──► WAITING ──► LAUNCHING ──► RUNNING ──► ENDING ──► KILLED
-    (no lane) (a lane)                     │     (SIGTERM sent) (SIGKILL sent)
-                                           └── ends by itself
+    (no lane) (a lane)        ▲            │     (SIGTERM sent) (SIGKILL sent)
+      ◄─────► LINED ──────────┘            └── ends by itself
+         (behind another)
 
 An execution leaves the book when nothing of it lives any more. `Ladder` keeps one deadline for each; what it means
 follows from the phase. `due` moves those whose deadline has come one step on and says what must be done to them.
@@ -23,6 +24,7 @@ UNKILLABLE_S = 30.0  # what lives so long after the first SIGKILL hangs in the k
 
 class Phase(Enum):
     AHEAD = "ahead"  # handed without a lane
+    LINED = "lined"  # the launcher starts it when the one before it on its lane has ended
     WAITING = "waiting"  # has a lane, is not launched yet
     LAUNCHING = "launching"  # the launcher was told
     RUNNING = "running"
@@ -32,9 +34,10 @@ class Phase(Enum):
 
 class Step(Enum):
     ANNOUNCE = "announce"  # it lives longer than a moment: report its start
+    WITHDRAW = "withdraw"  # take it from its line, unless it has been started
     TERM = "term"
     KILL = "kill"
-    HANGS = "hangs"  # its launch was not confirmed in time
+    HANGS = "hangs"  # its launch, or its withdrawal, was not confirmed in time
     UNKILLABLE = "unkillable"
 
 
@@ -43,7 +46,7 @@ class Execution:
 
     __slots__ = (
         "key", "handed", "phase", "lane", "allocation", "launcher", "limit", "limit_at", "grace", "gone_by", "reason",
-        "wish", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live",
+        "wish", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live", "begun", "recalled",
     )  # fmt: skip
 
     def __init__(self, key: int, handed: Handed) -> None:
@@ -67,6 +70,8 @@ class Execution:
         self.stderr = ""
         self.suffix = ""  # of these files until the execution counts
         self.live = ("", "")  # where both outputs can be read while it runs
+        self.begun = False  # the launcher has come to it
+        self.recalled = False  # it is to be given back as soon as it is withdrawn
 
     @property
     def launched(self) -> bool:
@@ -120,13 +125,28 @@ class Ladder:
         self._deadlines = Deadlines()
         self.executions: dict[int, Execution] = {}
 
+    def lined(self, e: Execution) -> None:
+        """The launcher was told to start it after another one; that takes as long as it takes."""
+        self.executions[e.key] = e
+
+    def withdraw(self, e: Execution, now: float) -> Step | None:
+        """Take a lined-up execution back; None when that is under way."""
+        if self.withdrawing(e):
+            return None
+        self._deadlines.set(e.key, now + self._settings.launch_confirm_s)
+        return Step.WITHDRAW
+
+    def withdrawing(self, e: Execution) -> bool:
+        return e.phase is Phase.LINED and self._deadlines.get(e.key) is not None
+
     def launching(self, e: Execution, now: float) -> None:
+        """The launcher was told to start it now, or will have seen by now that it is its turn."""
         e.phase = Phase.LAUNCHING
         self.executions[e.key] = e
         self._deadlines.set(e.key, now + self._settings.launch_confirm_s)
 
     def started(self, e: Execution, at: float, now: float) -> Step | None:
-        """The launcher has confirmed; ``at`` is unix time. TERM when it was asked to end meanwhile."""
+        """It started at ``at`` (unix seconds), which is ``now``. TERM when it was asked to end meanwhile."""
         e.phase = Phase.RUNNING
         e.started = at
         if e.reason:
@@ -138,22 +158,22 @@ class Ladder:
         return None
 
     def stop(self, e: Execution, reason: str, grace: float, now: float) -> Step | None:
-        """End a launched execution; the first reason stands, and the shortest grace."""
+        """End an execution that a launcher knows of; the first reason stands, and the shortest grace."""
         if e.phase is Phase.RUNNING:
             e.reason = reason
             return self._end(e, now + grace)
-        if e.phase is Phase.LAUNCHING:
+        if e.phase is Phase.LAUNCHING or e.phase is Phase.LINED:
             # Its deadline stays the one of the launch: `started` goes on from here.
             e.grace = min(grace, e.grace) if e.reason else grace
             e.reason = e.reason or reason
-        elif e.phase is Phase.ENDING:
+            return self.withdraw(e, now) if e.phase is Phase.LINED else None
+        if e.phase is Phase.ENDING:
             # After the main process has ended its outcome stands: only its leftovers are hurried.
             self._deadlines.set(e.key, min(now + grace, self._deadlines.get(e.key) or now))
         return None
 
-    def exited(self, e: Execution, record: Exited, now: float) -> Step | None:
+    def exited(self, e: Execution, now: float) -> Step | None:
         """The main process ended and left others behind: they are given the usual grace."""
-        e.exited = record
         return self._end(e, now + self._settings.kill_grace_s) if e.phase is Phase.RUNNING else None
 
     def ended(self, e: Execution) -> None:
@@ -174,7 +194,7 @@ class Ladder:
         return Step.TERM
 
     def _step(self, e: Execution, now: float) -> Step | None:
-        if e.phase is Phase.LAUNCHING:
+        if e.phase is Phase.LAUNCHING or e.phase is Phase.LINED:
             return Step.HANGS
         if e.phase is Phase.RUNNING:
             if e.limit and now >= e.limit_at:

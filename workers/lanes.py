@@ -2,23 +2,37 @@
 
 A lane is a reservation that dispatcher and worker both know. The dispatcher opens it by handing a task with its
 number; here it goes from task to task of one class, until none of that class is left, or for ever when a process of
-its last task cannot be killed.
+its last task cannot be killed. Of the tasks handed ahead some are *lined up* on a lane: its launcher knows them
+already. For the dispatcher they are ahead until the lane has come to them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, takewhile
 
 from pilotq.broker.records import Handed
 from pilotq.workers.ladder import Execution, Phase
 
 
+class Lane:
+    """``task`` is the one that has it now."""
+
+    __slots__ = ("allocation", "class_name", "task", "line")
+
+    def __init__(self, task: Execution) -> None:
+        self.allocation = task.handed.allocation
+        self.class_name = task.handed.class_name
+        self.task = task
+        self.line: deque[Execution] = deque()  # lined up behind it, in order
+
+
 class Lanes:
     def __init__(self) -> None:
         self._keys = count(1)
-        self._lanes: dict[int, tuple[str, str]] = {}  # number -> allocation, class
+        self._lanes: dict[int, Lane] = {}  # by number
+        self._lanes_of: Counter[str] = Counter()  # by class
         # Oldest first. OrderedDict: both ends and the middle are taken from, and `dict` is slow at its front.
         self._ahead: dict[str, OrderedDict[int, Execution]] = {}
         self._by_id: dict[str, Execution] = {}
@@ -28,7 +42,8 @@ class Lanes:
         e = Execution(next(self._keys), handed)
         self._by_id[handed.id] = e
         if handed.lane:
-            self._lanes[handed.lane] = (handed.allocation, handed.class_name)
+            self._lanes[handed.lane] = Lane(e)
+            self._lanes_of[handed.class_name] += 1
         else:
             self._ahead.setdefault(handed.class_name, OrderedDict())[e.key] = e
         return e
@@ -39,28 +54,75 @@ class Lanes:
         return e if e is not None and execution in (0, e.handed.execution) else None
 
     def end(self, e: Execution, *, go_on: bool = True) -> Execution | None:
-        """An execution has ended. Its lane goes to the task returned (now WAITING), or is released when None.
+        """An execution has ended. Its lane goes to the task returned, or is released when None.
 
-        One that was ahead leaves its class's row, and no lane is concerned. Without ``go_on`` lanes are released
-        whatever waits.
+        That is the next of its line, still LINED, else the oldest of its class, now WAITING; without ``go_on`` only
+        one of its line. One that had no lane just leaves.
         """
         self._forget(e)
-        if e.phase is Phase.AHEAD:
+        lane = self._lanes.get(e.lane)
+        if lane is None:
             self._leave_row(e)
             return None
-        row = self._ahead.get(e.handed.class_name) if go_on else None
-        if row is None:
-            self._lanes.pop(e.lane, None)
-            return None
-        follower = row.popitem(last=False)[1]
-        if not row:
-            del self._ahead[e.handed.class_name]
-        follower.phase, follower.lane, follower.allocation = Phase.WAITING, e.lane, e.allocation
+        if lane.line:
+            follower = lane.line.popleft()
+        else:
+            row = self._ahead.get(lane.class_name) if go_on else None
+            if row is None:
+                self._close(e.lane, lane)
+                return None
+            follower = self._take(lane.class_name, row)
+            follower.phase, follower.lane, follower.allocation = Phase.WAITING, e.lane, lane.allocation
+        lane.task = follower
         return follower
 
     def withhold(self, e: Execution) -> None:
         """An execution that cannot be killed: it is gone from here, its lane stays taken for ever."""
         self._forget(e)
+
+    # -- lines -----------------------------------------------------------------------------------------------------
+
+    def lane(self, number: int) -> Lane | None:
+        return self._lanes.get(number)
+
+    def share(self, class_name: str) -> int:
+        """How many of the tasks of a class that are ahead one of its lanes may line up, so that all get some."""
+        row = self._ahead.get(class_name)
+        return -(-len(row) // self._lanes_of[class_name]) if row else 0
+
+    def next(self, class_name: str) -> Execution | None:
+        """The oldest task of a class that is ahead."""
+        row = self._ahead.get(class_name)
+        return next(iter(row.values())) if row else None
+
+    def line_up(self, lane: Lane) -> Execution:
+        """Put the `next` one of its class, now LINED, at the end of a lane's line."""
+        e = self._take(lane.class_name, self._ahead[lane.class_name])
+        e.phase, e.lane, e.allocation = Phase.LINED, lane.task.lane, lane.allocation
+        lane.line.append(e)
+        return e
+
+    def unline(self, e: Execution) -> None:
+        """Take one out of its line: it has no lane."""
+        self._lanes[e.lane].line.remove(e)
+        e.lane, e.allocation = 0, ""
+
+    def put_back(self, e: Execution) -> None:
+        """Take one out of its line, to where it stood in the row of its class: AHEAD again."""
+        self.unline(e)
+        e.phase = Phase.AHEAD
+        row = self._ahead.setdefault(e.handed.class_name, OrderedDict())
+        row[e.key] = e
+        older = list(takewhile(lambda key: key < e.key, row))  # they came back before
+        for key in (e.key, *reversed(older)):
+            row.move_to_end(key, last=False)
+
+    def newest_lined(self, class_name: str, most: int) -> list[Execution]:
+        """Up to ``most`` of the tasks of a class that are lined up, the newest first."""
+        lined = [e for lane in self._lanes.values() if lane.class_name == class_name for e in lane.line]
+        return sorted(lined, key=lambda e: -e.key)[:most]
+
+    # -- giving back -----------------------------------------------------------------------------------------------
 
     def recall(self, class_name: str, most: int) -> list[Execution]:
         """Take out up to ``most`` of the tasks of a class that are ahead, the newest ones; returned in their order."""
@@ -78,13 +140,27 @@ class Lanes:
         """Take out every task that is ahead."""
         return [e for name in list(self._ahead) for e in self.recall(name, len(self._ahead[name]))]
 
+    def recall_these(self, tasks: list[Execution]) -> list[Execution]:
+        """Take out those of the tasks that are ahead; returned in their order."""
+        taken = sorted((e for e in tasks if e.phase is Phase.AHEAD), key=lambda e: e.key)
+        for e in taken:
+            self._forget(e)
+            self._leave_row(e)
+        return taken
+
+    # -- what is here ----------------------------------------------------------------------------------------------
+
     def lanes(self) -> list[tuple[int, str, str]]:
         """(number, allocation, class) of each lane."""
-        return [(number, allocation, name) for number, (allocation, name) in self._lanes.items()]
+        return [(number, lane.allocation, lane.class_name) for number, lane in self._lanes.items()]
 
     def ahead(self) -> dict[str, int]:
-        """How many tasks are ahead, by class."""
-        return {name: len(row) for name, row in self._ahead.items()}
+        """How many tasks are ahead, by class, with those that are lined up."""
+        counts = Counter({name: len(row) for name, row in self._ahead.items()})
+        for lane in self._lanes.values():
+            if lane.line:
+                counts[lane.class_name] += len(lane.line)
+        return dict(counts)
 
     def __len__(self) -> int:
         """Tasks that are here, launched or not."""
@@ -93,13 +169,22 @@ class Lanes:
     def __iter__(self) -> Iterator[Execution]:
         return iter(list(self._by_id.values()))
 
+    def _take(self, class_name: str, row: OrderedDict[int, Execution]) -> Execution:
+        e = row.popitem(last=False)[1]
+        if not row:
+            del self._ahead[class_name]
+        return e
+
+    def _close(self, number: int, lane: Lane) -> None:
+        del self._lanes[number]
+        self._lanes_of[lane.class_name] -= 1
+
     def _forget(self, e: Execution) -> None:
         # A newer execution of the same task may have been handed to us meanwhile: that one stays.
         if self._by_id.get(e.handed.id) is e:
             del self._by_id[e.handed.id]
 
     def _leave_row(self, e: Execution) -> None:
-        row = self._ahead[e.handed.class_name]
-        del row[e.key]
-        if not row:
+        row = self._ahead.get(e.handed.class_name)
+        if row is not None and row.pop(e.key, None) is not None and not row:
             del self._ahead[e.handed.class_name]

@@ -1,6 +1,6 @@
 """The launcher: a child of a worker's control process that starts and reaps task processes.
 
-    python -m pilotq.workers.launcher --dir <output directory> --node <name> --down <fd> --up <fd>
+    python -m pilotq.workers.launcher --dir <output directory> --node <name> --down <fd> --up <fd> --bell <fd>
 
 One thread and one loop over the pipe from the control process and the ends of children. It knows nothing of Redis,
 time limits or grace: it does what records say (`workers/wire.py`) and tells what it saw. It lives as long as the
@@ -15,28 +15,36 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 
-from pilotq.workers.capture import NOTHING, Capture, PoolFile
-from pilotq.workers.spawn import Refusal, Spawner
+from pilotq.workers.capture import NOTHING, Capture
+from pilotq.workers.spawn import Refusal, Spawned, Spawner, Surroundings
 from pilotq.workers.sweep import PAUSE_S, Family
 from pilotq.workers.wire import (
     Base,
+    Begun,
     Captured,
     Down,
     Exited,
+    Forget,
     Frames,
     Launch,
-    Quit,
+    Place,
     Refused,
     Signal,
     Started,
     Swept,
     Up,
+    Withdraw,
+    Withdrawn,
     frame,
 )
 
 POLL_S = 0.02  # between two looks at leftovers; the end of one that is our child wakes us sooner
 REPORT_MAX = 64  # records in a frame; more of them would make the control process wait for the first
+YOUNG_S = 0.02  # what has ended by then, and left nothing, is not said to have started: its end says it
+BELL_S = 0.005  # how long the ends of lines that go on wait for company before the control process is woken
+BELL_ENDS = 16  # ... or until there are so many
 READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped for each read
 END_S = 5.0  # how long the last sweep may take; what lives then hangs in the kernel
 PR_SET_CHILD_SUBREAPER = 36
@@ -47,43 +55,55 @@ IGNORED = (
 )  # fmt: skip
 
 
+Line = deque[tuple[Launch, Surroundings | None]]  # launches that are to be started one after the other
+
+
 class Running:
     """One launch that was started and of which something lives."""
 
-    __slots__ = ("key", "name", "began", "stdout", "stderr", "killed")
+    __slots__ = ("key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "line")
 
-    def __init__(self, key: int, name: str, began: float, stdout: PoolFile | None, stderr: PoolFile | None) -> None:
-        self.key = key
-        self.name = name  # <id>.<execution>: of output files that are kept
-        self.began = began  # monotonic seconds
-        self.stdout = stdout
-        self.stderr = stderr
+    def __init__(self, launch: Launch, spawned: Spawned, line: Line) -> None:
+        self.key = launch.key
+        self.name = f"{launch.id}.{launch.execution}"  # of output files that are kept
+        self.pid = spawned.pid
+        self.began = time.monotonic()
+        self.started = time.time()
+        self.stdout = spawned.stdout
+        self.stderr = spawned.stderr
         self.killed = False  # SIGKILL was sent: what appears later gets it too
+        self.line = line
 
 
 class Launcher:
-    """``down`` and ``up`` are the ends of the pipes that are ours; ``directory`` is absolute."""
+    """``down``, ``up`` and ``bell`` are the ends of the pipes that are ours; ``directory`` is absolute."""
 
-    def __init__(self, directory: str, node: str, down: int, up: int) -> None:
+    def __init__(self, directory: str, node: str, down: int, up: int, bell: int) -> None:
         self._down = down
         self._up = up
+        self._bell = bell
         self._frames: Frames[Down] = Frames(Down)  # type: ignore[arg-type]
         self._capture = Capture(directory, node)
         self._spawner = Spawner(self._capture)
         self._family = Family()
         self._running: dict[int, Running] = {}
         self._ended: dict[int, Running] = {}  # their main process ended, others live
+        self._young: dict[int, Running] = {}  # not said to have started, oldest first
+        self._lines: dict[int, Line] = {}  # behind all that run or ended, and with all that are lined up
+        self._going: deque[Line] = deque()  # their first one may start
         self._records: list[Up] = []
         self._unsent = bytearray()
         self._waiting = False  # for the pipe to take more
+        self._deaf = False  # nobody reads any more
+        self._news = 0  # ends that the bell was not rung for
+        self._ring_at = 0.0  # monotonic: when they are old enough
         self._look_at = 0.0  # monotonic: when what is left of ended launches is looked at again
-        self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGCHLD, _woken)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        os.set_blocking(up, False)
+        self._children = _child_signals()
+        for end in (up, bell):
+            os.set_blocking(end, False)
         self._poll = select.epoll()
         self._poll.register(down, select.EPOLLIN)
-        self._poll.register(self._wake, select.EPOLLIN)
+        self._poll.register(self._children, select.EPOLLIN)
 
     def run(self) -> None:
         """Returns when the control process says so or is gone; nothing that was started lives then."""
@@ -95,42 +115,116 @@ class Launcher:
 
     def _turn(self) -> bool:
         """Wait for something, do what it asks for; False when the pipe has closed or Quit came."""
-        goes_on = True
-        for fd, _ in self._poll.poll(POLL_S if self._ended else -1):
+        for fd, _ in self._poll.poll(self._pause()):
             if fd == self._down:
-                goes_on = self._receive()
-            elif fd == self._wake:
-                os.read(self._wake, 4096)
+                if not self._receive():
+                    return False
+            elif fd == self._children:
+                os.read(self._children, 128)
                 self._reap()
-        if self._ended and time.monotonic() >= self._look_at:
+            else:
+                self._flush()
+        now = time.monotonic()
+        if self._ended and now >= self._look_at:
             self._look()
-        return self._flush() and goes_on
+        if self._young:
+            self._confirm(now)
+        while self._going and not self._waiting:
+            self._go_on(self._going.popleft())
+        self._flush()
+        if self._news and (self._news >= BELL_ENDS or now >= self._ring_at):
+            self._ring()
+        return not self._deaf
+
+    def _pause(self) -> float:
+        """Seconds until something is to be done though nothing happens; -1: for ever."""
+        moments = [self._look_at] if self._ended else []
+        if self._young:
+            moments.append(next(iter(self._young.values())).began + YOUNG_S)
+        if self._news:
+            moments.append(self._ring_at)
+        return max(min(moments) - time.monotonic(), 0.0) if moments else -1
 
     def _receive(self) -> bool:
         data = os.read(self._down, READ_BYTES)
         for record in self._frames.feed(data):
             if isinstance(record, Launch):
                 self._launch(record)
+            elif isinstance(record, Withdraw):
+                self._withdraw(record.key)
             elif isinstance(record, Signal):
                 self._signal(record.key, record.signal)
-            elif isinstance(record, Base):
+            elif isinstance(record, (Base, Place)):
                 self._spawner.add(record)
-            elif isinstance(record, Quit):
-                return False
+            elif isinstance(record, Forget):
+                self._spawner.forget()
+            else:
+                return False  # Quit
         return bool(data)
 
     def _launch(self, launch: Launch) -> None:
+        line = self._lines.get(launch.after)
+        if line is None:
+            line = deque()
+            self._going.append(line)
+        self._lines[launch.key] = line
+        line.append((launch, self._spawner.surroundings(launch)))
+
+    def _go_on(self, line: Line) -> None:
+        """Start the first one of a line."""
+        if not line:
+            return
+        launch, around = line[0]
+        key = launch.key
+        self._report(Begun(key))
+        self._flush()
+        if self._waiting:
+            self._going.appendleft(line)  # not before who reads the pipe after our death can know of it
+            return
+        line.popleft()
         began = time.monotonic()
         try:
-            spawned = self._spawner.spawn(launch)
+            spawned = self._spawner.spawn(launch, around)
         except Refusal as refusal:
-            self._report(Refused(launch.key, refusal.reason, str(refusal)))
+            self._report(Refused(key, refusal.reason, str(refusal)))
+            self._leave(key, line)
+            self._urge()
             return
-        self._family.born(launch.key, spawned.pid, spawned.env, began)
-        out, err = spawned.stdout, spawned.stderr
-        self._running[launch.key] = Running(launch.key, f"{launch.id}.{launch.execution}", began, out, err)
+        self._family.born(key, spawned.pid, spawned.env, began)
+        self._running[key] = self._young[key] = Running(launch, spawned, line)
+
+    def _leave(self, key: int, line: Line) -> None:
+        """Nothing is left of a launch: its line goes on."""
+        del self._lines[key]
+        if line:
+            self._going.append(line)
+            if not self._news:
+                self._ring_at = time.monotonic() + BELL_S
+            self._news += 1
+        else:
+            self._urge()
+
+    def _withdraw(self, key: int) -> None:
+        for item in self._lines.get(key, ()):
+            if item[0].key == key:
+                self._lines.pop(key).remove(item)
+                self._report(Withdrawn(key))
+                self._urge()
+                return
+
+    def _confirm(self, now: float) -> None:
+        """Say of what has lived for a moment that it has started."""
+        for running in list(self._young.values()):
+            if now < running.began + YOUNG_S:
+                break
+            self._say_started(running, now)
+
+    def _say_started(self, running: Running, now: float) -> None:
+        del self._young[running.key]
+        out, err = running.stdout, running.stderr
         paths = out.path if out else "", err.path if err else ""
-        self._report(Started(launch.key, spawned.pid, time.time(), *paths))
+        self._report(Started(running.key, running.pid, running.started, now - running.began, *paths))
+        self._urge()
 
     def _signal(self, key: int, number: int) -> None:
         running = self._running.get(key) or self._ended.get(key)
@@ -142,6 +236,7 @@ class Launcher:
         """Wait for every child that has ended, then see what is left of those that were main processes."""
         # First all, then the judgement: what a main process leaves as a zombie must not count as alive.
         records = []
+        now = 0.0
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -154,16 +249,24 @@ class Launcher:
                 self._look_at = 0.0  # it may have been the last one of its launch
             else:
                 running = self._running.pop(key)
-                seconds = time.monotonic() - running.began
+                now = time.monotonic()
+                seconds = now - running.began
                 cpu = usage.ru_utime + usage.ru_stime
-                record = Exited(key, status, time.time(), seconds, cpu, usage.ru_maxrss * 1024, 0, NOTHING, NOTHING)
+                rss = usage.ru_maxrss * 1024
+                record = Exited(key, pid, status, running.started, time.time(), seconds, cpu, rss, 0, NOTHING, NOTHING)
                 records.append((running, record))
         for running, record in records:
-            if self._family.lives(running.key):
-                record.left = self._family.count(running.key)
-                self._ended[running.key] = running
+            key = running.key
+            if self._family.lives(key):
+                if key in self._young:
+                    self._say_started(running, now)
+                record.left = self._family.count(key)
+                self._ended[key] = running
+                self._urge()
             else:
+                self._young.pop(key, None)
                 record.stdout, record.stderr = self._collect(running)
+                self._leave(key, running.line)
             self._report(record)
 
     def _look(self) -> None:
@@ -173,6 +276,7 @@ class Launcher:
             if not self._family.lives(running.key):
                 del self._ended[running.key]
                 self._report(Swept(running.key, time.time(), *self._collect(running)))
+                self._leave(running.key, running.line)
             elif running.killed:
                 self._family.send(running.key, signal.SIGKILL)
         now = time.monotonic()
@@ -191,25 +295,39 @@ class Launcher:
         if len(self._records) >= REPORT_MAX:
             self._flush()
 
-    def _flush(self) -> bool:
-        """Send what was reported, as far as the pipe takes it; False when nobody reads it any more."""
+    def _flush(self) -> None:
+        """Write what was reported, as far as the pipe takes it."""
+        if self._unsent:
+            self._urge()  # the ring at the time was for what came before
         if self._records:
             self._unsent += frame(self._records)
-            self._records = []
+            self._records.clear()
         waiting = False
         while self._unsent and not waiting:
             try:
                 del self._unsent[: os.write(self._up, self._unsent)]
             except BlockingIOError:
                 waiting = True  # never wait here: the control process may be waiting for us to read
+                self._ring()
             except OSError:
-                return False
+                self._deaf = True
+                self._unsent.clear()
         if waiting and not self._waiting:
             self._poll.register(self._up, select.EPOLLOUT)
         elif self._waiting and not waiting:
             self._poll.unregister(self._up)
         self._waiting = waiting
-        return True
+
+    def _urge(self) -> None:
+        """What is reported in this turn cannot wait."""
+        self._news += BELL_ENDS
+
+    def _ring(self) -> None:
+        self._news = 0
+        try:
+            os.write(self._bell, b"!")
+        except OSError:
+            pass  # it is full of rings, or nobody hears any more: then the other pipes have closed, too
 
     def _end(self) -> None:
         """Kill everything below this process, wait for it, remove the files of the pool."""
@@ -225,8 +343,16 @@ class Launcher:
         self._capture.close()
 
 
-def _woken(_signal: int, _frame: object) -> None:
-    """Python wants a handler where the wake-up descriptor is written."""
+def _child_signals() -> int:
+    """A descriptor that is readable when a child has ended. SIGCHLD interrupts nothing any more; tasks get no mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    words = (ctypes.c_ulong * (128 // ctypes.sizeof(ctypes.c_ulong)))()
+    bits = 8 * ctypes.sizeof(ctypes.c_ulong)
+    words[(signal.SIGCHLD - 1) // bits] = 1 << (signal.SIGCHLD - 1) % bits
+    fd = ctypes.CDLL(None, use_errno=True).signalfd(-1, words, os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "no descriptor for the ends of children")
+    return int(fd)
 
 
 def _become_subreaper() -> None:
@@ -249,8 +375,8 @@ def main(argv: list[str]) -> None:
                 os.set_inheritable(int(name), False)
             except OSError:
                 pass  # the descriptor of the listing
-    down, up = int(options["--down"]), int(options["--up"])
-    Launcher(os.path.abspath(options["--dir"]), options["--node"], down, up).run()
+    pipes = [int(options[name]) for name in ("--down", "--up", "--bell")]
+    Launcher(os.path.abspath(options["--dir"]), options["--node"], *pipes).run()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from pilotq.broker.children import Budget, log
 from pilotq.broker.errors import PilotFailed
 from pilotq.broker.settings import Settings
-from pilotq.workers.wire import Base, Down, Frames, Launch, Quit, Signal, Up, frame
+from pilotq.workers.wire import Base, Down, Forget, Frames, Launch, Place, Quit, Signal, Up, Withdraw, frame
 
 NO_SLOT = -1
 CORES_EACH = 32  # launches of one launcher scale to about so many cores of short tasks
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 16  # what its pipe holds
 PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
+KNOWN_MAX = 4000  # bases and places a launcher keeps
 QUIT_S = 8.0  # longer than a launcher takes to kill what it has
 KILLED_S = 1.0
 
@@ -30,7 +31,8 @@ class LaunchersFailedError(PilotFailed):
 class Launcher:
     """One child process, which keeps captured output in ``directory``.
 
-    Records are collected by `launch` and `tell`, and written by `flush`; `hear` returns those that have arrived.
+    Records are collected by `launch` and `tell`, and written by `flush`. `hear` is to be called when ``bell`` is
+    readable, and returns the records that have arrived.
     """
 
     def __init__(self, number: int, slot: int, directory: str, node: str) -> None:
@@ -39,9 +41,11 @@ class Launcher:
         self.aside = False  # gets no more work: it was killed, or told to quit
         self.silent = False  # it has closed its end of the pipe
         self.full = False  # the pipe takes no more for now
+        self.trying = 0  # key of the last launch it has come to
         down, self.down = os.pipe2(os.O_CLOEXEC)
         self.up, up = os.pipe2(os.O_CLOEXEC)
-        for end in (self.up, self.down):
+        self.bell, bell = os.pipe2(os.O_CLOEXEC)
+        for end in (self.down, self.up, self.bell):
             os.set_blocking(end, False)
         try:
             fcntl.fcntl(self.down, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -49,16 +53,17 @@ class Launcher:
             pass  # the user's pages for pipes are used up: the usual 64 KiB do
         command = [
             sys.executable, "-m", "pilotq.workers.launcher", "--dir", directory, "--node", node,
-            "--down", str(down), "--up", str(up),
+            "--down", str(down), "--up", str(up), "--bell", str(bell),
         ]  # fmt: skip
         try:
             self._process = subprocess.Popen(
-                command, pass_fds=(down, up), stdin=subprocess.DEVNULL, start_new_session=True, cwd=directory
+                command, pass_fds=(down, up, bell), stdin=subprocess.DEVNULL, start_new_session=True, cwd=directory
             )
         finally:
-            os.close(down)
-            os.close(up)
+            for end in (down, up, bell):
+                os.close(end)
         self._bases: set[str] = set()
+        self._places: set[str] = set()
         self._records: list[Down] = []
         self._outgoing = bytearray()
         self._frames: Frames[Up] = Frames(Up)  # type: ignore[arg-type]
@@ -67,13 +72,20 @@ class Launcher:
     def pid(self) -> int:
         return self._process.pid
 
-    def launch(self, base: Base, launch: Launch) -> None:
+    def launch(self, base: Base, place: Place, launch: Launch) -> None:
+        if len(self._bases) + len(self._places) >= KNOWN_MAX:
+            self._bases.clear()
+            self._places.clear()
+            self._records.append(Forget())
         if base.base not in self._bases:
             self._bases.add(base.base)
             self._records.append(base)
+        if place.place not in self._places:
+            self._places.add(place.place)
+            self._records.append(place)
         self._records.append(launch)
 
-    def tell(self, record: Signal | Quit) -> None:
+    def tell(self, record: Withdraw | Signal | Quit) -> None:
         self._records.append(record)
 
     def flush(self) -> None:
@@ -95,13 +107,23 @@ class Launcher:
             del self._outgoing[:written]
 
     def hear(self) -> list[Up]:
-        """Records that have arrived, at most one pipe full; none when nothing came or the launcher is ``silent``."""
+        """All records that have arrived; none when nothing came or the launcher is ``silent``."""
+        records: list[Up] = []
         try:
-            data = os.read(self.up, READ_BYTES)
+            # Before the records: what comes after them rings again. When the launcher has ended it stays readable.
+            os.read(self.bell, READ_BYTES)
         except BlockingIOError:
-            return []
-        self.silent = not data
-        return list(self._frames.feed(data))
+            pass
+        full = True
+        while full:
+            try:
+                data = os.read(self.up, READ_BYTES)
+            except BlockingIOError:
+                break
+            records += self._frames.feed(data)
+            full = len(data) == READ_BYTES
+            self.silent = not data
+        return records
 
     def kill(self) -> None:
         """SIGKILL; may be repeated until `reap`."""
@@ -112,7 +134,7 @@ class Launcher:
     def reap(self, seconds: float | None = None) -> None:
         """Wait until the process has ended and close the pipes; TimeoutExpired if it does not end in time."""
         self._process.wait(seconds)
-        for end in (self.up, self.down):
+        for end in (self.down, self.up, self.bell):
             os.close(end)
 
 

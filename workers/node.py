@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 
 from pilotq.broker.children import log
 from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
+from pilotq.broker.floor import Pace
 from pilotq.broker.node_link import NodeLink, iso
 from pilotq.broker.records import (
     End,
@@ -27,13 +27,28 @@ from pilotq.broker.records import (
 )
 from pilotq.broker.settings import Settings
 from pilotq.workers.ladder import Execution, Ladder, Phase, Step
-from pilotq.workers.lanes import Lanes
+from pilotq.workers.lanes import Lane, Lanes
 from pilotq.workers.launchers import Launcher, Launchers
 from pilotq.workers.prepare import Preparer, UnlaunchableError
 from pilotq.workers.remains import Remains
 from pilotq.workers.report import Outbox, Reporter
-from pilotq.workers.wire import Exited, Refused, Signal, Started, Swept, Up
+from pilotq.workers.reruns import Reruns
+from pilotq.workers.wire import (
+    Base,
+    Begun,
+    Exited,
+    Launch,
+    Place,
+    Refused,
+    Signal,
+    Started,
+    Swept,
+    Up,
+    Withdraw,
+    Withdrawn,
+)
 
+SIGNALS = {Step.TERM: signal.SIGTERM, Step.KILL: signal.SIGKILL}
 FETCH_AGAIN_S = 0.5  # a launch that needs the server while it is away is tried again
 
 
@@ -57,8 +72,11 @@ class Node:
         self._ready: deque[Execution] = deque()  # have a lane: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a lane, but the server was away
         self._fetch_at = 0.0
+        self._pace: dict[str, Pace] = {}  # by class
+        self._begun: set[int] = set()  # lanes that have gone on to another task: `launch` lines up behind it
+        self._withdrawn: list[Execution] = []  # ahead again, and to be given back
         self._starts: list[tuple[str, int, str, str, str, str]] = []
-        self._unpublished: dict[tuple[str, int], tuple[list[str], str]] = {}  # files, suffix
+        self._reruns = Reruns()
         self.leaving = False
 
     @property
@@ -75,7 +93,11 @@ class Node:
             if e is not None:
                 self._stop(e, message.reason, self._settings.kill_grace_s, now)
         elif isinstance(message, Recall):
-            self._give_back(self._lanes.recall(message.class_name, message.count), message.class_name)
+            tasks = self._lanes.recall(message.class_name, message.count)
+            self._give_back(tasks, message.class_name)
+            for e in self._lanes.newest_lined(message.class_name, message.count - len(tasks)):
+                e.recalled = True
+                self._do(e, self._ladder.withdraw(e, now), now)
         elif isinstance(message, Hello):
             # What has ended is no longer in the state: said later, it would be counted a second time.
             self.outbox.flush(now, all_now=True)
@@ -126,15 +148,14 @@ class Node:
         if e is None:
             return  # it was taken from that launcher
         if isinstance(record, Exited):
-            step = self._ladder.exited(e, record, now)
-            if record.left:
-                self._do(e, step, now)
-            else:
-                self._end(e, record.ended, now)
+            self._exited(e, record, now)
+        elif isinstance(record, Begun):
+            e.begun = True
+            self._launchers.living[e.launcher].trying = e.key
         elif isinstance(record, Started):
             e.live = (record.stdout_path or e.stdout + e.suffix, record.stderr_path or e.stderr + e.suffix)
             e.pid = record.pid
-            self._do(e, self._ladder.started(e, record.at, now), now)
+            self._do(e, self._ladder.started(e, record.at, now - record.seconds), now)
         elif isinstance(record, Swept):
             if e.exited is not None:
                 e.exited.stdout, e.exited.stderr = record.stdout, record.stderr
@@ -143,6 +164,32 @@ class Node:
             if not e.reason:
                 e.reason, e.message = record.reason, record.message
             self._end(e, time.time(), now)
+        elif isinstance(record, Withdrawn):
+            self._not_begun(e, now)
+
+    def _exited(self, e: Execution, record: Exited, now: float) -> None:
+        e.exited = record
+        if record.left:
+            self._do(e, self._ladder.exited(e, now), now)
+            return
+        if e.phase is Phase.LAUNCHING and record.status == 0:
+            e.reason = ""  # it ended well before it could be told to end
+        e.pid, e.started = record.pid, record.started
+        self._pace.setdefault(e.handed.class_name, Pace()).add(record.seconds)
+        self._end(e, record.ended, now)
+
+    def _not_begun(self, e: Execution, now: float) -> None:
+        """A launcher that was told of it did nothing, and never will: as if nothing had been."""
+        self._ladder.ended(e)
+        if e.phase is Phase.LAUNCHING:
+            e.phase = Phase.WAITING
+            self._ready.append(e)
+            return
+        self._lanes.put_back(e)
+        if e.reason and e.reason != "pilot ended":
+            self._end(e, time.time(), now)
+        elif e.recalled or self.leaving:
+            self._withdrawn.append(e)
 
     def launcher_ended(self, launcher: Launcher, now: float) -> None:
         """A launcher has died or closed its pipe; it is still to be reaped."""
@@ -150,17 +197,26 @@ class Node:
             log(f"launcher {launcher.number} (process {launcher.pid}) has died")
             self._abandon(launcher, now)
 
-    def _abandon(self, launcher: Launcher, now: float) -> None:
-        """Take everything from a launcher that is dead or hangs, and replace it."""
+    def _hear(self, launcher: Launcher, now: float) -> None:
         while records := launcher.hear():
             for record in records:
                 self.heard(record, now)
-        taken = [e for e in self._ladder.executions.values() if e.launcher == launcher.number]
-        for e in taken:
+
+    def _abandon(self, launcher: Launcher, now: float) -> None:
+        """Take everything from a launcher that is dead or hangs, and replace it."""
+        self._hear(launcher, now)
+        taken = []
+        for e in [e for e in self._ladder.executions.values() if e.launcher == launcher.number]:
+            if not e.begun and launcher.silent:
+                self._not_begun(e, now)  # it is dead, so we have heard of all that began
+                continue
+            if e.phase is Phase.LINED:
+                self._lanes.unline(e)
             self._ladder.ended(e)
             e.phase = Phase.KILLED
             if not e.reason:
                 e.reason = "worker lost"
+            taken.append(e)
         self._remains.add(launcher.number, taken, now)
         if self.leaving:
             launcher.kill()
@@ -185,6 +241,9 @@ class Node:
         if self._postponed and now >= self._fetch_at:
             self._ready.extend(self._postponed.values())
             self._postponed.clear()
+        if self._withdrawn:
+            self._give_back(self._lanes.recall_these(self._withdrawn))
+            self._withdrawn.clear()
 
     def _bury(self, now: float) -> None:
         pids = {launcher.number: launcher.pid for launcher in self._launchers.living.values()}
@@ -197,25 +256,35 @@ class Node:
     def _do(self, e: Execution, step: Step | None, now: float) -> None:
         if step is None:
             return
+        if step is not Step.WITHDRAW:
+            self._withdraw_behind(e, now)
         if step is Step.ANNOUNCE:
             self._starts.append((e.handed.id, e.handed.execution, e.allocation, iso(e.started), *e.live))
         elif step is Step.HANGS:
             self._put_aside(e, now)
         elif step is Step.UNKILLABLE:
             self._withhold(e, now)
-        else:
-            launcher = self._launchers.living.get(e.launcher)
-            if launcher is not None:
-                launcher.tell(Signal(e.key, signal.SIGTERM if step is Step.TERM else signal.SIGKILL))
+        elif (launcher := self._launchers.living.get(e.launcher)) is not None:
+            launcher.tell(Withdraw(e.key) if step is Step.WITHDRAW else Signal(e.key, SIGNALS[step]))
+
+    def _withdraw_behind(self, e: Execution, now: float) -> None:
+        """It takes longer than was thought: what is lined up behind it must be free to go elsewhere."""
+        lane = self._lanes.lane(e.lane)
+        if lane is not None and lane.task is e:
+            for other in list(lane.line):
+                self._do(other, self._ladder.withdraw(other, now), now)
 
     def _put_aside(self, e: Execution, now: float) -> None:
         launcher = self._launchers.living.get(e.launcher)
         if launcher is None:
             return  # it has died at the same moment: its tasks are being buried
-        log(f"launcher {launcher.number} did not confirm the launch of task {e.handed.id}: it is put aside")
-        e.reason = e.reason or "launch hangs"
+        log(f"launcher {launcher.number} does not go on with task {e.handed.id}: it is put aside")
+        self._hear(launcher, now)
+        culprit = self._ladder.executions.get(launcher.trying)
+        if culprit is not None and culprit.phase is Phase.LAUNCHING:
+            culprit.reason = culprit.reason or "launch hangs"
         for other in self._ladder.executions.values():
-            if other.launcher == e.launcher and other is not e and not other.reason:
+            if other.launcher == e.launcher and not other.reason:
                 # It is known why they are lost, and that it is not their doing: their crash limit is not charged.
                 other.reason, other.wish = "worker lost", "free"
         self._abandon(launcher, now)
@@ -223,35 +292,67 @@ class Node:
     # -- launching and ending --------------------------------------------------------------------------------------
 
     def launch(self, now: float) -> None:
-        """Tell the launchers to start whatever has a lane."""
+        """Tell the launchers to start whatever has a lane, and what to start after it."""
         while self._ready:
             e = self._ready.popleft()
             if e.reason:
                 self._end(e, time.time(), now)
-                continue
-            try:
-                base, launch = self._preparer.prepare(e)
-            except (ServerUnavailable, StateLost, Superseded) as error:
-                self._postponed[e.key] = e
-                self._fetch_at = now + FETCH_AGAIN_S
-                if isinstance(error, ServerUnavailable):
-                    continue
-                raise
-            except UnlaunchableError as error:
-                e.reason, e.message = error.reason, str(error)
-                self._end(e, time.time(), now)
-                continue
-            launcher = self._launcher_for(e)
-            e.launcher = launcher.number
-            launcher.launch(base, launch)
-            self._ladder.launching(e, now)
+            elif (prepared := self._prepare(e, 0, now)) is not None:
+                # Of tasks that were lost together one may have killed the launcher, time after time. The last trial
+                # before the crash limit is made alone, so that only that one fails.
+                alone = self._on_trial(e)
+                launcher = self._launchers.alone() if alone else self._launchers.serving(_first_core(e))
+                e.launcher = launcher.number
+                launcher.launch(*prepared)
+                self._ladder.launching(e, now)
+                self._begun.add(e.lane)
+        for number in self._begun:
+            if (lane := self._lanes.lane(number)) is not None and now >= self._fetch_at:
+                self._line_up(lane, now)
+        self._begun.clear()
 
-    def _launcher_for(self, e: Execution) -> Launcher:
-        # Of tasks that were lost together one may have killed the launcher, time after time. The last trial before
-        # the crash limit is made alone, so that only that one fails.
-        if e.handed.crashes + 1 >= self._settings.crash_limit > 1:
-            return self._launchers.alone()
-        return self._launchers.serving(parse_allocation(e.allocation)[0].cores[0])
+    def _line_up(self, lane: Lane, now: float) -> None:
+        """Let short tasks follow the one that has just got a lane, and each other, without asking us."""
+        task, pace = lane.task, self._pace.get(lane.class_name)
+        if pace is None or pace.ends < self._settings.ahead_after_ends or task.reason or self.leaving:
+            return
+        last = lane.line[-1] if lane.line else task
+        launcher = self._launchers.living.get(task.launcher)
+        if launcher is None or launcher.aside or self._on_trial(task) or self._ladder.withdrawing(last):
+            return
+        depth = min(int(self._settings.line_s / max(pace.mean_s, 1e-4)), self._settings.line_max) - len(lane.line)
+        for _ in range(min(depth, self._lanes.share(lane.class_name))):
+            e = self._lanes.next(lane.class_name)
+            if e is None or self._on_trial(e):
+                return
+            self._lanes.line_up(lane)
+            if (prepared := self._prepare(e, last.key, now)) is not None:
+                e.launcher = launcher.number
+                launcher.launch(*prepared)
+                self._ladder.lined(e)
+                last = e
+
+    def _on_trial(self, e: Execution) -> bool:
+        return e.handed.crashes + 1 >= self._settings.crash_limit > 1
+
+    def _prepare(self, e: Execution, after: int, now: float) -> tuple[Base, Place, Launch] | None:
+        """What its launcher is to be told. None when that must wait for the server, or when it has ended for ever."""
+        try:
+            return self._preparer.prepare(e, after)
+        except (ServerUnavailable, StateLost, Superseded) as error:
+            self._fetch_at = now + FETCH_AGAIN_S
+            if e.phase is Phase.LINED:
+                self._lanes.put_back(e)
+            else:
+                self._postponed[e.key] = e
+            if not isinstance(error, ServerUnavailable):
+                raise
+        except UnlaunchableError as error:
+            if e.phase is Phase.LINED:
+                self._lanes.put_back(e)
+            e.reason, e.message = error.reason, str(error)
+            self._end(e, time.time(), now)
+        return None
 
     def _end(self, e: Execution, ended: float, now: float) -> None:
         """Nothing of it lives: its lane goes on, and its end is reported."""
@@ -260,7 +361,10 @@ class Node:
             if (launcher := self._launchers.living.get(e.launcher)) is not None:
                 self._launchers.dismiss(launcher)
         follower = self._lanes.end(e, go_on=not self.leaving)
-        if follower is not None:
+        if follower is not None and follower.phase is Phase.LINED:
+            self._ladder.launching(follower, now)
+            self._begun.add(follower.lane)
+        elif follower is not None:
             self._ready.append(follower)
         seconds = ended - e.started if e.started else -1.0
         self._report(e, ended, End(e.lane, e.handed.class_name, seconds, follower is not None), now)
@@ -278,12 +382,7 @@ class Node:
     def _report(self, e: Execution, ended: float, end: End | None, now: float) -> None:
         report = self._reporter.report(e, ended)
         if e.suffix and e.started:
-            counts = report.wish not in ("lost", "free")
-            files = [path for path in dict.fromkeys((e.stdout, e.stderr)) if path]
-            if counts:
-                self._unpublished[e.handed.id, e.handed.execution] = (files, e.suffix)
-            else:
-                _settle(files, e.suffix, publish=False)
+            self._reruns.add(e, counts=report.wish not in ("lost", "free"))
         self.outbox.add(report, end, now)
 
     def report(self, now: float) -> None:
@@ -293,19 +392,8 @@ class Node:
             self._starts = []
         self.outbox.flush(now)
         for task_id, execution, verdict in self._link.verdicts():
-            if self._unpublished and (found := self._unpublished.pop((task_id, execution), None)):
-                _settle(*found, publish=verdict != "stale")
+            self._reruns.answered(task_id, execution, counts=verdict != "stale")
 
 
-def _settle(files: list[str], suffix: str, *, publish: bool) -> None:
-    """A rerun's output takes the place of the earlier one's when it counts, and goes away when it does not."""
-    for path in files:
-        try:
-            if publish:
-                os.replace(path + suffix, path)
-            else:
-                os.unlink(path + suffix)
-        except FileNotFoundError:
-            pass  # the task, or its user, has moved it
-        except OSError as error:
-            log(f"output {path + suffix} could not be published: {error.strerror}")
+def _first_core(e: Execution) -> int:
+    return parse_allocation(e.allocation)[0].cores[0]

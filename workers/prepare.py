@@ -18,7 +18,7 @@ from pilotq.broker.task import FLAG_ARRAY, FLAG_LOGIN, FLAG_QCG, FLAG_SLURM, FLA
 from pilotq.workers.ladder import Execution
 from pilotq.workers.render import Words, render
 from pilotq.workers.slurm_step import step_environment
-from pilotq.workers.wire import Base, Launch
+from pilotq.workers.wire import Base, Launch, Place
 
 # Values are fetched only for specs that could name one: they are the only words whose content is not at hand.
 VALUE_WORDS = (b"{value}", b"itval")
@@ -32,11 +32,10 @@ class UnlaunchableError(Exception):
         self.reason = reason
 
 
-class Place(NamedTuple):
+class Reservation(NamedTuple):
     """What an allocation means for a task that is launched here."""
 
-    env: dict[str, str]
-    cpus: list[int]  # numbers of real CPUs
+    place: Place
     nodes: tuple[str, ...]
     cores: tuple[int, ...]  # how many on each node
 
@@ -44,7 +43,6 @@ class Place(NamedTuple):
 class Surroundings(NamedTuple):
     base: Base
     cwd: str
-    threads_set: bool  # OMP_NUM_THREADS is the submitter's own
 
 
 class Preparer:
@@ -56,20 +54,21 @@ class Preparer:
         self._real = real
         self._spec = msgspec.msgpack.Decoder(Spec)
         self._surroundings = lru_cache(256)(self._fetch_surroundings)
-        self._place = lru_cache(4096)(self._find_place)
+        self._reservation = lru_cache(4096)(self._find_reservation)
 
-    def prepare(self, e: Execution) -> tuple[Base, Launch]:
-        """The launch of an execution that has a lane, and the base it names; sets its limit and its files.
+    def prepare(self, e: Execution, after: int) -> tuple[Base, Place, Launch]:
+        """The launch of an execution that has an allocation, and what it names; sets its limit and its files.
 
-        Raises UnlaunchableError, and ServerUnavailable when something must be fetched and the server is away.
+        ``after`` is the key of the one it is lined up behind, or 0. Raises UnlaunchableError, and ServerUnavailable
+        when something must be fetched and the server is away.
         """
         handed = e.handed
         try:
             around = self._surroundings(handed.shared)
-            place = self._place(e.allocation)
+            here = self._reservation(e.allocation)
             spec = self._spec.decode(handed.spec)
             if spec.flags & (FLAG_ARRAY | FLAG_QCG):
-                spec = render(spec, self._words(handed, spec, place, around.cwd))
+                spec = render(spec, self._words(handed, spec, here, around.cwd))
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except (PilotqError, msgspec.MsgspecError) as error:
@@ -81,19 +80,19 @@ class Preparer:
         e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
         if handed.execution > 1 and (e.stdout or e.stderr):
             e.suffix = f".{handed.execution}"
-        env = _environment(handed, spec, place, around)
+        env = _environment(handed, spec, here)
         launch = Launch(
-            e.key, handed.id, handed.execution, handed.shared, _argv(spec), env, place.cpus, cwd,
-            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix,
+            e.key, handed.id, handed.execution, handed.shared, e.allocation, _argv(spec), env, cwd,
+            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
-        return around.base, launch
+        return around.base, here.place, launch
 
     def _fetch_surroundings(self, key: str) -> Surroundings:
         shared = self._link.fetch_shared(key)
         env = shared.env or environment(os.environ)  # none stands for the worker's own: --env-policy worker
-        return Surroundings(Base(key, env, shared.umask, shared.limits), shared.cwd, "OMP_NUM_THREADS" in env)
+        return Surroundings(Base(key, env, shared.umask, shared.limits), shared.cwd)
 
-    def _find_place(self, allocation: str) -> Place:
+    def _find_reservation(self, allocation: str) -> Reservation:
         parts = parse_allocation(allocation)
         here = parts[0]
         nodes = tuple(p.node for p in parts)
@@ -104,7 +103,6 @@ class Preparer:
             "PILOTQ_NODES": str(len(nodes)),
             "PILOTQ_NODELIST": ",".join(nodes),
             "PILOTQ_CPUS": ",".join(map(str, here.cores)),
-            "OMP_NUM_THREADS": str(len(here.cores)),
             "QCG_PM_NNODES": str(len(nodes)),
             "QCG_PM_NODELIST": ",".join(nodes),
             "QCG_PM_NPROCS": str(sum(cores)),
@@ -113,9 +111,11 @@ class Preparer:
         }
         if here.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(here.gpus)
-        return Place(env, [self._real.get(core, core) for core in here.cores], nodes, cores)
+        cpus = [self._real.get(core, core) for core in here.cores]
+        place = Place(allocation, env, {"OMP_NUM_THREADS": str(len(here.cores))}, cpus)
+        return Reservation(place, nodes, cores)
 
-    def _words(self, handed: Handed, spec: Spec, place: Place, root: str) -> Words:
+    def _words(self, handed: Handed, spec: Spec, here: Reservation, root: str) -> Words:
         value = None
         if spec.flags & FLAG_VALUES and any(word in bytes(handed.spec) for word in VALUE_WORDS):
             value = self._link.fetch_value(handed.array, handed.position)
@@ -125,9 +125,9 @@ class Preparer:
             index=handed.index,
             value=value,
             position=handed.position,
-            cores=sum(place.cores),
-            nodes=place.nodes,
-            cores_per_node=place.cores,
+            cores=sum(here.cores),
+            nodes=here.nodes,
+            cores_per_node=here.cores,
             root=root,
         )
 
@@ -137,19 +137,14 @@ STEP_CLEAR = (0xF << 76) | (0x3 << 62)
 STEP_SET = (0x4 << 76) | (0x2 << 62)
 
 
-def _environment(handed: Handed, spec: Spec, place: Place, around: Surroundings) -> dict[str, str]:
-    """What the launcher lays over the submitter's environment."""
-    env = dict(place.env)
-    if around.threads_set:
-        del env["OMP_NUM_THREADS"]
-    env["PILOTQ_TASK_ID"] = handed.id
-    env["PILOTQ_EXECUTION"] = str(handed.execution)
-    env["QCG_PM_STEP_ID"] = f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"
+def _environment(handed: Handed, spec: Spec, here: Reservation) -> dict[str, str]:
+    """What is this task's alone; the launcher adds its id and execution."""
+    env = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"}
     if handed.array:
         env["PILOTQ_ARRAY_ID"] = handed.array
         env["PILOTQ_INDEX"] = str(handed.index)
     if spec.flags & FLAG_SLURM:
-        env.update(step_environment(place.nodes, place.cores))
+        env.update(step_environment(here.nodes, here.cores))
     if spec.env:
         env.update(spec.env)
     return env

@@ -14,11 +14,12 @@ import time
 from typing import NamedTuple
 
 from pilotq.workers.capture import Capture, PoolFile
-from pilotq.workers.wire import Base, Launch
+from pilotq.workers.wire import Base, Launch, Place
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
 PROGRAM_S = 1.0  # a program found on PATH is looked for again after this: a newer one may stand in front
 PROGRAMS_MAX = 1000  # of such findings are kept
+READY_MAX = 1000  # surroundings that are kept made ready
 MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 Limit = tuple[int, int, int]  # number of the limit, soft, hard
 
@@ -38,13 +39,19 @@ class Spawned(NamedTuple):
     stderr: PoolFile | None
 
 
-class _Surroundings(NamedTuple):
-    """A Base made ready for use."""
+class Surroundings:
+    """A Base and a Place made ready for use."""
 
-    env: dict[bytes, bytes]
-    umask: int
-    limits: list[Limit]  # to be set for a spawn, only those that differ from ours
-    ours: list[Limit]  # to be set back after it
+    __slots__ = ("env", "umask", "cpus", "wanted", "limits", "ours")
+
+    def __init__(self, base: Base, place: Place) -> None:
+        env = {**place.defaults, **base.env, **place.env}
+        self.env = {name.encode(): value.encode() for name, value in env.items()}
+        self.umask = base.umask
+        self.cpus = place.cpus
+        self.wanted: dict[int, int] | None = base.limits  # None: they are in the next two
+        self.limits: list[Limit] = []  # to be set for a spawn, only those that differ from ours
+        self.ours: list[Limit] = []  # to be set back after it
 
 
 class Spawner:
@@ -57,25 +64,49 @@ class Spawner:
         os.dup2(self._own[0], 0)
         # All signals are at their defaults in a child: exec resets those that are caught, the spawn those ignored.
         self._ignored = [s for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
-        self._given: dict[str, Base] = {}
-        self._bases: dict[str, _Surroundings] = {}
+        self._bases: dict[str, Base] = {}
+        self._places: dict[str, Place] = {}
+        self._ready: dict[tuple[str, str], Surroundings] = {}
         self._programs: dict[tuple[bytes, bytes], tuple[float, bytes]] = {}
         self._home = sorted(os.sched_getaffinity(0))
         self._cpus = self._home
         self._umask = os.umask(0o077)
         os.umask(self._umask)
 
-    def add(self, base: Base) -> None:
-        """Launches may name this base from now on."""
-        self._given[base.base] = base
-        self._bases.pop(base.base, None)
+    def add(self, record: Base | Place) -> None:
+        """Launches may name this base or place from now on."""
+        if isinstance(record, Base):
+            self._bases[record.base] = record
+        else:
+            self._places[record.place] = record
 
-    def spawn(self, launch: Launch) -> Spawned:
-        """Start it, or raise Refusal; whatever is wrong with one launch comes out as that."""
+    def forget(self) -> None:
+        """No launch names any of those that were added any more."""
+        self._bases.clear()
+        self._places.clear()
+        self._ready.clear()
+
+    def surroundings(self, launch: Launch) -> Surroundings | None:
+        """What it names; None if that was not added."""
+        key = (launch.base, launch.place)
+        around = self._ready.get(key)
+        if around is None:
+            base, place = self._bases.get(launch.base), self._places.get(launch.place)
+            if base is None or place is None:
+                return None
+            if len(self._ready) >= READY_MAX:
+                self._ready.clear()
+            around = self._ready[key] = Surroundings(base, place)
+        return around
+
+    def spawn(self, launch: Launch, around: Surroundings | None) -> Spawned:
+        """Start it in its `surroundings`, or raise Refusal; whatever is wrong with one launch comes out as that."""
         opened: list[int] = []
         pool: list[PoolFile] = []
         try:
-            around = self._enter(launch)
+            if around is None:
+                raise Refusal("launch", f"Surroundings {launch.base!r} or place {launch.place!r} were not sent.")
+            self._enter(launch, around)
             env = around.env.copy()
             for name, value in launch.env.items():
                 env[name.encode()] = value.encode()
@@ -99,12 +130,12 @@ class Spawner:
         for file in pool:
             self._capture.give_back(file)
 
-    def _enter(self, launch: Launch) -> _Surroundings:
+    def _enter(self, launch: Launch, around: Surroundings) -> None:
         """Put on what the child inherits."""
-        around = self._bases.get(launch.base)
-        if around is None:
-            around = self._prepare(launch.base)
-        cpus = launch.cpus or self._home
+        if around.wanted is not None:
+            around.limits, around.ours = _find_limits(around.wanted)
+            around.wanted = None
+        cpus = around.cpus or self._home
         if cpus != self._cpus:
             try:
                 os.sched_setaffinity(0, cpus)
@@ -118,23 +149,6 @@ class Spawner:
             os.chdir(launch.cwd)
         except OSError as error:
             raise _refusal(error, launch.cwd, "its working directory cannot be used") from None
-        return around
-
-    def _prepare(self, name: str) -> _Surroundings:
-        base = self._given.get(name)
-        if base is None:
-            raise Refusal("launch", f"Surroundings {name!r} were not sent to this launcher before the task.")
-        limits, ours = [], []
-        for number, wanted in base.limits.items():
-            soft, hard = resource.getrlimit(number)
-            new = _capped(wanted, hard)
-            if new != soft:
-                limits.append((number, new, hard))
-                ours.append((number, soft, hard))
-        env = {key.encode(): value.encode() for key, value in base.env.items()}
-        around = self._bases[name] = _Surroundings(env, base.umask, limits, ours)
-        del self._given[name]
-        return around
 
     def _program(self, argv: list[bytes], env: dict[bytes, bytes]) -> bytes:
         """The file to execute: a name without ``/`` is looked for on the task's own PATH."""
@@ -196,7 +210,7 @@ class Spawner:
         argv: list[bytes],
         env: dict[bytes, bytes],
         files: tuple[int, int, int],
-        around: _Surroundings,
+        around: Surroundings,
     ) -> int:
         stdin, stdout, stderr = files
         null, own_stdout, own_stderr = self._own
@@ -219,6 +233,18 @@ class Spawner:
                 os.dup2(null, 0)
             os.dup2(own_stdout, 1)
             os.dup2(own_stderr, 2)
+
+
+def _find_limits(wanted: dict[int, int]) -> tuple[list[Limit], list[Limit]]:
+    """The soft limits that differ from ours: as they are wanted, and as they are."""
+    limits, ours = [], []
+    for number, value in wanted.items():
+        soft, hard = resource.getrlimit(number)
+        new = _capped(value, hard)
+        if new != soft:
+            limits.append((number, new, hard))
+            ours.append((number, soft, hard))
+    return limits, ours
 
 
 def _capped(soft: int, hard: int) -> int:

@@ -1,14 +1,20 @@
 """The records between a worker's control process and its launchers, and how they travel.
 
 A pipe carries frames: four bytes of length (little endian), then one msgpack list of records. Many records ride in
-one frame. Down are ``Base``, ``Launch``, ``Signal``, ``Quit``; up are ``Started``, ``Refused``, ``Exited``, ``Swept``.
-``key`` names one launch on this pipe and is never used twice.
+one frame. Down are ``Base``, ``Place``, ``Forget``, ``Launch``, ``Withdraw``, ``Signal``, ``Quit``; up are ``Begun``,
+``Started``, ``Withdrawn``, ``Refused``, ``Exited``, ``Swept``. ``key`` names one launch and is never used twice.
+
+Launches can be *lined up*: one that names another as ``after`` is started by the launcher itself as soon as nothing
+of that one is left, so that no core waits for an answer.
+
+Records up are written before the launcher does anything else that could end or stop it, so that the pipe tells how
+far it came. But the control process need not read each when it comes: a byte on a third pipe, the bell, says that
+something is worth waking up for.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import msgspec
@@ -26,26 +32,49 @@ class Base(msgspec.Struct, array_like=True, tag="base"):
     limits: dict[int, int]  # soft limits by RLIMIT number; capped at the hard limit
 
 
+class Place(msgspec.Struct, array_like=True, tag="place"):
+    """What launches in one place share; sent once to each launcher, before the first Launch that names it."""
+
+    place: str
+    env: dict[str, str]  # laid over the base's
+    defaults: dict[str, str]  # what the base's lacks
+    cpus: list[int]  # CPU numbers of this machine
+
+
+class Forget(msgspec.Struct, array_like=True, tag="forget"):
+    """No later Launch names a base or place that was sent before this."""
+
+
 class Launch(msgspec.Struct, array_like=True, tag="launch"):
     """Start one process: mask, cwd, umask, limits, own session, signals at their defaults, only 0, 1 and 2 open.
 
-    ``env`` is laid over the base's. Files are absolute paths; empty stdin is /dev/null, empty stdout or stderr is
-    captured; the same path twice is one open file. With ``suffix`` output is written to the path with the suffix
-    (and published by rename by the control process). ``pty`` and the like do not exist.
+    With ``after`` it is started when nothing of that launch is left, however that one ended, also if it was refused;
+    at once if that is so already. Launches after one another are in one place.
+
+    ``env`` is laid over the base's and the place's. Files are absolute paths; empty stdin is /dev/null, empty stdout
+    or stderr is captured; the same path twice is one open file. With ``suffix`` output is written to the path with the
+    suffix (and published by rename by the control process). ``pty`` and the like do not exist.
     """
 
     key: int
     id: str
     execution: int
     base: str
+    place: str
     argv: list[bytes]
     env: dict[str, str]
-    cpus: list[int]  # CPU numbers of this machine
     cwd: str
     stdin: str = ""
     stdout: str = ""
     stderr: str = ""
     suffix: str = ""
+    after: int = 0
+
+
+class Withdraw(msgspec.Struct, array_like=True, tag="withdraw"):
+    """Do not start what is lined up; what comes behind it moves up. Without effect on what was started already."""
+
+    key: int
 
 
 class Signal(msgspec.Struct, array_like=True, tag="signal"):
@@ -59,12 +88,27 @@ class Quit(msgspec.Struct, array_like=True, tag="quit"):
     """Kill what is left, remove own files, exit."""
 
 
+class Begun(msgspec.Struct, array_like=True, tag="begun"):
+    """It is being started: what comes before it on its lane has ended. Of what has not begun nothing can be left."""
+
+    key: int
+
+
 class Started(msgspec.Struct, array_like=True, tag="started"):
+    """It lives. Not said of what has ended within a moment and left nothing."""
+
     key: int
     pid: int
     at: float  # unix seconds
+    seconds: float  # how long ago that was
     stdout_path: str  # where captured output can be read while the task runs; empty if it goes to a named file
     stderr_path: str
+
+
+class Withdrawn(msgspec.Struct, array_like=True, tag="withdrawn"):
+    """It was not started and never will be."""
+
+    key: int
 
 
 class Refused(msgspec.Struct, array_like=True, tag="refused"):
@@ -87,12 +131,15 @@ class Captured(msgspec.Struct, array_like=True):
 class Exited(msgspec.Struct, array_like=True, tag="exited"):
     """The main process ended. ``left`` > 0: so many of its processes still live, ``Swept`` follows when none does.
 
-    ``status`` is as of waitpid. ``cpu`` seconds and ``max_rss`` bytes are of the main process and the children it
-    waited for. ``seconds`` is by the monotonic clock. With ``left`` == 0 the outputs are final.
+    ``status`` is as of waitpid, ``started`` as in Started. ``cpu`` seconds and ``max_rss`` bytes are of the main
+    process and the children it waited for. ``seconds`` is by the monotonic clock. With ``left`` == 0 the outputs are
+    final.
     """
 
     key: int
+    pid: int
     status: int
+    started: float
     ended: float
     seconds: float
     cpu: float
@@ -111,8 +158,8 @@ class Swept(msgspec.Struct, array_like=True, tag="swept"):
     stderr: Captured
 
 
-Down = Base | Launch | Signal | Quit
-Up = Started | Refused | Exited | Swept
+Down = Base | Place | Forget | Launch | Withdraw | Signal | Quit
+Up = Begun | Started | Withdrawn | Refused | Exited | Swept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 
@@ -129,12 +176,17 @@ class Frames(Generic[T]):
         self._decoder = msgspec.msgpack.Decoder(list[kind])  # type: ignore[valid-type]
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[T]:
-        self._buffer += data
-        while len(self._buffer) >= FRAME.size:
-            (size,) = FRAME.unpack_from(self._buffer)
-            if len(self._buffer) < FRAME.size + size:
-                return
-            body = bytes(self._buffer[FRAME.size : FRAME.size + size])
-            del self._buffer[: FRAME.size + size]
-            yield from self._decoder.decode(body)
+    def feed(self, data: bytes) -> list[T]:
+        """The records that are whole by now."""
+        buffer = self._buffer
+        buffer += data
+        records: list[T] = []
+        begin = FRAME.size
+        while begin <= len(buffer):
+            end = begin + FRAME.unpack_from(buffer, begin - FRAME.size)[0]
+            if end > len(buffer):
+                break
+            records += self._decoder.decode(bytes(buffer[begin:end]))
+            begin = end + FRAME.size
+        del buffer[: begin - FRAME.size]
+        return records

@@ -120,11 +120,6 @@ class Job:
         self.canceled = False
         self.dropped: set[int] = set()  # elements that were canceled one by one
 
-    @property
-    def held(self) -> bool:
-        """Waits for a job that nobody has submitted yet."""
-        return not self.ids and not self.state
-
     def directory(self, root: str, index: int | None, cores: int, nodes: list[str]) -> str:
         """Where its task runs, or that element of it."""
         words = {"root_wd": root, "ncores": str(cores), "nnodes": str(len(nodes)), "nlist": ",".join(nodes)}
@@ -149,6 +144,7 @@ class Registry:
     def __init__(self, path: str, committed: Callable[[str], int | None]) -> None:
         self.jobs: dict[str, Job] = {}
         self.tasks: dict[str, tuple[Job, int | None]] = {}
+        self.held: dict[str, Job] = {}  # wait for a job that nobody has submitted yet
         self.over: list[Job] = []  # ended without ever being a task
         self.submissions: dict[str, tuple[bytes, list[str]]] = {}  # key -> digest of the jobs as given, their names
         self.open: set[str] = set()  # keys of submissions that have not ended, as far as was seen
@@ -222,13 +218,14 @@ class Registry:
             del self.submissions[record.key]
             self.jobs = {name: job for name, job in self.jobs.items() if job.ids or job.key != record.key}
             self.over = [job for job in self.over if job.key != record.key]
+            self.held = {name: job for name, job in self.held.items() if job.key != record.key}
         elif isinstance(record, Finish):
             self.finish = record.wanted
         elif (job := self.jobs.get(record.name)) is None:
             pass  # removed meanwhile
         elif isinstance(record, Over):
             job.state, job.why, job.ended, job.draft = record.state, record.why, record.at, None
-            self.over.append(job)
+            self.over.append(self.held.pop(record.name))
         elif isinstance(record, Removed):
             del self.jobs[record.name]
         elif record.index is None:
@@ -244,14 +241,14 @@ class Registry:
             draft = self._drafts.get(fill(body["name"], record.words))
             if draft is None:
                 draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, Task(), record.total)
-            self.jobs[draft.name] = Job(draft, body, record.at, record.key)
+            self.jobs[draft.name] = self.held[draft.name] = Job(draft, body, record.at, record.key)
             names.append(draft.name)
         self.submissions[record.key] = digest(record.jobs), names
 
     def _done(self, plan: Planned, first: int) -> None:
         self.open.add(plan.key)
         for name, single in plan.jobs:
-            job = self.jobs[name]
+            job = self.held.pop(name)
             job.single, job.draft = single, None
             for index in (job.indices or ()) if single else (None,):
                 if index is not None and (why := plan.lost.get(f"{name}:{index}")) is not None:

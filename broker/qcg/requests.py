@@ -103,7 +103,7 @@ class Requests:
         """Whether every job has ended. It costs a look at each submission that has not, however many jobs they have."""
         registry = self.registry
         registry.open -= {key for key in registry.open if self.broker.counts(key).left <= 0}
-        return not registry.open and not any(job.held for job in registry.jobs.values())
+        return not registry.open and not registry.held
 
     # -- one for each request -----------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class Requests:
             if job.canceled:
                 raise InvalidInput(f"Job {name} already canceled")
             self.registry.write(Canceled(job.name, index))
-            if job.held:
+            if job.name in self.registry.held:
                 # Of one that is held back no element can be let go by itself.
                 self.registry.write(Over(job.name, CANCELED, "", time.time()))
         if job.ids:

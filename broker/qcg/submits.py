@@ -60,17 +60,16 @@ class Submits:
             now = time.time()
             words = request_words(self._registry.submits + 1, moment(now))
             drafts: list[Draft] = []
-            names = set(self._registry.jobs)
+            names: set[str] = set()
             for number, body in enumerate(bodies):
                 path = f"jobs[{number}]"
                 draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._base, self._total or None)
-                if draft.name in names:
+                if draft.name in self._registry.jobs or draft.name in names:
                     raise InvalidInput(f"Job {draft.name} already exist")
                 names.add(draft.name)
                 drafts.append(draft)
             never = self._never(drafts)
-            held = [job.draft for job in self._registry.jobs.values() if job.held and job.draft is not None]
-            ready = self._ready([*held, *(draft for draft in drafts if draft.name not in never)], never)
+            ready = self._ready([*self._held(), *(draft for draft in drafts if draft.name not in never)], never)
             key = f"qcg-{secrets.token_hex(8)}"
             submitted = Submitted(now, words, self._total, list(bodies), key)
             overs = [Over(name, FAILED, why, now) for name, why in never.items()]
@@ -81,18 +80,21 @@ class Submits:
     def settle(self) -> dict[str, str]:
         """Omit what waits for jobs that nobody has submitted; returns the names of those jobs, with the reason."""
         with self._registry.locked():
-            held = {job.name: job.draft for job in self._registry.jobs.values() if job.held and job.draft is not None}
+            held = self._held()
             if not held:
                 return {}
             before = len(self._registry.over)
             key = f"qcg-{secrets.token_hex(8)}"
             try:
-                self._commit(key, list(held.values()), {}, [], [])
+                self._commit(key, held, {}, [], [])
             except InvalidInput as error:
                 # The nodes have changed since they were submitted: nobody is there to be told but their report.
                 now = time.time()
-                self._registry.write(*(Over(name, FAILED, str(error), now) for name in held))
+                self._registry.write(*(Over(draft.name, FAILED, str(error), now) for draft in held))
             return {job.name: job.why for job in self._registry.over[before:]}
+
+    def _held(self) -> list[Draft]:
+        return [job.draft for job in self._registry.held.values() if job.draft is not None]
 
     def _never(self, drafts: Sequence[Draft]) -> dict[str, str]:
         """Jobs that ask for a resource which no node has, with the reason; other requests that cannot be are refused.
@@ -123,14 +125,14 @@ class Submits:
 
     def _ready(self, drafts: Sequence[Draft], never: Mapping[str, str]) -> list[Draft]:
         """Those that wait for nothing unknown, over any number of steps."""
-        found = {draft.name for draft in drafts}
-        known = found | never.keys() | {job.name for job in self._registry.jobs.values() if not job.held}
+        found = {draft.name for draft in drafts} | never.keys()
+        jobs, waiting = self._registry.jobs, self._registry.held
         users: dict[str, list[str]] = defaultdict(list)
         pending: list[str] = []
         for draft in drafts:
             for name in _parents(draft):
                 users[name].append(draft.name)
-                if name not in known:
+                if name not in found and (name not in jobs or name in waiting):
                     pending.append(draft.name)
         held: set[str] = set()
         while pending:
@@ -148,16 +150,13 @@ class Submits:
         jobs = self._registry.jobs
         parents = self._look.parents(jobs[name] for name in sorted(wanted) if name in jobs)
         tasks, lost = tasks_of(ready, WRONG, {**parents, **never})
-        planned = list(dict.fromkeys(_base_name(task) for task in tasks))
+        planned = dict(_base_name(task.name or "") for task in tasks)
+        whys = {_base_name(name)[0]: why for name, why in lost.items()}
         now = time.time()
-        for draft in ready:
-            if draft.name not in {name for name, _ in planned}:
-                why = next(why for name, why in lost.items() if name.partition(":")[0] == draft.name)
-                records.append(Over(draft.name, OMITTED, why, now))
-        names = {name for name, single in planned if single}
-        gone = {name: why for name, why in lost.items() if ":" in name and name.partition(":")[0] in names}
+        records += (Over(draft.name, OMITTED, whys[draft.name], now) for draft in ready if draft.name not in planned)
         if tasks:
-            records.append(Planned(key, planned, gone))
+            gone = {name: why for name, why in lost.items() if planned.get(_base_name(name)[0])}
+            records.append(Planned(key, list(planned.items()), gone))
         self._registry.write(*records, drafts=fresh)
         if not tasks:
             return
@@ -169,10 +168,10 @@ class Submits:
         self._registry.write(Done(key, order_of(ids[0])))
 
 
-def _base_name(task: Task) -> tuple[str, bool]:
-    """The job's name, and whether the task is one element of it."""
-    name, colon, _ = (task.name or "").partition(":")
-    return name, bool(colon)
+def _base_name(name: str) -> tuple[str, bool]:
+    """The job's name, and whether it is one element of it that has this name."""
+    job, colon, _ = name.partition(":")
+    return job, bool(colon)
 
 
 def _parents(draft: Draft) -> Iterable[str]:

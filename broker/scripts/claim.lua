@@ -120,5 +120,4 @@ end
 for node, items in pairs(inboxes) do send(node, #items, table.concat(items)) end
 for queue, members in pairs(wip) do push('ZADD', registry('wip', queue), members) end
 flush_tally(ttl)
-flush_lines()
 return answer
