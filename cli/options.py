@@ -17,7 +17,7 @@ from pilotq.broker.files import FORMATS, read_tasks
 from pilotq.broker.link import parse_url
 from pilotq.broker.quantities import parse_array, parse_duration, request_of
 from pilotq.broker.surroundings import POLICIES
-from pilotq.broker.task import MODELS, Request, Task
+from pilotq.broker.task import ONE_PROCESS_MODELS, Request, Task
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -70,7 +70,7 @@ task_options = all_of(
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
                  help="End it after: 90s, 10m, 1:30:00."),
     click.option("--time-request", metavar="TIME", callback=parsed(parse_duration),
-                 help="Start it only where so much time is left."),
+                 help="How long it will take at most: helps to fill gaps, never ends it."),
     click.option("--retries", type=int, default=0, metavar="N", help="Try again after failures."),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; may be repeated."),
     click.option("--env-policy", type=click.Choice(POLICIES), default="submit",
@@ -79,8 +79,8 @@ task_options = all_of(
     click.option("--stdin", metavar="FILE", help="Read from FILE.  [default: /dev/null]"),
     click.option("--stdout", metavar="FILE", help="Write to FILE.  [default: captured, see `pilotq logs`]"),
     click.option("--stderr", metavar="FILE", help="Write to FILE."),
-    click.option("--model", type=click.Choice(sorted(MODELS)), default="default", metavar="MODEL",
-                 help="How it is started: " + ", ".join(sorted(MODELS)) + "."),
+    click.option("--model", type=click.Choice(sorted(ONE_PROCESS_MODELS)), default="default", metavar="MODEL",
+                 help="How it is started: " + ", ".join(sorted(ONE_PROCESS_MODELS)) + "."),
     click.option("--queue", default="default", metavar="QUEUE", help="The queue it waits in."),
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ from pilotq.cli.qcg_options import directory, env_schema, parse, pilot_arguments
 from pilotq.cli.run import Interrupts
 
 LOOK_S = 0.2
+LOGGED_MAX = 10_000  # characters of a request: the jobs of a submit stand in qcg-jobs.jsonl
 PROGRAM = "pilotq-qcg-service"
 
 
@@ -54,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
     for sentence in without_meaning(options):
         _say(sentence)
     bodies = _bodies(options.file_path)
+    supervisor = _supervisor(options)
     wd = os.path.abspath(options.wd)
     os.makedirs(wd, exist_ok=True)
-    supervisor = _supervisor(options)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         # Before anything is started: a file that cannot be written is the user's mistake.
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
         def tell(request: Any, reply: Reply) -> None:
             text = json.dumps(reply)
-            for line in (f"request {json.dumps(request)}", f"reply {text}"):
+            for line in (f"request {json.dumps(request)[:LOGGED_MAX]}", f"reply {text}"):
                 print(f"{stamp(time.time())}: {line}", file=log, flush=True)
             if replies is not None:
                 print(text, file=replies, flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pilotq.broker.server import find_server
 from tests.prompt import TIMEOUT, Cli, command, environment, in_background, prompt
 from tests.waiting import wait_until
 
@@ -115,7 +116,17 @@ def test_run_json(cli: Cli, tmp_path: Path) -> None:
 BAD = [
     ("lines.txt", "true\nls | wc\n", "--shell"),
     ("t.toml", '[[tasks]]\ncommand = ["a"]\ncolour = "red"\n', "colour"),
-    ("t.json", '{"tasks": [{"command": ["a"]', ""),
+    ("t.json", '{"tasks": [{"command": ["a"]', "t.json: line 1, column"),
+    ("t.toml", "tasks = [\n", "this is not TOML"),
+    ("t.txt", "true\necho 'open\n", "t.txt: line 2, column 6"),
+    ("t.json", '{"tasks": [{"command": ["a"], "priority": "high"}]}', "tasks[0].priority: expected a whole number"),
+    ("t.json", '{"tasks": [{"name": "a", "command": ["a"]}, {"name": "a", "command": ["a"]}]}', "tasks[1].name: 'a'"),
+    ("t.json", '{"tasks": [{"name": "a", "command": ["a"], "after": ["a"]}]}', "a -> a"),
+    (
+        "q.json",
+        '[{"request": "submit", "jobs": [{"name": "a", "execution": {"exec": 1}}]}]',
+        "[0].jobs[0].execution.exec",
+    ),
     ("t.json", '{"tasks": [{"command": ["a"], "after": ["nobody"]}]}', "nobody"),
     ("t.json", '{"tasks": [{"command": ["a"], "cores": 4096}]}', "4096"),
 ]
@@ -128,6 +139,20 @@ def test_bad_input_leaves_nothing(cli: Cli, tmp_path: Path, name: str, text: str
     assert result.returncode == 2, result.stdout + result.stderr
     assert hint in result.stderr and "Traceback" not in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_directory_where_a_pilot_lives_is_refused_and_the_pilot_lives_on(pilot: Cli, tmp_path: Path) -> None:
+    home = str((tmp_path / ".pilotq" / "current").resolve())
+    for verb in (["start", "--dir", home], ["run", "--dir", home, "--", "true"], ["start", "--resume", home]):
+        result = pilot(*verb)
+        assert result.returncode == 2
+        assert f"{home}: a pilot lives here already" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert pilot("status").returncode == 0
+
+
+def test_a_server_may_be_named_by_a_relative_path(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "server").symlink_to(find_server())
+    assert cli("run", "--server", "./server", "--", "echo", "hi").stdout == "hi\n"
 
 
 def test_tasks_that_tasks_submit_are_waited_for(cli: Cli, tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ WRONG = [
     (["run", "--cores", "2", "tasks.txt"], "--cores"),
     (["run", "--resources", "slurm", "--", "true"], "slurm"),
     (["run", "--nodes", "n1:0", "--", "true"], "nodes"),
+    (["run", "empty.txt"], "empty.txt: there is no task in it"),
+    (["run", "--server", "./no-such-server", "--", "true"], "./no-such-server"),
+    (["run", "--server", "/bin/false", "--", "true"], "/bin/false is no Redis"),
+    (["start", "--resume", "nope"], "--resume nope: there has been no pilot"),
+    (["start", "--dir", "tasks.txt"], "tasks.txt cannot be the pilot's directory"),
+    (["start", "--counter", "lic"], "NAME=N"),
+    (["run", "--time-limit", "soon", "--", "true"], "(1:30:00). See `pilotq run --help`"),
 ]
 
 

@@ -193,7 +193,7 @@ cwd = "runs"
 stdin = "in"
 stdout = "out.{index}"
 stderr = "err"
-model = "openmpi"
+model = "threads"
 queue = "long"
 priority = -5
 
@@ -222,7 +222,7 @@ def test_every_key_of_toml_and_json_means_the_same(tmp_path: Path) -> None:
         Task(
             script="echo {index}", name="grid", request=Request(cores=(2, 4), nodes=(2, 2)), array=ArrayRange(0, 9, 3),
             after=["prep"], env={"A": "x", "N": "3"}, cwd="runs", stdin="in", stdout="out.{index}", stderr="err",
-            model="openmpi", queue="long", priority=-5,
+            model="threads", queue="long", priority=-5,
         ),
         Task(command=["./default"], values=["a b", "2", "0.5"], request=two, **common),
         Task(

@@ -12,7 +12,9 @@ from pilotq.broker.settings import Settings
 from pilotq.workers.ladder import KILL_AGAIN_S, UNKILLABLE_S, Deadlines, Execution, Ladder, Phase, Step
 from pilotq.workers.lanes import Lanes
 
-SETTINGS = Settings(launch_confirm_s=10.0, kill_grace_s=5.0, started_after_s=0.1)
+SETTINGS = Settings(
+    launch_confirm_s=10.0, kill_grace_s=5.0, started_after_s=0.1, line_s=0.02, line_max=16, ahead_after_ends=2
+)
 
 
 def handed(task_id: str, lane: int = 0, class_name: str = "c", execution: int = 1) -> Handed:
@@ -26,7 +28,7 @@ def handed(task_id: str, lane: int = 0, class_name: str = "c", execution: int = 
 
 
 def test_a_lane_goes_to_the_oldest_of_its_class_and_is_released_when_none_is_left() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     first = lanes.hand(handed("a", lane=3))
     other = lanes.hand(handed("x", class_name="other"))
     second, third = lanes.hand(handed("b")), lanes.hand(handed("c"))
@@ -42,7 +44,7 @@ def test_a_lane_goes_to_the_oldest_of_its_class_and_is_released_when_none_is_lef
 
 
 def test_a_lane_is_released_at_once_when_it_shall_not_go_on() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     first = lanes.hand(handed("a", lane=1))
     lanes.hand(handed("b"))
     assert lanes.end(first, go_on=False) is None
@@ -50,7 +52,7 @@ def test_a_lane_is_released_at_once_when_it_shall_not_go_on() -> None:
 
 
 def test_one_that_ends_while_it_is_ahead_frees_no_lane_and_keeps_the_order() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     running = lanes.hand(handed("a", lane=1))
     _, canceled, last = (lanes.hand(handed(i)) for i in "bcd")
     assert lanes.end(canceled) is None
@@ -61,7 +63,7 @@ def test_one_that_ends_while_it_is_ahead_frees_no_lane_and_keeps_the_order() -> 
 
 
 def test_recall_takes_the_newest_and_gives_them_in_their_order() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     for name in "abcd":
         lanes.hand(handed(name))
     assert [e.handed.id for e in lanes.recall("c", 2)] == ["c", "d"]
@@ -72,7 +74,7 @@ def test_recall_takes_the_newest_and_gives_them_in_their_order() -> None:
 
 
 def test_what_cannot_be_killed_keeps_its_lane_but_is_gone() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     e = lanes.hand(handed("a", lane=1))
     lanes.hand(handed("b"))
     lanes.withhold(e)
@@ -81,7 +83,7 @@ def test_what_cannot_be_killed_keeps_its_lane_but_is_gone() -> None:
 
 
 def test_find_knows_executions() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     old = lanes.hand(handed("a", lane=1))
     new = lanes.hand(handed("a", lane=2, execution=2))
     assert lanes.find("a", 0) is new and lanes.find("a", 2) is new and lanes.find("a", 1) is None
@@ -90,11 +92,11 @@ def test_find_knows_executions() -> None:
 
 
 def test_a_line_comes_before_the_row_and_also_when_lanes_shall_not_go_on() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     first = lanes.hand(handed("a", lane=1))
     b, c = (lanes.hand(handed(i)) for i in "bc")
     lane = lanes.lane(1)
-    assert lane is not None and lanes.next("c") is b
+    assert lane is not None and lanes.next(lane) is b
     assert lanes.line_up(lane) is b
     assert (b.phase, b.lane, b.allocation) == (Phase.LINED, 1, "n1[1]")
     assert lanes.ahead() == {"c": 2}
@@ -104,7 +106,7 @@ def test_a_line_comes_before_the_row_and_also_when_lanes_shall_not_go_on() -> No
 
 
 def test_what_was_lined_up_goes_back_in_its_order_whoever_comes_first() -> None:
-    lanes = Lanes()
+    lanes = Lanes(SETTINGS)
     for number in (1, 2):
         lanes.hand(handed(f"head{number}", lane=number))
     tasks = [lanes.hand(handed(i)) for i in "abcdef"]
@@ -119,17 +121,28 @@ def test_what_was_lined_up_goes_back_in_its_order_whoever_comes_first() -> None:
     assert [e.handed.id for e in lanes.recall("c", 9)] == list("abcdef")
 
 
-def test_each_lane_of_a_class_has_its_share_of_what_is_ahead() -> None:
-    lanes = Lanes()
-    assert lanes.share("c") == 0
-    for number in (1, 2, 3):
-        last = lanes.hand(handed(f"head{number}", lane=number))
-    for name in "abcd":
-        lanes.hand(handed(name))
-    assert lanes.share("c") == 2
-    lanes.end(last, go_on=False)
-    lanes.hand(handed("e"))
-    assert lanes.share("c") == 3
+def test_only_short_tasks_are_lined_up_and_each_lane_of_their_class_has_its_share() -> None:
+    lanes = Lanes(SETTINGS)
+    heads = [lanes.hand(handed(f"head{number}", lane=number)) for number in (1, 2, 3)]
+    lane = lanes.lane(1)
+    assert lane is not None
+    lanes.took("c", 0.001)
+    lanes.took("c", 0.001)
+    assert lanes.room(lane) == 0
+    for number in range(100):
+        lanes.hand(handed(f"t{number}"))
+    assert lanes.room(lane) == 16
+    lanes.line_up(lane)
+    assert lanes.room(lane) == 15
+    lanes.recall("c", 95)
+    assert lanes.room(lane) == 2
+    lanes.end(heads[1], go_on=False)
+    lanes.end(heads[2], go_on=False)
+    assert lanes.room(lane) == 4
+    lanes.took("c", 0.028)
+    assert lanes.room(lane) == 1
+    lanes.took("c", 1.0)
+    assert lanes.room(lane) <= 0
 
 
 MOVES = ["lane", "ahead", "end", "cancel", "recall", "line up", "put back"]
@@ -139,7 +152,7 @@ class Model:
     """What lanes must hold after the same moves."""
 
     def __init__(self) -> None:
-        self.lanes = Lanes()
+        self.lanes = Lanes(SETTINGS)
         self.running: dict[int, Execution] = {}
         self.lined: dict[int, list[str]] = {}
         self.ahead: dict[str, list[str]] = {f"class{n}": [] for n in range(3)}

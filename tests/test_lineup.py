@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker.records import Hello, Leave, Recall
-from pilotq.workers.wire import Begun, Exited, Launch, Refused, Started, Swept, Withdraw, Withdrawn
+from pilotq.workers.launchers import KNOWN_MAX
+from pilotq.workers.wire import Begun, Exited, Forget, Launch, Refused, Started, Swept, Withdraw, Withdrawn
 from tests.launching import HERE, Driver
 from tests.waiting import wait_until
 from tests.worker_host import Host, alive
@@ -130,6 +131,21 @@ def test_a_line_waits_while_nobody_reads_how_far_it_came(driver: Driver, tmp_pat
     assert len(list(tmp_path.glob("ran*"))) == 40
 
 
+def test_what_is_lined_up_keeps_the_surroundings_that_are_forgotten(driver: Driver, tmp_path: Path) -> None:
+    head, after = line_up(driver, 'echo "$MINE" >>order')
+    driver.get(Started, head)
+    old = driver.base("old", MINE="forgotten")
+    last = driver.prepare("sh", "-c", 'echo "$MINE" >>order', base=old, after=after)
+    late = driver.prepare("true", base=old)
+    driver.send(last, Forget(), late)
+    assert driver.get(Refused, late.key).reason == "launch"
+    go(tmp_path)
+    driver.get(Exited, last.key)
+    assert (tmp_path / "order").read_text() == "head\n\nforgotten\n"
+    driver.base()
+    assert driver.run("true").status == 0
+
+
 # -- the worker -------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +250,15 @@ def test_what_a_dead_launcher_had_not_begun_is_not_lost(tmp_path: Path) -> None:
     assert (head.report.reason, head.end is not None and head.end.kept) == ("worker lost", True)
     assert [e.report.wish for e in rest] == ["finished"] * 3
     assert order(host) == ["a", "b", "c"]
+
+
+def test_a_launcher_is_told_again_of_places_it_had_to_forget(tmp_path: Path) -> None:
+    with Host(tmp_path) as host:
+        for number in range(2 * KNOWN_MAX + 10):
+            host.hand(f"t{number}", "no-such-program", lane=number + 1, allocation=f"n1[0],n2[{number}]")
+        host.hand("again", "true", lane=number + 2, allocation="n1[0],n2[0]")
+        assert host.end_of("again").report.wish == "finished"
+        assert host.end_of(f"t{number}").report.reason == "not found"
 
 
 def test_a_launch_that_a_dead_launcher_never_came_to_is_made_by_the_next_one(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests.engine import array, fixtures, ids, task
+from tests.engine import Engine, array, fixtures, ids, task
 
 engine, server, node = fixtures
 
 
-def test_a_canceled_element_is_passed_over(engine) -> None:  # type: ignore[no-untyped-def]
+def test_a_canceled_element_is_passed_over(engine: Engine) -> None:
     a, kid, other = engine.submit(
         array(5, name="a"), task(name="kid", after=["a:2"]), task(name="other", after=["a:3"])
     )  # fmt: skip
@@ -26,16 +26,17 @@ def test_a_canceled_element_is_passed_over(engine) -> None:  # type: ignore[no-u
     assert engine.counts() == {"total": 7, "finished": 4, "canceled": 2}
 
 
-def test_an_array_with_holes_is_canceled_or_omitted_once(engine) -> None:  # type: ignore[no-untyped-def]
+def test_an_array_with_holes_is_canceled_or_omitted_once(engine: Engine) -> None:
     first, second = engine.submit(array(9, name="first"), array(9, name="second", after=["first"]))
     assert engine.cancel(f"{first}_3", f"{first}_8", f"{second}_0") == ["canceled"] * 3
     assert engine.cancel(first) == ["canceled"]
     engine.release()
     assert engine.statuses(first, second) == ["canceled", "canceled"]
-    assert engine.counts() == {"total": 18, "canceled": 18} and engine.nothing_left()
+    assert engine.counts() == {"total": 18, "canceled": 18}
+    assert engine.claim() == [] and engine.nothing_left()
 
 
-def test_an_array_whose_last_elements_are_canceled_ends(engine) -> None:  # type: ignore[no-untyped-def]
+def test_an_array_whose_last_elements_are_canceled_ends(engine: Engine) -> None:
     (a,) = engine.submit(array(3))
     handed = engine.claim(1)
     assert engine.end(handed) == ["ok"]
@@ -44,7 +45,7 @@ def test_an_array_whose_last_elements_are_canceled_ends(engine) -> None:  # type
     assert engine.claim(3) == [] and engine.nothing_left()
 
 
-def test_an_element_that_waits_for_another_arrays_is_canceled(engine) -> None:  # type: ignore[no-untyped-def]
+def test_an_element_that_waits_for_another_arrays_is_canceled(engine: Engine) -> None:
     a, b = engine.submit(array(3, name="a"), array(3, name="b", after_each=["a"]))
     assert engine.cancel(f"{b}_1") == ["canceled"]
     assert engine.end(engine.claim(3)) == ["ok"] * 3

@@ -137,7 +137,11 @@ class Ladder:
         return Step.WITHDRAW
 
     def withdrawing(self, e: Execution) -> bool:
-        return e.phase is Phase.LINED and self._deadlines.get(e.key) is not None
+        return e.phase is Phase.LINED and self.waits(e)
+
+    def waits(self, e: Execution) -> bool:
+        """It has a deadline."""
+        return self._deadlines.get(e.key) is not None
 
     def launching(self, e: Execution, now: float) -> None:
         """The launcher was told to start it now, or will have seen by now that it is its turn."""

@@ -12,7 +12,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from itertools import count, takewhile
 
+from pilotq.broker.floor import Pace
 from pilotq.broker.records import Handed
+from pilotq.broker.settings import Settings
 from pilotq.workers.ladder import Execution, Phase
 
 
@@ -29,7 +31,9 @@ class Lane:
 
 
 class Lanes:
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pace: dict[str, Pace] = {}  # by class
         self._keys = count(1)
         self._lanes: dict[int, Lane] = {}  # by number
         self._lanes_of: Counter[str] = Counter()  # by class
@@ -85,18 +89,25 @@ class Lanes:
     def lane(self, number: int) -> Lane | None:
         return self._lanes.get(number)
 
-    def share(self, class_name: str) -> int:
-        """How many of the tasks of a class that are ahead one of its lanes may line up, so that all get some."""
-        row = self._ahead.get(class_name)
-        return -(-len(row) // self._lanes_of[class_name]) if row else 0
+    def took(self, class_name: str, seconds: float) -> None:
+        """A task of this class has run so long."""
+        self._pace.setdefault(class_name, Pace()).add(seconds)
 
-    def next(self, class_name: str) -> Execution | None:
-        """The oldest task of a class that is ahead."""
-        row = self._ahead.get(class_name)
+    def room(self, lane: Lane) -> int:
+        """How many more tasks may be lined up on a lane: only short ones, and each lane of the class gets its share."""
+        pace, row = self._pace.get(lane.class_name), self._ahead.get(lane.class_name)
+        if pace is None or pace.ends < self._settings.ahead_after_ends or not row:
+            return 0
+        depth = min(int(self._settings.line_s / max(pace.mean_s, 1e-4)), self._settings.line_max)
+        return min(depth - len(lane.line), -(-len(row) // self._lanes_of[lane.class_name]))
+
+    def next(self, lane: Lane) -> Execution | None:
+        """The oldest task of a lane's class that is ahead."""
+        row = self._ahead.get(lane.class_name)
         return next(iter(row.values())) if row else None
 
     def line_up(self, lane: Lane) -> Execution:
-        """Put the `next` one of its class, now LINED, at the end of a lane's line."""
+        """Put the `next` one, now LINED, at the end of a lane's line."""
         e = self._take(lane.class_name, self._ahead[lane.class_name])
         e.phase, e.lane, e.allocation = Phase.LINED, lane.task.lane, lane.allocation
         lane.line.append(e)

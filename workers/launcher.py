@@ -138,6 +138,8 @@ class Launcher:
 
     def _pause(self) -> float:
         """Seconds until something is to be done though nothing happens; -1: for ever."""
+        if self._going and not self._waiting:
+            return 0.0  # the pipe was full a moment ago
         moments = [self._look_at] if self._ended else []
         if self._young:
             moments.append(next(iter(self._young.values())).began + YOUNG_S)

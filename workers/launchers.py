@@ -19,7 +19,7 @@ NO_SLOT = -1
 CORES_EACH = 32  # launches of one launcher scale to about so many cores of short tasks
 READ_BYTES = 1 << 16  # what its pipe holds
 PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
-KNOWN_MAX = 4000  # bases and places a launcher keeps
+KNOWN_MAX = 1000  # bases and places a launcher keeps
 QUIT_S = 8.0  # longer than a launcher takes to kill what it has
 KILLED_S = 1.0
 

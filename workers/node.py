@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from pilotq.broker.children import log
 from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
-from pilotq.broker.floor import Pace
 from pilotq.broker.node_link import NodeLink, iso
 from pilotq.broker.records import (
     End,
@@ -63,7 +62,7 @@ class Node:
         self._launchers = launchers
         self._info = info
         self._settings = settings
-        self._lanes = Lanes()
+        self._lanes = Lanes(settings)
         self._ladder = Ladder(settings)
         self._preparer = Preparer(link, directory, real)
         self._reporter = Reporter(info.name, directory)
@@ -72,7 +71,6 @@ class Node:
         self._ready: deque[Execution] = deque()  # have a lane: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a lane, but the server was away
         self._fetch_at = 0.0
-        self._pace: dict[str, Pace] = {}  # by class
         self._begun: set[int] = set()  # lanes that have gone on to another task: `launch` lines up behind it
         self._withdrawn: list[Execution] = []  # ahead again, and to be given back
         self._starts: list[tuple[str, int, str, str, str, str]] = []
@@ -175,7 +173,7 @@ class Node:
         if e.phase is Phase.LAUNCHING and record.status == 0:
             e.reason = ""  # it ended well before it could be told to end
         e.pid, e.started = record.pid, record.started
-        self._pace.setdefault(e.handed.class_name, Pace()).add(record.seconds)
+        self._lanes.took(e.handed.class_name, record.seconds)
         self._end(e, record.ended, now)
 
     def _not_begun(self, e: Execution, now: float) -> None:
@@ -278,8 +276,10 @@ class Node:
         launcher = self._launchers.living.get(e.launcher)
         if launcher is None:
             return  # it has died at the same moment: its tasks are being buried
-        log(f"launcher {launcher.number} does not go on with task {e.handed.id}: it is put aside")
         self._hear(launcher, now)
+        if e.key not in self._ladder.executions or self._ladder.waits(e):
+            return  # what it says had not been heard
+        log(f"launcher {launcher.number} does not go on with task {e.handed.id}: it is put aside")
         culprit = self._ladder.executions.get(launcher.trying)
         if culprit is not None and culprit.phase is Phase.LAUNCHING:
             culprit.reason = culprit.reason or "launch hangs"
@@ -313,16 +313,13 @@ class Node:
 
     def _line_up(self, lane: Lane, now: float) -> None:
         """Let short tasks follow the one that has just got a lane, and each other, without asking us."""
-        task, pace = lane.task, self._pace.get(lane.class_name)
-        if pace is None or pace.ends < self._settings.ahead_after_ends or task.reason or self.leaving:
-            return
+        task = lane.task
         last = lane.line[-1] if lane.line else task
         launcher = self._launchers.living.get(task.launcher)
-        if launcher is None or launcher.aside or self._on_trial(task) or self._ladder.withdrawing(last):
+        if launcher is None or launcher.aside or self._on_trial(task) or task.reason or self.leaving:
             return
-        depth = min(int(self._settings.line_s / max(pace.mean_s, 1e-4)), self._settings.line_max) - len(lane.line)
-        for _ in range(min(depth, self._lanes.share(lane.class_name))):
-            e = self._lanes.next(lane.class_name)
+        for _ in range(0 if self._ladder.withdrawing(last) else self._lanes.room(lane)):
+            e = self._lanes.next(lane)
             if e is None or self._on_trial(e):
                 return
             self._lanes.line_up(lane)

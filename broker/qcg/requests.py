@@ -251,7 +251,7 @@ class Requests:
                 "Ifaces": self.interfaces,
                 "StatusPublisher": None,
                 "Host": socket.gethostname(),
-                "Account": getpass.getuser(),
+                "Account": _account(),
                 "Wd": self.wd,
                 "PythonVersion": sys.version.replace("\n", " "),
                 "Python": sys.executable,
@@ -293,6 +293,13 @@ def open_registry(broker: Broker, pilot: Pilot) -> Registry:
         return None if first is None else int(first)
 
     return Registry(pilot.path(FILE), committed)
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container a user may have no name
+        return str(os.getuid())
 
 
 def _names(request: Mapping[str, Any], what: str) -> list[str]:
