@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hiredis
@@ -122,10 +122,25 @@ class Link:
 
     def pipeline(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
         """Send all, then return all replies; the first error is raised after every reply was read."""
+        return self.stream([commands])
+
+    def stream(self, batches: Iterable[Sequence[tuple[Argument, ...]]]) -> list[Any]:
+        """As `pipeline`, in batches: while the server works on one, the next is made. Only the last one's replies are
+        returned."""
         self.connect()
-        self._send(b"".join(_packed(c) for c in commands))
-        replies = [self._read(self.timeout) for _ in commands]
-        return [_checked(r) for r in replies]
+        replies: list[Any] = []
+        sent = 0
+        for batch in batches:
+            self._send(b"".join([_packed(c) for c in batch]))
+            replies = [self._read(self.timeout) for _ in range(sent)]
+            sent = len(batch)
+            if any(isinstance(reply, hiredis.HiredisError) for reply in replies):
+                # What is under way is read first: the link must stay in step.
+                replies += [self._read(self.timeout) for _ in range(sent)]
+                sent = 0
+                break
+        replies += [self._read(self.timeout) for _ in range(sent)]
+        return [_checked(r) for r in replies][-sent:]
 
     def post(self, *command: Argument) -> None:
         """Send one command; its reply comes with `replies`, in order."""

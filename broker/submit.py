@@ -193,6 +193,10 @@ def _check_memory(link: Link, records: int) -> None:
 
 def _stage(link: Link, store: Store, plan: Plan, ids: list[str], shared: Shared, key: str) -> None:
     """Write all hashes with a TTL; nothing refers to them before the commit."""
+    link.stream(_staged(store, plan, ids, shared, key))
+
+
+def _staged(store: Store, plan: Plan, ids: list[str], shared: Shared, key: str) -> Iterator[list[tuple[Argument, ...]]]:
     ttl = store.settings.stage_ttl_s
     now = time.time()
     stamp, at, shared_key = iso(now), f"{now:.6f}", shared.key()
@@ -224,10 +228,9 @@ def _stage(link: Link, store: Store, plan: Plan, ids: list[str], shared: Shared,
             blocks = _blocks(task.values)
             commands += [("HSET", keys.values(ids[number]), *blocks), ("EXPIRE", keys.values(ids[number]), ttl)]
         if len(commands) >= 2 * CHUNK:
-            link.pipeline(commands)
+            yield commands
             commands = []
-    if commands:
-        link.pipeline(commands)
+    yield commands
 
 
 def _blocks(values: list[str]) -> list[Argument]:

@@ -219,7 +219,8 @@ def order_of(task_id: str) -> int:
 def description(task: Task) -> str:
     """One line for dashboards and listings: the command, shortened, control characters removed."""
     text = " ".join(task.command) if task.command else (task.script or "").strip()
-    return "".join(c if c.isprintable() else " " for c in text[:200])
+    text = text[:200]
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def spec_of(task: Task) -> Spec:
@@ -257,7 +258,7 @@ def _problems(task: Task) -> Any:
         yield "give exactly one of command and script"
     if task.command is not None and (not task.command or not task.command[0]):
         yield "command is empty"
-    if any("\0" in text for text in [*(task.command or []), task.script or ""]):
+    if "\0" in (task.script or "") or "\0" in "".join(task.command or ()):
         yield "a command cannot contain a NUL character"
     if task.name is not None and not NAME.fullmatch(task.name):
         yield f"name {task.name!r} must have 1 to 200 characters, without control characters and '/'"
@@ -287,7 +288,7 @@ def _problems(task: Task) -> Any:
     if task.model not in MODELS:
         yield f"model {task.model!r} is unknown (known: {', '.join(sorted(MODELS))})"
     elif task.model not in ONE_PROCESS_MODELS and not task.qcg:
-        yield f"model {task.model!r} cannot start several processes yet: use the model default, and start mpirun yourself"
+        yield f"model {task.model!r} starts nothing yet: use the model default, and start mpirun yourself"
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):
         if span is not None and not 1 <= span[0] <= span[1]:
             yield f"{name} must be at least 1, and min not above max"

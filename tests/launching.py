@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,3 +131,18 @@ class Driver:
             self.process.wait()
             os.close(self.up)
             os.close(self.bell)
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[Path]:
+    """A program whose start hangs as if its file system did: whoever opens it waits for its lease to be given back."""
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # how the kernel asks for it
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    try:
+        yield path
+    finally:
+        os.close(fd)
+        signal.signal(signal.SIGIO, before)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import os
 import signal
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pilotq.broker.records import Hello, Leave, Recall
+from tests.launching import hold
 from tests.waiting import wait_until
 from tests.worker_host import Host, alive, children
 
@@ -289,22 +288,9 @@ def test_launchers_that_keep_dying_end_the_worker(tmp_path: Path) -> None:
     assert "died more than 1 times" in host.log.read_text()
 
 
-@pytest.fixture
-def held(tmp_path: Path) -> Iterator[Path]:
-    """A program whose start hangs: whoever opens it waits until its lease is given back."""
-    program = tmp_path / "held"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel asks for it back
-    fd = os.open(program, os.O_RDONLY)
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    yield program
-    os.close(fd)
-    signal.signal(signal.SIGIO, before)
-
-
-def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Path, held: Path) -> None:
-    with Host(tmp_path, launch_confirm_s=0.5, beat_s=0.1, ahead_after_ends=1, line_s=3600.0) as host:
+def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Path) -> None:
+    settings = {"launch_confirm_s": 0.5, "beat_s": 0.1, "ahead_after_ends": 1, "line_s": 3600.0}
+    with hold(tmp_path / "held") as held, Host(tmp_path, **settings) as host:
         host.hand("warm", "true", lane=3, class_name="d")
         host.end_of("warm")
         host.hand("runs", "bash", "-c", DEAF, lane=1)

@@ -13,14 +13,14 @@ import pytest
 from pilotq.broker.records import Hello, Leave, Recall
 from pilotq.workers.launchers import KNOWN_MAX
 from pilotq.workers.wire import Begun, Exited, Forget, Launch, Refused, Started, Swept, Withdraw, Withdrawn
-from tests.launching import HERE, Driver
+from tests.launching import HERE, Driver, hold
 from tests.waiting import wait_until
-from tests.worker_host import Host, alive
+from tests.worker_host import Host, alive, children
 
 MASK = "grep Cpus_allowed_list /proc/self/status"
 HEAD = "read word <go; echo head >>order"
 # So that everything that is handed ahead is lined up as soon as one task of its class has ended, and stays so.
-LINED = {"ahead_after_ends": 1, "line_s": 3600.0, "started_after_s": 3600.0}
+LINED = {"ahead_after_ends": 1, "line_s": 3600.0, "started_after_s": 3600.0, "beat_s": 0.1}
 
 
 @pytest.fixture
@@ -250,6 +250,23 @@ def test_what_a_dead_launcher_had_not_begun_is_not_lost(tmp_path: Path) -> None:
     assert (head.report.reason, head.end is not None and head.end.kept) == ("worker lost", True)
     assert [e.report.wish for e in rest] == ["finished"] * 3
     assert order(host) == ["a", "b", "c"]
+
+
+def test_a_launcher_that_dies_in_the_middle_of_a_start_has_lost_only_that_one(tmp_path: Path) -> None:
+    # The child on its way to exec still has the launcher's ends of the pipes, so that they do not close.
+    with hold(tmp_path / "held") as held, Host(tmp_path, **LINED) as host:
+        host.hand("warm", "true", lane=1)
+        host.end_of("warm")
+        host.hand("held", str(held))
+        for name in "ab":
+            host.hand(name, "sh", "-c", f"echo {name} >>order")
+        host.hand("head", "true", lane=1)
+        (launcher,) = host.launchers()
+        host.until(lambda: host.endings.get("head") and children(launcher), "the start that hangs")
+        os.kill(launcher, signal.SIGKILL)
+        assert host.end_of("held").report.reason == "worker lost"
+        assert [host.end_of(name).report.wish for name in "ab"] == ["finished"] * 2
+    assert order(host) == ["a", "b"]
 
 
 def test_a_launcher_is_told_again_of_places_it_had_to_forget(tmp_path: Path) -> None:

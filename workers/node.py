@@ -193,20 +193,20 @@ class Node:
         """A launcher has died or closed its pipe; it is still to be reaped."""
         if not launcher.aside:
             log(f"launcher {launcher.number} (process {launcher.pid}) has died")
-            self._abandon(launcher, now)
+            self._abandon(launcher, now, dead=True)
 
     def _hear(self, launcher: Launcher, now: float) -> None:
         while records := launcher.hear():
             for record in records:
                 self.heard(record, now)
 
-    def _abandon(self, launcher: Launcher, now: float) -> None:
+    def _abandon(self, launcher: Launcher, now: float, *, dead: bool) -> None:
         """Take everything from a launcher that is dead or hangs, and replace it."""
         self._hear(launcher, now)
         taken = []
         for e in [e for e in self._ladder.executions.values() if e.launcher == launcher.number]:
-            if not e.begun and launcher.silent:
-                self._not_begun(e, now)  # it is dead, so we have heard of all that began
+            if dead and not e.begun:
+                self._not_begun(e, now)  # we have heard of all that began
                 continue
             if e.phase is Phase.LINED:
                 self._lanes.unline(e)
@@ -287,7 +287,7 @@ class Node:
             if other.launcher == e.launcher and not other.reason:
                 # It is known why they are lost, and that it is not their doing: their crash limit is not charged.
                 other.reason, other.wish = "worker lost", "free"
-        self._abandon(launcher, now)
+        self._abandon(launcher, now, dead=False)
 
     # -- launching and ending --------------------------------------------------------------------------------------
 
