@@ -309,6 +309,8 @@ def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Pat
         assert not alive(pid)
         host.hand("good", "true", lane=5)
         assert host.end_of("good").report.wish == "finished"
+        reported = [report.id for reports, _ in host.said("ends") for report in reports]
+        assert len(reported) == len(set(reported))
 
 
 def test_a_launch_waits_for_a_server_that_is_away(tmp_path: Path) -> None:

@@ -138,12 +138,13 @@ def test_map(executor: QCGPJExecutor) -> None:
     assert list(executor.map(Script.template, names)) == [{f"map{number}": "SUCCEED"} for number in range(3)]
 
 
-def test_the_end_waits_for_tasks_and_takes_arguments_by_place(tmp_path: Path) -> None:
-    with QCGPJExecutor(str(tmp_path), "n1:1") as executor:
+def test_the_end_waits_for_tasks_and_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "FINISH_S", 0.0)
+    called = threading.Event()
+    with QCGPJExecutor(str(tmp_path), "n1:1") as executor:  # arguments by place
         assert executor.qcgpj_manager.resources()["total_cores"] == 1
-        called = threading.Event()
         future = executor.submit(Script.template, name="a", script="sleep 1; touch done")
-        future.add_done_callback(lambda _: called.set())
+        future.add_done_callback(lambda _: (threading.Event().wait(1.5), called.set()))
     assert (tmp_path / "done").exists() and called.is_set()
 
 
