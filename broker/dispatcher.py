@@ -65,6 +65,8 @@ class Dispatcher:
         self.reconciler = Reconciler(self.store)
         self.next_lane = 0
         self.next_check = 0.0
+        self.planned: set[str] = set()
+        self.gather_until = 0.0
         self.busy_told = -1
         self.used_told: dict[str, str] = {}
         self.fresh = False  # False: class heads must be read again before the next plan
@@ -98,6 +100,8 @@ class Dispatcher:
         self.nodes_known = self._read_nodes()
         for info in self.nodes_known.values():
             self._send(info, Hello(term))
+        self.planned = {name.decode() for name in self.link.call("SMEMBERS", keys.PLANNED)}
+        self.gather_until = time.monotonic() + self.settings.gather_s
         self.reconciler.requeue_orphans(set(map(_address, self.nodes_known.values())))
         log.info("term %d: %d nodes asked what they hold", term, len(self.nodes_known))
 
@@ -210,6 +214,8 @@ class Dispatcher:
         if self.paused:
             self._tell_busy()
             return
+        if not self._gathered(now):
+            return
         if not self.fresh:
             self._read_heads()
         for _ in range(50):  # a claim may meet ghosts, and show heads that fit: plan again, but not for ever
@@ -224,6 +230,14 @@ class Dispatcher:
             self._add_ahead(groups)
             if not groups or not (self._claim(groups, now) or len(placed) == CLAIM_LIMIT):
                 return
+
+    def _gathered(self, now: float) -> bool:
+        """Whether all nodes the pilot began with have come, or were waited for: which nodes a task gets must not
+        depend on which worker was up a moment earlier."""
+        if self.planned and now < self.gather_until and not self.planned <= self.floor.nodes.keys():
+            return False
+        self.planned = set()
+        return True
 
     def _waiting(self) -> list[Waiting]:
         found = []

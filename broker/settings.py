@@ -15,6 +15,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     line_s: float = 0.02  # of it a launcher is told at once: more than a turn takes, less than anybody minds
     line_max: int = 16  # ... and never more tasks per lane
     recall_s: float = 1.0  # handed ahead, not started for so long, and would fit elsewhere: taken back
+    gather_s: float = 5.0  # how long a new dispatcher waits for the nodes its pilot began with
     report_s: float = 0.02  # ends wait so long for company while their lanes go on with tasks handed ahead
     report_max: int = 64  # ... or until there are so many
     started_after_s: float = 0.1  # a launch is reported by itself only when the task lives so long

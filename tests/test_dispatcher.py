@@ -17,6 +17,7 @@ from pilotq.broker.errors import ServerRefused, StateLost, Superseded
 from pilotq.broker.records import NodeLost, NodeState, Nudge
 from pilotq.broker.server import RunningServer, start_server, wait_ready
 from pilotq.broker.store import pack
+from pilotq.broker.task import Request
 from tests.engine import EPOCH, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
 from tests.waiting import wait_until
 
@@ -298,6 +299,31 @@ def test_pause_takes_back_what_is_ahead_and_hands_out_nothing(engine: Engine, no
         broker.pause(False)
         pump([n1], lambda: ended(engine, 50))
     assert set(executions(engine).values()) == {1}
+
+
+def test_nothing_is_handed_out_before_the_planned_nodes_have_come(engine: Engine, node: Make) -> None:
+    """Two nodes of three must be n1 and n2, whichever worker was up first."""
+    engine.reset(gather_s=60)
+    engine.link.call("SADD", keys.PLANNED, "n1", "n2", "n3")
+    (task_id,) = engine.submit(task(request=Request(nodes=(2, 2))))
+    with RunningDispatcher(engine) as running:
+        n1, n3 = node("n1"), node("n3")
+        pump([n1, n3], lambda: len(running.dispatcher.floor.nodes) == 2)
+        assert engine.status(task_id) == "queued"
+        n2 = node("n2")
+        pump([n1, n2, n3], lambda: n1.running)
+        assert [part.node for lane in running.dispatcher.floor.lanes.values() for part in lane.parts] == ["n1", "n2"]
+
+
+@pytest.mark.parametrize("planned", [(), ("n1", "n9")], ids=["nobody planned any", "one never comes"])
+def test_the_wait_for_planned_nodes_is_bounded(engine: Engine, node: Make, planned: tuple[str, ...]) -> None:
+    engine.reset(gather_s=0.1 if planned else 60)
+    if planned:
+        engine.link.call("SADD", keys.PLANNED, *planned)
+    engine.submit(task())
+    with RunningDispatcher(engine):
+        n1 = node("n1")
+        pump([n1], lambda: n1.running)
 
 
 def test_rq_suspend_pauses(engine: Engine, node: Make) -> None:

@@ -141,10 +141,11 @@ def test_map(executor: QCGPJExecutor) -> None:
 def test_the_end_waits_for_tasks_and_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "FINISH_S", 0.0)
     called = threading.Event()
-    with QCGPJExecutor(str(tmp_path), "n1:1") as executor:  # arguments by place
-        assert executor.qcgpj_manager.resources()["total_cores"] == 1
-        future = executor.submit(Script.template, name="a", script="sleep 1; touch done")
-        future.add_done_callback(lambda _: (threading.Event().wait(1.5), called.set()))
+    with QCGPJExecutor(str(tmp_path), "n1:2") as executor:  # arguments by place
+        assert executor.qcgpj_manager.resources()["total_cores"] == 2
+        future = executor.submit(Script.template, name="a", script="sleep 0.5")
+        future.add_done_callback(lambda _: (threading.Event().wait(1), called.set()))
+        executor.submit(Script.template, name="b", script="sleep 3; touch done")
     assert (tmp_path / "done").exists() and called.is_set()
 
 

@@ -290,6 +290,14 @@ def test_what_was_handed_ahead_did_not_kill_its_worker(engine: Engine) -> None:
     assert "pq_crashes" not in engine.hash(task_id)
 
 
+def test_what_a_worker_calls_lost_had_begun(engine: Engine) -> None:
+    """Also when it had been handed ahead: a task that kills its launcher each time must come to its limit."""
+    (task_id,) = engine.submit(task())
+    for verdict in ("retry", "retry", "ok"):
+        assert engine.end(engine.claim(lane=0), "lost") == [verdict]
+    assert engine.hash(task_id)["pq_reason"] == "crash limit"
+
+
 @pytest.mark.parametrize("wish", ["failed", "free", "lost"])
 def test_a_reported_launch_is_forgotten_when_the_task_waits_again(engine: Engine, wish: str) -> None:
     (task_id,) = engine.submit(task(retries=1))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,13 @@ class QCGPJFuture:
         return self._states is not None or self.take(self.qcgpjm.status(self.ids)["jobs"])
 
     def take(self, jobs: Mapping[str, Any]) -> bool:
-        """Whether all have ended, by the ``jobs`` of a reply to jobStatus."""
-        states = {name: jobs[name].get("data", {}).get("status", "") for name in self.ids}
+        """Whether all have ended, by the ``jobs`` of a reply to jobStatus; raises ConnectionError for unknown ones."""
+        from pilotq.broker.qcg.errors import ConnectionError as Refused
+
+        for name in self.ids:
+            if jobs[name]["status"] != 0:
+                raise Refused(f"Request failed - {jobs[name]['message']}")
+        states = {name: jobs[name]["data"]["status"] for name in self.ids}
         if not all(map(self.qcgpjm.is_status_finished, states.values())):
             return False
         self._states = states
@@ -145,19 +151,17 @@ class Watcher:
         """Those that have ended, and those of which nobody can tell any more."""
         from pilotq.broker.qcg.errors import QCGPJMAError
 
-        try:
+        jobs = None
+        with suppress(QCGPJMAError):
             jobs = self._manager.status(dict.fromkeys(name for future, _ in watched for name in future.ids))["jobs"]
-            return [entry for entry in watched if entry[0].take(jobs)]
-        except QCGPJMAError:
-            # One of the jobs was removed, or the pilot is gone: each is asked for itself.
-            return [entry for entry in watched if _over(entry[0])]
+        return [entry for entry in watched if _over(entry[0], jobs)]
 
 
-def _over(future: QCGPJFuture) -> bool:
+def _over(future: QCGPJFuture, jobs: Mapping[str, Any] | None) -> bool:
     from pilotq.broker.qcg.errors import QCGPJMAError
 
     try:
-        return future.done()
+        return future.done() if jobs is None else future.take(jobs)
     except QCGPJMAError:
         return True  # waiting on would be for ever; the callback gets this error when it asks
 

@@ -91,8 +91,10 @@ local function judge(wish, reason, f, id)
     requeue(id, f, 'LPUSH')
     return 'failed', reason, true
   elseif wish == 'lost' then
-    -- A task that was only handed ahead cannot have killed its worker.
-    local crashes = redis.call('HEXISTS', job_key(id), 'pq_lane') == 0 and 0 or redis.call('HINCRBY', job_key(id), 'pq_crashes', 1)
+    -- A worker says it of executions that had begun. Of a dead node we only know who had a lane of its own: a task
+    -- that was handed ahead may not have begun, and is not charged.
+    local begun = node ~= '' or redis.call('HEXISTS', job_key(id), 'pq_lane') == 1
+    local crashes = begun and redis.call('HINCRBY', job_key(id), 'pq_crashes', 1) or 0
     if crashes >= crash_limit then return 'failed', 'crash limit', false end
     requeue(id, f, 'LPUSH')
     return 'failed', reason, true
