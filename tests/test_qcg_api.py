@@ -207,9 +207,10 @@ def test_each_end_is_told_once(home: Home, m: LocalManager) -> None:
         m.wait4_any_job_finish(0.1)
     # Another wait has told it; and a name that is used again is news again.
     m.wait4(m.submit(Jobs().add(name="known", exec="true")), LONG)
-    m.remove("one")
-    m.submit(Jobs().add(name="one", exec="true"))
-    assert m.wait4_any_job_finish(LONG) == ("one", "SUCCEED")
+    m.wait4(["its:3", "one"], LONG)
+    m.remove(["its", "one"])
+    m.submit(Jobs().add(name="its", exec="true", iteration={"start": 3, "stop": 4}))
+    assert [m.wait4_any_job_finish(LONG) for _ in range(2)] == [("its:3", "SUCCEED"), ("its", "SUCCEED")]
     m.submit(Jobs().add(name="all", exec="true"))
     m.wait4all(LONG)
     script, release = home.gate()
@@ -305,8 +306,13 @@ def test_addresses(home: Home, m: LocalManager, tmp_path: Path, monkeypatch: pyt
         other.cleanup()
         with pytest.raises(errors.ConnectionError, match="^Not connected$"):
             other.list()
+    other = Manager()
+    assert other.send_request({"request": "finish"})["data"] == {"when": "2s"}
+    with pytest.raises(errors.ConnectionError, match="^Request failed - Finish request already requested"):
+        other.finish()
+    other.cleanup()
     for address in ("tcp://127.0.0.1:5555", tmp_path / "nothing", f"pilotq:{tmp_path}"):
-        with pytest.raises(errors.ConnectionError, match="^Failed to connect to "):
+        with pytest.raises(errors.ConnectionError, match="^Failed to connect to [^ ]+ - (a|no|.* is no) pilot"):
             Manager(address)
 
 
@@ -394,6 +400,9 @@ def test_finish_gives_running_jobs_time_and_leaves_nothing(start: Callable[..., 
     manager.finish()
     with pytest.raises(errors.ConnectionError, match="Not connected"):
         manager.list()
+    again = start("--resume", tmp_path)
+    again.finish()
+    assert not left_of(str(tmp_path))
 
 
 def test_resume_in_one_directory(start: Callable[..., LocalManager], tmp_path: Path) -> None:

@@ -208,7 +208,10 @@ class Manager:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Ask the pilot to end when its jobs have ended, and close the connection."""
+        """Ask the service to end when its jobs have ended, and close the connection.
+
+        Only a service does (`pilotq-qcg-service --net`): another's pilot is not ended from here.
+        """
         self._data({"request": "finish"})
         self.cleanup()
 
@@ -310,7 +313,6 @@ class LocalManager(Manager):
             if self._requests is not None and self._service.alive():
                 with suppress(errors.TimeoutElapsed):
                     self.wait4all(FINISH_S)
-                self._data({"request": "finish"})
         finally:
             self.cleanup()
 
@@ -331,9 +333,8 @@ def _listed(names: Names) -> builtins.list[str]:
 def _directory(address: str) -> str:
     scheme, colon, rest = address.partition(":")
     if colon and rest.startswith("//"):
-        raise errors.ConnectionError(
-            f"Failed to connect to {address} - a pilot of pilotq is named by its directory: give that, or "
-            f"{SCHEME}:DIRECTORY; in a task QCG_PM_ZMQ_ADDRESS has it"
+        raise errors.WrongArgumentsError(
+            f"a pilot of pilotq is named by its directory: give that, or {SCHEME}:DIRECTORY"
         )
     return rest if scheme == SCHEME else address
 

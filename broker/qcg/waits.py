@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from pilotq.broker.qcg.errors import TimeoutElapsed
@@ -55,10 +55,12 @@ class Ends:
         self._parts: defaultdict[str, set[str]] = defaultdict(set)  # job that goes on -> its iterations that were told
         self._found: deque[tuple[str, str]] = deque()
 
-    def submitted(self, names: Iterable[str]) -> None:
+    def submitted(self, names: Collection[str]) -> None:
         self._ours.update(names)
+        for name in names:
+            self._parts.pop(name, None)  # one of this name was removed
         if self._told is not None:
-            self._told.difference_update(names)  # those of these names were removed
+            self._told.difference_update(names)
 
     def forget(self, names: Iterable[str] | None = None) -> None:
         """The ends of these (default: of all that were submitted here) are known to the user in another way."""
