@@ -23,7 +23,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     launch_confirm_s: float = 10.0  # a launch not confirmed by then: the launcher is put aside
     beat_s: float = 2.0  # a worker's heartbeat
     reconcile_s: float = 1.0
-    foreign_poll_s: float = 0.05  # how soon jobs of stock RQ producers are seen
     stage_ttl_s: int = 600  # an uncommitted submit vanishes after this
     finished_ttl_s: int = 3600
     failed_ttl_s: int = 7 * 86_400
