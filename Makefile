@@ -8,13 +8,16 @@ DEMO := examples/sweep
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test retest lint format types types-tree coverage bench wheel clean
+.PHONY: help demo test retest lint format types types-tree coverage faults sweep bench wheel clean compose-passwords compose-test
 
 help:
 	@echo "make demo      install the run-time dependencies, run $(DEMO), say where the result is"
 	@echo "make test      install the tools, run the tests"
 	@echo "make types     mypy --strict         make lint      ruff check and ruff format --check"
 	@echo "make coverage  tests with coverage   make bench     the benchmarks"
+	@echo "make faults    the fault tests, for docs/guarantees.md"
+	@echo "make sweep     every fault at every step of every process"
+	@echo "make compose-passwords, make compose-test: docs/compose.md"
 	@echo "make wheel     build dist/*.whl      make clean     remove all of this, .venv too"
 
 # The interpreter is a prerequisite by existence only: its date says nothing.
@@ -39,13 +42,24 @@ demo: $(VENV)/demo.stamp
 	@cat $(DEMO)/results/gather.txt
 	@echo "The result is in $(DEMO)/results: sweep.png (the picture) and summary.json (the numbers)."
 
+# Most of a test is waiting for processes, so two run at a time, the tests of one file by the same of the two.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What failed last time, if that was little.
 retest: $(VENV)/dev.stamp
 	@test "$$($(BIN)/python -m pytest --last-failed --last-failed-no-failures none --collect-only -q | grep -c ::)" -le 20
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+
+# What docker-compose.yml wants: the server's password, and the dashboard's. They are made once.
+compose-passwords:
+	@umask 077 && mkdir -p .compose && for name in password dashboard-password; do \
+	  test -s .compose/$$name || od -An -N 16 -t x1 /dev/urandom | tr -d ' \n' > .compose/$$name; done
+	@echo "The passwords are in .compose: log in to the dashboard as pilotq, with $$(cat .compose/dashboard-password)."
+
+# As root, with a running engine: builds stand-ins for the base images, and brings docker-compose.yml up with them.
+compose-test: $(VENV)/dev.stamp
+	PILOTQ_TEST_COMPOSE=1 $(BIN)/python -m pytest -rP tests/compose
 
 # mypy cannot see through an editable install: it gets a tree of links that looks like the installed package.
 types-tree:
@@ -68,6 +82,16 @@ coverage: $(VENV)/dev.stamp
 	$(BIN)/python -m coverage run -m pytest
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+
+# Every fault at every step of every process, some 15 minutes; `make test` strikes with a kill at each.
+sweep: $(VENV)/dev.stamp
+	PILOTQ_SWEEP=whole $(BIN)/python -m pytest tests/test_sweep.py
+
+# The faults of docs/faults.toml; the result goes into docs/guarantees.md.
+faults: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -p tests.fault_results tests/test_sweep.py tests/test_restart.py tests/test_partition.py \
+	  tests/test_budgets.py tests/test_damage.py tests/test_chaos_judge.py
+	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(FIGURES)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pilotq.broker.client import Broker
+    from pilotq.broker.executor import Executor
     from pilotq.broker.task import ArrayRange, Request, Task
 
-__all__ = ["ArrayRange", "Broker", "Request", "Task"]
-_HOMES = {"Broker": "client", "ArrayRange": "task", "Request": "task", "Task": "task"}
+__all__ = ["ArrayRange", "Broker", "Executor", "Request", "Task"]
+_HOMES = {"Broker": "client", "Executor": "executor", "ArrayRange": "task", "Request": "task", "Task": "task"}
 
 
 def __getattr__(name: str) -> Any:

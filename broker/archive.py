@@ -14,7 +14,7 @@ from pilotq.broker.listing import array_of, element_from_line, from_line, newest
 from pilotq.broker.output import captured
 from pilotq.broker.pilot import Pilot, write_private
 from pilotq.broker.records import Line
-from pilotq.broker.views import Counts, TaskView
+from pilotq.broker.views import Counts, Explanation, TaskView
 
 TOTAL = "submitted"  # file of a pilot that was told to end: how many tasks it had been given
 
@@ -57,6 +57,12 @@ class Archive:
             f"shows what ran there; what never ran comes back with `pilotq start --resume {self.pilot.directory}`"
         )
 
+    def explain(self, task_id: str) -> Explanation:
+        """Why a task ended as it did. Raises UnknownTask."""
+        from pilotq.broker.explain import ended  # brings placement along, which a submit does not need
+
+        return ended(self.task(task_id), self.pilot.directory)
+
     def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
         """Tasks, those that ended last first."""
         seen: set[str] = set()
@@ -81,7 +87,11 @@ class Archive:
 
     def counts(self) -> Counts:
         """Numbers of tasks; ``total`` is at least what was submitted before the pilot was told to end."""
-        last = {line.id: line for line in map(_without_output, self._journal.lines())}
+        last: dict[str, Line] = {}
+        for line in map(_without_output, self._journal.lines()):
+            last[line.id] = line
+            if not line.final and not line.execution:  # a retry: of an array what had not finished does not count
+                last = {i: known for i, known in last.items() if known.array != line.id or known.status == "finished"}
         counts = Counts()
         for line in last.values():
             if line.elements:

@@ -11,32 +11,20 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.task import Task
 
-# The form of ids of tasks and of elements, with `=` in front where no name is meant; whether there is such a task is
-# found out at submit.
-ID = re.compile(r"=?[0-9a-v]{1,13}(?:_[0-9]{1,15})?")
+# The form of ids: ours, RQ's own (a UUID), and, with `=` in front where no name is meant, any that a producer of RQ's
+# may have chosen. Whether there is such a task is found out at submit.
+ID = re.compile(r"[0-9a-v]{1,13}(?:_[0-9]{1,15})?|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|=[A-Za-z0-9_-]{1,200}")
 _ELEMENT = re.compile(r"(.+):([0-9]{1,15})", re.DOTALL)
-
-
-class FileRequest(msgspec.Struct):
-    """One request of a QCG-PilotJob file, in its order. ``jobs`` are the names a ``submit`` brings, omitted ones too.
-
-    Requests other than ``submit`` are kept as they stand, unknown ones too: they are answered, not run.
-    """
-
-    name: str
-    body: dict[str, Any] = {}
-    jobs: list[str] = []
 
 
 class Batch(msgspec.Struct):
     """Tasks ready for ``Broker.enqueue_many``; names in ``after`` and ``after_each`` are resolved there.
 
-    ``omitted`` (QCG-PilotJob files only) are jobs that can never run because of a dependency, with a sentence why.
+    Of a QCG-PilotJob file ``requests`` instead: as they stand, to be handled one after the other.
     """
 
     tasks: list[Task]
-    requests: list[FileRequest] = []
-    omitted: dict[str, str] = {}
+    requests: list[Any] | None = None
 
 
 def check_names(tasks: list[Task], place: Callable[[int], str]) -> None:

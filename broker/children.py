@@ -24,6 +24,19 @@ def become_subreaper() -> None:
         raise OSError(error, os.strerror(error))
 
 
+def die_with(parent: int) -> None:
+    """The kernel ends this process (SIGTERM) with its parent, whose number it was before the fork."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    # The parent may have died before the line above took effect: then no signal would ever come.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def die_with_parent() -> None:
+    """This process is killed when its parent ends, however that ends."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def open_pidfd(pid: int) -> int | None:
     """A descriptor that is readable once the process has ended; None where the kernel (before 5.3) has none.
 
@@ -59,33 +72,28 @@ class Part:
     """One part: how it is started, and its process while there is one.
 
     ``log`` is appended to and readable by its owner only. ``cwd`` is where it runs: never the user's directory, where
-    a folder called ``pilotq`` would be imported instead of us.
+    a folder called ``pilotq`` would be imported instead of us. ``held``: its stdin is a pipe that stays open as long as
+    we live, so that what it starts elsewhere sees our end.
     """
 
-    def __init__(self, name: str, argv: list[str], *, log: str, cwd: str) -> None:
+    def __init__(self, name: str, argv: list[str], *, log: str, cwd: str, held: bool = False) -> None:
         self.name = name
         self.argv = argv
         self.log = log
         self.cwd = cwd
+        self.held = held
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd: int | None = None
 
     def start(self) -> None:
         self.close()
         parent = os.getpid()
-
-        def die_with_parent() -> None:
-            _prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            # The parent may have died before the line above took effect: then no signal would ever come.
-            if os.getppid() != parent:
-                os._exit(1)
-
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             self.process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.cwd,
-                start_new_session=True, umask=0o077,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - a supervisor has one thread, and this takes no lock
+                self.argv, stdin=subprocess.PIPE if self.held else subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.cwd, start_new_session=True, umask=0o077,
+                preexec_fn=lambda: die_with(parent),  # noqa: PLW1509 - a supervisor has one thread, and this takes no lock
             )  # fmt: skip
         finally:
             os.close(log)
@@ -121,6 +129,8 @@ class Part:
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
         self.process = None
 
     def last_words(self, lines: int = 5) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pilotq.broker import keys
 from pilotq.broker.archive import Archive, remember_total
@@ -16,12 +16,13 @@ from pilotq.broker.listing import Listing
 from pilotq.broker.output import Output
 from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.records import Nudge
+from pilotq.broker.retry import retry
 from pilotq.broker.settings import load
 from pilotq.broker.store import Store, pack
 from pilotq.broker.submit import submit
-from pilotq.broker.surroundings import capture
+from pilotq.broker.surroundings import capture, without_secret
 from pilotq.broker.task import Shared, Task
-from pilotq.broker.views import Counts, NodeView, TaskView
+from pilotq.broker.views import Counts, Explanation, NodeView, TaskView
 
 if TYPE_CHECKING:
     import redis
@@ -79,7 +80,10 @@ class Broker:
         """
         if not tasks:
             return []
-        return submit(self.link, self.store, tasks, shared or capture(), key)
+        if shared is None:
+            shared = capture(functions=any(task.function is not None for task in tasks))
+        shared = without_secret(shared, self.link.address.password)
+        return submit(self.link, self.store, tasks, shared, key, self._listing.status_in_journal)
 
     # -- waiting and stopping -----------------------------------------------------------------------------------
 
@@ -93,6 +97,10 @@ class Broker:
             if left is None:
                 counts = self.counts()
                 missing = counts.left
+                if missing <= 0 and (missing := self._listing.uncounted()) <= 0:
+                    # What was on its way between the two reads counts by now.
+                    counts = self.counts()
+                    missing = counts.left
             else:
                 left = self._skip_ended(left, counts)
                 missing = len(left)
@@ -132,6 +140,22 @@ class Broker:
                 counts.failed += 1
         return left
 
+    def result(self, task_id: str, *, timeout: float | None = None) -> Any:
+        """What a function has returned; waits for it, and raises what it has raised.
+
+        Raises WaitTimedOut after ``timeout`` seconds; FunctionFailed when the function did not return by itself
+        (FunctionCanceled when it was canceled or stopped); InvalidInput when the task is no function; UnknownTask when
+        there is no such task, or its record has expired. Reading a result unpickles it.
+        """
+        from pilotq.broker.results import fetch
+
+        self.wait([task_id], timeout=timeout)
+        [outcome] = fetch(self.link, [task_id])
+        assert outcome is not None, "it has ended"
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.value
+
     def cancel(self, ids: Iterable[str]) -> dict[str, str]:
         """id -> what happened: 'canceled' (was waiting), 'told' (is running: its worker was told), its status when it
         had ended, or 'unknown'."""
@@ -142,10 +166,36 @@ class Broker:
             answers.update(zip(part, self.store.cancel(part), strict=True))
         return answers
 
+    def retry(self, ids: Iterable[str]) -> dict[str, str]:
+        """Let tasks that have ended, and did not finish, run again; of an array those of its elements that did not.
+
+        id -> what happened: 'queued', 'deferred' (a task it depends on has not ended), its status when there is nothing
+        to run again, 'dependency' (a task it depends on did not finish: retry that first, or with it), 'ending' (it was
+        canceled, and runs still), 'gone' (only the journal knows it) or 'unknown'. Each gets one more execution, and
+        those that its retries left.
+        """
+        return retry(self.store, list(dict.fromkeys(ids)))
+
     def pause(self, paused: bool) -> None:
         """Hand out nothing more (running tasks go on), or go on."""
         self.store.write(*(("HSET", keys.WISH, "paused", 1) if paused else ("HDEL", keys.WISH, "paused")))
         self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+
+    def close_nodes(self, names: Iterable[str], state: str, reason: str = "") -> None:
+        """These nodes get nothing new: ``drained``, or ``retired``, then their workers end when nothing runs there."""
+        pairs = [text for name in names for text in (name, f"{state} {reason}".strip())]
+        self.store.write("HSET", keys.CLOSED, *pairs)
+        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+
+    def open_nodes(self, names: Iterable[str]) -> None:
+        """These nodes are used again."""
+        self.store.write("HDEL", keys.CLOSED, *names)
+        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+
+    def closed_nodes(self) -> dict[str, str]:
+        """node -> how it is closed, and why."""
+        flat = self.link.call("HGETALL", keys.CLOSED)
+        return {name.decode(): text.decode() for name, text in zip(flat[::2], flat[1::2], strict=True)}
 
     def request_stop(self, mode: str) -> None:
         """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
@@ -169,6 +219,13 @@ class Broker:
             raise UnknownTask(f"there is no task {task_id!r} in this pilot: `pilotq list` shows those it has")
         return view
 
+    def explain(self, task_id: str) -> Explanation:
+        """Why a task waits and when it may start, or why it ended as it did. Raises UnknownTask."""
+        from pilotq.broker.explain import Explainer  # brings placement along, which a submit does not need
+
+        directory = self.pilot.directory if self.pilot is not None else ""
+        return Explainer(self.link, self._listing, directory, time.time()).of(self.task(task_id))
+
     def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
         """Tasks, newest first: those that Redis still knows (running, waiting, ended), then those of the journal."""
         return self._listing.tasks(status, limit)
@@ -180,6 +237,10 @@ class Broker:
     def open_ids(self) -> list[str]:
         """Ids of the tasks that have not ended; an array stands for its elements."""
         return self._listing.open_ids()
+
+    def retriable(self) -> list[str]:
+        """Ids of what ended and did not finish, as far as Redis still knows it; an array stands for its elements."""
+        return self._listing.retriable()
 
     def nodes(self) -> list[NodeView]:
         return self._listing.nodes()

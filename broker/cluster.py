@@ -7,6 +7,7 @@ cores and ``outside`` without.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -14,6 +15,8 @@ from pilotq.broker.cores import Free, Node, bits, carve, mask_of
 from pilotq.broker.records import NodeInfo, Part
 from pilotq.broker.shortage import Room, shortage
 from pilotq.broker.task import Request
+
+END_S = 0.5  # ends of nodes that differ by less are the same
 
 
 class Cluster:
@@ -27,9 +30,11 @@ class Cluster:
         self._outside: Free | None = None  # only while there is a hold
         self._held_for = Request()
         self._held_slots = 0
-        self._possible: dict[Request, bool] = {}  # true until a node comes, goes, opens or closes
+        self._possible: dict[tuple[Request, int], bool] = {}  # true until a node comes, goes, opens or closes
         # Slots that lack what a request wants besides cores: true until something is released.
         self._barred: dict[Request, int] = {}
+        self._ends: dict[float, int] = {}  # when nodes get nothing new -> their slots
+        self._now = 0.0
 
     # Nodes
 
@@ -57,12 +62,48 @@ class Cluster:
         self._possible.clear()
         self._show(node)
 
+    def is_open(self, name: str) -> bool:
+        return self._nodes[name].open
+
+    def set_end(self, name: str, end: float) -> None:
+        """From ``end`` on, by the clock of `at`, nothing new runs there: nor does what cannot have ended by then."""
+        node = self._nodes[name]
+        # The clock it is computed from trembles: what is as good as the same shall not clear what is remembered.
+        if node.end != end and not abs(node.end - end) < END_S:
+            node.end = end
+            self._possible.clear()
+            self._count_ends()
+
+    def at(self, now: float) -> None:
+        """What time it is for what is asked next."""
+        self._now = now
+
+    def is_late(self, name: str, request: Request) -> bool:
+        """Whether a task of this limit that began now might not have ended when its node does."""
+        return request.limit is not None and self._now + request.limit > self._nodes[name].end
+
+    def _late(self, request: Request) -> int:
+        """Slots of the nodes for which it is too late to begin this request."""
+        late = 0
+        if request.limit is not None:
+            for end, slots in self._ends.items():
+                if self._now + request.limit > end:
+                    late |= slots
+        return late
+
+    def _count_ends(self) -> None:
+        self._ends.clear()
+        for node in self._order:
+            if node.end < math.inf:
+                self._ends[node.end] = self._ends.get(node.end, 0) | 1 << node.slot
+
     def _arrange(self) -> None:
         self._order = sorted(self._nodes.values(), key=lambda node: _natural(node.name))
         self._sizes.clear()
         for slot, node in enumerate(self._order):
             node.slot = slot
             self._sizes[node.size] = self._sizes.get(node.size, 0) | 1 << slot
+        self._count_ends()
         self._inside = self._view(outside=False)
         if self._outside is not None:
             self._outside = self._view(outside=True)
@@ -119,18 +160,31 @@ class Cluster:
         return shortage(request, [_total(node) for node in self._order], now=False)
 
     def possible(self, request: Request) -> bool:
-        """Whether the open nodes could hold it if they were empty."""
-        found = self._possible.get(request)
+        """Whether the open nodes could hold it if they were empty, and have it done before they end."""
+        key = (request, self._late(request))
+        found = self._possible.get(key)
         if found is None:
-            found = shortage(request, [_total(node) for node in self.open_nodes], now=False) is None
-            self._possible[request] = found
+            rooms = [_total(node) for node in self.open_nodes if not key[1] >> node.slot & 1]
+            found = self._possible[key] = shortage(request, rooms, now=False) is None
         return found
+
+    def fits(self, request: Request) -> bool:
+        """Whether the open nodes have free what it asks for, held or not."""
+        return shortage(request, [_room(node, node.free) for node in self.open_nodes], now=True) is None
 
     def waits_for(self, request: Request) -> str:
         """What is missing now, as a sentence."""
         never = self.never_fits(request)
         if never is not None:
             return never
+        if not self.open_nodes:
+            return "all nodes are closed: drained, retired, or their allocation ends"
+        if self._late(request) and not self.possible(request):
+            left = max(0.0, max(self._ends) - self._now)
+            return (
+                f"it may take {request.limit} s, but the nodes that could hold it take nothing new in {left:.0f} s, "
+                "when their allocation ends: it starts in the next one"
+            )
         missing = shortage(request, [_room(node, node.free) for node in self.open_nodes], now=True)
         if missing is not None:
             return missing
@@ -151,12 +205,12 @@ class Cluster:
         """Up to ``count`` reservations for equal requests, as if made one after the other."""
         outside = not held and self._outside is not None
         view = self._outside if outside and self._outside is not None else self._inside
-        usable = -1
+        usable = ~self._late(request)
         plain = is_plain(request)
         if not plain:
             if not self.possible(request):
                 return []
-            usable = ~self._barred.get(request, 0)
+            usable &= ~self._barred.get(request, 0)
             if outside and shares(request, self._held_for):
                 usable &= ~self._held_slots
         if request.nodes is None and not request.spread and not request.whole:
@@ -227,7 +281,7 @@ class Cluster:
         chosen: list[int] = []
         cores = 0
         for slot in candidates:
-            if plain or (usable >> slot & 1 and self._order[slot].spares(request)):
+            if usable >> slot & 1 and (plain or self._order[slot].spares(request)):
                 chosen.append(slot)
                 cores += view.counts[slot]
                 if len(chosen) == most or (request.spread and cores >= high):
@@ -257,6 +311,12 @@ class Cluster:
             if node is not None:
                 node.take(part)
                 self._show(node)
+
+    def fill(self, name: str, count: int) -> None:
+        """Take so many of the free cores of a node, or all there are: somebody has them, it is not known which."""
+        free = tuple(bits(self._nodes[name].free))[: max(count, 0)]
+        if free:
+            self.take([Part(name, free)])
 
     def release(self, parts: Iterable[Part]) -> None:
         """Give back what `reserve` gave or `take` took. Parts on nodes that have gone are ignored.

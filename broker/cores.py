@@ -7,6 +7,7 @@ that nothing here loops over all cores or all nodes.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -72,13 +73,14 @@ class Node:
 
     __slots__ = (
         "all", "counters", "counters_free", "free", "gpus", "gpus_free", "groups", "held", "memory", "memory_free",
-        "name", "open", "size", "slot",
+        "name", "open", "end", "size", "slot",
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo) -> None:
         self.name = info.name
         self.slot = 0
         self.open = True
+        self.end = math.inf  # when it gets nothing new, by the clock of placement
         self.all = self.free = mask_of(tuple(info.cores))
         self.size = self.all.bit_count()
         self.held = 0  # cores that are being drained for one waiting task, free or not

@@ -17,9 +17,11 @@ from typing import Any
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import ahead, keys, points
 from pilotq.broker.errors import ServerUnavailable, Superseded
-from pilotq.broker.floor import ClassInfo, Floor, Lane, Node, ends_by
+from pilotq.broker.floor import ClassInfo, Floor, Lane, ends_by
+from pilotq.broker.gate import Gate
+from pilotq.broker.inbound import Inbound
 from pilotq.broker.link import Address, Link
 from pilotq.broker.placement import BackfillState, Waiting, plan
 from pilotq.broker.reconciler import Reconciler
@@ -27,17 +29,25 @@ from pilotq.broker.records import (
     Ended,
     GivenBack,
     Hello,
+    Leaving,
     NodeInfo,
     NodeLost,
     NodeState,
     Nudge,
     Recall,
+    Sweep,
+    Swept,
     ToDispatcher,
+    ToWorker,
+    Withheld,
     format_allocation,
 )
 from pilotq.broker.settings import Settings
+from pilotq.broker.stock import Way
 from pilotq.broker.store import Head, Slot, Store, to_worker
-from pilotq.broker.task import order_of
+from pilotq.broker.surroundings import capture, without_secret
+from pilotq.broker.task import Shared, order_of
+from pilotq.broker.told import Told
 
 log = logging.getLogger("pilotq.dispatcher")
 RELEASE_LIMIT = 200  # dependents handled in one script call
@@ -47,11 +57,15 @@ _mail = msgspec.msgpack.Decoder(ToDispatcher)
 
 
 class Dispatcher:
-    """Runs until `stop` is set or the queue is not ours any more (StateLost, Superseded)."""
+    """Runs until `stop` is set or the queue is not ours any more (StateLost, Superseded).
 
-    def __init__(self, address: Address, epoch: str, settings: Settings) -> None:
+    ``shared`` is what jobs of RQ's own producers get as their surroundings.
+    """
+
+    def __init__(self, address: Address, epoch: str, settings: Settings, shared: Shared | None = None) -> None:
         self.link = Link(address)
         self.store = Store(self.link, epoch, settings)
+        self.inbound = Inbound(address, self.store, without_secret(shared or capture(), address.password))
         self.settings = settings
         self.stop = False
         self.paused = False
@@ -67,8 +81,8 @@ class Dispatcher:
         self.next_check = 0.0
         self.planned: set[str] = set()
         self.gather_until = 0.0
-        self.busy_told = -1
-        self.used_told: dict[str, str] = {}
+        self.told = Told(self.store)
+        self.gate = Gate(self.link)
         self.fresh = False  # False: class heads must be read again before the next plan
 
     def run(self) -> None:
@@ -86,8 +100,12 @@ class Dispatcher:
                     log.warning("%s; waiting up to %.0f s for it", error, self.settings.server_wait_s)
                 elif now - silent_since > self.settings.server_wait_s:
                     raise
-                self.link.close()
+                self.close()
                 time.sleep(0.1)
+
+    def close(self) -> None:
+        self.link.close()
+        self.inbound.close()
 
     # -- one turn -----------------------------------------------------------------------------------------------
 
@@ -95,26 +113,33 @@ class Dispatcher:
         """Take over: a new term, and every node is asked what it holds. Nodes that do not answer get nothing."""
         self._reset()
         term = self.store.take_term()
+        points.at("term taken")
         self.next_lane = term * LANES_PER_TERM
+        self.inbound.begin(term)
         self._read_wish()
         self.nodes_known = self._read_nodes()
         for info in self.nodes_known.values():
             self._send(info, Hello(term))
+        points.at("nodes asked")
         self.planned = {name.decode() for name in self.link.call("SMEMBERS", keys.PLANNED)}
         self.gather_until = time.monotonic() + self.settings.gather_s
-        self.reconciler.requeue_orphans(set(map(_address, self.nodes_known.values())))
+        self.reconciler.requeue_orphans({info.address for info in self.nodes_known.values()})
         log.info("term %d: %d nodes asked what they hold", term, len(self.nodes_known))
+
+    def _refuse(self, way: Way) -> str | None:
+        """Why no node of this pilot can ever hold what a job asks for."""
+        return None if self.planned else self.floor.refuses(way.request)
 
     def _turn(self) -> None:
         now = time.monotonic()
         if now >= self.next_check:
             self._check(now)
         timeout = f"{max(self.next_check - now, 0.001):.3f}"
-        reply, term = self.link.pipeline(
-            [("BLMPOP", timeout, 2, keys.MAIL, keys.BELL, "LEFT", "COUNT", 200), ("GET", keys.TERM)]
-        )
+        wait = ("BLMPOP", timeout, 2, keys.MAIL, keys.BELL, "LEFT", "COUNT", 200)
+        reply, term = self.inbound.wait(self.link, [wait, ("GET", keys.TERM)], self._refuse)
         now = time.monotonic()
         if reply is not None:
+            points.at("mail taken")
             key, items = reply
             if term is not None and int(term) != self.store.term:
                 # Another dispatcher waits for this, maybe for the answer to its Hello.
@@ -132,11 +157,14 @@ class Dispatcher:
         """Once in a while: recall what is stuck, reconcile, look at all lists (a bell may have been lost)."""
         self.next_check = now + min(self.settings.reconcile_s, self.settings.recall_s / 4)
         self._recall(now)
-        self._tell_used()
+        self.told.used(self.floor)
+        self.told.hold(self.backfill.hold, now)
+        self.inbound.turn(now, self._refuse)
+        self._mind_gate(now)
         if self.reconciler.due(now):
             self._read_wish()
             for info in self.reconciler.turn(now, self._addresses()):
-                self._lose(info, "it has been silent for too long")
+                self._lose(info, "it was out of touch for too long")
             if self.reconciler.tidied:
                 self.classes = {}  # as many others may come: their number tells nothing
             self.store.release(RELEASE_LIMIT)
@@ -151,26 +179,24 @@ class Dispatcher:
             log.warning("unreadable mail dropped: %s", error)
             return
         if isinstance(message, Ended):
-            node = self._node(message)
+            node = self.floor.speaker(message)
             if node is not None:
                 for end in message.ends:
                     self.floor.end(node, end, self.classes.get(end.class_name), now)
         elif isinstance(message, GivenBack):
             self.fresh = False
-            node = self._node(message)
+            node = self.floor.speaker(message)
             if node is not None:
                 for class_name, count in message.counts.items():
                     self.floor.less_ahead(node, class_name, count, now)
         elif isinstance(message, NodeState):
             self._node_state(message, now)
-        elif isinstance(message, NodeLost):
-            self._node_lost(message)
+        elif isinstance(message, (NodeLost, Leaving)):
+            self._node_goes(message, now)
+        elif isinstance(message, (Withheld, Swept)):
+            self.floor.settle(message)
         elif isinstance(message, Nudge):
             self._read_wish()
-
-    def _node(self, message: Ended | GivenBack) -> Node | None:
-        node = self.floor.nodes.get(message.node)
-        return node if node is not None and node.info.incarnation == message.incarnation else None
 
     def _node_state(self, state: NodeState, now: float) -> None:
         if state.term not in (0, self.store.term):
@@ -187,23 +213,36 @@ class Dispatcher:
         self.nodes_known[state.node] = info
         self._read_classes()
         self.floor.arrive(info, state, self.classes, now)
+        for host in {host for host, _ in state.guests} - {known.address for known in self.nodes_known.values()}:
+            self._send(info, Sweep(host))
+        self._mind_gate(now)
         self.fresh = False
         log.info("node %s: %d cores, %d lanes in use", info.name, len(info.cores), len(state.lanes))
 
-    def _node_lost(self, message: NodeLost) -> None:
+    def _node_goes(self, message: NodeLost | Leaving, now: float) -> None:
+        if isinstance(message, Leaving):
+            self.gate.leaving(message)
+            self._mind_gate(now)
+            return
         # A worker that has left is not in the list of nodes any more, one that never said a word not in ours.
         for known in (self.nodes_known.get(message.node), self._read_nodes().get(message.node)):
             if known is not None and known.incarnation == message.incarnation:
-                self._lose(known, message.why)
+                self._lose(known, message.why, clean=message.clean)
                 return
 
-    def _lose(self, info: NodeInfo, why: str) -> None:
-        """An incarnation of a node is dead: what it held goes back to the lists."""
+    def _mind_gate(self, now: float) -> None:
+        for info, word in self.gate.apply(self.floor, now):
+            log.info("node %s is told to leave (%s)", info.name, word.reason)
+            self._send(info, word)
+
+    def _lose(self, info: NodeInfo, why: str, *, clean: bool = False) -> None:
+        """An incarnation of a node is dead, or has left cleanly: what it held goes back to the lists."""
         known = self.nodes_known.get(info.name)
         if known is not None and known.incarnation == info.incarnation:
             del self.nodes_known[info.name]
-            self.floor.depart(info.name)
-        number = self.reconciler.requeue_node(_address(info), why)
+            for node, message in self.floor.depart(info.name, info.address, clean=clean):
+                self._send(node.info, message)
+        number = self.reconciler.requeue_node(info.address, why, clean=clean)
         self.store.run("leave", info.name, info.incarnation, "")
         self.fresh = False
         log.warning("node %s is lost (%s): %d tasks go back", info.name, why, number)
@@ -212,7 +251,7 @@ class Dispatcher:
 
     def _hand_out(self, now: float) -> None:
         if self.paused:
-            self._tell_busy()
+            self.told.busy(self.floor)
             return
         if not self._gathered(now):
             return
@@ -234,6 +273,8 @@ class Dispatcher:
     def _gathered(self, now: float) -> bool:
         """Whether all nodes the pilot began with have come, or were waited for: which nodes a task gets must not
         depend on which worker was up a moment earlier."""
+        if len(self.floor.nodes) < self.gate.least and self.planned:
+            return False
         if self.planned and now < self.gather_until and not self.planned <= self.floor.nodes.keys():
             return False
         self.planned = set()
@@ -244,8 +285,8 @@ class Dispatcher:
         for name, head in self.heads.items():
             info = self.classes.get(name)
             if info is not None and head.length:
-                first = order_of(head.ids[0])
-                orders = [first] * min(head.elements, 32) if head.elements else [order_of(i) for i in head.ids]
+                first = order_of(head.places[0])
+                orders = [first] * min(head.elements, 32) if head.elements else [order_of(i) for i in head.places]
                 found.append(Waiting(name, info.priority, info.request, orders, head.waiting))
         return found
 
@@ -260,32 +301,16 @@ class Dispatcher:
         return groups
 
     def _add_ahead(self, groups: dict[str, list[Slot]]) -> None:
-        """More tasks for lanes that will soon be free, but none on nodes that are being drained for a task that waits:
-        lanes that go on there would never drain."""
-        draining = self._draining()
+        """More tasks for lanes that will soon be free."""
+        shut = ahead.shut(self.floor, self.backfill)
         rests = {name: head.waiting - len(groups.get(name, ())) for name, head in self.heads.items()}
-        for name in self._not_outranked(rests):
+        for name in ahead.not_outranked(self.floor, self.classes, self.heads, rests):
             for node in self.floor.nodes.values():
                 number = min(self.floor.wanted_ahead(node, name, rests[name]), rests[name], CLAIM_LIMIT)
-                if number > 0 and node.info.name not in draining:
+                late = self.floor.cluster.is_late(node.info.name, self.classes[name].request)
+                if number > 0 and node.info.name not in shut and not late:
                     groups.setdefault(name, []).extend([Slot(node.address, 0, "")] * number)
                     rests[name] -= number
-
-    def _not_outranked(self, rests: dict[str, int]) -> list[str]:
-        """The classes whose lanes may go on: of the highest priority that waits, and before any of that priority that
-        has no lane yet."""
-        waiting = [n for n, rest in rests.items() if rest > 0 and self.floor.cluster.possible(self.classes[n].request)]
-        top = max((self.classes[name].priority for name in waiting), default=0)
-        first = {n: order_of(self.heads[n].ids[0]) for n in waiting if self.classes[n].priority == top}
-        blocked = min((order for name, order in first.items() if not self._has_lane(name)), default=math.inf)
-        return [name for name, order in first.items() if order < blocked]
-
-    def _draining(self) -> set[str]:
-        hold = self.backfill.hold
-        return {part.node for part in hold.parts} if hold is not None else set()
-
-    def _has_lane(self, class_name: str) -> bool:
-        return any(lane.class_name == class_name for lane in self.floor.lanes.values())
 
     def _claim(self, groups: dict[str, list[Slot]], now: float) -> bool:
         """Claim for these slots; returns whether another plan may find more (some slots stayed empty)."""
@@ -305,23 +330,20 @@ class Dispatcher:
 
     def _recall(self, now: float) -> None:
         """Take back what was handed ahead and is stuck, when it would fit elsewhere or holds up something better."""
-        draining = self._draining()
+        shut = ahead.shut(self.floor, self.backfill)
         for node in self.floor.nodes.values():
-            at_once = self.paused or node.info.name in draining
-            for class_name, ahead in list(node.ahead.items()):
-                if not at_once and now - ahead.since < self.settings.recall_s:
+            at_once = self.paused or node.info.name in shut
+            for class_name, handed in list(node.ahead.items()):
+                if not at_once and now - handed.since < self.settings.recall_s:
                     continue
                 info = self.classes.get(class_name)
                 parts = self.floor.cluster.reserve(info.request) if info is not None else None
                 if parts is not None:
                     self.floor.cluster.release(parts)
-                if parts is not None or at_once or (info is not None and self._outranked(info.priority)):
-                    self._send(node.info, Recall(class_name, ahead.count))
-                    ahead.since = now
-
-    def _outranked(self, mine: int) -> bool:
-        better = [i for n, i in self.classes.items() if i.priority > mine and n in self.heads and self.heads[n].length]
-        return any(self.floor.cluster.possible(info.request) for info in better)
+                priority = info.priority if info is not None else math.inf
+                if parts is not None or at_once or ahead.outranked(self.floor, self.classes, self.heads, priority):
+                    self._send(node.info, Recall(class_name, handed.count))
+                    handed.since = now
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -345,6 +367,8 @@ class Dispatcher:
 
     def _read_wish(self) -> None:
         paused, journal = self.link.call("HMGET", keys.WISH, "paused", "journal")
+        self.gate.read()
+        self._mind_gate(time.monotonic())  # what is submitted after a node was closed must not get there
         suspended = self.link.call("EXISTS", keys.SUSPENDED)
         paused = bool(paused or journal or suspended)
         if paused != self.paused:
@@ -354,35 +378,16 @@ class Dispatcher:
         if paused:
             self._recall(time.monotonic())
 
-    def _tell_busy(self) -> None:
-        busy = len(self.floor.lanes) + sum(a.count for n in self.floor.nodes.values() for a in n.ahead.values())
-        if busy != self.busy_told:
-            self.store.write("HSET", keys.WISH, "busy", busy)
-            self.busy_told = busy
-
-    def _tell_used(self) -> None:
-        """For those who look."""
-        floor = self.floor
-        used = {name: f"{floor.cluster.used(name)} {len(node.lanes)}" for name, node in floor.nodes.items()}
-        changed = [item for item in used.items() if self.used_told.get(item[0]) != item[1]]
-        if changed:
-            self.store.write("HSET", keys.USED, *(text for item in changed for text in item))
-        self.used_told = used
-
     def _addresses(self) -> dict[str, NodeInfo]:
-        return {_address(info): info for info in self.nodes_known.values()}
+        return {info.address: info for info in self.nodes_known.values()}
 
-    def _send(self, info: NodeInfo, message: Hello | Recall) -> None:
+    def _send(self, info: NodeInfo, message: ToWorker) -> None:
         self.store.write(*to_worker(info.name, info.incarnation, message))
 
 
-def _address(info: NodeInfo) -> str:
-    return f"{info.name}:{info.incarnation}"
-
-
-def run_dispatcher(address: Address, epoch: str, settings: Settings) -> int:
+def run_dispatcher(address: Address, epoch: str, settings: Settings, shared: Shared) -> int:
     """Run the dispatcher in this process until SIGTERM; returns the exit code."""
-    dispatcher = Dispatcher(address, epoch, settings)
+    dispatcher = Dispatcher(address, epoch, settings, shared)
 
     def end(_signal: int, _frame: Any) -> None:
         dispatcher.stop = True

@@ -11,6 +11,8 @@
     │   │   └── ServerRefused        3   it answers, but refuses (wrong password, out of memory, disk full)
     │   ├── StateLost                3   the server came back empty or older: nothing is guessed
     │   └── Superseded               3   another dispatcher, or another worker of this node, has taken over
+    ├── FunctionFailed               1   a Python function did not return a value, and not by an exception of its own
+    │   └── FunctionCanceled         1   it was canceled, or stopped
     └── WaitTimedOut                 4   a wait asked for by the user ran out of time
 
 A message is one sentence that says what is wrong, where, and what to do.
@@ -62,6 +64,14 @@ class StateLost(PilotFailed):
 
 
 class Superseded(PilotFailed):
+    pass
+
+
+class FunctionFailed(PilotqError):
+    exit_code = 1
+
+
+class FunctionCanceled(FunctionFailed):
     pass
 
 

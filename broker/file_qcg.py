@@ -1,35 +1,33 @@
-"""Request files of QCG-PilotJob: a JSON list of requests; what each job means as a Task.
+"""Request files of QCG-PilotJob: a JSON list of requests; what each job of a submit means as a Task.
 
-``submit`` becomes tasks, other requests are kept as they stand. An iteration job is one array, and has one Task per
-element only where elements differ: under a scheduler, or where ``after`` names single elements of a job that has
-other indices. Names, ``after``, and all texts have their request-time words filled in here, the others at launch.
+An iteration job is one array, and has one Task per element only where elements differ: under a scheduler, or where
+``after`` names single elements of a job that has other indices (broker/qcg_jobs.py). Names, ``after``, and all texts
+have their request-time words filled in here, the others at launch.
 
-Deliberately different from QCG-PilotJob: a request that it would refuse, accept and never run, or fail at launch
-refuses the file; ``env`` may go with ``script``; ``${date}`` is the date and ``${time}`` the time.
+Deliberately different from QCG-PilotJob: a job that it would refuse, accept and never run, or fail at launch refuses
+its submit; ``env`` may go with ``script``; ``${date}`` is the date and ``${time}`` the time.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from uuid import uuid4
 
 import msgspec
 
-from pilotq.broker.batch import Batch, FileRequest
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.file_errors import malformed_json, refuse_nul, utf8, wrong_field
-from pilotq.broker.qcg_jobs import Draft, tasks_of
+from pilotq.broker.qcg_jobs import Draft
 from pilotq.broker.qcg_schedulers import plan
 from pilotq.broker.qcg_words import fill
 from pilotq.broker.quantities import parse_duration
-from pilotq.broker.task import ARRAY_LIMIT, ArrayRange, Request, Task, validate
+from pilotq.broker.task import ARRAY_LIMIT, ONE_PROCESS_MODELS, ArrayRange, Request, Task, validate
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
-T = TypeVar("T")
 
 
 class Scheduler(msgspec.Struct, forbid_unknown_fields=True):
@@ -50,14 +48,14 @@ class Resources(msgspec.Struct, forbid_unknown_fields=True):
     numCores: Size | Amount | None = None
     numNodes: Size | Amount | None = None
     wt: str | None = None
-    nodeCrs: dict[str, Size] = {}
+    nodeCrs: dict[str, Size] | None = None
 
 
 class Execution(msgspec.Struct, forbid_unknown_fields=True):
     exec: str | None = None
-    args: list[Any] = []
+    args: list[Any] | None = None
     script: str | None = None
-    env: dict[str, Any] = {}
+    env: dict[str, Any] | None = None
     wd: str | None = None
     stdin: str | None = None
     stdout: str | None = None
@@ -75,7 +73,7 @@ class Iteration(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Dependencies(msgspec.Struct, forbid_unknown_fields=True):
-    after: list[str] = []
+    after: list[str] | None = None
 
 
 class Job(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,49 +92,37 @@ KEYS = tuple(
 )
 
 
-def read_qcg(
-    data: bytes, file: str, *, base: Task, total_cores: int | None = None, now: datetime | None = None
-) -> Batch:
-    """The tasks and requests of a file. ``base`` holds what QCG-PilotJob has no key for (priority, retries...)."""
+def read_requests(data: bytes, file: str) -> list[Any]:
+    """The requests of a file, not yet looked at; raises InvalidInput."""
     utf8(data, file)
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    now = now or datetime.now(timezone.utc)
-    bodies = _decode(data, list[dict[str, msgspec.Raw]], file, "", data)
-    if b"\\u0000" in data:  # rare, and dear to look for
-        refuse_nul(_decode(data, Any, file, "", data), file)
-    requests: list[FileRequest] = []
-    drafts: list[Draft] = []
-    submits = 0
-    for number, raw in enumerate(bodies):
-        where = f"[{number}]"
-        name = _decode(raw.pop("request", msgspec.Raw(b'""')), str, file, f"{where}.request", data)
-        if not name:
-            raise InvalidInput(f"{file}: {where}: the key request is missing")
-        if name != "submit":
-            body = {key: _decode(value, Any, file, f"{where}.{key}", data) for key, value in raw.items()}
-            requests.append(FileRequest(name, body))
-            continue
-        if set(raw) != {"jobs"}:
-            raise InvalidInput(f"{file}: {where}: a submit has the keys request and jobs, and no other")
-        jobs = _decode(raw["jobs"], list[Job], file, f"{where}.jobs", data)
-        submits += 1
-        words = request_words(submits, now)
-        found = [
-            draft_of(job, file, f"{where}.jobs[{place}]", words, base, total_cores) for place, job in enumerate(jobs)
-        ]
-        drafts += found
-        requests.append(FileRequest(name, jobs=[draft.name for draft in found]))
-    tasks, omitted = tasks_of(drafts, file)
-    return Batch(tasks, requests, omitted)
-
-
-def _decode(raw: msgspec.Raw | bytes, kind: type[T] | Any, file: str, prefix: str, data: bytes) -> Any:
     try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError as error:
-        raise wrong_field(error, file, prefix, KEYS) from None
+        requests = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"))
     except msgspec.DecodeError:
         raise malformed_json(data, file) from None
+    if not isinstance(requests, list):
+        raise InvalidInput(f"{file}: this is no list of requests: it must begin with [")
+    return requests
+
+
+def check_submits(requests: Sequence[Any], file: str, total_cores: int) -> None:
+    """Raise InvalidInput when all that would be submitted is refused for what it says, whatever the pilot.
+
+    Then there is no need for one. When one submit may do, it is left to the pilot to answer each.
+    """
+    first: InvalidInput | None = None
+    words = request_words(1, datetime.now(timezone.utc))
+    for number, request in enumerate(requests):
+        if not isinstance(request, dict) or request.get("request") != "submit":
+            continue
+        try:
+            for place, job in enumerate(request.get("jobs") or ()):
+                path = f"[{number}].jobs[{place}]"
+                draft_of(job_of(job, file, path), file, path, words, total_cores)
+            return
+        except InvalidInput as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def job_of(body: Any, file: str, path: str) -> Job:
@@ -161,36 +147,39 @@ def request_words(count: int, now: datetime) -> dict[str, str]:
     }
 
 
-def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], base: Task, total_cores: int | None) -> Draft:
+def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cores: int | None) -> Draft:
     """What a job means, with the words of its request filled in; raises InvalidInput with its place."""
     where = f"{file}: {path}"
     name = fill(job.name, words)
-    if not name or any(character in "${}()'\":" or character.isspace() for character in name):
-        raise InvalidInput(f"{where}.name: {name!r} must not be empty or have spaces or any of $ {{ }} ( ) ' \" :")
+    if not name or any(character in "${}()'\"" or character.isspace() for character in name):
+        raise InvalidInput(
+            f"{where}.name: Job identifier '({name})' contains invalid characters or unknown variables: it must not "
+            "be empty or have spaces or any of $ { } ( ) ' \""
+        )
+    if ":" in name:
+        raise InvalidInput(f"{where}.name: {name!r} has a :, which stands between a job and its iteration")
     words = {**words, "jname": name}
     array, values = _elements(job.iteration, f"{where}.iteration")
-    resources = job.resources or Resources()
-    request, wish = _request(resources, f"{where}.resources")
+    resources = Resources(numCores=1) if job.resources is None else job.resources
+    never = _never(resources, job.iteration is not None)
+    request, wish = (Request(), None) if never else _request(resources, f"{where}.resources")
     cores = None
     if wish is not None:
-        if job.iteration is None:
-            raise InvalidInput(f"{where}.resources.numCores.scheduler: a scheduler is for jobs with an iteration")
         count = len(values) if values is not None else len(array or ())
         place = f"{where}.resources.numCores.scheduler"
         cores = plan(wish.scheduler.name, wish.scheduler.params, count, wish.min, total_cores, place)
-    task = msgspec.structs.replace(
-        base,
+    task = Task(
         name=name,
         request=request,
         array=array,
         values=values,
-        time_request=_duration(resources.wt, f"{where}.resources.wt") if resources.wt else base.time_request,
+        time_request=_duration(resources.wt, f"{where}.resources.wt") if resources.wt else None,
         qcg=True,
-        **_run(job.execution, words, base, f"{where}.execution"),
+        **_run(job.execution, words, f"{where}.execution"),
     )
     validate(task, where)
-    after = [fill(text, words) for text in (job.dependencies or Dependencies()).after]
-    return Draft(name, path, task, after, cores)
+    after = [fill(text, words) for text in (job.dependencies or Dependencies()).after or ()]
+    return Draft(name, path, task, after, cores, never)
 
 
 def _elements(iteration: Iteration | None, where: str) -> tuple[ArrayRange | None, list[str] | None]:
@@ -198,7 +187,7 @@ def _elements(iteration: Iteration | None, where: str) -> tuple[ArrayRange | Non
         return None, None
     start = iteration.start or 0
     if iteration.values is not None:
-        if iteration.start is not None or iteration.stop is not None:
+        if start or iteration.stop is not None:
             raise InvalidInput(f"{where}: give start and stop, or values, not both")
         return None, [_text(value) for value in iteration.values]
     if iteration.stop is None or iteration.stop <= start:
@@ -222,13 +211,13 @@ def _request(resources: Resources, where: str) -> tuple[Request, Wish | None]:
 
     One core cannot be spread over nodes: it is the same shape as everybody's single core.
     """
+    if resources.numCores is None and resources.numNodes is None:
+        raise InvalidInput(f"{where}: it asks for nothing: give numCores or numNodes")
     nodes = _span(resources.numNodes, f"{where}.numNodes")
-    counters = dict(resources.nodeCrs)
+    counters = {name.lower(): number for name, number in (resources.nodeCrs or {}).items()}
     count = counters.pop("gpu", 0)
     if unknown := counters.keys() - {"mem"}:
         raise InvalidInput(f"{where}.nodeCrs: {', '.join(sorted(unknown))}: only gpu and mem can be asked for")
-    if resources.nodeCrs and nodes is None:
-        raise InvalidInput(f"{where}.nodeCrs: they are per node, so numNodes must be given")
     amount = resources.numCores
     if isinstance(amount, Amount) and amount.scheduler is not None:
         if nodes is not None or amount.max is not None or amount.exact is not None:
@@ -241,6 +230,22 @@ def _request(resources: Resources, where: str) -> tuple[Request, Wish | None]:
     return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count, use=use), None
 
 
+def _never(resources: Resources, iterates: bool) -> str:
+    """Why a job can run nowhere at all; QCG-PilotJob accepts such a one, and it fails while others run."""
+    for amount in (resources.numCores, resources.numNodes):
+        low = amount if isinstance(amount, int) else amount and (amount.exact if amount.max is None else amount.min)
+        if low == 0:
+            return "Missing node and cores specification: a job cannot have 0 of them"
+        if isinstance(amount, Amount) and amount.exact is None and amount.min is not None and amount.max is None:
+            if amount.scheduler is None:
+                return "Both core's range boundaries (min, max) must be defined"
+            if not iterates:
+                return "Both core's range boundaries (min, max) must be defined: a scheduler is for iterations"
+    if resources.nodeCrs and resources.numNodes is None:
+        return "Number of nodes is required when CR are used"
+    return ""
+
+
 def _span(amount: int | Amount | None, where: str) -> tuple[int, int] | None:
     if amount is None or isinstance(amount, int):
         return None if amount is None else (amount, amount)
@@ -248,9 +253,13 @@ def _span(amount: int | Amount | None, where: str) -> tuple[int, int] | None:
         raise InvalidInput(f"{where}.scheduler: a scheduler is for numCores")
     if amount.exact is not None and amount.min is None and amount.max is None:
         return amount.exact, amount.exact
-    if amount.exact is None and amount.min is not None and amount.max is not None and amount.min <= amount.max:
-        return amount.min, amount.max
-    raise InvalidInput(f"{where}: give exact, or both min and max, with min not above max")
+    if amount.exact is not None:
+        raise InvalidInput(f"{where}: give exact, or both min and max")
+    if amount.min is None or amount.max is None:
+        raise InvalidInput(f"{where}: it says no number: give exact, or both min and max")
+    if amount.min > amount.max:
+        raise InvalidInput(f"{where}: min is above max")
+    return amount.min, amount.max
 
 
 def _duration(text: str, where: str) -> float:
@@ -260,33 +269,45 @@ def _duration(text: str, where: str) -> float:
         raise InvalidInput(f"{where}: {error}") from None
 
 
-def _run(execution: Execution, words: Mapping[str, str], base: Task, where: str) -> dict[str, Any]:
+def _run(execution: Execution, words: Mapping[str, str], where: str) -> dict[str, Any]:
     """The fields of Task that say what runs, and in which surroundings."""
-    if (execution.exec is None) == (execution.script is None):
-        raise InvalidInput(f"{where}: give exactly one of exec and script")
+    if execution.exec is None and execution.script is None:
+        raise InvalidInput(f"{where}: exec or script is missing")
+    if execution.exec is not None and execution.script is not None:
+        raise InvalidInput(f"{where}: give exec or script, not both")
     if execution.script is not None and execution.args:
         raise InvalidInput(f"{where}: args go with exec, not with script")
     command, script = None, None
     setup = "".join(_setup(execution, words))
-    if execution.script is not None:
+    launch_at = 0
+    model = (execution.model or "default").lower()
+    # Where a launcher starts ranks, its words are appended to the line: what is set up is for the launcher, too.
+    ranks, launcher = ([], "") if model in ONE_PROCESS_MODELS else (["pilotq"], '"$@" ')
+    if execution.script is not None and setup and ranks:
+        text = fill(execution.script, words, script=True)
+        command = ["bash", "-l", "-c", f"{setup}exec {launcher}", *ranks, "bash", "-l", "-c", text]
+        launch_at = 5
+    elif execution.script is not None:
         script = setup + fill(execution.script, words, script=True)
     else:
-        command = [fill(_text(word), words) for word in [execution.exec, *execution.args]]
+        command = [fill(_text(word), words) for word in [execution.exec, *(execution.args or ())]]
         if setup or execution.modules is not None or execution.venv is not None:
             # As there: bash reads the line, so the arguments are expanded; only their spaces are kept.
             line = " ".join([command[0], *(word.replace(" ", "\\ ") for word in command[1:])])
-            command = ["bash", "-l", "-c", f"{setup}exec {line}"]
+            command = ["bash", "-l", "-c", f"{setup}exec {launcher}{line}", *ranks]
+            launch_at = len(command) if ranks else 0
     opts = execution.model_opts or {}
     return {
         "command": command,
         "script": script,
+        "launch_at": launch_at,
         "login_shell": script is not None,
-        "env": base.env | {name: fill(_text(value), words) for name, value in execution.env.items()},
-        "cwd": _filled(execution.wd, words) or base.cwd,
-        "stdin": _filled(execution.stdin, words) or base.stdin,
-        "stdout": _filled(execution.stdout, words) or base.stdout,
-        "stderr": _filled(execution.stderr, words) or base.stderr,
-        "model": (execution.model or base.model).lower(),
+        "env": {name: fill(_text(value), words) for name, value in (execution.env or {}).items()},
+        "cwd": _filled(execution.wd, words),
+        "stdin": _filled(execution.stdin, words),
+        "stdout": _filled(execution.stdout, words),
+        "stderr": _filled(execution.stderr, words),
+        "model": model,
         "model_opts": {name: opt if isinstance(opt, str) else shlex.join(opt) for name, opt in opts.items()},
     }
 
@@ -301,4 +322,4 @@ def _setup(execution: Execution, words: Mapping[str, str]) -> Iterator[str]:
 
 
 def _filled(text: str | None, words: Mapping[str, str]) -> str | None:
-    return None if text is None else fill(text, words)
+    return fill(text, words) if text else None

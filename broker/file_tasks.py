@@ -35,7 +35,9 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     command: str | list[Scalar] | None = None
     script: str | None = None
-    function: Any = None
+    function: str | None = None
+    args: list[Any] | None = None
+    kwargs: dict[str, Any] | None = None
     cores: Count | str | None = None
     nodes: Count | str | None = None
     gpus: Count | None = None
@@ -49,12 +51,15 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     time_limit: float | str | None = None
     time_request: float | str | None = None
     retries: Count | None = None
+    backoff: float | str | None = None
+    retry_on: str | int | list[str | int] | None = None
     env: dict[str, Scalar] | None = None
     cwd: str | None = None
     stdin: str | None = None
     stdout: str | None = None
     stderr: str | None = None
     model: str | None = None
+    model_opts: dict[str, Scalar] | None = None
     queue: str | None = None
 
 
@@ -63,9 +68,9 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
     defaults: Entry | None = None
 
 
-KEYS = (*(key for key in Entry.__struct_fields__ if key != "function"), "tasks", "defaults")
+KEYS = (*Entry.__struct_fields__, "tasks", "defaults")
 # Keys whose value is the field of Task as it stands.
-_PLAIN = ("name", "priority", "retries", "cwd", "stdin", "stdout", "stderr", "model", "queue")
+_PLAIN = ("args", "kwargs", "name", "priority", "retries", "cwd", "stdin", "stdout", "stderr", "model", "queue")
 _NOTHING = (None,) * 5
 
 
@@ -117,10 +122,9 @@ def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[obje
     for key in _PLAIN:
         if (value := getattr(entry, key)) is not None:
             changes[key] = value
-    if entry.function is not None:
-        raise InvalidInput(f"{where}.function: Python functions cannot be given in a file yet: use command or script")
-    if entry.command is not None or entry.script is not None:
+    if entry.command is not None or entry.script is not None or entry.function is not None:
         changes["command"], changes["script"] = _run(entry, where, shell)
+        changes["function"] = entry.function
     if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use)) != _NOTHING:
         changes["request"] = _request(asked, where, base.request, requests)
     if entry.array is not None or entry.values is not None:
@@ -130,11 +134,16 @@ def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[obje
         changes["after"] = [entry.after] if isinstance(entry.after, str) else entry.after
     if entry.after_each is not None:
         changes["after_each"] = [entry.after_each] if isinstance(entry.after_each, str) else entry.after_each
-    for key, time in (("time_limit", entry.time_limit), ("time_request", entry.time_request)):
+    if entry.retry_on is not None:
+        codes = entry.retry_on if isinstance(entry.retry_on, list) else [entry.retry_on]
+        changes["retry_on"] = ",".join(map(str, codes))
+    for key in ("time_limit", "time_request", "backoff"):
+        time = getattr(entry, key)
         if time is not None:
             changes[key] = _read(parse_duration, time, f"{where}.{key}") if isinstance(time, str) else time
     if entry.env is not None:
         changes["env"] = base.env | {name: str(value) for name, value in entry.env.items()}
+    changes["model_opts"] = {name: str(value) for name, value in (entry.model_opts or base.model_opts).items()}
     return msgspec.structs.replace(base, **changes)
 
 

@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,15 +39,12 @@ def read_tasks(
     format: str | None = None,
     shell: bool = False,
     defaults: Task | None = None,
-    total_cores: int | None = None,
-    now: datetime | None = None,
 ) -> Batch:
     """Read a file of tasks; ``-`` is the standard input.
 
     ``format`` is one of FORMATS, None recognises it. With ``shell`` each line (and each ``command`` written as one
-    text) is a script for bash. ``defaults`` holds what a task has that the file says nothing about. ``total_cores``
-    of the pilot are needed for the iteration schedulers of QCG-PilotJob files; ``now`` (default: the present, UTC) is
-    the time that their ``${date}`` and ``${time}`` show.
+    text) is a script for bash. ``defaults`` holds what a task has that the file says nothing about. The requests of a
+    QCG-PilotJob file are only read: `pilotq.broker.qcg.requests.Requests` handles them.
 
     Raises InvalidInput with file and place for anything that cannot be: nothing of the file counts then.
     """
@@ -66,19 +62,17 @@ def read_tasks(
                 from pilotq.broker.file_lines import read_lines
 
                 return Batch(read_lines(head, stream, file, base=base, shell=shell))
-            return _read_document(kind, _whole(head, stream, file), file, base, shell, total_cores, now)
+            return _read_document(kind, _whole(head, stream, file), file, base, shell)
     except OSError as error:
         raise InvalidInput(f"{file}: cannot be read: {os.strerror(error.errno or 0)}") from None
 
 
-def _read_document(
-    kind: str, data: bytes, file: str, base: Task, shell: bool, total_cores: int | None, now: datetime | None
-) -> Batch:
+def _read_document(kind: str, data: bytes, file: str, base: Task, shell: bool) -> Batch:
     try:
         if kind == "qcg":
-            from pilotq.broker.file_qcg import read_qcg
+            from pilotq.broker.file_qcg import read_requests
 
-            return read_qcg(data, file, base=base, total_cores=total_cores, now=now)
+            return Batch([], read_requests(data, file))
         from pilotq.broker import file_tasks
 
         read = file_tasks.read_toml if kind == "toml" else file_tasks.read_json

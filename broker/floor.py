@@ -7,7 +7,20 @@ import math
 import msgspec
 
 from pilotq.broker.cluster import Cluster, with_counted
-from pilotq.broker.records import End, NodeInfo, NodeState, Part, parse_allocation
+from pilotq.broker.records import (
+    End,
+    Ended,
+    GivenBack,
+    Gone,
+    NodeInfo,
+    NodeState,
+    Part,
+    Sweep,
+    Swept,
+    ToWorker,
+    Withheld,
+    parse_allocation,
+)
 from pilotq.broker.settings import Settings
 from pilotq.broker.task import Request
 
@@ -54,7 +67,7 @@ class Node(msgspec.Struct):
 
     @property
     def address(self) -> str:
-        return f"{self.info.name}:{self.info.incarnation}"
+        return self.info.address
 
 
 class Floor:
@@ -66,6 +79,7 @@ class Floor:
         self.nodes: dict[str, Node] = {}
         self.lanes: dict[int, Lane] = {}
         self.pace: dict[str, Pace] = {}
+        self.remains: dict[tuple[str, str], list[Part]] = {}  # (dead host, node) -> what stays taken until it is swept
 
     def arrive(self, info: NodeInfo, state: NodeState, requests: dict[str, ClassInfo], now: float) -> None:
         """A node says what it holds; replaces what was known of this incarnation."""
@@ -73,6 +87,9 @@ class Floor:
         node = Node(info)
         self.nodes[info.name] = node
         self.cluster.add_node(info)
+        # What other nodes have said that they do for it is counted with its lanes from here on.
+        for key in [key for key in self.remains if key[0] == info.address]:
+            self.cluster.release(self.remains.pop(key))
         for number, allocation, class_name in state.lanes:
             known = requests.get(class_name)
             parts = parse_allocation(allocation)
@@ -89,16 +106,64 @@ class Floor:
                 self.cluster.take(tuple(p for p in lane.parts if p.node != info.name and p.node in self.nodes))
         for class_name, count in state.ahead.items():
             node.ahead[class_name] = Ahead(count, now)
+        hosts = {other.address for other in self.nodes.values()}
+        for host, allocation in state.guests:
+            if host not in hosts:
+                guests = [part for part in parse_allocation(allocation) if part.node == info.name]
+                self.cluster.take(guests)
+                self.remains.setdefault((host, info.name), []).extend(guests)
 
-    def depart(self, name: str) -> None:
-        """A node is gone, with the lanes that ran on it."""
+    def depart(self, name: str, address: str = "", *, clean: bool = False) -> list[tuple[Node, ToWorker]]:
+        """A node is gone, with the lanes that ran on it; returns what other nodes must be told.
+
+        What its executions had on other nodes stays taken until these have swept (`settle`); executions of other nodes
+        that used it are ended by their hosts. With an ``address`` also of one that has not said what it holds.
+        """
         node = self.nodes.pop(name, None)
         if node is None:
-            return
+            return self._sweeps_of(address)
         self.cluster.remove_node(name)
+        for key in [key for key in self.remains if key[1] == name]:
+            del self.remains[key]
         for number, lane in node.lanes.items():
             self.lanes.pop(number, None)
-            self.cluster.release(tuple(p for p in lane.parts if p.node in self.nodes))
+            for part in lane.parts:
+                if part.node in self.nodes:
+                    self.remains.setdefault((node.address, part.node), []).append(part)
+        told: list[tuple[Node, ToWorker]] = [
+            (host, Gone(node.address, clean))
+            for host in self.nodes.values()
+            if any(part.node == name for lane in host.lanes.values() for part in lane.parts)
+        ]
+        return told + self._sweeps_of(node.address)
+
+    def _sweeps_of(self, dead: str) -> list[tuple[Node, ToWorker]]:
+        return [(self.nodes[other], Sweep(dead)) for host, other in self.remains if host == dead]
+
+    def settle(self, message: Withheld | Swept) -> None:
+        """Parts of lanes whose executions are over: some are free, since their nodes have swept."""
+        if isinstance(message, Swept):
+            self.cluster.release(self.remains.pop((message.host, message.node), ()))
+        elif (lane := self.lanes.get(message.lane)) is not None:
+            kept = {part.node for part in parse_allocation(message.allocation)}
+            self.cluster.release(p for p in lane.parts if p.node not in kept and p.node in self.nodes)
+            lane.parts = tuple(p for p in lane.parts if p.node in kept)
+
+    def refuses(self, request: Request) -> str | None:
+        """Why none of the nodes can ever hold this; None while one could, or none is known."""
+        if not self.nodes or self.cluster.possible(request):
+            return None
+        return self.cluster.never_fits(request)
+
+    def speaker(self, message: Ended | GivenBack) -> Node | None:
+        """The node that says it; None when that incarnation is gone."""
+        node = self.nodes.get(message.node)
+        return node if node is not None and node.info.incarnation == message.incarnation else None
+
+    def idle(self, name: str) -> bool:
+        """Whether nothing of any lane is on this node, and nothing was handed ahead to it."""
+        node = self.nodes[name]
+        return not node.lanes and not node.ahead and not self.cluster.used(name)
 
     def open_lane(self, lane: Lane) -> None:
         self.lanes[lane.number] = lane

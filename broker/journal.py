@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import keys, points
 from pilotq.broker.link import Argument, Link
 from pilotq.broker.records import Line, Nudge
 
@@ -84,6 +84,11 @@ class JournalWriter:
         else:
             self._tail += _to_json({"pilotq_journal": 1, "pilot": pilot}) + b"\n"
 
+    @property
+    def last(self) -> tuple[int, int]:
+        """The stream id of the last line."""
+        return self._last[0]
+
     def commands(self, now: float) -> list[tuple[Argument, ...]]:
         """Write and fsync what is due (``now`` is monotonic), and return the commands for the server, maybe none."""
         due = now >= self._due
@@ -113,8 +118,10 @@ class JournalWriter:
             if kind == "read" and reply:
                 entries = reply[0][1]
                 self._take(entries)
+                points.at("journal read")
                 more = len(entries) == READ_COUNT
             elif kind == "trim":
+                points.at("journal trimmed")
                 self._trim = None
             elif kind == "size":
                 self._size = int(reply or 0)
@@ -159,8 +166,10 @@ class JournalWriter:
             while self._written < len(self._tail):
                 with memoryview(self._tail) as view:
                     self._written += os.pwrite(self._file, view[self._written :], self._synced + self._written)
+            points.at("journal written")
             if sync:
                 os.fsync(self._file)
+                points.at("journal synced")
         except OSError as error:
             self._written = 0
             if not self.trouble:

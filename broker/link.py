@@ -148,6 +148,12 @@ class Link:
         self._send(_packed(command))
         self.outstanding += 1
 
+    def post_all(self, commands: Sequence[tuple[Argument, ...]]) -> None:
+        """As `post`, for several commands in one piece."""
+        self.connect()
+        self._send(b"".join([_packed(c) for c in commands]))
+        self.outstanding += len(commands)
+
     def replies(self) -> list[Any]:
         """Replies that have arrived, without waiting. Errors are returned as exceptions, not raised."""
         if self._socket is None:
@@ -163,7 +169,7 @@ class Link:
             self.close()
             raise ServerUnavailable(f"the server at {self.address} is gone: {error}") from None
         found: list[Any] = []
-        while (reply := self._reader.gets()) is not False:
+        while (reply := self._next()) is not False:
             self.outstanding -= 1
             found.append(_as_error(reply) if isinstance(reply, hiredis.HiredisError) else reply)
         return found
@@ -185,7 +191,7 @@ class Link:
     def _read(self, timeout: float) -> Any:
         assert self._socket is not None
         deadline = time.monotonic() + timeout
-        while (reply := self._reader.gets()) is False:
+        while (reply := self._next()) is False:
             try:
                 self._await(select.POLLIN, deadline)
                 data = self._socket.recv(1 << 18)
@@ -197,6 +203,14 @@ class Link:
                 raise ServerUnavailable(f"the server at {self.address} does not answer: {error}") from None
             self._reader.feed(data)
         return reply
+
+    def _next(self) -> Any:
+        """The next reply that has arrived whole, or False."""
+        try:
+            return self._reader.gets()
+        except hiredis.ProtocolError as error:
+            self.close()
+            raise ServerUnavailable(f"what answers at {self.address} is no server of Redis: {error}") from None
 
     def _await(self, event: int, deadline: float) -> None:
         """Wait until the socket is ready; raises TimeoutError (an OSError)."""

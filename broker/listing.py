@@ -22,7 +22,7 @@ FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
     "pq_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
 )  # fmt: skip
-WAITING_KINDS = ("deferred", "scheduled")
+WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
 Pages = Callable[[int, int], Iterable[bytes]]
 
@@ -60,7 +60,7 @@ def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
             "started": from_iso(f["started_at"]) if launched else None,
             "ended": from_iso(f["ended_at"]),
         },
-        queue=f["origin"].partition(".")[0],
+        queue=keys.queue_of(f["origin"]),
         command=f["description"],
         retries=int(f["pq_retries"] or 0),
         array=f["pq_array_of"],
@@ -172,6 +172,11 @@ class Listing:
             enrich(view, lines[0])
         return view
 
+    def status_in_journal(self, task_id: str) -> str | None:
+        """How a task has ended whose record is not kept any more; None if it has not, or the journal is not at hand."""
+        view = self.task(task_id) if self.journal is not None else None
+        return view.status if view is not None and view.ended else None
+
     def _array(self, task_id: str) -> tuple[str, int, bytes]:
         row, bits = self.link.pipeline(
             [("HMGET", keys.job(task_id), "pq_array", "pq_next"), ("GET", keys.bits(task_id))]
@@ -236,7 +241,7 @@ class Listing:
             yield from (view for view in self.views(batch) if view is not None)
 
     def _queues(self) -> list[str]:
-        return keys.queue_names(self.link.call("SMEMBERS", keys.QUEUES))
+        return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
 
     def executions(self) -> Iterator[str]:
         """Members of the wip registries, ``<id>:<execution>``; an array that was handed out whole is ``<id>:0``."""
@@ -255,6 +260,7 @@ class Listing:
         filled = [name for name, length in zip(names, lengths, strict=True) if length]
         lists = [_pages(self._of_list(name), page) for name in filled]
         registries = [_pages(self._of_registry(kind, queue), page) for kind in WAITING_KINDS for queue in queues]
+        registries += [_pages(self._of_set(keys.waits_for_slot(limit)), page) for limit in self._limits()]
         yield from merge(*lists, *registries, key=_age, reverse=True)
 
     def open_ids(self) -> list[str]:
@@ -262,12 +268,32 @@ class Listing:
         found = dict.fromkeys(chain(self._running(), self._waiting(SLICE)))
         return [task_id for task_id in found if array_of(task_id) not in found]
 
+    def retriable(self) -> list[str]:
+        """Ids of what ended and did not finish, oldest first; an array stands for its elements."""
+        pages = [self._of_registry(kind, queue) for kind in ("failed", "canceled") for queue in self._queues()]
+        found = dict.fromkeys(chain(*(_pages(page, SLICE) for page in pages)))
+        return sorted((i for i in found if array_of(i) not in found), key=_age)
+
     def _of_list(self, name: str) -> Pages:
         key = keys.queue(name)
         return lambda first, count: reversed(self.link.call("LRANGE", key, -first - count, -first - 1))
 
+    def _limits(self) -> list[str]:
+        return sorted(name.decode() for name in self.link.call("SMEMBERS", keys.RATE_LIMITS))
+
+    def uncounted(self) -> int:
+        """Jobs that RQ's producers have left and that are not counted yet; right where nothing counted is open."""
+        commands: list[tuple[str, ...]] = []
+        for queue in self._queues():
+            commands += [("LLEN", keys.queue(queue)), ("ZCARD", keys.registry("deferred", queue))]
+            commands += [("ZCARD", keys.registry("scheduled", queue)), ("ZCARD", keys.registry("ready", queue))]
+        commands += [("ZCARD", keys.waits_for_slot(limit)) for limit in self._limits()]
+        return sum(map(int, self.link.pipeline(commands))) if commands else 0
+
     def _of_registry(self, kind: str, queue: str) -> Pages:
-        key = keys.registry(kind, queue)
+        return self._of_set(keys.registry(kind, queue))
+
+    def _of_set(self, key: str) -> Pages:
         return lambda first, count: self.link.call("ZREVRANGE", key, first, first + count - 1)
 
     def _remembered(self, seen: set[str]) -> Iterator[TaskView]:
@@ -297,15 +323,18 @@ class Listing:
         names = [info.name for info in infos]
         used = self.link.call("HMGET", keys.USED, *names) if names else []
         beats = self.link.pipeline([("HGET", keys.worker(name), "last_heartbeat") for name in names])
-        return [_node_view(*row) for row in zip(infos, beats, used, strict=True)]
+        closed = self.link.call("HMGET", keys.CLOSED, *names) if names else []
+        return [_node_view(*row) for row in zip(infos, beats, used, closed, strict=True)]
 
 
-def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None) -> NodeView:
+def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None, closed: bytes | None) -> NodeView:
     beat = _text(last_heartbeat)
     used, _, running = _text(in_use).partition(" ")
+    state, _, why = _text(closed).partition(" ")
     return NodeView(
         name=info.name,
-        state="up" if beat else "lost",
+        state=(state or "up") if beat else "lost",
+        why=why,
         host=info.host,
         pid=info.pid,
         cores=len(info.cores),

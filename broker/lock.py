@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
@@ -16,6 +18,7 @@ import msgspec
 from pilotq.broker.errors import PilotExists, Superseded
 
 BEAT_S = 5.0
+LOOK_S = 0.2
 STALE_S = 60.0  # a holder that we cannot look at is dead when it was silent for so long
 
 
@@ -105,6 +108,22 @@ def holder(path: str) -> Holder | None:
     return None if seen is None else _living(path, *seen)
 
 
+def await_verdict(path: str, say: Callable[[str], None]) -> None:
+    """Wait until it is known whether a holder on another machine lives: it beats, or has been silent for STALE_S.
+
+    An allocation that was killed leaves such a lock to the next one. ``say`` is told of the wait.
+    """
+    who, seen = holder(path), _read(path)
+    if who is None or seen is None or who.machine == Holder.here().machine:
+        return
+    say(
+        f"{path} is held from {who.host}: waiting until the pilot there shows that it lives, or has been silent for "
+        f"{STALE_S:.0f} s"
+    )
+    while holder(path) is not None and _read(path) == seen:
+        time.sleep(LOOK_S)
+
+
 def _living(path: str, content: bytes, beat: float) -> Holder | None:
     try:
         who = msgspec.json.decode(content, type=Holder)
@@ -145,7 +164,7 @@ def _read(path: str) -> tuple[bytes, float] | None:
     try:
         with open(path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -12,15 +12,29 @@ import platform
 import time
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import keys, points
 from pilotq.broker.errors import PilotFailed, ServerUnavailable, Superseded
 from pilotq.broker.link import Address, Argument, Link, ReplyError, ScriptMissing
-from pilotq.broker.records import End, Ended, EndReport, GivenBack, NodeInfo, NodeLost, NodeState, ToWorker
+from pilotq.broker.node_commands import Commands
+from pilotq.broker.records import (
+    End,
+    Ended,
+    EndReport,
+    GivenBack,
+    Leaving,
+    NodeInfo,
+    NodeLost,
+    NodeState,
+    Swept,
+    ToWorker,
+    Withheld,
+)
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import Store, iso, pack, script, translate
 from pilotq.broker.task import Shared
@@ -28,6 +42,7 @@ from pilotq.broker.task import Shared
 __all__ = ["NodeLink", "iso"]
 WORKER_TTL_S = 480  # as RQ's own workers
 VALUES_BLOCK = 1000
+BLOCK_S = 30  # for so long the server waits for a message; then it answers that there is none
 NUMBERED = ("end", "give_back")  # calls whose mail is delivered once for each number, their second argument
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 _inbox = msgspec.msgpack.Decoder(list[ToWorker])
@@ -39,20 +54,28 @@ class _Call(NamedTuple):
     script: str  # "" for a plain command
     args: tuple[Argument, ...]
     reports: tuple[tuple[str, int], ...] = ()
+    message: ToWorker | None = None  # of a word to another worker
+    at: float = 0.0  # monotonic: when it was sent
+
+    def step(self, moment: str) -> str:
+        return f"{self.script or 'inbox trim'}:{moment}"
 
 
 class NodeLink:
     """Wait on `filenos()`, then call `pump`.
 
-    Lost connections are made again by `pump`, with pauses; what had not been confirmed is sent again. After
-    `server_wait_s` without a server `pump` raises ServerUnavailable; StateLost when the server came back with another
-    epoch; Superseded when a newer incarnation of this node has registered.
+    Lost connections are made again by `pump`, with pauses; what had not been confirmed is sent again. `pump` raises
+    StateLost when the server came back with another epoch; Superseded when a newer incarnation of this node has
+    registered, or this one was given up. ``contact_s`` is how long this worker may be `out_of_touch` (0: for ever).
     """
 
     def __init__(self, address: Address, epoch: str, settings: Settings) -> None:
         self.settings = settings
-        self._inbox_link = Link(address)
-        self._report_link = Link(address)
+        self.contact_s = settings.contact_s
+        # While the server is away nothing may hold up the worker for long.
+        self._inbox_link = Link(address, timeout=settings.connect_s)
+        self._report_link = Link(address, timeout=settings.connect_s)
+        self._commands = Commands(address, settings.kill_grace_s)
         self._fetch_link = Link(address)
         self._store = Store(self._report_link, epoch, settings)
         self._info: NodeInfo | None = None
@@ -62,8 +85,11 @@ class NodeLink:
         self._call_number = 0
         self._sent: deque[_Call] = deque()
         self._verdicts: list[tuple[str, int, str]] = []
-        self._down_since: float | None = None
+        self._undelivered: list[tuple[str, ToWorker]] = []
+        self._down = False
         self._retry_at = 0.0
+        self._asked_at = 0.0  # monotonic: when the inbox was asked for
+        self._heard = 0.0  # monotonic: when the last call that was answered had been sent
         self._fetch_shared = lru_cache(maxsize=256)(self._read_shared)
         self._fetch_block = lru_cache(maxsize=16)(self._read_block)
 
@@ -72,6 +98,7 @@ class NodeLink:
     def register(self, info: NodeInfo) -> int:
         """Register this node as a new incarnation (its number is returned and kept), as an RQ worker too."""
         store = Store(self._fetch_link, self._store.epoch, self.settings)
+        self._heard = time.monotonic()
         info.incarnation = int(store.write("INCR", keys.BORN))
         self._info = info
         now = iso(time.time())
@@ -86,13 +113,16 @@ class NodeLink:
         flat = [text for pair in {**fields, **counts}.items() for text in pair]
         if not store.run("register", info.name, info.incarnation, record, state, WORKER_TTL_S, *flat):
             raise Superseded(f"a newer worker of node {info.name} has registered")
+        contact = self._fetch_link.call("HGET", keys.WISH, "contact")
+        self.contact_s = self.settings.contact_s if contact is None else float(contact)
         self._connect()
+        self._fetch_link.timeout = self.settings.connect_s
         return info.incarnation
 
     def unregister(self) -> None:
         """Leave RQ's registry and the list of nodes: after a clean end."""
         info = self._known()
-        mail = pack(NodeLost(info.name, info.incarnation, "it has left"))
+        mail = pack(NodeLost(info.name, info.incarnation, "it has left", clean=True))
         Store(self._fetch_link, self._store.epoch, self.settings).run("leave", info.name, info.incarnation, mail)
 
     def _known(self) -> NodeInfo:
@@ -104,24 +134,34 @@ class NodeLink:
 
     def filenos(self) -> list[int]:
         """Descriptors to wait on for reading; they change after a reconnect, so ask before each wait."""
-        return [link.fileno() for link in (self._inbox_link, self._report_link) if link.connected]
+        links = (self._inbox_link, self._report_link, self._commands.link)
+        return [link.fileno() for link in links if link.connected]
 
     def pause(self, now: float) -> float:
         """Seconds until `pump` wants to be called though nothing arrives."""
-        if self._down_since is not None:
+        if self._down:
             return max(self._retry_at - now, 0.0)
         return 60.0 if self._report_link.connected and self._inbox_link.connected else 0.0
+
+    def out_of_touch(self, now: float) -> float:
+        """For how long it has not been known that the server hears us; ``now`` is monotonic.
+
+        Counted from when a call was sent that was answered: the dispatcher cannot have heard of us before that.
+        """
+        return now - self._heard
 
     def pump(self, now: float) -> list[ToWorker]:
         """Read what has arrived; returns the inbox messages. ``now`` is monotonic. Never waits for a reply."""
         messages: list[ToWorker] = []
         try:
-            if self._down_since is not None:
+            if self._down:
                 if now < self._retry_at:
                     return messages
                 self._connect()
-            messages = self._read_inbox()
+            messages = self._read_inbox()  # these count, whatever happens below
+            messages += self._commands.read()
             self._read_answers()
+            self._look_after(now)
         except ServerUnavailable:
             self._lost(now)
         return messages
@@ -131,9 +171,10 @@ class NodeLink:
         for link in (self._inbox_link, self._report_link):
             link.close()
             link.connect()
-        for name in ("end", "give_back", "launched", "beat", "write"):
+        self._commands.listen(self._known().name)
+        for name in ("end", "give_back", "launched", "beat", "write", "tell"):
             self._load(name)
-        self._down_since = None
+        self._down = False
         self._ask_inbox()
         again, self._sent = self._sent, deque()
         for call in again:
@@ -142,21 +183,28 @@ class NodeLink:
     def _lost(self, now: float) -> None:
         self._inbox_link.close()
         self._report_link.close()
-        if self._down_since is None:
-            self._down_since = now
-        elif now - self._down_since > self.settings.server_wait_s:
-            raise ServerUnavailable(f"no server for {self.settings.server_wait_s:.0f} s at {self._inbox_link.address}")
-        self._retry_at = now + 0.1
+        self._commands.link.close()
+        self._down = True
+        # Trying takes time while nobody answers: at most half of ours goes into it.
+        self._retry_at = now + max(0.1, time.monotonic() - now)
+
+    def _look_after(self, now: float) -> None:
+        """A network that was cut says nothing, and one that is mended need not bring back what was under way."""
+        late = self.settings.reply_s
+        if (self._sent and now - self._sent[0].at > late) or now - self._asked_at > BLOCK_S + late:
+            raise ServerUnavailable(f"the server at {self._report_link.address} has not answered for {late:g} s")
 
     def _ask_inbox(self) -> None:
         info = self._known()
         # The bound only serves connections that died without a word; a reply comes as soon as there is one.
         inbox = keys.inbox(info.name, info.incarnation)
-        self._inbox_link.post("XREAD", "COUNT", 100, "BLOCK", 30_000, "STREAMS", inbox, self._read_to)
+        self._asked_at = time.monotonic()
+        self._inbox_link.post("XREAD", "COUNT", 100, "BLOCK", BLOCK_S * 1000, "STREAMS", inbox, self._read_to)
 
     def _read_inbox(self) -> list[ToWorker]:
         found: list[ToWorker] = []
         for reply in self._inbox_link.replies():
+            points.at("inbox read")
             if isinstance(reply, Exception):
                 raise reply if not isinstance(reply, ReplyError) else translate(reply)
             for entry, (_, packed) in reply[0][1] if reply is not None else ():
@@ -179,6 +227,7 @@ class NodeLink:
 
     def _read_answers(self) -> None:
         for reply in self._report_link.replies():
+            points.at(self._sent[0].step("after"))
             call = self._sent.popleft()
             if isinstance(reply, ScriptMissing):
                 # It did not run, and later calls may have: it goes again as the newest.
@@ -187,27 +236,33 @@ class NodeLink:
                     self._call_number += 1
                     call = call._replace(args=(call.args[0], self._call_number, *call.args[2:]))
                 self._post(call)
-            elif isinstance(reply, ServerUnavailable):
+                continue
+            if isinstance(reply, ServerUnavailable):
                 self._sent.appendleft(call)  # it is out of memory or disk: nothing was written, all is sent again
                 raise reply
-            elif isinstance(reply, ReplyError):
+            if isinstance(reply, ReplyError):
                 raise translate(reply)
-            elif call.script == "end":
+            if call.script == "end":
                 for (task_id, execution), verdict in zip(call.reports, reply, strict=True):
                     self._verdicts.append((task_id, execution, verdict.decode()))
+            elif call.script == "tell" and reply == 0 and call.message is not None:
+                self._undelivered.append((f"{call.args[0]!s}:{call.args[1]!s}", call.message))
             elif call.script == "beat" and reply == 0:
-                raise Superseded(f"a newer worker of node {self._known().name} has registered")
+                raise Superseded(f"the worker of node {self._known().name} was given up, or there is a newer one")
+            self._heard = max(self._heard, call.at)
 
     def _load(self, name: str) -> None:
         """A server that was started again does not know our scripts. Not on the report link: its order must stand."""
         self._fetch_link.call("SCRIPT", "LOAD", script(name).text)
 
     def _post(self, call: _Call) -> None:
-        self._sent.append(call)
-        if self._down_since is None and self._report_link.connected:
+        self._sent.append(call._replace(at=time.monotonic()))
+        if not self._down and self._report_link.connected:
             try:
                 command = self._store.command(call.script, *call.args) if call.script else call.args
+                points.at(call.step("before"))
                 self._report_link.post(*command)
+                points.at(call.step("sent"))
             except ServerUnavailable:
                 self._report_link.close()  # the next pump finds out, and sends it again
 
@@ -247,13 +302,32 @@ class NodeLink:
         """Answer to Hello: all lanes and what was handed ahead."""
         self._post(_Call("write", ("RPUSH", keys.MAIL, pack(state))))
 
-    def post_beat(self, fields: dict[str, str]) -> None:
-        """Refresh the worker's record in RQ's registry."""
+    def post_mail(self, message: Withheld | Swept | Leaving) -> None:
+        """A word to the dispatcher; said again after a lost connection."""
+        self._post(_Call("write", ("RPUSH", keys.MAIL, pack(message))))
+
+    def post_leaving(self) -> None:
+        """It takes nothing more, and signs off when all has ended."""
+        info = self._known()
+        self.post_mail(Leaving(info.name, info.incarnation))
+
+    def tell(self, address: str, message: ToWorker) -> None:
+        """A word to the worker ``address`` (name:incarnation); said again after a lost connection."""
+        node, _, incarnation = address.rpartition(":")
+        self._post(_Call("tell", (node, incarnation, pack([message])), message=message))
+
+    def undelivered(self) -> list[tuple[str, ToWorker]]:
+        """Words to workers that are gone, since the last call: address, message."""
+        found, self._undelivered = self._undelivered, []
+        return found
+
+    def post_beat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
+        """Refresh the worker's record in RQ's registry; its tools show these executions: id, number, start, class."""
         info = self._known()
         if self._unconfirmed:
             self._confirm_inbox()
         flat = tuple(text for pair in {**self._fields, **fields}.items() for text in pair)
-        self._post(_Call("beat", (info.name, info.incarnation, WORKER_TTL_S, *flat)))
+        self._post(_Call("beat", (info.name, info.incarnation, WORKER_TTL_S, pack(running), *flat)))
 
     def unsent(self) -> int:
         """Reports that the server has not confirmed yet."""
@@ -262,6 +336,15 @@ class NodeLink:
     def _address(self) -> str:
         info = self._known()
         return f"{info.name}:{info.incarnation}"
+
+    def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
+        """Those of these nodes that are registered. May wait for the server up to the link's timeout."""
+        records = self._fetch_link.call("HMGET", keys.NODES, *names)
+        return {
+            name: msgspec.json.decode(record, type=NodeInfo)
+            for name, record in zip(names, records, strict=True)
+            if record is not None
+        }
 
     # -- what tasks share ----------------------------------------------------------------------------------------
 
@@ -272,6 +355,13 @@ class NodeLink:
     def fetch_value(self, array: str, position: int) -> str:
         """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
         return self._fetch_block(array, position // VALUES_BLOCK)[position % VALUES_BLOCK]
+
+    def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
+        """The record of a job as it stands. May wait for the server, as `fetch_shared`."""
+        flat = self._fetch_link.call("HGETALL", keys.job(task_id))
+        if not flat:
+            raise PilotFailed(f"the record of job {task_id} is gone")
+        return dict(zip(flat[::2], flat[1::2], strict=True))
 
     def _read_shared(self, key: str) -> Shared:
         data = self._fetch_link.call("GET", keys.shared(key))
@@ -286,5 +376,5 @@ class NodeLink:
         return _values.decode(zlib.decompress(data))
 
     def close(self) -> None:
-        for link in (self._inbox_link, self._report_link, self._fetch_link):
+        for link in (self._inbox_link, self._report_link, self._fetch_link, self._commands.link):
             link.close()

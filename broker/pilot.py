@@ -37,6 +37,7 @@ class Connection(msgspec.Struct, kw_only=True):
     version: str
     directory: str
     started: float
+    job: str = ""  # the Slurm job whose allocation it lives in
 
 
 class Pilot(msgspec.Struct, frozen=True):
@@ -97,6 +98,13 @@ class Pilot(msgspec.Struct, frozen=True):
     def remove_connection(self) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self.path("connection.json"))
+
+    def job(self) -> str:
+        """The Slurm job it lives in; empty when there is none, or it does not run."""
+        try:
+            return self.connection().job
+        except NoPilot:
+            return ""
 
     def alive(self) -> bool:
         """Whether its supervisor lives (one on another host: has shown so within the last minute)."""

@@ -88,6 +88,7 @@ def plan(
     so give a generator. Times are seconds of any one clock. A class that no set of open nodes can ever hold is
     passed over; it neither blocks others nor gets a hold.
     """
+    cluster.at(now)
     return _Pass(cluster, running, state, now, wait_s).run(waiting, limit)
 
 
@@ -236,7 +237,8 @@ def drain(cluster: Cluster, request: Request, running: Iterable[tuple[Parts, flo
     for parts, end in running:
         for part in parts:
             ends.setdefault(part.node, []).append((end, part))
-    nodes = [node for node in cluster.open_nodes if _could_hold(node, request)]
+    open_nodes = (node for node in cluster.open_nodes if not cluster.is_late(node.name, request))
+    nodes = [node for node in open_nodes if _could_hold(node, request)]
     if request.spread:
         return _drain_anywhere(nodes, request, ends)
     wanted = (request.nodes or (1, 1))[0]

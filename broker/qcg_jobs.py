@@ -19,6 +19,11 @@ SINGLES_LIMIT = 100_000
 _ONE = re.compile(r"(.+):([0-9]{1,15})")
 
 
+def waits_for_same(text: str) -> bool:
+    """Whether a dependency is on the element of the same index: ``job:${it}``."""
+    return _SAME.fullmatch(text) is not None
+
+
 class Unmet(Exception):
     """A dependency that can never be met; its text says why."""
 
@@ -39,13 +44,17 @@ class Known(Protocol):
 
 
 class Draft(msgspec.Struct):
-    """A job that was read. ``after`` is as written; ``cores`` has the plan of a scheduler, one number an element."""
+    """A job that was read. ``after`` is as written; ``cores`` has the plan of a scheduler, one number an element.
+
+    ``never`` says why it can run nowhere, whatever the pilot.
+    """
 
     name: str
     path: str
     task: Task
     after: list[str]
     cores: list[int] | None = None
+    never: str = ""
 
     @property
     def indices(self) -> range | None:

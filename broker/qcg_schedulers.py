@@ -14,7 +14,8 @@ def plan(
     """Cores for each of ``count`` elements on a pilot of ``total`` cores.
 
     ``maximum-iters`` runs all at once, or in as few rounds as ``least`` cores an element allow, and shares all
-    cores out in each round. ``split-into`` gives each the same part; params may have ``parts`` (default: ``count``).
+    cores out in each round. ``split-into`` gives each the same part, whatever ``least`` says; params may have ``parts``
+    (default: ``count``).
     """
     if name not in ("maximum-iters", "split-into"):
         raise InvalidInput(f"{where}.name: {name!r} is unknown: use maximum-iters or split-into")
@@ -28,8 +29,8 @@ def plan(
     parts = params.get("parts", count)
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise InvalidInput(f"{where}.params.parts: must be a whole number from 1 on")
-    if parts > total or total // parts < (least or 1):
-        raise InvalidInput(f"{where}: {total} cores in {parts} parts leave less than {least or 1} for each")
+    if parts > total:
+        raise InvalidInput(f"{where}: {total} cores in {parts} parts leave less than 1 for each")
     return [total // parts] * count
 
 

@@ -7,11 +7,14 @@ process, in slices, so that no turn takes long.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import TypeVar
 
 from pilotq.broker import keys
+from pilotq.broker.leftovers import Leftovers
 from pilotq.broker.records import EndReport, Line, NodeInfo, Stop
 from pilotq.broker.store import Store, iso, pack, to_worker
 
@@ -19,7 +22,8 @@ log = logging.getLogger("pilotq.reconciler")
 T = TypeVar("T")
 SLICE = 500
 CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
-CONTACT_S = 120.0  # a node whose beat has not moved for so long by our clock is given up
+LOOK_S = 3.0  # of the time between two looks at the beats more does not count: we, or the server, were away
+GONE_S = 120.0  # a worker of this machine that fell silent for so long, and is no process any more, is dead
 
 
 class Reconciler:
@@ -29,7 +33,9 @@ class Reconciler:
         self.next_turn = 0.0
         self.next_trim = 0.0
         self.tidied = False
-        self.beats: dict[str, tuple[bytes | None, float]] = {}  # address -> last beat, when it last moved (monotonic)
+        self.leftovers = Leftovers(store)
+        self.looked_at = 0.0
+        self.beats: dict[str, tuple[bytes | None, float]] = {}  # address -> last beat, for how long it has not moved
         self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
         self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to look from, ids seen from there
 
@@ -44,6 +50,7 @@ class Reconciler:
         self._adopt_canceled(queues)
         for queue in queues:
             self._check_running(queue, nodes)
+        self.leftovers.turn(queues, now)
         if self.store.run("settle", self.store.term, *queues):
             log.warning("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:
@@ -53,7 +60,7 @@ class Reconciler:
         return self._silent(now, nodes)
 
     def _queues(self) -> list[str]:
-        return keys.queue_names(self.link.call("SMEMBERS", keys.QUEUES))
+        return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
 
     # -- RQ's own job.cancel() and delete ------------------------------------------------------------------------
 
@@ -127,14 +134,28 @@ class Reconciler:
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     def _silent(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
-        """Judged by a beat that does not move, on our own monotonic clock: wall clocks may jump."""
-        beats = self.link.pipeline([("HGET", keys.worker(info.name), "last_heartbeat") for info in nodes.values()])
+        """Nodes that are out of touch: whose beat does not move, by our monotonic clock, while the server answers us.
+
+        Their workers have ended their tasks by then, by their own clocks. Where the supervisor has said 0 none is ever
+        out of touch.
+        """
+        settings = self.store.settings
+        contact, *beats = self.link.pipeline(
+            [("HGET", keys.WISH, "contact"), *(("HGET", keys.worker(i.name), "last_heartbeat") for i in nodes.values())]
+        )
+        contact_s = settings.contact_s if contact is None else float(contact)
+        passed, self.looked_at = min(now - self.looked_at, LOOK_S), now
         moved: dict[str, tuple[bytes | None, float]] = {}
         for address, beat in zip(nodes, beats, strict=True):
-            last, since = self.beats.get(address, (None, now))
-            moved[address] = (beat, since if beat == last else now)
+            last, silent = self.beats.get(address, (None, 0.0))
+            moved[address] = (beat, silent + passed if beat == last else 0.0)
         self.beats = moved
-        return [info for address, info in nodes.items() if now - moved[address][1] > CONTACT_S]
+        bound = contact_s + settings.kill_grace_s + settings.contact_margin_s
+        return [
+            info
+            for address, info in nodes.items()
+            if (moved[address][1] > bound if contact_s else moved[address][1] > GONE_S and _gone(info))
+        ]
 
     def requeue_orphans(self, alive: set[str]) -> int:
         """Tasks that were handed to incarnations of nodes which are no more (asked once by a new dispatcher)."""
@@ -145,8 +166,12 @@ class Reconciler:
                     gone.add(node)
         return sum(self.requeue_node(node, "the pilot was started again") for node in sorted(gone))
 
-    def requeue_node(self, address: str, why: str) -> int:
-        """End all executions of a dead incarnation as lost; their tasks go back to the head of their lists."""
+    def requeue_node(self, address: str, why: str, *, clean: bool = False) -> int:
+        """End all executions of a dead incarnation as lost; their tasks go back to the head of their lists.
+
+        ``clean``: it had left, so none of them had begun, and nobody is charged.
+        """
+        wish, reason = ("free", "pilot ended") if clean else ("lost", "worker lost")
         number = 0
         for queue in self._queues():
             mine = [(i, e) for i, node, e in self._running(queue) if node == address]
@@ -155,10 +180,17 @@ class Reconciler:
             for part in reversed(_slices(mine)):
                 now = time.time()
                 node = address.rpartition(":")[0]
+                fields = ("pq_name", "pq_sub", "pq_array_of", "pq_cpus")
+                rows = self.link.pipeline([("HMGET", keys.job(i), *fields) for i, _ in part])
                 reports = []
-                for task_id, execution in part:
-                    line = pack(Line(id=task_id, execution=execution, node=node, ended=now, message=why))
-                    reports.append(EndReport(task_id, execution, "lost", "worker lost", iso(now), "", "", "", line))
+                for (task_id, execution), row in zip(part, rows, strict=True):
+                    name, submission, array, cpus = (text.decode() if text else "" for text in row)
+                    line = Line(
+                        id=task_id, execution=execution, node=node, ended=now, message=why, name=name, cpus=cpus
+                    )
+                    line.submission, line.array = submission, array
+                    line.index = int(task_id.rpartition("_")[2]) if array else None
+                    reports.append(EndReport(task_id, execution, wish, reason, iso(now), "", "", "", pack(line)))
                 self.store.lose(reports)
                 number += len(part)
         return number
@@ -196,7 +228,16 @@ class Reconciler:
 
     def _tidy(self) -> None:
         classes = [name.decode() for name in self.link.call("HKEYS", keys.CLASSES)]
-        self.tidied = bool(classes) and self.store.run("tidy", self.store.term, *classes) > 0
+        self.tidied = bool(classes) and self._tidied(classes)
+
+    def _tidied(self, classes: Sequence[str]) -> bool:
+        ttl = self.store.settings.failed_ttl_s
+        return bool(self.store.run("tidy", self.store.term, ttl, *classes))
+
+
+def _gone(info: NodeInfo) -> bool:
+    """Whether this is the worker's machine, and it has no such process."""
+    return info.host == socket.gethostname() and not os.path.exists(f"/proc/{info.pid}")
 
 
 def _slices(items: Sequence[T]) -> list[Sequence[T]]:

@@ -2,7 +2,9 @@
 
 Dispatcher to worker: one stream per incarnation of a node (the inbox), each entry a list of ``Handed`` (added by the
 claim script itself), ``Stop``, ``Recall``, ``Hello``, ``Leave``. Worker to dispatcher: the mail, each element one
-of ``Ended``, ``GivenBack``, ``NodeState``, ``NodeLost``; clients add ``Nudge``.
+of ``Ended``, ``GivenBack``, ``NodeState``, ``NodeLost``, ``Leaving``, ``Withheld``, ``Swept``; clients add ``Nudge``.
+Worker to worker, into the inbox too, about an execution over several nodes: ``Guest``, ``GuestStop``, ``Sweep`` from
+the *host* (the worker of its first node) to the others, ``GuestEnded`` and ``Swept`` back.
 
 A *lane* is one reservation as dispatcher and worker both know it: a number and an allocation text. A task is handed
 with a lane, or with lane 0: then it is handed *ahead*, and takes over the lane of the next task of its class that
@@ -41,7 +43,7 @@ class Handed(msgspec.Struct, array_like=True, tag="run"):
 class Stop(msgspec.Struct, array_like=True, tag="stop"):
     """End this task if that execution is still here; ``reason`` is one of states.REASONS."""
 
-    id: str
+    id: str  # empty: all that run
     execution: int  # 0: whichever is here
     reason: str
 
@@ -60,12 +62,77 @@ class Hello(msgspec.Struct, array_like=True, tag="hello"):
 
 
 class Leave(msgspec.Struct, array_like=True, tag="leave"):
-    """End. ``grace`` seconds between SIGTERM and SIGKILL; running and handed tasks are given back."""
+    """End. ``grace`` seconds until SIGKILL; running and handed tasks are given back, for this reason.
+
+    Tasks get SIGTERM at once; with ``notice`` they get that signal at once, and SIGTERM when only the usual grace is
+    left."""
 
     grace: float
+    reason: str = "pilot ended"
+    notice: int = 0
 
 
-ToWorker = Handed | Stop | Recall | Hello | Leave
+class Guest(msgspec.Struct, array_like=True, tag="guest"):
+    """Start a process here that is a part of an execution whose first node is another one."""
+
+    id: str
+    execution: int
+    host: str  # name:incarnation of its first node's worker, which is told of the end
+    number: int  # of this process, among those of that worker
+    allocation: str
+    shared: str  # content key of the Shared record
+    argv: list[bytes]
+    env: dict[str, str]
+    cwd: str
+
+
+class GuestStop(msgspec.Struct, array_like=True, tag="guest_stop"):
+    """Nobody waits for that process any more: end it."""
+
+    host: str
+    number: int
+
+
+class GuestEnded(msgspec.Struct, array_like=True, tag="guest_ended"):
+    """A process that was started by ``Guest`` has ended, or could not be started."""
+
+    number: int
+    status: int  # exit code as a shell has it: 128 + signal; 255 when nothing was started
+    stdout: bytes = b""  # the end of what it wrote
+    stderr: bytes = b""
+    lost: bool = False  # through no fault of its own
+
+
+class Sweep(msgspec.Struct, array_like=True, tag="sweep"):
+    """End all processes of an execution on this node, and answer with ``Swept`` when none is left.
+
+    With ``id`` empty: of all executions of a host that is dead; then the dispatcher asks, and gets the answer.
+    """
+
+    host: str  # name:incarnation of the first node's worker
+    id: str = ""
+    execution: int = 0
+    round: int = 0  # repeated in the answer
+    grace: float = 0.0  # seconds between SIGTERM and SIGKILL
+
+
+class Swept(msgspec.Struct, array_like=True, tag="swept"):
+    """Nothing of it lives on this node."""
+
+    node: str
+    incarnation: int
+    host: str
+    round: int
+
+
+class Gone(msgspec.Struct, array_like=True, tag="gone"):
+    """A node that executions of yours use is lost, or has left (said by the dispatcher)."""
+
+    address: str  # name:incarnation
+    clean: bool = False  # it has left, which is nobody's fault
+
+
+ToWorker = Handed | Stop | Recall | Hello | Leave | Guest | GuestStop | GuestEnded | Sweep | Swept | Gone
 
 
 class End(NamedTuple):
@@ -99,21 +166,43 @@ class NodeState(msgspec.Struct, array_like=True, tag="state"):
     term: int  # of the Hello answered; 0 at birth
     lanes: list[tuple[int, str, str]]  # lane, allocation, class name
     ahead: dict[str, int]
+    guests: list[tuple[str, str]] = []  # of executions of other nodes: host, allocation
 
 
 class NodeLost(msgspec.Struct, array_like=True, tag="lost"):
-    """Proof that an incarnation of a node is dead (its process was seen to end)."""
+    """Proof that an incarnation of a node is dead (its process was seen to end). ``clean``: it has signed off itself,
+    when nothing ran there any more; what was handed to it since never began."""
 
     node: str
     incarnation: int
     why: str
+    clean: bool = False
+
+
+class Leaving(msgspec.Struct, array_like=True, tag="leaving"):
+    """A worker ends its tasks and signs off then: it takes nothing more."""
+
+    node: str
+    incarnation: int
 
 
 class Nudge(msgspec.Struct, array_like=True, tag="nudge"):
     """Standing wishes have changed: read them again."""
 
 
-ToDispatcher = Ended | GivenBack | NodeState | NodeLost | Nudge
+class Withheld(msgspec.Struct, array_like=True, tag="withheld"):
+    """The execution of a lane has ended, but some of its nodes have not confirmed that nothing of it lives there.
+
+    Only their parts stay taken; when all have confirmed the lane ends as any other.
+    """
+
+    node: str
+    incarnation: int
+    lane: int
+    allocation: str  # what stays taken
+
+
+ToDispatcher = Ended | GivenBack | NodeState | NodeLost | Leaving | Nudge | Withheld | Swept
 
 
 class NodeInfo(msgspec.Struct):
@@ -125,10 +214,17 @@ class NodeInfo(msgspec.Struct):
     pid: int
     cores: list[int]
     shared_cores: bool = False  # several virtual cores stand for one real one
+    cpus: list[int] = []  # the CPU number of each of ``cores``, where they differ
     numa: list[list[int]] = []  # groups of ``cores``; empty: one group
     gpus: list[str] = []
     memory: int = 0  # bytes, 0 = not counted
     counters: dict[str, int] = {}
+    job: str = ""  # the Slurm job whose allocation it is part of
+
+    @property
+    def address(self) -> str:
+        """Names this incarnation of the node among all."""
+        return f"{self.name}:{self.incarnation}"
 
 
 class Line(msgspec.Struct, omit_defaults=True):
@@ -218,3 +314,4 @@ class EndReport(msgspec.Struct):
     class_name: str = ""  # these three as they were handed
     submission: str = ""
     retries: int = 0
+    delay: float = 0.0  # seconds until it is tried again

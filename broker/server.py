@@ -29,10 +29,11 @@ DURABILITY = {
     "everysec": "appendonly yes\nappendfsync everysec",
     "strict": "appendonly yes\nappendfsync always",
 }
-# No sub-command is named that Redis 7.0 does not know: it would refuse the whole file. ``default`` must not be
-# ``nopass`` even though it is off: protected mode would then refuse every client of another host.
+# No sub-command is named that Redis 7.0 does not know: it would refuse the whole file. Nobody can be ``default``, which
+# is off, but it must be allowed everything: servers before 9 read their log in its name, and leave out what it may not.
+# It must not be ``nopass`` even so: protected mode would then refuse every client of another host.
 USERS = """\
-user default off resetchannels -@all
+user default off ~* &* +@all
 user admin on #{admin} ~* &* +@all
 user pilotq on #{pilotq} ~* &* +@all -@admin -@dangerous +info +client|list -script|flush -function|flush \
 -function|delete -function|load -function|restore
@@ -59,6 +60,7 @@ hash-max-listpack-entries 64
 hash-max-listpack-value 1024
 stream-node-max-bytes 256
 maxclients 8192
+notify-keyspace-events Kls
 tcp-backlog 511
 tcp-keepalive 60
 timeout 0
@@ -73,6 +75,7 @@ shutdown-on-sigterm default
 SILENT_S = 30.0  # a starting server that says nothing for so long has failed; while it loads it does say something
 STOP_S = 30.0  # writing the rest of the log at the end may take a while on a shared file system
 MEMORY_LIMIT = 16 << 30
+DAMAGED = "Bad file format reading the append only file"  # the server's own words
 
 
 # -- which executable -------------------------------------------------------------------------------------------------
@@ -194,7 +197,14 @@ class RunningServer:
         remove_socket(self.address)
 
     def _end_predecessor(self) -> None:
-        """End a server that a killed supervisor has left on these files: two would ruin them."""
+        """End a server that a killed supervisor has left on these files: two would ruin them. Remove its socket."""
+        with suppress(FileNotFoundError), open(self._config) as file:
+            for line in file:
+                if line.startswith("unixsocket "):
+                    remove_socket(Address(path=line.split(" ", 1)[1].rstrip("\n")))
+        self._end_process()
+
+    def _end_process(self) -> None:
         try:
             with open(os.path.join(self.directory, "server.pid")) as file:
                 pid = int(file.read())
@@ -257,6 +267,12 @@ def wait_ready(address: Address, part: Part | None = None, *, stopped: Callable[
     loading = False
     while not stopped():
         if part is not None and not part.running:
+            if DAMAGED in part.last_words():
+                pilot = os.path.dirname(part.cwd)
+                raise PilotFailed(
+                    f"the server's log of tasks in {part.cwd} is damaged, and it does not start: `pilotq doctor "
+                    f"--repair --dir {pilot}` cuts it after the last good command, and says what is lost"
+                )
             raise PilotFailed(f"the server {part.ended()}; {part.log} ends with:\n{part.last_words()}")
         link = Link(address, timeout=1.0)
         try:

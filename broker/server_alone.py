@@ -16,9 +16,9 @@ from types import FrameType
 from pilotq import __version__
 from pilotq.broker.children import log
 from pilotq.broker.errors import PilotFailed, StateLost
-from pilotq.broker.journal import JournalWriter
 from pilotq.broker.link import Link
 from pilotq.broker.lock import BEAT_S, Lock
+from pilotq.broker.older import open_journal
 from pilotq.broker.pilot import Connection, Pilot, create, establish_epoch
 from pilotq.broker.server import RunningServer, wait_ready
 from pilotq.broker.settings import Settings
@@ -59,7 +59,7 @@ def _serve(pilot: Pilot, running: RunningServer, lock: Lock, settings: Settings,
         epoch = establish_epoch(pilot, link)
     finally:
         link.close()
-    journal = JournalWriter(pilot.journal, fsync_s=settings.journal_fsync_s, pilot=pilot.id)
+    journal = open_journal(pilot, running.address, settings)
     side = SupervisorLink(running.address, epoch, journal)
     try:
         pilot.write_connection(

@@ -19,10 +19,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     report_s: float = 0.02  # ends wait so long for company while their lanes go on with tasks handed ahead
     report_max: int = 64  # ... or until there are so many
     started_after_s: float = 0.1  # a launch is reported by itself only when the task lives so long
+    interpreter_calls: int = 100_000  # after so many an interpreter is replaced: what functions leak has a bound
     kill_grace_s: float = 10.0  # between SIGTERM and SIGKILL
     launch_confirm_s: float = 10.0  # a launch not confirmed by then: the launcher is put aside
+    confirm_s: float = 30.0  # after the kill grace: a node that does not say that it is swept by then keeps its cores
     beat_s: float = 2.0  # a worker's heartbeat
     reconcile_s: float = 1.0
+    contact_s: float = 120.0  # a worker out of touch for so long ends its tasks; 0: never, on a unix socket
+    contact_margin_s: float = 5.0  # so long after that, and after its grace, they are given to others
+    reply_s: float = 10.0  # a worker makes a connection again on which an answer takes longer
+    connect_s: float = 2.0  # how long a worker may be held up by a server that takes no connection
     stage_ttl_s: int = 600  # an uncommitted submit vanishes after this
     finished_ttl_s: int = 3600
     failed_ttl_s: int = 7 * 86_400
@@ -33,6 +39,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     restart_window_s: float = 60.0  # ... within this time, then the pilot ends
     crash_limit: int = 3  # unexplained losses of one task
     stop_wait_s: float = 30.0  # how long `stop` waits for workers to end
+    nodes_wait_s: float = 60.0  # how long the least number of nodes may take to join
+    retry_node_s: float = 1.0  # before a node whose worker did not start is tried again; twice as long each time
+    deadline_s: float = 60.0  # how often Slurm is asked when the allocation ends
 
 
 def load(text: str | None) -> Settings:

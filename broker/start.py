@@ -6,6 +6,7 @@ Kept apart from the supervisor, so that the command which starts it need not loa
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,13 @@ import msgspec
 from pilotq.broker import errors
 from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError
 from pilotq.broker.pilot import Pilot, create, write_private
+from pilotq.broker.surroundings import capture
+from pilotq.broker.task import Shared
 
 FAILED = "the pilot failed: "  # how the supervisor's log says why; the error's class and text follow
+SURROUNDINGS = "surroundings"  # of whoever started the pilot: what jobs of RQ's own producers run in
+CUT_SHORT = 75  # the supervisor's exit code when the end of the allocation ended the pilot
+METHODS = ("srun", "ssh")  # how workers get onto the nodes of an allocation
 READY_S = 300.0  # a million tasks load in some 10 s, more on a slow shared file system
 
 
@@ -30,12 +36,28 @@ class LocalNode(msgspec.Struct):
     shared: bool = False
 
 
+class Remote(msgspec.Struct, kw_only=True):
+    """The nodes of an allocation that get a worker, and how: ``srun`` or ``ssh``.
+
+    ``least``: with fewer of them the pilot does not begin. ``options`` are of each worker's command line; ``grants``:
+    at most so many cores of a node, where its worker cannot know it.
+    """
+
+    nodes: list[str]
+    method: str = "srun"
+    least: int = 1
+    options: list[str] = []
+    grants: dict[str, int] = {}
+
+
 class SupervisorOptions(msgspec.Struct, kw_only=True):
     """What a pilot is made of. Travels in a file that is removed when it was read, never in an argument list.
 
     ``bind``: addresses to listen on; empty: a unix socket only. ``redis``: URL of the user's own server, instead of a
-    private one. ``owner_pid``: when this process ends the pilot ends too, at once (0: it lives on). ``program`` is
-    what stands before the verb in the parts' command lines.
+    private one. ``contact``: as `Settings.contact_s`; None: that, or 0 on a unix socket. ``owner_pid``: when this
+    process ends the pilot ends too, at once (0: it lives on). ``remote``: workers on the nodes of an allocation, which
+    ends: ``grace`` seconds before, tasks get the signal ``notice`` and are queued again. ``program`` is what stands
+    before the verb in the parts' command lines.
     """
 
     nodes: list[LocalNode] = []
@@ -43,9 +65,19 @@ class SupervisorOptions(msgspec.Struct, kw_only=True):
     server: str = ""
     redis: str = ""
     durability: str = "everysec"
+    contact: float | None = None
     owner_pid: int = 0
+    remote: Remote | None = None
+    grace: float = 60.0
+    notice: int = signal.SIGTERM
     program: list[str] = []
     directory: str = ""
+
+    @property
+    def planned(self) -> list[LocalNode]:
+        """All nodes the pilot begins with; of an allocation with the cores granted: its workers may find fewer."""
+        granted = self.remote.grants.items() if self.remote is not None else ()
+        return [*self.nodes, *(LocalNode(name, list(range(cores)), {}) for name, cores in granted)]
 
 
 def read_options(path: str) -> SupervisorOptions:
@@ -67,6 +99,20 @@ def program(options: SupervisorOptions) -> list[str]:
     return options.program or [sys.executable, "-m", "pilotq"]
 
 
+def remember(pilot: Pilot) -> None:
+    """Note the surroundings of this process, for tasks that come without any."""
+    write_private(pilot.path(SURROUNDINGS), msgspec.msgpack.encode(capture()))
+
+
+def remembered(pilot: Pilot) -> Shared:
+    """The surroundings that the pilot was started in; those of this process if nobody has noted any."""
+    try:
+        with open(pilot.path(SURROUNDINGS), "rb") as file:
+            return msgspec.msgpack.decode(file.read(), type=Shared)
+    except FileNotFoundError:
+        return capture()
+
+
 def start_pilot(directory: str | None, options: SupervisorOptions, *, timeout: float = READY_S) -> StartedPilot:
     """Start a pilot in the background and wait until it is ready; ``timeout`` in seconds.
 
@@ -74,6 +120,7 @@ def start_pilot(directory: str | None, options: SupervisorOptions, *, timeout: f
     unless ``owner_pid`` says otherwise. Raises InvalidInput, PilotExists or PilotFailed, in the supervisor's own words.
     """
     pilot = create(directory)
+    remember(pilot)
     path = pilot.path(f"options-{os.urandom(4).hex()}.json")
     write_private(path, msgspec.json.encode(msgspec.structs.replace(options, directory=pilot.directory)))
     log = os.open(pilot.log("supervisor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import keys, points
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.link import Argument, Link, ReplyError, ScriptMissing
 from pilotq.broker.records import EndReport, ToWorker
@@ -50,11 +50,12 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """A script of broker/scripts, with lib.lua in front."""
+    """A script of broker/scripts, with lib.lua and lib_rq.lua in front."""
     folder = files("pilotq.broker.scripts")
     # Out of memory only a submit is refused, and before it has written anything: ends make room.
     flags = "" if name == "commit" else " flags=allow-oom"
-    text = f"#!lua{flags}\n" + (folder / "lib.lua").read_text() + (folder / f"{name}.lua").read_text()
+    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_rq", name)]
+    text = f"#!lua{flags}\n" + "".join(parts)
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
@@ -73,10 +74,11 @@ def to_worker(node: str, incarnation: int, message: ToWorker) -> tuple[Argument,
 
 
 class Head(NamedTuple):
-    """What waits in one class list: how many records, the first ids, elements left in the first if it is an array."""
+    """What waits in one class list: how many records, places of the first ones (ids of ours, for `order_of`), elements
+    left in the first if it is an array."""
 
     length: int
-    ids: list[str]
+    places: list[str]
     elements: int
 
     @property
@@ -109,13 +111,16 @@ class Store:
         return ("EVALSHA", script(name).sha, 0, self.epoch, *args)
 
     def run(self, name: str, *args: Argument) -> Any:
+        points.at(f"{name}:before")
         try:
             try:
-                return self.link.call(*self.command(name, *args))
+                answer = self.link.call(*self.command(name, *args))
             except ScriptMissing:
-                return self.link.call("EVAL", script(name).text, 0, self.epoch, *args)
+                answer = self.link.call("EVAL", script(name).text, 0, self.epoch, *args)
         except ReplyError as error:
             raise translate(error) from None
+        points.at(f"{name}:after")
+        return answer
 
     def write(self, *command: Argument) -> Any:
         """A plain command that goes through though the memory is full."""
@@ -133,6 +138,11 @@ class Store:
     def cancel(self, ids: Sequence[str]) -> list[str]:
         now = time.time()
         return [a.decode() for a in self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, *ids)]
+
+    def retry(self, items: Sequence[Sequence[Any]], *bits: bytes) -> list[str]:
+        """Let ended tasks run again; each item is [id], or a whole array as retry.lua says."""
+        now = time.time()
+        return [a.decode() for a in self.run("retry", f"{now:.6f}", iso(now), pack(items), *bits)]
 
     # -- dispatcher ---------------------------------------------------------------------------------------------
 
@@ -167,7 +177,7 @@ class Store:
         rows = [
             (
                 r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
-                r.class_name, r.submission, r.retries,
+                r.class_name, r.submission, r.retries, r.delay,
             )
             for r in reports
         ]  # fmt: skip

@@ -6,14 +6,15 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import keys, points
 from pilotq.broker.cluster import Cluster
 from pilotq.broker.errors import InvalidInput, NeverFits, PilotFailed, ServerRefused, UnknownTask
+from pilotq.broker.functions import pack_call
 from pilotq.broker.link import Argument, Link
 from pilotq.broker.records import NodeInfo
 from pilotq.broker.rq_jobs import COMMAND_DATA
@@ -24,8 +25,18 @@ CHUNK = 500
 VALUES_BLOCK = 1000
 EACH_LIMIT = 30  # arrays that an array may wait for element by element: each has a bit
 CLASS_LIMIT = 256  # class lists of one queue: the dispatcher looks at the head of each
-ID = re.compile(r"[0-9a-v]{1,13}(_[0-9]+)?")
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+ID = re.compile(rf"[0-9a-v]{{1,13}}(_[0-9]+)?|{_UUID}")  # ours, and what RQ gives to jobs of its producers
+LARGE_BYTES = 1 << 20  # of descriptions: then the server is asked for its memory, too, and gets them in pieces
+RQ_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")  # RQ's producers may name theirs as they like
 BYTES_PER_TASK = 700  # of server memory, for the check before a large submit
+
+
+Remember = Callable[[str], str | None]
+
+
+def _nobody(_: str) -> None:
+    """Where no journal is at hand."""
 
 
 class Plan(NamedTuple):
@@ -37,6 +48,7 @@ class Plan(NamedTuple):
     parents: list[list[str | int]]  # an int is the position of a task of this submission, text an id
     each: list[list[str | int]]
     total: int
+    payloads: dict[int, bytes]  # position of a function -> its packed call
 
 
 def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo], known_classes: set[str]) -> Plan:
@@ -49,9 +61,12 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo], known_classes: set[s
     records: dict[str, str] = {}
     parents, each = [], []
     seen: dict[tuple[str, int, Request], str] = {}
+    payloads: dict[int, bytes] = {}
     for number, task in enumerate(tasks):
         where = f"task {task.name!r}" if task.name else f"task {number + 1}"
         validate(task, where)
+        if task.function is not None:
+            payloads[number] = pack_call(task.function, task.args, task.kwargs)
         kind = (task.queue, task.priority, task.shape())
         name = seen.get(kind)
         if name is None:
@@ -73,7 +88,7 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo], known_classes: set[s
                 f"at most {CLASS_LIMIT} are possible: make some of them equal"
             )
     _check_cycles(tasks, parents, each)
-    return Plan(tasks, classes, records, parents, each, sum(t.size for t in tasks))
+    return Plan(tasks, classes, records, parents, each, sum(t.size for t in tasks), payloads)
 
 
 def _names(tasks: Sequence[Task]) -> dict[str, int]:
@@ -91,7 +106,7 @@ def _resolve(parent: str, names: dict[str, int], where: str) -> str | int:
 
     ``=ID`` is an id even where a task of this submission has that name.
     """
-    if parent.startswith("=") and ID.fullmatch(parent[1:]):
+    if parent.startswith("=") and RQ_ID.fullmatch(parent[1:]):
         return parent[1:]
     if parent in names:
         return names[parent]
@@ -151,8 +166,13 @@ def _inner(parents: list[str | int], each: list[str | int]) -> list[int]:
     return found
 
 
-def submit(link: Link, store: Store, tasks: Sequence[Task], shared: Shared, key: str | None) -> list[str]:
-    """Check, stage and commit; returns the ids in order. Nothing is visible unless all of it is."""
+def submit(
+    link: Link, store: Store, tasks: Sequence[Task], shared: Shared, key: str | None, remember: Remember = _nobody
+) -> list[str]:
+    """Check, stage and commit; returns the ids in order. Nothing is visible unless all of it is.
+
+    ``remember`` tells the status of a parent whose record is not kept any more; None if there was no such task.
+    """
     key = key or secrets.token_hex(8)
     replies = link.pipeline(
         [("HVALS", keys.NODES), ("HKEYS", keys.CLASSES), ("INCRBY", keys.SEQ, len(tasks)), ("SMEMBERS", keys.PLANNED)]
@@ -161,13 +181,23 @@ def submit(link: Link, store: Store, tasks: Sequence[Task], shared: Shared, key:
     if {name.decode() for name in replies[3]} - {node.name for node in nodes}:
         nodes = []  # some are still starting, or are started again: what they can hold is not known
     plan = check(tasks, nodes, {name.decode() for name in replies[1]})
-    if plan.total > 0 and len(tasks) >= CHUNK:
-        _check_memory(link, len(tasks))
+    payloads = sum(map(len, plan.payloads.values()))
+    if len(tasks) >= CHUNK or payloads >= LARGE_BYTES:
+        _check_memory(link, len(tasks), payloads)
+    points.at("submit checked")
     first = int(replies[2]) - len(tasks) + 1
     ids = [id_of(first + n) for n in range(len(tasks))]
     _stage(link, store, plan, ids, shared, key)
-    answer = store.commit(key, first, len(tasks), plan.total, {**_work(plan, ids), "shared": shared.key()})
-    word = answer[0].decode()
+    points.at("submit staged")
+    work = {**_work(plan, ids), "shared": shared.key(), "past": {}}
+    while True:
+        answer = store.commit(key, first, len(tasks), plan.total, work)
+        word = answer[0].decode()
+        parent = answer[1].decode() if word == "unknown" else ""
+        status = remember(parent) if parent and not any(parent in each for each in plan.each) else None
+        if status is None:
+            break
+        work["past"][parent] = status
     if word == "again":
         return [id_of(int(answer[1]) + n) for n in range(int(answer[2]))]
     if word == "unknown":
@@ -179,11 +209,11 @@ def submit(link: Link, store: Store, tasks: Sequence[Task], shared: Shared, key:
     return ids
 
 
-def _check_memory(link: Link, records: int) -> None:
+def _check_memory(link: Link, records: int, payloads: int) -> None:
     """Refuse before anything is written when the server would pass 80 % of its memory."""
     info = dict(line.split(":", 1) for line in link.call("INFO", "memory").decode().splitlines() if ":" in line)
     limit, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
-    need = records * BYTES_PER_TASK
+    need = records * BYTES_PER_TASK + payloads
     if limit and used + need > 0.8 * limit:
         raise ServerRefused(
             f"the server's memory is short: these {records:,} tasks need about {need:,} bytes, "
@@ -205,17 +235,21 @@ def _staged(store: Store, plan: Plan, ids: list[str], shared: Shared, key: str) 
         ("SET", keys.shared(shared_key), pack(shared), "NX", "EX", ttl),
         ("EXPIRE", keys.shared(shared_key), ttl, "GT"),
     ]
+    size = 0
     for number, task in enumerate(plan.tasks):
         waits = plan.parents[number] or plan.each[number]
+        spec = pack(spec_of(task, plan.payloads.get(number)))
         fields: list[Argument] = [
             # What scripts read most often stands first: a small hash is searched from its front.
             "status", "deferred" if waits else "queued", "pq_exec", "0", "origin", plan.classes[number],
-            "pq_class", plan.classes[number], "pq_spec", pack(spec_of(task)), "pq_shared", shared_key, "pq_sub", key,
+            "pq_class", plan.classes[number], "pq_spec", spec, "pq_shared", shared_key, "pq_sub", key,
             "pq_at", at, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1",
             "description", description(task),
         ]  # fmt: skip
         if task.name is not None:
             fields += ["pq_name", task.name]
+        if waits:
+            fields += ["pq_after", " ".join(_id_at(parent, ids) for parent in waits)]
         if task.retries:
             fields += ["pq_retries", task.retries]
         if task.is_array:
@@ -227,9 +261,11 @@ def _staged(store: Store, plan: Plan, ids: list[str], shared: Shared, key: str) 
         if task.values is not None:
             blocks = _blocks(task.values)
             commands += [("HSET", keys.values(ids[number]), *blocks), ("EXPIRE", keys.values(ids[number]), ttl)]
-        if len(commands) >= 2 * CHUNK:
+        size += len(spec)
+        if len(commands) >= 2 * CHUNK or size >= LARGE_BYTES:
             yield commands
-            commands = []
+            points.at("submit staging")
+            commands, size = [], 0
     yield commands
 
 
@@ -242,24 +278,15 @@ def _blocks(values: list[str]) -> list[Argument]:
 
 def _work(plan: Plan, ids: list[str]) -> dict[str, Any]:
     """The argument of commit.lua: which ids go where."""
-
-    def id_at(parent: str | int) -> str:
-        if isinstance(parent, int):
-            return ids[parent]
-        if parent.startswith("@"):
-            number, _, index = parent[1:].partition("_")
-            return f"{ids[int(number)]}_{index}"
-        return parent
-
     groups: dict[str, list[str]] = {}
     waits, each, extra = [], [], []
     for number, task in enumerate(plan.tasks):
         name = plan.classes[number]
         if plan.parents[number]:
-            parents = [id_at(p) for p in plan.parents[number]]
+            parents = [_id_at(p, ids) for p in plan.parents[number]]
             waits.append((ids[number], name, plan.records[name], parents, task.size))
         elif plan.each[number]:
-            parents = [id_at(p) for p in plan.each[number]]
+            parents = [_id_at(p, ids) for p in plan.each[number]]
             each.append((ids[number], name, plan.records[name], parents, task.size))
         else:
             groups.setdefault(name, []).append(ids[number])
@@ -271,3 +298,13 @@ def _work(plan: Plan, ids: list[str]) -> dict[str, Any]:
         "each": each,
         "extra": extra,
     }
+
+
+def _id_at(parent: str | int, ids: list[str]) -> str:
+    """The id of a parent as `_resolve` names it, when those of its submission are known."""
+    if isinstance(parent, int):
+        return ids[parent]
+    if parent.startswith("@"):
+        number, _, index = parent[1:].partition("_")
+        return f"{ids[int(number)]}_{index}"
+    return parent

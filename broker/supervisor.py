@@ -13,33 +13,39 @@ import socket
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from pilotq import __version__
-from pilotq.broker import keys
+from pilotq.broker import keys, points, predecessor
+from pilotq.broker.archive import remember_total
 from pilotq.broker.children import Budget, Part, become_subreaper, log, reap_orphans
-from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError, StateLost, Superseded
+from pilotq.broker.deadline import Deadline
+from pilotq.broker.errors import PilotFailed, PilotqError, StateLost, Superseded
 from pilotq.broker.journal import JournalWriter
 from pilotq.broker.link import Address, Link, parse_url
 from pilotq.broker.lock import BEAT_S, Lock, start_time
+from pilotq.broker.older import open_journal
 from pilotq.broker.pilot import Connection, Pilot, establish_epoch
+from pilotq.broker.records import Leave
 from pilotq.broker.server import RunningServer, remove_socket, wait_ready
 from pilotq.broker.settings import Settings, load
-from pilotq.broker.start import FAILED, LocalNode, SupervisorOptions, program
+from pilotq.broker.start import CUT_SHORT, FAILED, LocalNode, SupervisorOptions, program
+from pilotq.broker.steps import Steps
 from pilotq.broker.supervisor_link import POLL_S, SupervisorLink
 
-MODES = ("", "drain", "stop", "now")  # each hurries the one before
+MODES = ("", "drain", "walltime", "stop", "now")  # each hurries the one before
 SETTLE_S = 0.5  # a claim under way when the pause was said shows in ``busy`` by then
 END_S = 5.0  # how long the dispatcher may take to end
 Sweep = Callable[[str, str], object]
 
 
 def run_supervisor(options: SupervisorOptions, sweep: Sweep) -> int:
-    """Run a pilot in this process until it has ended; returns the exit code (0, 2, or 3 when the pilot failed).
+    """Run a pilot in this process until it has ended; returns the exit code: 0, CUT_SHORT, or 2 or 3 when it failed.
 
     ``sweep(directory, node)`` must end what is left of a dead worker's tasks; it may take some seconds.
     """
     os.umask(0o077)
+    # The parts find the server in the directory, when all is in order there: one that went to it by itself would read
+    # the wishes of the pilot that lived here before.
+    os.environ.pop("PILOTQ_REDIS_URL", None)
     try:
         supervisor = Supervisor(options, sweep, load(os.environ.get("PILOTQ_SETTINGS")))
         return supervisor.run()
@@ -63,8 +69,12 @@ class Supervisor:
         self.journal: JournalWriter | None = None
         self.dispatcher = self._part("dispatcher", ["dispatcher", "--dir", options.directory])
         self.workers = {node.name: self._part(f"worker-{node.name}", self._worker(node)) for node in options.nodes}
+        remote = options.remote
+        self.steps = Steps(remote, self.pilot, program(options), settings) if remote is not None else None
+        self.deadline = Deadline(os.environ if remote else {}, options.grace, options.notice, settings.deadline_s)
         self.budgets: dict[str, Budget] = {}
         self.swept: set[str] = set()  # nodes whose dead worker's tasks were swept, while the loss is not yet announced
+        self.bereaved: dict[str, int] = {}  # nodes of a predecessor that was killed, and their workers' numbers
         self.owner_start = start_time(options.owner_pid) if options.owner_pid else None
         self.next_beat = 0.0
         self.lock = Lock.take(self.pilot.path("lock"))
@@ -80,7 +90,7 @@ class Supervisor:
     # -- the whole life ---------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Returns 0 after a clean end; raises what made the pilot fail, after everything was ended."""
+        """Returns 0 or CUT_SHORT after a clean end; raises what made the pilot fail, after everything was ended."""
         try:
             failure = self._live()
             self._end(failure)
@@ -90,7 +100,7 @@ class Supervisor:
         if failure is not None:
             raise failure
         log("the pilot has ended")
-        return 0
+        return CUT_SHORT if self.mode == "walltime" else 0
 
     def _live(self) -> PilotqError | OSError | None:
         """Until the pilot is told to end, or has failed: then what failed."""
@@ -114,7 +124,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, lambda *_: self._hurry("stop"))
         # A function and not SIG_IGN, which the parts would inherit.
         signal.signal(signal.SIGINT, lambda *_: None)
-        self._forget_predecessor()
+        self.bereaved = predecessor.end(self.pilot, self.sweep)
         options, admin, part = self.options, None, None
         if options.redis:
             address = parse_url(options.redis)
@@ -127,35 +137,44 @@ class Supervisor:
         # They load while the server boots, and then wait for connection.json.
         for child in (self.dispatcher, *self.workers.values()):
             child.start()
+            points.at("part started")
+        predecessor.note(self.pilot, self._parts())
         if wait_ready(address, part, stopped=self._keep):
             self._open(address, admin)
-
-    def _forget_predecessor(self) -> None:
-        """Remove what a killed supervisor has left: a connection that leads nowhere, and its socket."""
-        try:
-            remove_socket(self.pilot.connection().address)
-        except (NoPilot, msgspec.DecodeError):
-            return
-        self.pilot.remove_connection()
+            if self.steps is not None:
+                # Not before connection.json is there: a file system of many hosts may remember that it was not.
+                self.steps.begin(time.monotonic())
 
     def _open(self, address: Address, admin: Address | None) -> None:
         """The server answers: check that it is the right one, and let everybody in."""
+        points.at("server ready")
+        options = self.options
         link = Link(address)
         try:
             epoch = establish_epoch(self.pilot, link)
-            link.call("DEL", keys.WISH, keys.PLANNED)  # they were of the pilot that lived here before
-            if self.workers:
-                link.call("SADD", keys.PLANNED, *self.workers)
+            # These were of the pilot that lived here before.
+            link.call("DEL", keys.WISH, keys.PLANNED, keys.ENDS, keys.CLOSED)
+            contact = 0.0 if address.path else self.settings.contact_s
+            link.call("HSET", keys.WISH, "contact", contact if options.contact is None else options.contact)
+            planned = [node.name for node in options.planned]
+            if planned:
+                link.call("SADD", keys.PLANNED, *planned)
+            if options.remote:
+                link.call("HSET", keys.WISH, "least", options.remote.least)
         finally:
             link.close()
-        self.journal = JournalWriter(self.pilot.journal, fsync_s=self.settings.journal_fsync_s, pilot=self.pilot.id)
+        self.journal = open_journal(self.pilot, address, self.settings)
         self.link = SupervisorLink(address, epoch, self.journal)
+        for node, pid in self.bereaved.items():
+            self.link.announce_loss(node, pid, "its pilot was killed")
         self.pilot.write_connection(
             Connection(
                 address=address, admin=admin, epoch=epoch, pilot=self.pilot.id, host=socket.gethostname(),
                 pid=os.getpid(), version=__version__, directory=self.pilot.directory, started=time.time(),
+                job=self.deadline.job,
             )
         )  # fmt: skip
+        points.at("connection written")
         log(f"the pilot {self.pilot.id} is ready at {address}")
 
     # -- what happens all the time ----------------------------------------------------------------------------------
@@ -170,7 +189,7 @@ class Supervisor:
         if answer is not None:
             poll.register(answer, select.POLLIN)
         poll.poll(POLL_S * 1000)
-        reap_orphans({part.pid for part in self._parts()})
+        reap_orphans({self.deadline.pid, *(part.pid for part in self._parts())})
         self._keep()
         if self.link is not None:
             self.link.poll(time.monotonic())
@@ -179,7 +198,8 @@ class Supervisor:
 
     def _parts(self) -> list[Part]:
         server = [self.server.part] if self.server is not None else []
-        return [*server, self.dispatcher, *self.workers.values()]
+        steps = self.steps.parts if self.steps is not None else []
+        return [*server, self.dispatcher, *self.workers.values(), *steps]
 
     def _hurry(self, mode: str) -> None:
         if MODES.index(mode) > MODES.index(self.mode):
@@ -191,6 +211,9 @@ class Supervisor:
         if now >= self.next_beat:
             self.next_beat = now + BEAT_S
             self.lock.beat()
+        self.deadline.look(now)
+        if self.deadline.due(time.time()):
+            self._hurry("walltime")
         owner = self.options.owner_pid
         if owner and (self.owner_start is None or start_time(owner) != self.owner_start):
             self._hurry("now")
@@ -208,23 +231,36 @@ class Supervisor:
         if self.dispatcher.ended():
             self._restart(self.dispatcher)
         for node, part in self.workers.items():
-            if part.ended() and self._lost(node, part):
+            if part.ended() and not self._retired(node, part) and self._lost(node, part):
                 self._restart(part)
+        if self.steps is not None and self.link is not None:
+            self.link.tell(self.deadline)
+            self.steps.mend(self.link, time.monotonic())
+
+    def _retired(self, node: str, part: Part) -> bool:
+        """Its worker has left because it was told to."""
+        if part.process is None or part.process.returncode or self.link is None:
+            return False
+        self.link.nodes()
+        return node in self.link.retired
 
     def _lost(self, node: str, part: Part) -> bool:
         """A worker died: nothing of its tasks may run when they are started again. Whether all was said and done."""
         if node not in self.swept:
             self.sweep(self.pilot.directory, node)
             self.swept.add(node)
+            points.at("worker swept")
         # The new worker registers under the same name: only before that the record tells which incarnation died.
         if self.link is None or not self.link.announce_loss(node, part.pid, f"its worker {part.ended()}"):
             return False
+        points.at("loss announced")
         self.swept.discard(node)
         return True
 
     def _restart(self, part: Part) -> None:
         budget = self.budgets.setdefault(part.name, Budget(self.settings.restart_limit, self.settings.restart_window_s))
         how = part.ended()
+        points.at("part ended")
         if not budget.take(time.monotonic()):
             raise PilotFailed(
                 f"the {part.name} {how}, after {budget.limit} restarts within {budget.window:.0f} s; "
@@ -232,6 +268,7 @@ class Supervisor:
             )
         log(f"the {part.name} {how}; it is started again")
         part.start()
+        predecessor.note(self.pilot, self._parts())
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -262,6 +299,8 @@ class Supervisor:
         if self.link is not None:
             self.link.pause()
         self._end_workers()
+        if self.link is not None and (total := self.link.total()) is not None:
+            remember_total(self.pilot, total)
         self.dispatcher.signal(signal.SIGTERM)
         if not self._until(lambda: not self.dispatcher.running, END_S):
             self.dispatcher.kill()
@@ -275,6 +314,7 @@ class Supervisor:
         for part in self._parts():
             part.close()
         reap_orphans(set())
+        predecessor.forget(self.pilot)
         self.lock.release()
 
     def _end_workers(self) -> None:
@@ -286,19 +326,36 @@ class Supervisor:
             nodes = self.link.nodes() if self.link is not None else []
             # Said again, with less grace, when somebody hurries.
             if self.link is not None and asked != self.mode:
-                grace = 0.0 if self.mode == "now" else self.settings.kill_grace_s
-                asked = self.mode if self.link.leave(nodes, grace) else ""
-            return not any(p.running for p in self.workers.values()) and all(n.name in self.workers for n in nodes)
+                asked = self.mode if self.link.leave(nodes, self._last_word()) else ""
+            local = any(part.running for part in self.workers.values())
+            return not local and all(n.name in self.workers for n in nodes) and not (self.steps and self.steps.running)
 
-        for part in self.workers.values():
+        told = self.link is not None and self.link.leave(self.link.nodes(), self._last_word())
+        for part in self.workers.values() if self.mode != "walltime" or not told else ():
             part.signal(signal.SIGTERM)
-        self._until(gone, self.settings.stop_wait_s)
+        if not told and self.steps is not None:
+            for part in self.steps.parts:
+                part.signal(signal.SIGTERM)
+        self._until(gone, self.settings.stop_wait_s + self._grace())
+        if self.steps is not None:
+            self.steps.end(END_S)
         for name, part in self.workers.items():
             if part.running:
                 log(f"the {part.name} did not end within {self.settings.stop_wait_s:.0f} s and is killed")
                 part.kill()
             if part.process is not None and part.process.returncode != 0:
                 self.sweep(self.pilot.directory, name)
+
+    def _grace(self) -> float:
+        """Seconds that tasks have to end, from here on."""
+        if self.mode == "walltime":
+            return self.deadline.left_for_tasks(time.time())
+        return 0.0 if self.mode == "now" else self.settings.kill_grace_s
+
+    def _last_word(self) -> Leave:
+        if self.mode == "walltime":
+            return Leave(self._grace(), "walltime", self.options.notice)
+        return Leave(self._grace())
 
     def _close_link(self) -> None:
         if self.link is not None:

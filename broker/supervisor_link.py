@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import keys, older
+from pilotq.broker.deadline import Deadline
 from pilotq.broker.errors import ServerUnavailable
 from pilotq.broker.journal import JournalWriter
 from pilotq.broker.link import Address, Link
@@ -31,6 +32,8 @@ class SupervisorLink:
         self.wish = ""
         self.busy: int | None = None
         self.lost = False
+        self.online = True  # whether `nodes` could ask
+        self.retired: set[str] = set()  # nodes whose workers end for good, as of then
         self._epoch = epoch.encode()
         self._journal = journal
         self._link = Link(address, timeout=TALK_S)
@@ -58,6 +61,7 @@ class SupervisorLink:
                 commands = self._journal.commands(now)
                 self._link.post("HMGET", keys.WISH, "stop", "busy")
                 self._link.post("GET", keys.EPOCH)
+                self._link.post(*older.QUESTION)
                 for command in commands:
                     self._link.post(*command)
         except ServerUnavailable:
@@ -65,9 +69,9 @@ class SupervisorLink:
             self._next = now + POLL_S
 
     def _read(self, replies: list[Any]) -> bool:
-        wishes, epoch, *rest = replies
+        wishes, epoch, stream, *rest = replies
         # While the server loads its data it answers everything with an error: that is no answer.
-        if not isinstance(epoch, Exception) and epoch != self._epoch:
+        if not isinstance(epoch, Exception) and (epoch != self._epoch or older.is_older(stream, self._journal)):
             self.lost = True
             return False
         if not isinstance(wishes, Exception):
@@ -85,24 +89,39 @@ class SupervisorLink:
     def announce_loss(self, node: str, pid: int, why: str) -> bool:
         """Tell the dispatcher that a worker's process is dead, if it had registered."""
         try:
-            record = self._talk.call("HGET", keys.NODES, node)
-            info = msgspec.json.decode(record, type=NodeInfo) if record else None
-            if info is not None and info.pid == pid:
-                self._talk.call("RPUSH", keys.MAIL, _pack(NodeLost(node, info.incarnation, why)))
+            announce_loss(self._talk, node, pid, why)
         except ServerUnavailable:
             return False
         return True
 
-    def nodes(self) -> list[NodeInfo]:
-        """All nodes that are registered; none while the server is away."""
-        try:
-            return [msgspec.json.decode(record, type=NodeInfo) for record in self._talk.call("HVALS", keys.NODES)]
-        except ServerUnavailable:
-            return []
+    def tell(self, deadline: Deadline) -> None:
+        """Let the dispatcher know when the allocation ends, if that is news."""
+        command = deadline.news()
+        if command is not None and self._say([command]):
+            deadline.told()
 
-    def leave(self, nodes: list[NodeInfo], grace: float) -> bool:
-        """Tell workers to end, with so many seconds between SIGTERM and SIGKILL."""
-        return self._say([to_worker(n.name, n.incarnation, Leave(grace)) for n in nodes])
+    def nodes(self) -> list[NodeInfo]:
+        """All nodes that are registered; none, and ``online`` is false, while the server is away."""
+        try:
+            records, closed = self._talk.pipeline([("HVALS", keys.NODES), ("HGETALL", keys.CLOSED)])
+        except ServerUnavailable:
+            self.online = False
+            return []
+        self.online = True
+        states = zip(closed[::2], closed[1::2], strict=True)
+        self.retired = {name.decode() for name, state in states if state.startswith(b"retired")}
+        return [msgspec.json.decode(record, type=NodeInfo) for record in records]
+
+    def total(self) -> int | None:
+        """How many tasks were ever submitted; None while the server is away."""
+        try:
+            return int(self._talk.call("HGET", keys.COUNTS, "total") or 0)
+        except ServerUnavailable:
+            return None
+
+    def leave(self, nodes: list[NodeInfo], word: Leave) -> bool:
+        """Tell workers to end."""
+        return self._say([to_worker(n.name, n.incarnation, word) for n in nodes])
 
     def drain_journal(self, now: float) -> bool:
         """Move all that has ended to the journal and onto the disk; whether that was possible. `poll` asks no more."""
@@ -126,3 +145,11 @@ class SupervisorLink:
         except ServerUnavailable:
             return False
         return True
+
+
+def announce_loss(link: Link, node: str, pid: int, why: str) -> None:
+    """Tell the dispatcher that the worker of this process number is dead, if it had registered."""
+    record = link.call("HGET", keys.NODES, node)
+    info = msgspec.json.decode(record, type=NodeInfo) if record else None
+    if info is not None and info.pid == pid:
+        link.call("RPUSH", keys.MAIL, _pack(NodeLost(node, info.incarnation, why)))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 from collections.abc import Mapping
 from typing import Final
+
+import msgspec
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.task import Shared
@@ -18,7 +21,7 @@ CLEAN: Final = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TMPDIR", 
 LIMITS: Final = tuple(sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}))
 
 
-def capture(policy: str = "submit") -> Shared:
+def capture(policy: str = "submit", *, functions: bool = False) -> Shared:
     """The surroundings of this process, as tasks shall have them.
 
     ``submit`` takes the environment as it is here, ``clean`` only the names of CLEAN and the locale, ``worker`` none:
@@ -35,7 +38,14 @@ def capture(policy: str = "submit") -> Shared:
     env = {} if policy == "worker" else environment(os.environ)
     if policy == "clean":
         env = {name: value for name, value in env.items() if name in CLEAN or name.startswith("LC_")}
-    return Shared(env=env, cwd=cwd, umask=_umask(), limits={n: resource.getrlimit(n)[0] for n in LIMITS})
+    limits = {n: resource.getrlimit(n)[0] for n in LIMITS}
+    return Shared(env=env, cwd=cwd, umask=_umask(), limits=limits, path=_program_folder(cwd) if functions else "")
+
+
+def _program_folder(cwd: str) -> str:
+    """Where this program's own modules lie, if that is not ``cwd``: the folder that Python puts first on its path."""
+    folder = os.path.abspath(sys.path[0]) if sys.path and sys.path[0] else cwd
+    return folder if folder != cwd and os.path.isdir(folder) and _is_utf8(folder) else ""
 
 
 def environment(source: Mapping[str, str]) -> dict[str, str]:
@@ -48,6 +58,17 @@ def environment(source: Mapping[str, str]) -> dict[str, str]:
         for name, value in source.items()
         if not OURS.fullmatch(name) and _is_utf8(name + value) and (name, value) != ("OMP_NUM_THREADS", threads)
     }
+
+
+def without_secret(shared: Shared, secret: str) -> Shared:
+    """Without variables that hold the pilot's password (`pilotq exec` sets some): tasks need them not.
+
+    A short one, of a server that somebody else made, could stand in any value by chance.
+    """
+    if len(secret) < 16 or not any(secret in value for value in shared.env.values()):
+        return shared
+    env = {name: value for name, value in shared.env.items() if secret not in value}
+    return msgspec.structs.replace(shared, env=env)
 
 
 def _is_utf8(text: str) -> bool:

@@ -11,19 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.functions import Packed, call_text, pack_call
+from pilotq.broker.retries import parse as parse_retry_on
 
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpich"})
-# One process each, so these two are the same here. The others start nothing by themselves yet: asked for in a request
-# file of QCG-PilotJob they are noted, as its local mode does; anywhere else they are refused.
+# One process each, so these two are the same here. The others start a rank on each core; see workers/mpi.py.
 ONE_PROCESS_MODELS = frozenset({"default", "threads"})
-ENV_SCHEMAS = ("common", "slurm")
+MODEL_OPTS = {
+    "default": frozenset[str](),
+    "threads": frozenset[str](),
+    "openmpi": frozenset({"mpirun", "mpirun_args"}),
+    "mpich": frozenset({"mpirun", "mpirun_args"}),
+    "intelmpi": frozenset({"mpirun", "mpirun_args"}),
+    "srunmpi": frozenset({"srun_args", "mpi"}),
+}
 PRIORITY_LIMIT = 1000
 ARRAY_LIMIT = 10_000_000
 # Time limits are rounded up to these steps (seconds) where they become part of a shape, so that tasks with
@@ -98,8 +108,10 @@ class ArrayRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """One task, or one array of tasks, as a user describes it.
 
-    Exactly one of ``command`` (argument list) and ``script`` (text for bash) is set. Paths may be relative:
-    they are then of the submitter's directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).
+    Exactly one of ``command`` (argument list), ``script`` (text for bash) and ``function`` is set. A function is a
+    callable, or ``module:name``; it is called with ``args`` and ``kwargs``, in an array with the element's value (or
+    its index, where there are no values) in front of them. Paths may be relative: they are then of the submitter's
+    directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).
     In an array ``{index}`` and ``{value}`` in ``command``, ``script``, ``env`` values, ``cwd`` and the three files
     stand for the element's own (only these two words: any other braces stay as they are).
     ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id); ``after_each`` names
@@ -108,6 +120,9 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 
     command: list[str] | None = None
     script: str | None = None
+    function: Any = None
+    args: Sequence[Any] = ()
+    kwargs: dict[str, Any] = {}
     name: str | None = None
     request: Request = Request()
     array: ArrayRange | None = None
@@ -118,6 +133,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     time_limit: float | None = None
     time_request: float | None = None
     retries: int = 0
+    backoff: float = 0.0  # seconds before the first retry, twice as many before each further one
+    retry_on: str = ""  # which failures are tried again, as broker/retries.py says; empty: all
     env: dict[str, str] = {}
     cwd: str | None = None
     stdin: str | None = None
@@ -125,11 +142,11 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     stderr: str | None = None
     model: str = "default"
     model_opts: dict[str, str] = {}
+    launch_at: int = 0  # place in ``command`` where the words of the model's launcher go: a shell may come before it
     queue: str = "default"
     # Words ``${it}``, ``${ncores}``... of QCG-PilotJob request files are filled in at launch; see workers/render.py.
     qcg: bool = False
     login_shell: bool = False
-    env_schema: str = "common"  # or slurm: with SLURM_* variables that say what a job step of this size would have
 
     @property
     def size(self) -> int:
@@ -167,13 +184,18 @@ class Spec(msgspec.Struct, array_like=True):
     model_opts: dict[str, str] = {}
     flags: int = 0  # FLAG_* below
     cores: int = 1
+    launch_at: int = 0
+    retries: int = 0  # these three as in Task
+    backoff: float = 0.0
+    retry_on: str = ""
 
 
 FLAG_ARRAY = 1  # {index} and {value} are filled in
 FLAG_QCG = 2  # ${it} and its like are filled in, QCG-PilotJob's rules
 FLAG_LOGIN = 4  # scripts run in `bash -l`
 FLAG_VALUES = 8  # elements have values, to be fetched by array and position
-FLAG_SLURM = 16  # gets the variables of a Slurm job step
+FLAG_FUNCTION = 32  # a Python function: argv holds functions.pack_call
+FLAG_STOCK = 64  # a job of RQ's own producers: what to run stands in its record
 
 
 class Shared(msgspec.Struct, array_like=True):
@@ -187,9 +209,10 @@ class Shared(msgspec.Struct, array_like=True):
     cwd: str
     umask: int
     limits: dict[int, int]
+    path: str = ""  # the directory of the program that submits, where functions are looked for after cwd
 
     def key(self) -> str:
-        content = (sorted(self.env.items()), self.cwd, self.umask, sorted(self.limits.items()))
+        content = (sorted(self.env.items()), self.cwd, self.umask, sorted(self.limits.items()), self.path)
         return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()[:24]
 
 
@@ -218,16 +241,24 @@ def order_of(task_id: str) -> int:
 
 def description(task: Task) -> str:
     """One line for dashboards and listings: the command, shortened, control characters removed."""
-    text = " ".join(task.command) if task.command else (task.script or "").strip()
+    if task.function is not None:
+        text = call_text(task.function, task.args, task.kwargs)
+    else:
+        text = " ".join(task.command) if task.command else (task.script or "").strip()
     text = text[:200]
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
-def spec_of(task: Task) -> Spec:
+def spec_of(task: Task, payload: bytes | None = None) -> Spec:
+    """``payload`` is the packed call of a function, where it was made already."""
+    argv = [os_encode(a) for a in task.command or []]
     flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
-    flags |= (FLAG_VALUES if task.values is not None else 0) | (FLAG_SLURM if task.env_schema == "slurm" else 0)
+    flags |= FLAG_VALUES if task.values is not None else 0
+    if task.function is not None:
+        argv = [payload if payload is not None else pack_call(task.function, task.args, task.kwargs)]
+        flags |= FLAG_FUNCTION
     return Spec(
-        argv=[os_encode(a) for a in task.command or []],
+        argv=argv,
         script=task.script or "",
         cwd=task.cwd or "",
         stdin=task.stdin or "",
@@ -239,11 +270,29 @@ def spec_of(task: Task) -> Spec:
         model_opts=task.model_opts,
         flags=flags | (FLAG_LOGIN if task.login_shell else 0),
         cores=task.request.cores[0],
+        launch_at=task.launch_at,
+        retries=task.retries,
+        backoff=task.backoff,
+        retry_on=task.retry_on,
     )
 
 
 def os_encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+def _retry_problems(task: Task) -> Iterator[str]:
+    if task.retries < 0:
+        yield "retries cannot be negative"
+    if not 0 <= task.backoff < 1e7:
+        yield "backoff must be a number of seconds, at most 115 days"
+    if not task.retries and (task.backoff or task.retry_on):
+        yield "backoff and retry_on say how retries go: give retries, too"
+    if task.retry_on:
+        try:
+            parse_retry_on(task.retry_on)
+        except ValueError as error:
+            yield f"retry_on: {error}"
 
 
 def validate(task: Task, where: str) -> None:
@@ -254,8 +303,14 @@ def validate(task: Task, where: str) -> None:
 
 def _problems(task: Task) -> Any:
     request = task.request
-    if (task.command is None) == (task.script is None):
-        yield "give exactly one of command and script"
+    if (task.command is not None) + (task.script is not None) + (task.function is not None) != 1:
+        yield "give exactly one of command, script and function"
+    if task.function is None and (task.args or task.kwargs):
+        yield "args and kwargs are for a function"
+    if isinstance(task.function, str) and not FUNCTION.fullmatch(task.function):
+        yield f"function {task.function!r} must be written as module:name"
+    elif task.function is not None and not isinstance(task.function, (str, Packed)) and not callable(task.function):
+        yield f"function must be a callable or module:name, not {type(task.function).__name__}"
     if task.command is not None and (not task.command or not task.command[0]):
         yield "command is empty"
     if "\0" in (task.script or "") or "\0" in "".join(task.command or ()):
@@ -274,8 +329,7 @@ def _problems(task: Task) -> Any:
         yield f"an array may have at most {ARRAY_LIMIT:,} elements, not {task.size:,}"
     if abs(task.priority) > PRIORITY_LIMIT:
         yield f"priority {task.priority} is outside -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
-    if task.retries < 0:
-        yield "retries cannot be negative"
+    yield from _retry_problems(task)
     for name in ("time_limit", "time_request"):
         value = getattr(task, name)
         if value is not None and not 0 < value < 1e9:
@@ -283,12 +337,11 @@ def _problems(task: Task) -> Any:
     for key, value in task.env.items():
         if not key or "=" in key or "\0" in key + value:
             yield f"env: {key!r} cannot be an environment variable"
-    if task.env_schema not in ENV_SCHEMAS:
-        yield f"env_schema {task.env_schema!r} is unknown (known: {', '.join(ENV_SCHEMAS)})"
     if task.model not in MODELS:
         yield f"model {task.model!r} is unknown (known: {', '.join(sorted(MODELS))})"
-    elif task.model not in ONE_PROCESS_MODELS and not task.qcg:
-        yield f"model {task.model!r} starts nothing yet: use the model default, and start mpirun yourself"
+    elif not task.qcg and (unknown := task.model_opts.keys() - MODEL_OPTS[task.model]):
+        known = ", ".join(sorted(MODEL_OPTS[task.model])) or "it has none"
+        yield f"model_opts: {', '.join(sorted(unknown))} unknown for model {task.model!r} (known: {known})"
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):
         if span is not None and not 1 <= span[0] <= span[1]:
             yield f"{name} must be at least 1, and min not above max"

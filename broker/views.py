@@ -33,9 +33,27 @@ class TaskView(msgspec.Struct, kw_only=True):
     ended: bool = False
 
 
+class Explanation(msgspec.Struct, kw_only=True):
+    """Why a task waits, runs or ended so. ``why`` are sentences, the most telling first.
+
+    ``until`` (unix seconds): what it waits for comes, or it itself ends, by then; None if nobody knows. ``tasks`` are
+    the ids of those it waits for, or because of which it was omitted. ``output``: the end of what it wrote to stderr.
+    ``commands`` tell or do more.
+    """
+
+    id: str
+    name: str = ""
+    status: str
+    why: list[str] = []
+    until: float | None = None
+    tasks: list[str] = []
+    output: str = ""
+    commands: list[str] = []
+
+
 class NodeView(msgspec.Struct, kw_only=True):
     name: str
-    state: str  # up, lost
+    state: str  # up, lost, drained, retired, aside
     host: str
     pid: int
     cores: int
@@ -43,6 +61,7 @@ class NodeView(msgspec.Struct, kw_only=True):
     shared_cores: bool = False
     running: int = 0
     last_beat: float | None = None
+    why: str = ""  # it gets nothing new
 
 
 class Counts(msgspec.Struct, kw_only=True):

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TextIO
 
 import click
 
 from pilotq.broker.client import Broker
+from pilotq.broker.errors import InvalidInput
 from pilotq.broker.surroundings import POLICIES, capture
-from pilotq.broker.task import Task
-from pilotq.cli import render
-from pilotq.cli.options import dir_option, file_of_tasks, file_options, json_option, task_of, task_options
+from pilotq.cli import exit_codes, render
+from pilotq.cli.options import (
+    dir_option,
+    file_of_tasks,
+    file_options,
+    json_option,
+    open_replies,
+    task_of,
+    task_options,
+)
 from pilotq.cli.select import ids_of
 
 
 @click.command("enqueue", context_settings={"allow_interspersed_args": False}, no_args_is_help=True)
 @task_options
-@click.option("--nodes", "task_nodes", metavar="N|MIN-MAX", help="So many nodes, each with --cores, or entire ones.")
+@click.option("--nodes", "task_nodes", metavar="N|MIN-MAX", help="Nodes, each with --cores, or entire ones.")
 @click.option("--after", multiple=True, metavar="ID", help="Wait until ID has finished; may be repeated.")
 @dir_option
 @json_option
@@ -30,9 +39,9 @@ def enqueue_command(command: tuple[str, ...], directory: str | None, as_json: bo
     """
     task = task_of(command, options)
     with Broker.connect(directory) as broker:
-        task.after = ids_of(broker, task.after)
+        task.after = [f"={task_id}" for task_id in ids_of(broker, task.after)]
         ids = broker.enqueue_many([task], shared=capture(options["env_policy"]))
-    _print(ids, [task], as_json)
+    _print([(ids[0], task.name or "", task.size)], as_json)
 
 
 @click.command("submit", no_args_is_help=True)
@@ -44,8 +53,9 @@ def enqueue_command(command: tuple[str, ...], directory: str | None, as_json: bo
 @dir_option
 @json_option
 def submit_command(
-    file: str, format: str | None, shell: bool, key: str | None, env_policy: str, directory: str | None, as_json: bool
-) -> None:
+    file: str, format: str | None, shell: bool, replies: str | None, key: str | None, env_policy: str,
+    directory: str | None, as_json: bool,
+) -> int:  # fmt: skip
     """Submit the tasks of a file, all or none; prints their ids, one a line.
 
     FILE (- is stdin) has one command a line, or is TOML or JSON with a list `tasks`, or a request file of
@@ -55,17 +65,42 @@ def submit_command(
     Example: pilotq submit tasks.toml
     """
     with Broker.connect(directory) as broker:
-        cores = sum(node.cores for node in broker.nodes())
-        batch = file_of_tasks(file, format, shell, cores or None)
+        batch = file_of_tasks(file, format, shell, replies)
+        if batch.requests is not None:
+            if key is not None:
+                raise InvalidInput("--key: jobs of QCG-PilotJob are known by their names, and submitted once anyway")
+            with ExitStack() as stack:
+                return _play(broker, batch.requests, env_policy, open_replies(replies, stack), as_json)
         ids = broker.enqueue_many(batch.tasks, key=key, shared=capture(env_policy))
-    for name, why in batch.omitted.items():
+    _print([(i, task.name or "", task.size) for i, task in zip(ids, batch.tasks, strict=True)], as_json)
+    return exit_codes.ALL_FINISHED
+
+
+def _play(broker: Broker, bodies: list[Any], env_policy: str, replies: TextIO | None, as_json: bool) -> int:
+    """Handle QCG-PilotJob's requests on a pilot that runs; prints the ids of the tasks that came of them."""
+    from pilotq.broker.qcg.play import play, teller
+    from pilotq.broker.qcg.requests import Requests
+
+    requests = Requests(broker, env_policy=env_policy)
+    try:
+        before = set(requests.registry.jobs)
+        played = play(requests, bodies, teller(replies))
+        rows = [row for name, job in requests.registry.jobs.items() if name not in before for row in job.tasks()]
+    finally:
+        requests.close()
+    for sentence in played.refused:
+        click.echo(f"pilotq: {render.clean(sentence)}", err=True)
+    for name, why in played.omitted.items():
         click.echo(f"pilotq: {render.clean(name)} is omitted: {why}", err=True)
-    _print(ids, batch.tasks, as_json)
+    _print(rows, as_json)
+    if played.refused:
+        return exit_codes.TASKS_FAILED if rows else exit_codes.INVALID
+    return exit_codes.ALL_FINISHED
 
 
-def _print(ids: Sequence[str], tasks: Sequence[Task], as_json: bool) -> None:
+def _print(rows: Sequence[tuple[str, str, int]], as_json: bool) -> None:
+    """``rows`` are id, name, and how many tasks it stands for."""
     if as_json:
-        pairs = zip(ids, tasks, strict=True)
-        click.echo(render.to_json([{"id": i, "name": t.name or "", "tasks": t.size} for i, t in pairs]))
-    elif ids:
-        click.echo("\n".join(ids))
+        click.echo(render.to_json([{"id": i, "name": name, "tasks": size} for i, name, size in rows]))
+    elif rows:
+        click.echo("\n".join(i for i, _, _ in rows))

@@ -7,11 +7,20 @@ from typing import Final
 from pilotq.broker.views import Counts
 
 ALL_FINISHED: Final = 0
-TASKS_FAILED: Final = 1  # some task failed, was canceled or omitted, or never ran
-INVALID: Final = 2  # usage, or a description that cannot be: nothing was submitted
+TASKS_FAILED: Final = 1
+INVALID: Final = 2
 PILOT_FAILED: Final = 3
 TIMED_OUT: Final = 4
 INTERRUPTED: Final = 130
+
+MEANINGS: Final[dict[int, str]] = {
+    ALL_FINISHED: "all tasks finished (`run`, `wait`); the command did what it was asked for (the others)",
+    TASKS_FAILED: "some task failed, was canceled or omitted, or never ran; of `retry`: something could not run again",
+    INVALID: "wrong usage, a description that cannot be, or no such pilot or task: nothing was submitted",
+    PILOT_FAILED: "the pilot or its server failed; of `doctor`: something would keep a pilot from working",
+    TIMED_OUT: "the time to wait was over",
+    INTERRUPTED: "interrupted",
+}
 
 
 def of_counts(counts: Counts) -> int:

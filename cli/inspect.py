@@ -1,4 +1,4 @@
-"""`pilotq list`, `show`, `logs`, `nodes` and `status`: looking changes nothing."""
+"""`pilotq list`, `show`, `logs` and `status`: looking changes nothing."""
 
 from __future__ import annotations
 
@@ -117,29 +117,11 @@ def logs_command(word: str, follow: bool, stderr: bool, directory: str | None) -
         out.flush()
 
 
-@click.command("nodes")
-@dir_option
-@json_option
-def nodes_command(directory: str | None, as_json: bool) -> None:
-    """List the nodes of the pilot, their cores, and how many are in use.
-
-    \b
-    Example: pilotq nodes
-    """
-    with Broker.connect(directory) as broker:
-        nodes = broker.nodes()
-    if as_json:
-        click.echo(render.to_json(nodes))
-        return
-    click.echo(render.nodes_table(nodes))
-    if any(node.shared_cores for node in nodes):
-        click.echo("* several of these cores share one real core")
-
-
 @click.command("status")
+@click.option("--left", is_flag=True, help="Print only how many tasks have not ended: for scripts.")
 @dir_option
 @json_option
-def status_command(directory: str | None, as_json: bool) -> None:
+def status_command(left: bool, directory: str | None, as_json: bool) -> None:
     """Show how far the pilot is: tasks that ended, nodes, cores in use.
 
     \b
@@ -149,6 +131,9 @@ def status_command(directory: str | None, as_json: bool) -> None:
         counts, running, nodes = pilot.counts(), 0, []
         if isinstance(pilot, Broker):
             running, nodes = pilot.running(), pilot.nodes()
+    if left:
+        click.echo(counts.left)
+        return
     ended = isinstance(pilot, Archive)
     cores, used = sum(n.cores for n in nodes), sum(n.used for n in nodes)
     if as_json:

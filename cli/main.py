@@ -30,17 +30,27 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Look": {
         "list": ("inspect", "List tasks: running, waiting, ended."),
         "show": ("inspect", "Show all that is known of tasks."),
+        "explain": ("explain", "Say why tasks wait, or why they ended so."),
         "logs": ("inspect", "Print what a task wrote."),
-        "nodes": ("inspect", "List the nodes of the pilot."),
+        "nodes": ("nodes", "List the nodes of the pilot; drain or retire some."),
         "status": ("inspect", "Show how far the pilot is."),
+        "top": ("top", "Watch tasks and nodes, live."),
+        "report": ("report", "Sum up the journal, or draw it."),
     },
     "Control": {
         "wait": ("control", "Wait until tasks have ended."),
         "cancel": ("control", "Cancel tasks, waiting or running."),
+        "retry": ("retry", "Run tasks again that did not finish."),
     },
     "Use other tools": {
+        "dashboard": ("dashboard", "Show the pilot in a browser."),
         "url": ("connect", "Print the URL of the pilot's server."),
         "exec": ("connect", "Run a command that finds the pilot's server."),
+    },
+    "Help": {
+        "doctor": ("doctor", "Check the machine, the directory, the pilot."),
+        "help": ("help", "Explain a topic, or a command."),
+        "completion": ("help", "Print the lines that complete commands."),
     },
     "Parts": {
         "server": ("parts", "Run a server in the foreground."),
@@ -137,10 +147,13 @@ def _usage(error: click.ClickException) -> int:
         return exit_codes.INVALID
     text = error.format_message()
     if context is not None:
-        text = f"{text.rstrip('.')}. See `{context.command_path} --help`."
+        text = f"{text.rstrip('.')}{'' if text.endswith('?') else '.'} See `{context.command_path} --help`."
     return _complain(text, exit_codes.INVALID)
 
 
 def _complain(text: str, code: int) -> int:
-    click.echo(f"pilotq: {text}", err=True)
+    """One sentence, perhaps with lines of a log. Names of files and tasks in it may hold anything."""
+    from pilotq.cli.render import lines
+
+    click.echo("\n".join(lines(f"pilotq: {text}")), err=True)
     return code

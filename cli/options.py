@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from contextlib import ExitStack
+from typing import Any, TextIO, TypeVar
 
 import click
 import msgspec
@@ -17,7 +18,7 @@ from pilotq.broker.files import FORMATS, read_tasks
 from pilotq.broker.link import parse_url
 from pilotq.broker.quantities import parse_array, parse_duration, request_of
 from pilotq.broker.surroundings import POLICIES
-from pilotq.broker.task import ONE_PROCESS_MODELS, Request, Task
+from pilotq.broker.task import MODELS, Request, Task
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -56,31 +57,37 @@ counter_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 task_options = all_of(
-    click.option("--script", metavar="FILE", help="Run the text of FILE (- is stdin) with bash, instead of CMD."),
+    click.option("--script", metavar="FILE", help="Run FILE (- is stdin) with bash, not CMD."),
     click.option("--name", help="A name to find it by."),
     click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),
     click.option("--gpus", type=int, metavar="N", help="GPUs."),
     click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G."),
-    click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter of the node; may be repeated."),
+    click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter; may be repeated."),
     click.option("--array", callback=parsed(parse_array), metavar="A-B[:STEP]",
                  help="A task for each index, {index} in CMD."),
     click.option("--each-line", "--values", "each_line", metavar="FILE",
-                 help="A task for each line that is not blank, {value} in CMD."),
+                 help="A task for each line, {value} in CMD."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
                  help="End it after: 90s, 10m, 1:30:00."),
     click.option("--time-request", metavar="TIME", callback=parsed(parse_duration),
-                 help="How long it will take at most: helps to fill gaps, never ends it."),
+                 help="It takes at most so long: helps to fill gaps."),
     click.option("--retries", type=int, default=0, metavar="N", help="Try again after failures."),
+    click.option("--backoff", metavar="TIME", callback=parsed(parse_duration),
+                 help="Before the first retry; doubles each time."),
+    click.option("--retry-on", metavar="LIST", default="",
+                 help="Only after these: 75,100-110,signal,limit."),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; may be repeated."),
-    click.option("--env-policy", type=click.Choice(POLICIES), default="submit",
-                 help="Whose environment the task has: yours, the worker's, or a clean one."),
+    click.option("--env-policy", type=click.Choice(POLICIES), default="submit", metavar="WHOSE",
+                 help="submit (yours), worker (its own), or clean."),
     click.option("--cwd", metavar="DIR", help="Where it runs.  [default: here]"),
-    click.option("--stdin", metavar="FILE", help="Read from FILE.  [default: /dev/null]"),
-    click.option("--stdout", metavar="FILE", help="Write to FILE.  [default: captured, see `pilotq logs`]"),
-    click.option("--stderr", metavar="FILE", help="Write to FILE."),
-    click.option("--model", type=click.Choice(sorted(ONE_PROCESS_MODELS)), default="default", metavar="MODEL",
-                 help="How it is started: " + ", ".join(sorted(ONE_PROCESS_MODELS)) + "."),
+    click.option("--stdin", metavar="FILE", help="[default: /dev/null]"),
+    click.option("--stdout", metavar="FILE", help="[default: captured, for `pilotq logs`]"),
+    click.option("--stderr", metavar="FILE", help="[default: captured]"),
+    click.option("--model", type=click.Choice(sorted(MODELS)), default="default", metavar="MODEL",
+                 help="How it is started: " + ", ".join(sorted(MODELS)) + "."),
+    click.option("--model-opt", "model_opts", multiple=True, metavar="NAME=VALUE",
+                 help="Such as mpirun_args=...; may be repeated."),
     click.option("--queue", default="default", metavar="QUEUE", help="The queue it waits in."),
 )  # fmt: skip
 
@@ -93,6 +100,9 @@ TASK_WORDS = frozenset(parameter.name for parameter in click.command("task")(tas
 file_options = all_of(
     click.option("--format", type=click.Choice(FORMATS), help="What FILE is.  [default: recognised]"),
     click.option("--shell", is_flag=True, help="Each plain line is for a shell: pipes and redirections work."),
+    click.option(
+        "--replies", metavar="FILE", help="Where the replies to QCG-PilotJob's requests go, one a line (- is stdout)."
+    ),
 )
 
 
@@ -125,22 +135,39 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         time_limit=options["time_limit"],
         time_request=options["time_request"],
         retries=options["retries"],
+        backoff=options["backoff"] or 0.0,
+        retry_on=options["retry_on"],
         env=dict(_variable(word) for word in options["env"]),
         cwd=options["cwd"],
         stdin=options["stdin"],
         stdout=options["stdout"],
         stderr=options["stderr"],
         model=options["model"],
+        model_opts=dict(_model_opt(word) for word in options["model_opts"]),
         queue=options["queue"],
     )
 
 
-def file_of_tasks(path: str, format: str | None, shell: bool, total_cores: int | None) -> Batch:
-    """The tasks of a file; raises InvalidInput, also when there is none (of a file of requests there may be none)."""
-    batch = read_tasks(path, format=format, shell=shell, total_cores=total_cores)
-    if not batch.tasks and not batch.requests:
+def file_of_tasks(path: str, format: str | None, shell: bool, replies: str | None) -> Batch:
+    """The tasks of a file, or the requests of one of QCG-PilotJob; raises InvalidInput, also when there is no task."""
+    batch = read_tasks(path, format=format, shell=shell)
+    if batch.requests is not None and shell:
+        raise InvalidInput("--shell is for plain lines: jobs of QCG-PilotJob have `script` for that")
+    if batch.requests is None and replies is not None:
+        raise InvalidInput("--replies is for files of QCG-PilotJob's requests: others have none")
+    if not batch.tasks and batch.requests is None:
         raise InvalidInput(f"{'standard input' if path == '-' else path}: there is no task in it")
     return batch
+
+
+def open_replies(path: str | None, stack: ExitStack) -> TextIO | None:
+    """Where ``--replies`` says; to be opened before anything is done, as it may be the user's mistake."""
+    if path is None or path == "-":
+        return None if path is None else sys.stdout
+    try:
+        return stack.enter_context(open(path, "w", encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"--replies {path}: {error.strerror}") from None
 
 
 def server_url(url: str | None) -> str | None:
@@ -195,6 +222,13 @@ def _counted(option: str, word: str) -> tuple[str, int]:
     if not name or not re.fullmatch(r"[0-9]{1,15}", number):
         raise InvalidInput(f"--{option}: {word!r} says not how many: write NAME=N, such as --{option} licence=1")
     return name, int(number)
+
+
+def _model_opt(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise InvalidInput(f"--model-opt: {word!r} has no value: write NAME=VALUE, such as --model-opt mpi=pmix")
+    return name, value
 
 
 def _variable(word: str) -> tuple[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -14,10 +15,11 @@ from pilotq.broker.link import Address, Link, parse_url
 from pilotq.broker.pilot import Pilot, create, establish_epoch, find
 from pilotq.broker.server import DURABILITY, wait_ready
 from pilotq.broker.settings import Settings, load
-from pilotq.broker.start import LocalNode
+from pilotq.broker.start import LocalNode, SupervisorOptions, remember, remembered
 from pilotq.cli.options import counter_option, dir_option, server_url
 from pilotq.cli.pilots import node_info, set_counters
-from pilotq.workers.topology import usable_cpus
+from pilotq.workers.here import Here
+from pilotq.workers.topology import CORES_MAX, check_node_name
 
 redis_option = click.option(
     "--redis", metavar="URL", help="Your own server: redis://host:port, unix:///path.  [default: $PILOTQ_REDIS_URL]"
@@ -53,18 +55,23 @@ def server_command(directory: str, bind: tuple[str, ...], server: str | None, du
 @click.command("dispatcher")
 @dir_option
 @redis_option
-def dispatcher_command(directory: str | None, redis: str | None) -> int:
+@click.option("--journal", is_flag=True, help="Keep the journal of your own server's pilot, too, and let it be found.")
+def dispatcher_command(directory: str | None, redis: str | None, journal: bool) -> int:
     """Run only the dispatcher of a pilot, in the foreground.
 
     It waits for the server for a minute. With a server of your own DIR is where it remembers whose tasks those are.
+    With --journal it is the whole pilot but for server and workers: in DIR other commands find it and its journal,
+    and `pilotq stop` ends it, with all workers.
 
     \b
     Example: pilotq dispatcher --dir p
     """
     from pilotq.broker.dispatcher import run_dispatcher
 
-    _, address, epoch = _reach(directory, redis)
-    return run_dispatcher(address, epoch, settings())
+    if journal:
+        return _keep(directory, redis)
+    pilot, address, epoch = _reach(directory, redis)
+    return run_dispatcher(address, epoch, settings(), remembered(pilot))
 
 
 @click.command("worker")
@@ -74,11 +81,16 @@ def dispatcher_command(directory: str | None, redis: str | None) -> int:
 @click.option("--cores", metavar="LIST", help="Core numbers: 0,1.  [default: all it may use]")
 @click.option("--real", metavar="LIST", help="CPU of each core where they differ: 0:4,1:5.")
 @click.option("--shared", is_flag=True, help="Its CPUs are used by other nodes too.")
+@click.option("--virtual", type=click.IntRange(1, CORES_MAX), metavar="N",
+              help="So many cores, whatever CPUs there are; other nodes may use these, too.")  # fmt: skip
 @counter_option
-def worker_command(
-    directory: str | None, redis: str | None, node: str | None, cores: str | None, real: str | None, shared: bool,
-    counters: tuple[str, ...],
-) -> int:  # fmt: skip
+@click.option("--no-smt", is_flag=True, help="One core for each physical core, not for each hardware thread.")
+@click.option("--grant", type=click.IntRange(1), metavar="N",
+              help="Use at most N cores.  [default: as many as Slurm has granted]")  # fmt: skip
+@click.option("--keep", is_flag=True, help="Start the worker again when it dies.  [default: in an allocation]")
+@click.option("--until-eof", is_flag=True, hidden=True)
+@click.option("--system-core", metavar="NODE", hidden=True)
+def worker_command(directory: str | None, redis: str | None, **values: Any) -> int:
     """Run the worker of one node, in the foreground; with it the node joins the pilot.
 
     It waits for the server for a minute. A password goes into PILOTQ_REDIS_URL, or into a file that
@@ -86,16 +98,61 @@ def worker_command(
 
     \b
     Example: pilotq worker --dir p --node n2 --cores 0,1
+    Example: srun --overlap --cpu-bind=none pilotq worker --dir p
     """
     from pilotq.workers.control import run_worker
 
-    name = node or socket.gethostname().partition(".")[0]
-    numbers = _numbers(cores) if cores else usable_cpus()
-    cpus = {core: core for core in numbers} | (_pairs(real) if real else {})
-    set_counters(counters)
-    info = node_info(LocalNode(name, numbers, cpus, shared or len(set(cpus.values())) < len(cpus)))
+    check_node_name(values["node"] or "here", "--node")
+    virtual = values["virtual"]
+    if virtual and (values["cores"] or values["real"]):
+        raise InvalidInput("give --virtual, or --cores and --real: --virtual takes the CPUs there are in turn")
     pilot, address, epoch = _reach(directory, redis)
-    return run_worker(pilot.directory, address, epoch, info, cpus, settings())
+    here = Here(os.environ, pilot.job())
+    named = values["cores"]
+    numbers = _numbers(named) if named else here.cores(no_smt=values["no_smt"], grant=values["grant"])
+    if values["system_core"] == (values["node"] or here.name):
+        numbers = numbers[1:]
+    cpus = {core: core for core in numbers} | (_pairs(values["real"]) if values["real"] else {})
+    if virtual:
+        first = _neighbour() * virtual
+        cpus = {core: numbers[(first + core) % len(numbers)] for core in range(virtual)}
+        numbers = list(cpus)
+    set_counters(values["counters"])
+    shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
+    local = LocalNode(values["node"] or here.name, numbers, cpus, shared)
+
+    def work() -> int:
+        info = here.known(node_info(local))
+        return run_worker(pilot.directory, address, epoch, info, cpus, settings())
+
+    if not (values["keep"] or (here.job and not named)):
+        return work()
+    from pilotq.workers.bereft import sweep_node
+    from pilotq.workers.keeper import Keeper
+
+    name, eof = local.name, values["until_eof"]
+    keeper = Keeper(name, Link(address), work, lambda: sweep_node(pilot.directory, name), settings(), until_eof=eof)
+    return keeper.run(pilot.log(f"worker-{local.name}"))
+
+
+def _neighbour() -> int:
+    """The last number of this host's address: containers of one service are neighbours there, and so, as long as there
+    are enough CPUs, theirs differ."""
+    with suppress(OSError, ValueError):
+        return int(socket.gethostbyname(socket.gethostname()).rpartition(".")[2])
+    return 0
+
+
+def _keep(directory: str | None, redis: str | None) -> int:
+    """A pilot on a server of the user's own, whose workers are started elsewhere; returns the exit code."""
+    from pilotq.broker.supervisor import run_supervisor
+
+    url = server_url(redis)
+    if url is None or directory is None:
+        raise InvalidInput("--journal is for a server of your own: give --redis (or PILOTQ_REDIS_URL) and --dir")
+    pilot = create(directory)
+    remember(pilot)
+    return run_supervisor(SupervisorOptions(directory=pilot.directory, redis=url), lambda _directory, _node: None)
 
 
 @click.command("supervisor", hidden=True)
@@ -104,19 +161,9 @@ def supervisor_command(path: str) -> int:
     """What `run` and `start` leave in the background; FILE is read and removed."""
     from pilotq.broker.start import read_options
     from pilotq.broker.supervisor import run_supervisor
-    from pilotq.workers.sweep import kill_marked
+    from pilotq.workers.bereft import sweep_node
 
-    def sweep(directory: str, node: str) -> None:
-        """Kill what a dead worker has left: its tasks are those whose first node it was."""
-
-        def ours(env: Mapping[str, str]) -> bool:
-            return env.get("PILOTQ_DIR") == directory and env.get("PILOTQ_NODELIST", "").partition(",")[0] == node
-
-        left = kill_marked(ours)
-        if left:
-            log(f"processes of tasks of node {node} cannot be killed: {', '.join(map(str, left))}")
-
-    return run_supervisor(read_options(path), sweep)
+    return run_supervisor(read_options(path), sweep_node)
 
 
 def _reach(directory: str | None, redis: str | None) -> tuple[Pilot, Address, str]:

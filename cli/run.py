@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Sequence
-from types import FrameType
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
 from pilotq.broker.batch import Batch
 from pilotq.broker.client import Broker
-from pilotq.broker.errors import InvalidInput, ServerUnavailable, UnknownTask, WaitTimedOut
+from pilotq.broker.errors import InvalidInput, UnknownTask
 from pilotq.broker.journal import Journal
 from pilotq.broker.output import of_line
 from pilotq.broker.pilot import Pilot
-from pilotq.broker.start import StartedPilot, SupervisorOptions
+from pilotq.broker.start import LocalNode, StartedPilot, SupervisorOptions
 from pilotq.broker.submit import check
 from pilotq.broker.surroundings import capture
 from pilotq.broker.task import Task
-from pilotq.broker.views import Counts
 from pilotq.cli import exit_codes, progress, render, summary
-from pilotq.cli.options import TASK_WORDS, file_of_tasks, file_options, json_option, task_of, task_options
-from pilotq.cli.pilots import (
-    cores_of,
-    failure,
-    node_info,
-    pilot_options,
-    plural,
-    start,
-    supervisor_options,
+from pilotq.cli.interrupts import Interrupts
+from pilotq.cli.lifetime import Lifetime
+from pilotq.cli.options import (
+    TASK_WORDS,
+    file_of_tasks,
+    file_options,
+    json_option,
+    open_replies,
+    task_of,
+    task_options,
 )
-
-LOOK_S = 0.25  # how often the progress is looked at
+from pilotq.cli.pilots import NODE_WORDS, cores_of, node_info, pilot_options, start, supervisor_options
 
 
 class FileOrCommand(click.Command):
@@ -64,25 +62,28 @@ def run_command(
 ) -> int:
     """Start a pilot, run the tasks of FILE or one CMD in it, wait, sum up, end.
 
-    CMD takes the options of `pilotq enqueue` that describe a task. Ctrl-C starts nothing more and lets running
-    tasks end; once more ends them. --resume goes on later.
+    CMD takes the options of `pilotq enqueue` that describe a task, too, and the pilot all those of `pilotq start`.
+    Ctrl-C starts nothing more and lets running tasks end; once more ends them. --resume goes on later.
 
     \b
     Example: pilotq run tasks.txt
     Example: pilotq run --cores 2 --array 0-99 -- ./simulate --seed {index}
     """
     options = supervisor_options(values, owner_pid=os.getpid())
-    batch = _batch(ctx, files, command, values, options)
+    batch = _batch(ctx, files, command, values)
+    if batch.requests is not None:
+        return _play(batch.requests, files[0] if files else "", values, options, as_json)
     _preflight(batch.tasks, options, fresh=not values["resume"])
     single = bool(command) and len(batch.tasks) == 1 and not batch.tasks[0].is_array
-    with Interrupts() as interrupts:
+    with Interrupts(allocation=options.remote is not None) as interrupts:
         pilot = start(values, options)
-        run = Run(pilot, cores_of(options.nodes), interrupts, progress.shown(quiet=single or as_json))
-        found = run.whole(batch.tasks, values["env_policy"])
-        found.omitted = batch.omitted
+        run = Run(pilot, interrupts, progress.shown(quiet=single or as_json), batch.tasks, values["env_policy"])
+        run.live()
+        found = _summary(run, options.planned)
         code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
-    if batch.omitted:
-        code = code or exit_codes.TASKS_FAILED
+    if run.cut_short:
+        code = exit_codes.ALL_FINISHED
+        _say(f"the allocation ends: go on in the next one with `{_again(pilot, files)}`")
     if as_json:
         click.echo(render.to_json(summary.as_json(found, code)))
     elif single:
@@ -92,16 +93,54 @@ def run_command(
     return code
 
 
-def _batch(
-    ctx: click.Context, files: Sequence[str], command: Sequence[str], values: dict[str, Any], options: SupervisorOptions
-) -> Batch:
+def _again(pilot: Pilot, files: Sequence[str]) -> str:
+    """The command line that goes on with a run."""
+    return " ".join(["pilotq run --resume", shlex.quote(pilot.directory), *map(shlex.quote, files)])
+
+
+def _play(requests: Sequence[Any], file: str, values: dict[str, Any], options: SupervisorOptions, as_json: bool) -> int:
+    """A file of QCG-PilotJob's requests: each is handled, and the run ends when all jobs have."""
+    from pilotq.broker.file_qcg import check_submits
+    from pilotq.cli.qcg_plan import Plan
+    from pilotq.cli.qcg_play import Play
+
+    if values["replies"] is None:  # who wants replies gets them
+        check_submits(requests, file, cores_of(options.planned))
+    with ExitStack() as stack:
+        replies = open_replies(values["replies"], stack)
+        plan = Plan(requests, os.getcwd(), options, replies=replies, env_policy=values["env_policy"])
+        interrupts = stack.enter_context(Interrupts(allocation=options.remote is not None))
+        pilot = start(values, options)
+        play = Play(pilot, interrupts, progress.shown(quiet=as_json or values["replies"] == "-"), plan)
+        play.live()
+    found = _summary(play, options.planned)
+    found.omitted, found.refused = play.omitted(), play.played.refused
+    code = play.code
+    if found.refused and not found.counts.total and not found.omitted:
+        code = exit_codes.INVALID
+    if as_json:
+        click.echo(render.to_json(summary.as_json(found, code)))
+    else:
+        for sentence in found.refused:
+            _say(sentence)
+        _tell(found)
+    return code
+
+
+def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], values: dict[str, Any]) -> Batch:
     """The tasks that the command line names; raises InvalidInput."""
     if files and command:
         raise InvalidInput("give a FILE or a command after `--`, not both")
     if not files:
+        for name in ("format", "shell", "replies"):
+            if values[name]:
+                raise InvalidInput(f"--{name} is for a FILE, not for a command")
         if not command and values["script"] is None:
             if values["resume"]:
-                return Batch([])  # only what is left
+                from pilotq.broker.qcg.registry import FILE
+
+                # Only what is left.
+                return Batch([], [] if os.path.exists(os.path.join(values["resume"], FILE)) else None)
             raise InvalidInput("give a FILE of tasks, or `--` and a command: see `pilotq run --help`")
         return Batch([task_of(command, values)])
     if len(files) > 1 or (not os.path.exists(files[0]) and files[0] != "-" and shutil.which(files[0])):
@@ -111,7 +150,7 @@ def _batch(
         given = ctx.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
         if given and parameter.name in TASK_WORDS:
             raise InvalidInput(f"{parameter.opts[0]} is for a command after `--`: for a FILE write it into the file")
-    return file_of_tasks(files[0], values["format"], values["shell"], cores_of(options.nodes))
+    return file_of_tasks(files[0], values["format"], values["shell"], values["replies"])
 
 
 def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool) -> None:
@@ -123,116 +162,33 @@ def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool
 
 
 for option in run_command.params:
-    if isinstance(option, click.Option) and option.name in TASK_WORDS:
-        option.hidden = True  # the help of enqueue has them; twice they would not fit a screen
+    if isinstance(option, click.Option) and (option.name in TASK_WORDS or option.name in NODE_WORDS):
+        option.hidden = True  # the help of enqueue, or of start, has them; twice they would not fit a screen
 
 
-class Interrupts:
-    """Counts the user's wishes to end: Ctrl-C is one; SIGTERM and a closed terminal are as good as two."""
+class Run(Lifetime):
+    """One run of tasks."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._arrived)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _arrived(self, number: int, _frame: FrameType | None) -> None:
-        self.count += 1 if number == signal.SIGINT else 2
-
-
-class Run:
-    """One run, from the submit to the end of its pilot."""
-
-    def __init__(self, pilot: StartedPilot, cores: int, interrupts: Interrupts, shown: progress.Silent) -> None:
-        self.pilot = pilot
-        self.cores = cores
-        self.interrupts = interrupts
-        self.shown = shown
-        self.counts = Counts()
+    def __init__(
+        self, pilot: StartedPilot, interrupts: Interrupts, shown: progress.Silent, tasks: Sequence[Task], policy: str
+    ) -> None:
+        super().__init__(pilot, interrupts, shown)
+        self.tasks = tasks
+        self.policy = policy
         self.ids: list[str] = []
 
-    def whole(self, tasks: Sequence[Task], env_policy: str) -> summary.Summary:
-        """Submit, wait, end the pilot, and sum up from its journal, which is complete then."""
-        begin = time.time()
-        try:
-            with Broker.connect(self.pilot.directory) as broker:
-                # The key makes a resumed run of the same file submit nothing twice.
-                key = "run-" + hashlib.sha256(repr(tasks).encode()).hexdigest()[:24]
-                self.ids = broker.enqueue_many(tasks, key=key, shared=capture(env_policy))
-                self._follow(broker)
-                end = time.time()
-                self._end(broker)
-        except BaseException:
-            # Whatever it is, the pilot was for this run alone.
-            self.pilot.process.terminate()
-            self.pilot.process.wait()
-            raise
-        finally:
-            self.shown.close()
-        if self.pilot.process.returncode:
-            raise failure(self.pilot)
-        lines = Journal(self.pilot.journal).lines()
-        return summary.summarise(
-            lines, counts=self.counts, cores=self.cores, begin=begin, end=end, directory=self.pilot.directory
-        )
+    def begin(self, broker: Broker) -> None:
+        # The key makes a resumed run of the same file submit nothing twice.
+        key = "run-" + hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:24]
+        self.ids = broker.enqueue_many(self.tasks, key=key, shared=capture(self.policy))
 
-    def _ended(self) -> bool:
-        return self.pilot.process.poll() is not None
 
-    def _follow(self, broker: Broker) -> None:
-        """Until all tasks have ended, the pilot has, or the user does not want to wait any more."""
-        while not self.interrupts.count and not self._ended():
-            try:
-                self.counts = broker.wait(timeout=LOOK_S)
-                return
-            except WaitTimedOut:
-                self._look(broker)
-            except ServerUnavailable:
-                # The supervisor starts it again, or ends. A refused connection comes back at once.
-                time.sleep(LOOK_S)
-
-    def _look(self, broker: Broker) -> None:
-        try:
-            self.counts = broker.counts()
-            self.shown.update(self.counts, broker.running())
-        except ServerUnavailable:
-            pass  # it has ended, or is on its way back: the next look tells
-
-    def _end(self, broker: Broker) -> None:
-        """End the pilot. After one Ctrl-C when nothing runs any more, after the next at once."""
-        said = 0
-        while not self._ended():
-            count = min(self.interrupts.count, 2)
-            if said <= count:
-                self._ask(broker, ("stop", "drain", "now")[count])
-                said = count + 1
-            if count:
-                self._look(broker)
-                time.sleep(LOOK_S)
-            else:
-                time.sleep(0.01)
-
-    def _ask(self, broker: Broker, mode: str) -> None:
-        try:
-            if mode == "drain":
-                # At once, and not when the supervisor looks: what ends from here on is followed by nothing.
-                broker.pause(True)
-            broker.request_stop(mode)
-            if mode == "drain":
-                running = broker.running()
-                whom = "it" if running == 1 else "them"
-                _say(f"waiting for {plural(running, 'running task')}; Ctrl-C again ends {whom}")
-            elif mode == "now":
-                _say("ending what runs")
-        except ServerUnavailable:
-            pass  # it is ending already
+def _summary(life: Lifetime, nodes: Sequence[LocalNode]) -> summary.Summary:
+    """Sum up from the journal of a pilot that has ended, which is complete then."""
+    return summary.summarise(
+        Journal(life.pilot.journal).lines(), counts=life.counts, cores=life.cores or cores_of(nodes), begin=life.began,
+        end=life.ended, directory=life.pilot.directory,
+    )  # fmt: skip
 
 
 def _say(text: str) -> None:

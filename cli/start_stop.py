@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import time
 from typing import Any
 
 import click
@@ -10,33 +13,67 @@ from pilotq.broker.client import Broker
 from pilotq.broker.errors import NoPilot, ServerUnavailable
 from pilotq.broker.pilot import find
 from pilotq.broker.quantities import parse_duration
+from pilotq.broker.start import CUT_SHORT, StartedPilot
+from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.options import dir_option, parsed
-from pilotq.cli.pilots import await_end, await_nodes, cores_of, pilot_options, plural, start, supervisor_options
+from pilotq.cli.pilots import LOOK_S, await_end, await_nodes, failure, pilot_options, plural, start, supervisor_options
 
 STOP_S = 90.0  # workers get 30 s, the server as long again; then something is wrong
 
 
 @click.command("start")
 @pilot_options
-def start_command(**values: Any) -> None:
-    """Start a pilot in the background; prints its directory.
+@click.option("--owner", type=int, default=0, hidden=True, help="It ends with this process.")
+@click.option("--foreground/--background", default=None,
+              help="Stay until it ends, or return when it is ready.  [default: stay in a batch script]")  # fmt: skip
+def start_command(owner: int, foreground: bool | None, **values: Any) -> None:
+    """Start a pilot in the background; prints its directory. In a Slurm batch script it stays until the pilot ends.
 
     \b
     Example: pilotq start --nodes 4
     """
-    options = supervisor_options(values)
+    options = supervisor_options(values, owner_pid=owner)
+    if foreground is None:
+        foreground = options.remote is not None and os.environ.get("ENVIRONMENT") == "BATCH" and not owner
     pilot = start(values, options)
     with Broker.connect(pilot.directory) as broker:
         await_nodes(broker, pilot, options)
+        _tell(pilot, broker, values)
+        if foreground:
+            with Interrupts(allocation=options.remote is not None) as interrupts:
+                _stay(pilot, broker, interrupts)
+
+
+def _tell(pilot: StartedPilot, broker: Broker, values: dict[str, Any]) -> None:
     click.echo(pilot.directory)
     # Only where --dir named the directory it must be named again.
     where = f" --dir {pilot.directory}" if values["directory"] or values["resume"] else ""
-    cores = plural(cores_of(options.nodes), "core")
+    cores = plural(sum(node.cores for node in broker.nodes()), "core")
     click.echo(
         f"pilotq: the pilot is ready, with {cores}; go on with\n"
         f"  pilotq enqueue{where} -- CMD ...\n  pilotq wait{where}\n  pilotq stop{where}",
         err=True,
     )
+
+
+def _stay(pilot: StartedPilot, broker: Broker, interrupts: Interrupts) -> None:
+    """Until the pilot has ended; signals are wishes to end it. Raises PilotFailed when it failed."""
+    click.echo("pilotq: it stays until `pilotq stop`, or the end of the allocation", err=True)
+    said = ""
+    while (code := pilot.process.poll()) is None:
+        mode = "now" if interrupts.count > 1 else "stop" if interrupts.count else interrupts.wish
+        if mode != said:
+            try:
+                broker.request_stop(mode)
+                said = mode
+            except ServerUnavailable:
+                pass  # it is started again, or the pilot is ending
+        time.sleep(LOOK_S)
+    if code not in (0, CUT_SHORT):
+        raise failure(pilot)
+    if code == CUT_SHORT or interrupts.wish:
+        where = shlex.quote(pilot.directory)
+        click.echo(f"pilotq: the allocation ends: go on in the next one with `pilotq start --resume {where}`", err=True)
 
 
 @click.command("stop")

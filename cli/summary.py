@@ -20,7 +20,8 @@ STDERR_LINES = 5  # last lines of what each of them wrote to stderr
 class Summary(msgspec.Struct, kw_only=True):
     """``seconds`` is from the submission to the last end, ``core_seconds`` what executions held meanwhile.
 
-    ``omitted`` are tasks of the file that could never run and were not submitted, with a sentence why.
+    ``omitted`` are tasks of the file that could never run and were not submitted, with a sentence why; ``refused``
+    has a sentence for each request to submit that was refused as a whole.
     """
 
     counts: Counts
@@ -29,6 +30,7 @@ class Summary(msgspec.Struct, kw_only=True):
     core_seconds: float = 0.0
     failed: list[Line] = []  # the first NAMED_MAX
     omitted: dict[str, str] = {}
+    refused: list[str] = []
     directory: str
 
     @property
@@ -69,6 +71,7 @@ def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
             for line in summary.failed
         ],
         "omitted": summary.omitted,
+        "refused": summary.refused,
         "directory": summary.directory,
     }  # fmt: skip
 

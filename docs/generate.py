@@ -1,4 +1,4 @@
-"""Writes the pages that say what the code says: docs/commands.md and docs/states.md.
+"""Writes the pages that say what the code says (PAGES), and such parts of pages that people write (PARTS).
 
     python docs/generate.py
 
@@ -7,14 +7,24 @@ tests/test_docs.py fails when a page is not what this program would write.
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import click
 
-from pilotq.broker import errors
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from pilotq.broker import errors, schema, variables
 from pilotq.broker.states import ACTIVE, ENDED, EVENT_SCRIPTS, REASONS, STATUSES, TABLE, WAITING
+from pilotq.broker.stock import REFUSED
 from pilotq.broker.store import script
+from pilotq.cli import exit_codes as exit_codes_of_commands
 from pilotq.cli.main import SECTIONS, pilotq
+from pilotq.cli.render import to_json
 
 HERE = Path(__file__).parent
 WIDTH = 100
@@ -25,7 +35,7 @@ COMMANDS_HEAD = """\
 
 Every command takes `--help`. ID is the id that `enqueue` and `submit` print, or the name of one task. Commands find the
 pilot by `--dir`, else by the variable `PILOTQ_DIR`, else by `.pilotq/current` here or in a directory above. `list`,
-`show`, `logs`, `status` and `wait` also answer for a pilot that has ended, from its journal.
+`show`, `explain`, `logs`, `status` and `wait` also answer for a pilot that has ended, from its journal.
 
 `pilotq run -- CMD` takes the options of `pilotq enqueue` that describe a task, too, but for `--nodes` and `--after`.
 
@@ -33,8 +43,6 @@ pilot by `--dir`, else by the variable `PILOTQ_DIR`, else by `.pilotq/current` h
 
 | code | means |
 |---|---|
-| 0 | all tasks finished (`run`, `wait`); the command did what it was asked for (the others) |
-| 1 | some task failed, was canceled or omitted, or never ran |
 """
 
 STATES_HEAD = """\
@@ -63,23 +71,25 @@ def commands() -> str:
                     command, top, info_name=verb, terminal_width=WIDTH, help_option_names=["-h", "--help"]
                 ) as context:
                     out.append(f"\n### pilotq {verb}\n\n```text\n{command.get_help(context)}\n```\n")
+                    for name, below in command.commands.items() if isinstance(command, click.Group) else ():
+                        with click.Context(below, context, info_name=name, terminal_width=WIDTH) as inner:
+                            text = below.get_help(inner)
+                        out.append(f"\n#### pilotq {verb} {name}\n\n```text\n{text}\n```\n")
     return "".join(out)
 
 
 def exit_codes() -> list[str]:
-    """The rows that follow from the tree of errors, and the one of Ctrl-C."""
+    """The rows, with the errors of the tree that end so."""
     names: dict[int, list[str]] = {}
     for name, kind in vars(errors).items():
         if isinstance(kind, type) and issubclass(kind, errors.PilotqError) and kind is not errors.PilotqError:
             names.setdefault(kind.exit_code, []).append(name)
-    texts = {
-        2: "wrong usage, a description that cannot be, or no such pilot or task: nothing was submitted",
-        3: "the pilot or its server failed",
-        4: "the time to wait was over",
-    }
-    rows = [f"| {code} | {texts[code]} ({', '.join(f'`{n}`' for n in names[code])}) |\n" for code in sorted(names)]
+    rows = []
+    for code, text in exit_codes_of_commands.MEANINGS.items():
+        words = f" ({', '.join(f'`{n}`' for n in names[code])})" if code in names else ""
+        rows.append(f"| {code} | {text}{words} |\n")
     end = "\nThe words in brackets are the exceptions of `pilotq.broker.errors` in Python.\n"
-    return [*rows, "| 130 | interrupted |\n", end]
+    return [*rows, end]
 
 
 def states() -> str:
@@ -123,8 +133,105 @@ def purpose(name: str) -> str:
     return text[: text.index(".")] if "." in text else text
 
 
-PAGES = {"commands.md": commands, "states.md": states}
+MATRIX_HEAD = """\
+# RQ's buttons
+
+What the buttons and calls of RQ's own tools do to a task of a pilot, whoever submitted it. Within five seconds what
+depends on the task has ended or waits for something that comes, `pilotq wait` returns, no core is kept and no process
+is left. A test presses every button in every state.
+
+*Handed* is what a node has got, and not launched. *With dependents* is a task that waits, or has failed, and that
+others wait for. *Array* is the record of an array of which some elements run.
+
+"""
+
+
+def matrix() -> str:
+    """The text of docs/rq-matrix.md."""
+    columns = {
+        "queued": "waiting",
+        "handed": "handed",
+        "running": "running",
+        "parent": "with dependents",
+        "array": "array",
+    }
+    table = tomllib.loads((HERE / "rq_matrix.toml").read_text(encoding="utf-8"))
+    out = [GENERATED, MATRIX_HEAD, f"| | {' | '.join(columns.values())} |\n", "|---" * (len(columns) + 1), "|\n"]
+    out += [f"| {row['button']} | {' | '.join(row[state][1] for state in columns)} |\n" for row in table.values()]
+    out.append("\nRQ's `cancel` and `delete` say nothing to anybody: they are found at the next look, once a second.\n")
+    return "".join(out)
+
+
+def file_keys() -> str:
+    """The table of keys in docs/files.md."""
+    rows = [f"| {code(names)} | {kind} | {text} |\n" for names, (kind, text) in schema.KEYS.items()]
+    return "| key | type | is |\n|---|---|---|\n" + "".join(rows)
+
+
+def task_variables() -> str:
+    """The table of what a task finds, in docs/concepts.md."""
+    rows = [f"| {code(names)} | {text} |\n" for names, text in variables.OF_TASKS.items()]
+    return "| variable | is |\n|---|---|\n" + "".join(rows)
+
+
+def command_variables() -> str:
+    """The table of what commands read, in docs/concepts.md."""
+    rows = [f"| {code(names)} | {text} |\n" for names, text in variables.OF_COMMANDS.items()]
+    return "| variable | is |\n|---|---|\n" + "".join(rows)
+
+
+def code(names: str) -> str:
+    """Each of some names in backquotes."""
+    return ", ".join(name if name == "..." else f"`{name}`" for name in names.split(", "))
+
+
+def with_parts(page: str) -> str:
+    """A page that people write, with its parts that are written here."""
+    text = (HERE / page).read_text(encoding="utf-8")
+    for name, part in PARTS[page].items():
+        begin, end = f"<!-- {name}: written by docs/generate.py -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(begin)
+        _, mark, after = rest.partition(end)
+        assert mark, f"{page} has no part {name}"
+        text = f"{before}{begin}{part()}{end}{after}"
+    return text
+
+
+def json_schema() -> str:
+    """The text of docs/tasks.schema.json."""
+    return to_json(schema.schema()) + "\n"
+
+
+PAGES = {"commands.md": commands, "states.md": states, "rq-matrix.md": matrix, "tasks.schema.json": json_schema}
+
+
+def refused_jobs() -> str:
+    """What fails when a producer of RQ's enqueues it."""
+    return "| what |\n|---|\n" + "".join(f"| {what} |\n" for what in REFUSED)
+
+
+def faults() -> str:
+    """Every fault that tests do, and what became of these tests when `make faults` was run last."""
+    rows = tomllib.loads((HERE / "faults.toml").read_text(encoding="utf-8"))["fault"]
+    results = json.loads((HERE / "faults.json").read_text(encoding="utf-8"))
+    out = ["| fault | what happens | tests | result |\n|---|---|---|---|\n"]
+    for row in rows:
+        found = results.get(row["what"], {})
+        result = ", ".join(f"{number} {word}" for word, number in found.items()) or "not run"
+        file = row["tests"].partition("::")[0]
+        out.append(f"| {row['what']} | {row['then']} | `tests/{file}` | {result} |\n")
+    return "".join(out)
+
+
+PARTS = {
+    "guarantees.md": {"faults": faults},
+    "rq.md": {"refused": refused_jobs},
+    "files.md": {"keys": file_keys},
+    "concepts.md": {"variables of tasks": task_variables, "variables of commands": command_variables},
+}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():
         (HERE / page).write_text(text(), encoding="utf-8")
+    for page in PARTS:
+        (HERE / page).write_text(with_parts(page), encoding="utf-8")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import wait_until
+from tests.waiting import SHARED, wait_until
 
 PROC = Path("/proc")
 SCRATCH = Path("/tmp")
@@ -37,10 +37,11 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     pids, files, folders = _pids(), _descriptors(), _folders()
     yield
     home = (request.node.funcargs or {}).get("tmp_path")
+    # A folder must be there the whole time: others start servers meanwhile, and their folders come before they listen.
+    started, stayed = _started(pids, home), _folders() - folders
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not _started(pids, home) and not _folders() - folders, seconds=GRACE_S)
-    started = _started(pids, home)
-    left = [*started.values(), *(f"folder {path}" for path in sorted(_folders() - folders))]
+        wait_until(lambda: (not started and not stayed) or _look_again(started, stayed, pids, home), seconds=GRACE_S)
+    left = [*started.values(), *(f"folder {path}" for path in sorted(stayed))]
     for pid in started:  # so that one failure stays one
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
@@ -52,10 +53,19 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
 
 
+def _look_again(started: dict[str, str], stayed: set[str], pids: set[str], home: Path | None) -> bool:
+    """Bring both up to date; True when nothing is left."""
+    found = _started(pids, home)
+    started.clear()
+    started.update(found)
+    stayed &= _folders()
+    return not started and not stayed
+
+
 def _started(before: set[str], home: Path | None) -> dict[str, str]:
     """pid -> description of our children, and of processes that carry this test's folder, new since ``before``."""
     found = {}
-    for pid in _pids() - before:
+    for pid in _pids() - before - SHARED:
         try:
             state, parent = (PROC / pid / "stat").read_text().rpartition(")")[2].split()[:2]
             command = (PROC / pid / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -108,6 +118,9 @@ _unlisted = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts us in the background has SIGINT ignored, and what we start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_unlisted] = []
     config.pluginmanager.register(Skips(config), "pilotq-skips")
 

@@ -387,7 +387,7 @@ class RunningDispatcher:
         except Exception as error:  # noqa: BLE001 - the boundary of the thread: the test looks at it
             self.error = error
         finally:
-            self.dispatcher.link.close()
+            self.dispatcher.close()
 
 
 def pump(nodes: Sequence[FakeNode], condition: Callable[[], object], *, seconds: float = 20.0) -> None:

@@ -47,7 +47,7 @@ class Driver:
         self.bell, bell = os.pipe()
         stray, other = os.pipe()  # something that the launcher inherits and its tasks must not
         os.set_inheritable(stray, True)
-        arguments = ("--dir", str(self.output), "--node", "n1")
+        arguments = ("--dir", str(self.output), "--node", "n1", "--calls", "1000")
         pipes = ("--down", str(down), "--up", str(up), "--bell", str(bell))
         self.process = subprocess.Popen(
             [sys.executable, *program, *arguments, *pipes],

@@ -112,3 +112,16 @@ def left_of(directory: str) -> list[str]:
         if process.alive and (mark in command or b"PILOTQ_DIR=" + mark in environment(pid)) and pid != os.getpid():
             found.append(f"{pid} {command.replace(bytes(1), b' ').decode(errors='replace')}")
     return found
+
+
+def worker_of(pilot: LivePilot, node: str) -> int:
+    """The process of a node's worker."""
+    words = f"\0worker\0--dir\0{pilot.pilot.directory}\0--node\0{node}\0".encode()
+    for pid in processes():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue  # it has ended
+        if words in command:
+            return pid
+    raise AssertionError(f"node {node} has no worker")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker.pilot import Pilot
+from pilotq.broker.server import start_server
 from tests.waiting import wait_until
 
 TIMEOUT = 60.0
@@ -84,6 +86,41 @@ def test_parts_find_a_server_of_the_users_own_without_a_password_in_argv(start: 
     assert pilotq("wait", task, "--dir", "p", "--timeout", "30", cwd=tmp_path).returncode == 0
     for part in parts:
         assert address.password.encode() not in Path(f"/proc/{part.pid}/cmdline").read_bytes()
+
+
+def test_a_dispatcher_with_journal_makes_a_pilot_on_a_server_of_the_users_own(start: Start, tmp_path: Path) -> None:
+    server = start_server(str(tmp_path / "server"), bind=["127.0.0.1"])
+    try:
+        address = server.address
+        (tmp_path / "secret").write_text(address.password + "\n")
+        url = f"redis://{address.user}@{address.host}:{address.port}/0"
+        for task in ("1", "2"):  # a stopped pilot goes on with what it had, under the same directory
+            begin = ("dispatcher", "--journal", "--dir", "d")
+            keeper = start(*begin, PILOTQ_REDIS_URL=url, PILOTQ_PASSWORD_FILE="secret")
+            wait_until((tmp_path / "d" / "connection.json").exists, seconds=TIMEOUT)
+            worker = start("worker", "--dir", "d", "--node", "n1", "--virtual", "4")
+            made = pilotq("enqueue", "--dir", "d", "--cores", "4", "--", "echo", "$PILOTQ_CPUS", cwd=tmp_path)
+            assert made.stdout.strip() == task, made.stderr
+            assert pilotq("wait", task, "--dir", "d", "--timeout", "30", cwd=tmp_path).returncode == 0
+            assert pilotq("logs", "-f", task, "--dir", "d", cwd=tmp_path).stdout == "$PILOTQ_CPUS\n"
+            (node,) = json.loads(pilotq("nodes", "--dir", "d", "--json", cwd=tmp_path).stdout)
+            assert (node["name"], node["cores"], node["shared_cores"]) == ("n1", 4, True)
+            # It ends the workers, too, and what has ended is answered from the journal.
+            assert pilotq("stop", "--dir", "d", cwd=tmp_path).returncode == 0
+            assert (keeper.wait(TIMEOUT), worker.wait(TIMEOUT)) == (0, 0)
+            assert (
+                json.loads(pilotq("show", task, "--dir", "d", "--json", cwd=tmp_path).stdout)[0]["status"] == "finished"
+            )
+    finally:
+        server.stop()
+
+
+def test_a_dispatcher_keeps_a_journal_only_for_a_server_of_the_users_own(tmp_path: Path) -> None:
+    result = pilotq("dispatcher", "--journal", "--dir", "d", cwd=tmp_path)
+    assert result.returncode == 2 and "--redis" in result.stderr
+    result = pilotq("worker", "--dir", "d", "--virtual", "2", "--cores", "0", cwd=tmp_path)
+    assert result.returncode == 2 and "--virtual" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_password_in_argv_is_refused(tmp_path: Path) -> None:

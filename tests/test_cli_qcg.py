@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from pilotq.broker.records import parse_allocation
-from tests.prompt import prompt
+from tests.pilots import left_of
+from tests.prompt import command, environment, in_background, prompt
+from tests.qcg_service import job, script
+from tests.waiting import wait_until
 
 CASES = Path(__file__).parent / "qcg"
 
@@ -144,3 +149,124 @@ def test_a_scheduler_shares_out_the_cores_of_the_pilot(tmp_path: Path, way: str)
     rows = json.loads(prompt(tmp_path)("list", "--json").stdout)
     held = [core for row in rows for part in parse_allocation(row["cores"]) for core in part.cores]
     assert sorted(held) == list(range(10)), "all four at once, on cores of their own"
+
+
+def play(folder: Path, *requests: Any, args: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    (folder / "requests.json").write_text(json.dumps(requests))
+    return prompt(folder)("run", "--format", "qcg", "requests.json", "--nodes", "2", *args, **env)
+
+
+def home(folder: Path) -> Path:
+    return folder / ".pilotq" / "current"
+
+
+def test_run_handles_every_request(tmp_path: Path) -> None:
+    sleeper = job("s", script("sleep 600; touch late"))
+    show = script("echo $QCG_PM_NPROCS ${QCG_PM_ZMQ_ADDRESS-none} > a")
+    one = {"request": "submit", "jobs": [job("a", show), sleeper]}
+    again = {"request": "submit", "jobs": [job("b"), job("a")]}
+    result = play(
+        tmp_path, one, again, {"request": "cancelJob", "jobNames": ["s"]}, {"request": "removeJob", "jobNames": ["s"]},
+        {"request": "listJobs"}, {"request": "bogus"}, args=("--replies", "replies", "--json"),
+    )  # fmt: skip
+    replies = [json.loads(line) for line in (tmp_path / "replies").read_text().splitlines()]
+    assert [reply["code"] for reply in replies] == [0, 1, 0, 0, 0, 1]
+    assert replies[1]["message"] == "Job a already exist" and replies[2]["data"] == {"canceled": 1}
+    assert set(replies[4]["data"]["jobs"]) <= {"a", "s"}
+    assert result.returncode == 1 and not (tmp_path / "late").exists()
+    assert (tmp_path / "a").read_text() == "1 none\n"
+    found = json.loads(result.stdout)
+    assert found["refused"] == ["request 2: Job a already exist"]
+    assert (found["tasks"]["finished"], found["tasks"]["canceled"]) == (1, 1)
+    report = [json.loads(line) for line in (home(tmp_path) / "jobs.report").read_text().splitlines()]
+    assert {entry["name"]: entry["state"] for entry in report} == {"a": "SUCCEED", "s": "CANCELED"}
+    stats = json.loads((home(tmp_path) / "final_status.json").read_text())["JobStats"]
+    assert stats["FinishedJobs"] + stats["InScheduleJobs"] >= 1
+    log = (home(tmp_path) / "service.log").read_text()
+    assert log.count(": request ") == log.count(": reply ") == 6
+
+
+def test_what_is_refused_is_said_and_replies_go_where_they_are_wanted(tmp_path: Path) -> None:
+    bad = {"request": "submit", "jobs": [job("g", {"exec": "true", "model": "smoke"})]}
+    assert play(tmp_path, bad).returncode == 2 and not (tmp_path / ".pilotq").exists()
+    result = play(tmp_path, bad, args=("--replies", "-"))
+    assert result.returncode == 2 and "request 1: Wrong submit request: jobs[0]: model 'smoke'" in result.stderr
+    assert json.loads(result.stdout.splitlines()[0])["code"] == 1
+    result = play(tmp_path, bad, {"request": "submit", "jobs": [job("ok")]})
+    assert result.returncode == 1 and "1 task: 1 finished" in result.stdout and "request 1: " in result.stderr
+    result = play(tmp_path)
+    assert (result.returncode, result.stderr) == (0, "") and "0 tasks" in result.stdout
+
+
+@pytest.mark.parametrize("args", [("--shell",), ("--replies", "no/such/folder/r")])
+def test_options_that_cannot_be_are_refused(tmp_path: Path, args: tuple[str, ...]) -> None:
+    assert play(tmp_path, args=args).returncode == 2
+    assert not (tmp_path / ".pilotq").exists()
+
+
+def test_replies_are_of_requests_only(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("true\n")
+    for words in (("lines",), ("--", "true")):
+        result = prompt(tmp_path)("run", "--replies", "-", *words)
+        assert result.returncode == 2 and "--replies is for" in result.stderr
+
+
+def test_submit_handles_requests_on_a_pilot_that_runs(tmp_path: Path) -> None:
+    with in_background(tmp_path, "--nodes", "2") as cli:
+        two = {"request": "submit", "jobs": [job("a", iteration={"stop": 3}), job("b", dependencies={"after": ["x"]})]}
+        (tmp_path / "q.json").write_text(json.dumps([two, {"request": "jobStatus", "jobNames": ["b"]}]))
+        result = cli("submit", "q.json", "--json", "--replies", "replies")
+        assert result.returncode == 0 and "b is omitted" in result.stderr
+        (row,) = json.loads(result.stdout)
+        assert (row["name"], row["tasks"]) == ("a", 3)
+        assert cli("wait", row["id"]).returncode == 0
+        assert len((tmp_path / "replies").read_text().splitlines()) == 2
+        result = cli("submit", "q.json")
+        assert result.returncode == 2 and "Job a already exist" in result.stderr and result.stdout == ""
+        assert "--key" in cli("submit", "q.json", "--key", "k").stderr
+
+
+def test_a_run_of_requests_is_resumed(tmp_path: Path) -> None:
+    text = "echo ${it} >> begun; [ ${it} -ne 0 ] || [ -e go ] || sleep 600"
+    (tmp_path / "q.json").write_text(json.dumps([
+        {"request": "submit", "jobs": [job("r", script(text), iteration={"stop": 4})]}
+    ]))  # fmt: skip
+    process = subprocess.Popen(
+        command("run", "q.json", "--nodes", "2"), cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    begun = tmp_path / "begun"
+    wait_until(lambda: begun.exists() and len(begun.read_text().split()) == 4, what="all elements begun")
+    report = home(tmp_path) / "jobs.report"
+    wait_until(lambda: report.exists() and "r:3" in report.read_text(), what="three ends in the report")
+    process.kill()
+    process.wait()
+    wait_until(lambda: not left_of(os.path.realpath(home(tmp_path))), what="the end of the pilot")
+    (tmp_path / "go").touch()
+    result = prompt(tmp_path)("run", "--resume", ".pilotq/current", "--nodes", "2")
+    assert result.returncode == 0, result.stderr
+    assert sorted(begun.read_text().split()) == ["0", "0", "1", "2", "3"]
+    names = [json.loads(line)["name"] for line in (home(tmp_path) / "jobs.report").read_text().splitlines()]
+    assert sorted(names) == ["r", "r:0", "r:1", "r:2", "r:3"]
+
+
+@pytest.mark.parametrize("way", ["run", "start"])
+def test_a_core_is_left_to_the_pilot_and_the_slurm_schema_is_set(tmp_path: Path, way: str) -> None:
+    options = ("--nodes", "n1:2,n2:1", "--system-core", "--envschema", "slurm")
+    task = ("--", "sh", "-c", "echo $PILOTQ_CPUS $SLURM_NNODES $SLURM_NTASKS $SLURM_JOB_NODELIST")
+    if way == "run":
+        result = prompt(tmp_path)("run", *options, *task)
+        assert result.stdout == "1 1 1 n1\n", result.stderr
+        local = ("--resources", "local")
+        alone = prompt(tmp_path)("run", "--nodes", "1", "--system-core", *task)
+        assert alone.returncode == 2 and "--system-core: there is only one core" in alone.stderr
+        plain = prompt(tmp_path)("run", *local, "--nodes", "1", "--envschema", "common", *task, SLURM_JOB_ID="7")
+        assert plain.stdout == "0\n"
+        auto = prompt(tmp_path)("run", *local, "--nodes", "n3:1", *task, SLURM_JOB_ID="7")
+        assert auto.stdout == "0 1 1 n3\n"
+    else:
+        with in_background(tmp_path, *options) as cli:
+            task_id = cli("enqueue", *task).stdout.strip()
+            cli("wait", task_id)
+            assert cli("logs", task_id).stdout == "1 1 1 n1\n"
+            assert [row["cores"] for row in json.loads(cli("nodes", "--json").stdout)] == [1, 1]

@@ -182,6 +182,15 @@ def start_run(tmp_path: Path, *args: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def line_with(process: subprocess.Popen[str], text: str) -> str:
+    """The line of standard error that holds the text; progress may have been told before."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return line
+    raise AssertionError(f"{text!r} was not said")
+
+
 def test_ctrl_c_once_lets_running_tasks_end_and_starts_no_other(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps({"tasks": [
         {"script": "touch started; while [ ! -e go ]; do sleep 0.05; done; touch ended"},
@@ -190,9 +199,7 @@ def test_ctrl_c_once_lets_running_tasks_end_and_starts_no_other(cli: Cli, tmp_pa
     process = start_run(tmp_path, "t.json", "--nodes", "1")
     wait_until((tmp_path / "started").exists)
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert "waiting for 1 running task" in line and "Ctrl-C again" in line
+    assert "waiting for 1 running task" in line_with(process, "Ctrl-C again")
     (tmp_path / "go").touch()
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
@@ -204,8 +211,7 @@ def test_ctrl_c_twice_ends_everything(cli: Cli, tmp_path: Path) -> None:
     process = start_run(tmp_path, "t.txt", "--nodes", "1")
     wait_until((tmp_path / "started").exists)
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    assert "Ctrl-C again" in process.stderr.readline()
+    line_with(process, "Ctrl-C again")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
@@ -219,8 +225,7 @@ def test_an_interrupted_run_is_resumed(cli: Cli, tmp_path: Path) -> None:
     process = start_run(tmp_path, "t.json", "--nodes", "1", "--dir", "p")
     wait_until((tmp_path / "first").exists)
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    process.stderr.readline()
+    line_with(process, "Ctrl-C again")
     (tmp_path / "go").touch()
     process.communicate(timeout=TIMEOUT)
     assert not (tmp_path / "second").exists()

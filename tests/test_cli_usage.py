@@ -24,7 +24,7 @@ HEAVY = ("rq", "redis", "rich", "psutil", "cloudpickle")
 def pilotq(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PILOTQ_")}
     return subprocess.run(
-        [sys.executable, "-m", "pilotq", *args], cwd=cwd, env={**clean, "COLUMNS": "100", **env},
+        [sys.executable, "-m", "pilotq", *args], cwd=cwd, env={**clean, "COLUMNS": "80", **env},
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -34,10 +34,10 @@ def test_help_fits_a_screen_and_has_an_example(verb: str, tmp_path: Path) -> Non
     result = pilotq(verb, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Example: pilotq " + verb in result.stdout
-    assert "--dir" in result.stdout
+    assert "--dir" in result.stdout or verb in ("help", "completion")
     lines = result.stdout.splitlines()
-    assert len(lines) <= 48
-    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_help_names_every_command(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_help_names_every_command(tmp_path: Path) -> None:
     words = result.stdout.split()
     assert [verb for verb in SHOWN if verb not in words] == []
     assert not [verb for verb in HIDDEN if verb in words]
-    assert len(result.stdout.splitlines()) <= 50
+    assert len(result.stdout.splitlines()) <= 56
 
 
 def test_the_version(tmp_path: Path) -> None:

@@ -245,9 +245,12 @@ def test_every_key_of_toml_and_json_means_the_same(tmp_path: Path) -> None:
         ({"retries": 10**400}, "jobs.json: tasks[1].retries: expected a whole number <= 10"),
         ({"command": [1, None]}, "jobs.json: tasks[1].command[1]: expected a whole number or a number or text"),
         ({"command": "a | b"}, "jobs.json: tasks[1].command, column 3: '|' needs a shell"),
-        ({"command": "a", "script": "b"}, "jobs.json: tasks[1]: give exactly one of command and script"),
-        ({"name": "x"}, "jobs.json: tasks[1]: give exactly one of command and script"),
-        ({"function": "m:f"}, "jobs.json: tasks[1].function: Python functions cannot be given in a file yet"),
+        ({"command": "a", "script": "b"}, "jobs.json: tasks[1]: give exactly one of command, script and function"),
+        ({"name": "x"}, "jobs.json: tasks[1]: give exactly one of command, script and function"),
+        ({"function": "m.f"}, "jobs.json: tasks[1]: function 'm.f' must be written as module:name"),
+        ({"command": "a", "function": "m:f"}, "jobs.json: tasks[1]: give exactly one of command, script and function"),
+        ({"command": "a", "args": [1]}, "jobs.json: tasks[1]: args and kwargs are for a function"),
+        ({"function": "m:f", "args": {}}, "jobs.json: tasks[1].args: expected a list"),
         ({"command": "a", "memory": "2X"}, "jobs.json: tasks[1].memory: '2X' is no size"),
         ({"command": "a", "use": {"a b": 1}}, "jobs.json: tasks[1].use: 'a b' is no name of a counter"),
         ({"command": "a", "array": "9-1"}, "jobs.json: tasks[1].array: '9-1' is an array without elements"),
@@ -279,7 +282,7 @@ def test_bad_tasks(tmp_path: Path, task: dict[str, object], said: str) -> None:
         (b'{"tasks": [{"command":\n"\\ud800"}]}', "jobs: line 2: \\ud800 is half of a character"),
         (b'{"tasks": [{"priority": NaN}]}', "jobs: this is not JSON: NaN"),
         (b'{"tasks":\n [{"command": "\xff"}]}', "jobs: line 2: the text is not UTF-8"),
-        (b'{"tasks": [{"function": ' + b"[" * 100_000, "jobs: lists and tables are nested too deeply"),
+        (b'{"tasks": [{"args": ' + b"[" * 100_000, "jobs: lists and tables are nested too deeply"),
         (b"[[tasks]]\ncommand = \n", "jobs: line 2, column 11: this is not TOML"),
         (b"[[tasks]]\ncommand = 'a\xff'\n", "jobs: line 2: the text is not UTF-8"),
         (b"[[tasks]]\ncores = " + b"[" * 100_000, "jobs: lists and tables are nested too deeply"),
@@ -318,9 +321,11 @@ def test_a_cycle_is_named_and_a_long_chain_is_none(tmp_path: Path) -> None:
 def test_the_kind_is_recognised(tmp_path: Path, name: str, text: str, kind: str) -> None:
     path = write(tmp_path, text, name)
     batch = read_tasks(path)
-    assert batch.tasks[0].command in (["x"], ["[", "-e", "x"])
-    assert batch == read_tasks(path, format=kind) or kind == "qcg"
-    assert bool(batch.requests) == (kind == "qcg")
+    assert batch == read_tasks(path, format=kind)
+    if kind == "qcg":
+        assert batch.tasks == [] and [request["request"] for request in batch.requests or ()] == ["submit"]
+    else:
+        assert batch.requests is None and batch.tasks[0].command in (["x"], ["[", "-e", "x"])
 
 
 def test_a_forced_format_is_not_recognised(tmp_path: Path) -> None:

@@ -86,6 +86,40 @@ time.sleep({FOREVER})
     assert len(list(tmp_path.iterdir())) == 63
 
 
+def test_it_runs_away(pilot: LivePilot, tmp_path: Path) -> None:
+    """Each process forks the next one, in a session of its own, and ends: whoever is to be killed has gone already."""
+    code = f"""
+import os, time
+end = time.time() + {FOREVER}
+while time.time() < end:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.open("{tmp_path}/ran", os.O_CREAT)
+"""
+    task = pilot.ended(pilot.python(code))
+    assert (task.status, task.exit_code) == ("finished", 0)
+    assert (tmp_path / "ran").exists()
+
+
+def test_it_is_a_bomb(pilot: LivePilot, tmp_path: Path) -> None:
+    """Every process forks and forks; the bomb has a limit, counted in a file, or the machine would end with it."""
+    code = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+count = os.open("{tmp_path}/count", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+while os.fstat(count).st_size < 300:
+    if os.fork() == 0:
+        os.write(count, b"x")
+        if os.getpid() % 2:
+            os.setsid()
+time.sleep({FOREVER})
+"""
+    task = pilot.ended(pilot.python(code, time_limit=2))
+    assert (task.status, task.reason, task.signal) == ("failed", "time limit", 9)
+    assert (tmp_path / "count").stat().st_size >= 300
+
+
 def test_it_leaves_zombies(pilot: LivePilot) -> None:
     """Its own, and those of a child that outlives it."""
     code = f"""

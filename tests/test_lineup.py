@@ -272,8 +272,8 @@ def test_a_launcher_that_dies_in_the_middle_of_a_start_has_lost_only_that_one(tm
 def test_a_launcher_is_told_again_of_places_it_had_to_forget(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         for number in range(2 * KNOWN_MAX + 10):
-            host.hand(f"t{number}", "no-such-program", lane=number + 1, allocation=f"n1[0],n2[{number}]")
-        host.hand("again", "true", lane=number + 2, allocation="n1[0],n2[0]")
+            host.hand(f"t{number}", "no-such-program", lane=number + 1, allocation=f"n1[0;g{number}]")
+        host.hand("again", "true", lane=number + 2, allocation="n1[0;g0]")
         assert host.end_of("again").report.wish == "finished"
         assert host.end_of(f"t{number}").report.reason == "not found"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -275,6 +276,7 @@ def test_cancel_of_iterations_and_of_what_others_wait_for(home: Home, m: LocalMa
 
 CONTROLLER = """
 import os
+del os.environ["PILOTQ_DIR"]  # the address is enough
 from pilotq.broker.qcg import Jobs, Manager
 with open(os.devnull, "w") as null:
     m = Manager(cfg={"log_file": os.devnull})
@@ -306,14 +308,30 @@ def test_addresses(home: Home, m: LocalManager, tmp_path: Path, monkeypatch: pyt
         other.cleanup()
         with pytest.raises(errors.ConnectionError, match="^Not connected$"):
             other.list()
-    other = Manager()
+    for address in ("tcp://127.0.0.1:5555", tmp_path / "nothing", f"pilotq:{tmp_path}"):
+        with pytest.raises(errors.ConnectionError, match="^Failed to connect to [^ ]+ - (a|no|.* is no) pilot"):
+            Manager(address)
+
+
+def test_a_request_to_finish_ends_the_service_when_its_jobs_have_ended(
+    start: Callable[..., LocalManager], tmp_path: Path
+) -> None:
+    manager = start("--nodes", "1", "--id", "mine")
+    assert (aux_of(tmp_path) / "address").read_text() == f"pilotq:{aux_of(tmp_path)}"
+    manager.submit(Jobs().add(name="a", script="until [ -e go ]; do sleep 0.02; done"))
+    other = Manager(aux_of(tmp_path), {"wdir": tmp_path})
     assert other.send_request({"request": "finish"})["data"] == {"when": "2s"}
     with pytest.raises(errors.ConnectionError, match="^Request failed - Finish request already requested"):
         other.finish()
     other.cleanup()
-    for address in ("tcp://127.0.0.1:5555", tmp_path / "nothing", f"pilotq:{tmp_path}"):
-        with pytest.raises(errors.ConnectionError, match="^Failed to connect to [^ ]+ - (a|no|.* is no) pilot"):
-            Manager(address)
+    assert manager.system_status()["System"]["InstanceId"] == "mine"
+    (tmp_path / "go").touch()
+    wait_until(lambda: not left_of(str(tmp_path)), seconds=LONG, what="the end of the service")
+    manager.finish()
+    assert '"name": "a","state": "SUCCEED"' in (aux_of(tmp_path) / "jobs.report").read_text()
+    stats = json.loads((aux_of(tmp_path) / "final_status.json").read_text())["JobStats"]
+    assert (stats["TotalJobs"], stats["FinishedJobs"]) == (1, 1)
+    assert not (aux_of(tmp_path) / "address").exists()
 
 
 def python(code: str, cwd: Path, *, shell: str = "exec", **variables: str) -> subprocess.Popen[str]:
@@ -427,7 +445,7 @@ def test_services_that_cannot_start(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases: list[tuple[list[Any], str]] = [
         (["--nodes", "no:such:thing"], "Service not started: "),
-        (["--bogus"], "arguments of the service are wrong: unrecognized arguments: --bogus"),
+        (["--bogus"], "Service not started: unrecognized arguments: --bogus"),
         (["--resume", "no"], "Resume directory .*/no not exists or is not valid QCG-PilotJob auxiliary directory"),
         (["--resume", tmp_path / "empty"], "Resume directory .* not exists or is not valid"),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 
 from pilotq.broker import keys
 from pilotq.broker.qcg.requests import Requests
+from pilotq.cli.qcg_play import _text
 from tests.pilots import LivePilot, live_pilot
 from tests.qcg_service import job, script
 from tests.waiting import wait_until
@@ -83,7 +84,7 @@ def qcg(shared: Served) -> Iterator[Served]:
     yield shared
     shared.wait()
     names = list(shared.data("listJobs")["jobs"])
-    assert shared.data("removeJob", jobNames=names)["removed"] == len(names)
+    assert not names or shared.data("removeJob", jobNames=names)["removed"] == len(names)
     for path in shared.folder.iterdir():
         if path.is_file():
             path.unlink()
@@ -230,12 +231,55 @@ def test_a_name_is_free_again_when_its_job_was_removed(qcg: Served) -> None:
 def test_a_submit_is_whole_or_absent(qcg: Served) -> None:
     for bad in (
         job("b", {"exec": "x", "colour": "red"}), job("b", resources={"numCores": 3}), job("a"), {"name": "b"}, 7,
-        job("b", {"exec": "x", "model": "unknown"}), job("b", resources={"numCores": {"min": 2}}),
+        job("b", {"exec": "x", "model": "unknown"}), job("b", resources={"numCores": {"max": 2}}),
         job("b", {"exec": "x\0"}),
     ):  # fmt: skip
         reply = qcg.ask("submit", jobs=[job("a"), bad])
         assert reply["code"] == 1 and reply["message"], bad
     assert qcg.data("listJobs") == {"length": 0, "jobs": {}}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (None, "Invalid request: Wrong submit request - missing jobs data"),
+        ([], "Invalid request: Wrong submit request - missing jobs data"),
+        ([7], "Invalid request: Wrong submit request - wrong job data"),
+        ([{"execution": {}}], "Invalid request: Missing name in job description"),
+        ([{"name": "a"}], "Invalid request: Missing execution element in job description"),
+        ([job("a", iteration=3)], "Invalid request: Wrong format of iteration directive: not a dictionary"),
+        ([job("a", iteration={"start": 1})], "Invalid request: Wrong format of iteration directive: not a dictionary"),
+        ([job("a", iteration={"start": 3, "stop": 1})],
+         "Invalid request: Wrong format of iteration directive: start index larger then stop one"),
+        ([job("a", {"exec": "x", "args": "y"})], "Execution arguments must be an array"),
+        ([job("a", {"script": "x", "args": ["y"]})], "Job script and exec or args or env defined"),
+        ([job("a", {"stdout": "x"})], "Job execution (exec or script) not defined"),
+        ([job("a", {"exec": "x", "model_opts": 1})], "Execution model options must be an dictionary"),
+        ([job("a", resources={})], "No resources defined"),
+        ([job("a", resources={"numCores": -1})], "Neative number of resources"),
+        ([job("a", resources={"numCores": "2"})], "Wrong definition of number of cores"),
+        ([job("a", resources={"numCores": {"exact": 1, "min": 1}})],
+         "Exact number of resources defined with min/max/scheduler"),
+        ([job("a", resources={"numCores": 1, "wt": "x"})], "Wrong wall time format"),
+        ([job("a", iteration={"stop": 2, "values": [1]})], "Stop and values iteration are excluding"),
+        ([job("a", iteration={"stop": 0})], "Job iteration stop greater or equal than start"),
+        ([job("a", dependencies={"after": "b"})],
+         "Dependency task's list must be an array of job names"),
+        ([job("a", attributes="x")], "Job attributes must be dictionary"),
+        ([job("a:1")], "Invalid job name"),
+    ],
+)  # fmt: skip
+def test_refusals_in_the_old_words(shared: Served, body: Any, said: str) -> None:
+    reply = shared.ask("submit", jobs=body)
+    said = said if said.startswith("Invalid request") else f"Wrong submit request: {said}"
+    assert reply["code"] == 1 and reply["message"].startswith(said), reply
+
+
+def test_what_can_never_run_fails_alone(qcg: Served) -> None:
+    qcg.submit(job("zero", resources={"numCores": 0}), job("ok"), job("min", resources={"numCores": {"min": 1}}))
+    qcg.wait()
+    assert [qcg.state(name) for name in ("zero", "ok", "min")] == ["FAILED", "SUCCEED", "FAILED"]
+    assert qcg.info("min")["messages"] == "Both core's range boundaries (min, max) must be defined"
 
 
 def test_dependencies_on_jobs_of_earlier_requests(qcg: Served) -> None:
@@ -275,12 +319,23 @@ def test_what_waits_for_unknown_jobs_is_held_until_it_is_settled(qcg: Served) ->
     assert [qcg.state(name) for name in "cd"] == ["QUEUED", "QUEUED"] and not qcg.finished()
     qcg.submit(job("b"), job("e", iteration={"stop": 2}, dependencies={"after": ["x"]}))
     wait_until(lambda: qcg.state("d") == "SUCCEED")
-    assert qcg.data("cancelJob", jobNames=[]) == {"canceled": 0}
+    assert (
+        qcg.ask("cancelJob", jobNames=[])["message"] == "Invalid request: Wrong cancel job request - missing job names"
+    )
     qcg.submit(job("f", dependencies={"after": ["y"]}))
     assert qcg.data("cancelJob", jobNames=["f"]) == {"canceled": 1}
     assert dict(qcg.requests.settle()) == {"e": "it waits for 'x', which no request brings"}
     assert [qcg.state(name) for name in ("e", "e:1", "f")] == ["OMITTED", "OMITTED", "CANCELED"]
     assert qcg.info("e")["messages"] == "it waits for 'x', which no request brings"
+
+
+def test_what_is_nested_too_deeply_is_refused(shared: Served) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    reply = shared.ask("submit", jobs=[job("deep", {"exec": "true", "args": deep})])
+    assert reply == {"code": 1, "message": "Invalid request: lists and tables are nested too deeply"}
+    assert _text({"request": deep}) == "(nested too deeply)"
 
 
 def test_control_and_finish(tmp_path: Path) -> None:
@@ -291,7 +346,16 @@ def test_control_and_finish(tmp_path: Path) -> None:
             "code": 0, "message": "finishAfterAllTasksDone command accepted",
         }  # fmt: skip
         assert qcg.ask("finish") == {"code": 1, "message": "Finish request already requested"}
-        assert qcg.ask("register", entity="manager")["code"] == qcg.ask("notify")["code"] == 1
+        of_managers = {
+            "register": ("manager", {"id": 1, "address": 1, "resources": 1}),
+            "notify": ("job", {"name": 1, "state": 1, "attributes": 1}),
+        }
+        for name, (entity, params) in of_managers.items():
+            wrong = f"Invalid request: Wrong {name} request - missing"
+            assert qcg.ask(name)["message"] == qcg.ask(name, entity="x")["message"] == f"{wrong}/unknown entity"
+            assert qcg.ask(name, entity=entity)["message"] == f"{wrong} register parameters"
+            assert qcg.ask(name, entity=entity, params={"id": 1})["message"] == f"{wrong} key {name} parameters"
+            assert "not supported" in qcg.ask(name, entity=entity, params=params)["message"]
     other = tmp_path / "other"
     other.mkdir()
     with served(other) as qcg:

@@ -162,9 +162,13 @@ def test_29_text_report(tmp_path: Path) -> None:
 
 def test_the_slurm_schema_adds_the_variables_of_a_job_step(tmp_path: Path) -> None:
     both = {"numNodes": {"exact": 2}, "numCores": {"exact": 2}}
-    show = job("e", {"exec": "/usr/bin/env", "stdout": "env.out"}, resources=both)
-    ran = jobs(tmp_path, show, nodes="n1:2,n2:2", args=("--envschema", "slurm"))
+    show = job("e", script("env > env.out; cat $SLURM_HOSTFILE > hosts"), resources=both)
+    one = job("one", script("cat $SLURM_HOSTFILE; echo $SLURM_NTASKS", stdout="one"), resources={"numCores": 2})
+    ran = jobs(tmp_path, show, one, nodes="n1:2,n2:2", args=("--envschema", "slurm"))
     found = dict(line.split("=", 1) for line in ran.text("env.out").splitlines() if line.startswith("SLURM_"))
+    assert found.pop("SLURM_HOSTFILE") and ran.text("hosts") == "n1\nn1\nn2\nn2\n"
+    node = ran.report["one"]["runtime"]["allocation"].partition("[")[0]
+    assert ran.text("one") == f"{node}\n{node}\n2\n"
     assert found == {
         "SLURM_NNODES": "2", "SLURM_NODELIST": "n1,n2", "SLURM_NPROCS": "4", "SLURM_NTASKS": "4",
         "SLURM_JOB_NODELIST": "n1,n2", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n1,n2",
@@ -211,7 +215,7 @@ def test_everything_is_below_wd_and_the_id_names_the_directory(tmp_path: Path) -
 
 
 def test_options_without_a_meaning_are_accepted_and_say_so(tmp_path: Path) -> None:
-    (tmp_path / "q.json").write_text('[{"request": "submit", "jobs": []}]')
+    (tmp_path / "q.json").write_text("[]")
     ran = serve(
         tmp_path, "--file", "--file-path", "q.json", "--nodes", "1", "--net-port", "5555", "--log", "debug",
         "--disable-nl", "--nl-ready-treshold", "0.5", "--nl-ready-threshold=1.0", "--nl-start-method", "ssh",
@@ -291,5 +295,5 @@ def test_requests_that_are_no_requests_are_answered(tmp_path: Path) -> None:
     ran = requests(tmp_path, 7, {"no": 1}, {"request": "submit"}, {"request": "submit", "jobs": [{"name": "x"}]})
     assert [reply["code"] for reply in ran.replies] == [1] * 4
     assert ran.replies[2]["message"] == "Invalid request: Wrong submit request - missing jobs data"
-    assert "the key execution is missing" in ran.replies[3]["message"]
-    assert ran.code == 1 and "request 4: Wrong submit request" in ran.stderr
+    assert ran.replies[3]["message"] == "Invalid request: Missing execution element in job description (jobs[0])"
+    assert ran.code == 1 and "request 4: Invalid request: Missing execution" in ran.stderr

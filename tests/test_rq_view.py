@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import redis
@@ -26,14 +26,10 @@ from rq.registry import (
 from pilotq.broker.records import EndReport
 from pilotq.broker.rq_jobs import run
 from tests.engine import NODE, ONE, Engine, FakeNode, array, end_line, fixtures, pump, task
+from tests.producing import producing
 
 engine, server, node = fixtures
-
-
-@pytest.fixture
-def client(engine: Engine) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(engine.running.address.url()) as found:
-        yield found
+client, _ = producing
 
 
 def test_a_task_through_its_life(engine: Engine, client: redis.Redis) -> None:
@@ -110,7 +106,7 @@ def test_every_way_to_end_leaves_times_that_rq_reads(engine: Engine, client: red
     )
     if how == "lost":
         for _ in range(3):
-            engine.lose(engine.claim())
+            engine.end(engine.claim(), "lost")
         found = parent
     else:
         if how == "canceled":

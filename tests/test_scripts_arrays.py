@@ -63,7 +63,7 @@ def test_elements_given_back_come_first_and_run_as_a_second_execution(engine: En
     assert engine.give_back(handed[1:]) == 2
     assert engine.list() == [f"{a}_1", f"{a}_2", a, b]
     (head,) = engine.store.heads([ONE])
-    assert (head.ids[0], head.elements) == (f"{a}_1", 0)
+    assert (head.places[0], head.elements) == (f"{a}_1", 0)
     again = engine.claim(4)
     assert [(h.id, h.execution, h.array, h.index, h.position) for h in again[:2]] == [
         (f"{a}_1", 2, a, 1, 1), (f"{a}_2", 2, a, 2, 2),

@@ -6,13 +6,13 @@ import pytest
 
 from pilotq.broker import keys
 from pilotq.broker.records import Handed, Stop
-from pilotq.broker.states import ENDED, EVENT_SCRIPTS, STATUSES, TABLE
-from pilotq.broker.store import Store
+from pilotq.broker.states import ENDED, EVENT_SCRIPTS, RQ_EVENTS, STATUSES, TABLE
+from pilotq.broker.store import Store, iso
 from pilotq.broker.submit import submit
 from tests.engine import EPOCH, NODE, ONE, SHARED, Engine, fixtures, task
 
 engine, server, node = fixtures
-EVENTS = tuple(EVENT_SCRIPTS)
+EVENTS = tuple(event for event in EVENT_SCRIPTS if event not in RQ_EVENTS)  # the others: tests/test_stock_*.py
 KEY = "submission-of-the-task"
 PARENTS = "default.p5.1c"  # the class of what a deferred task waits for
 PARENT = "zzz"  # no such task: only its list of dependents is used
@@ -71,6 +71,8 @@ def do(engine: Engine, event: str, task_id: str, handed: Handed | None, status: 
         engine.release()
     elif script == "cancel":
         engine.cancel(task_id)
+    elif script == "retry":
+        engine.store.retry([[task_id]])
     elif script == "claim":
         if status not in ("created", "queued"):
             engine.link.call("RPUSH", keys.queue(ONE), task_id)
@@ -229,6 +231,23 @@ def test_give_back_of_what_was_canceled(engine: Engine, told: str) -> None:
         assert engine.counts() == {"total": 1, "canceled": 1}
 
 
+@pytest.mark.parametrize("status", ["failed", "stopped", "canceled"])
+def test_retry(engine: Engine, status: str) -> None:
+    task_id = bring(engine, status)[0]
+    do(engine, "retry", task_id, None, status)
+    assert (engine.status(task_id), engine.list(), engine.counts()) == ("queued", [task_id], {"total": 1})
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped", "canceled"])
+def test_retry_deferred(engine: Engine, status: str) -> None:
+    """It ended though its parent runs again: only a parent's retry can bring that about."""
+    task_id = bring(engine, status)[0]
+    parent = engine.submit(task(priority=5))[0]
+    engine.link.call("HSET", keys.job(task_id), "pq_after", parent)
+    do(engine, "retry_deferred", task_id, None, status)
+    assert (engine.status(task_id), engine.list(), engine.registry("deferred")) == ("deferred", [], [task_id])
+
+
 @pytest.mark.parametrize("wish", ["finished", "failed", "stopped", "canceled"])
 def test_end(engine: Engine, wish: str) -> None:
     task_id, handed = bring(engine, "started")
@@ -275,6 +294,9 @@ def test_lost_and_crash_limit(engine: Engine) -> None:
     task_id, handed = bring(engine, "started")
     for crash in (1, 2, 3):
         assert handed is not None
+        if crash > 1:  # from the second time on its worker says when it begins
+            began = (handed.id, handed.execution, "n1[0]", iso(1.0), "", "")
+            assert engine.store.run("launched", *began) == 1
         assert engine.lose([handed]) == (["retry"] if crash < 3 else ["ok"])
         if crash < 3:
             assert (engine.status(task_id), engine.list()) == ("queued", [task_id])
@@ -288,6 +310,16 @@ def test_what_was_handed_ahead_did_not_kill_its_worker(engine: Engine) -> None:
     for _ in range(5):
         assert engine.lose(engine.claim(lane=0)) == ["retry"]
     assert "pq_crashes" not in engine.hash(task_id)
+
+
+def test_what_was_lost_before_is_charged_only_when_it_has_begun(engine: Engine) -> None:
+    """It may have waited for the end of another one's last trial, with a lane."""
+    task_id, handed = bring(engine, "started")
+    for _ in range(5):
+        assert handed is not None
+        assert engine.lose([handed]) == ["retry"]
+        (handed,) = engine.claim()
+    assert engine.hash(task_id)["pq_crashes"] == "1"
 
 
 def test_what_a_worker_calls_lost_had_begun(engine: Engine) -> None:
@@ -317,7 +349,7 @@ def test_a_reported_launch_is_forgotten_when_the_task_waits_again(engine: Engine
 def test_what_the_dispatcher_must_look_at_rings_its_bell(engine: Engine, event: str) -> None:
     parent, _ = engine.submit(task(name="p", retries=1), task(after=["p"]))
     handed = engine.claim() if event != "cancel" else []
-    engine.store.run("tidy", engine.store.term, ONE)
+    engine.store.run("tidy", engine.store.term, 9, ONE)
     engine.link.call("DEL", keys.BELL)
     if event == "end":
         engine.end(handed)

@@ -154,7 +154,11 @@ def test_ids_ascend_and_lists_keep_the_order(engine: Engine) -> None:
     queues = {m.decode() for m in engine.link.call("SMEMBERS", keys.QUEUES)}
     names = ("default", "other", ONE, "default.p0.2c", "other.p-3.1c")
     assert queues == {keys.queue(n) for n in names}
-    assert keys.queue_names(engine.link.call("SMEMBERS", keys.QUEUES)) == ["default", "other"]
+    classes = engine.link.call("HKEYS", keys.CLASSES)
+    assert keys.queue_names(engine.link.call("SMEMBERS", keys.QUEUES), classes) == [
+        "default",
+        "other",
+    ]
 
 
 def test_a_hundred_thousand_ids_in_one_commit(engine: Engine) -> None:
@@ -295,7 +299,7 @@ def test_a_long_chain_is_no_cycle() -> None:
         ([task(name="a"), array(2, after_each=["a"])], "must be an array of 2 elements"),
         ([array(3, name="a"), array(2, after_each=["a"])], "must be an array of 2 elements"),
         ([array(2, name="a"), array(2, after=["a"], after_each=["a"])], "not both"),
-        ([Task()], "exactly one of command and script"),
+        ([Task()], "exactly one of command, script and function"),
     ],
 )
 def test_refused_descriptions(engine: Engine, tasks: list[Task], why: str) -> None:
@@ -331,10 +335,12 @@ def test_kinds_that_nothing_needs_make_room(engine: Engine) -> None:
     for name in names:
         engine.end(engine.claim(1, name))
     running = engine.claim(1, "default.p1000.1c")
-    assert engine.store.run("tidy", engine.store.term, *names, "default.p1000.1c") == 0  # something may still need them
+    assert (
+        engine.store.run("tidy", engine.store.term, 9, *names, "default.p1000.1c") == 0
+    )  # something may still need them
     assert keys.queue(names[0]) not in {m.decode() for m in engine.link.call("SMEMBERS", keys.QUEUES)}
     engine.give_back(running)
-    assert engine.store.run("tidy", engine.store.term, *names, "default.p1000.1c") == 10
+    assert engine.store.run("tidy", engine.store.term, 9, *names, "default.p1000.1c") == 10
     assert [n.decode() for n in engine.link.call("HKEYS", keys.CLASSES)] == ["default.p1000.1c"]
     assert engine.list("default.p1000.1c") == [waits]
     (again,) = engine.submit(task(priority=3))

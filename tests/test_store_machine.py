@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from pilotq.broker import keys
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.records import Handed
+from pilotq.broker.retry import retry
 from pilotq.broker.states import ENDED
 from pilotq.broker.store import Store
 from tests.engine import EPOCH, ONE, Engine, array, fixtures, task
@@ -47,6 +48,8 @@ class Unit:
     rq: bool = False  # by RQ's button, which sets the status at once
     met: bool = False  # an element that has a record of its own
     finals: int = 0  # ends of executions that count
+    again: bool = False  # it was retried: its executions go on with any higher number
+    ends: int = 0  # how often it had ended before it was retried
 
 
 @dataclass
@@ -54,6 +57,8 @@ class Model:
     units: dict[str, Unit] = field(default_factory=dict)
     arrays: dict[str, list[str]] = field(default_factory=dict)
     each: set[str] = field(default_factory=set)  # arrays that wait element by element
+    retries: dict[str, int] = field(default_factory=dict)  # of arrays, and how often they ended before a retry
+    ends: Counter[str] = field(default_factory=Counter)
     doomed: set[str] = field(default_factory=set)  # RQ has canceled them, though they run still
 
     def born(self, parents: list[str]) -> str:
@@ -76,6 +81,14 @@ class Model:
             for unit in self.units.values():
                 if unit.status == "waiting" and any(self.bad(p) for p in unit.parents):
                     unit.status, changed = "canceled", True
+
+    def retry(self, units: list[Unit]) -> None:
+        for unit in units:
+            unit.ends += 1
+            unit.status, unit.cancel, unit.rq, unit.crashes, unit.again = "waiting", False, False, 0, True
+            unit.retries = self.retries.get(unit.array, unit.retries)
+            unit.met = False
+            self.doomed -= {unit.id, unit.array}
 
     def ready(self) -> list[str]:
         return [u.id for u in self.units.values() if u.status == "waiting" and all(map(self.good, u.parents))]
@@ -140,6 +153,7 @@ class Machine(RuleBasedStateMachine):
             (name,) = self.engine.submit(array(size, retries=retries, after=after))
             parents = [after] * size
             born = self.model.born(after)
+        self.model.retries[name] = retries
         self.model.arrays[name] = [f"{name}_{n}" for n in range(size)]
         for member, waits_for in zip(self.model.arrays[name], parents, strict=True):
             self.model.units[member] = Unit(member, retries, waits_for, name, born)
@@ -157,7 +171,7 @@ class Machine(RuleBasedStateMachine):
         for h in handed:
             unit = self.model.units[h.id]
             assert h.id in ready
-            unit.execution += 1
+            unit.execution = max(unit.execution + 1, h.execution if unit.again else 0)
             unit.status, unit.met = "started", True
             assert (h.execution, h.retries, h.array) == (unit.execution, unit.retries, unit.array)
             self.held.append((h, lane))
@@ -229,6 +243,34 @@ class Machine(RuleBasedStateMachine):
                 unit.cancel = True
                 unit.rq = unit.rq or (pressed and unit.id == name)
 
+    @precondition(lambda self: self.model.units)
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        """Of what has ended and been followed: what is still to be omitted is omitted."""
+        self.engine.release()
+        self.model.settle()
+        units = self.model.units
+        name = data.draw(st.sampled_from([*units, *self.model.arrays]))
+        members = [units[i] for i in self.model.arrays.get(name, [name])]
+        over = all(m.status in ENDED for m in members)
+        (answer,) = retry(self.engine.store, [name]).values()
+        wanted = [m for m in members if m.status in BAD]
+        if answer not in ("queued", "deferred") or not wanted:
+            unfinished = [p for m in members for p in m.parents if not self.model.good(p)]
+            assert not wanted or unfinished or self._is_ending(members), (answer, members)
+            return
+        self.model.retry(wanted)
+        if name in self.model.arrays and over:
+            self.model.ends[name] += 1
+        elif name not in self.model.arrays and members[0].array:
+            siblings = [units[i] for i in self.model.arrays[members[0].array] if i != name]
+            self.model.ends[members[0].array] += all(u.status in ENDED for u in siblings)
+
+    def _is_ending(self, members: list[Unit]) -> bool:
+        """An array whose record, or one of whose elements, is to be stopped and still runs."""
+        siblings = [self.model.units[i] for m in members for i in self.model.arrays.get(m.array, [m.id])]
+        return any(u.status == "started" for u in siblings)
+
     @rule(limit=st.integers(1, 5))
     def release(self, limit: int) -> None:
         self.engine.store.release(limit)
@@ -287,7 +329,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert real == expected, unit
             if real == "queued":
-                assert listed[unit.id] == 1
+                assert listed[unit.id] == 1 or unit.again
             assert running[f"{unit.id}:{unit.execution}"] == (unit.status == "started")
             if not unit.array:
                 kind = {"stopped": "failed"}.get(expected, expected)
@@ -311,7 +353,7 @@ class Machine(RuleBasedStateMachine):
             assert (status == "finished") == all(u.status == "finished" for u in units) or status == "canceled"
             assert places[name] == [status]
         elif name not in self.model.each and status == "queued":
-            assert listed[name] == 1
+            assert listed[name] == 1 or self.model.ends[name]
         assert all(self.engine.ttl(k) != -1 for k in (keys.bits(name), keys.each(name)) if over)
 
     @invariant()
@@ -325,9 +367,10 @@ class Machine(RuleBasedStateMachine):
         assert self.engine.counts() == expected
         finals = Counter(line["id"] for line in self.engine.journal() if line["final"])
         for unit in units:
-            assert finals[unit.id] == (unit.finals if unit.array else unit.status in ENDED), unit
+            assert finals[unit.id] == (unit.finals if unit.array else unit.ends + (unit.status in ENDED)), unit
         for name, members in self.model.arrays.items():
-            assert finals[name] == all(self.model.units[i].status in ENDED for i in members)
+            over = all(self.model.units[i].status in ENDED for i in members)
+            assert finals[name] == self.model.ends[name] + over
 
     @invariant()
     def no_key_stays_for_ever(self) -> None:

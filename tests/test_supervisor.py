@@ -80,7 +80,8 @@ def assert_nothing_left(pilot: Pilot, where: Address) -> None:
     assert part(pilot, "") == 0
     assert not os.path.exists(os.path.dirname(where.path) or "/nowhere")
     assert not pilot.alive()
-    assert set(os.listdir(pilot.directory)) <= {"journal.jsonl", "logs", "output", "server", "swept"}
+    left = {"journal.jsonl", "logs", "output", "server", "submitted", "surroundings", "swept"}
+    assert set(os.listdir(pilot.directory)) <= left
 
 
 # -- starting and ending ----------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def test_the_journal_is_written_as_things_end_and_to_the_last(start: Start) -> N
     os.kill(pilot.process.pid, signal.SIGCONT)
     assert pilot.process.wait(20) == 0
     pilot = start()
-    assert ask(pilot, "EXISTS", keys.WISH) == 0  # the wish to end was for the pilot before
+    assert ask(pilot, "HGET", keys.WISH, "stop") is None  # the wish to end was for the pilot before
     end("c")
     pilot.process.terminate()
     assert pilot.process.wait(20) == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+SHARED: set[str] = set()  # numbers of processes that outlive the test which started them, for others of its module
 
 
 def wait_until(condition: Callable[[], T], *, seconds: float = 20.0, what: str = "") -> T:

@@ -12,7 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,18 @@ class Channel:
 class SocketLink:
     """The worker's end. Every call is told to the test; the test sends messages, records to fetch, and answers."""
 
+    contact_s = 0.0
+
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel(sock)
         self._decode = msgspec.msgpack.Decoder(ToWorker).decode
         self._shared: dict[str, Shared] = {}
         self._values: dict[str, list[str]] = {}
+        self._jobs: dict[str, dict[bytes, bytes]] = {}
         self._away = False
         self._unanswered = 0
         self._verdicts: list[tuple[str, int, str]] = []
+        self._told: list[tuple[str, ToWorker]] = []
 
     def register(self, info: NodeInfo) -> int:
         self._channel.send(("register", info))
@@ -80,6 +84,9 @@ class SocketLink:
     def pause(self, now: float) -> float:
         return 60.0
 
+    def out_of_touch(self, now: float) -> float:
+        return 0.0
+
     def pump(self, now: float) -> list[ToWorker]:
         messages = []
         for kind, *args in self._channel.receive():
@@ -89,6 +96,8 @@ class SocketLink:
                 self._shared[args[0]] = args[1]
             elif kind == "values":
                 self._values[args[0]] = args[1]
+            elif kind == "job":
+                self._jobs[args[0]] = args[1]
             elif kind == "away":
                 self._away = args[0]
             elif kind == "answer":
@@ -115,7 +124,25 @@ class SocketLink:
     def post_state(self, state: NodeState) -> None:
         self._channel.send(("state", state))
 
-    def post_beat(self, fields: dict[str, str]) -> None:
+    def tell(self, address: str, message: ToWorker) -> None:
+        self._channel.send(("tell", address, message))
+        self._told.append((address, message))
+
+    def undelivered(self) -> list[tuple[str, ToWorker]]:
+        """There is no other node."""
+        found, self._told = self._told, []
+        return found
+
+    def post_leaving(self) -> None:
+        self._channel.send(("leaving",))
+
+    def post_mail(self, message: object) -> None:
+        self._channel.send(("mail", message))
+
+    def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
+        return {name: NodeInfo(name, 7, "here", 1, [0, 1]) for name in names}
+
+    def post_beat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
         self._channel.send(("beat", fields))
 
     def unsent(self) -> int:
@@ -125,6 +152,9 @@ class SocketLink:
         if self._away:
             raise errors.ServerUnavailable("the test has taken the server away")
         return self._shared[key]
+
+    def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
+        return self._jobs[task_id]
 
     def fetch_value(self, array: str, position: int) -> str:
         return self._values[array][position]

@@ -16,6 +16,19 @@ PACK_BYTES = 1 << 20  # copying so much takes about 0.5 ms, in which nothing els
 NOTHING = Captured()
 
 
+def tail(captured: Captured, size: int) -> bytes:
+    """The last ``size`` bytes of what was captured; empty where its file cannot be read: this only helps people."""
+    if not captured.path:
+        return captured.data[-size:]
+    size = min(captured.length, size)
+    try:
+        with open(captured.path, "rb") as file:
+            file.seek(captured.offset + captured.length - size)
+            return file.read(size)
+    except OSError:
+        return b""
+
+
 class PoolFile:
     """A file that one stream of one task is written to. ``path`` is absolute."""
 
@@ -133,3 +146,18 @@ class Capture:
             os.unlink(file.path)
         except OSError:
             pass  # the directory is gone or fails: nothing can be removed there
+
+
+def open_again(file: PoolFile) -> int:
+    """A descriptor of the file that has its name by now; an empty one is made if there is none."""
+    return os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def reopen(file: PoolFile) -> None:
+    """An interpreter may have put a new file in the place of one that became an output of its own."""
+    try:
+        fd = open_again(file)
+    except OSError:
+        return  # the directory fails: so will whoever reads it
+    os.dup2(fd, file.fd, inheritable=False)
+    os.close(fd)

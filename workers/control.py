@@ -9,6 +9,7 @@ up: no server, a server without our state, a newer worker of this node, launcher
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import select
 import signal
@@ -22,12 +23,14 @@ from pilotq.broker.errors import PilotFailed, ServerUnavailable, StateLost, Supe
 from pilotq.broker.link import Address
 from pilotq.broker.node_link import NodeLink, iso
 from pilotq.broker.pilot import find
-from pilotq.broker.records import Leave, NodeInfo
+from pilotq.broker.records import Leave, NodeInfo, Stop
 from pilotq.broker.settings import Settings, load
+from pilotq.workers.joint_node import JointNode
 from pilotq.workers.launchers import Launchers, LaunchersFailedError, ended_children
-from pilotq.workers.node import Node
 
 CUT_OFF_S = 1.0  # beyond the grace, for tasks to be swept when nobody is left to report to
+SHOWN_AFTER_S = 1.0  # RQ's record of an execution costs three keys: short ones have none
+SHOWN_MAX = 16  # for each node: RQ's pages read them all
 Descriptors = dict[int, int]  # number -> what is waited for
 
 
@@ -52,9 +55,12 @@ def serve(link: NodeLink, directory: str, info: NodeInfo, real: Mapping[int, int
     launchers = Launchers(output, info.name, info.cores, settings)
     try:
         info.incarnation = link.register(info)
-        node = Node(link, launchers, directory, info, real, settings)
+        node = JointNode(link, launchers, directory, info, real, settings)
         log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores")
-        return _Loop(link, launchers, node, signals, settings).run()
+        try:
+            return _Loop(link, launchers, node, signals, settings).run()
+        finally:
+            node.close()
     except PilotFailed as error:
         log(f"the worker of node {info.name} cannot begin: {error}")
         return PilotFailed.exit_code
@@ -71,6 +77,9 @@ class _Signals:
         self.fileno, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, _woken)
+        # Slurm may send it to all processes of a job some time before the end: the supervisor's business. A handler, as
+        # launchers would inherit that it is ignored.
+        signal.signal(signal.SIGUSR1, _nothing)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
@@ -84,12 +93,18 @@ class _Signals:
         os.close(self._wake)
 
 
+def _nothing(_signal: int, _frame: object) -> None:
+    """What is not for us."""
+
+
 def _woken(_signal: int, _frame: object) -> None:
     """Python wants a handler where the wake-up descriptor is written."""
 
 
 class _Loop:
-    def __init__(self, link: NodeLink, launchers: Launchers, node: Node, signals: _Signals, settings: Settings) -> None:
+    def __init__(
+        self, link: NodeLink, launchers: Launchers, node: JointNode, signals: _Signals, settings: Settings
+    ) -> None:
         self._link = link
         self._launchers = launchers
         self._node = node
@@ -146,9 +161,11 @@ class _Loop:
                     self._node.launcher_ended(launcher, now)
         if self._signals.fileno in ready:
             self._signal(now)
+        self._node.serve(ready.keys() & self._node.filenos())
         self._node.tick(now)
         if self._online:
             self._talk(ready, beat, now)
+            self._check_contact(now)
         self._node.launch(now)
 
     def _wait(self) -> Descriptors:
@@ -159,6 +176,7 @@ class _Loop:
                 wanted[launcher.bell] = select.POLLIN
             if launcher.full:
                 wanted[launcher.down] = select.POLLOUT
+        wanted.update(dict.fromkeys(self._node.filenos(), select.POLLIN))
         now = time.monotonic()
         moments = [self._node.next(), self._leave_by]
         if self._online:
@@ -176,19 +194,36 @@ class _Loop:
 
     def _talk(self, ready: Descriptors, beat: bool, now: float) -> None:
         if beat:
-            self._link.post_beat({"last_heartbeat": iso(time.time()), "state": "busy" if self._node.busy else "idle"})
+            state = "busy" if self._node.busy else "idle"
+            self._link.post_beat({"last_heartbeat": iso(time.time()), "state": state}, self._longest())
         # With each beat the link looks after connections that nothing arrives on any more.
         if beat or self._link.pause(now) <= 0 or any(fd in ready for fd in self._link.filenos()):
             for message in self._link.pump(now):
                 if isinstance(message, Leave):
-                    self._leave(message.grace, now)
+                    self._leave(message, now)
+                elif isinstance(message, Stop) and not message.id:
+                    for e in self._node.running():
+                        self._node.receive(Stop(e.handed.id, e.handed.execution, message.reason), now)
                 else:
                     self._node.receive(message, now)
+
+    def _longest(self) -> list[tuple[str, int, float, str]]:
+        """What RQ's tools are to show as running: what lives longest, and not only for a moment."""
+        before = time.time() - SHOWN_AFTER_S
+        found = sorted((e.started, e.key, e.handed) for e in self._node.running() if e.started < before)[:SHOWN_MAX]
+        return [(h.id, h.execution, started, h.class_name) for started, _, h in found]
+
+    def _check_contact(self, now: float) -> None:
+        """Tasks of a node that is out of touch for too long end, as they are given to others; without tasks nobody
+        needs this worker."""
+        bound = self._link.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
+        if self._link.out_of_touch(now) > bound:
+            raise ServerUnavailable(f"no word from the server for {bound:g} s")
 
     def _signal(self, now: float) -> None:
         numbers = self._signals.read()
         if signal.SIGTERM in numbers:
-            self._leave(self._settings.kill_grace_s, now)
+            self._leave(Leave(self._settings.kill_grace_s), now)
         # Whatever the number: a full pipe may have lost a SIGCHLD behind others.
         for pid in ended_children():
             launcher = self._launchers.with_pid(pid)
@@ -200,11 +235,13 @@ class _Loop:
                 finally:
                     self._launchers.reap(launcher)
 
-    def _leave(self, grace: float, now: float) -> None:
+    def _leave(self, word: Leave, now: float) -> None:
         if self._leave_by is None:
-            log(f"leaving: tasks that run get {grace:g} s")
-            self._leave_by = now + self._settings.stop_wait_s
-        self._node.leave(grace, now)
+            log(f"leaving ({word.reason}): tasks that run get {word.grace:g} s")
+            self._leave_by = now + word.grace + self._settings.stop_wait_s
+            if self._online:
+                self._link.post_leaving()
+        self._node.leave(word, now)
 
     def _give_up(self, error: PilotFailed) -> None:
         """End all tasks; without grace when other executions of them may have begun."""
@@ -215,7 +252,7 @@ class _Loop:
         if not isinstance(error, LaunchersFailedError):
             self._online = False
             self._leave_by = now + grace + CUT_OFF_S
-        self._leave(grace, now)
+        self._leave(Leave(grace), now)
 
 
 def main(argv: list[str]) -> int:
@@ -232,8 +269,9 @@ def main(argv: list[str]) -> int:
     settings = load(os.environ.get("PILOTQ_SETTINGS"))
     connection = find(options.dir).await_connection(settings.server_wait_s)
     info = NodeInfo(
-        options.node, 0, socket.gethostname(), os.getpid(), cores, shared_cores=len(set(real.values())) < len(real)
-    )
+        options.node, 0, socket.gethostname(), os.getpid(), cores, shared_cores=len(set(real.values())) < len(real),
+        cpus=[real.get(core, core) for core in cores],
+    )  # fmt: skip
     return run_worker(connection.directory, connection.address, connection.epoch, info, real, settings)
 
 

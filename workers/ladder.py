@@ -1,7 +1,7 @@
 """One execution on a node, from being handed to its end, as pure book-keeping: times are arguments, nothing is done.
 
-    AHEAD ──► WAITING ──► LAUNCHING ──► RUNNING ──► ENDING ──► KILLED
-    (no lane) (a lane)        ▲            │     (SIGTERM sent) (SIGKILL sent)
+    AHEAD ──► WAITING ──► LAUNCHING ──► RUNNING ──► (NOTICED) ──► ENDING ──► KILLED
+    (no lane) (a lane)        ▲            │      (own signal) (SIGTERM sent) (SIGKILL sent)
       ◄─────► LINED ──────────┘            └── ends by itself
          (behind another)
 
@@ -14,9 +14,10 @@ from __future__ import annotations
 import heapq
 from enum import Enum
 
-from pilotq.broker.records import Handed
+from pilotq.broker.records import Handed, parse_allocation
 from pilotq.broker.settings import Settings
-from pilotq.workers.wire import Exited
+from pilotq.broker.task import Spec
+from pilotq.workers.wire import Exited, Returned
 
 KILL_AGAIN_S = 1.0  # a process that was forking while it was killed is found by the next SIGKILL
 UNKILLABLE_S = 30.0  # what lives so long after the first SIGKILL hangs in the kernel
@@ -28,13 +29,16 @@ class Phase(Enum):
     WAITING = "waiting"  # has a lane, is not launched yet
     LAUNCHING = "launching"  # the launcher was told
     RUNNING = "running"
+    NOTICED = "noticed"  # was told by a signal of the user's choice that it will be ended
     ENDING = "ending"
     KILLED = "killed"
+    SWEPT = "swept"  # nothing of it lives here: other nodes are to confirm the same
 
 
 class Step(Enum):
     ANNOUNCE = "announce"  # it lives longer than a moment: report its start
     WITHDRAW = "withdraw"  # take it from its line, unless it has been started
+    NOTICE = "notice"
     TERM = "term"
     KILL = "kill"
     HANGS = "hangs"  # its launch, or its withdrawal, was not confirmed in time
@@ -47,6 +51,7 @@ class Execution:
     __slots__ = (
         "key", "handed", "phase", "lane", "allocation", "launcher", "limit", "limit_at", "grace", "gone_by", "reason",
         "wish", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live", "begun", "recalled",
+        "spec", "function",
     )  # fmt: skip
 
     def __init__(self, key: int, handed: Handed) -> None:
@@ -65,13 +70,19 @@ class Execution:
         self.message = ""
         self.pid = 0  # of its main process, once it has started
         self.started = 0.0  # unix seconds, 0 = never
-        self.exited: Exited | None = None
+        self.exited: Exited | Returned | None = None
+        self.function = False  # a call: interpreters run it
         self.stdout = ""  # files named by the user
         self.stderr = ""
         self.suffix = ""  # of these files until the execution counts
         self.live = ("", "")  # where both outputs can be read while it runs
         self.begun = False  # the launcher has come to it
         self.recalled = False  # it is to be given back as soon as it is withdrawn
+        self.spec: Spec | None = None  # what it is, once it was prepared
+
+    @property
+    def first_core(self) -> int:
+        return parse_allocation(self.allocation)[0].cores[0]
 
     @property
     def launched(self) -> bool:
@@ -161,11 +172,19 @@ class Ladder:
         self._deadlines.set(e.key, min(announce_at, e.limit_at) if e.limit else announce_at)
         return None
 
-    def stop(self, e: Execution, reason: str, grace: float, now: float) -> Step | None:
-        """End an execution that a launcher knows of; the first reason stands, and the shortest grace."""
-        if e.phase is Phase.RUNNING:
+    def stop(self, e: Execution, reason: str, grace: float, now: float, *, notice: bool = False) -> Step | None:
+        """End an execution that a launcher knows of; the first reason stands, and the shortest grace.
+
+        With ``notice`` one that runs is told first, and gets SIGTERM when only the usual grace is left.
+        """
+        if e.phase is Phase.RUNNING and notice:
             e.reason = reason
-            return self._end(e, now + grace)
+            e.phase = Phase.NOTICED
+            self._deadlines.set(e.key, now + max(grace - self._settings.kill_grace_s, 0.0))
+            return Step.NOTICE
+        if e.phase is Phase.RUNNING or e.phase is Phase.NOTICED:
+            e.reason = e.reason or reason
+            return self._end(e, now + grace) if not notice else None
         if e.phase is Phase.LAUNCHING or e.phase is Phase.LINED:
             # Its deadline stays the one of the launch: `started` goes on from here.
             e.grace = min(grace, e.grace) if e.reason else grace
@@ -178,7 +197,8 @@ class Ladder:
 
     def exited(self, e: Execution, now: float) -> Step | None:
         """The main process ended and left others behind: they are given the usual grace."""
-        return self._end(e, now + self._settings.kill_grace_s) if e.phase is Phase.RUNNING else None
+        alive = e.phase is Phase.RUNNING or e.phase is Phase.NOTICED
+        return self._end(e, now + self._settings.kill_grace_s) if alive else None
 
     def ended(self, e: Execution) -> None:
         """Nothing of it lives, or nobody will ever know: out of the book."""
@@ -207,6 +227,8 @@ class Ladder:
             if e.limit:
                 self._deadlines.set(e.key, e.limit_at)
             return Step.ANNOUNCE
+        if e.phase is Phase.NOTICED:
+            return self._end(e, now + self._settings.kill_grace_s)
         if e.phase is Phase.ENDING:
             e.phase = Phase.KILLED
             e.gone_by = now + UNKILLABLE_S

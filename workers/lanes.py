@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import count, takewhile
 
 from pilotq.broker.floor import Pace
-from pilotq.broker.records import Handed
+from pilotq.broker.records import Handed, NodeInfo, NodeState
 from pilotq.broker.settings import Settings
 from pilotq.workers.ladder import Execution, Phase
 
@@ -83,6 +83,16 @@ class Lanes:
     def withhold(self, e: Execution) -> None:
         """An execution that cannot be killed: it is gone from here, its lane stays taken for ever."""
         self._forget(e)
+
+    def shrink(self, e: Execution, allocation: str) -> None:
+        """An execution has ended, but this rest of its lane stays taken until `free`."""
+        self._forget(e)
+        if (lane := self._lanes.get(e.lane)) is not None:
+            lane.allocation = allocation
+
+    def free(self, number: int) -> None:
+        if (lane := self._lanes.get(number)) is not None:
+            self._close(number, lane)
 
     # -- lines -----------------------------------------------------------------------------------------------------
 
@@ -164,6 +174,10 @@ class Lanes:
     def lanes(self) -> list[tuple[int, str, str]]:
         """(number, allocation, class) of each lane."""
         return [(number, lane.allocation, lane.class_name) for number, lane in self._lanes.items()]
+
+    def state(self, info: NodeInfo, term: int) -> NodeState:
+        """All that the node holds, as the dispatcher of this term is told."""
+        return NodeState(info.name, info.incarnation, term, self.lanes(), self.ahead())
 
     def ahead(self) -> dict[str, int]:
         """How many tasks are ahead, by class, with those that are lined up."""

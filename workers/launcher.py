@@ -1,6 +1,7 @@
 """The launcher: a child of a worker's control process that starts and reaps task processes.
 
-    python -m pilotq.workers.launcher --dir <output directory> --node <name> --down <fd> --up <fd> --bell <fd>
+    python -m pilotq.workers.launcher --dir <output directory> --node <name> --calls <number> --down <fd> --up <fd>
+        --bell <fd>
 
 One thread and one loop over the pipe from the control process and the ends of children. It knows nothing of Redis,
 time limits or grace: it does what records say (`workers/wire.py`) and tells what it saw. It lives as long as the
@@ -17,12 +18,18 @@ import sys
 import time
 from collections import deque
 
+from pilotq.broker import points
 from pilotq.workers.capture import NOTHING, Capture
-from pilotq.workers.spawn import Refusal, Spawned, Spawner, Surroundings
+from pilotq.workers.interpreters import Interpreters
+from pilotq.workers.lines import Line, Running
+from pilotq.workers.spawn import Refusal, Spawner
+from pilotq.workers.start_interpreter import Options
 from pilotq.workers.sweep import PAUSE_S, Family
+from pilotq.workers.uplink import Uplink
 from pilotq.workers.wire import (
     Base,
     Begun,
+    Call,
     Captured,
     Down,
     Exited,
@@ -31,20 +38,16 @@ from pilotq.workers.wire import (
     Launch,
     Place,
     Refused,
+    Returned,
     Signal,
     Started,
     Swept,
-    Up,
     Withdraw,
     Withdrawn,
-    frame,
 )
 
 POLL_S = 0.02  # between two looks at leftovers; the end of one that is our child wakes us sooner
-REPORT_MAX = 64  # records in a frame; more of them would make the control process wait for the first
 YOUNG_S = 0.02  # what has ended by then, and left nothing, is not said to have started: its end says it
-BELL_S = 0.005  # how long the ends of lines that go on wait for company before the control process is woken
-BELL_ENDS = 16  # ... or until there are so many
 READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped for each read
 END_S = 5.0  # how long the last sweep may take; what lives then hangs in the kernel
 PR_SET_CHILD_SUBREAPER = 36
@@ -55,55 +58,31 @@ IGNORED = (
 )  # fmt: skip
 
 
-Line = deque[tuple[Launch, Surroundings | None]]  # launches that are to be started one after the other
-
-
-class Running:
-    """One launch that was started and of which something lives."""
-
-    __slots__ = ("key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "line")
-
-    def __init__(self, launch: Launch, spawned: Spawned, line: Line) -> None:
-        self.key = launch.key
-        self.name = f"{launch.id}.{launch.execution}"  # of output files that are kept
-        self.pid = spawned.pid
-        self.began = time.monotonic()
-        self.started = time.time()
-        self.stdout = spawned.stdout
-        self.stderr = spawned.stderr
-        self.killed = False  # SIGKILL was sent: what appears later gets it too
-        self.line = line
-
-
 class Launcher:
     """``down``, ``up`` and ``bell`` are the ends of the pipes that are ours; ``directory`` is absolute."""
 
-    def __init__(self, directory: str, node: str, down: int, up: int, bell: int) -> None:
+    def __init__(self, options: Options, down: int, up: int, bell: int) -> None:
         self._down = down
         self._up = up
-        self._bell = bell
         self._frames: Frames[Down] = Frames(Down)  # type: ignore[arg-type]
-        self._capture = Capture(directory, node)
+        self._capture = Capture(options.directory, options.node)
         self._spawner = Spawner(self._capture)
         self._family = Family()
         self._running: dict[int, Running] = {}
         self._ended: dict[int, Running] = {}  # their main process ended, others live
-        self._young: dict[int, Running] = {}  # not said to have started, oldest first
         self._lines: dict[int, Line] = {}  # behind all that run or ended, and with all that are lined up
         self._going: deque[Line] = deque()  # their first one may start
-        self._records: list[Up] = []
-        self._unsent = bytearray()
-        self._waiting = False  # for the pipe to take more
-        self._deaf = False  # nobody reads any more
-        self._news = 0  # ends that the bell was not rung for
-        self._ring_at = 0.0  # monotonic: when they are old enough
         self._look_at = 0.0  # monotonic: when what is left of ended launches is looked at again
         self._children = _child_signals()
-        for end in (up, bell):
-            os.set_blocking(end, False)
         self._poll = select.epoll()
         self._poll.register(down, select.EPOLLIN)
         self._poll.register(self._children, select.EPOLLIN)
+        self._uplink = Uplink(up, bell, self._poll)
+        self._calls = Interpreters(
+            options, self._spawner, self._capture, self._family, self._uplink, self._poll, self._leave,
+            self._going.append,
+        )  # fmt: skip
+        self._young = self._calls.young  # not said to have started, oldest first
 
     def run(self) -> None:
         """Returns when the control process says so or is gone; nothing that was started lives then."""
@@ -122,40 +101,41 @@ class Launcher:
             elif fd == self._children:
                 os.read(self._children, 128)
                 self._reap()
+            elif fd == self._up:
+                self._uplink.flush()
             else:
-                self._flush()
+                self._calls.hear(fd)
         now = time.monotonic()
         if self._ended and now >= self._look_at:
             self._look()
         if self._young:
             self._confirm(now)
-        while self._going and not self._waiting:
+        self._calls.tick(now)
+        while self._going and not self._uplink.waiting:
             self._go_on(self._going.popleft())
-        self._flush()
-        if self._news and (self._news >= BELL_ENDS or now >= self._ring_at):
-            self._ring()
-        return not self._deaf
+        self._uplink.flush()
+        self._uplink.ring_if_due(now)
+        return not self._uplink.deaf
 
     def _pause(self) -> float:
         """Seconds until something is to be done though nothing happens; -1: for ever."""
-        if self._going and not self._waiting:
+        if self._going and not self._uplink.waiting:
             return 0.0  # the pipe was full a moment ago
         moments = [self._look_at] if self._ended else []
         if self._young:
             moments.append(next(iter(self._young.values())).began + YOUNG_S)
-        if self._news:
-            moments.append(self._ring_at)
+        moments += [moment for moment in (self._uplink.ring_at(), self._calls.next()) if moment is not None]
         return max(min(moments) - time.monotonic(), 0.0) if moments else -1
 
     def _receive(self) -> bool:
         data = os.read(self._down, READ_BYTES)
         for record in self._frames.feed(data):
-            if isinstance(record, Launch):
+            if isinstance(record, (Launch, Call)):
                 self._launch(record)
             elif isinstance(record, Withdraw):
                 self._withdraw(record.key)
             elif isinstance(record, Signal):
-                self._signal(record.key, record.signal)
+                self._signal(record)
             elif isinstance(record, (Base, Place)):
                 self._spawner.add(record)
             elif isinstance(record, Forget):
@@ -164,11 +144,14 @@ class Launcher:
                 return False  # Quit
         return bool(data)
 
-    def _launch(self, launch: Launch) -> None:
+    def _launch(self, launch: Launch | Call) -> None:
+        points.at("launch received")
         line = self._lines.get(launch.after)
         if line is None:
-            line = deque()
+            line = Line()
             self._going.append(line)
+        elif line.serving is not None and not line:
+            self._going.append(line)  # its interpreter may take one more
         self._lines[launch.key] = line
         line.append((launch, self._spawner.surroundings(launch)))
 
@@ -177,41 +160,55 @@ class Launcher:
         if not line:
             return
         launch, around = line[0]
+        if isinstance(launch, Call):
+            if not self._calls.feed(line):
+                self._going.appendleft(line)
+            return
+        if line.serving is not None:
+            return  # calls before it have not returned
         key = launch.key
-        self._report(Begun(key))
-        self._flush()
-        if self._waiting:
+        self._uplink.report(Begun(key))
+        self._uplink.flush()
+        if self._uplink.waiting:
             self._going.appendleft(line)  # not before who reads the pipe after our death can know of it
             return
+        points.at("begun said")
         line.popleft()
         began = time.monotonic()
         try:
             spawned = self._spawner.spawn(launch, around)
         except Refusal as refusal:
-            self._report(Refused(key, refusal.reason, str(refusal)))
+            self._uplink.report(Refused(key, refusal.reason, str(refusal)))
             self._leave(key, line)
-            self._urge()
+            self._uplink.urge()
             return
+        points.at("spawned")
         self._family.born(key, spawned.pid, spawned.env, began)
-        self._running[key] = self._young[key] = Running(launch, spawned, line)
+        files = spawned.stdout, spawned.stderr
+        self._running[key] = self._young[key] = Running(launch, key, spawned.pid, files, line)
+        points.at("born")
 
     def _leave(self, key: int, line: Line) -> None:
         """Nothing is left of a launch: its line goes on."""
         del self._lines[key]
         if line:
             self._going.append(line)
-            if not self._news:
-                self._ring_at = time.monotonic() + BELL_S
-            self._news += 1
+            self._uplink.mention()
+        elif line.serving is not None:
+            self._uplink.mention()
         else:
-            self._urge()
+            self._uplink.urge()
 
     def _withdraw(self, key: int) -> None:
-        for item in self._lines.get(key, ()):
+        line = self._lines.get(key)
+        if line is None:
+            return
+        self._calls.take_back(key, line)
+        for item in line:
             if item[0].key == key:
                 self._lines.pop(key).remove(item)
-                self._report(Withdrawn(key))
-                self._urge()
+                self._uplink.report(Withdrawn(key))
+                self._uplink.urge()
                 return
 
     def _confirm(self, now: float) -> None:
@@ -225,19 +222,22 @@ class Launcher:
         del self._young[running.key]
         out, err = running.stdout, running.stderr
         paths = out.path if out else "", err.path if err else ""
-        self._report(Started(running.key, running.pid, running.started, now - running.began, *paths))
-        self._urge()
+        self._uplink.report(Started(running.key, running.pid, running.started, now - running.began, *paths))
+        self._uplink.urge()
 
-    def _signal(self, key: int, number: int) -> None:
+    def _signal(self, record: Signal) -> None:
+        key, number = record.key, record.signal
         running = self._running.get(key) or self._ended.get(key)
         if running is not None:
             running.killed |= number == signal.SIGKILL
-            self._family.send(key, number)
+            self._family.send(running.family, number)
+        elif (line := self._lines.get(key)) is not None:
+            self._calls.signal(record, line)
 
     def _reap(self) -> None:
         """Wait for every child that has ended, then see what is left of those that were main processes."""
         # First all, then the judgement: what a main process leaves as a zombie must not count as alive.
-        records = []
+        records: list[tuple[Running, Exited | Returned]] = []
         now = 0.0
         while True:
             try:
@@ -249,38 +249,46 @@ class Launcher:
             key = self._family.reaped(pid)
             if key is None:
                 self._look_at = 0.0  # it may have been the last one of its launch
+                continue
+            now = time.monotonic()
+            cpu = usage.ru_utime + usage.ru_stime
+            rss = usage.ru_maxrss * 1024
+            if key < 0:
+                if (ended := self._calls.died(key, status, cpu, rss)) is not None:
+                    records.append(ended)
             else:
+                points.at("reaped")
                 running = self._running.pop(key)
-                now = time.monotonic()
                 seconds = now - running.began
-                cpu = usage.ru_utime + usage.ru_stime
-                rss = usage.ru_maxrss * 1024
-                record = Exited(key, pid, status, running.started, time.time(), seconds, cpu, rss, 0, NOTHING, NOTHING)
-                records.append((running, record))
+                exited = Exited(key, pid, status, running.started, time.time(), seconds, cpu, rss, 0, NOTHING, NOTHING)
+                records.append((running, exited))
         for running, record in records:
             key = running.key
-            if self._family.lives(key):
+            if self._family.lives(running.family):
                 if key in self._young:
                     self._say_started(running, now)
-                record.left = self._family.count(key)
+                record.left = self._family.count(running.family)
                 self._ended[key] = running
-                self._urge()
+                self._uplink.urge()
             else:
                 self._young.pop(key, None)
+                record.left = 0
                 record.stdout, record.stderr = self._collect(running)
+                points.at("collected")
                 self._leave(key, running.line)
-            self._report(record)
+            self._uplink.report(record)
+            points.at("reported")
 
     def _look(self) -> None:
         """See which ended launches are swept by now; what appeared since a SIGKILL gets it too."""
         began = time.monotonic()
         for running in list(self._ended.values()):
-            if not self._family.lives(running.key):
+            if not self._family.lives(running.family):
                 del self._ended[running.key]
-                self._report(Swept(running.key, time.time(), *self._collect(running)))
+                self._uplink.report(Swept(running.key, time.time(), *self._collect(running)))
                 self._leave(running.key, running.line)
             elif running.killed:
-                self._family.send(running.key, signal.SIGKILL)
+                self._family.send(running.family, signal.SIGKILL)
         now = time.monotonic()
         # Reading /proc takes long on a full node: at most a tenth of our time goes into it.
         self._look_at = now + max(POLL_S, 10 * (now - began))
@@ -291,45 +299,6 @@ class Launcher:
             self._capture.collect(out, running.name + ".out") if out else NOTHING,
             self._capture.collect(err, running.name + ".err") if err else NOTHING,
         )
-
-    def _report(self, record: Up) -> None:
-        self._records.append(record)
-        if len(self._records) >= REPORT_MAX:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Write what was reported, as far as the pipe takes it."""
-        if self._unsent:
-            self._urge()  # the ring at the time was for what came before
-        if self._records:
-            self._unsent += frame(self._records)
-            self._records.clear()
-        waiting = False
-        while self._unsent and not waiting:
-            try:
-                del self._unsent[: os.write(self._up, self._unsent)]
-            except BlockingIOError:
-                waiting = True  # never wait here: the control process may be waiting for us to read
-                self._ring()
-            except OSError:
-                self._deaf = True
-                self._unsent.clear()
-        if waiting and not self._waiting:
-            self._poll.register(self._up, select.EPOLLOUT)
-        elif self._waiting and not waiting:
-            self._poll.unregister(self._up)
-        self._waiting = waiting
-
-    def _urge(self) -> None:
-        """What is reported in this turn cannot wait."""
-        self._news += BELL_ENDS
-
-    def _ring(self) -> None:
-        self._news = 0
-        try:
-            os.write(self._bell, b"!")
-        except OSError:
-            pass  # it is full of rings, or nobody hears any more: then the other pipes have closed, too
 
     def _end(self) -> None:
         """Kill everything below this process, wait for it, remove the files of the pool."""
@@ -378,7 +347,8 @@ def main(argv: list[str]) -> None:
             except OSError:
                 pass  # the descriptor of the listing
     pipes = [int(options[name]) for name in ("--down", "--up", "--bell")]
-    Launcher(os.path.abspath(options["--dir"]), options["--node"], *pipes).run()
+    own = Options(os.path.abspath(options["--dir"]), options["--node"], int(options["--calls"]))
+    Launcher(own, *pipes).run()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pilotq.broker.children import Budget, log
 from pilotq.broker.errors import PilotFailed
 from pilotq.broker.settings import Settings
-from pilotq.workers.wire import Base, Down, Forget, Frames, Launch, Place, Quit, Signal, Up, Withdraw, frame
+from pilotq.workers.wire import Base, Call, Down, Forget, Frames, Launch, Place, Quit, Signal, Up, Withdraw, frame
 
 NO_SLOT = -1
 CORES_EACH = 32  # launches of one launcher scale to about so many cores of short tasks
@@ -35,7 +35,7 @@ class Launcher:
     readable, and returns the records that have arrived.
     """
 
-    def __init__(self, number: int, slot: int, directory: str, node: str) -> None:
+    def __init__(self, number: int, slot: int, directory: str, node: str, calls: int) -> None:
         self.number = number
         self.slot = slot
         self.aside = False  # gets no more work: it was killed, or told to quit
@@ -53,7 +53,7 @@ class Launcher:
             pass  # the user's pages for pipes are used up: the usual 64 KiB do
         command = [
             sys.executable, "-m", "pilotq.workers.launcher", "--dir", directory, "--node", node,
-            "--down", str(down), "--up", str(up), "--bell", str(bell),
+            "--calls", str(calls), "--down", str(down), "--up", str(up), "--bell", str(bell),
         ]  # fmt: skip
         try:
             self._process = subprocess.Popen(
@@ -72,7 +72,7 @@ class Launcher:
     def pid(self) -> int:
         return self._process.pid
 
-    def launch(self, base: Base, place: Place, launch: Launch) -> None:
+    def launch(self, base: Base, place: Place, launch: Launch | Call) -> None:
         if len(self._bases) + len(self._places) >= KNOWN_MAX:
             self._bases.clear()
             self._places.clear()
@@ -155,7 +155,7 @@ class Launchers:
 
     def _start(self, slot: int) -> Launcher:
         self._started += 1
-        launcher = Launcher(self._started, slot, self._directory, self._node)
+        launcher = Launcher(self._started, slot, self._directory, self._node, self._settings.interpreter_calls)
         self.living[launcher.number] = launcher
         if slot != NO_SLOT:
             self._serving[slot] = launcher

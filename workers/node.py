@@ -10,35 +10,29 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
+from pilotq.broker import points
 from pilotq.broker.children import log
 from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
 from pilotq.broker.node_link import NodeLink, iso
-from pilotq.broker.records import (
-    End,
-    Handed,
-    Hello,
-    NodeInfo,
-    NodeState,
-    Recall,
-    Stop,
-    ToWorker,
-    parse_allocation,
-)
+from pilotq.broker.records import End, Handed, Hello, Leave, NodeInfo, NodeState, Recall, Stop, ToWorker
 from pilotq.broker.settings import Settings
 from pilotq.workers.ladder import Execution, Ladder, Phase, Step
 from pilotq.workers.lanes import Lane, Lanes
 from pilotq.workers.launchers import Launcher, Launchers
 from pilotq.workers.prepare import Preparer, UnlaunchableError
 from pilotq.workers.remains import Remains
-from pilotq.workers.report import Outbox, Reporter
+from pilotq.workers.report import LEAVING, Outbox, Reporter
 from pilotq.workers.reruns import Reruns
+from pilotq.workers.trials import Trials
 from pilotq.workers.wire import (
     Base,
     Begun,
+    Call,
     Exited,
     Launch,
     Place,
     Refused,
+    Returned,
     Signal,
     Started,
     Swept,
@@ -64,7 +58,7 @@ class Node:
         self._settings = settings
         self._lanes = Lanes(settings)
         self._ladder = Ladder(settings)
-        self._preparer = Preparer(link, directory, real)
+        self._preparer = Preparer(link, directory, real, info.address)
         self._reporter = Reporter(info.name, directory)
         self._remains = Remains(directory)
         self.outbox = Outbox(link, settings)
@@ -75,11 +69,16 @@ class Node:
         self._withdrawn: list[Execution] = []  # ahead again, and to be given back
         self._starts: list[tuple[str, int, str, str, str, str]] = []
         self._reruns = Reruns()
+        self._trials = Trials(settings)
+        self._notice = 0  # number of the signal that says that the end is near
         self.leaving = False
 
     @property
     def busy(self) -> bool:
         return len(self._lanes) > 0
+
+    def running(self) -> list[Execution]:
+        return [e for e in self._lanes if e.started]
 
     # -- what the dispatcher says ----------------------------------------------------------------------------------
 
@@ -99,10 +98,10 @@ class Node:
         elif isinstance(message, Hello):
             # What has ended is no longer in the state: said later, it would be counted a second time.
             self.outbox.flush(now, all_now=True)
-            state = NodeState(
-                self._info.name, self._info.incarnation, message.term, self._lanes.lanes(), self._lanes.ahead()
-            )
-            self._link.post_state(state)
+            self._link.post_state(self._state(message.term))
+
+    def _state(self, term: int) -> NodeState:
+        return self._lanes.state(self._info, term)
 
     def _hand(self, handed: Handed) -> None:
         if self._lanes.find(handed.id, handed.execution) is not None:
@@ -111,12 +110,12 @@ class Node:
         if e.phase is Phase.WAITING:
             self._ready.append(e)
         if self.leaving:
-            e.reason = "pilot ended"
+            e.reason = LEAVING[0]
             self._give_back(self._lanes.recall_all())
 
-    def _stop(self, e: Execution, reason: str, grace: float, now: float) -> None:
+    def _stop(self, e: Execution, reason: str, grace: float, now: float, *, notice: bool = False) -> None:
         if e.launched:
-            self._do(e, self._ladder.stop(e, reason, grace, now), now)
+            self._do(e, self._ladder.stop(e, reason, grace, now, notice=notice), now)
             return
         e.reason = e.reason or reason
         if e.phase is Phase.AHEAD:
@@ -132,12 +131,12 @@ class Node:
         if counts:
             self._link.post_give_back([(e.handed.id, e.handed.execution) for e in tasks], counts)
 
-    def leave(self, grace: float, now: float) -> None:
+    def leave(self, word: Leave, now: float) -> None:
         """End all tasks and give everything back; said again, it can only shorten the grace."""
-        self.leaving = True
+        self.leaving, self._notice = True, word.notice
         self._give_back(self._lanes.recall_all())
         for e in self._lanes:
-            self._stop(e, "pilot ended", grace, now)
+            self._stop(e, word.reason, word.grace, now, notice=word.notice != 0)
 
     # -- what launchers say ----------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class Node:
         e = self._ladder.executions.get(record.key)
         if e is None:
             return  # it was taken from that launcher
-        if isinstance(record, Exited):
+        if isinstance(record, (Exited, Returned)):
             self._exited(e, record, now)
         elif isinstance(record, Begun):
             e.begun = True
@@ -165,13 +164,14 @@ class Node:
         elif isinstance(record, Withdrawn):
             self._not_begun(e, now)
 
-    def _exited(self, e: Execution, record: Exited, now: float) -> None:
+    def _exited(self, e: Execution, record: Exited | Returned, now: float) -> None:
         e.exited = record
         if record.left:
             self._do(e, self._ladder.exited(e, now), now)
             return
-        if e.phase is Phase.LAUNCHING and record.status == 0:
-            e.reason = ""  # it ended well before it could be told to end
+        early = e.phase is Phase.LAUNCHING or (isinstance(record, Returned) and e.reason == "time limit")
+        if early and record.status == 0:
+            e.reason = ""  # it ended well before it could be told to end, or has made the best of being told
         e.pid, e.started = record.pid, record.started
         self._lanes.took(e.handed.class_name, record.seconds)
         self._end(e, record.ended, now)
@@ -184,7 +184,7 @@ class Node:
             self._ready.append(e)
             return
         self._lanes.put_back(e)
-        if e.reason and e.reason != "pilot ended":
+        if e.reason and e.reason not in LEAVING:
             self._end(e, time.time(), now)
         elif e.recalled or self.leaving:
             self._withdrawn.append(e)
@@ -263,7 +263,8 @@ class Node:
         elif step is Step.UNKILLABLE:
             self._withhold(e, now)
         elif (launcher := self._launchers.living.get(e.launcher)) is not None:
-            launcher.tell(Withdraw(e.key) if step is Step.WITHDRAW else Signal(e.key, SIGNALS[step]))
+            number = SIGNALS.get(step, self._notice)
+            launcher.tell(Withdraw(e.key) if step is Step.WITHDRAW else Signal(e.key, number, e.reason))
 
     def _withdraw_behind(self, e: Execution, now: float) -> None:
         """It takes longer than was thought: what is lined up behind it must be free to go elsewhere."""
@@ -297,15 +298,18 @@ class Node:
             e = self._ready.popleft()
             if e.reason:
                 self._end(e, time.time(), now)
+            elif not self._trials.may_begin(e.handed, self._ladder.executions, now):
+                self._postponed[e.key], self._fetch_at = e, now + FETCH_AGAIN_S
             elif (prepared := self._prepare(e, 0, now)) is not None:
-                # Of tasks that were lost together one may have killed the launcher, time after time. The last trial
-                # before the crash limit is made alone, so that only that one fails.
-                alone = self._on_trial(e)
-                launcher = self._launchers.alone() if alone else self._launchers.serving(_first_core(e))
+                alone = self._trials.begin(e.key, e.handed, now)
+                launcher = self._launchers.alone() if alone else self._launchers.serving(e.first_core)
+                if e.handed.crashes:  # known before it can kill this worker: only what had begun is charged
+                    self._link.post_starts([(e.handed.id, e.handed.execution, e.allocation, iso(time.time()), "", "")])
                 e.launcher = launcher.number
                 launcher.launch(*prepared)
                 self._ladder.launching(e, now)
                 self._begun.add(e.lane)
+                points.at("launch told")
         for number in self._begun:
             if (lane := self._lanes.lane(number)) is not None and now >= self._fetch_at:
                 self._line_up(lane, now)
@@ -316,11 +320,11 @@ class Node:
         task = lane.task
         last = lane.line[-1] if lane.line else task
         launcher = self._launchers.living.get(task.launcher)
-        if launcher is None or launcher.aside or self._on_trial(task) or task.reason or self.leaving:
+        if launcher is None or launcher.aside or self._trials.needed(task.handed) or task.reason or self.leaving:
             return
         for _ in range(0 if self._ladder.withdrawing(last) else self._lanes.room(lane)):
             e = self._lanes.next(lane)
-            if e is None or self._on_trial(e):
+            if e is None or e.handed.crashes:
                 return
             self._lanes.line_up(lane)
             if (prepared := self._prepare(e, last.key, now)) is not None:
@@ -329,10 +333,7 @@ class Node:
                 self._ladder.lined(e)
                 last = e
 
-    def _on_trial(self, e: Execution) -> bool:
-        return e.handed.crashes + 1 >= self._settings.crash_limit > 1
-
-    def _prepare(self, e: Execution, after: int, now: float) -> tuple[Base, Place, Launch] | None:
+    def _prepare(self, e: Execution, after: int, now: float) -> tuple[Base, Place, Launch | Call] | None:
         """What its launcher is to be told. None when that must wait for the server, or when it has ended for ever."""
         try:
             return self._preparer.prepare(e, after)
@@ -353,11 +354,12 @@ class Node:
 
     def _end(self, e: Execution, ended: float, now: float) -> None:
         """Nothing of it lives: its lane goes on, and its end is reported."""
+        points.at("end heard")
         if e.key in self._ladder.executions:
             self._ladder.ended(e)
             if (launcher := self._launchers.living.get(e.launcher)) is not None:
                 self._launchers.dismiss(launcher)
-        follower = self._lanes.end(e, go_on=not self.leaving)
+        follower = self._lanes.end(e, go_on=self._goes_on(e))
         if follower is not None and follower.phase is Phase.LINED:
             self._ladder.launching(follower, now)
             self._begun.add(follower.lane)
@@ -365,6 +367,9 @@ class Node:
             self._ready.append(follower)
         seconds = ended - e.started if e.started else -1.0
         self._report(e, ended, End(e.lane, e.handed.class_name, seconds, follower is not None), now)
+
+    def _goes_on(self, _: Execution) -> bool:
+        return not self.leaving
 
     def _withhold(self, e: Execution, now: float) -> None:
         """Something of it lives for ever, on its cores: the lane is never given back."""
@@ -390,7 +395,3 @@ class Node:
         self.outbox.flush(now)
         for task_id, execution, verdict in self._link.verdicts():
             self._reruns.answered(task_id, execution, counts=verdict != "stale")
-
-
-def _first_core(e: Execution) -> int:
-    return parse_allocation(e.allocation)[0].cores[0]

@@ -14,7 +14,7 @@ from functools import lru_cache
 import msgspec
 
 from pilotq.broker.qcg_words import fill
-from pilotq.broker.task import FLAG_ARRAY, FLAG_QCG, Spec, os_encode
+from pilotq.broker.task import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec, os_encode
 
 # `${index}` is a variable of the shell, not ours.
 _BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
@@ -71,7 +71,9 @@ def _render(spec: Spec, text: Callable[[str], str], script: Callable[[str], str]
     """Every part that has the first character of a word in it goes through ``text``, the script through ``script``."""
     return msgspec.structs.replace(
         spec,
-        argv=[
+        argv=spec.argv
+        if spec.flags & FLAG_FUNCTION
+        else [
             os_encode(text(argument.decode("utf-8", "surrogateescape"))) if sign in argument else argument
             for argument in spec.argv
         ],

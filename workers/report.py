@@ -11,15 +11,21 @@ import msgspec
 
 from pilotq.broker.node_link import NodeLink, iso
 from pilotq.broker.records import End, EndReport, Line
+from pilotq.broker.retries import chosen, pause
 from pilotq.broker.settings import Settings
 from pilotq.broker.states import REASONS
+from pilotq.workers.capture import tail
 from pilotq.workers.ladder import Execution
-from pilotq.workers.wire import Captured
+from pilotq.workers.wire import Captured, Exited, Returned
 
 # What ends an execution from our side, as a wish for its task; every other reason is a failure.
-WISHES = {"canceled": "canceled", "stopped": "stopped", "pilot ended": "free", "worker lost": "lost"}
+WISHES = {
+    "canceled": "canceled", "stopped": "stopped", "pilot ended": "free", "walltime": "free", "worker lost": "lost",
+}  # fmt: skip
+LEAVING = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
 STATUSES = {"finished": "finished", "canceled": "canceled", "stopped": "stopped"}
 CALL_MAX = 500  # ends in one script call: it stops the server for so long
+CALL_BYTES = 32 << 20  # of results in it, but for a single larger one: the server takes no message of any size
 TAIL_BYTES = 2048  # of captured stderr, in the text that RQ shows of a failure
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -38,7 +44,7 @@ class Reporter:
         handed, exited = e.handed, e.exited
         code: int | None = None
         number: int | None = None
-        if exited is not None:
+        if isinstance(exited, Exited):
             ending = os.waitstatus_to_exitcode(exited.status)
             code, number = (ending, None) if ending >= 0 else (None, -ending)
         wish, reason, message = _judge(e, code, number)
@@ -66,6 +72,7 @@ class Reporter:
             line.max_rss, line.cpu = exited.max_rss, exited.cpu
             line.stdout, line.stdout_at = self._output(exited.stdout, e.stdout)
             line.stderr, line.stderr_at = self._output(exited.stderr, e.stderr)
+        retries, delay = _again(e, wish, reason, code)
         return EndReport(
             id=handed.id,
             execution=handed.execution,
@@ -76,12 +83,13 @@ class Reporter:
             started=iso(e.started) if e.started else "",
             allocation=e.allocation,
             line=_pack(line),
-            text=self._text(e, reason, message, code) if wish in ("failed", "stopped") else "",
+            text=self._text(e, wish, reason, message, code),
             array=handed.array,
             position=handed.position,
             class_name=handed.class_name,
             submission=handed.submission,
-            retries=handed.retries,
+            retries=retries,
+            delay=delay,
         )
 
     def _output(self, captured: Captured, named: str) -> tuple[str | bytes, list[str | int]]:
@@ -96,16 +104,20 @@ class Reporter:
         except UnicodeDecodeError:
             return captured.data, []
 
-    def _text(self, e: Execution, reason: str, message: str, code: int | None) -> str:
-        """What RQ's tools show of a failure, in RQ's encoding."""
+    def _text(self, e: Execution, wish: str, reason: str, message: str, code: int | None) -> str:
+        """What a function has returned, or what RQ's tools show of a failure, in RQ's encoding."""
+        if isinstance(e.exited, Returned) and e.exited.text and e.reason in ("", "time limit"):
+            return e.exited.text
+        if wish not in ("failed", "stopped"):
+            return ""
         what = e.handed.name or e.handed.id
         lines = [f"{what} {REASONS[reason]}.", f"node {self._node}, execution {e.handed.execution}"]
         if code is not None:
             lines[1] += f", exit code {code}"
         if message:
             lines.append(message)
-        if e.exited is not None and (tail := _tail(e.exited.stderr)):
-            lines += ["stderr ends with:", tail.decode("utf-8", "replace")]
+        if e.exited is not None and (end := tail(e.exited.stderr, TAIL_BYTES)):
+            lines += ["stderr ends with:", end.decode("utf-8", "replace")]
         return base64.b64encode(zlib.compress("\n".join(lines).encode())).decode()
 
 
@@ -113,27 +125,30 @@ def _judge(e: Execution, code: int | None, number: int | None) -> tuple[str, str
     """Wish, reason and message. What we ended keeps our reason, whatever its exit code says."""
     if e.reason:
         return e.wish or WISHES.get(e.reason, "failed"), e.reason, e.message
+    if isinstance(e.exited, Returned):
+        return e.exited.outcome, e.exited.reason, e.exited.message
     if number is not None:
         try:
             name = signal.Signals(number).name
         except ValueError:
             name = "a real-time signal"
-        return "failed", "signal", f"Signal {number} ({name}) killed it."
+        return "failed", "signal", f"Signal {number} ({name}) killed it. {e.message}".strip()
+    if e.function and code is not None:
+        return "failed", "interpreter", f"The exit code of its interpreter was {code}."
     if code:
-        return "failed", "exit", f"Its exit code was {code}."
-    return "finished", "", ""
+        return "failed", "exit", f"Its exit code was {code}. {e.message}".strip()
+    return "finished", "", e.message
 
 
-def _tail(captured: Captured) -> bytes:
-    if not captured.path:
-        return captured.data[-TAIL_BYTES:]
-    size = min(captured.length, TAIL_BYTES)
-    try:
-        with open(captured.path, "rb") as file:
-            file.seek(captured.offset + captured.length - size)
-            return file.read(size)
-    except OSError:
-        return b""  # the text is only a help: the line says where the output is
+def _again(e: Execution, wish: str, reason: str, code: int | None) -> tuple[int, float]:
+    """Retries that are left to this failure, and the seconds before the next."""
+    left, spec = e.handed.retries, e.spec
+    if wish != "failed" or spec is None or not left:
+        return left, 0.0
+    if not chosen(spec.retry_on, reason, code):
+        return 0, 0.0
+    # It may have been given more than it was submitted with: `pilotq retry`.
+    return left, pause(spec.backoff, max(spec.retries - left, 0) + 1)
 
 
 class Outbox:
@@ -172,13 +187,22 @@ class Outbox:
         if due is None or due > now:
             return False
         while self._waiting:
-            call = self._waiting[:CALL_MAX]
-            del self._waiting[:CALL_MAX]
+            call = self._waiting[: self._fitting()]
+            del self._waiting[: len(call)]
             self._link.post_ends([report for report, _ in call], [end for _, end in call if end is not None])
             if not all_now:
                 break
         self._urgent = bool(self._waiting)
         return True
+
+    def _fitting(self) -> int:
+        """How many of those that wait go into one call."""
+        size = 0
+        for number, (report, _) in enumerate(self._waiting[:CALL_MAX]):
+            size += len(report.text)
+            if size > CALL_BYTES and number:
+                return number
+        return CALL_MAX
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import groupby
 
+ENV_SCHEMA = "PILOTQ_ENVSCHEMA"  # of a worker; slurm: its tasks get these variables
+
 
 @lru_cache(maxsize=1024)
 def step_environment(nodes: tuple[str, ...], cores: tuple[int, ...]) -> dict[str, str]:

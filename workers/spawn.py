@@ -14,7 +14,7 @@ import time
 from typing import NamedTuple
 
 from pilotq.workers.capture import Capture, PoolFile
-from pilotq.workers.wire import Base, Launch, Place
+from pilotq.workers.wire import Base, Call, Launch, Place
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
 PROGRAM_S = 1.0  # a program found on PATH is looked for again after this: a newer one may stand in front
@@ -42,13 +42,14 @@ class Spawned(NamedTuple):
 class Surroundings:
     """A Base and a Place made ready for use."""
 
-    __slots__ = ("env", "umask", "cpus", "wanted", "limits", "ours")
+    __slots__ = ("env", "umask", "cpus", "path", "wanted", "limits", "ours")
 
     def __init__(self, base: Base, place: Place) -> None:
         env = {**place.defaults, **base.env, **place.env}
         self.env = {name.encode(): value.encode() for name, value in env.items()}
         self.umask = base.umask
         self.cpus = place.cpus
+        self.path = base.path
         self.wanted: dict[int, int] | None = base.limits  # None: they are in the next two
         self.limits: list[Limit] = []  # to be set for a spawn, only those that differ from ours
         self.ours: list[Limit] = []  # to be set back after it
@@ -86,7 +87,7 @@ class Spawner:
         self._places.clear()
         self._ready.clear()
 
-    def surroundings(self, launch: Launch) -> Surroundings | None:
+    def surroundings(self, launch: Launch | Call) -> Surroundings | None:
         """What it names; None if that was not added."""
         key = (launch.base, launch.place)
         around = self._ready.get(key)
@@ -99,8 +100,11 @@ class Spawner:
             around = self._ready[key] = Surroundings(base, place)
         return around
 
-    def spawn(self, launch: Launch, around: Surroundings | None) -> Spawned:
-        """Start it in its `surroundings`, or raise Refusal; whatever is wrong with one launch comes out as that."""
+    def spawn(self, launch: Launch, around: Surroundings | None, stdin: int = -1) -> Spawned:
+        """Start it in its `surroundings`, or raise Refusal; whatever is wrong with one launch comes out as that.
+
+        With ``stdin`` an open descriptor is its standard input. An execution of 0 is no task: it gets no marks.
+        """
         opened: list[int] = []
         pool: list[PoolFile] = []
         try:
@@ -110,10 +114,11 @@ class Spawner:
             env = around.env.copy()
             for name, value in launch.env.items():
                 env[name.encode()] = value.encode()
-            env[b"PILOTQ_TASK_ID"] = launch.id.encode()
-            env[b"PILOTQ_EXECUTION"] = b"%d" % launch.execution
+            if launch.execution:
+                env[b"PILOTQ_TASK_ID"] = launch.id.encode()
+                env[b"PILOTQ_EXECUTION"] = b"%d" % launch.execution
             program = self._program(launch.argv, env)
-            files, stdout, stderr = self._files(launch, opened, pool)
+            files, stdout, stderr = self._files(launch, opened, pool, stdin)
             pid = self._start(program, launch.argv, env, files, around)
             return Spawned(pid, env, stdout, stderr)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
@@ -172,23 +177,22 @@ class Spawner:
         return program
 
     def _files(
-        self, launch: Launch, opened: list[int], pool: list[PoolFile]
+        self, launch: Launch, opened: list[int], pool: list[PoolFile], stdin: int
     ) -> tuple[tuple[int, int, int], PoolFile | None, PoolFile | None]:
         """What becomes 0, 1 and 2 of the child; fills ``opened`` (to be closed) and ``pool`` (to be given back)."""
-        stdin, stdout, stderr = self._own[0], -1, -1
+        stdout = stderr = -1
         if launch.stdin:
-            try:
-                stdin = _open(launch.stdin, os.O_RDONLY)
-            except OSError as error:
-                raise _refusal(error, launch.stdin, "its stdin cannot be read") from None
+            stdin = open_input(launch.stdin)
             opened.append(stdin)
+        elif stdin < 0:
+            stdin = self._own[0]
         if launch.stdout:
-            stdout = _open_output(launch.stdout, launch.suffix)
+            stdout = open_output(launch.stdout, launch.suffix)
             opened.append(stdout)
         if launch.stderr and launch.stderr == launch.stdout:
             stderr = stdout
         elif launch.stderr:
-            stderr = _open_output(launch.stderr, launch.suffix)
+            stderr = open_output(launch.stderr, launch.suffix)
             opened.append(stderr)
         out = err = None
         try:
@@ -278,7 +282,16 @@ def _open(path: str, flags: int) -> int:
     return fd
 
 
-def _open_output(path: str, suffix: str) -> int:
+def open_input(path: str) -> int:
+    """A descriptor of a task's standard input; raises Refusal."""
+    try:
+        return _open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _refusal(error, path, "its stdin cannot be read") from None
+
+
+def open_output(path: str, suffix: str) -> int:
+    """A descriptor of an output file that a task has named; raises Refusal."""
     # What is no regular file (/dev/null, a FIFO) is written to directly: a name beside it would make no sense.
     if suffix and (os.path.isfile(path) or not os.path.exists(path)):
         path += suffix

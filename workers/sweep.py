@@ -15,6 +15,7 @@ from signal import SIGKILL
 from typing import NamedTuple
 
 TASK_MARK = "PILOTQ_TASK_ID"  # what has it in its environment is part of a task
+CALL_MARK = "PILOTQ_PATH"  # ... and what has this is an interpreter of functions, or was forked by one
 MARKS = (b"PILOTQ_TASK_ID", b"PILOTQ_EXECUTION", b"PILOTQ_DIR")
 WINDOW = 200  # so many process numbers are looked at one by one; listing /proc is cheaper from about there
 ROUNDS = 20  # passes over what keeps forking while it is signalled; the caller tries again later
@@ -96,8 +97,8 @@ def kill_marked(
 ) -> list[int]:
     """Signal every process of a task that carries the marks, until none is left; at most for ``seconds``, blocking.
 
-    ``marks`` are environment variables and their values, or a function that judges an environment. Only processes
-    of tasks are judged: those that have PILOTQ_TASK_ID, so never a part of a pilot. Each gets the signal once, its
+    ``marks`` are environment variables and their values, or a function that judges an environment. Only processes of
+    tasks are judged: those that have TASK_MARK or CALL_MARK, so never a part of a pilot. Each gets the signal once, its
     children of later too. Returns the numbers of those that still live.
     """
     deadline = time.monotonic() + seconds
@@ -117,12 +118,12 @@ def kill_marked(
 
 
 def _marked(marks: Mapping[str, str] | Callable[[Mapping[str, str]], bool]) -> Iterator[Process]:
-    mark = b"\0" + TASK_MARK.encode() + b"="
+    task, call = (b"\0" + mark.encode() + b"=" for mark in (TASK_MARK, CALL_MARK))
     for name in os.listdir("/proc"):
         if name[0] not in "123456789" or int(name) == os.getpid():
             continue
         data = environment(int(name))
-        if mark not in data:
+        if task not in data and call not in data:
             continue
         pairs = (os.fsdecode(item).partition("=") for item in data.split(b"\0") if item)
         env = {key: value for key, _, value in pairs}
@@ -175,6 +176,10 @@ class Family:
         """``env`` is what it was started with, ``began`` monotonic seconds of just before."""
         self._kin[key] = _Kin(pid, env, began)
         self._mains[pid] = key
+
+    def mark(self, key: int, env: Mapping[bytes, bytes]) -> None:
+        """What it has started since carries the marks in ``env``."""
+        self._kin[key].env = env
 
     def reaped(self, pid: int) -> int | None:
         """The key of the launch whose main process this was."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pilotq.broker.errors import InvalidInput
 
-NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")
+NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,62}")  # it becomes part of file names and of arguments
 CORES_MAX = 4096
 
 
@@ -37,6 +37,18 @@ def usable_cpus(root: str = "/") -> list[int]:
     cpus = sorted(os.sched_getaffinity(0))
     quotas = [quota for folder in _cgroups("cpu", root) if (quota := _quota(folder)) is not None]
     return cpus[: max(1, int(min(quotas, default=len(cpus))))]
+
+
+def without_siblings(cpus: Sequence[int], root: str = "/") -> list[int]:
+    """Of each physical core the first of ``cpus`` that stands for it: no two hardware threads of one core."""
+    taken: set[int] = set()
+    found = []
+    for cpu in cpus:
+        siblings = _read(os.path.join(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        if cpu not in taken:
+            found.append(cpu)
+        taken |= {cpu, *_cpu_list(siblings)}
+    return found
 
 
 def memory_bytes(root: str = "/") -> int:
@@ -66,6 +78,12 @@ def numa_groups(cpus: Sequence[int], root: str = "/") -> list[list[int]]:
     return [group for group in [*groups, left] if group]
 
 
+def check_node_name(name: str, where: str) -> None:
+    """Raises InvalidInput, with the place, unless the name is fit for file names and arguments of programs."""
+    if not NODE_NAME.fullmatch(name):
+        raise InvalidInput(f"{where}: node name {name!r} must be 1 to 63 of A-Z a-z 0-9 . _ -, no . or - first")
+
+
 def parse_nodes(spec: str) -> list[tuple[str, int]]:
     """Names and cores of ``--nodes``: ``4``, ``4,2,2`` (n0, n1, n2), ``n1:2``, ``n1:4,n2:4``. Raises InvalidInput."""
     nodes: dict[str, int] = {}
@@ -73,8 +91,7 @@ def parse_nodes(spec: str) -> list[tuple[str, int]]:
         name, colon, count = item.strip().rpartition(":")
         if not colon:
             name = f"n{place}"
-        if not NODE_NAME.fullmatch(name):
-            raise InvalidInput(f"--nodes {spec}: node name {name!r} must be 1 to 63 of A-Z a-z 0-9 . _ -")
+        check_node_name(name, f"--nodes {spec}")
         if not re.fullmatch(r"[0-9]{1,4}", count) or not 1 <= int(count) <= CORES_MAX:
             raise InvalidInput(
                 f"--nodes {spec}: {count!r} is no number of cores, give 1 to {CORES_MAX} as in 4 or 4,2,2 or n1:4,n2:4"

@@ -1,8 +1,9 @@
 """The records between a worker's control process and its launchers, and how they travel.
 
 A pipe carries frames: four bytes of length (little endian), then one msgpack list of records. Many records ride in
-one frame. Down are ``Base``, ``Place``, ``Forget``, ``Launch``, ``Withdraw``, ``Signal``, ``Quit``; up are ``Begun``,
-``Started``, ``Withdrawn``, ``Refused``, ``Exited``, ``Swept``. ``key`` names one launch and is never used twice.
+one frame. Down are ``Base``, ``Place``, ``Forget``, ``Launch``, ``Call``, ``Withdraw``, ``Signal``, ``Quit``; up are
+``Begun``, ``Started``, ``Withdrawn``, ``Refused``, ``Exited``, ``Returned``, ``Swept``. ``key`` names one launch or
+call and is never used twice.
 
 Launches can be *lined up*: one that names another as ``after`` is started by the launcher itself as soon as nothing
 of that one is left, so that no core waits for an answer.
@@ -30,6 +31,7 @@ class Base(msgspec.Struct, array_like=True, tag="base"):
     env: dict[str, str]
     umask: int
     limits: dict[int, int]  # soft limits by RLIMIT number; capped at the hard limit
+    path: str = ""  # directories that Python functions are imported from first, with colons between
 
 
 class Place(msgspec.Struct, array_like=True, tag="place"):
@@ -71,6 +73,42 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     after: int = 0
 
 
+class Call(msgspec.Struct, array_like=True, tag="call"):
+    """Run one Python function in an interpreter of this base and place, a persistent process.
+
+    Lined up like launches, and with them; an interpreter runs one call at a time, and several one after the other.
+    ``env`` holds for the time of the call. Files are as of a launch.
+    """
+
+    key: int
+    id: str
+    execution: int
+    base: str
+    place: str
+    env: dict[str, str]
+    cwd: str
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    suffix: str = ""
+    after: int = 0
+    payload: bytes = b""  # made by functions.pack_call
+    element: str | int | None = None  # value or index of an array's element: the first argument
+    fields: dict[bytes, bytes] = {}  # of the job's record, of a job of RQ's own producers
+    epilogue: bool = False  # the interpreter of a job that was stopped had to be killed: only its callback is run
+
+
+class Interrupt(msgspec.Struct, array_like=True, tag="interrupt"):
+    """Launcher to interpreter, with a signal behind it: raise in the function of this call, if that still runs."""
+
+    key: int
+    reason: str  # of states.REASONS
+
+
+class Ready(msgspec.Struct, array_like=True, tag="ready"):
+    """Interpreter to launcher: it has loaded, and reads calls."""
+
+
 class Withdraw(msgspec.Struct, array_like=True, tag="withdraw"):
     """Do not start what is lined up; what comes behind it moves up. Without effect on what was started already."""
 
@@ -78,10 +116,15 @@ class Withdraw(msgspec.Struct, array_like=True, tag="withdraw"):
 
 
 class Signal(msgspec.Struct, array_like=True, tag="signal"):
-    """Send a signal to everything that belongs to the launch: its session, process group, and strays by mark."""
+    """Send a signal to everything that belongs to the launch: its session, process group, and strays by mark.
+
+    Of a call SIGKILL ends the interpreter and all that it has started; any other is raised in the function, as an
+    exception that suits the ``reason`` (of states.REASONS).
+    """
 
     key: int
     signal: int
+    reason: str = ""
 
 
 class Quit(msgspec.Struct, array_like=True, tag="quit"):
@@ -149,6 +192,34 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     stderr: Captured
 
 
+class Returned(msgspec.Struct, array_like=True, tag="returned"):
+    """A function came to its end. ``left`` as in Exited: so many processes that it started still live.
+
+    ``outcome`` is finished, failed or retried; ``text`` what EndReport.text says of it, ``reason`` and ``message``
+    those of a failure. Times are as in Exited, ``cpu`` seconds the call's, ``max_rss`` bytes the interpreter's peak.
+    """
+
+    key: int
+    pid: int
+    outcome: str
+    reason: str
+    message: str
+    text: str
+    started: float
+    ended: float
+    seconds: float
+    cpu: float
+    max_rss: int
+    left: int
+    stdout: Captured
+    stderr: Captured
+
+    @property
+    def status(self) -> int:
+        """0 when it went well, as of waitpid."""
+        return int(self.outcome == "failed")
+
+
 class Swept(msgspec.Struct, array_like=True, tag="swept"):
     """Nothing of the launch lives any more; the outputs are final."""
 
@@ -158,8 +229,8 @@ class Swept(msgspec.Struct, array_like=True, tag="swept"):
     stderr: Captured
 
 
-Down = Base | Place | Forget | Launch | Withdraw | Signal | Quit
-Up = Begun | Started | Withdrawn | Refused | Exited | Swept
+Down = Base | Place | Forget | Launch | Call | Withdraw | Signal | Quit
+Up = Begun | Started | Withdrawn | Refused | Exited | Returned | Swept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 

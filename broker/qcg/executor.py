@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -27,12 +28,13 @@ Callback = Callable[["QCGPJFuture"], object]
 Described = str | tuple[str, Mapping[str, Any]]
 
 
-class QCGPJTemplate:
+class QCGPJTemplate(ABC):
     """What a template is: a function that returns a description with ``${words}`` in it, and their defaults."""
 
     @staticmethod
+    @abstractmethod
     def template() -> tuple[str, dict[str, Any]]:
-        raise NotImplementedError
+        """The description, a Python literal in the standard form of a job, and the defaults."""
 
 
 class BasicTemplate(QCGPJTemplate):

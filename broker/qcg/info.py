@@ -76,7 +76,7 @@ def runtime(job: Job, index: int | None, line: Ended, root: str) -> dict[str, st
         return {}
     parts = parse_allocation(line.cpus)
     nodes = [part.node for part in parts]
-    found = runtime_of(line, job.directory(root, index, sum(len(part.cores) for part in parts), nodes), job.program)
+    found = runtime_of(line, *job.place(root, index, sum(len(part.cores) for part in parts), nodes))
     return found if line.ended is not None else {key: found[key] for key in ("allocation", "wd")}
 
 

@@ -75,7 +75,7 @@ class Look:
         if not all(view is None or view.ended for view in views):
             return ""
         states = {CANCELED if view is None else state_of(view.status, view.reason) for view in views}
-        return whole(states | ({OMITTED} if job.lost else set()), canceled=job.canceled)
+        return whole(states | ({OMITTED} if job.lost else set()), canceled=job.canceled, each=job.each)
 
     def elements(self, job: Job) -> list[str]:
         """The states of a submitted iteration's elements, in their order."""

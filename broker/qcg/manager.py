@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable
 from pilotq.broker.qcg import errors
+from pilotq.broker.qcg.address import ADDRESS, address_of, directory_of
 from pilotq.broker.qcg.jobinfo import JobInfo
 from pilotq.broker.qcg.jobs import Jobs
 from pilotq.broker.qcg.states import FINAL
@@ -27,7 +28,6 @@ T = TypeVar("T")
 Names = str | Iterable[str]
 Path = str | os.PathLike[str]
 
-SCHEME = "pilotq"  # of an address: pilotq:DIRECTORY
 LOOKS = frozenset({"listJobs", "jobStatus", "jobInfo", "resourcesInfo", "status"})  # may be asked again
 PATIENCE_S = 30.0  # for these, while the pilot starts its server again
 AGAIN_S = 0.05
@@ -48,7 +48,7 @@ class Manager:
     the pilot starts its server again.
     """
 
-    DEFAULT_ADDRESS_ENV = "QCG_PM_ZMQ_ADDRESS"
+    DEFAULT_ADDRESS_ENV = ADDRESS
 
     def __init__(self, address: Path | None = None, cfg: Mapping[str, Any] | None = None) -> None:
         self._prepare(cfg or {})
@@ -62,17 +62,15 @@ class Manager:
         self._requests: Requests | None = None
         self._log, self.log_handler = _open_log(cfg)
 
-    def _connect(self, address: Path | None, **surroundings: Any) -> None:
+    def _connect(self, address: Path | None) -> None:
         from pilotq.broker.client import Broker
         from pilotq.broker.qcg.requests import Requests
-        from pilotq.broker.qcg.service import working_directory
 
         try:
             broker = self._broker = Broker.connect(None if address is None else _directory(os.fspath(address)))
             assert broker.pilot is not None, "connect always finds a directory"
             self._pilot = broker.pilot
-            known = {"wd": working_directory(self._pilot), "interfaces": [f"{SCHEME}:{self._pilot.directory}"]}
-            self._requests = Requests(broker, **(known | surroundings))
+            self._requests = Requests(broker)
         except PilotqError as error:
             self._log.error("cannot connect: %s", error)
             self.cleanup()
@@ -107,12 +105,11 @@ class Manager:
 
     def status(self, names: Names) -> dict[str, Any]:
         """{"jobs": {name: {"status": 0, "data": {"jobName": name, "status": state}}}}; a name may be ``job:it``."""
-        return self._data({"request": "jobStatus", "jobNames": _listed(names)})
+        return self._about("jobStatus", names)
 
     def info(self, names: Names, **params: Any) -> dict[str, Any]:
         """As `status`, and all that is known of each job; ``withChilds=True`` adds its iterations."""
-        request = {"request": "jobInfo", "jobNames": _listed(names)}
-        return self._data(request | {"params": params} if params else request)
+        return self._about("jobInfo", names, **({"params": params} if params else {}))
 
     def info_parsed(self, names: Names, **params: Any) -> dict[str, JobInfo]:
         """What `info` returns, as name -> JobInfo."""
@@ -127,11 +124,16 @@ class Manager:
 
     def remove(self, names: Names) -> None:
         """Forget jobs that have ended, so that their names can be used again; others stay, without an error."""
-        self._data({"request": "removeJob", "jobNames": _listed(names)})
+        self._about("removeJob", names)
 
     def cancel(self, names: Names) -> None:
         """Cancel jobs, waiting or running, or iterations (``job:it``); names that nothing has are passed over."""
-        self._data({"request": "cancelJob", "jobNames": _listed(names)})
+        self._about("cancelJob", names)
+
+    def _about(self, request: str, names: Names, **more: Any) -> dict[str, Any]:
+        """The answer to a request about jobs; of no jobs there is nothing to ask."""
+        wanted = _listed(names)
+        return self._data({"request": request, "jobNames": wanted, **more}) if wanted else {"jobs": {}}
 
     @staticmethod
     def is_status_finished(status: str) -> bool:
@@ -299,10 +301,7 @@ class LocalManager(Manager):
             self._log.error("no service: %s", error)
             super().cleanup()
             raise
-        service = self._service
-        self._connect(
-            service.pilot.directory, wd=service.wd, env_schema=service.env_schema, resume=service.resumed
-        )  # fmt: skip
+        self._connect(self._service.pilot.directory)
 
     def finish(self) -> None:
         """End the pilot and wait until it is gone; does nothing when it is gone already.
@@ -311,7 +310,8 @@ class LocalManager(Manager):
         """
         try:
             if self._requests is not None and self._service.alive():
-                with suppress(errors.TimeoutElapsed):
+                # The service may be ending by itself: then nobody answers any more.
+                with suppress(errors.TimeoutElapsed, errors.ConnectionError):
                     self.wait4all(FINISH_S)
         finally:
             self.cleanup()
@@ -331,12 +331,12 @@ def _listed(names: Names) -> builtins.list[str]:
 
 
 def _directory(address: str) -> str:
-    scheme, colon, rest = address.partition(":")
-    if colon and rest.startswith("//"):
+    directory = directory_of(address)
+    if directory is None:
         raise errors.WrongArgumentsError(
-            f"a pilot of pilotq is named by its directory: give that, or {SCHEME}:DIRECTORY"
+            f"a pilot of pilotq is named by its directory: give that, or {address_of('DIRECTORY')}"
         )
-    return rest if scheme == SCHEME else address
+    return directory
 
 
 def _open_log(cfg: Mapping[str, Any]) -> tuple[logging.Logger, logging.Handler]:

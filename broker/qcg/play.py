@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-import msgspec
-
-from pilotq.broker.errors import InvalidInput
-from pilotq.broker.file_errors import malformed_json, utf8
 from pilotq.broker.qcg.requests import Reply, Requests
 
 Tell = Callable[[Any, Reply], None]
@@ -21,20 +18,14 @@ class Played(NamedTuple):
     omitted: Mapping[str, str]
 
 
-def read_requests(path: str) -> list[Any]:
-    """The requests of a file, not yet looked at; raises InvalidInput, and OSError as open does."""
-    with open(path, "rb") as file:
-        data = file.read()
-    utf8(data, path)
-    try:
-        requests = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"))
-    except msgspec.DecodeError:
-        raise malformed_json(data, path) from None
-    except RecursionError:
-        raise InvalidInput(f"{path}: lists and tables are nested too deeply") from None
-    if not isinstance(requests, list):
-        raise InvalidInput(f"{path}: this is no list of requests: it must begin with [")
-    return requests
+def teller(file: TextIO | None) -> Tell:
+    """What writes the replies to a file, one a line; nothing where there is none."""
+
+    def tell(_request: Any, reply: Reply) -> None:
+        if file is not None:
+            print(json.dumps(reply), file=file, flush=True)
+
+    return tell
 
 
 def play(requests: Requests, bodies: Iterable[Any], tell: Tell | None = None) -> Played:

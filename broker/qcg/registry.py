@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 
 from pilotq.broker.file_qcg import draft_of, job_of
-from pilotq.broker.qcg_jobs import Draft
+from pilotq.broker.qcg_jobs import Draft, waits_for_same
 from pilotq.broker.qcg_words import fill
-from pilotq.broker.task import Task, id_of
+from pilotq.broker.task import id_of
 
 FILE = "qcg-jobs.jsonl"
 
@@ -80,13 +80,18 @@ class Removed(msgspec.Struct, tag="removed", tag_field="is"):
     name: str
 
 
+class Began(msgspec.Struct, tag="began", tag_field="is"):
+    """A service begins, or begins again; ``wd`` is its directory, ``net``: programs may come to it."""
+
+    wd: str
+    net: bool
+
+
 class Finish(msgspec.Struct, tag="finish", tag_field="is"):
-    """The service is asked to end when all jobs have; with ``wanted`` False: it begins anew."""
-
-    wanted: bool = True
+    """The service is asked to end when all jobs have."""
 
 
-Record = Submitted | Planned | Done | Refused | Over | Canceled | Removed | Finish
+Record = Submitted | Planned | Done | Refused | Over | Canceled | Removed | Began | Finish
 _decode = msgspec.json.Decoder(Record).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -95,11 +100,11 @@ class Job:
     """A job. ``ids`` are its tasks: one, or (``single``) one for each element, empty where that is omitted."""
 
     __slots__ = (
-        "at", "body", "canceled", "cwd", "draft", "dropped", "ended", "ids", "indices", "key", "lost", "name",
-        "program", "single", "state", "values", "why",
+        "at", "body", "canceled", "cwd", "draft", "dropped", "each", "ended", "ids", "indices", "key", "lost", "name",
+        "program", "single", "state", "values", "why", "words",
     )  # fmt: skip
 
-    def __init__(self, draft: Draft, body: dict[str, Any], at: float, key: str) -> None:
+    def __init__(self, draft: Draft, body: dict[str, Any], at: float, key: str, words: dict[str, str]) -> None:
         task = draft.task
         self.name = draft.name
         self.body = _encode(body)
@@ -107,10 +112,12 @@ class Job:
         self.key = key  # of the submission that brought it
         self.draft: Draft | None = draft  # until it has become tasks
         self.indices = draft.indices
-        # Kept only where the directory's name needs them.
-        self.values = task.values if "itval" in (task.cwd or "") else None
+        self.words = words  # of the request
+        self.each = any(waits_for_same(text) for text in draft.after)  # it waits element by element
         self.cwd = task.cwd or ""
-        self.program = os.path.basename(task.command[0]) if task.command else "bash"
+        self.program = fill(body["execution"].get("exec") or "bash", words | {"jname": draft.name})
+        # Kept only where a name needs them.
+        self.values = task.values if "itval" in self.cwd + self.program else None
         self.ids: list[str] = []
         self.single = False
         self.lost: dict[int, str] = {}  # elements that are omitted, and why
@@ -120,13 +127,38 @@ class Job:
         self.canceled = False
         self.dropped: set[int] = set()  # elements that were canceled one by one
 
-    def directory(self, root: str, index: int | None, cores: int, nodes: list[str]) -> str:
-        """Where its task runs, or that element of it."""
+    def tasks(self) -> list[tuple[str, str, int]]:
+        """Its tasks: id, name, and how many elements that stands for."""
+        if not self.single:
+            return [(task_id, self.name, len(self.indices or (None,))) for task_id in self.ids]
+        pairs = zip(self.ids, self.indices or (), strict=True)
+        return [(task_id, f"{self.name}:{index}", 1) for task_id, index in pairs if task_id]
+
+    def place(self, root: str, index: int | None, cores: int, nodes: list[str]) -> tuple[str, str]:
+        """The directory where its task runs, or that element of it, and the name of the program."""
         words = {"root_wd": root, "ncores": str(cores), "nnodes": str(len(nodes)), "nlist": ",".join(nodes)}
         if index is not None:
             value = self.values[index] if self.values is not None else str(index)
             words |= {"it": str(index), "itval": value}
-        return os.path.normpath(os.path.join(root, fill(self.cwd, words)))
+        directory = os.path.normpath(os.path.join(root, fill(self.cwd, words)))
+        return directory, os.path.basename(fill(self.program, words))
+
+    def description(self) -> dict[str, Any]:
+        """The job as it was given, with the words of its request filled in."""
+        words = self.words | {"jname": self.name}
+        found: dict[str, Any] = filled(msgspec.json.decode(self.body), words)
+        return found
+
+
+def filled(value: Any, words: dict[str, str]) -> Any:
+    """Decoded JSON with the words filled in wherever there is text."""
+    if isinstance(value, str):
+        return fill(value, words)
+    if isinstance(value, list):
+        return [filled(item, words) for item in value]
+    if isinstance(value, dict):
+        return {key: filled(item, words) for key, item in value.items()}
+    return value
 
 
 def digest(jobs: list[Any]) -> bytes:
@@ -149,6 +181,9 @@ class Registry:
         self.submissions: dict[str, tuple[bytes, list[str]]] = {}  # key -> digest of the jobs as given, their names
         self.open: set[str] = set()  # keys of submissions that have not ended, as far as was seen
         self.submits = 0
+        self.wd = ""  # of the service; empty when there is none
+        self.net = False
+        self.earlier: list[tuple[bytes, list[str]]] = []  # as ``submissions``, from before the service began
         self.finish = False
         self._committed = committed
         self._plans: dict[str, Planned] = {}
@@ -219,8 +254,11 @@ class Registry:
             self.jobs = {name: job for name, job in self.jobs.items() if job.ids or job.key != record.key}
             self.over = [job for job in self.over if job.key != record.key]
             self.held = {name: job for name, job in self.held.items() if job.key != record.key}
+        elif isinstance(record, Began):
+            self.wd, self.net, self.finish = record.wd, record.net, False
+            self.earlier = list(self.submissions.values())
         elif isinstance(record, Finish):
-            self.finish = record.wanted
+            self.finish = True
         elif (job := self.jobs.get(record.name)) is None:
             pass  # removed meanwhile
         elif isinstance(record, Over):
@@ -240,8 +278,8 @@ class Registry:
             path = f"jobs[{number}]"
             draft = self._drafts.get(fill(body["name"], record.words))
             if draft is None:
-                draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, Task(), record.total)
-            self.jobs[draft.name] = self.held[draft.name] = Job(draft, body, record.at, record.key)
+                draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, record.total)
+            self.jobs[draft.name] = self.held[draft.name] = Job(draft, body, record.at, record.key, record.words)
             names.append(draft.name)
         self.submissions[record.key] = digest(record.jobs), names
 

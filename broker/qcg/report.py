@@ -32,13 +32,12 @@ from pilotq.broker.qcg.states import (
 )
 
 History = list[tuple[str, float]]
-FORMATS = ("json", "text", "none")
 NAMED_MAX = 20  # of what did not succeed, told one by one
 _TEXT_NAME = re.compile(r"^(\S+) \([A-Z]+\)", re.MULTILINE)
 
 
 class Report:
-    """Entries of one service's jobs in ``path``, in one of FORMATS; ``root`` is the directory of the service.
+    """Entries of one service's jobs in ``path``, in one of REPORT_FORMATS; ``root`` is the directory of the service.
 
     ``jobs`` and ``tasks`` count states of what has ended: of jobs, and of elements and jobs without. ``failures`` are
     sentences about the first that did not succeed.
@@ -89,10 +88,10 @@ class Report:
             if len(seen.ended) == len(job.ids) - len(job.lost):
                 states = seen.states | ({OMITTED} if job.lost else set())
                 self.tasks.update({OMITTED: len(job.lost)} if job.lost else {})
-                self._whole(job, whole(states, canceled=job.canceled), seen.last)
+                self._whole(job, whole(states, canceled=job.canceled, each=job.each), seen.last)
                 del self._elements[job.name]
         elif job.indices is not None:
-            self._array(job, line, state)
+            self._array(job, line, whole({state}, canceled=job.canceled, each=job.each))
         else:
             self.tasks[state] += 1
             self._job(job, state, history_of(line), line)
@@ -186,8 +185,13 @@ def _exit(line: Ended) -> str:
 
 def _description(job: Job) -> dict[str, Any]:
     """The parts of the description that the report shows, with QCG-PilotJob's defaults."""
-    body = json.loads(job.body)
+    body = job.description()
     given = {key: value for key, value in body["execution"].items() if value is not None}
+    given |= {"args": [str(arg) for arg in given.get("args", ())]}
+    if isinstance(given.get("modules"), str):
+        given["modules"] = [given["modules"]]
+    if "model" in given:
+        given["model"] = given["model"].lower()
     execution = {"exec": None, "args": [], "env": {}, "script": None} | given
     resources = {
         key: {"exact": value} if key in ("numCores", "numNodes") and isinstance(value, int) else value

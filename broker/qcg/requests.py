@@ -27,13 +27,14 @@ from pilotq.broker import keys
 from pilotq.broker.client import Broker
 from pilotq.broker.errors import InvalidInput, NoPilot
 from pilotq.broker.pilot import Pilot
+from pilotq.broker.qcg.address import ADDRESS, AUXILIARY, address_of
 from pilotq.broker.qcg.info import Info, Named, UnknownJob, named
 from pilotq.broker.qcg.look import Look
-from pilotq.broker.qcg.registry import FILE, Canceled, Finish, Over, Registry, Removed, digest
+from pilotq.broker.qcg.old_words import WRONG
+from pilotq.broker.qcg.registry import FILE, Began, Canceled, Finish, Over, Registry, Removed, digest
 from pilotq.broker.qcg.states import CANCELED, FINAL, GROUPS, duration, stamp
-from pilotq.broker.qcg.submits import WRONG, Submits
+from pilotq.broker.qcg.submits import Submits
 from pilotq.broker.surroundings import capture
-from pilotq.broker.task import Task
 
 Reply = dict[str, Any]
 FINISH_WHEN_DONE = "finishAfterAllTasksDone"
@@ -44,32 +45,27 @@ class Requests:
     """The requests of one service. Not for several threads; several processes may serve the same pilot.
 
     What jobs there are stands in the pilot's directory (``qcg-jobs.jsonl``), so a service that is started again
-    knows them all. ``wd`` is the directory that jobs' relative paths are below (default: the current one),
-    ``total_cores`` what iteration schedulers share out (default: what the pilot has), ``env_schema`` is ``common`` or
-    ``slurm`` (tasks get the SLURM_* variables too), ``instance`` and ``interfaces`` are only shown by ``status``.
-    With ``resume`` a submit that is equal to one of an earlier service is answered as that was, and submits nothing.
-    All nodes must have joined.
+    knows them all; a submit that is equal to one from before it began is answered as that was, and submits nothing.
+    ``wd`` is the directory that jobs' relative paths are below (default: that of the service, else the current one),
+    ``env_policy`` as in `surroundings.capture`. All nodes must have joined.
     """
 
-    def __init__(
-        self, broker: Broker, *, wd: str | None = None, total_cores: int | None = None, env_schema: str = "common",
-        instance: str = "", interfaces: Sequence[str] = (), resume: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, broker: Broker, *, wd: str | None = None, env_policy: str = "submit") -> None:
         if broker.pilot is None:
             raise NoPilot("QCG-PilotJob's requests need the pilot's directory: connect with Broker.connect(DIR)")
-        self.wd = os.path.abspath(wd or os.getcwd())
-        self.instance = instance or broker.pilot.id
-        self.interfaces = list(interfaces)
+        self.pilot = broker.pilot
         self.begin = time.time()
         self.broker = broker
         self.look = Look(broker, broker.pilot.journal)
         self.registry = open_registry(broker, broker.pilot)
+        self.wd = os.path.abspath(wd or self.registry.wd or os.getcwd())
         self.info = Info(self.look, self.wd)
-        self._earlier = list(self.registry.submissions.values()) if resume else []
-        total = sum(node.cores for node in broker.nodes()) if total_cores is None else total_cores
-        shared = msgspec.structs.replace(capture(), cwd=self.wd)
-        base = Task(env_schema=env_schema)
-        self._submits = Submits(broker, self.registry, self.look, shared=shared, total=total, base=base)
+        total = sum(node.cores for node in broker.nodes())
+        around = capture(env_policy)
+        # An empty environment stands for the worker's own, and must stay empty.
+        env = around.env | ({ADDRESS: address_of(self.pilot.directory)} if self.registry.net and around.env else {})
+        shared = msgspec.structs.replace(around, cwd=self.wd, env=env)
+        self._submits = Submits(broker, self.registry, self.look, shared=shared, total=total)
 
     def close(self) -> None:
         self.registry.close()
@@ -89,6 +85,8 @@ class Requests:
             return handler(self, request)
         except InvalidInput as error:
             return _refusal(str(error))
+        except RecursionError:
+            return _refusal("Invalid request: lists and tables are nested too deeply")
 
     def settle(self) -> Mapping[str, str]:
         """No more submits come for now: omit jobs that wait for unknown ones; returns name -> why.
@@ -111,17 +109,16 @@ class Requests:
         jobs = request.get("jobs")
         if not isinstance(jobs, list):
             raise InvalidInput(f"Invalid request: {WRONG} - missing jobs data")
-        if unknown := request.keys() - {"request", "jobs"}:
-            raise InvalidInput(f"Invalid request: {WRONG} - unknown key {min(unknown)}")
         names = self._again(jobs) or self._submits.submit(jobs)
         return _answer(f"{len(names)} jobs submitted", submitted=len(names), jobs=names)
 
     def _again(self, jobs: list[Any]) -> list[str]:
         """The names that an equal submit of an earlier service has brought; each is found once."""
-        mark = digest(jobs) if self._earlier else b""
-        for place, (known, names) in enumerate(self._earlier):
+        earlier = self.registry.earlier
+        mark = digest(jobs) if earlier else b""
+        for place, (known, names) in enumerate(earlier):
             if known == mark:
-                del self._earlier[place]
+                del earlier[place]
                 return names
         return []
 
@@ -203,7 +200,7 @@ class Requests:
 
     def _control(self, request: Mapping[str, Any]) -> Reply:
         command = request.get("command")
-        if command is None:
+        if not isinstance(command, str):
             raise InvalidInput("Invalid request: Wrong control request - missing command")
         if command != FINISH_WHEN_DONE:
             raise InvalidInput(f'Invalid request: Wrong control request - unknown command "{command}"')
@@ -243,12 +240,12 @@ class Requests:
         nodes, total, used = resources
         return {
             "System": {
-                "InstanceId": self.instance,
+                "InstanceId": self.pilot.id.removeprefix(AUXILIARY),
                 "Started": stamp(self.begin),
                 "Generated": stamp(now),
                 "Uptime": duration(now - self.begin),
-                "Zmqaddress": None,
-                "Ifaces": self.interfaces,
+                "Zmqaddress": address_of(self.pilot.directory) if self.registry.net else None,
+                "Ifaces": ["ZMQ"] if self.registry.net else ["FILE"],
                 "StatusPublisher": None,
                 "Host": socket.gethostname(),
                 "Account": _account(),
@@ -263,12 +260,24 @@ class Requests:
         }
 
     def _not_here(self, request: Mapping[str, Any]) -> Reply:
-        """Requests that managers of QCG-PilotJob send each other."""
-        if request["request"] == "register":
+        """Requests that managers of QCG-PilotJob send each other: they have no place here, right or wrong."""
+        name = request["request"]
+        entity, wanted = _OF_MANAGERS[name]
+        if request.get("entity") != entity:
+            raise InvalidInput(f"Invalid request: Wrong {name} request - missing/unknown entity")
+        if "params" not in request:
+            raise InvalidInput(f"Invalid request: Wrong {name} request - missing register parameters")
+        if not isinstance(request["params"], dict) or not wanted <= request["params"].keys():
+            raise InvalidInput(f"Invalid request: Wrong {name} request - missing key {name} parameters")
+        if name == "register":
             return _refusal("Register manager request not supported in this kind of manager (direct)")
         return _refusal("Operation not supported")
 
 
+_OF_MANAGERS = {
+    "register": ("manager", {"id", "address", "resources"}),
+    "notify": ("job", {"name", "state", "attributes"}),
+}
 _HANDLERS: dict[str, Callable[[Requests, Mapping[str, Any]], Reply]] = {
     "submit": Requests._submit,
     "listJobs": Requests._list_jobs,
@@ -295,6 +304,16 @@ def open_registry(broker: Broker, pilot: Pilot) -> Registry:
     return Registry(pilot.path(FILE), committed)
 
 
+def begin(broker: Broker, pilot: Pilot, wd: str, *, net: bool) -> None:
+    """A service begins on this pilot: what `Requests` of any process have to know of it is written down."""
+    registry = open_registry(broker, pilot)
+    try:
+        with registry.locked():
+            registry.write(Began(wd, net))
+    finally:
+        registry.close()
+
+
 def _account() -> str:
     try:
         return getpass.getuser()
@@ -304,7 +323,7 @@ def _account() -> str:
 
 def _names(request: Mapping[str, Any], what: str) -> list[str]:
     names = request.get("jobNames")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise InvalidInput(f"Invalid request: Wrong {what} request - missing job names")
     return list(dict.fromkeys(names))
 

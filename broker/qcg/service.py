@@ -1,65 +1,25 @@
-"""The service behind a LocalManager: a pilot in an auxiliary directory, started and ended as QCG-PilotJob's is.
-
-The auxiliary directory is the pilot's own, in the service's working directory and with QCG-PilotJob's name for it:
-who has its path knows where relative paths of jobs begin, and `--resume` takes up the same one.
-"""
+"""The service behind a LocalManager: `pilotq-qcg-service` as a child of this process, which it does not outlive."""
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import os
-import random
-import re
+import select
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
-from pilotq.broker.lock import Holder, holder, start_time
+from pilotq.broker.lock import holder
 from pilotq.broker.pilot import Pilot
 from pilotq.broker.qcg.errors import ServiceError
 
 STOP_S = 90.0  # workers get 30 s, the server as long again; then something is wrong
-LOOK_S = 0.02
-LOG = "service.log"
-_PROGRAM = (sys.executable, "-m", "pilotq")
-
-_AUXILIARY = re.compile(r"\.qcgpjm-service-.*")
-# What has a meaning here, and what QCG-PilotJob's service takes besides.
-_VALUES = (
-    "net-port", "net-pub-port", "net-port-min", "net-port-max", "file-path", "report-format", "report-file", "log",
-    "parent", "tags", "slurm-partition-nodes", "slurm-limit-nodes-range-begin", "slurm-limit-nodes-range-end",
-    "slurm-resources-file", "wrapper-rt-stats", "nl-init-timeout", "nl-ready-threshold", "nl-start-method",
-)  # fmt: skip
-_FLAGS = (
-    "net", "file", "disable-nl", "show-progress", "governor", "enable-proc-stats", "enable-rt-stats", "disable-pub",
-)  # fmt: skip
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ServiceError(f"the arguments of the service are wrong: {message}")
-
-
-def _parse(server_args: Iterable[Any]) -> argparse.Namespace:
-    parser = _Parser(add_help=False)
-    parser.add_argument("--wd", default=".")
-    parser.add_argument("--nodes")
-    parser.add_argument("--resources", choices=("auto", "slurm", "local"), default="auto")
-    parser.add_argument("--resume")
-    parser.add_argument("--id")
-    parser.add_argument("--envschema", default="auto")
-    parser.add_argument("--system-core", action="store_true")
-    for name in _VALUES:
-        parser.add_argument(f"--{name}")
-    for name in _FLAGS:
-        parser.add_argument(f"--{name}", action="store_true")
-    return parser.parse_args([os.fspath(a) if isinstance(a, os.PathLike) else str(a) for a in server_args])
+# Not as `-m`: in the user's directory a folder called pilotq would be imported instead of us.
+_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from pilotq.cli.qcg_service import main; main()"
 
 
 class Service:
@@ -69,42 +29,46 @@ class Service:
     """
 
     def __init__(self, server_args: Iterable[Any], timeout: float) -> None:
-        args = _parse(server_args)
-        self.wd = os.path.abspath(args.wd)
-        self.resumed: bool = args.resume is not None
-        schemas = args.envschema.lower().split(",")
-        slurm = "slurm" in schemas or ("auto" in schemas and "SLURM_NODELIST" in os.environ)
-        self.env_schema = "slurm" if slurm else "common"
+        args = [os.fspath(arg) if isinstance(arg, os.PathLike) else str(arg) for arg in server_args]
         self._pid = os.getpid()
-        directory = _auxiliary(args, self.wd)
-        self.pilot = Pilot(directory)
-        self._start([*_start_options(args), "--resume" if self.resumed else "--dir", directory], timeout)
-        self._supervisor = holder(self.pilot.path("lock"))
-        self._guard = _guard(directory)
-        atexit.register(self.stop)
-        with suppress(FileExistsError):
-            os.symlink(os.path.relpath(self.pilot.log("supervisor"), directory), self.pilot.path(LOG))
-
-    def _start(self, options: list[str], timeout: float) -> None:
-        # As a person starts it: what nodes there are is not ours to know. Not in the user's directory, where a folder
-        # called pilotq would be imported instead of us.
-        with subprocess.Popen(
-            [*_PROGRAM, "start", *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, cwd="/", text=True,
-        ) as process:  # fmt: skip
+        with tempfile.TemporaryFile() as said:
+            # In a session of its own: Ctrl-C is for our program, which decides what becomes of the service.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, *args, "--net", "--owner", str(self._pid)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=said, start_new_session=True,
+            )  # fmt: skip
             try:
-                _, said = process.communicate(timeout=timeout)
-            except BaseException as error:
-                process.kill()
-                self._end(holder(self.pilot.path("lock")), STOP_S)
-                if isinstance(error, subprocess.TimeoutExpired):
-                    raise ServiceError(f"Service not started in {timeout:.1f}") from None
+                directory = self._await_ready(timeout)
+                if directory is None:
+                    self._process.wait()
+                    said.seek(0)
+                    raise ServiceError(f"Service not started: {_words(said.read())}")
+            except BaseException:
+                self._process.terminate()
+                self._process.wait()
+                self._close()
                 raise
-        if process.returncode:
-            raise ServiceError(f"Service not started: {said.strip().removeprefix('pilotq: ')}")
+        self.pilot = Pilot(directory)
+        atexit.register(self.stop)
+
+    def _await_ready(self, timeout: float) -> str | None:
+        """The pilot's directory, which the service prints when it is ready; None when it ends before that."""
+        out = self._process.stdout
+        assert out is not None
+        deadline = time.monotonic() + timeout
+        text = b""
+        while not text.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([out], [], [], left)[0]:
+                raise ServiceError(f"Service not started in {timeout:.1f}")
+            read = os.read(out.fileno(), 4096)
+            if not read:
+                return None
+            text += read
+        return os.fsdecode(text[:-1].rpartition(b"\n")[2])
 
     def alive(self) -> bool:
-        return _lives(self._supervisor)
+        return self._process.poll() is None
 
     def stop(self, timeout: float = STOP_S) -> None:
         """End the pilot and what runs in it, and wait until it is gone; what had not ended is there for ``--resume``.
@@ -114,64 +78,25 @@ class Service:
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.stop)
+        if self.alive():
+            # The supervisor and not the service: its tasks get their grace, and the service writes its report.
+            supervisor = holder(self.pilot.path("lock"))
+            os.kill(supervisor.pid if supervisor is not None else self._process.pid, signal.SIGTERM)
         try:
-            self._end(self._supervisor, timeout)
-        finally:
-            with self._guard:  # closes its pipe, and waits for it
-                self._guard.kill()
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise ServiceError(
+                f"the pilot in {self.pilot.directory} has not ended after {timeout:g} s: "
+                f"{self.pilot.log('supervisor')} says what it does"
+            ) from None
+        self._close()
 
-    def _end(self, supervisor: Holder | None, timeout: float) -> None:
-        if supervisor is None or not _lives(supervisor):
-            return
-        with suppress(ProcessLookupError):
-            os.kill(supervisor.pid, signal.SIGTERM)
-        deadline = time.monotonic() + timeout
-        while _lives(supervisor):
-            if time.monotonic() > deadline:
-                raise ServiceError(
-                    f"the pilot in {self.pilot.directory} has not ended after {timeout:g} s: "
-                    f"{self.pilot.log('supervisor')} says what it does"
-                )
-            time.sleep(LOOK_S)
+    def _close(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
-def _lives(supervisor: Holder | None) -> bool:
-    """Whether the process lives, and not only holds its lock: that it gives back a moment before it ends."""
-    return supervisor is not None and start_time(supervisor.pid) == supervisor.start
-
-
-def _guard(directory: str) -> subprocess.Popen[bytes]:
-    """A process that ends the pilot when ours is gone, however it went: then the pipe that it reads from is closed."""
-    return subprocess.Popen(
-        ["sh", "-c", 'read -r _; exec "$@"', "sh", *_PROGRAM, "stop", "--dir", directory],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-    )  # fmt: skip
-
-
-def working_directory(pilot: Pilot) -> str | None:
-    """Where relative paths of a service's jobs begin; None for a pilot that no service has started."""
-    return os.path.dirname(pilot.directory) if _AUXILIARY.fullmatch(pilot.id) else None
-
-
-def _start_options(args: argparse.Namespace) -> list[str]:
-    options = ["--resources", args.resources]
-    if args.nodes is not None:
-        options += ["--nodes", args.nodes]
-    if args.system_core:
-        options += ["--system-core"]
-    return options
-
-
-def _auxiliary(args: argparse.Namespace, wd: str) -> str:
-    """The auxiliary directory: a new one, or the one that ``--resume`` names or has in it. Raises ServiceError."""
-    if args.resume is None:
-        name = args.id or f"{socket.gethostname()}.{random.randint(0, 9999)}"
-        return os.path.join(wd, f".qcgpjm-service-{name}")
-    path: str = os.path.abspath(args.resume)
-    found = [path]
-    if os.path.isdir(path) and not _AUXILIARY.fullmatch(os.path.basename(path)):
-        found = [os.path.join(path, name) for name in os.listdir(path) if _AUXILIARY.fullmatch(name)]
-    found = [path for path in found if os.path.isdir(os.path.join(path, "server"))]
-    if not found:
-        raise ServiceError(f"Resume directory {path} not exists or is not valid QCG-PilotJob auxiliary directory")
-    return max(found, key=os.path.getmtime)
+def _words(said: bytes) -> str:
+    """The last thing that the service has said, without its name."""
+    lines = said.decode(errors="replace").strip().splitlines() or ["it has said nothing"]
+    return lines[-1].removeprefix("pilotq-qcg-service: ")

@@ -19,6 +19,8 @@ CANCELED: Final = "CANCELED"
 OMITTED: Final = "OMITTED"
 FINAL: Final = frozenset({SUCCEED, FAILED, CANCELED, OMITTED})
 
+REPORT_FORMATS: Final = ("json", "text", "none")
+
 # The groups that `status` counts; their names are QCG-PilotJob's, a canceled job is a finished one there.
 GROUPS: Final[Mapping[str, str]] = {
     QUEUED: "InSchedule", SCHEDULED: "InSchedule", EXECUTING: "Executing", SUCCEED: "Finished", CANCELED: "Finished",
@@ -58,10 +60,15 @@ def state_of(status: str, reason: str) -> str:
     return _STATES.get(status, QUEUED)
 
 
-def whole(states: set[str], *, canceled: bool) -> str:
-    """The state of a job whose elements have ended so; ``canceled``: its user has canceled all of it."""
+def whole(states: set[str], *, canceled: bool, each: bool = False) -> str:
+    """The state of a job whose elements have ended so; ``canceled``: its user has canceled all of it.
+
+    An iteration is OMITTED when it waits for another job; where its elements wait one by one (``each``) it has FAILED.
+    """
     if canceled and states != {SUCCEED}:
         return CANCELED
+    if each and states == {OMITTED}:
+        return FAILED
     return next(iter(states)) if len(states) == 1 else FAILED
 
 

@@ -16,13 +16,12 @@ from pilotq.broker.cluster import Cluster
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.file_qcg import draft_of, job_of, request_words
 from pilotq.broker.qcg.look import Look
+from pilotq.broker.qcg.old_words import WRONG, check_form, in_old_words
 from pilotq.broker.qcg.registry import Done, Over, Planned, Record, Refused, Registry, Submitted
 from pilotq.broker.qcg.states import FAILED, OMITTED, moment
 from pilotq.broker.qcg_jobs import Draft, Known, Unmet, tasks_of
 from pilotq.broker.records import NodeInfo
-from pilotq.broker.task import Request, Shared, Task, order_of
-
-WRONG = "Wrong submit request"  # what QCG-PilotJob's refusals begin with
+from pilotq.broker.task import Request, Shared, order_of
 
 
 class Never:
@@ -39,23 +38,21 @@ class Never:
 
 
 class Submits:
-    """Submits of one service. ``base`` holds what a job has that its description says nothing about."""
+    """Submits of one service; ``total`` cores are what iteration schedulers share out."""
 
-    def __init__(
-        self, broker: Broker, registry: Registry, look: Look, *, shared: Shared, total: int, base: Task
-    ) -> None:  # fmt: skip
+    def __init__(self, broker: Broker, registry: Registry, look: Look, *, shared: Shared, total: int) -> None:
         self._broker = broker
         self._registry = registry
         self._look = look
         self._shared = shared
         self._total = total
-        self._base = base
 
     def submit(self, bodies: Sequence[Any]) -> list[str]:
         """Take these jobs, all or none, and return their names; raises InvalidInput.
 
         A job that waits for one which nobody has submitted yet is held until somebody does, or until `settle`.
         """
+        check_form(bodies)
         with self._registry.locked():
             now = time.time()
             words = request_words(self._registry.submits + 1, moment(now))
@@ -63,7 +60,10 @@ class Submits:
             names: set[str] = set()
             for number, body in enumerate(bodies):
                 path = f"jobs[{number}]"
-                draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._base, self._total or None)
+                try:
+                    draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._total or None)
+                except InvalidInput as error:
+                    raise in_old_words(error) from None
                 if draft.name in self._registry.jobs or draft.name in names:
                     raise InvalidInput(f"Job {draft.name} already exist")
                 names.add(draft.name)
@@ -106,6 +106,9 @@ class Submits:
         never: dict[str, str] = {}
         fits: dict[Request, str | None] = {}
         for draft in drafts:
+            if draft.never:
+                never[draft.name] = draft.never
+                continue
             for request in _requests(draft):
                 if request not in fits:
                     cluster = cluster or self._cluster()

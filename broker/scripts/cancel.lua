@@ -2,7 +2,7 @@
 --
 -- ARGV: 1 epoch, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
 -- Returns for each id 'canceled' (it was waiting), 'told' (it runs, or elements of it do: their workers were told),
--- its status when it has ended or only RQ's stock producers know it, or 'unknown'. Ids stay in the middle of their lists: claim drops them.
+-- its status when it has ended, or 'unknown'. Ids stay in the middle of their lists: claim drops them.
 -- RQ's own job.cancel() sets the status and tells nobody: a task that it has met and we do not know of yet (no reason, no
 -- pq_cancel) is treated like any other; the reconciler calls for that.
 if not epoch_ok() then return epoch_error() end
@@ -61,15 +61,19 @@ local function cancel(id)
     'pq_sub', 'origin', 'pq_cancel', 'pq_reason')
   local status = v[1]
   if not status then return cancel_element(id) end
-  local waiting = status == 'queued' or status == 'deferred'
+  local waiting = status == 'queued' or status == 'deferred' or status == 'scheduled' or status == 'rate_limited'
+    or status == 'ready_to_enqueue'
   -- What a submit has staged and not committed yet nobody can know.
-  if waiting and v[8] and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
+  if waiting and (v[8] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
   if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
   if status == 'canceled' and (v[10] or v[11]) then return status end
   changed = true
   if v[4] then return v[10] and 'told' or cancel_array(id, v) end
   local member = id .. ':' .. (v[2] or '')
-  if status == 'started' or status == 'canceled' and redis.call('ZSCORE', registry('wip', queue_of(v[5] or v[9])), member) then
+  local wip = registry('wip', queue_of(v[5] or v[9]))
+  if status == 'started' or status == 'canceled' and (v[3] or redis.call('ZSCORE', wip, member)) then
+    -- RQ's cancel of what it sees running takes it out of there: its end is counted by that.
+    redis.call('ZADD', wip, 'inf', member)
     tell(id, v[3], v[2])
     return 'told'
   end

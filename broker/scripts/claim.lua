@@ -5,7 +5,7 @@
 -- records.Handed, field by field.
 -- ARGV: 1 epoch, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
 --       7 msgpack [[class, [[node:incarnation, lane, allocation], ...]], ...]; lane 0 = handed ahead.
--- Returns for each class {number handed, length left, first ids, elements left in the first one}: slots are filled in order.
+-- Returns for each class {number handed, length left, places of the first ids, elements left in the first one}: slots are filled in order.
 if not epoch_ok() then return epoch_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, show, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
@@ -26,27 +26,56 @@ local function hand(slot, class, id, execution, f)
   members[#members + 1] = id .. ':' .. execution
 end
 
--- A lane is noted only when there is one: what was handed ahead has not run when its node dies.
-local function started(slot, class, execution)
+-- A lane is noted only when there is one: what was handed ahead has not run when its node dies. Of a task that was lost
+-- before, the worker says when it begins (launched.lua): only that is charged.
+local function started(slot, class, execution, crashes)
+  local charged = slot[2] ~= 0 and tonumber(crashes or 0) == 0
   return 'status', 'started', 'origin', queue_of(class), 'pq_exec', execution, 'pq_node', slot[1], 'worker_name',
-    string.match(slot[1], '^(.*):'), 'started_at', now_iso, slot[2] ~= 0 and 'pq_lane' or 'pq_node',
-    slot[2] ~= 0 and slot[2] or slot[1]
+    string.match(slot[1], '^(.*):'), 'started_at', now_iso, charged and 'pq_lane' or 'pq_node', charged and slot[2] or slot[1]
+end
+
+-- A byte of the bits that holds an element which has not ended (00).
+local OPEN
+
+local function open_byte()
+  local full = {}
+  for byte = 0, 255 do
+    local pairs_of = {bit.rshift(byte, 6), bit.band(bit.rshift(byte, 4), 3), bit.band(bit.rshift(byte, 2), 3), bit.band(byte, 3)}
+    if math.min(unpack(pairs_of)) > 0 then full[#full + 1] = string.gsub(string.char(byte), '%W', '%%%0') end
+  end
+  return '[^' .. table.concat(full) .. ']'
+end
+
+-- The first element from `position` on that has not ended; count when there is none.
+local function next_open(id, position, count)
+  while position < count do
+    if position % 4 == 0 then
+      OPEN = OPEN or open_byte()
+      local chunk = redis.call('GETRANGE', bits_key(id), position / 4, position / 4 + 65535)
+      local at = string.find(chunk, OPEN)
+      position = position + 4 * (at and at - 1 or #chunk)
+      if not at and #chunk == 65536 then position = position - 1 end -- look on from there
+    end
+    if redis.call('BITFIELD', bits_key(id), 'GET', 'u2', '#' .. string.format('%d', position))[1] == 0 then break end
+    position = position + 1
+  end
+  return math.min(position, count)
 end
 
 -- As many elements of an array as there are slots; returns how many, and whether some are left.
 local function claim_array(id, class, f, slots, from)
-  local count = tonumber(string.match(f.array, '(%d+)$'))
+  local count, execution = tonumber(string.match(f.array, '(%d+)$')), tonumber(f.first or 1)
   local position, used = tonumber(f.next), 0
   while position < count and from + used <= #slots do
-    -- With holes: elements that were canceled one by one have ended.
-    if not f.holes or redis.call('BITFIELD', bits_key(id), 'GET', 'u2', '#' .. position)[1] == 0 then
-      local slot = slots[from + used]
-      local element, index = make_element(id, position, f, {started(slot, class, 1)})
-      hand(slot, class, element, 1, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
-        position = position, retries = f.retries, submission = f.submission, spec = f.spec})
-      if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
-      used = used + 1
-    end
+    -- With holes: some have ended, canceled one by one or before a retry.
+    if f.holes then position = next_open(id, position, count) end
+    if position == count then break end
+    local slot = slots[from + used]
+    local element, index = make_element(id, position, f, {started(slot, class, execution)})
+    hand(slot, class, element, execution, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
+      position = position, retries = f.retries, submission = f.submission, spec = f.spec})
+    if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
+    used = used + 1
     position = position + 1
   end
   redis.call('HSET', job_key(id), 'pq_next', string.format('%d', position))
@@ -57,6 +86,15 @@ local function claim_array(id, class, f, slots, from)
   return used, position < count
 end
 
+-- A job of RQ's producers: its `ttl` was for the time it waits. One with a rate limit keeps its slot while it runs, also
+-- after RQ's cancel or delete, only if RQ sees its execution.
+local function begin_stock(id, execution, slot)
+  redis.call('PERSIST', job_key(id))
+  if redis.call('HGET', job_key(id), 'rate_limit_key') then
+    show_execution(id, execution, string.match(slot[1], '^(.*):'), now, false, 86400)
+  end
+end
+
 -- One popped id: returns slots used, and whether it must go back to the head of its list.
 local function claim_one(id, class, slots, from)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
@@ -65,14 +103,16 @@ local function claim_one(id, class, slots, from)
   local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9],
     crashes = v[11]}
   if v[9] then
-    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_holes')
+    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_holes',
+      'pq_first')
     f.data, f.description, f.created, f.next, f.class, f.holes = more[1], more[2], more[3], more[4], class, more[5]
+    f.first = more[6]
     return claim_array(id, class, f, slots, from)
   end
   if v[10] then
     -- An element that had been given back, or released by another array's element: its array knows the rest.
     local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_at', 'pq_array',
-      'pq_cancel')
+      'pq_cancel', 'pq_most')
     local position = tonumber(redis.call('HGET', job_key(id), 'pq_pos'))
     if not a[1] then -- somebody deleted the array: what waits of it goes too
       count_end(redis.call('HGET', job_key(id), 'pq_sub'), 'canceled', 1)
@@ -81,11 +121,14 @@ local function claim_one(id, class, slots, from)
     end
     if a[7] then return 0, false end -- the array was canceled: release.lua ends what waits of it
     f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
-      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11]}
+      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], most = a[8]}
   end
   local slot, execution = slots[from], tonumber(v[4] or 0) + 1
-  redis.call('HSET', job_key(id), started(slot, class, execution))
+  -- Records of elements go: only so does a retry know which numbers of executions were used.
+  if v[10] and execution > tonumber(f.most or 1) then redis.call('HSET', job_key(v[10]), 'pq_most', execution) end
+  redis.call('HSET', job_key(id), started(slot, class, execution, f.crashes))
   hand(slot, class, id, execution, f)
+  if f.submission == '' then begin_stock(id, execution, slot) end
   return 1, false
 end
 
@@ -115,7 +158,7 @@ for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
     local f = redis.call('HMGET', job_key(ids[1]), 'pq_array', 'pq_next')
     if f[1] then left = string.match(f[1], '(%d+)$') - f[2] end
   end
-  answer[number] = {from - 1, #ids < show and #ids or redis.call('LLEN', list), ids, left}
+  answer[number] = {from - 1, #ids < show and #ids or redis.call('LLEN', list), places(ids), left}
 end
 for node, items in pairs(inboxes) do send(node, #items, table.concat(items)) end
 for queue, members in pairs(wip) do push('ZADD', registry('wip', queue), members) end

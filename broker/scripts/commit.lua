@@ -8,6 +8,7 @@
 --         each   = [[array id, class, class record, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
 --         shared = key of what all of them share
+--         past   = {parent = status}: parents that only the journal knows
 --       }
 -- A parent is a task, an array, or one element of an array (<array>_<index>).
 -- Returns {'ok'}; {'again', first number, number} when this key was committed before (nothing is written);
@@ -33,7 +34,8 @@ local parents, elements, counts = {}, {}, {}
 local function status_of(parent)
   local status = redis.call('HGET', job_key(parent), 'status')
   local array, index = string.match(parent, '^(.-)_(%d+)$')
-  if not array then
+  -- Jobs of RQ's producers may be called as elements are.
+  if not array or status and not redis.call('HGET', job_key(parent), 'pq_array_of') then
     counts[parent] = tonumber(string.match(redis.call('HGET', job_key(parent), 'pq_array') or '', '(%d+)$'))
     return status
   end
@@ -50,7 +52,7 @@ for _, items in ipairs({work.waits, work.each}) do
   for _, item in ipairs(items) do
     for _, parent in ipairs(item[4]) do
       if parents[parent] == nil then
-        local status = status_of(parent)
+        local status = status_of(parent) or (work.past or {})[parent]
         if not status then return {'unknown', parent} end
         parents[parent] = status
       end
@@ -98,6 +100,7 @@ for _, item in ipairs(work.waits) do
       if parents[parent] ~= 'finished' then
         left = left + 1
         redis.call('RPUSH', kids_key(parent), id)
+        watch(parent)
         if elements[parent] then
           redis.call('HSET', job_key(elements[parent]), 'pq_each', '1')
         else
@@ -110,7 +113,7 @@ for _, item in ipairs(work.waits) do
       ready(class, {id})
     else
       redis.call('HSET', job_key(id), 'pq_waits', left, 'origin', queue_of(class))
-      redis.call('ZADD', registry('deferred', queue_of(class)), now, id)
+      redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
     end
   end
 end
@@ -118,9 +121,10 @@ for _, item in ipairs(work.each) do
   local id, class = item[1], item[2]
   know(class, item[3])
   redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[4])
-  redis.call('ZADD', registry('deferred', queue_of(class)), now, id)
+  redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
   for number, parent in ipairs(item[4]) do
     redis.call('RPUSH', each_key(parent), (number - 1) .. ':' .. id)
+    watch(parent)
     redis.call('HSET', job_key(parent), 'pq_each', '1')
     local status = parents[parent]
     if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', each_key(parent), ttl) end

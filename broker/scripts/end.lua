@@ -1,21 +1,23 @@
--- end: executions have ended. Events end_finished, end_failed, end_retried, end_free, end_stopped, end_canceled, lost,
--- crash_limit.
+-- end: executions have ended. Events end_finished, end_failed, end_retried, end_later, end_free, end_stopped,
+-- end_canceled, lost, crash_limit.
 --
 -- Idempotent: a report is judged by its execution number; of a task that has ended with that number it is answered
 -- 'ok' again, and nothing is written. The mail to the dispatcher is sent once for each number of call.
 -- ARGV: 1 epoch, 2 node:incarnation ('' = the dispatcher, for a lost node), 3 number of the call, 4 mail (packed, may be ''),
 --       5 now (unix s), 6 ttl of finished, 7 ttl of failed (s), 8 crash limit,
 --       9 msgpack [[id, execution, wish, reason, ended ISO, exit, started ISO, allocation, array, position,
---         class, submission, retries left], ...]; an empty class: all three are read from the record,
+--         class, submission, retries left, seconds until a retry], ...]; an empty class: all three are read from the record,
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
--- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued).
+-- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued), retried (a
+-- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...").
 -- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or the record
 -- is gone).
 if not epoch_ok() then return epoch_error() end
 local node, call, mail, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local worker = string.match(node, '^(.*):') or ''
 local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
-local verdicts, done, wip, front, arrays, each = {}, {}, {}, {}, {}, {}
+local verdicts, done, wip, front, arrays, each, told = {}, {}, {}, {}, {}, {}, {}
 local requeued, last_ended = false, ''
 
 local function add(map, key, ...)
@@ -32,7 +34,8 @@ local function known(array)
   return each[array]
 end
 
-local function end_element(f, id, status)
+-- Returns the status of the element's record, or nil when it has none any more.
+local function end_element(f, id, status, text)
   local array = f.array
   if not known(array)[1] then -- somebody deleted the array
     redis.call('DEL', job_key(id), bits_key(array))
@@ -44,7 +47,8 @@ local function end_element(f, id, status)
   if not state then state = {0, 0}; arrays[array] = state end
   state[1] = state[1] + 1
   if outcome ~= 1 then state[2] = state[2] + 1 end
-  if outcome ~= 2 or redis.call('HINCRBY', job_key(array), 'pq_kept', 1) > KEPT_ELEMENTS then
+  local drop = outcome == 3 or (outcome == 1 and text == '')
+  if drop or (outcome == 2 and redis.call('HINCRBY', job_key(array), 'pq_kept', 1) > KEPT_ELEMENTS) then
     redis.call('DEL', job_key(id))
     status = nil
   end
@@ -52,40 +56,108 @@ local function end_element(f, id, status)
   return status
 end
 
-local function final(r, f, id, status, reason, text)
+-- RQ's rules for the record of a producer's job.
+local function final_stock(r, f, id, status, reason, text, kind)
+  local queue, ttl = f.queue, rq_ttl(id, status, ttl_failed)
+  count_end('', status, 1)
+  rq_ended(id, queue, now, r[5])
+  if ttl == 0 then
+    redis.call('DEL', job_key(id), 'rq:results:' .. id)
+  else
+    redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
+      'pq_cpus', r[8], 'pq_reason', reason)
+    local score = ttl > 0 and now + ttl or (status == 'finished' and 'inf' or -1)
+    if ttl > 0 then redis.call('EXPIRE', job_key(id), ttl) end
+    add(done, registry(status == 'stopped' and 'failed' or status, queue), status == 'canceled' and now or score, id)
+    if status ~= 'canceled' then add_result(id, kind or (status == 'finished' and '1' or '2'), kind and '' or text, worker, ttl) end
+  end
+  release_dependents(id, f.kids, status)
+end
+
+-- An executor submits with keys '@<its name>.<number>': it is told which of its tasks have ended.
+local function tell(f, id)
+  local name = string.match(f.submission, '^@(%w+)%.')
+  if name then add(told, 'pilotq:told:' .. name, id) end
+end
+
+local function final(r, f, id, status, reason, text, kind)
+  if f.submission == '' then return final_stock(r, f, id, status, reason, text, kind) end
   local queue, ttl = f.queue, status == 'finished' and ttl_finished or ttl_failed
   count_end(f.submission, status, 1)
   local kept = status
-  if f.array then kept = end_element(f, id, status) end
+  if f.array then kept = end_element(f, id, status, text) end
   if kept then
     redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
       'pq_cpus', r[8], 'pq_reason', reason)
     redis.call('EXPIRE', job_key(id), ttl)
     local kind = status == 'stopped' and 'failed' or status
     add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)
-    if text ~= '' and (status == 'failed' or status == 'stopped') then
-      redis.call('XADD', 'rq:results:' .. id, 'MAXLEN', '10', '*', 'type', '2', 'exc_string', text, 'worker_name', string.match(node, '^(.*):') or '')
-      redis.call('EXPIRE', 'rq:results:' .. id, ttl)
-    end
+    if text ~= '' and status ~= 'canceled' then add_result(id, status == 'finished' and '1' or '2', text, worker, ttl) end
   end
   release_dependents(id, f.kids, status)
+  tell(f, id)
 end
 
 local function requeue(id, f, command)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
-  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane', 'pq_running', 'pq_out', 'pq_err')
+  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
   if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
   redis.call('SADD', 'rq:queues', list_key(f.class))
   requeued = true
 end
 
+-- A task goes on: at once, or after so many seconds by the mover. What waits for its time gives up its slot.
+local function again(id, f, seconds, front, r)
+  if (seconds or 0) <= 0 then return requeue(id, f, front and 'LPUSH' or 'RPUSH') end
+  redis.call('HSET', job_key(id), 'status', 'scheduled', 'origin', f.queue, 'ended_at', r[5])
+  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_lane', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
+  redis.call('ZADD', registry('scheduled', f.queue), f.submission == '' and math.floor(now + seconds) or now + seconds, id)
+  free_slot(id, redis.call('HGET', job_key(id), 'rate_limit_key'), now, r[5])
+end
+
+-- The same as `judge` where RQ has rules of its own: Retry of an exception, a returned Retry, Repeat. Last: the type of
+-- the result that RQ keeps, if it is an unusual one.
+local function judge_stock(wish, reason, f, id, r, text)
+  local v = redis.call('HMGET', job_key(id), 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
+    'number_of_retries', 'repeats_left', 'repeat_intervals')
+  if wish == 'failed' and whole(v[1], 0) > 0 then
+    local left, intervals = whole(v[1], 0), intervals_of(v[2])
+    redis.call('HSET', job_key(id), 'retries_left', left - 1)
+    again(id, f, intervals[math.max(#intervals - left, 0) + 1], v[3] == '1', r)
+    return 'failed', reason, true
+  elseif wish == 'retried' then
+    local most, list = string.match(text, '^(%d+):([%d,]*)')
+    local number, intervals = whole(v[4], 0), intervals_of('[' .. (list or '') .. ']')
+    if number >= whole(most, 0) then return 'failed', 'retries', false, '5' end
+    redis.call('HSET', job_key(id), 'number_of_retries', number + 1)
+    add_result(id, '4', '', worker, rq_ttl(id, 'failed', ttl_failed))
+    again(id, f, intervals[math.min(number + 1, #intervals)], v[3] == '1', r)
+    return 'failed', 'returned retry', true
+  elseif wish == 'finished' and whole(v[5], 0) > 0 then
+    local intervals, ttl = intervals_of(v[6]), rq_ttl(id, 'finished', ttl_failed)
+    redis.call('HSET', job_key(id), 'repeats_left', whole(v[5], 0) - 1)
+    if #intervals > 1 then
+      redis.call('HSET', job_key(id), 'repeat_intervals', cjson.encode({unpack(intervals, 2)}))
+    end
+    if ttl ~= 0 then add_result(id, '1', text, worker, ttl) end
+    release_dependents(id, f.kids, 'finished')
+    again(id, f, intervals[1], false, r)
+    return 'finished', '', true
+  end
+  return wish, reason, false
+end
+
 -- What becomes of an execution that had this wish: status, reason, and whether the task is queued again.
-local function judge(wish, reason, f, id)
+local function judge(wish, reason, f, id, r, text)
   if f.status == 'canceled' then return 'canceled', 'canceled', false end
   if wish ~= 'finished' and f.cancel then return 'canceled', 'canceled', false end
+  if f.submission == '' and (wish == 'finished' or wish == 'failed' or wish == 'retried') then
+    return judge_stock(wish, reason, f, id, r, text)
+  end
   if wish == 'failed' and f.retries > 0 then
+    redis.call('HSETNX', job_key(id), 'pq_budget', f.retries)
     redis.call('HSET', job_key(id), 'pq_retries', f.retries - 1)
-    requeue(id, f, 'RPUSH')
+    again(id, f, r[14], false, r)
     return 'failed', reason, true
   elseif wish == 'free' then
     requeue(id, f, 'LPUSH')
@@ -99,6 +171,7 @@ local function judge(wish, reason, f, id)
     requeue(id, f, 'LPUSH')
     return 'failed', reason, true
   end
+  if wish == 'retried' then return 'failed', 'retries', false end -- only RQ's own jobs have such retries
   return wish, reason, false
 end
 
@@ -111,14 +184,14 @@ local function vanished(r, id, execution, line)
   if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
   last_ended = r[5]
   count_end(r[12], 'canceled', 1)
-  if array then end_element({array = array, position = r[10]}, id, 'canceled') end
+  if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
   journal(line, packed_verdict('canceled', 'canceled', true))
   return 'stale'
 end
 
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_kids')
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_kids', 'pq_shown')
   if not v[1] then return vanished(r, id, execution, line) end
   if v[2] ~= execution then return 'stale' end
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
@@ -134,8 +207,9 @@ local function report(r, line, text)
   if v[1] ~= 'started' and v[1] ~= 'canceled' then return v[1] == 'queued' and 'retry' or 'stale' end
   add(wip, f.queue, id .. ':' .. execution)
   last_ended = r[5]
-  local status, reason, retried = judge(r[3], r[4], f, id)
-  if not retried then final(r, f, id, status, reason, text) end
+  if v[5] then hide_execution(id, execution, v[5]) end
+  local status, reason, retried, kind = judge(r[3], r[4], f, id, r, text)
+  if not retried then final(r, f, id, status, reason, text, kind) end
   journal(line, packed_verdict(status, reason, not retried))
   return retried and 'retry' or 'ok'
 end
@@ -148,6 +222,10 @@ for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
 end
 for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
 for key, members in pairs(done) do push('ZADD', key, members) end
+for key, members in pairs(told) do
+  push('RPUSH', key, members)
+  redis.call('EXPIRE', key, ttl_finished)
+end
 for class, ids in pairs(front) do
   local back = {}
   for k = #ids, 1, -1 do back[#back + 1] = ids[k] end

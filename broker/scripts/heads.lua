@@ -1,7 +1,7 @@
 -- heads: what waits. Changes nothing.
 --
 -- ARGV: 1 epoch, 2 term, 3 how many ids of each list to show, 4... class names.
--- Returns for each class {length of its list, ids of its first tasks, elements left in the first one if it is an array (0)}.
+-- Returns for each class {length of its list, places of its first tasks in the order of all, elements left in the first one if it is an array (0)}.
 if not epoch_ok() then return epoch_error() end
 if not term_ok() then return term_error() end
 local found = {}
@@ -13,6 +13,6 @@ for i = 4, #ARGV do
     local f = redis.call('HMGET', job_key(ids[1]), 'pq_array', 'pq_next')
     if f[1] then left = string.match(f[1], '(%d+)$') - f[2] end
   end
-  found[#found + 1] = {#ids < tonumber(ARGV[3]) and #ids or redis.call('LLEN', list), ids, left}
+  found[#found + 1] = {#ids < tonumber(ARGV[3]) and #ids or redis.call('LLEN', list), places(ids), left}
 end
 return found

@@ -7,7 +7,7 @@ local key = 'rq:worker:' .. ARGV[2]
 redis.call('DEL', inbox_key(ARGV[2] .. ':' .. ARGV[3]))
 local known = redis.call('HGET', key, 'pq_incarnation')
 if known and known ~= ARGV[3] then return 0 end
-redis.call('DEL', key)
+redis.call('DEL', key, key .. ':executions')
 enlist('SREM', key)
 redis.call('HDEL', 'pilotq:nodes', ARGV[2])
 if ARGV[4] ~= '' then redis.call('RPUSH', 'pilotq:mail', ARGV[4]) end

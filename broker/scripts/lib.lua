@@ -17,8 +17,16 @@ local function each_key(id) return 'pilotq:each:' .. id end
 local function bits_key(id) return 'pilotq:bits:' .. id end
 local function values_key(id) return 'pilotq:values:' .. id end
 
--- The user's queue of a class list: default.p10.2c -> default.
-local function queue_of(class) return string.match(class, '^[^.]+') end
+-- The user's queue of a class list: default.p10.2c -> default. RQ's producers may have points in the names of theirs.
+local queues = {}
+local function queue_of(class)
+  local queue = queues[class]
+  if not queue then
+    queue = string.match(class, '^(.*)%.p%-?%d+%.[^.]*$') or class
+    queues[class] = queue
+  end
+  return queue
+end
 
 -- True unless the server lost its state (P11); then the script must return epoch_error().
 local function epoch_ok() return redis.call('GET', 'pilotq:epoch') == ARGV[1] end
@@ -92,6 +100,15 @@ local function flush_tally(ttl)
   tally = {}
 end
 
+-- Where these ids stand in the order of all tasks, as ids of ours: one of a producer says nothing about that.
+local function places(ids)
+  for i, id in ipairs(ids) do
+    local number = string.match(id, '^([0-9a-v]+)_?%d*$')
+    if not number or #number > 10 then ids[i] = redis.call('HGET', job_key(id), 'pq_seq') or '0' end
+  end
+  return ids
+end
+
 -- Lines for the journal; one stream entry holds all lines of one call: msgpack [[line, changes], ...].
 local lines = {}
 
@@ -125,8 +142,19 @@ end
 -- Those that wait for a whole task are looked after by release.lua, in slices. How it ended stands in the entry: its
 -- record may be gone by then.
 local function release_dependents(id, kids, status)
-  if kids then redis.call('RPUSH', 'pilotq:release', (status == 'finished' and 'k:' or 'o:') .. id) end
+  if not kids then return end
+  local kind = status == 'finished' and 'k:' or (status == 'failed' and 'f:' or 'o:')
+  redis.call('RPUSH', 'pilotq:release', kind .. id)
 end
+
+-- What somebody waits for: the reconciler looks whether it is still there.
+local function watch(parent) redis.call('SADD', 'pilotq:parents', parent) end
+
+-- Tasks that wait for others, as ours know it, have this added to the time in their score; RQ's producers have not.
+local ADOPTED = 1e12
+
+-- Defined in lib_rq.lua.
+local rq_ended, rq_count_in
 
 -- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
 local function set_bits(array, first, last, outcome)
@@ -173,6 +201,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
     redis.call('EXPIRE', key, ttl)
   end
   redis.call('DEL', each_key(array) .. ':seen')
+  redis.call('SREM', 'pilotq:parents', array)
   local start, step = string.match(f[9], '^(%d+):(%d+):')
   journal(cmsgpack.pack({id = array, name = f[3] or '', submission = f[4] or ''}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or now),
@@ -214,12 +243,18 @@ end
 local function end_unrun(id, reason, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_at', 'pq_kids',
     'pq_array_of', 'pq_pos')
+  -- A producer's job that was not routed yet has no class.
+  local queue = v[1] and queue_of(v[1]) or v[2] or ''
+  redis.call('ZREM', registry('scheduled', queue), id)
   if v[7] then
     redis.call('DEL', job_key(id))
     end_elements(v[7], v[4], tonumber(v[8]), tonumber(v[8]), now, now_iso, ttl)
     return
   end
-  local queue = queue_of(v[1] or v[2])
+  if (v[4] or '') == '' then
+    rq_count_in(id, now)
+    rq_ended(id, queue, now, now_iso)
+  end
   redis.call('HSET', job_key(id), 'status', 'canceled', 'origin', queue, 'pq_reason', reason, 'ended_at', now_iso)
   redis.call('EXPIRE', job_key(id), ttl)
   redis.call('ZREM', registry('deferred', queue), id)

@@ -6,7 +6,7 @@
 if not epoch_ok() then return epoch_error() end
 local key = 'rq:worker:' .. ARGV[2]
 if tonumber(redis.call('HGET', key, 'pq_incarnation') or 0) > tonumber(ARGV[3]) then return 0 end
-redis.call('DEL', key)
+redis.call('DEL', key, key .. ':executions')
 redis.call('HSET', key, 'pq_incarnation', ARGV[3], unpack(ARGV, 7))
 redis.call('EXPIRE', key, ARGV[6])
 enlist('SADD', key)

@@ -1,8 +1,9 @@
--- release: dependents of ended tasks are queued, or omitted. Events release, omit.
+-- release: dependents of ended tasks are queued, or omitted. Events release, omit, release_limited.
 --
 -- Takes entries from the front of pilotq:release until about `limit` dependents were handled; what is left of an entry
 -- goes back to the front.
---   'k:<id>' a task or array has finished, 'o:<id>' it ended otherwise: what waits for all of it is in pilotq:kids:<id>;
+--   'k:<id>' a task or array has finished, 'f:<id>' it failed, 'o:<id>' it was stopped, canceled or deleted: what waits for
+--      all of it is in pilotq:kids:<id>; jobs of RQ's producers may allow that it failed;
 --   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:each:<array> wait for each of them, and
 --      tasks in pilotq:kids:<array>_<index>; those that have not ended are passed over, what was seen before counts once;
 --   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends.
@@ -19,16 +20,33 @@ local function queue_up(id, class)
   table.insert(ready[class], id)
 end
 
-local function release_kids(parent, good)
+-- A producer's job has nothing to wait for any more. With a rate limit it takes its turn there.
+local function release_stock(id, class)
+  local v = redis.call('HMGET', job_key(id), 'rate_limit_key', 'enqueue_at_front')
+  forget_parents(id)
+  if v[1] then
+    redis.call('HSET', job_key(id), 'status', 'rate_limited', 'origin', queue_of(class))
+    redis.call('ZADD', 'rq:rl:' .. v[1] .. ':rate_limited', now, id)
+    promote(v[1], now, now_iso)
+  elseif v[2] == '1' then
+    redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+    redis.call('SADD', 'rq:queues', list_key(class))
+    redis.call('LPUSH', list_key(class), id)
+  else
+    queue_up(id, class)
+  end
+end
+
+local function release_kids(parent, kind)
   local kids = redis.call('LPOP', kids_key(parent), limit) or {}
   for _, id in ipairs(kids) do
-    local v = redis.call('HMGET', job_key(id), 'status', 'pq_class')
+    local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures')
     if v[1] == 'deferred' then
-      if not good then
+      if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then
         omit(id, now, now_iso, ttl)
       elseif redis.call('HINCRBY', job_key(id), 'pq_waits', -1) <= 0 then
         redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
-        queue_up(id, v[2])
+        if v[3] == '' then release_stock(id, v[2]) else queue_up(id, v[2]) end
       end
     end
   end
@@ -38,7 +56,7 @@ end
 -- Parent `number` of the child's element at `position` has ended with `outcome` (two bits).
 local function release_element(child, number, position, outcome)
   local v = redis.call('HMGET', job_key(child), 'status', 'pq_class', 'pq_parents', 'pq_array', 'data', 'description',
-    'created_at', 'pq_sub', 'pq_retries', 'pq_cancel')
+    'created_at', 'pq_sub', 'pq_retries', 'pq_cancel', 'pq_first')
   if not v[1] or v[10] or position >= tonumber(string.match(v[4], '(%d+)$')) then return end
   if redis.call('BITFIELD', bits_key(child), 'GET', 'u2', '#' .. position)[1] ~= 0 then return end
   if outcome ~= 1 then
@@ -59,7 +77,7 @@ local function release_element(child, number, position, outcome)
   local index = string.match(v[4], '^(%d+)') + position * string.match(v[4], ':(%d+):')
   if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
   local id = make_element(child, position, {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
-    {'status', 'queued', 'pq_exec', '0', 'pq_retries', v[9] or '0'})
+    {'status', 'queued', 'pq_exec', (v[11] or 1) - 1, 'pq_retries', v[9] or '0'})
   queue_up(id, v[2])
 end
 
@@ -72,7 +90,7 @@ local function release_position(array, children, span, position)
     release_element(child, tonumber(number), position, outcome)
   end
   local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
-  local handled, more = release_kids(element, outcome == 1)
+  local handled, more = release_kids(element, ({'k', 'f', 'o'})[outcome])
   return 1 + #children + handled, more
 end
 
@@ -81,7 +99,7 @@ local function sweep_position(array, submission, span, position)
   if redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1, false end
   local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
   local status = redis.call('HGET', job_key(element), 'status')
-  if status == 'queued' then
+  if status == 'queued' or status == 'scheduled' then
     end_unrun(element, 'canceled', now, now_iso, ttl)
   elseif not status then
     end_elements(array, submission, position, position, now, now_iso, ttl)
@@ -91,8 +109,9 @@ end
 
 -- The positions of an entry, as far as the limit goes.
 local function walk(kind, array, position, last, budget)
-  local v = redis.call('HMGET', job_key(array), 'pq_array', 'pq_sub')
+  local v = redis.call('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel')
   if not v[1] then return 0 end -- somebody deleted it
+  if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
   local span = {string.match(v[1], '^(%d+):(%d+):')}
   local children = kind == 'e' and redis.call('LRANGE', each_key(array), 0, -1)
   local handled = 0
@@ -118,8 +137,8 @@ while handled < limit do
   if not entry then break end
   local kind, rest = string.match(entry, '^(%a):(.*)$')
   handled = handled + 1
-  if kind == 'k' or kind == 'o' then
-    local number, more = release_kids(rest, kind == 'k')
+  if kind == 'k' or kind == 'f' or kind == 'o' then
+    local number, more = release_kids(rest, kind)
     if more then redis.call('LPUSH', 'pilotq:release', entry) end
     handled = handled + number
   else

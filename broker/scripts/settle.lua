@@ -9,10 +9,15 @@ local v = redis.call('HMGET', 'pilotq:counts', 'total', 'finished', 'failed', 'c
 local left = tonumber(v[1] or 0) - tonumber(v[2] or 0) - tonumber(v[3] or 0) - tonumber(v[4] or 0)
 if left <= 0 or redis.call('EXISTS', 'pilotq:release') == 1 then return 0 end
 for i = 3, #ARGV do
-  if redis.call('EXISTS', registry('wip', ARGV[i]), registry('deferred', ARGV[i])) > 0 then return 0 end
+  local open = redis.call('EXISTS', list_key(ARGV[i]), registry('wip', ARGV[i]), registry('deferred', ARGV[i]),
+    registry('scheduled', ARGV[i]), registry('ready', ARGV[i]))
+  if open > 0 then return 0 end
 end
 for _, class in ipairs(redis.call('HKEYS', 'pilotq:classes')) do
   if redis.call('EXISTS', list_key(class)) == 1 then return 0 end
+end
+for _, key in ipairs(redis.call('SMEMBERS', 'rq:rl-keys')) do
+  if redis.call('EXISTS', 'rq:rl:' .. key .. ':rate_limited') == 1 then return 0 end
 end
 redis.call('HINCRBY', 'pilotq:counts', 'canceled', left)
 return left

@@ -1,17 +1,32 @@
 -- tidy: class lists that are empty leave RQ's list of queues; they come back with their next task. When nothing of their
--- queue runs or is deferred, nothing can need the class itself: it makes room for others.
+-- queue runs, is deferred or scheduled, nothing can need the class itself: it makes room for others, and is put aside for a retry. It
+-- comes back with its list (RQ's compact lets one vanish for a moment).
 --
--- ARGV: 1 epoch, 2 term, 3... class names.
+-- ARGV: 1 epoch, 2 term, 3 ttl of failed records (s), 4... class names.
 -- Returns the number of classes removed.
 if not epoch_ok() then return epoch_error() end
 if not term_ok() then return term_error() end
 local removed, needed = 0, {}
-for i = 3, #ARGV do
+for _, class in ipairs(redis.call('HKEYS', 'pilotq:retired')) do
+  if redis.call('EXISTS', list_key(class)) == 1 then
+    redis.call('HSETNX', 'pilotq:classes', class, redis.call('HGET', 'pilotq:retired', class))
+    redis.call('SADD', 'rq:queues', list_key(class))
+  end
+end
+for i = 4, #ARGV do
   local class, queue = ARGV[i], queue_of(ARGV[i])
   if redis.call('EXISTS', list_key(class)) == 0 then
     redis.call('SREM', 'rq:queues', list_key(class))
-    needed[queue] = needed[queue] or redis.call('EXISTS', registry('wip', queue), registry('deferred', queue))
-    if needed[queue] == 0 then removed = removed + redis.call('HDEL', 'pilotq:classes', class) end
+    needed[queue] = needed[queue] or redis.call('EXISTS', registry('wip', queue), registry('deferred', queue),
+      registry('scheduled', queue))
+    if needed[queue] == 0 then
+      local record = redis.call('HGET', 'pilotq:classes', class)
+      if record then
+        redis.call('HSET', 'pilotq:retired', class, record)
+        redis.call('EXPIRE', 'pilotq:retired', ARGV[3])
+      end
+      removed = removed + redis.call('HDEL', 'pilotq:classes', class)
+    end
   end
 end
 return removed

@@ -176,7 +176,9 @@ def _outcome(pilot: Pilot, expected: Expected, ledger: Ledger, lines: list[Line]
 
 def _left(pilot: Pilot, ids: set[str]) -> list[int]:
     """Numbers of processes on this machine that belong to tasks of ours. All tasks have ended."""
-    return kill_marked(lambda env: env.get("PILOTQ_DIR") == pilot.directory and env["PILOTQ_TASK_ID"] in ids, 0, 0.0)
+    return kill_marked(
+        lambda env: env.get("PILOTQ_DIR") == pilot.directory and env.get("PILOTQ_TASK_ID") in ids, 0, 0.0
+    )
 
 
 def _tell(run: Run, verdicts: list[Verdict]) -> None:

@@ -16,7 +16,8 @@ from pilotq.cli.selfcheck.probe import output
 
 # Between hosts clocks differ a little; and a launcher may be held up between a start and its look at the clock.
 SLACK_S = 1.0
-OURS = ("PILOTQ_", "QCG_PM_", "OMP_NUM_THREADS")
+# The last three: for launchers of MPI that a task calls.
+OURS = ("PILOTQ_", "QCG_PM_", "OMP_NUM_THREADS", "OMPI_MCA_", "HYDRA_", "I_MPI_HYDRA_")
 SHELLS_OWN = {"_", "OLDPWD", "PWD", "SHLVL"}  # what a shell sets in the environment of what it runs
 # The C library ignores its own two signals in what it spawns, and Python two more; neither is anybody else's doing.
 LIBRARYS = {32, 33}

@@ -1,0 +1,160 @@
+"""The Slurm allocation this process is in: its nodes, what it was granted there, and when it ends.
+
+Read are the variables of the job (``SLURM_JOB_*``): a step has overwritten the others with its own. What they do not
+tell, `scontrol` is asked for; it may hang, so it gets SCONTROL_S seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput, PilotFailed
+
+SCONTROL_S = 10.0
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """One node of an allocation, and how many CPUs of it were granted (0: nobody says)."""
+
+    name: str
+    cpus: int
+
+
+class Allocation(msgspec.Struct, frozen=True):
+    job: str
+    nodes: tuple[Grant, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [node.name for node in self.nodes]
+
+    def granted(self, name: str) -> int:
+        """CPUs of this node; 0 when it is none of ours, or nobody says."""
+        return next((node.cpus for node in self.nodes if node.name == name), 0)
+
+
+def job_id(env: Mapping[str, str]) -> str:
+    """The job this process belongs to; empty outside any allocation."""
+    return env.get("SLURM_JOB_ID") or env.get("SLURM_JOBID") or ""
+
+
+def read_allocation(env: Mapping[str, str]) -> Allocation:
+    """The allocation of this process. Raises InvalidInput when there is none, or Slurm does not say what it has."""
+    job = job_id(env)
+    if not job:
+        raise InvalidInput(
+            "--resources slurm: this is no Slurm allocation (SLURM_JOB_ID is not set): start it in a job, by sbatch "
+            "or salloc, or use --resources local"
+        )
+    names = env.get("SLURM_JOB_NODELIST") or ask(job).get("NodeList", "")
+    if not names:
+        raise InvalidInput(f"Slurm does not say which nodes job {job} has: neither SLURM_JOB_NODELIST nor scontrol")
+    nodes = expand(names)
+    counts = expand_counts(env.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if len(counts) != len(nodes):
+        counts = [0] * len(nodes)  # each worker finds out what it may use
+    return Allocation(job, tuple(map(Grant, nodes, counts)))
+
+
+def expand(names: str) -> list[str]:
+    """``n[1-3,7],login`` -> n1 n2 n3 n7 login, in Slurm's order. Raises InvalidInput."""
+    from hostlist import BadHostlist, expand_hostlist
+
+    try:
+        return [str(name) for name in expand_hostlist(names)]
+    except BadHostlist as error:
+        raise InvalidInput(f"{names!r} is no list of nodes: {error}") from None
+
+
+def expand_counts(text: str) -> list[int]:
+    """``4(x2),2`` -> 4 4 2; empty when it is something else."""
+    counts: list[int] = []
+    for word in text.split(",") if text else ():
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word.strip())
+        if found is None:
+            return []
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts
+
+
+def choose(allocation: Allocation, spec: str) -> Allocation:
+    """The part of an allocation that ``--nodes`` names. Raises InvalidInput.
+
+    ``3``: the first three; ``2-4``: the second to the fourth; ``n[1-2],n7``: these.
+    """
+    nodes = allocation.nodes
+    number = re.fullmatch(r"(\d+)(?:-(\d+))?", spec.strip())
+    if number is not None:
+        first, last = (int(number[1]), int(number[2])) if number[2] else (1, int(number[1]))
+        if not 1 <= first <= last <= len(nodes):
+            raise InvalidInput(f"--nodes {spec}: the allocation has {len(nodes)} nodes: name some of 1 to {len(nodes)}")
+        return Allocation(allocation.job, nodes[first - 1 : last])
+    if ":" in spec:
+        raise InvalidInput(
+            f"--nodes {spec}: inside an allocation --nodes chooses nodes, as in 2 or 1-3 or n[1-2]; --resources local "
+            "makes nodes of chosen sizes on this machine"
+        )
+    wanted = expand(spec)
+    unknown = ", ".join(name for name in wanted if name not in allocation.names)
+    if unknown:
+        raise InvalidInput(f"--nodes {spec}: {unknown} not in the allocation ({', '.join(allocation.names)})")
+    return Allocation(allocation.job, tuple(node for node in nodes if node.name in wanted))
+
+
+def ask(job: str) -> dict[str, str]:
+    """What `scontrol show job` says; empty when it cannot be asked, or does not answer in time."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "job", job], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=SCONTROL_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done.returncode == 0 else {}
+
+
+def end_of(facts: Mapping[str, str]) -> float | None:
+    """When a job ends (unix seconds), by what `ask` found; None when it has no end, or nobody says.
+
+    Slurm writes the time of this machine's zone, without naming it.
+    """
+    try:
+        return time.mktime(time.strptime(facts.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None  # Unknown, or no such word
+
+
+def first_end(env: Mapping[str, str]) -> float | None:
+    """The end as the job's variables have it (Slurm 23 and later), unix seconds; admins may have moved it since."""
+    text = env.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() and text != "0" else None
+
+
+def address_for(others: Sequence[str], env: Mapping[str, str]) -> str:
+    """Our address as these hosts reach it: the one that packets to them leave from. Raises PilotFailed.
+
+    Without another host it is the one that Slurm's controller would be answered from. Loopback is none: a name that
+    resolves to it, as the own one often does, is passed over.
+    """
+    controller = env.get("SLURM_WORKING_CLUSTER", "").split(":")
+    targets = [*others, *controller[1:2], socket.gethostname()]
+    for target in targets:
+        try:
+            for family, kind, _, _, where in socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM):
+                with socket.socket(family, kind) as probe:
+                    probe.connect(where)  # sends nothing: it only chooses the way
+                    found = str(probe.getsockname()[0])
+                if not found.startswith("127.") and found != "::1":
+                    return found
+        except OSError:
+            continue
+    raise PilotFailed(
+        f"no address of this machine was found that the nodes could reach (tried the ways to {', '.join(targets)}): "
+        "name one with --bind"
+    )

@@ -1,0 +1,75 @@
+"""Which nodes get nothing new, and why: allocations that end, nodes that were drained or retired.
+
+What stands in Redis (`keys.ENDS`, `keys.CLOSED`) is applied to the dispatcher's floor; a word to leave goes to nodes
+whose time has come, and to retired ones when nothing of theirs runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from pilotq.broker import keys
+from pilotq.broker.cluster import Cluster
+from pilotq.broker.floor import Floor
+from pilotq.broker.link import Link
+from pilotq.broker.records import Leave, Leaving, NodeInfo
+
+DRAINED, RETIRED, ASIDE = "drained", "retired", "aside"
+
+
+class End:
+    """When the nodes of a Slurm job get nothing new (unix seconds), and how they are to leave then."""
+
+    def __init__(self, text: bytes) -> None:
+        at, grace, notice = text.split()
+        self.at = float(at)
+        self.word = Leave(float(grace), "walltime", int(notice))
+
+
+class Gate:
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.least = 0  # without so many nodes nothing begins
+        self._ends: dict[str, End] = {}
+        self._closed: dict[str, str] = {}  # node -> state
+        self._leaving: set[tuple[str, int]] = set()  # incarnations that have said that they leave
+        self._left: set[tuple[str, int]] = set()  # incarnations that were told to leave
+
+    def read(self) -> None:
+        """Read again what stands in Redis."""
+        wanted = [("HGETALL", keys.ENDS), ("HGETALL", keys.CLOSED), ("HGET", keys.WISH, "least")]
+        ends, closed, least = self._link.pipeline(wanted)
+        self.least = int(least or 0)
+        self._ends = {job.decode(): End(text) for job, text in zip(ends[::2], ends[1::2], strict=True)}
+        pairs = zip(closed[::2], closed[1::2], strict=True)
+        self._closed = {name.decode(): text.decode().partition(" ")[0] for name, text in pairs}
+
+    def leaving(self, word: Leaving) -> None:
+        self._leaving.add((word.node, word.incarnation))
+
+    def apply(self, floor: Floor, now: float) -> list[tuple[NodeInfo, Leave]]:
+        """Open and close nodes; returns those that are to leave, each incarnation once. ``now`` is monotonic."""
+        clock = time.time()
+        leaving = []
+        for node in floor.nodes.values():
+            info = node.info
+            incarnation = (info.name, info.incarnation)
+            word = self.show(floor.cluster, info, now, clock)
+            if self._closed.get(info.name) == RETIRED and floor.idle(info.name):
+                word = word or Leave(0.0)
+            if word is not None and incarnation not in self._left:
+                self._left.add(incarnation)
+                leaving.append((info, word))
+        return leaving
+
+    def show(self, cluster: Cluster, info: NodeInfo, now: float, clock: float) -> Leave | None:
+        """Open or close one node of a cluster, whose clock shows ``now`` at ``clock`` unix seconds; the word to leave
+        when its allocation is over."""
+        end = self._ends.get(info.job)
+        over = end is not None and clock >= end.at
+        shut = info.name in self._closed or over or (info.name, info.incarnation) in self._leaving
+        cluster.set_end(info.name, now + end.at - clock if end is not None else math.inf)
+        if cluster.is_open(info.name) is shut:
+            cluster.set_open(info.name, not shut)
+        return end.word if end is not None and over else None

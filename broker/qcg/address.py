@@ -1,0 +1,20 @@
+"""How a service is named: its directory, and the address that stands where QCG-PilotJob has one of ZMQ. Pure."""
+
+from __future__ import annotations
+
+ADDRESS = "QCG_PM_ZMQ_ADDRESS"  # in tasks: the service that runs them, where it takes requests of programs
+SCHEME = "pilotq"
+AUXILIARY = ".qcgpjm-service-"  # what the directory of a service is called; its id follows
+
+
+def address_of(directory: str) -> str:
+    """``pilotq:DIRECTORY``"""
+    return f"{SCHEME}:{directory}"
+
+
+def directory_of(address: str) -> str | None:
+    """The directory that an address names, with or without the scheme; None when it is of another kind."""
+    scheme, colon, rest = address.partition(":")
+    if colon and rest.startswith("//"):
+        return None
+    return rest if scheme == SCHEME else address

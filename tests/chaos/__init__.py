@@ -1,0 +1,1 @@
+"""A pilot under random faults: `python -m tests.chaos`."""

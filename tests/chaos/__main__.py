@@ -1,0 +1,242 @@
+"""Random faults done to a pilot while it works, and what became of its tasks.
+
+    python -m tests.chaos [--seconds 60] [--seed N] [--keep]
+
+Producers submit batches all the time: short and long tasks, arrays, chains, retries, hostile ones. Meanwhile parts are
+killed and stopped, the network of one node is cut (as root), the supervisor is killed and the pilot goes on. Then
+everything is healed, and once all has ended the judge (judge.py) says what is wrong; the exit code is 1 if anything is.
+The seed decides what is done and in which order, not what the machine makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from pilotq.broker import ArrayRange, Request, Task
+from pilotq.broker.errors import PilotqError
+from pilotq.broker.journal import Journal
+from pilotq.broker.records import Line
+from tests.chaos.judge import FINISHED, Expected, History, judge
+from tests.far import CUT, Far, possible
+from tests.fault_rig import Rig, Work
+from tests.waiting import wait_until
+
+CRASH_LIMIT = 8  # chance may strike an innocent task more than three times
+SETTINGS = {
+    "contact_margin_s": 1.0, "connect_s": 0.5, "reply_s": 1.0, "crash_limit": CRASH_LIMIT, "keep_records": 1000,
+    "stop_wait_s": 10.0,
+}  # fmt: skip
+CONTACT_S = 3.0
+HEAL_S = 180.0
+OPEN_TASKS = 400  # producers wait while so many have not ended
+SHOWN = 20
+CRASHED = ("failed", "crash limit")
+HOSTILE: dict[str, tuple[Task, frozenset[tuple[str, str]]]] = {
+    "leaves a daemon": (Task(script="setsid sleep 300 & exit 0"), FINISHED),
+    "ignores SIGTERM": (Task(script="trap '' TERM; while :; do sleep 0.1; done", time_limit=0.5),
+                        frozenset({("failed", "time limit")})),
+    "stops itself": (Task(script="kill -STOP $$", time_limit=0.5), frozenset({("failed", "time limit")})),
+    "floods its output": (Task(script="head -c 3000000 /dev/zero; exit 0"), FINISHED),
+    "leaves many behind": (Task(script="for i in $(seq 20); do sleep 300 & done; exit 3"),
+                           frozenset({("failed", "exit")})),
+    "closes its files": (Task(script="exec 0<&- 1>&- 2>&-; exit 0"), FINISHED),
+    "kills its launcher": (Task(script="kill -9 $PPID; sleep 5"), frozenset({CRASHED})),
+    "kills its worker": (Task(script="kill -9 $(cut -d' ' -f4 /proc/$PPID/stat); sleep 5"), frozenset({CRASHED})),
+}  # fmt: skip
+
+
+class Chaos:
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.producing = random.Random(seed + 1)
+        apart = possible()
+        self.rig = Rig(folder, "n1:1,n2:1,n3:1" if apart else "n1:1,n2:1,n3:1,n4:1", **SETTINGS)
+        self.far = Far(self.rig) if apart else None
+        self.done: Counter[str] = Counter()
+        self.work: list[tuple[Work, list[Expected]]] = []
+        self.over = threading.Event()
+
+    def start(self) -> None:
+        far = self.far
+        self.rig.start(**({"bind": [far.here], "contact": CONTACT_S} if far is not None else {}))
+        if far is not None:
+            far.start()
+
+    # -- producers --------------------------------------------------------------------------------------------------
+
+    def batch(self) -> tuple[list[Task], list[Expected]]:
+        r, rnd = self.rig, self.producing
+        tasks = [r.probe(rnd.choice((0, 0, 0.01, 0.05))) for _ in range(rnd.randint(10, 60))]
+        tasks += [r.probe(rnd.uniform(0.2, 2.0)) for _ in range(rnd.randint(0, 3))]
+        tasks.append(r.probe(code=5, retries=1, backoff=rnd.choice((0.0, 0.3))))
+        tasks += [r.probe(name="a", array=ArrayRange(0, rnd.randint(1, 40))), r.probe(name="b", after=["a"])]
+        tasks += [r.probe(after=["b"], priority=rnd.randint(-1, 1)), r.probe(request=Request(nodes=(2, 2)))]
+        expected = [Expected(most=1 + task.retries) for task in tasks]
+        if rnd.random() < 0.4:
+            kind = rnd.choice(list(HOSTILE))
+            task, endings = HOSTILE[kind]
+            tasks.append(task)
+            expected.append(Expected(endings=endings, writes=False))
+            self.done[f"task that {kind}"] += 1
+        return tasks, expected
+
+    def produce(self) -> None:
+        while not self.over.is_set():
+            if self.open() > OPEN_TASKS:
+                self.over.wait(0.2)
+                continue
+            tasks, expected = self.batch()
+            try:
+                self.work.append((self.rig.submit(tasks), expected))
+            except AssertionError:
+                return  # the end has come before a server that accepts: nothing was promised
+
+    def open(self) -> int:
+        with suppress(PilotqError), self.rig.broker() as broker:
+            return broker.counts().left
+        return OPEN_TASKS + 1
+
+    # -- faults -----------------------------------------------------------------------------------------------------
+
+    def harm(self) -> None:
+        kinds = {"kill": 10, "stop": 6, "pilot killed": 1, "cut": 4 if self.far is not None else 0}
+        kind = self.random.choices(list(kinds), list(kinds.values()))[0]
+        part = self.random.choice(("dispatcher", "worker", "worker", "launcher", "launcher", "server"))
+        pause = self.random.uniform(0.2, 2.0)
+        if kind == "pilot killed":
+            assert self.rig.pilot is not None
+            self.rig.pilot.process.kill()
+            self.rig.pilot.process.wait()
+            self.rig.mend()
+            self.note("supervisor killed")
+        elif kind == "cut":
+            assert self.far is not None
+            direction, length = self.random.choice(list(CUT)), self.random.uniform(0.3, 2.5 * CONTACT_S)
+            self.far.cut(direction)
+            self.over.wait(length)
+            self.far.mend()
+            self.note(f"network cut ({direction})")
+        elif pids := self.rig.processes(part):
+            pid = self.random.choice(pids)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+                self.note(f"{part} {'killed' if kind == 'kill' else 'stopped'}")
+                if kind == "stop":
+                    self.over.wait(pause)
+                    os.kill(pid, signal.SIGCONT)
+        self.tend()
+        self.over.wait(pause / 2)
+
+    def note(self, what: str) -> None:
+        self.done[what] += 1
+
+    def tend(self) -> None:
+        """What a job step or a user would do: start again what nobody else starts."""
+        self.rig.mend()
+        if self.far is not None and self.far.worker is not None and self.far.worker.poll() is not None:
+            self.far.start(wait=False)
+
+    @property
+    def faults(self) -> int:
+        lethal = ("task that kills its launcher", "task that kills its worker")
+        own = sum(number for what, number in self.done.items() if not what.startswith("task"))
+        return own + CRASH_LIMIT * sum(self.done[what] for what in lethal)
+
+    # -- the whole run ----------------------------------------------------------------------------------------------
+
+    def run(self, seconds: float) -> None:
+        self.start()
+        producer = threading.Thread(target=self.produce)
+        producer.start()
+        deadline = time.monotonic() + seconds
+        try:
+            while time.monotonic() < deadline:
+                self.harm()
+        finally:
+            self.over.set()
+            producer.join()
+
+    def calm(self) -> bool:
+        self.tend()
+        with suppress(PilotqError), self.rig.broker() as broker:
+            nodes = broker.nodes()
+            wanted = len(self.rig.plans) + (self.far is not None)
+            return broker.counts().left == 0 and len(nodes) == wanted and not any(node.used for node in nodes)
+        return False
+
+    def history(self) -> History:
+        assert self.rig.pilot is not None
+        accepted: dict[str, Expected] = {}
+        for work, expected in self.work:
+            for task_id, task, one in zip(work.ids, work.tasks, expected, strict=True):
+                names = [f"{task_id}_{n}" for n in range(task.size)] if task.is_array else [task_id]
+                accepted.update(dict.fromkeys(names, one))
+        lines: dict[str, list[Line]] = {}
+        for line in Journal(self.rig.pilot.journal).lines():
+            if not line.elements:
+                lines.setdefault(line.id, []).append(line)
+        return History(accepted, lines, list(self.rig.ledger()), self.faults, 4, self.rig.of_tasks())
+
+    def complete(self) -> bool:
+        history = self.history()
+        return all(any(line.final for line in history.lines.get(me, ())) for me in history.accepted)
+
+    def end(self) -> None:
+        if self.far is not None:
+            self.far.remove()
+        else:
+            self.rig.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--keep", action="store_true", help="keep the pilot's directory")
+    options = parser.parse_args()
+    print(f"chaos: seed {options.seed}, {options.seconds:g} s", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    chaos = Chaos(folder, options.seed)
+    wrong = []
+    try:
+        chaos.run(options.seconds)
+        healed = time.monotonic()
+        for condition, what in ((chaos.calm, "all ended, and no core in use"), (chaos.complete, "all in the journal")):
+            try:
+                wait_until(condition, seconds=HEAL_S, what=what)
+            except AssertionError as error:
+                wrong.append(str(error))
+        healed = time.monotonic() - healed
+        history = chaos.history()
+        wrong += judge(history)
+    finally:
+        chaos.end()
+    executions = sum(words[2] == "begin" for words in history.ledger)
+    for what, number in sorted(chaos.done.items()):
+        print(f"{number:6}  {what}")
+    print(
+        f"chaos: {len(history.accepted)} tasks accepted, {executions} executions with a ledger, {chaos.faults} faults, "
+        f"all ended {healed:.1f} s after the last one; {len(wrong)} things are wrong"
+    )
+    for text in wrong[:SHOWN]:
+        print(f"wrong: {text}")
+    if wrong or options.keep:
+        print(f"chaos: everything is kept in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

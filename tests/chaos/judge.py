@@ -1,0 +1,83 @@
+"""Whether a history is as promised. Pure: it is given what was accepted, what tasks wrote, the journal, and what lives.
+
+It believes nobody but the ledgers: the words of `tests/fault_probe.py`, written by the tasks themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pilotq.broker.records import Line
+
+FINISHED = frozenset({("finished", "")})
+
+
+class Expected(NamedTuple):
+    """Of one accepted task. ``most``: how often it may run without any fault; ``endings``: the (status, reason) it may
+    have; ``writes``: it keeps a ledger."""
+
+    most: int = 1
+    endings: frozenset[tuple[str, str]] = FINISHED
+    writes: bool = True
+
+
+class History(NamedTuple):
+    """``lines``: of the journal, by task, in their order. ``ledger``: the words of each line. ``faults``: how many were
+    done; each may cost as many tasks as there are ``cores`` one more execution. ``left``: processes of tasks."""
+
+    accepted: Mapping[str, Expected]
+    lines: Mapping[str, Sequence[Line]]
+    ledger: Iterable[Sequence[str]]
+    faults: int
+    cores: int
+    left: Sequence[int]
+
+
+def judge(history: History) -> list[str]:
+    """What is wrong, one sentence each."""
+    begun, ended = Counter[str](), Counter[tuple[str, str]]()
+    wrong: list[str] = []
+    for me, execution, word, _, *more in history.ledger:
+        begun[me] += word == "begin"
+        ended[me, execution] += word == "end"
+        if word == "core":
+            wrong.append(f"{me}.{execution}: core used twice: {' '.join(more)}")
+        elif word == "again":
+            wrong.append(f"{me}.{execution}: two executions at one time: {' '.join(more)}")
+    for me, expected in history.accepted.items():
+        said = history.lines.get(me, ())
+        wrong += [f"{me}: {text}" for text in _task(expected, said)]
+        if expected.writes:
+            wrong += [f"{me}: {text}" for text in _ledger(me, expected, said, begun, ended, history.faults)]
+    known = set(history.accepted)
+    wrong += [f"{me}: nobody has submitted it" for me in sorted((set(history.lines) | set(begun)) - known)]
+    extra = sum(begun.values()) - sum(e.most for e in history.accepted.values() if e.writes)
+    if extra > history.faults * history.cores:
+        wrong.append(f"{extra} executions more than tasks, with {history.faults} faults on {history.cores} cores")
+    return wrong + [f"process {pid} of a task lives on" for pid in history.left]
+
+
+def _task(expected: Expected, said: Sequence[Line]) -> Iterator[str]:
+    finals = [line for line in said if line.final]
+    if not finals:
+        yield f"lost: it has not ended, the journal has {[line.execution for line in said]}"
+        return
+    if len(finals) > 1 or not said[-1].final:
+        yield f"counted {len(finals)} times: {[(line.execution, line.status, line.final) for line in said]}"
+    if (finals[0].status, finals[0].reason) not in expected.endings:
+        yield f"it is {finals[0].status} ({finals[0].reason or 'no reason'}): {finals[0].message}"
+    numbers = [line.execution for line in said]
+    if numbers != sorted(set(numbers)):
+        yield f"executions counted {numbers}"
+
+
+def _ledger(
+    me: str, expected: Expected, said: Sequence[Line], begun: Counter[str], ended: Counter[tuple[str, str]], faults: int
+) -> Iterator[str]:
+    final = next((line for line in said if line.final), None)
+    if final is not None and final.status == "finished" and ended[me, str(final.execution)] != 1:
+        yield f"finished by execution {final.execution}, which has not come to its end"
+    if final is not None and final.status == "finished" and not 1 <= begun[me] <= expected.most + faults:
+        yield f"it began {begun[me]} times, with {faults} faults"

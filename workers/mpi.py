@@ -1,0 +1,134 @@
+"""How the launchers of MPI are told where ranks go: command lines, files and variables of each model. Pure.
+
+A rank is one core of the reservation; ranks are numbered node by node, in the order of the allocation. CPU numbers are
+those of each node's own machine.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Host(NamedTuple):
+    """A node as a launcher knows it, and the CPU of each of its ranks."""
+
+    name: str
+    cpus: tuple[int, ...]
+
+
+class Files(NamedTuple):
+    """Paths of the files that launchers read; ``content_of`` says what is in them."""
+
+    hosts: str  # a line for each rank
+    slots: str  # Open MPI's form: a line for each node
+    machines: str  # that of Hydra, so of MPICH and Intel MPI
+    ranks: str  # Open MPI's rank file
+
+
+class Start(NamedTuple):
+    """Words to put in front of the task's command, and variables."""
+
+    words: list[str]
+    env: dict[str, str]
+
+
+# Pins a rank, by its number: the launcher's own ways of binding take one list for all nodes. `cut` counts from 1.
+_PIN = 'exec taskset -c "$(printf %s "$PILOTQ_RANK_CPUS" | cut -d: -f$((${VARIABLE} + 1)))" "$@"'
+RANK_CPUS = "PILOTQ_RANK_CPUS"
+
+
+def files_in(folder: str) -> Files:
+    return Files(*(f"{folder}/{name}" for name in Files._fields))
+
+
+def content_of(files: Files, hosts: tuple[Host, ...]) -> dict[str, str]:
+    """The text of each file, by path."""
+    ranks = [(host.name, cpu) for host in hosts for cpu in host.cpus]
+    return {
+        files.hosts: "".join(f"{name}\n" for name, _ in ranks),
+        files.slots: "".join(f"{host.name} slots={len(host.cpus)}\n" for host in hosts),
+        files.machines: "".join(f"{host.name}:{len(host.cpus)}\n" for host in hosts),
+        files.ranks: "".join(f"rank {number}={name} slot={cpu}\n" for number, (name, cpu) in enumerate(ranks)),
+    }
+
+
+def variables(files: Files, agent: str) -> dict[str, str]:
+    """What lets any launcher that the task itself calls reach the task's nodes, and nothing but them.
+
+    Slurm's own start of daemons would not be a part of this execution, so it is switched off.
+    """
+    env = {
+        "PILOTQ_HOSTFILE": files.hosts,
+        "OMPI_MCA_plm": "rsh",
+        "OMPI_MCA_ras": "^slurm,tm,alps,gridengine,lsf",
+        "OMPI_MCA_orte_default_hostfile": files.slots,
+        "HYDRA_ENV": "none",  # ranks have the environment of their node's daemon, not that of the first node
+        "HYDRA_RMK": "user",
+        "HYDRA_LAUNCHER": "ssh",
+        "HYDRA_HOST_FILE": files.machines,
+        "I_MPI_HYDRA_RMK": "user",
+        "I_MPI_HYDRA_BOOTSTRAP": "ssh",
+        "I_MPI_HYDRA_HOST_FILE": files.machines,
+    }
+    if agent:
+        env |= {
+            "OMPI_MCA_plm_rsh_agent": agent,
+            # All daemons are asked for on the first node, and stay children of whoever started them.
+            "OMPI_MCA_plm_rsh_no_tree_spawn": "1",
+            "OMPI_MCA_orte_leave_session_attached": "1",
+            "HYDRA_LAUNCHER_EXEC": agent,
+            "I_MPI_HYDRA_BOOTSTRAP_EXEC": agent,
+        }
+    return env
+
+
+def openmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
+    words = [mpirun, "-np", str(_size(hosts)), "--hostfile", files.slots, "--rankfile", files.ranks]
+    env = {"OMPI_MCA_rmaps_rank_file_physical": "1", "OMPI_MCA_hwloc_base_binding_policy": "hwthread"}
+    return Start([*words, *shlex.split(opts.get("mpirun_args", ""))], env)
+
+
+def mpich(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
+    words = [mpirun, "-f", files.machines, "-n", str(_size(hosts))]
+    return Start([*words, *shlex.split(opts.get("mpirun_args", "")), *_pinned("PMI_RANK")], _rank_cpus(hosts))
+
+
+def intelmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
+    words = [mpirun, "-machinefile", files.machines, "-n", str(_size(hosts))]
+    words += shlex.split(opts.get("mpirun_args", ""))
+    if len({host.cpus for host in hosts}) == 1:
+        pins = ",".join(map(str, hosts[0].cpus))
+        return Start(words, {"I_MPI_PIN": "1", "I_MPI_PIN_PROCESSOR_LIST": pins})
+    return Start([*words, *_pinned("PMI_RANK")], {"I_MPI_PIN": "0", **_rank_cpus(hosts)})
+
+
+def srunmpi(srun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
+    """``mpi`` of the options becomes ``--mpi``, unless ``srun_args`` has one."""
+    words = [
+        srun, "-N", str(len(hosts)), "-n", str(_size(hosts)), "-m", "arbitrary", "--overlap", "--overcommit",
+        "--mem-per-cpu=0", "--cpu-bind=none",
+    ]  # fmt: skip
+    args = shlex.split(opts.get("srun_args", ""))
+    if opts.get("mpi") and not any(word.startswith("--mpi") for word in args):
+        words.append(f"--mpi={opts['mpi']}")
+    env = {"SLURM_HOSTFILE": files.hosts, **_rank_cpus(hosts)}
+    return Start([*words, *args, *_pinned("SLURM_PROCID", 'export PILOTQ_NODE="$SLURMD_NODENAME"; ')], env)
+
+
+STARTERS: dict[str, Callable[[str, Mapping[str, str], tuple[Host, ...], Files], Start]] = {
+    "openmpi": openmpi, "mpich": mpich, "intelmpi": intelmpi, "srunmpi": srunmpi,
+}  # fmt: skip
+
+
+def _size(hosts: tuple[Host, ...]) -> int:
+    return sum(len(host.cpus) for host in hosts)
+
+
+def _rank_cpus(hosts: tuple[Host, ...]) -> dict[str, str]:
+    return {RANK_CPUS: ":".join(str(cpu) for host in hosts for cpu in host.cpus)}
+
+
+def _pinned(variable: str, before: str = "") -> list[str]:
+    return ["sh", "-c", before + _PIN.replace("VARIABLE", variable), "pilotq-rank"]
