@@ -12,13 +12,15 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, table
 
-NAMES = ("submitting", "chain", "makespan", "spawning", "placement")
+NAMES = ("submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "stock", "qcg")
+
+BY_NAME = ("slurm",)  # needs root, and starts a Slurm cluster
 
 
 def main(names: list[str]) -> None:
-    unknown = set(names) - set(NAMES)
+    unknown = set(names) - set(NAMES) - set(BY_NAME)
     if unknown:
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES + BY_NAME)}")
     figures: list[Figure] = []
     for name in names or NAMES:
         before = os.getloadavg()[0]
