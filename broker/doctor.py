@@ -14,15 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from typing import Final, Literal
 
 import msgspec
+import psutil
 
 from pilotq.broker import keys
 from pilotq.broker.client import Broker
 from pilotq.broker.errors import PilotqError
+from pilotq.broker.lock import start_time
 from pilotq.broker.pilot import Pilot
+from pilotq.broker.predecessor import noted
 from pilotq.broker.server import OLDEST, find_server, memory_for_server
 from pilotq.broker.variables import known
 
@@ -101,9 +105,7 @@ def processor() -> Iterator[Check]:
 
 
 def memory() -> Iterator[Check]:
-    with open("/proc/meminfo") as file:
-        facts = {name: int(rest.split()[0]) << 10 for name, rest in (line.split(":", 1) for line in file)}
-    available, ours = facts.get("MemAvailable", 0), memory_for_server()
+    available, ours = psutil.virtual_memory().available, memory_for_server()
     text = f"{_size(available)} available, the server may use {_size(ours)}"
     level: Level = "note" if min(available, ours) < LITTLE_MEMORY else "good"
     yield Check("memory", level, text, "many tasks need more: 0.5 KiB each" if level == "note" else "")
@@ -262,9 +264,26 @@ def running(pilot: Pilot) -> Iterator[Check]:
     try:
         with Broker.connect(pilot.directory, timeout=TOOL_S) as broker:
             yield Check("pilot", "good", f"{pilot.directory} runs, its server answers")
+            yield from _processes(pilot)
             yield from _inside(broker)
     except PilotqError as error:
         yield Check("pilot", "bad", str(error), f"{pilot.log('supervisor')} and {pilot.log('server')} say more")
+
+
+def _processes(pilot: Pilot) -> Iterator[Check]:
+    """What the parts on this machine use."""
+    said = []
+    for name, (pid, start) in noted(pilot).items():
+        with suppress(psutil.Error):
+            part = psutil.Process(pid)
+            with part.oneshot():
+                used = (
+                    f"{name} {_size(part.memory_info().rss)}, {sum(part.cpu_times()[:2]):.1f} s, {part.num_fds()} files"
+                )
+            if start_time(pid) == start:  # the number was not another's meanwhile
+                said.append(used)
+    if said:
+        yield Check("processes", "good", "; ".join(said))
 
 
 def _inside(broker: Broker) -> Iterator[Check]:

@@ -39,6 +39,16 @@ def note(pilot: Pilot, parts: Iterable[Part]) -> None:
         write_private(pilot.path(NAME), msgspec.json.encode(Parts(Holder.here().machine, found)))
 
 
+def noted(pilot: Pilot) -> dict[str, tuple[int, int | None]]:
+    """The parts as `note` has them, and the start time of each; none of a supervisor on another machine."""
+    try:
+        with open(pilot.path(NAME), "rb") as file:
+            found = msgspec.json.decode(file.read(), type=Parts)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return {}
+    return found.parts if found.machine == Holder.here().machine else {}
+
+
 def forget(pilot: Pilot) -> None:
     with suppress(FileNotFoundError):
         os.unlink(pilot.path(NAME))
@@ -53,14 +63,8 @@ def end(pilot: Pilot, sweep: Callable[[str, str], object]) -> dict[str, int]:
     with suppress(NoPilot, msgspec.DecodeError):
         remove_socket(pilot.connection().address)
         pilot.remove_connection()
-    try:
-        with open(pilot.path(NAME), "rb") as file:
-            left = msgspec.json.decode(file.read(), type=Parts)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return {}
-    if left.machine != Holder.here().machine:
-        return {}
-    for name, (pid, start) in left.parts.items():
+    left = noted(pilot)
+    for name, (pid, start) in left.items():
         if name != "server" and start is not None and start_time(pid) == start:
             log(f"the {name} of the pilot that was killed still lives, and is killed")
             with suppress(ProcessLookupError):
@@ -68,7 +72,7 @@ def end(pilot: Pilot, sweep: Callable[[str, str], object]) -> dict[str, int]:
             deadline = time.monotonic() + GONE_S
             while start_time(pid) == start and time.monotonic() < deadline:
                 time.sleep(0.005)
-    workers = {name.removeprefix("worker-"): pid for name, (pid, _) in left.parts.items() if name.startswith("worker-")}
+    workers = {name.removeprefix("worker-"): pid for name, (pid, _) in left.items() if name.startswith("worker-")}
     for node in workers:
         sweep(pilot.directory, node)
     return workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -63,9 +64,11 @@ def test_low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pilot_that_runs_and_has_ended(tmp_path: Path) -> None:
     with in_background(tmp_path, "--nodes", "1") as cli:
         rows = {row["name"]: row for row in json.loads(cli("doctor", "--json").stdout)}
-        assert {"pilot", "permissions", "data", "clock", "nodes", "server memory"} <= set(rows)
+        assert {"pilot", "processes", "permissions", "data", "clock", "nodes", "server memory"} <= set(rows)
         assert all(row["level"] != "bad" for row in rows.values()), rows
         assert "its server answers" in rows["pilot"]["text"]
+        for part in ("server", "dispatcher", "worker-n0"):
+            assert re.search(rf"\b{part} [\d.]+ MiB, [\d.]+ s, \d+ files", rows["processes"]["text"]), rows["processes"]
         cli("stop")
         assert "has ended" in cli("doctor").stdout
         assert cli("doctor").returncode == 0
