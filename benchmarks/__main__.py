@@ -14,7 +14,7 @@ from benchmarks.figures import Figure, table
 
 NAMES = ("submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "stock", "qcg")
 
-BY_NAME = ("slurm",)  # needs root, and starts a Slurm cluster
+BY_NAME = ("slurm", "endurance")  # needs root, and starts a Slurm cluster; takes a quarter of an hour
 
 
 def main(names: list[str]) -> None:
