@@ -34,11 +34,18 @@ class Deadline:
         self._answer: IO[bytes] | None = None
         self._told: float | None = None
         self._failures = 0
+        self._heard = False  # an answer was taken in, or asking has failed
 
     @property
     def pid(self) -> int:
         """Of `scontrol`, while it runs."""
         return self._process.pid if self._process is not None else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is to be waited for: the end is known, or there is none, or nobody says; after SCONTROL_S
+        seconds of `look` at the latest."""
+        return not self.job or self.end is not None or self._heard
 
     def due(self, clock: float) -> bool:
         """Whether it is time to begin to end."""
@@ -103,6 +110,7 @@ class Deadline:
             self._note_failure(f"ended with exit code {code}")
             return
         self._failures = 0
+        self._heard = True
         end = end_of(dict(re.findall(r"(\w+)=(\S*)", text)))
         if end is not None and end != self.end:
             moved = "ends" if self.end is None else "is moved: it ends"
@@ -111,6 +119,7 @@ class Deadline:
 
     def _note_failure(self, how: str) -> None:
         self._failures += 1
+        self._heard = True
         if self._failures == 1:
             known = "its end is not known" if self.end is None else "what was known of its end stands"
             log(f"scontrol show job {self.job} {how}: {known}; it is asked again every {self._read_s:.0f} s")

@@ -215,6 +215,8 @@ class Dispatcher:
         self.floor.arrive(info, state, self.classes, now)
         for host in {host for host, _ in state.guests} - {known.address for known in self.nodes_known.values()}:
             self._send(info, Sweep(host))
+        if info.job:
+            self.gate.read()  # whoever started it has said when its allocation ends
         self._mind_gate(now)
         self.fresh = False
         log.info("node %s: %d cores, %d lanes in use", info.name, len(info.cores), len(state.lanes))

@@ -69,6 +69,7 @@ class Steps:
         self._again: dict[str, float] = {}  # node -> when to try again
         self._left: set[str] = set()  # nodes that are given up
         self._retired: set[str] = set()
+        self.begun = False
         self._began = 0.0
         self._look_at = 0.0
         self._said = 0.0
@@ -83,6 +84,7 @@ class Steps:
         return any(part.running for part in self.parts)
 
     def begin(self, now: float) -> None:
+        self.begun = True
         self._began = self._said = now
         nodes = self.remote.nodes
         for group in [nodes] if self.remote.method == "srun" and nodes else [[name] for name in nodes]:

@@ -124,6 +124,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, lambda *_: self._hurry("stop"))
         # A function and not SIG_IGN, which the parts would inherit.
         signal.signal(signal.SIGINT, lambda *_: None)
+        self.deadline.look(time.monotonic())  # the answer comes while the server boots
         self.bereaved = predecessor.end(self.pilot, self.sweep)
         options, admin, part = self.options, None, None
         if options.redis:
@@ -141,9 +142,7 @@ class Supervisor:
         predecessor.note(self.pilot, self._parts())
         if wait_ready(address, part, stopped=self._keep):
             self._open(address, admin)
-            if self.steps is not None:
-                # Not before connection.json is there: a file system of many hosts may remember that it was not.
-                self.steps.begin(time.monotonic())
+            self._mend_steps()
 
     def _open(self, address: Address, admin: Address | None) -> None:
         """The server answers: check that it is the right one, and let everybody in."""
@@ -233,9 +232,21 @@ class Supervisor:
         for node, part in self.workers.items():
             if part.ended() and not self._retired(node, part) and self._lost(node, part):
                 self._restart(part)
-        if self.steps is not None and self.link is not None:
-            self.link.tell(self.deadline)
+        self._mend_steps()
+
+    def _mend_steps(self) -> None:
+        """Start workers on the nodes of the allocation, and start them again.
+
+        Not before connection.json is there: a file system of many hosts may remember that it was not. And not before
+        the dispatcher knows when the allocation ends: it would begin what cannot end in time.
+        """
+        if self.steps is None or self.link is None:
+            return
+        told = self.link.tell(self.deadline)
+        if self.steps.begun:
             self.steps.mend(self.link, time.monotonic())
+        elif told and self.deadline.settled:
+            self.steps.begin(time.monotonic())
 
     def _retired(self, node: str, part: Part) -> bool:
         """Its worker has left because it was told to."""

@@ -94,11 +94,15 @@ class SupervisorLink:
             return False
         return True
 
-    def tell(self, deadline: Deadline) -> None:
-        """Let the dispatcher know when the allocation ends, if that is news."""
+    def tell(self, deadline: Deadline) -> bool:
+        """Let the dispatcher know when the allocation ends, if that is news; whether it knows all that we know."""
         command = deadline.news()
-        if command is not None and self._say([command]):
-            deadline.told()
+        if command is None:
+            return True
+        if not self._say([command]):
+            return False
+        deadline.told()
+        return True
 
     def nodes(self) -> list[NodeInfo]:
         """All nodes that are registered; none, and ``online`` is false, while the server is away."""

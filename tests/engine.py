@@ -266,9 +266,9 @@ def _loose(packed: bytes) -> list[Any]:
 class FakeNode:
     """A worker without processes: what it is handed runs until `finish`, or ends at once with ``quick``."""
 
-    def __init__(self, engine: Engine, name: str = "n1", cores: int = 2, *, quick: bool = False) -> None:
+    def __init__(self, engine: Engine, name: str = "n1", cores: int = 2, *, quick: bool = False, job: str = "") -> None:
         self.link = NodeLink(engine.running.address, EPOCH, engine.settings)
-        self.info = NodeInfo(name, 0, "here", 1, list(range(cores)))
+        self.info = NodeInfo(name, 0, "here", 1, list(range(cores)), job=job)
         self.quick = quick
         self.running: dict[str, tuple[Handed, int, str]] = {}  # id -> task, lane, allocation
         self.ahead: dict[str, deque[Handed]] = defaultdict(deque)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -418,3 +419,15 @@ def test_what_a_task_costs_the_server(engine: Engine, node: Make, monkeypatch: p
     assert engine.counts() == {"total": count, "finished": count}
     assert sent["round trips"] / count <= 0.1
     assert (calls - sent["commands"]) / count <= 12, "\n".join(stats)
+
+
+def test_a_node_gets_nothing_that_does_not_fit_before_the_end_of_its_allocation(engine: Engine, node: Make) -> None:
+    """That is told before the node registers, but after the dispatcher has last looked for such words."""
+    engine.reset(reconcile_s=1000.0, ahead_after_ends=NEVER)
+    long, short = engine.submit(task(time_request=600), task(time_request=10))
+    with RunningDispatcher(engine) as running:
+        wait_until(lambda: running.dispatcher.reconciler.next_turn)
+        engine.link.call("HSET", keys.ENDS, "77", f"{time.time() + 300} 60 15")
+        n1 = node("n1", job="77")
+        pump([n1], lambda: n1.started)
+        assert n1.started == [short] and engine.status(long) == "queued"

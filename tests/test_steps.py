@@ -108,10 +108,30 @@ def test_nothing_begins_before_enough_nodes_are_there(tmp_path: Path) -> None:
     assert (tmp_path / "began").exists()
 
 
-def test_an_scontrol_that_hangs_delays_nothing(tmp_path: Path) -> None:
+def test_an_scontrol_that_hangs_is_waited_for_only_so_long(tmp_path: Path) -> None:
     with allocation(tmp_path, "n1", srun=SRUN, scontrol="#!/bin/sh\nexec sleep 600\n") as env:
         ran = prompt(tmp_path)("run", "--bind", "127.0.0.1", "--dir", "p", "--", "true", **env)
     assert ran.returncode == 0, ran.stderr
+    log = (tmp_path / "p" / "logs" / "supervisor.log").read_text()
+    assert log.count("scontrol show job 77 does not answer within 10 s: its end is not known") == 1
+
+
+def test_nothing_begins_before_slurm_has_said_when_the_allocation_ends(tmp_path: Path) -> None:
+    """The answer takes longer than everything else; the task that does not fit stands first in the file."""
+    slow = """#!/bin/sh\nsleep 2; echo " StartTime=Unknown EndTime=$(date -d '+5 minutes' +%Y-%m-%dT%H:%M:%S) "\n"""
+    tasks = [{"name": name, "time_request": length, "command": ["touch", name]} for name, length in
+             (("long", 600), ("short", 10))]  # fmt: skip
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": tasks}))
+    with allocation(tmp_path, "n1", srun=SRUN, scontrol=slow) as env:
+        words = command("run", "--bind", "127.0.0.1", "--dir", "p", "tasks.json")
+        with subprocess.Popen(
+            words, cwd=tmp_path, env=environment(**env), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as run:  # fmt: skip
+            wait_until((tmp_path / "short").exists, seconds=60)
+            run.terminate()
+            assert run.wait(60) == 0
+    assert not (tmp_path / "long").exists()
 
 
 def test_an_scontrol_that_fails_is_told_once(tmp_path: Path) -> None:
