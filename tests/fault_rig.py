@@ -225,7 +225,7 @@ class Rig:
         home, task = f"\0PILOTQ_DIR={self.pilot.directory}\0".encode(), b"\0PILOTQ_TASK_ID="
         return [p.pid for p in processes().values() if p.alive and home in (e := environment(p.pid)) and task in e]
 
-    def settle(self, work: Work, *, free: bool = True) -> None:
+    def settle(self, work: Work, *, free: bool = True, seconds: float = END_S) -> None:
         """Wait until a submission has ended and stands in the journal, and all nodes are ``free``."""
         expected = self.expected(work)
 
@@ -233,12 +233,12 @@ class Rig:
             lines = self.lines(work)
             return all(any(line.final for line in lines.get(i, ())) for i in expected)
 
-        wait_until(lambda: self.ended(work, free=free), seconds=END_S, what="all ended and no core in use")
+        wait_until(lambda: self.ended(work, free=free), seconds=seconds, what="all ended and no core in use")
         wait_until(told, seconds=END_S, what="all in the journal")
 
-    def judge(self, work: Work, faults: int = 0, *, alone: bool = True) -> list[str]:
-        """What is wrong with a submission that has settled, one sentence each; ``faults`` were done to it, and unless
-        it is ``alone`` others may still run."""
+    def judge(self, work: Work, faults: int = 0, *, alone: bool = True, held: int = 1) -> list[str]:
+        """What is wrong with a submission that has settled, one sentence each; ``faults`` were done to it (``held`` as
+        in History), and unless it is ``alone`` others may still run."""
         if alone:
             with suppress(AssertionError):
                 wait_until(lambda: not self.of_tasks(), seconds=5.0)
@@ -247,7 +247,7 @@ class Rig:
         ledger = (words for words in self.ledger() if words[0] in expected)
         cores = sum(len(plan.cores) for plan in self.plans)
         left = self.of_tasks() if alone else []
-        return judge(History(accepted, self.lines(work), ledger, faults, cores, left))
+        return judge(History(accepted, self.lines(work), ledger, faults, cores, left, held))
 
 
 @contextmanager

@@ -57,6 +57,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "finished without a beginning": (lambda h: h["ledger"].remove("a 1 begin 1.0 10 n1 0"), "a: it began 0 times"),
     "another's outcome": (lambda h: setattr(h["lines"]["b"][1], "execution", 3), "b: finished by execution 3"),
     "began too often": (lambda h: h["ledger"].extend(["b 3 begin 9.0 1 n1 0"]), "b: it began 3 times"),
+    "one number twice": (lambda h: h["ledger"].append("b 2 begin 3.5 13 n1 1"), "b.2: it began 2 times"),
     "a stranger in the journal": (lambda h: h["lines"].update(x=[Line("x", status="finished")]), "x: nobody"),
     "a stranger's ledger": (lambda h: h["ledger"].append("x 1 begin 9.0 1 n1 0"), "x: nobody has submitted it"),
     "a core used twice": (lambda h: h["ledger"].append("a 1 core 1.5 n1.0 b.1"), "a.1: core used twice"),

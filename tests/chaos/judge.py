@@ -25,7 +25,8 @@ class Expected(NamedTuple):
 
 class History(NamedTuple):
     """``lines``: of the journal, by task, in their order. ``ledger``: the words of each line. ``faults``: how many were
-    done; each may cost as many tasks as there are ``cores`` one more execution. ``left``: processes of tasks."""
+    done; each may cost as many tasks as there are ``cores`` one more execution, times ``held`` where those that were
+    handed to a core one after another are lost together. ``left``: processes of tasks."""
 
     accepted: Mapping[str, Expected]
     lines: Mapping[str, Sequence[Line]]
@@ -33,19 +34,26 @@ class History(NamedTuple):
     faults: int
     cores: int
     left: Sequence[int]
+    held: int = 1
 
 
 def judge(history: History) -> list[str]:
     """What is wrong, one sentence each."""
-    begun, ended = Counter[str](), Counter[tuple[str, str]]()
+    begins, ended = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     wrong: list[str] = []
     for me, execution, word, _, *more in history.ledger:
-        begun[me] += word == "begin"
+        begins[me, execution] += word == "begin"
         ended[me, execution] += word == "end"
         if word == "core":
             wrong.append(f"{me}.{execution}: core used twice: {' '.join(more)}")
         elif word == "again":
             wrong.append(f"{me}.{execution}: two executions at one time: {' '.join(more)}")
+    begun = Counter[str]()
+    for (me, execution), times in begins.items():
+        begun[me] += times
+        # One number, one process: whatever a fault costs, it costs under a new number.
+        if times > 1:
+            wrong.append(f"{me}.{execution}: it began {times} times")
     for me, expected in history.accepted.items():
         said = history.lines.get(me, ())
         wrong += [f"{me}: {text}" for text in _task(expected, said)]
@@ -54,7 +62,7 @@ def judge(history: History) -> list[str]:
     known = set(history.accepted)
     wrong += [f"{me}: nobody has submitted it" for me in sorted((set(history.lines) | set(begun)) - known)]
     extra = sum(begun.values()) - sum(e.most for e in history.accepted.values() if e.writes)
-    if extra > history.faults * history.cores:
+    if extra > history.faults * history.cores * history.held:
         wrong.append(f"{extra} executions more than tasks, with {history.faults} faults on {history.cores} cores")
     return wrong + [f"process {pid} of a task lives on" for pid in history.left]
 
