@@ -73,7 +73,8 @@ class StockJob:
 
         if isinstance(value, Retry):
             interval = Retry.get_interval(self.job.number_of_retries or 0, value.intervals)
-            return "retried", "", f"It asks to be run again: {value!r}.", f"{value.max}:{interval}"
+            place = ":front" if value.enqueue_at_front else ""
+            return "retried", "", f"It asks to be run again: {value!r}.", f"{value.max}:{interval}{place}"
         self.job._status = JobStatus.FINISHED
         execute_success_callback(self.job, UnixSignalDeathPenalty, value)
         try:

@@ -74,6 +74,8 @@ def test_a_job_that_raises_or_cannot_be_read_fails_with_rqs_text(host: Host) -> 
 def test_a_job_can_ask_to_be_run_again(host: Host) -> None:
     report = host.end_of(hand(host, 1, calls.give_back, Retry(max=3, interval=[5, 9]))).report
     assert (report.wish, report.text) == ("retried", "3:5")
+    report = host.end_of(hand(host, 2, calls.give_back, Retry(max=3, enqueue_at_front=True))).report
+    assert (report.wish, report.text) == ("retried", "3:0:front")
 
 
 @pytest.mark.parametrize(("error", "said", "wish"), [

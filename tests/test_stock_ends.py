@@ -176,6 +176,17 @@ def test_a_function_returns_retry(producer: Producer, engine: Engine) -> None:
     assert [r.type.value for r in ended.results()] == [5, 4, 4]
 
 
+@pytest.mark.parametrize("interval", [0, 30])
+def test_a_function_returns_retry_and_goes_first(producer: Producer, interval: int) -> None:
+    job = producer.enqueue()
+    other = producer.enqueue()
+    producer.run(job, "retried", f"2:{interval}:front")
+    if interval:
+        producer.pass_time(job)
+    assert producer.waits() == [job.id, other.id]
+    assert producer.of(job).enqueue_at_front_on_retry
+
+
 def test_repeat(producer: Producer, engine: Engine) -> None:
     job = producer.enqueue(repeat=Repeat(times=2, interval=[0, 60]))
     assert producer.run(job).repeats_left == 1 and producer.waits() == [job.id]

@@ -9,7 +9,8 @@
 --         class, submission, retries left, seconds until a retry], ...]; an empty class: all three are read from the record,
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
 -- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued), retried (a
--- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...").
+-- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...", with ":front" behind it if it is to
+-- go first).
 -- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or the record
 -- is gone).
 if not epoch_ok() then return epoch_error() end
@@ -126,12 +127,14 @@ local function judge_stock(wish, reason, f, id, r, text)
     again(id, f, intervals[math.max(#intervals - left, 0) + 1], v[3] == '1', r)
     return 'failed', reason, true
   elseif wish == 'retried' then
-    local most, list = string.match(text, '^(%d+):([%d,]*)')
+    local most, list, front = string.match(text, '^(%d+):([%d,]*)(:?%l*)$')
     local number, intervals = whole(v[4], 0), intervals_of('[' .. (list or '') .. ']')
     if number >= whole(most, 0) then return 'failed', 'retries', false, '5' end
     redis.call('HSET', job_key(id), 'number_of_retries', number + 1)
+    front = front == ':front' or v[3] == '1'
+    if front then redis.call('HSET', job_key(id), 'enqueue_at_front_on_retry', 1) end -- from now on, as in RQ
     add_result(id, '4', '', worker, rq_ttl(id, 'failed', ttl_failed))
-    again(id, f, intervals[math.min(number + 1, #intervals)], v[3] == '1', r)
+    again(id, f, intervals[math.min(number + 1, #intervals)], front, r)
     return 'failed', 'returned retry', true
   elseif wish == 'finished' and whole(v[5], 0) > 0 then
     local intervals, ttl = intervals_of(v[6]), rq_ttl(id, 'finished', ttl_failed)
