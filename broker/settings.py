@@ -21,6 +21,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     started_after_s: float = 0.1  # a launch is reported by itself only when the task lives so long
     interpreter_calls: int = 100_000  # after so many an interpreter is replaced: what functions leak has a bound
     kill_grace_s: float = 10.0  # between SIGTERM and SIGKILL
+    unkillable_s: float = 30.0  # what lives so long after the first SIGKILL hangs in the kernel: it keeps its cores
     launch_confirm_s: float = 10.0  # a launch not confirmed by then: the launcher is put aside
     confirm_s: float = 30.0  # after the kill grace: a node that does not say that it is swept by then keeps its cores
     beat_s: float = 2.0  # a worker's heartbeat

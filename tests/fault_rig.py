@@ -62,6 +62,7 @@ class Rig:
             (folder / name).mkdir()
         self.pilot: StartedPilot | None = None
         self.broken = False
+        self._mending = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._wake_stopped)
         self._thread.start()
@@ -93,9 +94,10 @@ class Rig:
     def mend(self) -> None:
         """Start the pilot again if its supervisor is dead; that may fail once more, by the next fault."""
         assert self.pilot is not None
-        if self.pilot.process.poll() is not None:
-            with suppress(PilotFailed):
-                self.start()
+        with self._mending:  # who submits mends, too: the second of two starts would be refused
+            if self.pilot.process.poll() is not None:
+                with suppress(PilotFailed):
+                    self.start()
 
     def process(self, part: str) -> int:
         """The number of a part's process: server, dispatcher, worker, n1 (the worker of that node), launcher."""

@@ -313,6 +313,33 @@ def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Pat
         assert len(reported) == len(set(reported))
 
 
+@pytest.mark.parametrize("fate", [signal.SIGCONT, signal.SIGKILL], ids=["goes on", "is killed"])
+def test_what_could_not_be_killed_gives_its_lane_back_when_it_has_ended(tmp_path: Path, fate: int) -> None:
+    """A launcher that is stopped kills nothing. Its task has failed by then, and is reported once; the lane goes on."""
+    with Host(tmp_path, kill_grace_s=0.1, unkillable_s=0.3, launch_confirm_s=60.0) as host:
+        host.hand("a", "bash", "-c", WAITER, lane=1)
+        pid = pid_of(host, "a")
+        host.until(lambda: host.said("starts"))
+        (launcher,) = host.launchers()
+        os.kill(launcher, signal.SIGSTOP)
+        host.stop("a", "time limit")
+        end = host.end_of("a")
+        assert (end.report.wish, end.report.reason, end.end) == ("failed", "unkillable", None)
+        assert alive(pid)
+        host.hand("next", "true")
+        host.say(Hello(5))
+        ((state,),) = host.until(lambda: host.said("state"))
+        assert [lane[0] for lane in state.lanes] == [1] and state.ahead == {"c": 1}
+        os.kill(launcher, fate)
+        ended = host.end_of("next")
+        assert not alive(pid)
+        assert ended.report.wish == "finished" and ended.end is not None
+        said = [(e.lane, e.kept) for _, ends in host.said("ends") for e in ends]
+        assert said == [(1, True), (1, False)]
+        assert [r.id for reports, _ in host.said("ends") for r in reports] == ["a", "next"]
+        assert "has ended after all: n1[0] is free again" in host.log.read_text()
+
+
 def test_a_launch_waits_for_a_server_that_is_away(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         host.tell("away", True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pilotq.broker.records import Handed
 from pilotq.broker.settings import Settings
-from pilotq.workers.ladder import KILL_AGAIN_S, UNKILLABLE_S, Deadlines, Execution, Ladder, Phase, Step
+from pilotq.workers.ladder import KILL_AGAIN_S, Deadlines, Execution, Ladder, Phase, Step
 from pilotq.workers.lanes import Lanes
 
 SETTINGS = Settings(
@@ -80,6 +80,8 @@ def test_what_cannot_be_killed_keeps_its_lane_but_is_gone() -> None:
     lanes.withhold(e)
     assert lanes.find("a", 0) is None
     assert lanes.lanes() == [(1, "n1[1]", "c")] and lanes.ahead() == {"c": 1}
+    follower = lanes.end(e)
+    assert follower is not None and follower.handed.id == "b" and not lanes.withheld
 
 
 def test_find_knows_executions() -> None:
@@ -297,8 +299,8 @@ def test_the_time_limit_counts_from_the_start_and_climbs_the_ladder(ladder: Ladd
     assert steps(ladder, 14.9) == []
     assert steps(ladder, 15.0) == [Step.KILL]
     assert steps(ladder, 15.0 + KILL_AGAIN_S) == [Step.KILL]
-    assert steps(ladder, 15.0 + UNKILLABLE_S - 0.1) == [Step.KILL]
-    assert steps(ladder, 15.0 + UNKILLABLE_S) == [Step.UNKILLABLE]
+    assert steps(ladder, 45.0 - 0.1) == [Step.KILL]
+    assert steps(ladder, 45.0) == [Step.UNKILLABLE]
     assert ladder.next() is None
 
 

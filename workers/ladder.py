@@ -20,7 +20,6 @@ from pilotq.broker.task import Spec
 from pilotq.workers.wire import Exited, Returned
 
 KILL_AGAIN_S = 1.0  # a process that was forking while it was killed is found by the next SIGKILL
-UNKILLABLE_S = 30.0  # what lives so long after the first SIGKILL hangs in the kernel
 
 
 class Phase(Enum):
@@ -200,6 +199,16 @@ class Ladder:
         alive = e.phase is Phase.RUNNING or e.phase is Phase.NOTICED
         return self._end(e, now + self._settings.kill_grace_s) if alive else None
 
+    def blame(self, launcher: int, trying: int) -> None:
+        """A launcher hangs, ``trying`` to start this: that is lost because of it, and so are its others."""
+        culprit = self.executions.get(trying)
+        if culprit is not None and culprit.phase is Phase.LAUNCHING:
+            culprit.reason = culprit.reason or "launch hangs"
+        for e in self.executions.values():
+            if e.launcher == launcher and not e.reason:
+                # It is known why they are lost, and that it is not their doing: their crash limit is not charged.
+                e.reason, e.wish = "worker lost", "free"
+
     def ended(self, e: Execution) -> None:
         """Nothing of it lives, or nobody will ever know: out of the book."""
         del self.executions[e.key]
@@ -231,7 +240,7 @@ class Ladder:
             return self._end(e, now + self._settings.kill_grace_s)
         if e.phase is Phase.ENDING:
             e.phase = Phase.KILLED
-            e.gone_by = now + UNKILLABLE_S
+            e.gone_by = now + self._settings.unkillable_s
         elif now >= e.gone_by:
             return Step.UNKILLABLE
         self._deadlines.set(e.key, min(now + KILL_AGAIN_S, e.gone_by))

@@ -1,8 +1,8 @@
 """What a node holds: its lanes, and the tasks handed ahead that will take them over. Pure book-keeping.
 
 A lane is a reservation that dispatcher and worker both know. The dispatcher opens it by handing a task with its
-number; here it goes from task to task of one class, until none of that class is left, or for ever when a process of
-its last task cannot be killed. Of the tasks handed ahead some are *lined up* on a lane: its launcher knows them
+number; here it goes from task to task of one class, until none of that class is left. While a process of its last task
+cannot be killed it stays taken. Of the tasks handed ahead some are *lined up* on a lane: its launcher knows them
 already. For the dispatcher they are ahead until the lane has come to them.
 """
 
@@ -40,6 +40,7 @@ class Lanes:
         # Oldest first. OrderedDict: both ends and the middle are taken from, and `dict` is slow at its front.
         self._ahead: dict[str, OrderedDict[int, Execution]] = {}
         self._by_id: dict[str, Execution] = {}
+        self.withheld: dict[int, Execution] = {}  # by key
 
     def hand(self, handed: Handed) -> Execution:
         """Enter a task: in phase WAITING if it came with a lane (launch it), else AHEAD."""
@@ -64,6 +65,7 @@ class Lanes:
         one of its line. One that had no lane just leaves.
         """
         self._forget(e)
+        self.withheld.pop(e.key, None)
         lane = self._lanes.get(e.lane)
         if lane is None:
             self._leave_row(e)
@@ -81,8 +83,9 @@ class Lanes:
         return follower
 
     def withhold(self, e: Execution) -> None:
-        """An execution that cannot be killed: it is gone from here, its lane stays taken for ever."""
+        """An execution that cannot be killed: it is gone from here, its lane stays taken until it has ended."""
         self._forget(e)
+        self.withheld[e.key] = e
 
     def shrink(self, e: Execution, allocation: str) -> None:
         """An execution has ended, but this rest of its lane stays taken until `free`."""
@@ -98,6 +101,11 @@ class Lanes:
 
     def lane(self, number: int) -> Lane | None:
         return self._lanes.get(number)
+
+    def behind(self, e: Execution) -> list[Execution]:
+        """What is lined up behind an execution that has a lane now."""
+        lane = self._lanes.get(e.lane)
+        return list(lane.line) if lane is not None and lane.task is e else []
 
     def took(self, class_name: str, seconds: float) -> None:
         """A task of this class has run so long."""

@@ -60,7 +60,7 @@ class Node:
         self._ladder = Ladder(settings)
         self._preparer = Preparer(link, directory, real, info.address)
         self._reporter = Reporter(info.name, directory)
-        self._remains = Remains(directory)
+        self._remains = Remains(directory, settings)
         self.outbox = Outbox(link, settings)
         self._ready: deque[Execution] = deque()  # have a lane: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a lane, but the server was away
@@ -143,8 +143,8 @@ class Node:
     def heard(self, record: Up, now: float) -> None:
         e = self._ladder.executions.get(record.key)
         if e is None:
-            return  # it was taken from that launcher
-        if isinstance(record, (Exited, Returned)):
+            self._heard_late(record, now)
+        elif isinstance(record, (Exited, Returned)):
             self._exited(e, record, now)
         elif isinstance(record, Begun):
             e.begun = True
@@ -163,6 +163,12 @@ class Node:
             self._end(e, time.time(), now)
         elif isinstance(record, Withdrawn):
             self._not_begun(e, now)
+
+    def _heard_late(self, record: Up, now: float) -> None:
+        """Of what was withheld, else of what was taken from that launcher."""
+        over = isinstance(record, Swept) or (isinstance(record, (Exited, Returned)) and not record.left)
+        if over and (e := self._lanes.withheld.get(record.key)) is not None:
+            self._end(e, time.time(), now)
 
     def _exited(self, e: Execution, record: Exited | Returned, now: float) -> None:
         e.exited = record
@@ -215,6 +221,7 @@ class Node:
             if not e.reason:
                 e.reason = "worker lost"
             taken.append(e)
+        taken += [e for e in self._lanes.withheld.values() if e.launcher == launcher.number]
         self._remains.add(launcher.number, taken, now)
         if self.leaving:
             launcher.kill()
@@ -233,9 +240,7 @@ class Node:
             # A launcher that was put aside in this very loop has taken others with it.
             if e.key in self._ladder.executions:
                 self._do(e, step, now)
-        look_at = self._remains.next()
-        if look_at is not None and look_at <= now:
-            self._bury(now)
+        self._bury(now)
         if self._postponed and now >= self._fetch_at:
             self._ready.extend(self._postponed.values())
             self._postponed.clear()
@@ -255,7 +260,9 @@ class Node:
         if step is None:
             return
         if step is not Step.WITHDRAW:
-            self._withdraw_behind(e, now)
+            # It takes longer than was thought: what is lined up behind it must be free to go elsewhere.
+            for other in self._lanes.behind(e):
+                self._do(other, self._ladder.withdraw(other, now), now)
         if step is Step.ANNOUNCE:
             self._starts.append((e.handed.id, e.handed.execution, e.allocation, iso(e.started), *e.live))
         elif step is Step.HANGS:
@@ -266,13 +273,6 @@ class Node:
             number = SIGNALS.get(step, self._notice)
             launcher.tell(Withdraw(e.key) if step is Step.WITHDRAW else Signal(e.key, number, e.reason))
 
-    def _withdraw_behind(self, e: Execution, now: float) -> None:
-        """It takes longer than was thought: what is lined up behind it must be free to go elsewhere."""
-        lane = self._lanes.lane(e.lane)
-        if lane is not None and lane.task is e:
-            for other in list(lane.line):
-                self._do(other, self._ladder.withdraw(other, now), now)
-
     def _put_aside(self, e: Execution, now: float) -> None:
         launcher = self._launchers.living.get(e.launcher)
         if launcher is None:
@@ -281,13 +281,7 @@ class Node:
         if e.key not in self._ladder.executions or self._ladder.waits(e):
             return  # what it says had not been heard
         log(f"launcher {launcher.number} does not go on with task {e.handed.id}: it is put aside")
-        culprit = self._ladder.executions.get(launcher.trying)
-        if culprit is not None and culprit.phase is Phase.LAUNCHING:
-            culprit.reason = culprit.reason or "launch hangs"
-        for other in self._ladder.executions.values():
-            if other.launcher == e.launcher and not other.reason:
-                # It is known why they are lost, and that it is not their doing: their crash limit is not charged.
-                other.reason, other.wish = "worker lost", "free"
+        self._ladder.blame(launcher.number, launcher.trying)
         self._abandon(launcher, now, dead=False)
 
     # -- launching and ending --------------------------------------------------------------------------------------
@@ -355,6 +349,7 @@ class Node:
     def _end(self, e: Execution, ended: float, now: float) -> None:
         """Nothing of it lives: its lane goes on, and its end is reported."""
         points.at("end heard")
+        late = e.key in self._lanes.withheld
         if e.key in self._ladder.executions:
             self._ladder.ended(e)
             if (launcher := self._launchers.living.get(e.launcher)) is not None:
@@ -365,20 +360,27 @@ class Node:
             self._begun.add(follower.lane)
         elif follower is not None:
             self._ready.append(follower)
-        seconds = ended - e.started if e.started else -1.0
-        self._report(e, ended, End(e.lane, e.handed.class_name, seconds, follower is not None), now)
+        seconds = ended - e.started if e.started and not late else -1.0
+        end = End(e.lane, e.handed.class_name, seconds, follower is not None)
+        if late:
+            log(f"task {e.handed.id} has ended after all: {e.allocation} is free again")
+            self._link.post_ends([], [end])
+        else:
+            self._report(e, ended, end, now)
 
     def _goes_on(self, _: Execution) -> bool:
         return not self.leaving
 
     def _withhold(self, e: Execution, now: float) -> None:
-        """Something of it lives for ever, on its cores: the lane is never given back."""
+        """Something of it cannot be killed: it has failed, and its lane stays taken until `_end` all the same."""
+        if e.key in self._lanes.withheld:
+            return
         if e.key in self._ladder.executions:
             self._ladder.ended(e)
         self._lanes.withhold(e)
         if e.reason != "launch hangs":
             e.reason, e.wish = "unkillable", "failed"
-        log(f"task {e.handed.id} cannot be killed: {e.allocation} stays taken until this node is started again")
+        log(f"task {e.handed.id} cannot be killed: {e.allocation} stays taken until it has ended")
         self._report(e, time.time(), None, now)
 
     def _report(self, e: Execution, ended: float, end: End | None, now: float) -> None:

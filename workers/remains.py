@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from signal import SIGKILL
 
+from pilotq.broker.settings import Settings
 from pilotq.workers import sweep
-from pilotq.workers.ladder import UNKILLABLE_S, Execution
+from pilotq.workers.ladder import Execution
 
 LOOK_S = 0.02  # between two looks at what was killed
+STUCK_LOOK_S = 1.0  # ... where all that is left hangs in the kernel
 CLEAN_LOOKS = 2  # a process in the middle of exec has no environment for a moment: one clean look is no proof
 
 
@@ -20,19 +22,21 @@ class _Estate:
         self.launcher = launcher
         self.executions = executions
         self.give_up_at = give_up_at
+        self.stuck = False
         self.clean = 0
 
 
 class Remains:
     """``directory`` is the pilot's: other pilots of this user may have tasks of the same name."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, settings: Settings) -> None:
         self._directory = directory
+        self._unkillable_s = settings.unkillable_s
         self._estates: list[_Estate] = []
         self._look_at = 0.0
 
     def add(self, launcher: int, executions: list[Execution], now: float) -> None:
-        self._estates.append(_Estate(launcher, executions, now + UNKILLABLE_S))
+        self._estates.append(_Estate(launcher, executions, now + self._unkillable_s))
         self._look_at = now
 
     def next(self) -> float | None:
@@ -40,11 +44,13 @@ class Remains:
         return self._look_at if self._estates else None
 
     def look(self, now: float, launchers: dict[int, int]) -> tuple[list[Execution], list[Execution]]:
-        """Kill what is there; returns the executions of which nothing lives any more, and those that cannot be killed.
+        """Kill what is there; returns the executions of which nothing lives any more, and those that cannot be killed:
+        each once, and it is looked after until it has ended.
 
-        ``launchers`` are the pids of the launchers that live, by number.
+        Nothing before `next`. ``launchers`` are the pids of the launchers that live, by number.
         """
-        self._look_at = now + LOOK_S
+        if not self._estates or now < self._look_at:
+            return [], []
         strays = self._kill_strays(set(launchers.values()))
         gone: list[Execution] = []
         stuck: list[Execution] = []
@@ -55,11 +61,12 @@ class Remains:
             estate.clean = estate.clean + 1 if dead else 0
             if estate.clean >= CLEAN_LOOKS:
                 gone += estate.executions
-            elif now >= estate.give_up_at:
+                self._estates.remove(estate)
+            elif now >= estate.give_up_at and not estate.stuck:
+                estate.stuck = True
                 stuck += estate.executions
-            else:
-                continue
-            self._estates.remove(estate)
+        hurry = any(estate.clean or not estate.stuck for estate in self._estates)
+        self._look_at = now + (LOOK_S if hurry else STUCK_LOOK_S)
         return gone, stuck
 
     def _belongs(self, marks: set[tuple[str, str]]) -> Callable[..., bool]:
