@@ -24,7 +24,13 @@ def inner_run(folder: Path, body: str, **environment: str) -> tuple[int, str]:
     """Run a test file under a copy of our conftest; returns exit code and output."""
     conftest = (HERE / "conftest.py").read_text()
     assert "GRACE_S = 3.0" in conftest
-    (folder / "conftest.py").write_text(conftest.replace("GRACE_S = 3.0", "GRACE_S = 0.1"))
+    # Another test may run beside this one: what is left in /tmp would be charged to it.
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    assert 'Path("/tmp")' in conftest
+    conftest = conftest.replace('Path("/tmp")', f"Path({str(scratch)!r})")
+    conftest = conftest.replace("GRACE_S = 3.0", "GRACE_S = 0.1")
+    (folder / "conftest.py").write_text(conftest)
     (folder / "skips.txt").write_text("# a comment\nallowed here\n")
     (folder / "test_inner.py").write_text(HEAD + body)
     options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", f"--rootdir={folder}"]
@@ -48,7 +54,7 @@ LEAKS = {
         "left behind: zombie ",
     ),
     "descriptor": ("def test_it():\n    os.open('/etc/hostname', os.O_RDONLY)\n", "-> /etc/hostname"),
-    "folder": ("def test_it():\n    os.mkdir(os.environ['LEFT'])\n", "left behind: folder /tmp/pilotq-"),
+    "folder": ("def test_it():\n    os.mkdir(os.environ['LEFT'])\n", "left behind: folder "),
     # The shell ends at once: what it started is nobody's child any more, and is found by its mark.
     "environment": (
         "def test_it(tmp_path):\n    env = dict(os.environ, PILOTQ_DIR=str(tmp_path / 'd'))\n"
@@ -65,12 +71,7 @@ LEAKS = {
 @pytest.mark.parametrize("leak", LEAKS)
 def test_a_leak_fails_the_test_and_is_named(leak: str, tmp_path: Path) -> None:
     body, words = LEAKS[leak]
-    left = Path(f"/tmp/pilotq-leak-{os.getpid()}")
-    try:
-        code, output = inner_run(tmp_path, body, LEFT=str(left))
-    finally:
-        if left.exists():
-            left.rmdir()
+    code, output = inner_run(tmp_path, body, LEFT=str(tmp_path / "scratch" / "pilotq-left"))
     assert code == 1, output
     assert words in output
 
