@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 
 WORDS = ("waiting", "finished", "failed", "canceled")  # by the two bits of an element
+_SHIFTS = (6, 4, 2, 0)  # of a byte, for its four elements
+_OPEN = re.compile(b"[%s]" % re.escape(bytes(b for b in range(256) if any(not b >> s & 3 for s in _SHIFTS))))
 _SAME = re.compile(rb"(.)\1*", re.DOTALL)
 
 
@@ -17,6 +19,14 @@ def outcome_at(bits: bytes, position: int, following: int) -> str:
     byte = bits[position >> 2] if position >> 2 < len(bits) else 0
     outcome = (byte >> (6 - 2 * (position & 3))) & 3
     return "started" if outcome == 0 and position < following else WORDS[outcome]
+
+
+def open_positions(bits: bytes, following: int) -> Iterator[int]:
+    """Positions before ``following`` of elements that have not ended."""
+    for found in _OPEN.finditer(bits.ljust((following + 3) // 4, b"\0")):
+        for position in range(4 * found.start(), min(4 * found.start() + 4, following)):
+            if (found[0][0] >> (6 - 2 * (position & 3))) & 3 == 0:
+                yield position
 
 
 def element_ranges(bits: bytes, array: str, following: int) -> dict[str, str]:

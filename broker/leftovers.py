@@ -1,4 +1,5 @@
-"""What RQ's buttons leave behind: dependents of deleted jobs, ids without records, lists of a compact that broke off.
+"""What RQ's buttons leave behind: dependents of deleted jobs, ids without records, arrays that wait for such elements,
+lists of a compact that broke off.
 
 A part of the reconciler: some of it is looked at in each turn, all of it again and again.
 """
@@ -7,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 
 from pilotq.broker import keys
+from pilotq.broker.elements import open_positions, outcome_at
 from pilotq.broker.store import Store
 
 log = logging.getLogger("pilotq.reconciler")
 SLICE = 500
 SCAN = 1000  # keys of the server looked at in one turn, for lists that a compact has left
+LOOK_MAX = 20_000  # elements of an array that waits element by element looked at in one turn: the first that are left
 STILL_S = 5.0  # a list of RQ's compact that has not changed for so long is put back
 
 
@@ -23,6 +27,7 @@ class Leftovers:
         self.link = store.link
         self._parents = 0  # where the walks stand
         self._deferred: dict[str, int] = {}
+        self._arrays: dict[str, int] = {}
         self._keys = 0
         self._compacted: dict[str, tuple[int, float]] = {}  # list -> its length, since when (monotonic)
 
@@ -30,6 +35,7 @@ class Leftovers:
         self._orphans()
         for queue in queues:
             self._ghosts(queue)
+            self._elements(queue)
         self._look_for_compacted(now)
 
     def _orphans(self) -> None:
@@ -52,6 +58,49 @@ class Leftovers:
         gone = [i for i, found in zip(ids, there, strict=True) if not found]
         if gone:
             self.link.call("ZREM", registry, *gone)
+
+    def _elements(self, queue: str) -> None:
+        """Elements that waited, of arrays all of which was handed out or released, and whose records were deleted."""
+        wip = keys.registry("wip", queue)
+        cursor, flat = self.link.call("ZSCAN", wip, self._arrays.get(queue, 0), "MATCH", "*:0", "COUNT", SLICE)
+        self._arrays[queue] = int(cursor)
+        arrays = [member.decode().removesuffix(":0") for member in flat[::2]]
+        if not arrays:
+            return
+        left = self.link.pipeline([("HGET", keys.job(i), "pq_left") for i in arrays])
+        running = self.link.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
+        # Most often all that are left run. Else some wait: for their turn, for others, or without a record for ever.
+        for array in [i for i, own, there in zip(arrays, left, running, strict=True) if own and int(own) > there]:
+            gone = self._without_record(array)
+            if gone:
+                number = self.store.cancel(gone).count("canceled")
+                log.warning("%d elements of array %s were deleted while they waited: they are canceled", number, array)
+
+    def _without_record(self, array: str) -> list[str]:
+        """Some elements that nothing can come of any more; cancel.lua looks again whether they have not ended.
+
+        One that waits for other arrays' elements has no record before these have finished, and before release.lua has
+        queued it because of that. So these are read first, then what is to be released, then the records.
+        """
+        (row, bits) = self.link.pipeline([
+            ("HMGET", keys.job(array), "pq_array", "pq_next", "pq_parents", "pq_after"), ("GET", keys.bits(array)),
+        ])  # fmt: skip
+        if row[0] is None:
+            return []
+        span, following, each, after = (text.decode() if text else "" for text in row)
+        parents = [keys.bits(parent) for parent in after.split()] if each else []
+        finished = [found for found in self.link.pipeline([("GET", key) for key in parents]) if found is not None]
+        if parents and self.link.call("EXISTS", keys.RELEASE):
+            return []
+        start, step, _ = map(int, span.split(":"))
+        waiting = (
+            f"{array}_{start + position * step}"
+            for position in islice(open_positions(bits or b"", int(following)), LOOK_MAX)
+            if all(outcome_at(found, position, 0) == "finished" for found in finished)
+        )
+        ids = list(islice(waiting, SLICE))
+        there = self.link.pipeline([("EXISTS", keys.job(i)) for i in ids]) if ids else []
+        return [i for i, found in zip(ids, there, strict=True) if not found]
 
     def _look_for_compacted(self, now: float) -> None:
         cursor, found = self.link.call("SCAN", self._keys, "MATCH", keys.COMPACTED, "COUNT", SCAN, "TYPE", "list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import redis
 from rq import Queue
 from rq.job import Job
@@ -13,7 +14,7 @@ from pilotq.broker.inbound import Inbound
 from pilotq.broker.leftovers import Leftovers
 from pilotq.broker.listing import Listing
 from pilotq.broker.task import ArrayRange
-from tests.engine import ONE, Engine, FakeNode, RunningDispatcher, fixtures, pump, task
+from tests.engine import NODE, ONE, Engine, FakeNode, RunningDispatcher, end_report, fixtures, pump, task
 from tests.producing import CLASS, producing, route, text_of, work
 
 engine, server, node = fixtures
@@ -57,6 +58,55 @@ def test_arrays_that_wait_for_a_deleted_one_are_canceled(engine: Engine, client:
     Job.fetch(parent, connection=client).delete()
     turns(engine)
     assert engine.status(child) == "canceled"
+
+
+@pytest.mark.parametrize("state", ["given back", "scheduled", "released", "running"])
+def test_an_array_does_not_wait_for_a_deleted_element(engine: Engine, client: redis.Redis, state: str) -> None:
+    """RQ's delete takes the record out of lists and registries: nobody meets it any more."""
+    each = state == "released"
+    parent, child = engine.submit(
+        task(name="p", array=ArrayRange(2, 8, 2), retries=1), task(array=ArrayRange(2, 8, 2), after_each=["p"])
+    )
+    handed = engine.claim(4)
+    engine.end(handed[1:])
+    engine.release()
+    array, gone = (child, f"{child}_4") if each else (parent, f"{parent}_2")
+    if state == "given back":
+        engine.give_back(handed[:1])
+    elif state == "scheduled":
+        report = end_report(handed[0], "failed", "exit")
+        report.retries, report.delay = 1, 60.0
+        engine.store.run("end", *engine.store.end_arguments(NODE, engine.next_call(), b"mail", [report]))
+    turns(engine)
+    assert engine.status(gone) in ("queued", "scheduled", "started")
+    Job.fetch(gone, connection=client).delete()
+    turns(engine)
+    if state == "running":
+        assert engine.bits(parent, 4) == "0111"  # it has not ended yet
+        engine.end(handed[:1])
+    turns(engine)
+    assert engine.bits(array, 4) == ("0300" if each else "3111")
+    if each:
+        engine.end(engine.claim(3))
+        engine.end(handed[:1])
+        engine.release()
+        engine.end(engine.claim(3))
+    assert engine.status(array) == "failed"
+    assert each or engine.hash(array)["pq_left"] == "0"
+
+
+def test_elements_that_wait_for_others_are_not_taken_for_deleted(engine: Engine) -> None:
+    engine.submit(task(name="p", array=ArrayRange(0, 9)), task(array=ArrayRange(0, 9), after_each=["p"], priority=1))
+    first = engine.claim(10)
+    engine.end(first[:3])
+    turns(engine)
+    engine.release()
+    engine.end(engine.claim(2, "default.p1.1c"))
+    turns(engine)
+    engine.end(first[3:])
+    turns(engine)
+    engine.run_all("default.p1.1c")
+    assert engine.counts() == {"total": 20, "finished": 20}
 
 
 def test_what_waits_and_has_no_record_is_dropped(engine: Engine, client: redis.Redis) -> None:

@@ -36,11 +36,12 @@ local function cancel_array(id, v)
   return #running > 0 and 'told' or 'canceled'
 end
 
--- An element without a record: one that waits to be handed out, or for another array's element, is marked as ended, and
--- claim and release pass it over.
+-- An element without a record: one that waits to be handed out, or for another array's element, or whose record somebody
+-- deleted, is marked as ended, and claim and release pass it over.
 local function cancel_element(id)
   local array, index = string.match(id, '^(.-)_(%d+)$')
-  local v = array and redis.call('HMGET', job_key(array), 'pq_array', 'pq_next', 'pq_parents', 'pq_sub', 'pq_cancel') or {}
+  local v = array and redis.call('HMGET', job_key(array), 'pq_array', 'pq_next', 'pq_parents', 'pq_sub', 'pq_cancel',
+    'pq_class') or {}
   if not v[1] then return 'unknown' end
   local start, step, count = string.match(v[1], '^(%d+):(%d+):(%d+)$')
   local position = (index - start) / step
@@ -49,7 +50,8 @@ local function cancel_element(id)
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
   if v[5] then return 'told' end
   if redis.call('TTL', job_key(array)) >= 0 then return 'unknown' end -- staged
-  if position < tonumber(v[2]) and not v[3] then return 'unknown' end -- somebody deleted its record
+  -- Somebody deleted its record. If it ran by then its end is still to come, and counts it.
+  if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[6])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'told' end
   redis.call('HSET', job_key(array), 'pq_holes', 1)
   end_elements(array, v[4], position, position, now, now_iso, ttl)
   changed = true
