@@ -21,6 +21,7 @@ from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError, ServerUnavai
 from pilotq.broker.journal import Journal
 from pilotq.broker.points import Fault
 from pilotq.broker.records import Line
+from pilotq.broker.settings import Settings
 from pilotq.broker.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
 from pilotq.workers.sweep import environment, processes
 from pilotq.workers.topology import usable_cpus, virtual_nodes
@@ -31,6 +32,11 @@ from tests.waiting import SHARED, wait_until
 PROBE = str(Path(__file__).with_name("fault_probe.py"))
 NODES = "n1:2,n2:2"
 END_S = 60.0
+# What one core may have been handed when all that know of it die at once: the task that runs, and those ahead of it, a
+# fifth of a second's worth of tasks that take at least 10 ms (ahead_s). Of these any number may have ended without the
+# server having been told: launchers go from one to the next by themselves, and ends travel in company (report_s).
+# What was not handed out cannot run twice.
+HELD = 1 + round(Settings().ahead_s / 0.01)
 STOPPED_S = 1.0  # how long what was stopped stays so
 SETTINGS = {
     "kill_grace_s": 0.3, "journal_fsync_s": 0.05, "beat_s": 0.2, "reconcile_s": 0.1, "restart_limit": 1000,
@@ -116,6 +122,24 @@ class Rig:
                     found[pid] = process.parent
         # A task that its launcher has just forked has the launcher's words until it is itself.
         return sorted(pid for pid, parent in found.items() if part != "launcher" or parent not in found)
+
+    def kill_supervisor(self) -> None:
+        assert self.pilot is not None
+        with self._mending:
+            self.pilot.process.kill()
+            self.pilot.process.wait()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every part at one moment: none can end what the others leave."""
+        assert self.pilot is not None
+        parts = ("server", "dispatcher", "worker", "launcher")
+        with self._mending:
+            pids = [self.pilot.process.pid, *(pid for part in parts for pid in self.processes(part))]
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            self.pilot.process.wait()
 
     # -- faults -----------------------------------------------------------------------------------------------------
 

@@ -5,39 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from pilotq.broker import ArrayRange
 from pilotq.broker.journal import Journal
-from pilotq.broker.settings import Settings
-from tests.fault_rig import Rig, rig
+from tests.fault_rig import HELD, Rig, rig
 from tests.waiting import wait_until
 
-# What one core may have been handed when all that know of it die at once: the task that runs, and those ahead of it, a
-# fifth of a second's worth of tasks that take at least 10 ms (ahead_s). Of these any number may have ended without the
-# server having been told: launchers go from one to the next by themselves, and ends travel in company (report_s).
-# What was not handed out cannot run twice.
-HELD = 1 + round(Settings().ahead_s / 0.01)
 WITHIN_S = 45.0
 TURNS = ("dispatcher", "n1", "launcher", "server")
 
 
 def begun(r: Rig) -> int:
     return sum(word == "begin" for _, _, word, *_ in r.ledger())
-
-
-def kill_all(r: Rig) -> None:
-    """SIGKILL to every part at one moment: none can end what the others leave."""
-    assert r.pilot is not None
-    pids = [r.pilot.process.pid, *(p for n in ("server", "dispatcher", "worker", "launcher") for p in r.processes(n))]
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-    r.pilot.process.wait()
 
 
 def test_parts_that_are_killed_one_after_another_lose_nothing(tmp_path: Path) -> None:
@@ -62,7 +44,7 @@ def test_a_pilot_that_was_killed_as_a_whole_goes_on(tmp_path: Path) -> None:
         wait_until(lambda: begun(r) == 1, seconds=60, what="the long one has begun")
         work = r.submit(r.mixed(300))
         wait_until(lambda: begun(r) > 60, seconds=60, what="some have begun")
-        kill_all(r)
+        r.kill_all()
         assert r.of_tasks()
         orphans = set(r.of_tasks())
         r.start()
