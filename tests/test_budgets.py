@@ -114,6 +114,20 @@ def test_a_poisonous_task_ends_by_the_crash_limit_and_costs_its_neighbours_nothi
         assert not r.of_tasks()
 
 
+def test_a_quick_poison_costs_the_short_tasks_before_it_nothing(tmp_path: Path) -> None:
+    """It is lined up behind them, so that it kills the worker before that has said that they have ended, and that it
+    has begun itself. Nobody but a poison may come to the crash limit."""
+    poison, short = Task(script="kill -9 $(cut -d' ' -f4 /proc/$PPID/stat); sleep 5"), Task(command=["true"])
+    with rig(tmp_path, nodes="n1:1", report_s=0.3) as r:
+        settled(r, r.submit([short] * 10).key)  # they are known to be short
+        work = r.submit([short, short, poison, short, poison, short])
+        settled(r, work.key)
+        lines = wait_until(lambda: full(r, work))
+        ends = [(lines[i][-1].status, lines[i][-1].reason) for i in work.ids]
+        fine, bad = ("finished", ""), ("failed", "crash limit")
+        assert ends == [fine, fine, bad, fine, bad, fine]
+
+
 def settled(r: Rig, key: str) -> None:
     def over() -> bool:
         with r.broker() as broker:

@@ -44,6 +44,22 @@ def test_a_lane_goes_from_task_to_task_of_its_class(tmp_path: Path) -> None:
     assert "other" not in host.endings
 
 
+def test_a_lane_ends_with_a_task_that_was_lost_before(tmp_path: Path) -> None:
+    """What comes next could kill this worker before the end is known. Nothing is lined up behind it either."""
+    with Host(tmp_path, ahead_after_ends=1, line_s=3600.0, report_s=3600.0) as host:
+        host.hand("warm", "true", lane=1)
+        host.end_of("warm")
+        for name in ("b", "c"):
+            host.hand(name, "touch", "never")
+        host.hand("a", "true", lane=2, crashes=1)
+        ending = host.end_of("a")
+        assert ending.end is not None and not ending.end.kept
+        host.say(Hello(5))
+        ((state,),) = host.until(lambda: host.said("state"))
+        assert (state.lanes, state.ahead) == ([], {"c": 2})
+        assert not (tmp_path / "never").exists()
+
+
 def test_one_report_at_a_time_and_the_next_takes_all_that_ended_meanwhile(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         host.answering = False

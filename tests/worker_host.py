@@ -222,14 +222,15 @@ class Host:
 
     def hand(
         self, task_id: str, *argv: str, lane: int = 0, allocation: str = "n1[0]", execution: int = 1,
-        shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0, **spec: Any,
+        shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0,
+        crashes: int = 0, **spec: Any,
     ) -> None:  # fmt: skip
         packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **spec))
         allocation = allocation if lane else ""
         self.say(
             Handed(
                 task_id, execution, lane, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
-                msgspec.Raw(packed),
+                msgspec.Raw(packed), crashes,
             )
         )  # fmt: skip
 

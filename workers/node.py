@@ -314,7 +314,7 @@ class Node:
         task = lane.task
         last = lane.line[-1] if lane.line else task
         launcher = self._launchers.living.get(task.launcher)
-        if launcher is None or launcher.aside or self._trials.needed(task.handed) or task.reason or self.leaving:
+        if launcher is None or launcher.aside or task.handed.crashes or task.reason or self.leaving:
             return
         for _ in range(0 if self._ladder.withdrawing(last) else self._lanes.room(lane)):
             e = self._lanes.next(lane)
@@ -368,8 +368,9 @@ class Node:
         else:
             self._report(e, ended, end, now)
 
-    def _goes_on(self, _: Execution) -> bool:
-        return not self.leaving
+    def _goes_on(self, e: Execution) -> bool:
+        # What comes next may kill this worker. Who was lost before must not pay for that: first its end is told.
+        return not self.leaving and not e.handed.crashes
 
     def _withhold(self, e: Execution, now: float) -> None:
         """Something of it cannot be killed: it has failed, and its lane stays taken until `_end` all the same."""
