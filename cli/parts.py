@@ -17,7 +17,7 @@ from pilotq.broker.server import DURABILITY, wait_ready
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.start import LocalNode, SupervisorOptions, remember, remembered
 from pilotq.cli.options import counter_option, dir_option, server_url
-from pilotq.cli.pilots import node_info, set_counters
+from pilotq.cli.pilots import grace_option, node_info, notice_option, set_counters
 from pilotq.workers.here import Here
 from pilotq.workers.topology import CORES_MAX, check_node_name
 
@@ -87,6 +87,8 @@ def dispatcher_command(directory: str | None, redis: str | None, journal: bool) 
 @click.option("--no-smt", is_flag=True, help="One core for each physical core, not for each hardware thread.")
 @click.option("--grant", type=click.IntRange(1), metavar="N",
               help="Use at most N cores.  [default: as many as Slurm has granted]")  # fmt: skip
+@grace_option
+@notice_option
 @click.option("--keep", is_flag=True, help="Start the worker again when it dies.  [default: in an allocation]")
 @click.option("--until-eof", is_flag=True, hidden=True)
 @click.option("--system-core", metavar="NODE", hidden=True)
@@ -107,7 +109,8 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     if virtual and (values["cores"] or values["real"]):
         raise InvalidInput("give --virtual, or --cores and --real: --virtual takes the CPUs there are in turn")
     pilot, address, epoch = _reach(directory, redis)
-    here = Here(os.environ, pilot.job())
+    pilot_job = pilot.job()
+    here = Here(os.environ, pilot_job)
     named = values["cores"]
     numbers = _numbers(named) if named else here.cores(no_smt=values["no_smt"], grant=values["grant"])
     if values["system_core"] == (values["node"] or here.name):
@@ -127,12 +130,16 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
 
     if not (values["keep"] or (here.job and not named)):
         return work()
+    from pilotq.broker.herald import Herald
     from pilotq.workers.bereft import sweep_node
     from pilotq.workers.keeper import Keeper
 
-    name, eof = local.name, values["until_eof"]
-    keeper = Keeper(name, Link(address), work, lambda: sweep_node(pilot.directory, name), settings(), until_eof=eof)
-    return keeper.run(pilot.log(f"worker-{local.name}"))
+    name, eof, link = local.name, values["until_eof"], Link(address)
+    # When the pilot's own allocation ends its supervisor knows.
+    joined = os.environ if here.job != pilot_job else {}
+    herald = Herald(link, joined, values["grace"], values["notice_signal"], settings())
+    keeper = Keeper(name, link, herald, work, lambda: sweep_node(pilot.directory, name), settings(), until_eof=eof)
+    return keeper.run(pilot.log(f"worker-{name}"))
 
 
 def _neighbour() -> int:

@@ -49,6 +49,14 @@ def signal_number(text: str) -> int:
         raise InvalidInput(f"there is no signal {text!r}: write a name such as USR1 or TERM") from None
 
 
+grace_option = click.option(
+    "--grace", metavar="TIME", default="60s", show_default=True, callback=parsed(parse_duration),
+    help="Begin to end so long before the allocation does.",
+)  # fmt: skip
+notice_option = click.option(
+    "--notice-signal", metavar="NAME", default="TERM", show_default=True, callback=parsed(signal_number),
+    help="What tasks get then.",
+)  # fmt: skip
 pilot_options = all_of(
     click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4; of Slurm's nodes "
                  "which: 3, or 2-4, or n[1-2].  [default: all]"),
@@ -58,10 +66,8 @@ pilot_options = all_of(
     click.option("--start-method", type=click.Choice(METHODS), default="srun", help="How workers get onto nodes."),
     click.option("--no-smt", is_flag=True, help="A core is a physical core, not a hardware thread."),
     click.option("--bind", metavar="ADDRESS", help="Listen on this address.  [default: the one Slurm's nodes reach]"),
-    click.option("--grace", metavar="TIME", default="60s", show_default=True, callback=parsed(parse_duration),
-                 help="Begin to end so long before the allocation does."),
-    click.option("--notice-signal", metavar="NAME", default="TERM", show_default=True, callback=parsed(signal_number),
-                 help="What tasks get then."),
+    grace_option,
+    notice_option,
     click.option("--server", metavar="FILE", help="The server's executable.  [default: $PILOTQ_SERVER, else found]"),
     click.option("--redis", metavar="URL", help="Use this server.  [default: $PILOTQ_REDIS_URL, else a private one]"),
     click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec", metavar="HOW",

@@ -1,7 +1,8 @@
 """A worker on a node that has no supervisor: this process keeps it, and starts it again when it dies.
 
 The worker is a fork of the keeper, so that a node has one start of Python to wait for. The kernel ends it with the
-keeper, and the keeper sweeps up what a dead worker has left, says so in the queue, and starts the next one.
+keeper, and the keeper sweeps up what a dead worker has left, says so in the queue, and starts the next one. Where the
+allocation is another than the pilot's it also tells when that ends.
 """
 
 from __future__ import annotations
@@ -11,42 +12,56 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from pilotq.broker.children import Budget, become_subreaper, die_with, log, open_pidfd, reap_orphans
 from pilotq.broker.errors import PilotFailed, ServerUnavailable
+from pilotq.broker.herald import Herald
 from pilotq.broker.link import Link
 from pilotq.broker.settings import Settings
 from pilotq.broker.supervisor_link import announce_loss
 
-LOOK_S = 0.5  # without a pidfd
+LOOK_S = 0.5  # without a pidfd, and for what the herald does
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Keeper:
     """``work`` is the worker, and returns its exit code; ``sweep`` ends what a dead one has left of its tasks."""
 
     def __init__(
-        self, node: str, link: Link, work: Callable[[], int], sweep: Callable[[], object], settings: Settings,
-        *, until_eof: bool = False,
+        self, node: str, link: Link, herald: Herald, work: Callable[[], int], sweep: Callable[[], object],
+        settings: Settings, *, until_eof: bool = False,
     ) -> None:  # fmt: skip
         self._node = node
         self._link = link
+        self._herald = herald
         self._work = work
         self._sweep = sweep
         self._settings = settings
         self._until_eof = until_eof
         self._pid = 0
+        self._waited = True  # nobody is of this number any more
         self._ending = False
 
     def run(self, log_path: str) -> int:
         """Until the worker has left, or died too often: its exit code. Its log goes to ``log_path``."""
         become_subreaper()
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in ENDING:
             signal.signal(number, self._end)
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGUSR1, lambda *_: None)
+        try:
+            self._herald.learn(lambda: self._ending)
+            return self._keep(log_path)
+        finally:
+            self._herald.close()
+
+    def _keep(self, log_path: str) -> int:
         budget = Budget(self._settings.restart_limit, self._settings.restart_window_s)
         while True:
             self._sweep()
+            if self._ending:
+                return 0
             self._start(log_path)
             status = self._await()
             code = os.waitstatus_to_exitcode(status)
@@ -63,13 +78,20 @@ class Keeper:
 
     def _start(self, log_path: str) -> None:
         keeper = os.getpid()
+        # A word to end that comes now is for the worker, too: it may not be lost between the two.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         self._pid = os.fork()
         if self._pid:
+            self._waited = False
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            if self._ending:
+                self._end()
             return
         code = 1
         try:
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+            for number in (*ENDING, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             die_with(keeper)
             file = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             os.dup2(file, 1)
@@ -95,20 +117,21 @@ class Keeper:
                     self._until_eof = False
                     log("whoever started this worker has gone: it leaves")
                     self._end()
-                reap_orphans({self._pid})
+                reap_orphans({self._pid, self._herald.pid})
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
                 if pid:
+                    self._waited = True
                     return status
+                self._herald.turn(time.monotonic())
         finally:
             if pidfd is not None:
                 os.close(pidfd)
 
     def _end(self, *_: object) -> None:
         self._ending = True
-        try:
-            os.kill(self._pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass  # it has ended
+        if not self._waited:
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(self._pid, signal.SIGTERM)
 
     def _announce(self, why: str) -> None:
         """Say that it is dead; without a server its next incarnation says so by being a newer one."""

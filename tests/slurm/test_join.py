@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from pilotq.broker.journal import Journal
 from tests.slurm.cluster import Cluster, run
 from tests.waiting import wait_until
 
@@ -48,3 +49,37 @@ def test_a_node_of_the_allocation_is_retired_and_comes_back(cluster: Cluster) ->
     wait_until(lambda: states(pilot) == {first: "up", other: "up"}, seconds=30)
     assert run("pilotq", "stop", "--dir", pilot).returncode == 0
     assert job.await_end() == "COMPLETED"
+
+
+HOLD = "echo $PILOTQ_NODELIST >>at; until [ -e go ]; do sleep 0.1; done"
+
+
+def test_a_joined_allocation_has_an_end_of_its_own(cluster: Cluster) -> None:
+    """Nothing is begun there that cannot end in time, until it is extended; and it leaves before it ends."""
+    first = cluster.submit("pilotq start --dir p", options="-N1 --exclusive -t30")
+    first.await_text("it stays until")
+    pilot = str(cluster.folder / "p")
+    (own,) = states(pilot)
+    assert run("pilotq", "nodes", "drain", own, "--dir", pilot).returncode == 0
+    task = ("pilotq", "enqueue", "--dir", pilot, "--cwd", str(cluster.folder))
+    long = run(*task, "--time-request", "10m", "--", "bash", "-c", HOLD).stdout.strip()
+    short = run(*task, "--time-request", "10s", "--", "true").stdout.strip()
+    second = cluster.submit(WORKER + " --grace 50s", "echo left with $?", options="-N2 --exclusive -t5", deadline_s=0.5)
+    assert run("pilotq", "wait", "--dir", pilot, short).returncode == 0, second.said()
+    assert json.loads(run("pilotq", "show", "--dir", pilot, long, "--json").stdout)[0]["status"] == "queued"
+    run("scontrol", "update", f"JobId={second.number}", "TimeLimit=30")
+    at = cluster.folder / "at"
+    wait_until(at.exists, seconds=30, what=run("pilotq", "explain", "--dir", pilot, long).stdout)
+    run("scontrol", "update", f"JobId={second.number}", "TimeLimit=1")
+    assert second.await_end() == "COMPLETED"
+    assert "left with 0" in second.said()
+    assert run("pilotq", "nodes", "resume", own, "--dir", pilot).returncode == 0
+    wait_until(lambda: len(at.read_text().split()) == 2, seconds=30)
+    (cluster.folder / "go").touch()
+    assert run("pilotq", "wait", "--dir", pilot, long).returncode == 0
+    there, here = at.read_text().split()
+    assert (there.rpartition("-")[2], here) == (second.number, own)
+    assert run("pilotq", "stop", "--dir", pilot).returncode == 0
+    assert first.await_end() == "COMPLETED"
+    (cut,) = [line for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).lines() if not line.final]
+    assert (cut.id, cut.reason) == (long, "walltime")
