@@ -1,7 +1,8 @@
 """Workers on the nodes of an allocation: started in one job step over all of them (srun), or one by one (ssh).
 
 What starts them stays as long as they do, and says on stderr which of them has ended: that is the proof that a node's
-worker is dead. Its exit code proves nothing (srun ends with 0 when a node fails), and its silence neither.
+worker is dead. Its exit code proves nothing (srun ends with 0 when a node fails), and its silence neither. Nor does a
+node failure: it says that slurmd has not answered for some time, and what it had started may go on.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Steps:
         self._again: dict[str, float] = {}  # node -> when to try again
         self._left: set[str] = set()  # nodes that are given up
         self._retired: set[str] = set()
+        self._failed: set[str] = set()  # nodes that Slurm has given up, and whose workers may live
         self.begun = False
+        self._dismissed = False
         self._began = 0.0
         self._look_at = 0.0
         self._said = 0.0
@@ -123,12 +126,22 @@ class Steps:
             log(f"{step.part.argv[0]} for {_some(step.nodes)} {step.part.ended()}")
             step.part.close()
             self._steps.remove(step)
+        for node in [node for node in self._failed if node not in joined]:
+            self._failed.discard(node)
+            self._try_later(node, now)
         self._await(set(joined), now)
         for node in [node for node, when in self._again.items() if when <= now]:
             del self._again[node]
             if node not in joined or any(node == name for name, _ in dead):
                 self._start([node])
         return dead
+
+    def dismiss(self) -> None:
+        """SIGTERM, once, when no node is registered: what waits for a node, or has just started, hears nothing else."""
+        if not self._dismissed:
+            self._dismissed = True
+            for part in self.parts:
+                part.signal(signal.SIGTERM)
 
     def end(self, seconds: float) -> None:
         """End what still runs: SIGTERM, after some seconds SIGKILL."""
@@ -176,7 +189,12 @@ class Steps:
                     names = expand(found["nodes"])
                 except InvalidInput:
                     continue  # no line of srun's after all
-                yield from ((name, f"{step.part.argv[0]}: {found['how']}") for name in names if name in step.nodes)
+                for name in [name for name in names if name in step.nodes]:
+                    if pattern is not FAILED:
+                        yield name, f"{step.part.argv[0]}: {found['how']}"
+                    elif name not in self._failed:
+                        self._failed.add(name)
+                        log(f"Slurm has given up node {name}; its worker goes on as long as it reaches the server")
                 break
 
     def _try_later(self, node: str, now: float) -> None:

@@ -339,7 +339,10 @@ class Supervisor:
             if self.link is not None and asked != self.mode:
                 asked = self.mode if self.link.leave(nodes, self._last_word()) else ""
             local = any(part.running for part in self.workers.values())
-            return not local and all(n.name in self.workers for n in nodes) and not (self.steps and self.steps.running)
+            others = [node for node in nodes if node.name not in self.workers]
+            if self.steps is not None and not others and (self.link is None or self.link.online):
+                self.steps.dismiss()
+            return not local and not others and not (self.steps and self.steps.running)
 
         told = self.link is not None and self.link.leave(self.link.nodes(), self._last_word())
         for part in self.workers.values() if self.mode != "walltime" or not told else ():

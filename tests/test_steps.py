@@ -17,17 +17,19 @@ from tests.prompt import command, environment, prompt
 from tests.waiting import wait_until
 
 # Runs the worker once for each node, in the background, and tells of their ends as srun does. A file fail.NODE makes
-# the launch on that node fail, once; a file busy.NODE makes it wait, and say what srun says then.
+# the launch on that node fail, once; a file busy.NODE makes it wait, and say what srun says then; with a file down.NODE
+# it says that the node has failed, and removes the file.
 SRUN = """\
 #!/bin/bash
 nodes=$(printf '%s\\n' "$@" | sed -n 's/^--nodelist=//p' | tr , ' ')
 while [[ $1 == --* ]]; do shift; done
-trap 'kill -TERM $(jobs -p) 2>/dev/null' TERM
+trap 'ending=1; kill -TERM $(jobs -p) 2>/dev/null' TERM
 for node in $nodes; do
     while [ -e "$FAKES/busy.$node" ]; do
         echo "srun: Job $SLURM_JOB_ID step creation temporarily disabled, retrying (Requested nodes are busy)" >&2
         touch "$FAKES/said"
         sleep 0.2
+        [ -z "$ending" ] || break 2
     done
     if [ -e "$FAKES/fail.$node" ]; then
         rm "$FAKES/fail.$node"
@@ -36,9 +38,15 @@ for node in $nodes; do
     fi
     (
         SLURMD_NODENAME=$node "$@" &
-        trap "kill -TERM $!" TERM
-        wait $!; code=$?
-        while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
+        worker=$!
+        while sleep 0.1; do
+            rm "$FAKES/down.$node" 2>/dev/null && echo "srun: error: Node failure on $node" >&2
+        done &
+        watch=$!
+        trap "kill -TERM $worker" TERM
+        wait $worker; code=$?
+        while kill -0 $worker 2>/dev/null; do wait $worker; code=$?; done
+        kill $watch
         [ $code = 0 ] || echo "srun: error: $node: task 0: Exited with exit code $code" >&2
     ) &
 done
@@ -83,6 +91,25 @@ def test_a_node_on_which_srun_fails_is_tried_again_and_joins_late(tmp_path: Path
     assert hosts(tmp_path) == {"n1", "n2"}
     log = (tmp_path / "p" / "logs" / "supervisor.log").read_text()
     assert "the worker of node n2 has ended: srun: Communication failure" in log
+
+
+def test_a_node_that_slurm_has_given_up_goes_on_if_it_can(tmp_path: Path) -> None:
+    """That its slurmd does not answer says nothing about the tasks, and they may not run twice at one time."""
+    with allocation(tmp_path, "n[1-2]", srun=SRUN) as env:
+        script = "touch on.$PILOTQ_NODELIST.$PILOTQ_EXECUTION; until [ -e go ]; do sleep 0.05; done"
+        words = ("--bind", "127.0.0.1", "--dir", "p", "--array", "0-3", "--", "sh", "-c", script)
+        with subprocess.Popen(
+            command("run", *words), cwd=tmp_path, env=environment(**env), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as run:  # fmt: skip
+            wait_until(lambda: hosts(tmp_path) == {"n1.1", "n2.1"}, seconds=60)
+            (tmp_path / "fakes" / "down.n2").touch()
+            log = tmp_path / "p" / "logs" / "supervisor.log"
+            wait_until(lambda: "Slurm has given up node n2" in log.read_text())
+            (tmp_path / "go").touch()
+            assert run.wait(60) == 0
+    assert hosts(tmp_path) == {"n1.1", "n2.1"}
+    assert "n2 is lost (srun" not in (tmp_path / "p" / "logs" / "dispatcher.log").read_text()
 
 
 def test_too_few_nodes_end_the_pilot_and_it_says_what_srun_said(tmp_path: Path) -> None:

@@ -74,3 +74,24 @@ def test_ranks_have_their_time_at_the_end_of_the_allocation(cluster: Cluster) ->
     assert "code 0" in job.said()
     (cut,) = [line for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).lines() if line.name == "long"]
     assert (cut.reason, cut.final) == ("walltime", False)
+
+
+def test_requests_of_qcg_pilotjob_over_two_nodes(cluster: Cluster) -> None:
+    """One process that is told of all nodes where no launcher is named; a rank for each core where one is."""
+    say = "echo $(hostname) $QCG_PM_NODELIST $QCG_PM_TASKS_PER_NODE"
+
+    def job(name: str, **execution: object) -> dict[str, object]:
+        resources = {"numNodes": {"exact": 2}, "numCores": {"exact": 2}}
+        return {"name": name, "execution": {**execution, "env": AS_ROOT}, "resources": resources}
+
+    jobs = [
+        job("plain", exec="/bin/bash", args=["-c", say], model="default"),
+        job("ranks", exec=build("openmpi", cluster.folder), model="openmpi"),
+    ]
+    (cluster.folder / "requests.json").write_text(json.dumps([{"request": "submit", "jobs": jobs}]))
+    batch = cluster.submit("pilotq run --dir p --format qcg requests.json; echo code $?", options="-N2 --exclusive -t5")
+    assert batch.await_end() == "COMPLETED", batch.said()
+    assert "code 0" in batch.said(), batch.said()
+    found = lines_of(cluster.folder)
+    assert str(found["plain"].stdout).split() == ["node1", "node1,node2", "2,2"]
+    assert_placed(found["ranks"], 2)

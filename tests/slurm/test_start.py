@@ -100,3 +100,28 @@ def test_uneven_nodes_and_parts_of_nodes(cluster: Cluster) -> None:
     assert [node["cores"] for node in nodes] == [2, 1]
     job.cancel()
     job.await_end()
+
+
+def test_a_core_is_left_to_the_pilot_itself(cluster: Cluster) -> None:
+    """On the first node only, on which it runs; the other nodes have all of theirs."""
+    job = cluster.submit(
+        f"pilotq run --dir p --system-core --array 0-39 -- bash -c '{WHERE} >>on.$PILOTQ_NODELIST'",
+        f"{WHERE} >mask",
+        options="-N2 --exclusive -t5",
+    )
+    assert job.await_end() == "COMPLETED", job.said()
+    first, *others = sorted(cpus((cluster.folder / "mask").read_text().split()[1]))
+    masks = {n: {w.split()[1] for w in (cluster.folder / f"on.{n}").read_text().splitlines()} for n in NODES[:2]}
+    assert str(first) not in masks["node1"] and str(first) in masks["node2"]
+    assert masks["node1"] == {str(cpu) for cpu in others}
+
+
+def test_a_pilot_of_salloc_runs_on_none_of_its_nodes(cluster: Cluster) -> None:
+    """The server listens where the nodes reach it, and nothing of it is left when the allocation is given back."""
+    where = ("--dir", str(cluster.folder / "p"), "--cwd", str(cluster.folder))
+    task = ("--array", "0-7", "--", "sh", "-c", "hostname >>hosts; sleep 0.5")
+    done = run("salloc", "-N2", "--exclusive", "-t5", "pilotq", "run", *where, *task, seconds=100, cwd=cluster.folder)
+    assert done.returncode == 0, done.stderr
+    assert "8 tasks: 8 finished" in done.stdout
+    assert sorted(set((cluster.folder / "hosts").read_text().split())) == NODES[:2]
+    assert run("pgrep", "-f", str(cluster.folder / "p")).stdout == ""
