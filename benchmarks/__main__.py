@@ -14,7 +14,8 @@ from benchmarks.figures import Figure, table
 
 NAMES = ("submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "stock", "qcg")
 
-BY_NAME = ("slurm", "endurance")  # needs root, and starts a Slurm cluster; takes a quarter of an hour
+# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools.
+BY_NAME = ("slurm", "endurance", "peers")
 
 
 def main(names: list[str]) -> None:

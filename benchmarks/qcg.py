@@ -16,18 +16,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.environments import WAIT_S, install
 from benchmarks.figures import Figure
 
 VERSION = "0.14.2"
 OURS = [sys.executable, "-m", "pilotq.cli.qcg_service"]
 NODES = 64
-WAIT_S = 600.0
 
 
 def run(tasks: int = 5_000, rounds: int = 3, chain: int = 2_000, short_chain: int = 500) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as name:
         home = Path(name)
-        theirs = install(home / "venv")
+        theirs = [str(install(home / "venv", f"qcg-pilotjob=={VERSION}") / "qcg-pm-service")]
         rates: list[tuple[float, float]] = []
         empty: list[tuple[float, float]] = []
         for number in range(rounds):
@@ -57,19 +57,6 @@ def run(tasks: int = 5_000, rounds: int = 3, chain: int = 2_000, short_chain: in
         Figure(f"QCG file without jobs, {NODES} virtual nodes", start, "s", 15.0, False),
         Figure(f"QCG file, {tasks:,} x /bin/true, {NODES} virtual nodes", spread, "/s"),
     ]  # fmt: skip
-
-
-def install(place: Path) -> list[str]:
-    """The command of the original's service, in an environment made at ``place``."""
-    quietly([sys.executable, "-m", "venv", str(place)])
-    quietly([str(place / "bin" / "pip"), "install", "--quiet", f"qcg-pilotjob=={VERSION}"])
-    return [str(place / "bin" / "qcg-pm-service")]
-
-
-def quietly(command: Sequence[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=WAIT_S)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
 
 
 def serve(service: Sequence[str], folder: Path, jobs: list[dict[str, Any]], tasks: int, nodes: str = "2") -> float:
