@@ -31,7 +31,7 @@ from pilotq.broker.errors import FunctionCanceled, NoPilot, PilotFailed, PilotqE
 from pilotq.broker.functions import Packed, pack_call, target_of
 from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.quantities import request_of
-from pilotq.broker.results import Outcome, fetch
+from pilotq.broker.results import Outcome, fetch, portions
 from pilotq.broker.surroundings import capture
 from pilotq.broker.task import Request, Task
 
@@ -302,12 +302,14 @@ class Executor(futures.Executor):
             known = [task_id for task_id in ids if task_id in self._waiting]
             if self._committing:
                 self._early.update(task_id for task_id in ids if task_id not in self._waiting)
-        for task_id, outcome in zip(known, fetch(self._teller.link, known), strict=True):
-            if outcome is not None:
-                with self._lock:
-                    future = self._waiting.pop(task_id, None)
-                if future is not None:
-                    self._settle(future, outcome)
+        link = self._teller.link
+        for part in portions(link, known):
+            for task_id, outcome in zip(part, fetch(link, part), strict=True):
+                if outcome is not None:
+                    with self._lock:
+                        future = self._waiting.pop(task_id, None)
+                    if future is not None:
+                        self._settle(future, outcome)
 
     def _settle(self, future: TaskFuture, outcome: Outcome) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pilotq.broker import keys
@@ -11,12 +11,27 @@ from pilotq.broker.functions import read_failure, read_result
 from pilotq.broker.link import Argument, Link
 from pilotq.broker.states import ENDED
 
+PORTION_BYTES = 64 << 20  # of results that are read in one piece: 500 large ones would be gigabytes
+
 
 class Outcome(NamedTuple):
     """What became of one function that has ended: its value, or the exception to raise."""
 
     value: Any = None
     error: BaseException | None = None
+
+
+def portions(link: Link, ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The ids in their order, cut so that the results of each piece are PORTION_BYTES at most, or one larger result."""
+    sizes = link.pipeline([("MEMORY", "USAGE", keys.results(i)) for i in ids]) if ids else []
+    first = size = 0
+    for place, found in enumerate(sizes):
+        size += found or 0
+        if size > PORTION_BYTES and place > first:
+            yield ids[first:place]
+            first, size = place, found or 0
+    if ids:
+        yield ids[first:]
 
 
 def fetch(link: Link, ids: Sequence[str]) -> list[Outcome | None]:

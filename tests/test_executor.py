@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 
 import pytest
 
-from pilotq.broker import Executor
+from pilotq.broker import Executor, results
+from pilotq.broker import executor as executor_module
 from pilotq.broker.errors import FunctionFailed, InvalidInput, NoPilot, PilotFailed
+from pilotq.broker.link import Link
 from tests import calls
 from tests.pilots import LivePilot, live_pilot
 from tests.waiting import wait_until
@@ -45,6 +47,26 @@ def test_it_is_an_executor(executor: Executor) -> None:
     future = executor.submit(calls.product, 5)
     future.add_done_callback(lambda f: called.append(f.result()))
     wait_until(lambda: called == [5], what="the callback")
+
+
+def test_large_results_are_read_in_portions(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them holds more than its bound, but for one that is larger by itself."""
+    monkeypatch.setattr(results, "PORTION_BYTES", 400_000)
+    read: list[list[int]] = []
+
+    def fetch(link: Link, ids: Sequence[str]) -> list[results.Outcome | None]:
+        found = results.fetch(link, ids)
+        read.append([len(o.value) for o in found if o is not None])
+        return found
+
+    monkeypatch.setattr(executor_module, "fetch", fetch)
+    sizes = [*[150_000] * 6, 900_000, *[10] * 20]
+    made = [executor.submit(os.urandom, size) for size in sizes]
+    assert [len(future.result(WAIT_S)) for future in made] == sizes
+    cut = results.portions(executor._broker.link, [future.task_id for future in made])  # type: ignore[attr-defined]
+    assert [len(part) for part in cut] == [1] * 7 + [20]  # in RQ's encoding 150,000 bytes are 200,000
+    assert sorted(size for portion in read for size in portion) == sorted(sizes)
+    assert all(sum(portion) <= 400_000 or len(portion) == 1 for portion in read)
 
 
 def test_map_keeps_the_order_and_takes_chunks(executor: Executor) -> None:
