@@ -311,7 +311,10 @@ class Supervisor:
             self.link.pause()
         self._end_workers()
         if self.link is not None and (total := self.link.total()) is not None:
-            remember_total(self.pilot, total)
+            try:
+                remember_total(self.pilot, total)
+            except OSError as error:  # a file system that is full must not keep it from ending in good order
+                log(f"how many tasks there were cannot be noted ({error.strerror}): `pilotq status` may tell too few")
         self.dispatcher.signal(signal.SIGTERM)
         if not self._until(lambda: not self.dispatcher.running, END_S):
             self.dispatcher.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pilotq.broker import Task, doctor
 from pilotq.broker.errors import PilotFailed, PilotqError, StateLost
 from pilotq.broker.journal import Journal
 from pilotq.broker.pilot import Pilot
@@ -124,31 +125,52 @@ def test_a_log_that_is_whole_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disks(tmp_path: Path) -> Iterator[Path]:
+    """The directory of a pilot, on a small file system. Its server, output and logs are on others, so that each can be
+    full by itself, and what is said about it has a place."""
     if os.geteuid() != 0:
         pytest.skip("a small file system needs root")
     place = tmp_path / "pilot"
-    place.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "pilotq", str(place)], check=True)
-    for name in ("server", "logs", "output"):  # it is a pilot's directory, and may be taken
-        (place / name).mkdir()
+    made = [place, place / "server", place / "output", place / "logs"]
+    for folder in made:
+        folder.mkdir(mode=0o700)
+        options = "size=16m,nr_inodes=60,mode=700"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "pilotq", str(folder)], check=True)
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    for folder in reversed(made):
+        subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_a_pause(tmp_path: Path, small_disk: Path) -> None:
-    """Log, journal and output of the pilot share a disk that is full for a while: nothing is lost, and it is said."""
+def fill(folder: Path) -> list[Path]:
+    """Take the last byte, and the last file; returns what is to be removed."""
+    made = [folder / "filler"]
+    for size in (1 << 16, 1):
+        with open(made[0], "ab", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(size)):
+                pass
+    if folder.name == "output":
+        with suppress(OSError):
+            while True:
+                made.append(folder / f"filler{len(made)}")
+                made[-1].touch()
+        made.pop()
+    return made
+
+
+def says(place: Path, part: str, text: str) -> None:
+    wait_until(lambda: text in (place / "logs" / f"{part}.log").read_text(), seconds=60, what=f"{part} says {text!r}")
+
+
+def complaints(place: Path) -> list[str]:
+    return [check.text for check in doctor.examine(Pilot(str(place)), str(place)) if check.level == "bad"]
+
+
+def test_a_full_disk_of_the_server_is_a_pause(tmp_path: Path, disks: Path) -> None:
+    """Nothing is accepted or handed out, each part says why, and all goes on when there is room."""
     with rig(tmp_path) as r:
         work = r.submit([r.probe(0.3) for _ in range(30)])
         wait_until(lambda: len(r.lines(work)) > 2, what="some have ended")
-        filler = small_disk / "filler"
-        with suppress(OSError), open(filler, "wb", buffering=0) as file:
-            while file.write(bytes(1 << 16)):
-                pass
-        with open(filler, "ab", buffering=0) as file, suppress(OSError):
-            while file.write(b"x"):
-                pass
-        log = small_disk / "logs" / "supervisor.log"
+        filled = fill(disks / "server")
 
         def refused() -> str:
             try:
@@ -159,13 +181,76 @@ def test_a_full_disk_is_a_pause(tmp_path: Path, small_disk: Path) -> None:
             return ""
 
         said = wait_until(refused, seconds=60, what="a submit is refused")
-        assert "cannot take this now" in said and "MISCONF" in said
+        assert said.startswith("the server cannot take this now: MISCONF ")
+        says(disks, "dispatcher", "the server cannot take this now: MISCONF ")
+        assert "waiting up to 60 s for it" in (disks / "logs" / "dispatcher.log").read_text()
+        assert "the server cannot write (aof_last_write_status is err)" in complaints(disks)
         assert r.pilot is not None
         assert r.pilot.process.poll() is None
-        filler.unlink()
+        for path in filled:
+            path.unlink()
+        says(disks, "server", "AOF write error looks solved")
         r.settle(work)
-        wrong = [text for text in r.judge(work, faults=1) if "nobody" not in text]
-        assert not wrong, (wrong, log.read_text())
+        assert "the server cannot write (aof_last_write_status is err)" not in complaints(disks)
+        assert not [text for text in r.judge(work, faults=1) if "nobody" not in text]
+
+
+def test_a_full_disk_of_the_journal_is_told_and_loses_no_line(tmp_path: Path, disks: Path) -> None:
+    with rig(tmp_path) as r:
+        first = r.submit([r.probe()])
+        r.settle(first)
+        filled = fill(disks)
+        journal = disks / "journal.jsonl"
+        work = r.submit([Task(script="head -c 3000 /dev/zero") for _ in range(30)])  # more than one page of lines
+        says(
+            disks, "supervisor", f"{journal} cannot be written (No space left on device); trying again, nothing is lost"
+        )
+        wait_until(lambda: r.ended(work), seconds=60, what="tasks go on meanwhile")
+        assert len(r.lines(work)) < 30
+        assert any(text.startswith("0 KiB and ") for text in complaints(disks)), complaints(disks)
+        for path in filled:
+            path.unlink()
+        says(disks, "supervisor", f"journal: {journal} can be written again")
+        r.settle(work)
+        lines = [line for found in r.lines(work).values() for line in found]
+        assert len(lines) == 30 and all(len(line.stdout) == 3000 for line in lines)
+
+
+def test_a_pilot_ends_in_good_order_on_a_full_disk(tmp_path: Path, disks: Path) -> None:
+    """What the journal could not take stays in the server, for the next start."""
+    with rig(tmp_path) as r:
+        r.settle(r.submit([r.probe()]))
+        filled = fill(disks)
+        work = r.submit([Task(script="head -c 3000 /dev/zero") for _ in range(30)])
+        says(disks, "supervisor", "cannot be written (No space left on device)")
+        wait_until(lambda: r.ended(work), seconds=60, what="all ended")
+        assert r.pilot is not None
+        end(r)
+        assert r.pilot.process.returncode == 0
+        said = (disks / "logs" / "supervisor.log").read_text()
+        assert "the journal is not complete; the rest stays in" in said
+        assert "how many tasks there were cannot be noted (No space left on device)" in said
+        for path in filled:
+            path.unlink()
+        r.start()
+        r.settle(work)
+
+
+def test_output_that_has_no_room_fails_its_task_in_a_sentence(tmp_path: Path, disks: Path) -> None:
+    with rig(tmp_path) as r:
+        filled = fill(disks / "output")
+        work = r.submit([Task(script="echo never")])
+        wait_until(lambda: r.lines(work), seconds=60, what="its end")
+        (line,) = r.lines(work)[work.ids[0]]
+        assert (line.status, line.reason) == ("failed", "output")
+        assert line.message == "Its output cannot be captured: No space left on device."
+        for path in filled:
+            path.unlink()
+        with r.broker() as broker:
+            assert broker.retry(work.ids) == {work.ids[0]: "queued"}
+        wait_until(lambda: r.ended(work), seconds=60, what="its end")
+        assert not r.of_tasks()
+        wait_until(lambda: r.lines(work)[work.ids[0]][-1].status == "finished", what="it has run")
 
 
 def test_files_that_are_gone_are_told(tmp_path: Path) -> None:
