@@ -27,7 +27,12 @@ SRUN = (
     "--export=ALL", "--input=none",
 )  # fmt: skip
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-TOLD = ("PILOTQ_SETTINGS", "PILOTQ_COUNTERS", "PILOTQ_SERVER")  # what srun hands on with the environment, and ssh not
+# What srun hands on with the environment, and ssh does not. Without the job's own a worker would not know that its
+# allocation ends, nor how much memory was granted.
+TOLD = (
+    "PILOTQ_SETTINGS", "PILOTQ_COUNTERS", "PILOTQ_SERVER", "SLURM_JOB_ID", "SLURM_JOB_NODELIST",
+    "SLURM_JOB_CPUS_PER_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU",
+)  # fmt: skip
 LOOK_S = 0.5  # how often is looked which nodes are there
 SAY_S = 10.0  # how often a wait for nodes says so
 READ_BYTES = 1 << 16
@@ -177,7 +182,7 @@ class Steps:
             return [*SRUN, *where, *worker]
         (node,) = nodes
         grant = ["--grant", str(self.remote.grants[node])] if self.remote.grants.get(node) else []
-        env = [f"{name}={os.environ[name]}" for name in TOLD if name in os.environ]
+        env = [f"SLURMD_NODENAME={node}", *(f"{name}={os.environ[name]}" for name in TOLD if name in os.environ)]
         return [*SSH, node, shlex.join(["env", *env, *worker, "--node", node, "--until-eof", *grant])]
 
     def _read(self, step: _Step) -> Iterator[tuple[str, str]]:

@@ -170,17 +170,22 @@ def test_an_scontrol_that_fails_is_told_once(tmp_path: Path) -> None:
 
 
 def test_workers_are_started_by_ssh_and_end_with_the_pilot(tmp_path: Path) -> None:
-    """Also when the supervisor is killed: ssh ends with it, and the worker sees that."""
-    with allocation(tmp_path, "n[1-2]", ssh=SSH) as env:
+    """Also when the supervisor is killed: ssh ends with it, and the worker sees that. They know of the allocation and
+    its end, as workers do that srun has started."""
+    with allocation(tmp_path, "n[1-2]", ssh=SSH, scontrol="#!/bin/sh\nexit 1\n") as env:
         cli = prompt(tmp_path)
+        env["SLURM_JOB_END_TIME"] = str(int(time.time()) + 300)
         words = ("--bind", "127.0.0.1", "--start-method", "ssh", "--counter", "lic=1")
         started = cli("start", "--dir", "p", *words, **env)
         assert started.returncode == 0, started.stderr
         assert {path.name for path in (tmp_path / "fakes").glob("ssh.*")} == {"ssh.n1", "ssh.n2"}
         both = ("--nodes", "2", "--cores", "1", "--use", "lic=1")
         assert cli("enqueue", "--dir", "p", *both, "--", "sh", "-c", "touch on.$PILOTQ_NODELIST").returncode == 0
-        assert cli("wait", "--dir", "p").returncode == 0
+        long = cli("enqueue", "--dir", "p", "--time-request", "10m", "--", "true").stdout.strip()
+        short = cli("enqueue", "--dir", "p", "--time-request", "10s", "--", "true").stdout.strip()
+        assert cli("wait", "--dir", "p", short).returncode == 0
         assert hosts(tmp_path) == {"n1,n2"}
+        assert json.loads(cli("show", long, "--dir", "p", "--json").stdout)[0]["status"] == "queued"
         pid = json.loads((tmp_path / "p" / "connection.json").read_text())["pid"]
         os.kill(pid, signal.SIGKILL)
         mark = str(tmp_path / "p").encode()
@@ -203,7 +208,7 @@ def test_the_end_by_the_variables_of_the_job_ends_the_pilot_before_it(tmp_path: 
     """The task is told by the signal that was asked for, and SIGTERM comes later; exit code 0 does not make it done."""
     script = "trap 'echo told >>notes' USR1; trap 'echo term >>notes; exit 0' TERM; while :; do sleep 0.1; done"
     with allocation(tmp_path, "n1", srun=SRUN, scontrol="#!/bin/sh\nexit 1\n") as env:
-        env["SLURM_JOB_END_TIME"] = str(int(time.time()) + 14)
+        env["SLURM_JOB_END_TIME"] = str(int(time.time()) + 20)
         words = ("--bind", "127.0.0.1", "--dir", "p", "--grace", "8s", "--notice-signal", "USR1")
         ran = prompt(tmp_path)("run", *words, "--", "bash", "-c", script, **env)
     assert ran.returncode == 0, ran.stderr

@@ -40,6 +40,12 @@ def run(*command: str, seconds: float = 60.0, **more: Any) -> subprocess.Complet
     )  # fmt: skip
 
 
+def processes_of(node: str, folder: Path, word: str) -> list[int]:
+    """On one machine all nodes' processes are seen: those of a node are in its network namespace."""
+    there = set(run("ip", "netns", "pids", f"stb-{node}").stdout.split())
+    return [int(pid) for pid in run("pgrep", "-f", f"{word}.*{folder}").stdout.split() if pid in there]
+
+
 class Job:
     """One batch job; its output stands in ``out``."""
 

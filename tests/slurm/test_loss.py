@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from pilotq.broker.journal import Journal
-from tests.slurm.cluster import Cluster, run
+from tests.slurm.cluster import Cluster, processes_of
 from tests.waiting import wait_until
 
 # Two long tasks on each node; then each says where it was, and ends when it may.
@@ -27,12 +27,6 @@ def on(folder: Path, node: str) -> list[Path]:
 
 def log(folder: Path, part: str) -> str:
     return (folder / "p" / "logs" / f"{part}.log").read_text()
-
-
-def processes_of(node: str, folder: Path, word: str) -> list[int]:
-    """On one machine all nodes' processes are seen: those of a node are in its network namespace."""
-    there = set(run("ip", "netns", "pids", f"stb-{node}").stdout.split())
-    return [int(pid) for pid in run("pgrep", "-f", f"{word}.*{folder}").stdout.split() if pid in there]
 
 
 def all_end_once(folder: Path) -> None:
