@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilotq.broker import keys
 from pilotq.broker.archive import Archive, remember_total
-from pilotq.broker.errors import NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
+from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
 from pilotq.broker.journal import Journal
 from pilotq.broker.link import Address, Link, parse_url
 from pilotq.broker.listing import Listing
@@ -18,6 +18,7 @@ from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.records import Nudge
 from pilotq.broker.retry import retry
 from pilotq.broker.settings import load
+from pilotq.broker.states import STATUSES
 from pilotq.broker.store import Store, pack
 from pilotq.broker.submit import submit
 from pilotq.broker.surroundings import capture, without_secret
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
 SLICE = 500
+STOP_MODES = ("drain", "stop", "walltime", "now")
 READY_S = 30.0  # how long a pilot may be on its way to being ready, or gone, before we say so
 
 
@@ -78,8 +80,11 @@ class Broker:
         ``shared`` is the surroundings the tasks get, by default those of this process. Raises InvalidInput, NeverFits,
         UnknownTask (nothing was submitted) or ServerUnavailable (unknown: submit again with the same key).
         """
+        tasks = list(tasks)
         if not tasks:
             return []
+        if odd := [task for task in tasks if not isinstance(task, Task)]:
+            raise InvalidInput(f"a submission is made of Task(...), not of {type(odd[0]).__name__}")
         if shared is None:
             shared = capture(functions=any(task.function is not None for task in tasks))
         shared = without_secret(shared, self.link.address.password)
@@ -90,7 +95,7 @@ class Broker:
     def wait(self, ids: Iterable[str] | None = None, *, timeout: float | None = None) -> Counts:
         """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        left = None if ids is None else list(dict.fromkeys(ids))
+        left = None if ids is None else _several(ids)
         counts = Counts(total=len(left or ()))
         pause = POLL_MIN_S
         while True:
@@ -159,7 +164,7 @@ class Broker:
     def cancel(self, ids: Iterable[str]) -> dict[str, str]:
         """id -> what happened: 'canceled' (was waiting), 'told' (is running: its worker was told), its status when it
         had ended, or 'unknown'."""
-        wanted = list(dict.fromkeys(ids))
+        wanted = _several(ids)
         answers: dict[str, str] = {}
         for first in range(0, len(wanted), SLICE):
             part = wanted[first : first + SLICE]
@@ -174,7 +179,7 @@ class Broker:
         canceled, and runs still), 'gone' (only the journal knows it) or 'unknown'. Each gets one more execution, and
         those that its retries left.
         """
-        return retry(self.store, list(dict.fromkeys(ids)))
+        return retry(self.store, _several(ids))
 
     def pause(self, paused: bool) -> None:
         """Hand out nothing more (running tasks go on), or go on."""
@@ -183,13 +188,13 @@ class Broker:
 
     def close_nodes(self, names: Iterable[str], state: str, reason: str = "") -> None:
         """These nodes get nothing new: ``drained``, or ``retired``, then their workers end when nothing runs there."""
-        pairs = [text for name in names for text in (name, f"{state} {reason}".strip())]
+        pairs = [text for name in _several(names) for text in (name, f"{state} {reason}".strip())]
         self.store.write("HSET", keys.CLOSED, *pairs)
         self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
 
     def open_nodes(self, names: Iterable[str]) -> None:
         """These nodes are used again."""
-        self.store.write("HDEL", keys.CLOSED, *names)
+        self.store.write("HDEL", keys.CLOSED, *_several(names))
         self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
 
     def closed_nodes(self) -> dict[str, str]:
@@ -199,6 +204,8 @@ class Broker:
 
     def request_stop(self, mode: str) -> None:
         """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
+        if mode not in STOP_MODES:
+            raise InvalidInput(f"a pilot cannot be ended in the mode {mode!r}: give one of {', '.join(STOP_MODES)}")
         if self.pilot is not None:
             remember_total(self.pilot, self.counts().total)
         self.store.write("HSET", keys.WISH, "stop", mode)
@@ -228,6 +235,8 @@ class Broker:
 
     def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
         """Tasks, newest first: those that Redis still knows (running, waiting, ended), then those of the journal."""
+        if status is not None and status not in STATUSES:
+            raise InvalidInput(f"there is no status {status!r}: give one of {', '.join(sorted(STATUSES))}")
         return self._listing.tasks(status, limit)
 
     def find(self, name: str) -> list[str]:
@@ -254,14 +263,16 @@ class Broker:
 
         ``stream``: stdout or stderr. Waits some seconds for the journal; raises PilotFailed when it does not come.
         """
-        return self._output().last(task_id, stream)
+        return self._output(stream).last(task_id, stream)
 
     def follow(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """What the task writes, from the beginning of its last execution on until it has ended; an empty piece
         whenever there is nothing new yet. Raises UnknownTask when somebody deletes it, PilotFailed as `output`."""
-        return self._output().follow(task_id, stream)
+        return self._output(stream).follow(task_id, stream)
 
-    def _output(self) -> Output:
+    def _output(self, stream: str) -> Output:
+        if stream not in ("stdout", "stderr"):
+            raise InvalidInput(f"there is no stream {stream!r}: give stdout or stderr")
         if self.pilot is None:
             raise NoPilot("captured output is read from the pilot's directory: give it with --dir")
         return Output(self._listing, self.pilot, Journal(self.pilot.journal))
@@ -284,6 +295,11 @@ class Broker:
         self.link.close()
         if self._redis is not None:
             self._redis.close()
+
+
+def _several(ids: Iterable[str]) -> list[str]:
+    """Each once, in order. One text is one id, not its letters."""
+    return [ids] if isinstance(ids, str) else list(dict.fromkeys(ids))
 
 
 def reach(directory: str | None = None, *, timeout: float = 10.0) -> Broker | Archive:

@@ -33,7 +33,7 @@ from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.quantities import request_of
 from pilotq.broker.results import Outcome, fetch, portions
 from pilotq.broker.surroundings import capture
-from pilotq.broker.task import Request, Task
+from pilotq.broker.task import Request, Task, validate
 
 BATCH_MAX = 2000  # tasks in one submission
 READ_MAX = 500  # results that are read at once
@@ -142,7 +142,9 @@ class Executor(futures.Executor):
     ) -> Options:
         """`submit` and `map` for tasks that ask for resources, as task files write them, or set ``fields`` of Task."""
         request = request_of(Request(), cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use)
-        return Options(self, msgspec.structs.replace(_PLAIN, request=request, **fields))
+        task = msgspec.structs.replace(_PLAIN, request=request, **fields)
+        validate(msgspec.structs.replace(task, function=_nothing), "options")
+        return Options(self, task)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; wait for those that were taken, or cancel them. A private pilot ends after them."""
@@ -162,6 +164,8 @@ class Executor(futures.Executor):
     # -- submitting ------------------------------------------------------------------------------------------------
 
     def _submit(self, task: Task, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskFuture:
+        if not callable(fn):
+            raise TypeError(f"submit takes a function and its arguments, not {type(fn).__name__}")
         return self._put(msgspec.structs.replace(task, function=Packed(pack_call(fn, args, kwargs))))
 
     def _map(
@@ -169,6 +173,8 @@ class Executor(futures.Executor):
     ) -> Iterator[Any]:
         if size < 1:
             raise ValueError("chunksize must be at least 1")
+        if not callable(fn):
+            raise TypeError(f"map takes a function and iterables, not {type(fn).__name__}")
         end_at = None if timeout is None else time.monotonic() + timeout
         calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         if size > 1:
@@ -214,8 +220,7 @@ class Executor(futures.Executor):
             for first in range(0, len(fresh), BATCH_MAX):
                 number += 1
                 self._enqueue(fresh[first : first + BATCH_MAX], f"@{self._name}.{number}")
-            if ids:
-                self._attempt(lambda ids=ids: self._broker.cancel(ids))  # type: ignore[misc]
+            self._cancel(ids)
         # Cancels of what is still waiting come until the last one is done.
         while not self._none_open.is_set():
             try:
@@ -223,17 +228,16 @@ class Executor(futures.Executor):
             except queue.Empty:
                 continue
             if isinstance(item, TaskFuture) and item.task_id is not None:
-                task_id = item.task_id
-                self._attempt(lambda: self._broker.cancel([task_id]))  # noqa: B023  # called at once
+                self._cancel([item.task_id])
         self._broker.close()
 
     def _enqueue(self, batch: list[tuple[TaskFuture, Task]], key: str) -> None:
-        shared = capture(functions=True)
         tasks = [task for _, task in batch]
         self._committing = True
         try:
+            shared = capture(functions=True)
             ids = self._attempt(lambda: self._broker.enqueue_many(tasks, key=key, shared=shared))
-        except PilotqError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it was, nobody shall wait for ever for these futures
             if len(batch) > 1 and not isinstance(error, ServerUnavailable):
                 for number, item in enumerate(batch):  # it is the fault of some of them
                     self._enqueue([item], f"{key}.{number}")
@@ -250,12 +254,16 @@ class Executor(futures.Executor):
                     ended.append(task_id)
             self._committing = False
             self._early.clear()
-        canceled = [future for future, _ in batch if future.cancelled()]
-        if canceled:
-            self._attempt(lambda: self._broker.cancel([f.task_id for f in canceled if f.task_id is not None]))
+        self._cancel([future.task_id for future, _ in batch if future.cancelled() and future.task_id is not None])
         if ended:
-            # The other thread has the connection for reading: it is told again.
-            self._attempt(lambda: self._broker.link.call("RPUSH", keys.told(self._name), *ended))
+            # The other thread has the connection for reading: it is told again, or looks itself.
+            with suppress(PilotqError):
+                self._attempt(lambda: self._broker.link.call("RPUSH", keys.told(self._name), *ended))
+
+    def _cancel(self, ids: list[str]) -> None:
+        with suppress(PilotqError):  # the pilot is gone: what it ran ends with it
+            if ids:
+                self._attempt(lambda: self._broker.cancel(ids))
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """Again and again while the server does not answer: a submission with the same key is made once."""
@@ -284,7 +292,7 @@ class Executor(futures.Executor):
                 for first in range(0, len(ids), READ_MAX):
                     self._read(ids[first : first + READ_MAX])
                 answered_at = time.monotonic()
-            except (ServerUnavailable, OSError) as error:
+            except (PilotqError, OSError) as error:
                 if time.monotonic() > answered_at + GONE_S or not self._pilot.alive():
                     self._fail_all(PilotFailed(f"the pilot in {self._pilot.directory} is gone: {error}"))
                 time.sleep(0.1)
@@ -373,6 +381,10 @@ def _running(dir: str | None) -> Pilot | None:
             raise
         return None
     return pilot if pilot.alive() else None
+
+
+def _nothing() -> None:
+    """Stands for the function that is not known yet."""
 
 
 def _run_each(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.functions import Packed, call_text, pack_call
 from pilotq.broker.retries import parse as parse_retry_on
+from pilotq.broker.task_types import ARRAY, REQUEST, TASK, wrong
 
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
@@ -165,6 +167,9 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self.request, limit=limit_step(min(bounds) if bounds else None))
 
 
+_DEFAULT = Task()
+
+
 class Spec(msgspec.Struct, array_like=True):
     """What a worker needs to know of one task besides ``Shared``; the value of ``pq_spec``.
 
@@ -297,8 +302,20 @@ def _retry_problems(task: Task) -> Iterator[str]:
 
 def validate(task: Task, where: str) -> None:
     """Refuse what can never be right, whatever the pilot: raises InvalidInput whose text starts with ``where``."""
-    for problem in _problems(task):
+    for problem in chain(_wrong_types(task), _problems(task)):
         raise InvalidInput(f"{where}: {problem}")
+
+
+def _wrong_types(task: Any) -> Iterator[str]:  # Any: the annotations are what is doubted
+    yield from wrong(task, _DEFAULT, TASK)
+    if not isinstance(task.request, Request):
+        yield f"request must be a Request, such as Request(cores=(2, 2)), not {type(task.request).__name__}"
+    if task.request is not _DEFAULT.request:
+        yield from wrong(task.request, _DEFAULT.request, REQUEST)
+    if task.array is not None and not isinstance(task.array, ArrayRange):
+        yield f"array must be an ArrayRange(start, stop), both ends included, not {type(task.array).__name__}"
+    if task.array is not None:
+        yield from wrong(task.array, None, ARRAY)
 
 
 def _problems(task: Task) -> Any:

@@ -93,6 +93,24 @@ def test_what_a_function_raises_is_raised(executor: Executor) -> None:
         executor.submit(calls.product, (n for n in range(3)))
 
 
+def test_what_cannot_be_submitted_is_said_and_stops_nothing_else(
+    executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidInput, match="options: time_limit must be a number of seconds, not str"):
+        executor.options(time_limit="1s")
+    with pytest.raises(TypeError, match="takes a function"):
+        executor.submit(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a function"):
+        executor.map(3, [1])  # type: ignore[arg-type]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        assert "does not exist any more" in str(executor.submit(calls.product, 1).exception(WAIT_S))
+    assert executor.submit(calls.product, 6, b=7).result(WAIT_S) == 42
+
+
 def test_options_ask_for_resources(executor: Executor, pilot: LivePilot) -> None:
     wide = executor.options(cores=2, env={"MINE": "yes"}, name="wide")
     future = wide.submit(calls.surroundings)
