@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilotq.broker import keys
 from pilotq.broker.archive import Archive, remember_total
+from pilotq.broker.closed import closed_nodes
 from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
 from pilotq.broker.journal import Journal
 from pilotq.broker.link import Address, Link, parse_url
@@ -194,13 +195,14 @@ class Broker:
 
     def open_nodes(self, names: Iterable[str]) -> None:
         """These nodes are used again."""
-        self.store.write("HDEL", keys.CLOSED, *_several(names))
+        several = _several(names)
+        for key in (keys.CLOSED, keys.ASIDE):
+            self.store.write("HDEL", key, *several)
         self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
 
     def closed_nodes(self) -> dict[str, str]:
         """node -> how it is closed, and why."""
-        flat = self.link.call("HGETALL", keys.CLOSED)
-        return {name.decode(): text.decode() for name, text in zip(flat[::2], flat[1::2], strict=True)}
+        return closed_nodes(self.link)
 
     def request_stop(self, mode: str) -> None:
         """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""

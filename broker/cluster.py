@@ -178,7 +178,7 @@ class Cluster:
         if never is not None:
             return never
         if not self.open_nodes:
-            return "all nodes are closed: drained, retired, or their allocation ends"
+            return "all nodes are closed: drained, retired, put aside, or their allocation ends"
         if self._late(request) and not self.possible(request):
             left = max(0.0, max(self._ends) - self._now)
             return (

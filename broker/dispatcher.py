@@ -9,7 +9,6 @@ the same, because a claim may have happened whose answer it never saw.
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterable
@@ -19,13 +18,13 @@ import msgspec
 
 from pilotq.broker import ahead, keys, points
 from pilotq.broker.errors import ServerUnavailable, Superseded
-from pilotq.broker.floor import ClassInfo, Floor, Lane, ends_by
-from pilotq.broker.gate import Gate
+from pilotq.broker.floor import ClassInfo, Floor, Lane, Node, ends_by
 from pilotq.broker.inbound import Inbound
 from pilotq.broker.link import Address, Link
-from pilotq.broker.placement import BackfillState, Waiting, plan
+from pilotq.broker.placement import BackfillState, plan
 from pilotq.broker.reconciler import Reconciler
 from pilotq.broker.records import (
+    End,
     Ended,
     GivenBack,
     Hello,
@@ -34,7 +33,6 @@ from pilotq.broker.records import (
     NodeLost,
     NodeState,
     Nudge,
-    Recall,
     Sweep,
     Swept,
     ToDispatcher,
@@ -46,8 +44,9 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.stock import Way
 from pilotq.broker.store import Head, Slot, Store, to_worker
 from pilotq.broker.surroundings import capture, without_secret
-from pilotq.broker.task import Shared, order_of
+from pilotq.broker.task import Shared
 from pilotq.broker.told import Told
+from pilotq.broker.watch import Watch
 
 log = logging.getLogger("pilotq.dispatcher")
 RELEASE_LIMIT = 200  # dependents handled in one script call
@@ -82,7 +81,8 @@ class Dispatcher:
         self.planned: set[str] = set()
         self.gather_until = 0.0
         self.told = Told(self.store)
-        self.gate = Gate(self.link)
+        self.watch = Watch(self.store)
+        self.gate = self.watch.gate
         self.fresh = False  # False: class heads must be read again before the next plan
 
     def run(self) -> None:
@@ -181,8 +181,7 @@ class Dispatcher:
         if isinstance(message, Ended):
             node = self.floor.speaker(message)
             if node is not None:
-                for end in message.ends:
-                    self.floor.end(node, end, self.classes.get(end.class_name), now)
+                self._read_ends(node, message.ends, now)
         elif isinstance(message, GivenBack):
             self.fresh = False
             node = self.floor.speaker(message)
@@ -197,6 +196,19 @@ class Dispatcher:
             self.floor.settle(message)
         elif isinstance(message, Nudge):
             self._read_wish()
+
+    def _read_ends(self, node: Node, ends: Iterable[End], now: float) -> None:
+        judge = self.watch.judge
+        news, known = False, len(judge.cases)
+        for end in ends:
+            self.floor.end(node, end, self.classes.get(end.class_name), now)
+            if end.said or end.spared or end.lane in judge.trials:
+                judge.heard(node.info.name, end, now)
+                news = True
+        if news and judge.cases:
+            self._mind_gate(now)
+        if len(judge.cases) > known:
+            self._recall(now)
 
     def _node_state(self, state: NodeState, now: float) -> None:
         if state.term not in (0, self.store.term):
@@ -233,6 +245,8 @@ class Dispatcher:
                 return
 
     def _mind_gate(self, now: float) -> None:
+        for info, pardon in self.watch.turn(self.floor, self.classes, now):
+            self._send(info, pardon)
         for info, word in self.gate.apply(self.floor, now):
             log.info("node %s is told to leave (%s)", info.name, word.reason)
             self._send(info, word)
@@ -260,7 +274,7 @@ class Dispatcher:
         if not self.fresh:
             self._read_heads()
         for _ in range(50):  # a claim may meet ghosts, and show heads that fit: plan again, but not for ever
-            waiting = self._waiting()
+            waiting = ahead.waiting(self.classes, self.heads)
             if not waiting or not self.floor.nodes:
                 return
             running = ((lane.parts, lane.ends_by) for lane in self.floor.lanes.values())
@@ -282,24 +296,20 @@ class Dispatcher:
         self.planned = set()
         return True
 
-    def _waiting(self) -> list[Waiting]:
-        found = []
-        for name, head in self.heads.items():
-            info = self.classes.get(name)
-            if info is not None and head.length:
-                first = order_of(head.places[0])
-                orders = [first] * min(head.elements, 32) if head.elements else [order_of(i) for i in head.places]
-                found.append(Waiting(name, info.priority, info.request, orders, head.waiting))
-        return found
-
     def _open_lanes(self, placed: Iterable[tuple[str, Any]], now: float) -> dict[str, list[Slot]]:
         groups: dict[str, list[Slot]] = {}
+        judge, tried = self.watch.judge, len(self.watch.judge.trials)
         for class_name, parts in placed:
             self.next_lane += 1
-            lane = Lane(self.next_lane, class_name, parts, ends_by(self.classes[class_name], now))
+            if judge.cases and not judge.begin(parts, self.next_lane):
+                self.floor.cluster.release(parts)
+                continue
+            lane = Lane(self.next_lane, class_name, parts, ends_by(self.classes[class_name], now), now)
             self.floor.open_lane(lane)
             node = self.floor.nodes[parts[0].node]
             groups.setdefault(class_name, []).append(Slot(node.address, lane.number, format_allocation(parts)))
+        if len(judge.trials) > tried:
+            self._mind_gate(now)  # a node that is tried gets nothing else
         return groups
 
     def _add_ahead(self, groups: dict[str, list[Slot]]) -> None:
@@ -332,20 +342,9 @@ class Dispatcher:
 
     def _recall(self, now: float) -> None:
         """Take back what was handed ahead and is stuck, when it would fit elsewhere or holds up something better."""
-        shut = ahead.shut(self.floor, self.backfill)
-        for node in self.floor.nodes.values():
-            at_once = self.paused or node.info.name in shut
-            for class_name, handed in list(node.ahead.items()):
-                if not at_once and now - handed.since < self.settings.recall_s:
-                    continue
-                info = self.classes.get(class_name)
-                parts = self.floor.cluster.reserve(info.request) if info is not None else None
-                if parts is not None:
-                    self.floor.cluster.release(parts)
-                priority = info.priority if info is not None else math.inf
-                if parts is not None or at_once or ahead.outranked(self.floor, self.classes, self.heads, priority):
-                    self._send(node.info, Recall(class_name, handed.count))
-                    handed.since = now
+        shut = set(self.floor.nodes) if self.paused else ahead.shut(self.floor, self.backfill)
+        for info, word in ahead.recalls(self.floor, self.classes, self.heads, shut, now):
+            self._send(info, word)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

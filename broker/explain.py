@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from pilotq.broker import keys
+from pilotq.broker.closed import closed_nodes
 from pilotq.broker.floor import ClassInfo
 from pilotq.broker.link import Link
 from pilotq.broker.listing import Listing, array_of
@@ -24,7 +25,7 @@ CHAIN = 100  # how far the cause of an omitted task is followed
 LOOKED_AT = 100_000  # entries of a class list that are searched for the place of a task
 SHORT = 60  # characters of ranges of elements
 # Sentences of REASONS that go on from "it"; the others name what it was.
-OF_ITSELF = ("ended", "was", "ran", "could")
+OF_ITSELF = ("ended", "was", "ran", "could", "failed")
 
 
 class Explainer:
@@ -118,7 +119,9 @@ class Explainer:
 
     def _queued(self, view: TaskView, found: Explanation) -> None:
         found.why += self._held_up()
-        (name,) = self._fields(view.id, "pq_class")
+        name, spared = self._fields(view.id, "pq_class", "pq_spared")
+        if spared:
+            found.why.append(f"it failed at once on node {spared}, like others before it: another node is to try it")
         where = view.id
         if not name and (array := array_of(view.id)) is not None:
             where, (name,) = array, self._fields(array, "pq_class")
@@ -142,10 +145,9 @@ class Explainer:
         least = int(self._link.call("HGET", keys.WISH, "least") or 0)
         if len(nodes) < least:
             yield f"nothing begins before {least} nodes have joined: {len(nodes)} have"
-        names = [node.name for node in nodes]
-        for name, text in zip(names, self._link.call("HMGET", keys.CLOSED, *names), strict=True):
-            if text:
-                state, _, reason = text.decode("utf-8", "replace").partition(" ")
+        for name, text in sorted(closed_nodes(self._link).items()):
+            if any(node.name == name for node in nodes):
+                state, _, reason = text.partition(" ")
                 yield f"node {name} gets nothing new: it is {state}" + (f" ({reason})" if reason else "")
 
     def _held_up(self) -> Iterator[str]:

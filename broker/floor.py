@@ -40,6 +40,7 @@ class Lane(msgspec.Struct):
     class_name: str
     parts: tuple[Part, ...]
     ends_by: float  # monotonic; inf when its task has no limit
+    since: float = 0.0  # monotonic: its task has it since then
 
 
 class Ahead(msgspec.Struct):
@@ -95,7 +96,7 @@ class Floor:
             parts = parse_allocation(allocation)
             if known is not None:
                 parts = with_counted(parts, known.request)
-            lane = Lane(number, class_name, parts, ends_by(known, now))
+            lane = Lane(number, class_name, parts, ends_by(known, now), now)
             node.lanes[number] = self.lanes[number] = lane
         # Parts on this node of lanes that other nodes run count here too, whoever arrived first.
         for lane in self.lanes.values():
@@ -179,7 +180,7 @@ class Floor:
         if lane is None:
             return
         if end.kept:
-            lane.ends_by = ends_by(known, now)
+            lane.ends_by, lane.since = ends_by(known, now), now
             return
         self.close_lane(node, lane)
 

@@ -1,7 +1,7 @@
-"""Which nodes get nothing new, and why: allocations that end, nodes that were drained or retired.
+"""Which nodes get nothing new, and why: allocations that end, nodes that were drained, retired or put aside.
 
-What stands in Redis (`keys.ENDS`, `keys.CLOSED`) is applied to the dispatcher's floor; a word to leave goes to nodes
-whose time has come, and to retired ones when nothing of theirs runs.
+What stands in Redis (`keys.ENDS`, `keys.CLOSED`, `keys.ASIDE`) is applied to the dispatcher's floor; a word to leave
+goes to nodes whose time has come, and to retired ones when nothing of theirs runs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 import time
 
 from pilotq.broker import keys
+from pilotq.broker.aside import Judge
+from pilotq.broker.closed import RETIRED, texts
 from pilotq.broker.cluster import Cluster
 from pilotq.broker.floor import Floor
 from pilotq.broker.link import Link
 from pilotq.broker.records import Leave, Leaving, NodeInfo
-
-DRAINED, RETIRED, ASIDE = "drained", "retired", "aside"
 
 
 class End:
@@ -28,8 +28,12 @@ class End:
 
 
 class Gate:
-    def __init__(self, link: Link) -> None:
+    """``judge`` knows of nodes that were put aside when they are to be tried; without one they are closed."""
+
+    def __init__(self, link: Link, judge: Judge | None = None) -> None:
         self._link = link
+        self._judge = judge
+        self.aside: dict[str, str] = {}  # node -> why
         self.least = 0  # without so many nodes nothing begins
         self._ends: dict[str, End] = {}
         self._closed: dict[str, str] = {}  # node -> state
@@ -38,12 +42,12 @@ class Gate:
 
     def read(self) -> None:
         """Read again what stands in Redis."""
-        wanted = [("HGETALL", keys.ENDS), ("HGETALL", keys.CLOSED), ("HGET", keys.WISH, "least")]
-        ends, closed, least = self._link.pipeline(wanted)
+        hashes = [("HGETALL", key) for key in (keys.ENDS, keys.CLOSED, keys.ASIDE)]
+        ends, closed, aside, least = self._link.pipeline([*hashes, ("HGET", keys.WISH, "least")])
         self.least = int(least or 0)
         self._ends = {job.decode(): End(text) for job, text in zip(ends[::2], ends[1::2], strict=True)}
-        pairs = zip(closed[::2], closed[1::2], strict=True)
-        self._closed = {name.decode(): text.decode().partition(" ")[0] for name, text in pairs}
+        self._closed = {name: text.partition(" ")[0] for name, text in texts(closed).items()}
+        self.aside = texts(aside)
 
     def leaving(self, word: Leaving) -> None:
         self._leaving.add((word.node, word.incarnation))
@@ -67,9 +71,15 @@ class Gate:
         """Open or close one node of a cluster, whose clock shows ``now`` at ``clock`` unix seconds; the word to leave
         when its allocation is over."""
         end = self._ends.get(info.job)
-        over = end is not None and clock >= end.at
-        shut = info.name in self._closed or over or (info.name, info.incarnation) in self._leaving
+        aside = info.name in self.aside if self._judge is None else self._judge.shut(info.name, now)
+        shut = aside or not self.usable(info, clock)
         cluster.set_end(info.name, now + end.at - clock if end is not None else math.inf)
         if cluster.is_open(info.name) is shut:
             cluster.set_open(info.name, not shut)
-        return end.word if end is not None and over else None
+        return end.word if end is not None and clock >= end.at else None
+
+    def usable(self, info: NodeInfo, clock: float) -> bool:
+        """Whether nothing but `Judge` keeps new tasks from it."""
+        end = self._ends.get(info.job)
+        over = end is not None and clock >= end.at
+        return not (over or info.name in self._closed or (info.name, info.incarnation) in self._leaving)

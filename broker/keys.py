@@ -30,7 +30,8 @@ JOURNAL = "pilotq:journal"  # stream: one entry per script call that ended execu
 WISH = "pilotq:wish"  # hash of standing wishes: paused, stop; and of answers: busy (lanes), journal (its trouble)
 USED = "pilotq:used"  # hash: node name -> "cores reserved, tasks running" as the dispatcher knows them
 ENDS = "pilotq:ends"  # hash: Slurm job -> "when its nodes get nothing new, grace, notice": see deadline.py
-CLOSED = "pilotq:closed"  # hash: node name -> "state reason": drained, retired, aside
+CLOSED = "pilotq:closed"  # hash: node name -> "state reason": drained or retired, by its user
+ASIDE = "pilotq:aside"  # hash: node name -> the reason for which the dispatcher has put it aside
 SUSPENDED = "rq:suspended"  # set by `rq suspend`: nothing is handed out
 QUEUES = "rq:queues"
 RATE_LIMITS = "rq:rl-keys"  # set: names of RQ's rate limits
@@ -40,7 +41,7 @@ WORKERS = "rq:workers"
 
 PERMANENT = (
     SCHEMA, EPOCH, TERM, SEQ, CLASSES, NODES, PLANNED, BORN, COUNTS, SHARES, MAIL, BELL, RELEASE, JOURNAL, WISH,
-    RETIRED, PARENTS, RATE_LIMITS, USED, ENDS, CLOSED, SUSPENDED, QUEUES, WORKERS,
+    RETIRED, PARENTS, RATE_LIMITS, USED, ENDS, CLOSED, ASIDE, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.

@@ -9,6 +9,7 @@ from itertools import chain, islice
 import msgspec
 
 from pilotq.broker import keys
+from pilotq.broker.closed import closed_nodes
 from pilotq.broker.elements import count_of, element_ranges, outcome_at, word_of
 from pilotq.broker.journal import Journal
 from pilotq.broker.link import Link
@@ -323,14 +324,16 @@ class Listing:
         names = [info.name for info in infos]
         used = self.link.call("HMGET", keys.USED, *names) if names else []
         beats = self.link.pipeline([("HGET", keys.worker(name), "last_heartbeat") for name in names])
-        closed = self.link.call("HMGET", keys.CLOSED, *names) if names else []
-        return [_node_view(*row) for row in zip(infos, beats, used, closed, strict=True)]
+        closed = closed_nodes(self.link)
+        return [
+            _node_view(i, beat, use, closed.get(i.name, "")) for i, beat, use in zip(infos, beats, used, strict=True)
+        ]
 
 
-def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None, closed: bytes | None) -> NodeView:
+def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None, closed: str) -> NodeView:
     beat = _text(last_heartbeat)
     used, _, running = _text(in_use).partition(" ")
-    state, _, why = _text(closed).partition(" ")
+    state, _, why = closed.partition(" ")
     return NodeView(
         name=info.name,
         state=(state or "up") if beat else "lost",

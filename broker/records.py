@@ -38,6 +38,7 @@ class Handed(msgspec.Struct, array_like=True, tag="run"):
     submission: str
     spec: msgspec.Raw
     crashes: int = 0  # executions whose launcher or worker died under them
+    spared: str = ""  # the doubted node on which it failed at once: see aside.py
 
 
 class Stop(msgspec.Struct, array_like=True, tag="stop"):
@@ -132,7 +133,19 @@ class Gone(msgspec.Struct, array_like=True, tag="gone"):
     clean: bool = False  # it has left, which is nobody's fault
 
 
-ToWorker = Handed | Stop | Recall | Hello | Leave | Guest | GuestStop | GuestEnded | Sweep | Swept | Gone
+class Pardon(msgspec.Struct, array_like=True, tag="pardon"):
+    """What failed at once on your node was not the node's fault: be slower to doubt it (said by the dispatcher).
+
+    ``fine``: it can run tasks, so that a new row of failures begins."""
+
+    fine: bool = False
+
+
+ToWorker = Handed | Stop | Recall | Hello | Leave | Guest | GuestStop | GuestEnded | Sweep | Swept | Gone | Pardon
+
+
+# What an end says of its node: it can run tasks; nothing; a task has failed at once; it is one of many in a row.
+FINE, MUTE, FAILED, DOUBTED = range(4)
 
 
 class End(NamedTuple):
@@ -142,6 +155,9 @@ class End(NamedTuple):
     class_name: str
     seconds: float  # launch to end, < 0 if it was never launched
     kept: bool  # True: the lane went on to a task that had been handed ahead
+    said: int = FINE  # of its node
+    spared: str = ""  # as it was handed
+    why: str = ""  # of the first one that is DOUBTED: what happened, in words
 
 
 class Ended(msgspec.Struct, array_like=True, tag="ended"):
@@ -295,8 +311,9 @@ class EndReport(msgspec.Struct):
     """One ended execution, as a worker reports it to end.lua.
 
     ``wish`` is finished, failed, stopped (by the user, RQ's stop-job), canceled, lost (counts against the crash
-    limit) or free (walltime: requeued without counting). ``line`` is the packed ``Line``; ``text`` is what RQ shows
-    of a failure (its exc_string, already encoded).
+    limit), free (walltime: requeued without counting) or doubted (failed at once, like many before it on this node:
+    requeued without counting if another node can try it). ``line`` is the packed ``Line``; ``text`` is what RQ shows of
+    a failure (its exc_string, already encoded).
     """
 
     id: str

@@ -39,6 +39,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     restart_limit: int = 5  # restarts of a part ...
     restart_window_s: float = 60.0  # ... within this time, then the pilot ends
     crash_limit: int = 3  # unexplained losses of one task
+    aside_after: int = 3  # different tasks in a row that failed at once: their node is doubted
+    aside_quick_s: float = 5.0  # what fails sooner has failed at once: importing a program's libraries may take seconds
+    aside_pause_s: float = 30.0  # before a node that was put aside is tried with one task; twice as long each time ...
+    aside_pause_max_s: float = 600.0  # ... up to this
     stop_wait_s: float = 30.0  # how long `stop` waits for workers to end
     nodes_wait_s: float = 60.0  # how long the least number of nodes may take to join
     retry_node_s: float = 1.0  # before a node whose worker did not start is tried again; twice as long each time

@@ -31,7 +31,7 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("started", "end_finished"): "finished",
     ("started", "end_failed"): "failed",
     ("started", "end_retried"): "queued",
-    ("started", "end_free"): "queued",  # ended through no fault of its own: the pilot ends
+    ("started", "end_free"): "queued",  # ended through no fault of its own: the pilot ends, or its node is doubted
     ("started", "end_stopped"): "stopped",
     ("started", "end_canceled"): "canceled",
     ("started", "cancel"): "started",  # the worker is told; the status changes when its processes are gone
@@ -103,6 +103,7 @@ REASONS: Final[dict[str, str]] = {
     "worker lost": "its worker died",
     "pilot ended": "the pilot ended before it did",
     "walltime": "the allocation it ran in ended before it did",
+    "node": "failed at once on a node where others did so before it: another node tries it",
     "elements": "some of its elements did not finish",
     "refused": "asks for what cannot be",
     "retries": "asked for more retries than it may have",

@@ -152,7 +152,7 @@ class Supervisor:
         try:
             epoch = establish_epoch(self.pilot, link)
             # These were of the pilot that lived here before.
-            link.call("DEL", keys.WISH, keys.PLANNED, keys.ENDS, keys.CLOSED)
+            link.call("DEL", keys.WISH, keys.PLANNED, keys.ENDS, keys.CLOSED, keys.ASIDE)
             contact = 0.0 if address.path else self.settings.contact_s
             link.call("HSET", keys.WISH, "contact", contact if options.contact is None else options.contact)
             planned = [node.name for node in options.planned]

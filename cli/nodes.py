@@ -70,7 +70,8 @@ def retire_command(ctx: click.Context, names: tuple[str, ...], reason: str, dire
 @dir_option
 @click.pass_context
 def resume_command(ctx: click.Context, names: tuple[str, ...], directory: str | None) -> None:
-    """Use these nodes again. The worker of a retired one is started again if the pilot had started it.
+    """Use these nodes again, whether they were drained, retired or put aside. The worker of a retired one is started
+    again if the pilot had started it.
 
     \b
     Example: pilotq nodes resume n2
@@ -79,7 +80,7 @@ def resume_command(ctx: click.Context, names: tuple[str, ...], directory: str | 
         closed = broker.closed_nodes()
         for name in names:
             if name not in closed:
-                raise InvalidInput(f"node {name} is neither drained nor retired: `pilotq nodes` lists them")
+                raise InvalidInput(f"node {name} is neither drained, retired nor aside: `pilotq nodes` lists them")
         broker.open_nodes(names)
 
 

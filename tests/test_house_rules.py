@@ -26,7 +26,7 @@ LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 
 # These can be tested and simulated without a server or a process: time is an argument.
-PURE = ("placement", "quantities", "retries", "states", "task")
+PURE = ("aside", "placement", "quantities", "retries", "states", "task")
 IMPURE = {
     "asyncio", "datetime", "hiredis", "multiprocessing", "os", "psutil", "redis", "rq", "select", "selectors", "signal",
     "socket", "subprocess", "threading", "time",

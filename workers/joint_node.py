@@ -18,6 +18,7 @@ from pilotq.broker.records import (
     Leave,
     NodeInfo,
     NodeState,
+    Pardon,
     Sweep,
     Swept,
     ToWorker,
@@ -71,6 +72,8 @@ class JointNode(Node):
             self._joints.swept(message)
         elif isinstance(message, Gone):
             self._joints.gone(message.address, clean=message.clean)
+        elif isinstance(message, Pardon):
+            self.outbox.doubts.pardon(fine=message.fine)
         else:
             super().receive(message, now)
 

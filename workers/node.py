@@ -388,7 +388,7 @@ class Node:
         report = self._reporter.report(e, ended)
         if e.suffix and e.started:
             self._reruns.add(e, counts=report.wish not in ("lost", "free"))
-        self.outbox.add(report, end, now)
+        self.outbox.add(e, report, end, now)
 
     def report(self, now: float) -> None:
         """Post what is due, and settle what the server has answered."""

@@ -10,11 +10,12 @@ import zlib
 import msgspec
 
 from pilotq.broker.node_link import NodeLink, iso
-from pilotq.broker.records import End, EndReport, Line
+from pilotq.broker.records import DOUBTED, End, EndReport, Line
 from pilotq.broker.retries import chosen, pause
 from pilotq.broker.settings import Settings
 from pilotq.broker.states import REASONS
 from pilotq.workers.capture import tail
+from pilotq.workers.doubts import Doubts
 from pilotq.workers.ladder import Execution
 from pilotq.workers.wire import Captured, Exited, Returned
 
@@ -161,17 +162,28 @@ class Outbox:
     def __init__(self, link: NodeLink, settings: Settings) -> None:
         self._link = link
         self._settings = settings
+        self.doubts = Doubts(settings)
         self._waiting: list[tuple[EndReport, End | None]] = []
         self._since = 0.0
         self._urgent = False
 
-    def add(self, report: EndReport, end: End | None, now: float) -> None:
+    def add(self, e: Execution, report: EndReport, end: End | None, now: float) -> None:
         """``end`` is None when the lane stays taken."""
+        if end is not None:
+            end = self.doubts.weigh(e, report, end)
+            if end.said == DOUBTED:
+                self._doubt()
         if not self._waiting:
             self._since = now
         self._waiting.append((report, end))
         if end is None or not end.kept:
             self._urgent = True
+
+    def _doubt(self) -> None:
+        """The node is doubted: those of the row that have not been reported yet are no more to blame than the last."""
+        for report, _ in self._waiting:
+            if report.wish == "failed" and report.id in self.doubts.failed:
+                report.wish = "doubted"
 
     def due(self, now: float) -> float | None:
         """Monotonic time at which `flush` wants to be called; None: not before something else happens."""

@@ -16,9 +16,9 @@ local pack = cmsgpack.pack
 local function hand(slot, class, id, execution, f)
   local inbox = inboxes[slot[1]]
   if not inbox then inbox = {}; inboxes[slot[1]] = inbox end
-  inbox[#inbox + 1] = string.char(220, 0, 17) .. pack('run', id, execution, slot[2], slot[3], class, f.name or '',
+  inbox[#inbox + 1] = string.char(220, 0, 18) .. pack('run', id, execution, slot[2], slot[3], class, f.name or '',
     tonumber(f.queued) or 0, tonumber(now), f.shared or '', f.array or '', f.index or -1, f.position or 0,
-    tonumber(f.retries or 0), f.submission or '') .. f.spec .. pack(tonumber(f.crashes or 0))
+    tonumber(f.retries or 0), f.submission or '') .. f.spec .. pack(tonumber(f.crashes or 0), f.spared or '')
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
@@ -98,10 +98,10 @@ end
 -- One popped id: returns slots used, and whether it must go back to the head of its list.
 local function claim_one(id, class, slots, from)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
-    'pq_sub', 'pq_at', 'pq_array', 'pq_array_of', 'pq_crashes')
+    'pq_sub', 'pq_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_spared')
   if v[1] ~= 'queued' then return 0, false end
   local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9],
-    crashes = v[11]}
+    crashes = v[11], spared = v[12]}
   if v[9] then
     local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_holes',
       'pq_first')
@@ -121,7 +121,8 @@ local function claim_one(id, class, slots, from)
     end
     if a[7] then return 0, false end -- the array was canceled: release.lua ends what waits of it
     f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
-      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], most = a[8]}
+      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], spared = v[12],
+      most = a[8]}
   end
   local slot, execution = slots[from], tonumber(v[4] or 0) + 1
   -- Records of elements go: only so does a retry know which numbers of executions were used.

@@ -8,7 +8,8 @@
 --       9 msgpack [[id, execution, wish, reason, ended ISO, exit, started ISO, allocation, array, position,
 --         class, submission, retries left, seconds until a retry], ...]; an empty class: all three are read from the record,
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
--- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued), retried (a
+-- wish: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), free (requeued), doubted
+-- (failed at once, like others before it on its node: requeued for another node to try, within SPARES), retried (a
 -- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...", with ":front" behind it if it is to
 -- go first).
 -- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or the record
@@ -18,6 +19,8 @@ local node, call, mail, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local worker = string.match(node, '^(.*):') or ''
 local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
+-- The failure of a task is put down to its node no oftener than this: another node counts OTHER, the same one again 1.
+local SPARES, OTHER = 12, 4
 local verdicts, done, wip, front, arrays, each, told = {}, {}, {}, {}, {}, {}, {}
 local requeued, last_ended = false, ''
 
@@ -150,10 +153,39 @@ local function judge_stock(wish, reason, f, id, r, text)
   return wish, reason, false
 end
 
+-- Is there a node that could try what has failed on this one? Asked once a call.
+local elsewhere
+
+local function another_node()
+  if elsewhere == nil then
+    elsewhere = false
+    for _, name in ipairs(redis.call('HKEYS', 'pilotq:nodes')) do
+      if name ~= worker and redis.call('HEXISTS', 'pilotq:closed', name) + redis.call('HEXISTS', 'pilotq:aside', name) == 0 then
+        elsewhere = true
+        break
+      end
+    end
+  end
+  return elsewhere
+end
+
+-- The failure of a task is not counted yet: another node is to try it first.
+local function spare(id, f)
+  local weight = redis.call('HGET', job_key(id), 'pq_spared') == worker and 1 or OTHER
+  if not another_node() or redis.call('HINCRBY', job_key(id), 'pq_spares', weight) > SPARES then return false end
+  redis.call('HSET', job_key(id), 'pq_spared', worker)
+  requeue(id, f, 'LPUSH')
+  return true
+end
+
 -- What becomes of an execution that had this wish: status, reason, and whether the task is queued again.
 local function judge(wish, reason, f, id, r, text)
   if f.status == 'canceled' then return 'canceled', 'canceled', false end
   if wish ~= 'finished' and f.cancel then return 'canceled', 'canceled', false end
+  if wish == 'doubted' then
+    if spare(id, f) then return 'failed', 'node', true end
+    wish, r[3] = 'failed', 'failed'
+  end
   if f.submission == '' and (wish == 'finished' or wish == 'failed' or wish == 'retried') then
     return judge_stock(wish, reason, f, id, r, text)
   end

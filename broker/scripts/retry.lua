@@ -94,7 +94,7 @@ end
 local function revive(id, queue)
   redis.call('PERSIST', job_key(id))
   redis.call('HDEL', job_key(id), 'pq_reason', 'pq_exit', 'pq_cpus', 'pq_cancel', 'pq_crashes', 'pq_node', 'pq_lane',
-    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at')
+    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_spares', 'pq_spared')
   local budget = redis.call('HGET', job_key(id), 'pq_budget')
   if budget then redis.call('HSET', job_key(id), 'pq_retries', budget) end
   redis.call('HSET', job_key(id), 'pq_at', now, 'enqueued_at', now_iso)
