@@ -143,7 +143,7 @@ class Executor(futures.Executor):
         """`submit` and `map` for tasks that ask for resources, as task files write them, or set ``fields`` of Task."""
         request = request_of(Request(), cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use)
         task = msgspec.structs.replace(_PLAIN, request=request, **fields)
-        validate(msgspec.structs.replace(task, function=_nothing), "options")
+        validate(msgspec.structs.replace(task, function=_run_each), "options")  # any function: it comes later
         return Options(self, task)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -381,10 +381,6 @@ def _running(dir: str | None) -> Pilot | None:
             raise
         return None
     return pilot if pilot.alive() else None
-
-
-def _nothing() -> None:
-    """Stands for the function that is not known yet."""
 
 
 def _run_each(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:

@@ -16,6 +16,7 @@ LINE_BYTES = 1 << 20  # more than the kernel takes as one argument list of one c
 
 # Lines of these characters only are the rule; they are split at spaces.
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./~^*?\[\]{}!()\t -]*")
+_ASSIGNS = re.compile(r"[A-Za-z_]\w*=")
 _PIECE = re.compile(
     r"""(?P<space>[ \t\r\n]+) | '(?P<single>[^']*)' | "(?P<double>[^"\\]*(?:\\.[^"\\]*)*)" | \\(?P<escaped>.)
     | (?P<shell>[|<>&;`]|\$\() | (?P<open>['"\\]) | (?P<text>[^ \t\r\n'"\\|<>&;`$]+|\$)""",
@@ -43,6 +44,11 @@ def read_lines(head: bytes, stream: BinaryIO, file: str, *, base: Task, shell: b
             task = msgspec.structs.replace(base, command=None, script=text)
         else:
             task = msgspec.structs.replace(base, command=split_words(text, where), script=None)
+            if _ASSIGNS.match(text):
+                raise InvalidInput(
+                    f"{where}: {text.split()[0]!r} sets a variable, which needs a shell: write `env` in front of it, "
+                    "or use --shell to run every line with bash"
+                )
         validate(task, where)
         tasks.append(task)
     return tasks

@@ -114,13 +114,14 @@ class Pilot(msgspec.Struct, frozen=True):
 def create(directory: str | None = None) -> Pilot:
     """Make a pilot's directory, or take up an old one; only its owner may enter it.
 
-    By default it is ``.pilotq/<id>`` below the current directory, and ``.pilotq/current`` is made to point there.
+    By default it is ``.pilotq/<id>`` below the current directory. ``.pilotq/current`` is made to point to the one that
+    was made or taken up last.
     Raises InvalidInput when the place cannot be used.
     """
     if directory is None:
         path = os.path.abspath(os.path.join(HOME, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"))
     else:
-        path = os.path.abspath(directory)
+        path = _itself(directory)
         if os.path.exists(path):
             _check_place(path)
     try:
@@ -131,13 +132,19 @@ def create(directory: str | None = None) -> Pilot:
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700)
             os.chmod(folder, 0o700)  # it may have existed, or the umask may have taken too much
-        if directory is None:
+        if os.path.basename(os.path.dirname(path)) == HOME:
             _point_current_at(path)
     except OSError as error:
         raise InvalidInput(
             f"{path} cannot be the pilot's directory ({error.filename}: {error.strerror}); name another with --dir"
         ) from None
     return Pilot(path)
+
+
+def _itself(directory: str) -> str:
+    """The directory and not a link to it: ``.pilotq/current`` leads elsewhere as soon as another pilot starts."""
+    path = os.path.abspath(directory)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _check_place(path: str) -> None:
@@ -171,7 +178,7 @@ def find(directory: str | None = None) -> Pilot:
                 raise NoPilot(
                     f"{named} ({source}) is no pilot's directory: correct it, or `pilotq start --dir {named}`"
                 )
-            return Pilot(os.path.abspath(named))
+            return Pilot(_itself(named))
     here = os.getcwd()
     place = here
     while True:

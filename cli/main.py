@@ -5,6 +5,7 @@ A command's module is imported when the command is called: a submit must not pay
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -117,7 +118,19 @@ def pilotq() -> None:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
+    stand_in()
     sys.exit(call(argv))
+
+
+def stand_in() -> None:
+    """Where standard input or output is closed (`>&-`) /dev/null stands in: what we open next would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # it gets the lowest free number: this
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def call(argv: list[str] | None = None, command: click.Command = pilotq, name: str = "pilotq") -> int:
@@ -136,8 +149,22 @@ def call(argv: list[str] | None = None, command: click.Command = pilotq, name: s
         return _complain(str(error), exit_codes.INVALID)
     except OSError as error:
         # The boundary to the user's files and disks: full, forbidden, gone.
+        if error.errno == errno.ENOENT and not error.filename and _nowhere():
+            return _complain(
+                "the current directory does not exist any more: change to one that does", exit_codes.INVALID
+            )
         where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            where = "the disk of the pilot's directory, or of the standard output, is full: "
         return _complain(f"{where}{error.strerror or error}", exit_codes.PILOT_FAILED)
+
+
+def _nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _usage(error: click.ClickException) -> int:

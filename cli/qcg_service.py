@@ -17,6 +17,7 @@ from pilotq.broker.errors import InvalidInput, PilotqError
 from pilotq.broker.start import SupervisorOptions, start_pilot
 from pilotq.cli import exit_codes, progress, render
 from pilotq.cli.interrupts import Interrupts
+from pilotq.cli.main import stand_in
 from pilotq.cli.options import file_of_tasks, open_replies
 from pilotq.cli.pilots import pilot_options, supervisor_options
 from pilotq.cli.qcg_options import PROGRAM, directory, parse, pilot_arguments, without_meaning
@@ -24,6 +25,7 @@ from pilotq.cli.qcg_plan import Plan
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
+    stand_in()
     sys.exit(call(argv))
 
 

@@ -22,7 +22,7 @@ from pilotq.broker.pilot import Pilot
 from pilotq.broker.start import LocalNode, StartedPilot, SupervisorOptions
 from pilotq.broker.submit import check
 from pilotq.broker.surroundings import capture
-from pilotq.broker.task import Task
+from pilotq.broker.task import Task, description
 from pilotq.cli import exit_codes, progress, render, summary
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.lifetime import Lifetime
@@ -80,6 +80,7 @@ def run_command(
         run = Run(pilot, interrupts, progress.shown(quiet=single or as_json), batch.tasks, values["env_policy"])
         run.live()
         found = _summary(run, options.planned)
+        found.commands = run.commands({line.array or line.id for line in found.failed})
         code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
     if run.cut_short:
         code = exit_codes.ALL_FINISHED
@@ -181,6 +182,10 @@ class Run(Lifetime):
         # The key makes a resumed run of the same file submit nothing twice.
         key = "run-" + hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:24]
         self.ids = broker.enqueue_many(self.tasks, key=key, shared=capture(self.policy))
+
+    def commands(self, ids: set[str]) -> dict[str, str]:
+        """What some of the tasks are, by id."""
+        return {name: description(task) for name, task in zip(self.ids, self.tasks, strict=True) if name in ids}
 
 
 def _summary(life: Lifetime, nodes: Sequence[LocalNode]) -> summary.Summary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -29,6 +30,8 @@ class Summary(msgspec.Struct, kw_only=True):
     cores: int
     core_seconds: float = 0.0
     failed: list[Line] = []  # the first NAMED_MAX
+    commands: dict[str, str] = {}  # what each of these is, by its id or its array's, where that is known
+    earlier: int = 0  # tasks that had failed before the run that is summed up, which resumes theirs
     omitted: dict[str, str] = {}
     refused: list[str] = []
     directory: str
@@ -45,15 +48,20 @@ def summarise(
 ) -> Summary:
     """Sum up the journal's lines of executions that ended since ``begin`` (unix seconds, as ``end``)."""
     summary = Summary(counts=counts, seconds=max(end - begin, 0.0), cores=cores, directory=directory)
+    before = set()
     for line in lines:
-        if line.ended is None or line.ended < begin:
-            continue  # of a run that this one resumes
+        if line.ended is None or line.ended < begin:  # of a run that this one resumes
+            if line.final and line.status in ("failed", "stopped") and not line.elements:
+                before.add(line.id)
+            continue
+        before.discard(line.id)
         if line.started is not None:
             held = sum(len(part.cores) for part in parse_allocation(line.cpus)) if line.cpus else 0
             summary.core_seconds += held * max(line.ended - line.started, 0.0)
         failed = line.final and line.status in ("failed", "stopped") and not line.elements  # an array is its elements
         if failed and len(summary.failed) < NAMED_MAX:
             summary.failed.append(line)
+    summary.earlier = len(before)
     return summary
 
 
@@ -66,7 +74,8 @@ def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
         "efficiency": None if summary.efficiency is None else round(summary.efficiency, 4),
         "failed": [
             {"id": line.id, "name": line.name, "status": line.status, "reason": line.reason,
-             "exit_code": line.exit_code, "execution": line.execution, "node": line.node, "cores": line.cpus,
+             "command": _command(summary, line), "exit_code": line.exit_code, "execution": line.execution,
+             "node": line.node, "cores": line.cpus,
              "times": {"queued": line.queued, "handed": line.handed, "started": line.started, "ended": line.ended}}
             for line in summary.failed
         ],
@@ -88,13 +97,24 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
     for line in summary.failed:
         out.append("")
         out.append(f"{failure(line)}")
+        if command := _command(summary, line):
+            out.append(f"  command: {render.clean(command)}")
         out += [f"    {text}" for text in render.lines(tails.get(line.id, ""))[-STDERR_LINES:]]
-    more = summary.counts.failed - len(summary.failed)
+    more = summary.counts.failed - len(summary.failed) - summary.earlier
     if more > 0:
         out += ["", f"and {more:,} more failed"]
+    if summary.earlier:
+        out += ["", f"{summary.earlier:,} had failed before and did not run again"]
     for name, why in islice(summary.omitted.items(), NAMED_MAX):
         out += ["", f"{render.clean(name)} omitted: {why}"]
+    if summary.counts.failed or summary.earlier:
+        resume = f"pilotq start --resume {shlex.quote(summary.directory)}"
+        out += ["", f"to run what failed again: `{resume}`, then `pilotq retry --all`"]
     return "\n".join([*out, "", f"the pilot's directory: {summary.directory}"])
+
+
+def _command(summary: Summary, line: Line) -> str:
+    return summary.commands.get(line.array or line.id, "")
 
 
 def short(summary: Summary) -> str:

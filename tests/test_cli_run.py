@@ -103,13 +103,13 @@ def test_run_names_what_failed_and_why(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_run_json(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("false\ntrue\n")
+    (tmp_path / "t.txt").write_text("sh -c 'exit 1'\ntrue\n")
     result = cli("run", "t.txt", "--nodes", "2", "--json")
     assert result.returncode == 1
     record = json.loads(result.stdout)
     assert record["tasks"] == {"total": 2, "finished": 1, "failed": 1, "canceled": 0, "left": 0, "omitted": 0}
     assert record["exit_code"] == 1 and record["cores"] == 2
-    assert [task["exit_code"] for task in record["failed"]] == [1]
+    assert [(task["exit_code"], task["command"]) for task in record["failed"]] == [(1, "sh -c exit 1")]
     assert Path(record["directory"]).is_dir()
 
 
@@ -119,6 +119,7 @@ BAD = [
     ("t.json", '{"tasks": [{"command": ["a"]', "t.json: line 1, column"),
     ("t.toml", "tasks = [\n", "this is not TOML"),
     ("t.txt", "true\necho 'open\n", "t.txt: line 2, column 6"),
+    ("t.txt", "true\nLANG=C sort x\n", "t.txt: line 2: 'LANG=C' sets a variable, which needs a shell: write `env`"),
     ("t.json", '{"tasks": [{"command": ["a"], "priority": "high"}]}', "tasks[0].priority: expected a whole number"),
     ("t.json", '{"tasks": [{"name": "a", "command": ["a"]}, {"name": "a", "command": ["a"]}]}', "tasks[1].name: 'a'"),
     ("t.json", '{"tasks": [{"name": "a", "command": ["a"], "after": ["a"]}]}', "a -> a"),
@@ -232,6 +233,26 @@ def test_an_interrupted_run_is_resumed(cli: Cli, tmp_path: Path) -> None:
     result = cli("run", "t.json", "--nodes", "1", "--resume", "p")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "first").read_text() == "x\n" and (tmp_path / "second").read_text() == "x\n"
+
+
+def test_what_failed_is_named_with_its_command_and_runs_again(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("# a comment\ntrue\n\ntest -e there\n")
+    result = cli("run", "t.txt", "--nodes", "2")
+    assert result.returncode == 1
+    assert "\ntask 2 failed: ended with a non-zero exit code (1)\n  command: test -e there\n" in result.stdout
+    directory = str((tmp_path / ".pilotq" / "current").resolve())
+    assert f"to run what failed again: `pilotq start --resume {directory}`, then `pilotq retry --all`" in result.stdout
+    (tmp_path / "there").touch()
+    result = cli("run", "t.txt", "--nodes", "2", "--resume", ".pilotq/current")
+    assert result.returncode == 1 and "1 had failed before and did not run again" in result.stdout
+    assert "more failed" not in result.stdout
+    cli("run", "--", "true")  # another one is the current pilot now
+    assert cli("start", "--resume", directory).returncode == 0
+    try:
+        assert cli("retry", "--all").stdout == "2: runs again\n"
+        assert cli("wait", "--timeout", "60").returncode == 0
+    finally:
+        assert cli("stop").returncode == 0
 
 
 # start, and what other shells do

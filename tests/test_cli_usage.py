@@ -128,6 +128,47 @@ def test_light_commands_import_nothing_heavy(verb: str, tmp_path: Path) -> None:
     assert result.stdout.split() == ["2"], "no pilot here, and none of the heavy modules: " + result.stdout
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
+    def code_of(words: str) -> str:
+        line = f'"$0" -m pilotq {words} {closed}; echo "code $?"'
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PILOTQ_")}
+        result = subprocess.run(
+            ["sh", "-c", line, sys.executable], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90,
+            check=False,
+        )  # fmt: skip
+        assert "Traceback" not in result.stderr
+        return result.stdout
+
+    hidden = ">&-" in closed.split()
+    assert code_of("run --nodes 1 -- echo hello") == ("" if hidden else "hello\n") + "code 0\n"
+    assert code_of("list").endswith("code 0\n")
+
+
+def test_a_directory_that_is_gone_is_said(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for words in (["run", "--", "true"], ["list"]):
+        code = "import os, sys; os.rmdir(os.getcwd()); from pilotq.cli.main import main; main()"
+        gone.mkdir(exist_ok=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=gone, capture_output=True, text=True, timeout=60, check=False,
+            env={k: v for k, v in os.environ.items() if not k.startswith("PILOTQ_")},
+        )  # fmt: skip
+        assert result.returncode == 2, result.stderr
+        assert result.stderr == "pilotq: the current directory does not exist any more: change to one that does\n"
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "pilotq", "help", "states"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert result.returncode == 3
+    assert "pilotq: the disk of the pilot's directory, or of the standard output, is full" in result.stderr
+
+
 def test_a_closed_reader_is_no_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)

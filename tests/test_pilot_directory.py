@@ -52,6 +52,22 @@ def test_by_default_each_pilot_has_a_directory_of_its_own(here: Path) -> None:
     assert sorted(p.name for p in (here / ".pilotq").iterdir()) == sorted([first.id, second.id, "current"])
 
 
+def test_a_pilot_that_is_taken_up_is_itself_and_the_current_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = create()
+    # By the link: another pilot turns it, and the first one must not write there from then on.
+    assert create(".pilotq/current").directory == first.directory
+    assert find(".pilotq/current").directory == first.directory
+    monkeypatch.setenv("PILOTQ_DIR", ".pilotq/current")
+    assert find().directory == first.directory
+    monkeypatch.delenv("PILOTQ_DIR")
+    second = create()
+    assert find().directory == second.directory
+    assert create(first.directory).directory == first.directory
+    assert find().directory == first.directory, "what was taken up last"
+    create("elsewhere")
+    assert find().directory == first.directory
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_a_directory_is_private_whatever_the_umask(here: Path, umask: int) -> None:
     before = os.umask(umask)
