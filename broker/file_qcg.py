@@ -10,6 +10,7 @@ its submit; ``env`` may go with ``script``; ``${date}`` is the date and ``${time
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -63,7 +64,7 @@ class Execution(msgspec.Struct, forbid_unknown_fields=True):
     modules: str | list[str] | None = None
     venv: str | None = None
     model: str | None = None
-    model_opts: dict[str, str | list[str]] | None = None
+    model_opts: dict[str, Any] | None = None
 
 
 class Iteration(msgspec.Struct, forbid_unknown_fields=True):
@@ -85,6 +86,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     attributes: dict[str, Any] | None = None
 
 
+_BEGIN = re.compile(r"(?:\d+h)?(?:\d+m)?(?:\d+s)?")
 KEYS = tuple(
     key
     for kind in (Job, Execution, Resources, Amount, Scheduler, Iteration, Dependencies)
@@ -159,8 +161,8 @@ def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cor
     if ":" in name:
         raise InvalidInput(f"{where}.name: {name!r} has a :, which stands between a job and its iteration")
     words = {**words, "jname": name}
-    array, values = _elements(job.iteration, f"{where}.iteration")
-    resources = Resources(numCores=1) if job.resources is None else job.resources
+    array, values = _elements(job.iteration, words, f"{where}.iteration")
+    resources = _resources(job)
     never = _never(resources, job.iteration is not None)
     request, wish = (Request(), None) if never else _request(resources, f"{where}.resources")
     cores = None
@@ -173,7 +175,7 @@ def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cor
         request=request,
         array=array,
         values=values,
-        time_request=_duration(resources.wt, f"{where}.resources.wt") if resources.wt else None,
+        time_request=None if resources.wt is None else _duration(fill(resources.wt, words), f"{where}.resources.wt"),
         qcg=True,
         **_run(job.execution, words, f"{where}.execution"),
     )
@@ -182,14 +184,17 @@ def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cor
     return Draft(name, path, task, after, cores, never)
 
 
-def _elements(iteration: Iteration | None, where: str) -> tuple[ArrayRange | None, list[str] | None]:
+def _elements(
+    iteration: Iteration | None, words: Mapping[str, str], where: str
+) -> tuple[ArrayRange | None, list[str] | None]:
     if iteration is None:
         return None, None
-    start = iteration.start or 0
     if iteration.values is not None:
-        if start or iteration.stop is not None:
+        # As there: values count from 0, whatever start says.
+        if iteration.stop is not None:
             raise InvalidInput(f"{where}: give start and stop, or values, not both")
-        return None, [_text(value) for value in iteration.values]
+        return None, [fill(_text(value), words) for value in iteration.values]
+    start = iteration.start or 0
     if iteration.stop is None or iteration.stop <= start:
         raise InvalidInput(f"{where}: stop must be given, and be above start ({start})")
     if iteration.stop - start > ARRAY_LIMIT:
@@ -199,6 +204,28 @@ def _elements(iteration: Iteration | None, where: str) -> tuple[ArrayRange | Non
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
+
+
+def _resources(job: Job) -> Resources:
+    """What a job asks for, without the parts that QCG-PilotJob does not look at.
+
+    Nodes with 0 cores each are entire nodes, cores on 0 nodes are anywhere; a scheduler is for iterations.
+    """
+    found = job.resources or Resources(numCores=1)
+    cores, nodes = found.numCores, found.numNodes
+    if job.iteration is None and isinstance(cores, Amount) and cores.min is not None and cores.max is not None:
+        cores = msgspec.structs.replace(cores, scheduler=None)
+    if cores is not None and nodes is not None:
+        cores, nodes = (cores if _least(cores) != 0 else None), (nodes if _least(nodes) != 0 else None)
+        if cores is None and nodes is None:
+            nodes = 0
+    return msgspec.structs.replace(found, numCores=cores, numNodes=nodes)
+
+
+def _least(amount: int | Amount) -> int | None:
+    if isinstance(amount, int):
+        return amount
+    return amount.min if amount.exact is None else amount.exact
 
 
 class Wish(msgspec.Struct):
@@ -232,13 +259,13 @@ def _request(resources: Resources, where: str) -> tuple[Request, Wish | None]:
 
 def _never(resources: Resources, iterates: bool) -> str:
     """Why a job can run nowhere at all; QCG-PilotJob accepts such a one, and it fails while others run."""
-    for amount in (resources.numCores, resources.numNodes):
-        low = amount if isinstance(amount, int) else amount and (amount.exact if amount.max is None else amount.min)
-        if low == 0:
+    for what, amount in (("core", resources.numCores), ("node", resources.numNodes)):
+        scheduled = isinstance(amount, Amount) and amount.scheduler is not None and iterates
+        if amount is not None and _least(amount) == 0 and not scheduled:
             return "Missing node and cores specification: a job cannot have 0 of them"
         if isinstance(amount, Amount) and amount.exact is None and amount.min is not None and amount.max is None:
             if amount.scheduler is None:
-                return "Both core's range boundaries (min, max) must be defined"
+                return f"Both {what}'s range boundaries (min, max) must be defined"
             if not iterates:
                 return "Both core's range boundaries (min, max) must be defined: a scheduler is for iterations"
     if resources.nodeCrs and resources.numNodes is None:
@@ -264,36 +291,44 @@ def _span(amount: int | Amount | None, where: str) -> tuple[int, int] | None:
 
 def _duration(text: str, where: str) -> float:
     try:
-        return parse_duration(text)
+        seconds = parse_duration(text)
     except InvalidInput as error:
-        raise InvalidInput(f"{where}: {error}") from None
+        # As there: what stands behind the duration is not looked at.
+        begin = _BEGIN.match(text)
+        if begin is None or not begin[0]:
+            raise InvalidInput(f"{where}: {error}") from None
+        seconds = parse_duration(begin[0])
+    if seconds <= 0:
+        raise InvalidInput(f"{where}: {text!r} is no time at all")
+    return seconds
 
 
 def _run(execution: Execution, words: Mapping[str, str], where: str) -> dict[str, Any]:
     """The fields of Task that say what runs, and in which surroundings."""
-    if execution.exec is None and execution.script is None:
+    program, text = execution.exec or None, execution.script or None
+    if program is None and text is None:
         raise InvalidInput(f"{where}: exec or script is missing")
-    if execution.exec is not None and execution.script is not None:
+    if program is not None and text is not None:
         raise InvalidInput(f"{where}: give exec or script, not both")
-    if execution.script is not None and execution.args:
+    if text is not None and execution.args:
         raise InvalidInput(f"{where}: args go with exec, not with script")
     command, script = None, None
     setup = "".join(_setup(execution, words))
     launch_at = 0
-    model = (execution.model or "default").lower()
+    model = fill(execution.model or "default", words).lower()
     # Where a launcher starts ranks, its words are appended to the line: what is set up is for the launcher, too.
     ranks, launcher = ([], "") if model in ONE_PROCESS_MODELS else (["pilotq"], '"$@" ')
-    if execution.script is not None and setup and ranks:
-        text = fill(execution.script, words, script=True)
+    if text is not None and setup and ranks:
+        text = fill(text, words, script=True)
         command = ["bash", "-l", "-c", f"{setup}exec {launcher}", *ranks, "bash", "-l", "-c", text]
         launch_at = 5
-    elif execution.script is not None:
-        script = setup + fill(execution.script, words, script=True)
+    elif text is not None:
+        script = setup + fill(text, words, script=True)
     else:
-        command = [fill(_text(word), words) for word in [execution.exec, *(execution.args or ())]]
+        command = [fill(_text(word), words) for word in [program, *(execution.args or ())]]
         if setup or execution.modules is not None or execution.venv is not None:
-            # As there: bash reads the line, so the arguments are expanded; only their spaces are kept.
-            line = " ".join([command[0], *(word.replace(" ", "\\ ") for word in command[1:])])
+            # As there: bash reads the line, so the arguments are split and expanded, and may bring their quotes.
+            line = " ".join(command)
             command = ["bash", "-l", "-c", f"{setup}exec {launcher}{line}", *ranks]
             launch_at = len(command) if ranks else 0
     opts = execution.model_opts or {}
@@ -302,14 +337,18 @@ def _run(execution: Execution, words: Mapping[str, str], where: str) -> dict[str
         "script": script,
         "launch_at": launch_at,
         "login_shell": script is not None,
-        "env": {name: fill(_text(value), words) for name, value in (execution.env or {}).items()},
+        "env": {fill(name, words): fill(_text(value), words) for name, value in (execution.env or {}).items()},
         "cwd": _filled(execution.wd, words),
         "stdin": _filled(execution.stdin, words),
         "stdout": _filled(execution.stdout, words),
         "stderr": _filled(execution.stderr, words),
         "model": model,
-        "model_opts": {name: opt if isinstance(opt, str) else shlex.join(opt) for name, opt in opts.items()},
+        "model_opts": {name: fill(_option(opt), words) for name, opt in opts.items()},
     }
+
+
+def _option(value: Any) -> str:
+    return shlex.join(map(_text, value)) if isinstance(value, list) else _text(value)
 
 
 def _setup(execution: Execution, words: Mapping[str, str]) -> Iterator[str]:

@@ -185,7 +185,7 @@ def _elements(draft: Draft, file: str) -> Iterator[tuple[int, Task]]:
                 request=Request((n := draft.cores[position], n), spread=n > 1) if draft.cores else task.request,
                 command=None if task.command is None else [fill(text, words) for text in task.command],
                 script=None if task.script is None else fill(task.script, words, script=True),
-                env={name: fill(text, words) for name, text in task.env.items()},
+                env={fill(name, words): fill(text, words) for name, text in task.env.items()},
                 **{
                     key: None if (text := getattr(task, key)) is None else fill(text, words)
                     for key in ("cwd", "stdin", "stdout", "stderr")

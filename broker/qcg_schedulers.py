@@ -17,6 +17,7 @@ def plan(
     cores out in each round. ``split-into`` gives each the same part, whatever ``least`` says; params may have ``parts``
     (default: ``count``).
     """
+    name = name.lower()
     if name not in ("maximum-iters", "split-into"):
         raise InvalidInput(f"{where}.name: {name!r} is unknown: use maximum-iters or split-into")
     if total is None:
@@ -27,6 +28,8 @@ def plan(
             raise InvalidInput(f"{where}: min is {least} cores, but the pilot has {total}")
         return list(_rounds(count, total, -(-count // (total // least))))
     parts = params.get("parts", count)
+    if isinstance(parts, str) and parts.strip().isdecimal():
+        parts = int(parts)
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise InvalidInput(f"{where}.params.parts: must be a whole number from 1 on")
     if parts > total:

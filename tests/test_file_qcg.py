@@ -161,8 +161,9 @@ def test_what_is_accepted_and_can_never_run_is_known(resources: dict[str, Any], 
 
 
 def test_walltime_is_what_the_job_asks_for(tmp_path: Path) -> None:
-    (task,) = read(tmp_path, job("a", resources={"numCores": 1, "wt": "1h2m3s"})).tasks
-    assert (task.time_request, task.time_limit) == (3723.0, None)
+    for text, seconds in (("1h2m3s", 3723.0), ("30s1h", 30.0), ("${rcnt}m", 60.0)):
+        (task,) = read(tmp_path, job("a", resources={"numCores": 1, "wt": text})).tasks
+        assert (task.time_request, task.time_limit) == (seconds, None)
 
 
 def test_words_of_a_request(tmp_path: Path) -> None:
@@ -209,10 +210,10 @@ def test_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"modules": "gcc"}, "source /etc/profile; module load gcc || exit; exec x a\\ b $HOME ${it}"),
+        ({"modules": "gcc"}, "source /etc/profile; module load gcc || exit; exec x a b $HOME ${it}"),
         ({"modules": ["a", "b"], "venv": "v"},
-         "source /etc/profile; module load a b || exit; source v/bin/activate || exit; exec x a\\ b $HOME ${it}"),
-        ({"venv": ""}, "exec x a\\ b $HOME ${it}"),
+         "source /etc/profile; module load a b || exit; source v/bin/activate || exit; exec x a b $HOME ${it}"),
+        ({"venv": ""}, "exec x a b $HOME ${it}"),
     ],
 )  # fmt: skip
 def test_modules_and_venv(tmp_path: Path, more: dict[str, Any], line: str) -> None:
@@ -224,7 +225,7 @@ def test_modules_and_venv(tmp_path: Path, more: dict[str, Any], line: str) -> No
 def test_model_and_script_with_venv_and_env(tmp_path: Path) -> None:
     execution = {
         "script": "./run", "venv": "v", "env": {"A": "1"}, "model": "OpenMPI",
-        "model_opts": {"mpirun": "mpiexec", "mpirun_args": ["-x", "a b"]},
+        "model_opts": {"mpirun": "mpiexec", "mpirun_args": ["-x", "a b", 2], "n": 3},
     }  # fmt: skip
     (task,) = read(tmp_path, {"name": "a", "execution": execution}).tasks
     # Each rank runs the script; what is set up is for mpirun, whose words stand for "$@".
@@ -238,7 +239,7 @@ def test_model_and_script_with_venv_and_env(tmp_path: Path) -> None:
     assert task.launch_at == 5
     (task,) = read(tmp_path, {"name": "a", "execution": execution | {"venv": None}}).tasks
     assert (task.script, task.login_shell, task.launch_at) == ("./run", True, 0)
-    assert (task.model, task.model_opts) == ("openmpi", {"mpirun": "mpiexec", "mpirun_args": "-x 'a b'"})
+    assert (task.model, task.model_opts) == ("openmpi", {"mpirun": "mpiexec", "mpirun_args": "-x 'a b' 2", "n": "3"})
 
 
 def test_dependencies_on_elements(tmp_path: Path) -> None:

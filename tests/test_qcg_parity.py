@@ -78,6 +78,11 @@ def test_elements_that_wait_one_by_one_for_what_was_canceled(tmp_path: Path) -> 
         ({"numNodes": 2, "numCores": {"min": 1, "max": 3}}, "2 n1,n2 5 2,3", "n1[0:1],n2[0:1:2]"),
         ({"numNodes": {"min": 1, "max": 3}, "numCores": 2}, "2 n1,n2 4 2,2", "n1[0:1],n2[0:1]"),
         ({"numNodes": 1, "numCores": 3}, "1 n2 3 3", "n2[0:1:2]"),
+        ({"numNodes": 2, "numCores": 0}, "2 n1,n2 5 2,3", "n1[0:1],n2[0:1:2]"),
+        ({"numNodes": 2, "numCores": {"min": 0, "max": 1}}, "2 n1,n2 5 2,3", "n1[0:1],n2[0:1:2]"),
+        ({"numNodes": 0, "numCores": 3}, "2 n1,n2 3 2,1", "n1[0:1],n2[0]"),
+        ({"numNodes": {"min": 0, "max": 2}, "numCores": 3}, "2 n1,n2 3 2,1", "n1[0:1],n2[0]"),
+        ({"numCores": {"min": 1, "max": 2, "scheduler": {"name": "split-into"}}}, "1 n1 2 2", "n1[0:1]"),
     ],
 )
 def test_cores_and_nodes(tmp_path: Path, resources: dict[str, Any], shown: str, allocation: str) -> None:
@@ -94,6 +99,7 @@ def test_cores_and_nodes(tmp_path: Path, resources: dict[str, Any], shown: str, 
         ("maximum-iters", {}, 2, 7, [2, 2, 2, 2, 2, 3, 3]),
         ("maximum-iters", {}, 3, 2, [4, 4]),
         ("split-into", {"parts": 3}, 1, 5, [2] * 5),
+        ("Split-Into", {"parts": "3"}, 0, 2, [2] * 2),
         ("split-into", {"parts": 2}, 7, 3, [4] * 3),  # there `min` has no say
     ],
 )
@@ -110,6 +116,45 @@ def test_values_of_all_kinds(tmp_path: Path) -> None:
     values = ["a", "b c", 3, 4.5, True, None, "it's", "$HOME", "${it}", [1, 2], {"k": "v"}]
     ran = jobs(tmp_path, show("it", "${it}=${itval}", iteration={"start": 0, "values": values}))
     assert [ran.text(f"o.{i}") for i in range(len(values))] == [f"{i}={value}\n" for i, value in enumerate(values)]
+
+
+def test_words_of_a_request_stand_in_values_and_in_names_of_variables(tmp_path: Path) -> None:
+    line = "echo '${itval}'; env | grep ^K_ | sort"
+    env = {"K_${jname}": "${rcnt}", "K_$it": "it", "QCG_PM_NPROCS": "99", "QCG_PM_MINE": "mine"}
+    execution = {"exec": "bash", "args": ["-c", f"{line}; echo $QCG_PM_NPROCS $QCG_PM_MINE"], "env": env}
+    values = ["${jname}-${rcnt}", "$sname", "${ncores}"]
+    a = job("a", execution | {"stdout": "o.${it}"}, iteration={"start": 7, "values": values})
+    ran = jobs(tmp_path, a)
+    assert [ran.text(f"o.{i}").splitlines() for i in range(3)] == [
+        [value, f"K_{i}=it", "K_a=1", "1 mine"] for i, value in enumerate(["a-1", "local", "${ncores}"])
+    ]
+    assert ran.report["a"]["execution"]["env"] == {"K_a": "1", **dict(list(env.items())[1:])}
+
+
+def test_a_refused_submit_has_its_number(tmp_path: Path) -> None:
+    bad = [{"name": "x"}], [job("x", {"args": []})], [job("x", resources={"numCores": 400})], [job("x y")]
+    ran = requests(
+        tmp_path, *({"request": "submit", "jobs": described} for described in ([], *bad)),
+        {"request": "submit", "jobs": [job("a_${rcnt}")]},
+    )  # fmt: skip
+    assert [reply["code"] for reply in ran.replies] == [1] * 5 + [0] and ran.states == {"a_5": "SUCCEED"}
+    named = "Job identifier '(x y)' contains invalid characters or unknown variables"
+    assert ran.replies[4]["message"].startswith(named)
+
+
+def test_bash_reads_the_line_of_a_job_with_an_environment(tmp_path: Path) -> None:
+    words = ["a b", "'c  d'", '"e f"', "$((1+1))"]
+    ran = jobs(tmp_path, job("a", {"exec": "printf '%s|'", "args": words, "venv": "", "stdout": "o"}))
+    assert ran.text("o") == "a|b|c  d|e f|2|"
+
+
+def test_what_is_empty_is_not_given(tmp_path: Path) -> None:
+    ran = jobs(
+        tmp_path, job("a", script("echo a", exec="", args=[], env={}, wd="", stdout="a")),
+        job("b", {"exec": "echo", "args": ["b"], "script": "", "wd": "w/.", "stdout": "b"}, dependencies={}),
+    )  # fmt: skip
+    assert (ran.text("a"), ran.text("w/b")) == ("a\n", "b\n")
+    assert ran.report["b"]["runtime"]["wd"] == f"{tmp_path}/w/." and ran.report["b"]["dependencies"] == {"after": []}
 
 
 def test_files_and_directories(tmp_path: Path) -> None:

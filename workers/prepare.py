@@ -112,7 +112,7 @@ class Preparer:
         if spec.flags & (FLAG_FUNCTION | FLAG_STOCK):
             e.function = True
             return around.base, here.place, self._call(e, spec, cwd, after)
-        env = _environment(handed, spec)
+        env = _environment(handed, spec, here.place.env)
         launch = Launch(
             e.key, handed.id, handed.execution, handed.shared, e.allocation, _argv(spec), env, cwd,
             _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after,
@@ -227,10 +227,15 @@ STEP_CLEAR = (0xF << 76) | (0x3 << 62)
 STEP_SET = (0x4 << 76) | (0x2 << 62)
 
 
-def _environment(handed: Handed, spec: Spec) -> dict[str, str]:
+def _environment(handed: Handed, spec: Spec, placed: Mapping[str, str]) -> dict[str, str]:
     """What is this task's alone; the launcher adds its id and execution."""
-    env = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}", **_array_environment(handed)}
-    if spec.env:
+    step = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"}
+    env = {**step, **_array_environment(handed)}
+    if spec.env and spec.flags & FLAG_QCG:
+        # In QCG-PilotJob what the manager says of a job's place stands above what the job says of it.
+        told = {name for name in placed if name.startswith(("QCG_PM_", "SLURM_"))} | step.keys()
+        env.update((name, value) for name, value in spec.env.items() if name not in told)
+    elif spec.env:
         env.update(spec.env)
     return env
 

@@ -42,6 +42,9 @@ def render(spec: Spec, words: Words) -> Spec:
     """
     if spec.flags & FLAG_QCG:
         known = _qcg_words(words)
+        if any("$" in name for name in spec.env):
+            # Only there names of variables have words, too.
+            spec = msgspec.structs.replace(spec, env={fill(name, known): text for name, text in spec.env.items()})
         return _render(spec, lambda text: fill(text, known), lambda text: fill(text, known, script=True), b"$")
     if spec.flags & FLAG_ARRAY:
         index = str(words.index)

@@ -28,11 +28,13 @@ _PHRASES: Final = tuple(
         (r"\.num(Cores|Nodes).*expected a whole number >=", "Neative number of resources"),
         (r"\.numCores: expected", "Wrong definition of number of cores"),
         (r"\.numNodes: expected", "Wrong definition of number of nodes"),
-        (r"\.num(Cores|Nodes): give exact", "Exact number of resources defined with min/max/scheduler"),
+        (r"\.num(Cores|Nodes): (give exact|a scheduler)", "Exact number of resources defined with min/max/scheduler"),
         (r"\.num(Cores|Nodes): min is above", "Maximum number greater than minimal"),
         (r"\.num(Cores|Nodes): it says no number", "No resources defined"),
-        (r"\.resources\.wt: ", "Wrong wall time format"),
+        (r"\.resources\.wt: expected", "Wrong wall time format"),
+        (r"\.resources\.wt: ", "Wall time must be greater than 0"),
         (r"\.nodeCrs: .*only gpu and mem", "Unknown consumable resource"),
+        (r"\.nodeCrs: expected", "Wrong definition of Consumable Resources"),
         (r"\.iteration: give start and stop, or values", "Stop and values iteration are excluding"),
         (r"\.iteration: stop must", "Job iteration stop greater or equal than start"),
         (r"\.iteration", "Job iteration wrong specification"),
@@ -43,6 +45,9 @@ _PHRASES: Final = tuple(
         (r"\.name: .*\bhas a :", "Invalid job name"),
     )
 )
+
+# Of a name it says so without the words that stand before all others.
+_NAME: Final = re.compile(r"(\S+name): (Job identifier .* unknown variables)(.*)", re.DOTALL)
 
 
 def check_form(bodies: Sequence[Any]) -> None:
@@ -73,6 +78,8 @@ def in_old_words(error: InvalidInput) -> InvalidInput:
     """The same refusal, its words first where it has some for that."""
     text = str(error)
     detail = text.removeprefix(f"{WRONG}: ")
+    if found := _NAME.match(detail):
+        return type(error)(f"{found[2]} ({found[1]}{found[3]})")
     for pattern, phrase in _PHRASES:
         if detail != text and pattern.search(detail):
             return type(error)(f"{WRONG}: {phrase} ({detail})")

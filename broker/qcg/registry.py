@@ -60,6 +60,10 @@ class Refused(msgspec.Struct, tag="refused", tag_field="is"):
     key: str
 
 
+class Counted(msgspec.Struct, tag="counted", tag_field="is"):
+    """A submit was refused; it has its number all the same."""
+
+
 class Over(msgspec.Struct, tag="over", tag_field="is"):
     """A job that has ended without ever being a task."""
 
@@ -91,7 +95,7 @@ class Finish(msgspec.Struct, tag="finish", tag_field="is"):
     """The service is asked to end when all jobs have."""
 
 
-Record = Submitted | Planned | Done | Refused | Over | Canceled | Removed | Began | Finish
+Record = Submitted | Planned | Done | Refused | Counted | Over | Canceled | Removed | Began | Finish
 _decode = msgspec.json.Decoder(Record).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -140,7 +144,7 @@ class Job:
         if index is not None:
             value = self.values[index] if self.values is not None else str(index)
             words |= {"it": str(index), "itval": value}
-        directory = os.path.normpath(os.path.join(root, fill(self.cwd, words)))
+        directory = os.path.join(root, fill(self.cwd, words)) if self.cwd else root
         return directory, os.path.basename(fill(self.program, words))
 
     def description(self) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def filled(value: Any, words: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [filled(item, words) for item in value]
     if isinstance(value, dict):
-        return {key: filled(item, words) for key, item in value.items()}
+        return {fill(key, words): filled(item, words) for key, item in value.items()}
     return value
 
 
@@ -244,6 +248,8 @@ class Registry:
     def _apply(self, record: Record) -> None:
         if isinstance(record, Submitted):
             self._submitted(record)
+        elif isinstance(record, Counted):
+            self.submits += 1
         elif isinstance(record, Planned):
             self._plans[record.key] = record
         elif isinstance(record, Done):

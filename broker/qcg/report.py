@@ -188,7 +188,7 @@ def _description(job: Job) -> dict[str, Any]:
     body = job.description()
     given = {key: value for key, value in body["execution"].items() if value is not None}
     given |= {"args": [str(arg) for arg in given.get("args", ())]}
-    if isinstance(given.get("modules"), str):
+    if given.get("modules") and isinstance(given["modules"], str):
         given["modules"] = [given["modules"]]
     if "model" in given:
         given["model"] = given["model"].lower()
@@ -198,8 +198,11 @@ def _description(job: Job) -> dict[str, Any]:
         for key, value in (body.get("resources") or {"numCores": 1}).items()
         if value is not None
     }
+    if resources.get("nodeCrs"):
+        resources["nodeCrs"] = {name.upper(): number for name, number in resources["nodeCrs"].items()}
     found = {"execution": {"model_opts": {}} | execution, "resources": resources}
-    return found | ({"dependencies": body["dependencies"]} if body.get("dependencies") else {})
+    waits = body.get("dependencies")
+    return found if waits is None else found | {"dependencies": {"after": waits.get("after") or []}}
 
 
 def _names_in(path: str, form: str) -> Counter[str]:

@@ -17,7 +17,7 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.broker.file_qcg import draft_of, job_of, request_words
 from pilotq.broker.qcg.look import Look
 from pilotq.broker.qcg.old_words import WRONG, check_form, in_old_words
-from pilotq.broker.qcg.registry import Done, Over, Planned, Record, Refused, Registry, Submitted
+from pilotq.broker.qcg.registry import Counted, Done, Over, Planned, Record, Refused, Registry, Submitted
 from pilotq.broker.qcg.states import FAILED, OMITTED, moment
 from pilotq.broker.qcg_jobs import Draft, Known, Unmet, tasks_of
 from pilotq.broker.records import NodeInfo
@@ -52,30 +52,41 @@ class Submits:
 
         A job that waits for one which nobody has submitted yet is held until somebody does, or until `settle`.
         """
-        check_form(bodies)
         with self._registry.locked():
-            now = time.time()
-            words = request_words(self._registry.submits + 1, moment(now))
-            drafts: list[Draft] = []
-            names: set[str] = set()
-            for number, body in enumerate(bodies):
-                path = f"jobs[{number}]"
-                try:
-                    draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._total or None)
-                except InvalidInput as error:
-                    raise in_old_words(error) from None
-                if draft.name in self._registry.jobs or draft.name in names:
-                    raise InvalidInput(f"Job {draft.name} already exist")
-                names.add(draft.name)
-                drafts.append(draft)
-            never = self._never(drafts)
-            ready = self._ready([*self._held(), *(draft for draft in drafts if draft.name not in never)], never)
-            key = f"qcg-{secrets.token_hex(8)}"
-            submitted = Submitted(now, words, self._total, list(bodies), key)
-            overs = [Over(name, FAILED, why, now) for name, why in never.items()]
-            known = {draft.name: Never(draft) for draft in drafts if draft.name in never}
-            self._commit(key, ready, known, [submitted, *overs], drafts)
-            return [draft.name for draft in drafts]
+            number = self._registry.submits + 1
+            try:
+                return self._take(bodies, number)
+            except InvalidInput:
+                if bodies and self._registry.submits < number:
+                    self._registry.write(Counted())
+                raise
+
+    def _take(self, bodies: Sequence[Any], number: int) -> list[str]:
+        check_form(bodies)
+        now = time.time()
+        words = request_words(number, moment(now))
+        drafts = self._drafts(bodies, words)
+        never = self._never(drafts)
+        ready = self._ready([*self._held(), *(draft for draft in drafts if draft.name not in never)], never)
+        key = f"qcg-{secrets.token_hex(8)}"
+        submitted = Submitted(now, words, self._total, list(bodies), key)
+        overs = [Over(name, FAILED, why, now) for name, why in never.items()]
+        known = {draft.name: Never(draft) for draft in drafts if draft.name in never}
+        self._commit(key, ready, known, [submitted, *overs], drafts)
+        return [draft.name for draft in drafts]
+
+    def _drafts(self, bodies: Sequence[Any], words: Mapping[str, str]) -> list[Draft]:
+        drafts: dict[str, Draft] = {}
+        for number, body in enumerate(bodies):
+            path = f"jobs[{number}]"
+            try:
+                draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._total or None)
+            except InvalidInput as error:
+                raise in_old_words(error) from None
+            if draft.name in self._registry.jobs or draft.name in drafts:
+                raise InvalidInput(f"Job {draft.name} already exist")
+            drafts[draft.name] = draft
+        return list(drafts.values())
 
     def settle(self) -> dict[str, str]:
         """Omit what waits for jobs that nobody has submitted; returns the names of those jobs, with the reason."""
