@@ -8,13 +8,14 @@ which the scripts know by execution and call numbers.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -44,6 +45,8 @@ WORKER_TTL_S = 480  # as RQ's own workers
 VALUES_BLOCK = 1000
 BLOCK_S = 30  # for so long the server waits for a message; then it answers that there is none
 NUMBERED = ("end", "give_back")  # calls whose mail is delivered once for each number, their second argument
+LAST_TRY_S = 0.1  # an attempt to connect takes no less
+ASK_AGAIN_S = 0.4
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 _inbox = msgspec.msgpack.Decoder(list[ToWorker])
 _values = msgspec.msgpack.Decoder(list[str])
@@ -77,6 +80,7 @@ class NodeLink:
         self._report_link = Link(address, timeout=settings.connect_s)
         self._commands = Commands(address, settings.kill_grace_s)
         self._fetch_link = Link(address)
+        self._links = (self._inbox_link, self._report_link, self._fetch_link, self._commands.link)
         self._store = Store(self._report_link, epoch, settings)
         self._info: NodeInfo | None = None
         self._fields: dict[str, str] = {}  # of RQ's worker record
@@ -88,6 +92,7 @@ class NodeLink:
         self._undelivered: list[tuple[str, ToWorker]] = []
         self._down = False
         self._retry_at = 0.0
+        self._ask_again_at = 0.0  # monotonic: for what launches need
         self._asked_at = 0.0  # monotonic: when the inbox was asked for
         self._heard = 0.0  # monotonic: when the last call that was answered had been sent
         self._fetch_shared = lru_cache(maxsize=256)(self._read_shared)
@@ -116,7 +121,6 @@ class NodeLink:
         contact = self._fetch_link.call("HGET", keys.WISH, "contact")
         self.contact_s = self.settings.contact_s if contact is None else float(contact)
         self._connect()
-        self._fetch_link.timeout = self.settings.connect_s
         return info.incarnation
 
     def unregister(self) -> None:
@@ -134,8 +138,7 @@ class NodeLink:
 
     def filenos(self) -> list[int]:
         """Descriptors to wait on for reading; they change after a reconnect, so ask before each wait."""
-        links = (self._inbox_link, self._report_link, self._commands.link)
-        return [link.fileno() for link in links if link.connected]
+        return [link.fileno() for link in self._links if link is not self._fetch_link and link.connected]
 
     def pause(self, now: float) -> float:
         """Seconds until `pump` wants to be called though nothing arrives."""
@@ -170,20 +173,39 @@ class NodeLink:
         """Open both connections, ask for the inbox, send again what has no answer."""
         for link in (self._inbox_link, self._report_link):
             link.close()
+            self._bound_waits()
             link.connect()
         self._commands.listen(self._known().name)
         for name in ("end", "give_back", "launched", "beat", "write", "tell"):
+            self._bound_waits()
             self._load(name)
-        self._down = False
+        self._down, self._ask_again_at = False, 0.0
+        self._bound_waits()
         self._ask_inbox()
         again, self._sent = self._sent, deque()
         for call in again:
             self._post(call)
 
+    def _bound_waits(self) -> None:
+        """No attempt to find the server again goes on when tasks must be ended, since others get them soon after."""
+        left = self._heard + self.contact_s - time.monotonic() if self._down and self.contact_s else math.inf
+        for link in self._links:
+            link.timeout = min(self.settings.connect_s, max(left, LAST_TRY_S))
+
+    def _fetch(self, *command: Argument) -> Any:
+        """What a launch needs. Each attempt holds us up, and many may ask: after a failure there is a pause."""
+        if time.monotonic() < self._ask_again_at:
+            raise ServerUnavailable(f"the server at {self._fetch_link.address} did not answer a moment ago")
+        self._bound_waits()
+        try:
+            return self._fetch_link.call(*command)
+        except ServerUnavailable:
+            self._ask_again_at = time.monotonic() + ASK_AGAIN_S
+            raise
+
     def _lost(self, now: float) -> None:
-        self._inbox_link.close()
-        self._report_link.close()
-        self._commands.link.close()
+        for link in (self._inbox_link, self._report_link, self._commands.link):
+            link.close()
         self._down = True
         # Trying takes time while nobody answers: at most half of ours goes into it.
         self._retry_at = now + max(0.1, time.monotonic() - now)
@@ -339,12 +361,9 @@ class NodeLink:
 
     def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
         """Those of these nodes that are registered. May wait for the server up to the link's timeout."""
-        records = self._fetch_link.call("HMGET", keys.NODES, *names)
-        return {
-            name: msgspec.json.decode(record, type=NodeInfo)
-            for name, record in zip(names, records, strict=True)
-            if record is not None
-        }
+        records = self._fetch("HMGET", keys.NODES, *names)
+        found = [r and msgspec.json.decode(r, type=NodeInfo) for r in records]
+        return {name: info for name, info in zip(names, found, strict=True) if info}
 
     # -- what tasks share ----------------------------------------------------------------------------------------
 
@@ -358,23 +377,23 @@ class NodeLink:
 
     def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
         """The record of a job as it stands. May wait for the server, as `fetch_shared`."""
-        flat = self._fetch_link.call("HGETALL", keys.job(task_id))
+        flat = self._fetch("HGETALL", keys.job(task_id))
         if not flat:
             raise PilotFailed(f"the record of job {task_id} is gone")
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
     def _read_shared(self, key: str) -> Shared:
-        data = self._fetch_link.call("GET", keys.shared(key))
+        data = self._fetch("GET", keys.shared(key))
         if data is None:
             raise PilotFailed(f"the surroundings {key} of a submission are gone")
         return _shared.decode(data)
 
     def _read_block(self, array: str, block: int) -> list[str]:
-        data = self._fetch_link.call("HGET", keys.values(array), block)
+        data = self._fetch("HGET", keys.values(array), block)
         if data is None:
             raise PilotFailed(f"the values of array {array} are gone")
         return _values.decode(zlib.decompress(data))
 
     def close(self) -> None:
-        for link in (self._inbox_link, self._report_link, self._fetch_link, self._commands.link):
+        for link in self._links:
             link.close()

@@ -28,9 +28,9 @@ def _possible() -> None:
 
 
 @contextmanager
-def apart(folder: Path, contact: float = CONTACT_S) -> Iterator[tuple[Rig, Far]]:
+def apart(folder: Path, contact: float = CONTACT_S, **settings: float) -> Iterator[tuple[Rig, Far]]:
     """A pilot with a node n1 here and a node far there, with a core each."""
-    r = Rig(folder, "n1:1", **SETTINGS)
+    r = Rig(folder, "n1:1", **{**SETTINGS, **settings})
     far = Far(r)
     try:
         r.start(bind=[far.here], contact=contact)
@@ -83,6 +83,22 @@ def test_a_long_cut_ends_the_tasks_there_before_others_get_them(tmp_path: Path, 
         more = r.submit([r.probe(0.5), r.probe(0.5)])
         wait_until(lambda: ended(r, more.key), seconds=60, what="both nodes work")
         assert len(begun(r, "far")) == 2
+
+
+@pytest.mark.parametrize("direction", CUT)
+def test_a_worker_that_tries_to_connect_does_not_forget_its_clock(tmp_path: Path, direction: str) -> None:
+    """An attempt may take much longer than the margin of others; it ends when this worker's time is over."""
+    with apart(tmp_path, connect_s=30.0) as (r, far):
+        work = r.submit([r.probe(20.0)])
+        wait_until(lambda: begun(r, "far"), seconds=60, what="the task on node far")
+        far.cut(direction)
+        wait_until(lambda: begun(r, "n1"), seconds=60, what="it runs again, on node n1")
+        assert far.worker is not None
+        assert far.worker.wait(60) == 3
+        assert not [words for words in r.ledger() if words[2] == "again"]
+        with r.broker() as broker:
+            broker.cancel(work.ids)
+        wait_until(lambda: ended(r, work.key), seconds=60, what="its end")
 
 
 def test_the_newer_outcome_stands_when_a_stopped_worker_goes_on(tmp_path: Path) -> None:

@@ -183,6 +183,7 @@ class _Loop:
             # poll goes by number: a connection made again under the old number needs no new registration.
             wanted.update(dict.fromkeys(self._link.filenos(), select.POLLIN))
             moments += [self._beat_at, now + self._link.pause(now), self._node.outbox.due(now)]
+            moments.append(now + self._contact_bound() - self._link.out_of_touch(now))
         if wanted != self._watched:
             for fd in self._watched.keys() - wanted.keys():
                 self._poll.unregister(fd)
@@ -216,9 +217,12 @@ class _Loop:
     def _check_contact(self, now: float) -> None:
         """Tasks of a node that is out of touch for too long end, as they are given to others; without tasks nobody
         needs this worker."""
-        bound = self._link.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
-        if self._link.out_of_touch(now) > bound:
+        bound = self._contact_bound()
+        if self._link.out_of_touch(now) >= bound:
             raise ServerUnavailable(f"no word from the server for {bound:g} s")
+
+    def _contact_bound(self) -> float:
+        return self._link.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
 
     def _signal(self, now: float) -> None:
         numbers = self._signals.read()
