@@ -74,6 +74,7 @@ class Steps:
         self._tries: dict[str, int] = {}  # node -> how often it was tried again
         self._again: dict[str, float] = {}  # node -> when to try again
         self._left: set[str] = set()  # nodes that are given up
+        self._came: set[str] = set()  # nodes that have joined, at some time
         self._retired: set[str] = set()
         self._failed: set[str] = set()  # nodes that Slurm has given up, and whose workers may live
         self.begun = False
@@ -116,6 +117,7 @@ class Steps:
         ``joined`` are the nodes that are registered, ``retired`` those that are to have no worker. Raises PilotFailed
         when too few have come in time.
         """
+        self._came.update(joined)
         for node in self._retired - retired:
             self._again.setdefault(node, now)
         self._retired = {node for node in retired if node in self.remote.nodes}
@@ -142,11 +144,12 @@ class Steps:
         return dead
 
     def dismiss(self) -> None:
-        """SIGTERM, once, when no node is registered: what waits for a node, or has just started, hears nothing else."""
+        """SIGTERM, once, when no node is registered any more: srun may still wait for one, and hears nothing else."""
         if not self._dismissed:
             self._dismissed = True
-            for part in self.parts:
-                part.signal(signal.SIGTERM)
+            for step in self._steps:
+                if not self._came.issuperset(step.nodes):
+                    step.part.signal(signal.SIGTERM)
 
     def end(self, seconds: float) -> None:
         """End what still runs: SIGTERM, after some seconds SIGKILL."""
