@@ -14,6 +14,7 @@ TRUE = "/bin/true"
 CHAIN = "chain"
 LINKS, CHAINS = 200, 3  # of each chain; the median of so many counts
 TRIAL_S = 1.0
+WARM = 20
 
 # Does so many tasks, from the first submit to the end of the last one as the client sees it; what it returns tells
 # afterwards how many of them are known to have done what they should.
@@ -36,12 +37,13 @@ def rate(plays: Mapping[str, Play], what: str, seconds: float) -> float:
 
 
 def chained(play: Play) -> float:
-    timed(CHAIN, play, LINKS // 20)
+    timed(CHAIN, play, WARM)
     return LINKS / median(timed(CHAIN, play, LINKS) for _ in range(CHAINS))
 
 
 def scaled(what: str, play: Play, seconds: float) -> float:
-    number, took = 10, 0.0  # small runs, which find the number, also warm up
+    timed(what, play, WARM)  # a system may take seconds to have its workers; that would pass for a low rate
+    number, took = 10, 0.0
     while (took := timed(what, play, number)) < TRIAL_S:
         number *= 3
     number = math.ceil(number / took * seconds)
