@@ -14,6 +14,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import repeat
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -106,7 +107,7 @@ def read_requests(data: bytes, file: str) -> list[Any]:
     return requests
 
 
-def check_submits(requests: Sequence[Any], file: str, total_cores: int) -> None:
+def check_submits(requests: Sequence[Any], file: str, total_cores: int, total_nodes: int) -> None:
     """Raise InvalidInput when all that would be submitted is refused for what it says, whatever the pilot.
 
     Then there is no need for one. When one submit may do, it is left to the pilot to answer each.
@@ -119,7 +120,7 @@ def check_submits(requests: Sequence[Any], file: str, total_cores: int) -> None:
         try:
             for place, job in enumerate(request.get("jobs") or ()):
                 path = f"[{number}].jobs[{place}]"
-                draft_of(job_of(job, file, path), file, path, words, total_cores)
+                draft_of(job_of(job, file, path), file, path, words, total_cores, total_nodes)
             return
         except InvalidInput as error:
             first = first or error
@@ -149,7 +150,9 @@ def request_words(count: int, now: datetime) -> dict[str, str]:
     }
 
 
-def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cores: int | None) -> Draft:
+def draft_of(
+    job: Job, file: str, path: str, words: Mapping[str, str], total_cores: int | None, total_nodes: int | None = None
+) -> Draft:
     """What a job means, with the words of its request filled in; raises InvalidInput with its place."""
     where = f"{file}: {path}"
     name = fill(job.name, words)
@@ -164,12 +167,12 @@ def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cor
     array, values = _elements(job.iteration, words, f"{where}.iteration")
     resources = _resources(job)
     never = _never(resources, job.iteration is not None)
-    request, wish = (Request(), None) if never else _request(resources, f"{where}.resources")
-    cores = None
-    if wish is not None:
+    request, wishes = (Request(), {}) if never else _request(resources, f"{where}.resources")
+    requests = None
+    if wishes:
         count = len(values) if values is not None else len(array or ())
-        place = f"{where}.resources.numCores.scheduler"
-        cores = plan(wish.scheduler.name, wish.scheduler.params, count, wish.min, total_cores, place)
+        totals = {"numCores": total_cores, "numNodes": total_nodes}
+        requests = _planned(request, wishes, count, totals, f"{where}.resources")
     task = Task(
         name=name,
         request=request,
@@ -181,7 +184,7 @@ def draft_of(job: Job, file: str, path: str, words: Mapping[str, str], total_cor
     )
     validate(task, where)
     after = [fill(text, words) for text in (job.dependencies or Dependencies()).after or ()]
-    return Draft(name, path, task, after, cores, never)
+    return Draft(name, path, task, after, requests, never)
 
 
 def _elements(
@@ -223,8 +226,11 @@ def _resources(job: Job) -> Resources:
 
 
 def _least(amount: int | Amount) -> int | None:
+    """None where a scheduler will say it."""
     if isinstance(amount, int):
         return amount
+    if amount.scheduler is not None:
+        return None
     return amount.min if amount.exact is None else amount.exact
 
 
@@ -233,35 +239,56 @@ class Wish(msgspec.Struct):
     min: int | None
 
 
-def _request(resources: Resources, where: str) -> tuple[Request, Wish | None]:
-    """The request, and the wish for a scheduler to say how many cores each element has.
+def _request(resources: Resources, where: str) -> tuple[Request, dict[str, Wish]]:
+    """The request, and the wishes that schedulers say how many cores, or nodes, each element has.
 
     One core cannot be spread over nodes: it is the same shape as everybody's single core.
     """
     if resources.numCores is None and resources.numNodes is None:
         raise InvalidInput(f"{where}: it asks for nothing: give numCores or numNodes")
-    nodes = _span(resources.numNodes, f"{where}.numNodes")
+    amounts = {"numCores": resources.numCores, "numNodes": resources.numNodes}
+    wishes: dict[str, Wish] = {}
+    for key, amount in amounts.items():
+        if isinstance(amount, Amount) and amount.scheduler is not None:
+            if amount.max is not None or amount.exact is not None:
+                raise InvalidInput(f"{where}.{key}: a scheduler goes with min only, without max and exact")
+            wishes[key] = Wish(amount.scheduler, amount.min)
+            amounts[key] = 1
+    nodes = _span(amounts["numNodes"], f"{where}.numNodes")
     counters = {name.lower(): number for name, number in (resources.nodeCrs or {}).items()}
     count = counters.pop("gpu", 0)
     if unknown := counters.keys() - {"mem"}:
         raise InvalidInput(f"{where}.nodeCrs: {', '.join(sorted(unknown))}: only gpu and mem can be asked for")
-    amount = resources.numCores
-    if isinstance(amount, Amount) and amount.scheduler is not None:
-        if nodes is not None or amount.max is not None or amount.exact is not None:
-            raise InvalidInput(f"{where}.numCores: a scheduler goes with min only, without max, exact and numNodes")
-        return Request(spread=True), Wish(amount.scheduler, amount.min)
-    cores = _span(amount, f"{where}.numCores")
+    cores = _span(amounts["numCores"], f"{where}.numCores")
     if nodes is None:
-        return Request(cores=cores or (1, 1), spread=cores is not None and cores[1] > 1), None
+        return Request(cores=cores or (1, 1), spread=cores is not None and cores[1] > 1), wishes
     use = tuple(counters.items())
-    return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count, use=use), None
+    return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count, use=use), wishes
+
+
+def _planned(
+    request: Request, wishes: Mapping[str, Wish], count: int, totals: Mapping[str, int | None], where: str
+) -> list[Request]:
+    """The request of each of ``count`` elements."""
+    if not count:
+        raise InvalidInput(f"{where}.{next(iter(wishes))}: it says no number: a scheduler is for iterations")
+    plans = {
+        key: plan(wish.scheduler.name, wish.scheduler.params, count, wish.min, totals[key], f"{where}.{key}.scheduler")
+        for key, wish in wishes.items()
+    }
+    found = []
+    for cores, nodes in zip(plans.get("numCores", repeat(0)), plans.get("numNodes", repeat(0)), strict=False):
+        here = msgspec.structs.replace(request, nodes=(nodes, nodes)) if nodes else request
+        if cores:
+            here = msgspec.structs.replace(here, cores=(cores, cores), spread=here.nodes is None and cores > 1)
+        found.append(here)
+    return found
 
 
 def _never(resources: Resources, iterates: bool) -> str:
     """Why a job can run nowhere at all; QCG-PilotJob accepts such a one, and it fails while others run."""
     for what, amount in (("core", resources.numCores), ("node", resources.numNodes)):
-        scheduled = isinstance(amount, Amount) and amount.scheduler is not None and iterates
-        if amount is not None and _least(amount) == 0 and not scheduled:
+        if amount is not None and _least(amount) == 0:
             return "Missing node and cores specification: a job cannot have 0 of them"
         if isinstance(amount, Amount) and amount.exact is None and amount.min is not None and amount.max is None:
             if amount.scheduler is None:
@@ -276,8 +303,6 @@ def _never(resources: Resources, iterates: bool) -> str:
 def _span(amount: int | Amount | None, where: str) -> tuple[int, int] | None:
     if amount is None or isinstance(amount, int):
         return None if amount is None else (amount, amount)
-    if amount.scheduler is not None:
-        raise InvalidInput(f"{where}.scheduler: a scheduler is for numCores")
     if amount.exact is not None and amount.min is None and amount.max is None:
         return amount.exact, amount.exact
     if amount.exact is not None:

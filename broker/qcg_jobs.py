@@ -44,7 +44,7 @@ class Known(Protocol):
 
 
 class Draft(msgspec.Struct):
-    """A job that was read. ``after`` is as written; ``cores`` has the plan of a scheduler, one number an element.
+    """A job that was read. ``after`` is as written; ``requests`` is the plan of schedulers, one for each element.
 
     ``never`` says why it can run nowhere, whatever the pilot.
     """
@@ -53,7 +53,7 @@ class Draft(msgspec.Struct):
     path: str
     task: Task
     after: list[str]
-    cores: list[int] | None = None
+    requests: list[Request] | None = None
     never: str = ""
 
     @property
@@ -108,7 +108,7 @@ class _Graph:
         self.known = known
         self.single: set[str] = set()
         users: dict[str, list[str]] = defaultdict(list)
-        found = [draft.name for draft in names.values() if draft.cores is not None]
+        found = [draft.name for draft in names.values() if draft.requests is not None]
         for draft in names.values():
             same = [match[1] for text in draft.after if (match := _SAME.fullmatch(text))]
             if draft.indices is None or not same:
@@ -182,7 +182,7 @@ def _elements(draft: Draft, file: str) -> Iterator[tuple[int, Task]]:
                 name=f"{draft.name}:{index}",
                 array=None,
                 values=None,
-                request=Request((n := draft.cores[position], n), spread=n > 1) if draft.cores else task.request,
+                request=draft.requests[position] if draft.requests else task.request,
                 command=None if task.command is None else [fill(text, words) for text in task.command],
                 script=None if task.script is None else fill(task.script, words, script=True),
                 env={fill(name, words): fill(text, words) for name, text in task.env.items()},

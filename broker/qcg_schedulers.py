@@ -11,7 +11,7 @@ from pilotq.broker.errors import InvalidInput
 def plan(
     name: str, params: Mapping[str, Any], count: int, least: int | None, total: int | None, where: str
 ) -> list[int]:
-    """Cores for each of ``count`` elements on a pilot of ``total`` cores.
+    """Cores (or nodes) for each of ``count`` elements on a pilot of ``total``.
 
     ``maximum-iters`` runs all at once, or in as few rounds as ``least`` cores an element allow, and shares all
     cores out in each round. ``split-into`` gives each the same part, whatever ``least`` says; params may have ``parts``
@@ -21,11 +21,11 @@ def plan(
     if name not in ("maximum-iters", "split-into"):
         raise InvalidInput(f"{where}.name: {name!r} is unknown: use maximum-iters or split-into")
     if total is None:
-        raise InvalidInput(f"{where}: a scheduler needs to know the number of cores: use it with a running pilot")
+        raise InvalidInput(f"{where}: a scheduler needs to know how many there are: use it with a running pilot")
     if name == "maximum-iters":
         least = least or 1
         if least > total:
-            raise InvalidInput(f"{where}: min is {least} cores, but the pilot has {total}")
+            raise InvalidInput(f"{where}: min is {least}, but the pilot has {total}")
         return list(_rounds(count, total, -(-count // (total // least))))
     parts = params.get("parts", count)
     if isinstance(parts, str) and parts.strip().isdecimal():
@@ -33,7 +33,7 @@ def plan(
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise InvalidInput(f"{where}.params.parts: must be a whole number from 1 on")
     if parts > total:
-        raise InvalidInput(f"{where}: {total} cores in {parts} parts leave less than 1 for each")
+        raise InvalidInput(f"{where}: {total} in {parts} parts leave less than 1 for each")
     return [total // parts] * count
 
 

@@ -106,7 +106,7 @@ def _play(requests: Sequence[Any], file: str, values: dict[str, Any], options: S
     from pilotq.cli.qcg_play import Play
 
     if values["replies"] is None:  # who wants replies gets them
-        check_submits(requests, file, cores_of(options.planned))
+        check_submits(requests, file, cores_of(options.planned), len(options.planned))
     with ExitStack() as stack:
         replies = open_replies(values["replies"], stack)
         plan = Plan(requests, os.getcwd(), options, replies=replies, env_policy=values["env_policy"])

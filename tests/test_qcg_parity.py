@@ -112,6 +112,24 @@ def test_schedulers(
     assert sorted(int(ran.text(f"o.{i}")) for i in range(count)) == cores
 
 
+@pytest.mark.parametrize(
+    ("resources", "count", "shown"),
+    [
+        ({"numNodes": {"min": 1, "scheduler": {"name": "maximum-iters"}}, "numCores": 1}, 2, ["1 1", "2 2"]),
+        ({"numNodes": {"min": 1, "scheduler": {"name": "split-into", "params": {"parts": 1}}}}, 2, ["8 3", "8 3"]),
+        (
+            {"numNodes": 1, "numCores": {"min": 1, "scheduler": {"name": "split-into", "params": {"parts": 4}}}},
+            1,
+            ["2 1"],
+        ),
+    ],
+)
+def test_schedulers_of_nodes(tmp_path: Path, resources: dict[str, Any], count: int, shown: list[str]) -> None:
+    it = show("it", "${ncores}", "${nnodes}", iteration={"stop": count}, resources=resources)
+    ran = jobs(tmp_path, it, nodes="2,2,4")
+    assert [ran.text(f"o.{i}").strip() for i in range(count)] == shown
+
+
 def test_values_of_all_kinds(tmp_path: Path) -> None:
     values = ["a", "b c", 3, 4.5, True, None, "it's", "$HOME", "${it}", [1, 2], {"k": "v"}]
     ran = jobs(tmp_path, show("it", "${it}=${itval}", iteration={"start": 0, "values": values}))

@@ -29,13 +29,17 @@ FILE = "qcg-jobs.jsonl"
 
 
 class Submitted(msgspec.Struct, tag="submit", tag_field="is"):
-    """Jobs as they were given; ``words`` are those of the request, ``total`` the cores that schedulers share out."""
+    """Jobs as they were given; ``words`` are those of the request.
+
+    ``total`` cores and ``nodes`` are what schedulers share out.
+    """
 
     at: float
     words: dict[str, str]
     total: int
     jobs: list[dict[str, Any]]
     key: str
+    nodes: int = 0
 
 
 class Planned(msgspec.Struct, tag="plan", tag_field="is"):
@@ -284,7 +288,7 @@ class Registry:
             path = f"jobs[{number}]"
             draft = self._drafts.get(fill(body["name"], record.words))
             if draft is None:
-                draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, record.total)
+                draft = draft_of(job_of(body, FILE, path), FILE, path, record.words, record.total, record.nodes)
             self.jobs[draft.name] = self.held[draft.name] = Job(draft, body, record.at, record.key, record.words)
             names.append(draft.name)
         self.submissions[record.key] = digest(record.jobs), names

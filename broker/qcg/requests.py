@@ -60,12 +60,13 @@ class Requests:
         self.registry = open_registry(broker, broker.pilot)
         self.wd = os.path.abspath(wd or self.registry.wd or os.getcwd())
         self.info = Info(self.look, self.wd)
-        total = sum(node.cores for node in broker.nodes())
+        nodes = broker.nodes()
+        totals = sum(node.cores for node in nodes), len(nodes)
         around = capture(env_policy)
         # An empty environment stands for the worker's own, and must stay empty.
         env = around.env | ({ADDRESS: address_of(self.pilot.directory)} if self.registry.net and around.env else {})
         shared = msgspec.structs.replace(around, cwd=self.wd, env=env)
-        self._submits = Submits(broker, self.registry, self.look, shared=shared, total=total)
+        self._submits = Submits(broker, self.registry, self.look, shared=shared, totals=totals)
 
     def close(self) -> None:
         self.registry.close()

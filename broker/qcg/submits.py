@@ -38,14 +38,16 @@ class Never:
 
 
 class Submits:
-    """Submits of one service; ``total`` cores are what iteration schedulers share out."""
+    """Submits of one service; ``totals`` are the cores and nodes that iteration schedulers share out."""
 
-    def __init__(self, broker: Broker, registry: Registry, look: Look, *, shared: Shared, total: int) -> None:
+    def __init__(
+        self, broker: Broker, registry: Registry, look: Look, *, shared: Shared, totals: tuple[int, int]
+    ) -> None:
         self._broker = broker
         self._registry = registry
         self._look = look
         self._shared = shared
-        self._total = total
+        self._totals = totals
 
     def submit(self, bodies: Sequence[Any]) -> list[str]:
         """Take these jobs, all or none, and return their names; raises InvalidInput.
@@ -69,7 +71,7 @@ class Submits:
         never = self._never(drafts)
         ready = self._ready([*self._held(), *(draft for draft in drafts if draft.name not in never)], never)
         key = f"qcg-{secrets.token_hex(8)}"
-        submitted = Submitted(now, words, self._total, list(bodies), key)
+        submitted = Submitted(now, words, self._totals[0], list(bodies), key, self._totals[1])
         overs = [Over(name, FAILED, why, now) for name, why in never.items()]
         known = {draft.name: Never(draft) for draft in drafts if draft.name in never}
         self._commit(key, ready, known, [submitted, *overs], drafts)
@@ -80,7 +82,7 @@ class Submits:
         for number, body in enumerate(bodies):
             path = f"jobs[{number}]"
             try:
-                draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, self._total or None)
+                draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, *self._totals)
             except InvalidInput as error:
                 raise in_old_words(error) from None
             if draft.name in self._registry.jobs or draft.name in drafts:
@@ -193,6 +195,4 @@ def _parents(draft: Draft) -> Iterable[str]:
 
 
 def _requests(draft: Draft) -> Iterable[Request]:
-    if draft.cores is None:
-        return [draft.task.request]
-    return [msgspec.structs.replace(draft.task.request, cores=(n, n), spread=n > 1) for n in set(draft.cores)]
+    return [draft.task.request] if draft.requests is None else set(draft.requests)
