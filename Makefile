@@ -90,7 +90,7 @@ sweep: $(VENV)/dev.stamp
 # The faults of docs/faults.toml; the result goes into docs/guarantees.md.
 faults: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -p tests.fault_results tests/test_sweep.py tests/test_restart.py tests/test_partition.py \
-	  tests/test_budgets.py tests/test_aside.py tests/test_damage.py tests/test_chaos_judge.py
+	  tests/test_budgets.py tests/test_aside.py tests/test_damage.py tests/test_flusher.py tests/test_chaos_judge.py
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev.stamp

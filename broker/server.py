@@ -20,13 +20,14 @@ from importlib.util import find_spec
 
 from pilotq.broker.children import Part, log
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, ServerUnavailable
+from pilotq.broker.flusher import Flusher
 from pilotq.broker.link import Address, Link
 from pilotq.broker.pilot import write_private
 
 OLDEST = (7, 0)
 DURABILITY = {
     "none": "appendonly no",  # nothing outlives the server
-    "everysec": "appendonly yes\nappendfsync everysec",
+    "everysec": "appendonly yes\nappendfsync no",  # `Flusher` does that
     "strict": "appendonly yes\nappendfsync always",
 }
 # No sub-command is named that Redis 7.0 does not know: it would refuse the whole file. Nobody can be ``default``, which
@@ -173,6 +174,7 @@ class RunningServer:
         except BaseException:
             remove_socket(self.address)
             raise
+        self._flusher = Flusher(os.path.join(self.directory, "appendonlydir")) if durability == "everysec" else None
         self.part = Part(
             "server", [executable, self._config], log=os.path.join(os.path.abspath(directory), "logs", "server.log"),
             cwd=self.directory,
@@ -184,6 +186,8 @@ class RunningServer:
 
     def start(self) -> None:
         self.part.start()
+        if self._flusher is not None:
+            self._flusher.start()
 
     def stop(self) -> None:
         """SIGTERM, so that it writes its log to the end; SIGKILL after STOP_S. Removes the socket's directory."""
@@ -193,6 +197,8 @@ class RunningServer:
                 self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.part.kill()
+        if self._flusher is not None:
+            self._flusher.stop()
         self.part.close()
         remove_socket(self.address)
 

@@ -188,7 +188,7 @@ def test_stop_leaves_nothing(start: Start) -> None:
 
 @pytest.mark.parametrize(
     ("durability", "expected"),
-    [("none", ("no", "everysec")), ("everysec", ("yes", "everysec")), ("strict", ("yes", "always"))],
+    [("none", ("no", "everysec")), ("everysec", ("yes", "no")), ("strict", ("yes", "always"))],
 )
 def test_durability(start: Start, durability: str, expected: tuple[str, str]) -> None:
     server = start(durability=durability)
