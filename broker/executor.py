@@ -11,10 +11,7 @@ import atexit
 import os
 import queue
 import secrets
-import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,11 +22,10 @@ from typing import Any
 
 import msgspec
 
-from pilotq.broker import keys
+from pilotq.broker import keys, private_pilot
 from pilotq.broker.client import Broker
-from pilotq.broker.errors import FunctionCanceled, NoPilot, PilotFailed, PilotqError, ServerUnavailable
+from pilotq.broker.errors import FunctionCanceled, PilotFailed, PilotqError, ServerUnavailable
 from pilotq.broker.functions import Packed, pack_call, target_of
-from pilotq.broker.pilot import Pilot, find
 from pilotq.broker.quantities import request_of
 from pilotq.broker.results import Outcome, fetch, portions
 from pilotq.broker.surroundings import capture
@@ -40,10 +36,7 @@ READ_MAX = 500  # results that are read at once
 WAIT_S = 1.0  # how long the server may hold the question who has ended
 LOOK_S = 5.0  # how often the oldest tasks are looked at though nobody was told of their end
 GONE_S = 60.0  # a server that does not answer for so long is taken for gone
-END_S = 90.0  # a private pilot that has not ended by then is killed
 REQUEST_WORDS = ("cores", "nodes", "gpus", "memory", "use")
-# Not as `-m`: in the user's directory a folder called pilotq would be imported instead of us.
-_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from pilotq.cli.main import main; main()"
 
 
 class TaskFuture(futures.Future[Any]):
@@ -94,10 +87,9 @@ class Executor(futures.Executor):
     """
 
     def __init__(self, dir: str | None = None, *, nodes: str | None = None) -> None:
-        self._private: str | None = None
-        pilot = None if nodes is not None and dir is None else _running(dir)
-        if pilot is None:
-            pilot = self._start(nodes)
+        pilot = None if nodes is not None and dir is None else private_pilot.running(dir)
+        self._private = pilot is None
+        pilot = pilot or private_pilot.start(nodes)
         self._broker = Broker.connect(pilot.directory)
         self._teller = Broker.connect(pilot.directory)
         self._pilot = pilot
@@ -107,7 +99,7 @@ class Executor(futures.Executor):
         self._waiting: dict[str, TaskFuture] = {}  # by id, oldest first
         self._committing = False  # a submission is under way
         self._early: set[str] = set()  # have ended before we knew that they are ours
-        self._open = 0  # futures that are not done
+        self._open: set[TaskFuture] = set()  # those that are not done
         self._closing = False
         self._none_open = threading.Event()
         self._none_open.set()
@@ -147,10 +139,13 @@ class Executor(futures.Executor):
         return Options(self, task)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for those that were taken, or cancel them. A private pilot ends after them."""
+        """Take no more calls; wait for those that were taken, or cancel them. A private pilot ends after them.
+
+        A ``with`` block that ends by Ctrl-C, or by another exception that is no Exception, cancels them.
+        """
         with self._lock:
             closed, self._closing = self._closing, True
-            pending = list(self._waiting.values()) if cancel_futures else []
+            pending = list(self._open) if cancel_futures else []
         for future in pending:
             future.cancel()
         if not closed:
@@ -191,18 +186,18 @@ class Executor(futures.Executor):
         with self._lock:
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            self._open += 1
+            self._open.add(future)
             self._none_open.clear()
         self._wanted.put((future, task))
         return future
 
     def _canceled(self, future: TaskFuture) -> None:
-        self._closed(1)
+        self._closed(future)
         self._wanted.put(future)
 
-    def _closed(self, number: int) -> None:
+    def _closed(self, future: TaskFuture) -> None:
         with self._lock:
-            self._open -= number
+            self._open.discard(future)
             if not self._open:
                 self._none_open.set()
 
@@ -297,7 +292,8 @@ class Executor(futures.Executor):
                     self._fail_all(PilotFailed(f"the pilot in {self._pilot.directory} is gone: {error}"))
                 time.sleep(0.1)
         self._teller.close()
-        self._finish()
+        if self._private:
+            private_pilot.end(self._pilot)
 
     def _told(self) -> list[str]:
         """Tasks that have ended, as the server tells us; waits for the first one."""
@@ -331,7 +327,7 @@ class Executor(futures.Executor):
             future.set_exception(outcome.error)
         else:
             future.set_result(outcome.value)
-        self._closed(1)
+        self._closed(future)
 
     def _fail_all(self, error: PilotqError) -> None:
         with self._lock:
@@ -340,47 +336,18 @@ class Executor(futures.Executor):
         for future in left:
             self._settle(future, Outcome(error=error))
 
-    # -- a private pilot -------------------------------------------------------------------------------------------
-
-    def _start(self, nodes: str | None) -> Pilot:
-        self._private = tempfile.mkdtemp(prefix="pilotq-")
-        directory = os.path.join(self._private, "pilot")
-        command = [sys.executable, "-c", _PROGRAM, "start", "--dir", directory, "--owner", str(os.getpid())]
-        started = subprocess.run(
-            [*command, *(["--nodes", nodes] if nodes else [])], stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
-        if started.returncode:
-            shutil.rmtree(self._private, ignore_errors=True)
-            raise PilotFailed(started.stderr.strip().removeprefix("pilotq: "))
-        return Pilot(directory)
-
-    def _finish(self) -> None:
-        """End a private pilot, and remove what it leaves."""
-        if self._private is None:
-            return
-        command = [sys.executable, "-c", _PROGRAM, "stop", "--now", "--dir", self._pilot.directory]
-        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=END_S)
-        shutil.rmtree(self._private, ignore_errors=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Who presses Ctrl-C does not want to wait for thousands of calls.
+        self.shutdown(cancel_futures=kind is not None and not issubclass(kind, Exception))
 
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
-            self.shutdown()
+            # What ended the program; at a prompt it may be long ago.
+            last = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
+            self.shutdown(cancel_futures=last is KeyboardInterrupt)
 
 
 _PLAIN = Task()
-
-
-def _running(dir: str | None) -> Pilot | None:
-    """The pilot that is to be used; None when there is none and none was asked for."""
-    try:
-        pilot = find(dir)
-        pilot.connection()
-    except NoPilot:
-        if dir is not None or os.environ.get("PILOTQ_DIR"):
-            raise
-        return None
-    return pilot if pilot.alive() else None
 
 
 def _run_each(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:

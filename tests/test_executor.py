@@ -165,6 +165,37 @@ def test_shutdown_waits_or_cancels(pilot: LivePilot, tmp_path: Path) -> None:
     pilot.assert_calm()
 
 
+def test_cancelling_at_shutdown_means_what_was_not_yet_submitted_too(pilot: LivePilot) -> None:
+    executor = Executor(pilot.pilot.directory)
+    many = [executor.submit(calls.wait_for_ever, "") for _ in range(200)]
+    executor.shutdown(cancel_futures=True)
+    assert all(future.cancelled() for future in many)
+    pilot.assert_calm()
+
+
+@pytest.mark.parametrize("block", ["with Executor(nodes='1') as e:", "e = Executor(nodes='1')\nif e:"])
+def test_ctrl_c_ends_the_program_and_what_it_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "program.py").write_text(
+        "import signal, time\nfrom pilotq.broker import Executor\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"{block}\n    futures = [e.submit(time.sleep, 1000) for _ in range(5)]\n"
+        "    print('waiting', flush=True)\n    futures[0].result()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "program.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        try:
+            assert program.stdout is not None and program.stdout.readline() == "waiting\n"
+            program.send_signal(signal.SIGINT)
+            _, errors = program.communicate(timeout=WAIT_S)
+        finally:
+            program.kill()
+    assert program.returncode == -signal.SIGINT, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt") and errors.count("Traceback") == 1, errors
+    assert not list(tmp_path.glob("pilotq-*"))
+
+
 def test_without_a_pilot_it_has_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PILOTQ_DIR", raising=False)
