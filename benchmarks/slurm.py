@@ -1,12 +1,14 @@
 """In a real Slurm allocation of four nodes (tests/slurm/slurm-cluster, as root), and on 64 virtual nodes.
 
-How long until a task runs on each node, and how many short tasks a second, against one `srun -n1` step for each task in
-the same allocation.
+How long until a task runs on each node, how many short tasks a second, against one `srun -n1` step for each task in the
+same allocation, and how soon the death of a node's worker is known.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,8 +16,9 @@ import time
 from pathlib import Path
 
 from benchmarks.figures import Figure
-from tests.slurm.cluster import CPUS, NODES, PROGRAM, Cluster
+from tests.slurm.cluster import CPUS, NODES, PROGRAM, Cluster, keeper_and_worker
 from tests.slurm.cluster import run as outside
+from tests.waiting import wait_until
 
 TASKS, STEPS, ROUNDS, VIRTUAL = 2000, 40, 3, 64
 # Each task of the first pilot says when and where it began.
@@ -62,6 +65,7 @@ def run() -> list[Figure]:
         job = cluster.submit(*SCRIPT.splitlines(), options=f"-N{NODES} --exclusive -t30")
         assert job.await_end(1200) == "COMPLETED", job.said()
         first = sorted(_seconds_to_first(folder, n + 1, NODES) for n in range(ROUNDS))
+        lost = _losses(cluster)
         rates = [_rates(folder, n + 1) for n in range(ROUNDS)]
         ratios = sorted(pilot / steps for steps, pilot in rates)
         virtual = _virtual(folder)
@@ -71,6 +75,7 @@ def run() -> list[Figure]:
     return [
         Figure("first task on each of 4 Slurm nodes", first[middle], "s", 3.0, False, spread),
         Figure("tasks/s over `srun -n1` a task, 4 nodes", ratios[middle], "x", 20.0, True, detail),
+        *lost,
         Figure("first task on each of 64 virtual nodes", virtual, "s", 15.0, False),
     ]
 
@@ -89,3 +94,32 @@ def _virtual(folder: Path) -> float:
         first[node] = min(first.get(node, float("inf")), float(path.read_text()))
     assert len(first) == VIRTUAL, f"{len(first)} nodes had tasks"
     return max(first.values()) - begin
+
+
+def _losses(cluster: Cluster) -> list[Figure]:
+    """From the kill of a node's worker, or of the step task there, until the dispatcher has given its tasks back."""
+    job = cluster.submit("pilotq start --dir lossy", options="-N2 --exclusive -t10", retry_node_s=0.2, restart_limit=20)
+    job.await_text("it stays until")
+    pilot = cluster.folder / "lossy"
+    log = pilot / "logs" / "dispatcher.log"
+    found: dict[str, list[float]] = {"worker": [], "keeper": []}
+
+    def up() -> bool:
+        shown = outside("pilotq", "nodes", "--dir", str(pilot), "--json")
+        return any((n["name"], n["state"]) == ("node2", "up") for n in json.loads(shown.stdout or "[]"))
+
+    for victim in [*found] * ROUNDS:
+        wait_until(up, seconds=60)
+        keeper, worker = wait_until(lambda: keeper_and_worker("node2", cluster.folder), seconds=30)
+        said = log.stat().st_size
+        begin = time.monotonic()
+        os.kill(worker if victim == "worker" else keeper, signal.SIGKILL)
+        wait_until(lambda said=said: b"node node2 is lost" in log.read_bytes()[said:], seconds=60)
+        found[victim].append(time.monotonic() - begin)
+    outside("pilotq", "stop", "--dir", str(pilot))
+    job.await_end()
+    words = {"worker": "a killed worker is known, by its keeper", "keeper": "a killed step task is known, by srun"}
+    return [
+        Figure(words[victim], sorted(times)[ROUNDS // 2], "s", 5.0, False, f"{min(times):.2f} to {max(times):.2f}")
+        for victim, times in found.items()
+    ]

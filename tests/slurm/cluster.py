@@ -46,6 +46,15 @@ def processes_of(node: str, folder: Path, word: str) -> list[int]:
     return [int(pid) for pid in run("pgrep", "-f", f"{word}.*{folder}").stdout.split() if pid in there]
 
 
+def keeper_and_worker(node: str, folder: Path) -> tuple[int, int] | None:
+    """The two processes `pilotq worker` of a node; None while there are not just these two."""
+    found = processes_of(node, folder, "pilotq worker")
+    if len(found) != 2:
+        return None
+    parent = int(Path(f"/proc/{found[1]}/stat").read_text().rpartition(")")[2].split()[1])
+    return (found[0], found[1]) if parent == found[0] else (found[1], found[0])
+
+
 class Job:
     """One batch job; its output stands in ``out``."""
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from pilotq.broker.journal import Journal
-from tests.slurm.cluster import Cluster, processes_of
+from tests.slurm.cluster import Cluster, keeper_and_worker
 from tests.waiting import wait_until
 
 # Two long tasks on each node; then each says where it was, and ends when it may.
@@ -42,7 +42,7 @@ def test_a_killed_worker_is_replaced_and_its_tasks_run_again(cluster: Cluster) -
     """First the worker: whoever keeps it starts the next one. Then the whole step task: srun says that it is dead."""
     job = cluster.submit(START)
     wait_until(lambda: len(begun(cluster.folder)) == 8, seconds=60, what=job.said())
-    (keeper, worker) = sorted(processes_of("node2", cluster.folder, "pilotq worker"))
+    keeper, worker = wait_until(lambda: keeper_and_worker("node2", cluster.folder))
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: len(on(cluster.folder, "node2")) == 4, seconds=30, what=log(cluster.folder, "step-1"))
     assert "node node2 is lost (its worker was killed by signal 9)" in log(cluster.folder, "dispatcher")
