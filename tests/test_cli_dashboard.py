@@ -60,7 +60,8 @@ def test_another_site_cannot_press_its_buttons(cli: Cli, tmp_path: Path) -> None
     with served(tmp_path, home(tmp_path)) as page:
         for path, post in ((f"job/{task}/delete", True), ("requeue/default", False)):
             assert page.ask(path, post=post, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
-        assert page.ask("0/view/queues", **{"Sec-Fetch-Site": "cross-site"})[0] == 200
+        # Looking is not refused. It is redirected first, which urllib follows only from Python 3.11 on.
+        assert page.ask("0/view/queues", **{"Sec-Fetch-Site": "cross-site"})[0] in (200, 308)
         assert [job["id"] for job in page.data("jobs/default/failed/8/asc/1")["jobs"]] == [task]
         assert page.ask(f"job/{task}/delete", post=True, **{"Sec-Fetch-Site": "same-origin"})[0] == 200
         assert page.data("jobs/default/failed/8/asc/1")["jobs"] == []
