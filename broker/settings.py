@@ -39,7 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     restart_limit: int = 5  # restarts of a part ...
     restart_window_s: float = 60.0  # ... within this time, then the pilot ends
     crash_limit: int = 3  # unexplained losses of one task
-    aside_after: int = 3  # different tasks in a row that failed at once: their node is doubted
+    aside_after: int = 3  # different tasks in a row that failed at once: their node is doubted; 0: it never is
+    aside_parts: int = 0  # 1: so may be nodes that the supervisor made of its own machine
     aside_quick_s: float = 5.0  # what fails sooner has failed at once: importing a program's libraries may take seconds
     aside_pause_s: float = 30.0  # before a node that was put aside is tried with one task; twice as long each time ...
     aside_pause_max_s: float = 600.0  # ... up to this

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import click
+import msgspec
 
 from pilotq.broker.children import log
 from pilotq.broker.errors import InvalidInput
@@ -125,8 +126,11 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     local = LocalNode(values["node"] or here.name, numbers, cpus, shared)
 
     def work() -> int:
-        info = here.known(node_info(local))
-        return run_worker(pilot.directory, address, epoch, info, cpus, settings())
+        info, own = here.known(node_info(local)), settings()
+        if values["real"] and not own.aside_parts:
+            # The supervisor has cut its machine into nodes: what fails on one of them fails on all.
+            own = msgspec.structs.replace(own, aside_after=0)
+        return run_worker(pilot.directory, address, epoch, info, cpus, own)
 
     if not (values["keep"] or (here.job and not named)):
         return work()

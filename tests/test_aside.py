@@ -17,8 +17,8 @@ from pilotq.workers.sweep import processes
 from tests.pilots import LivePilot, live_pilot
 from tests.waiting import wait_until
 
-QUICK = {"aside_pause_s": 0.3, "aside_pause_max_s": 1.0, "reconcile_s": 0.2}
-LATER = {"aside_pause_s": 600.0, "reconcile_s": 0.2}
+QUICK = {"aside_parts": 1, "aside_pause_s": 0.3, "aside_pause_max_s": 1.0, "reconcile_s": 0.2}
+LATER = {"aside_parts": 1, "aside_pause_s": 600.0, "reconcile_s": 0.2}
 
 
 def broken(folder: Path, node: str = "n1") -> Path:
@@ -127,6 +127,15 @@ def test_its_user_takes_it_back_at_once(tmp_path: Path) -> None:
         assert states(pilot)["n1"] == "up"
         assert pilot.ended(waits).status == "finished"
         pilot.assert_calm()
+
+
+def test_nodes_made_of_one_machine_are_never_doubted(tmp_path: Path) -> None:
+    """What fails there fails once, and its failure counts."""
+    with live_pilot(tmp_path, "n1:2,n2:2") as pilot:
+        array = pilot.broker.enqueue(Task(script="exit 7", array=ArrayRange(0, 59)))
+        assert pilot.ended(array).elements == {"failed": "0-59"}
+        assert states(pilot) == {"n1": "up", "n2": "up"}
+        assert Counter(line.execution for line in lines(pilot)) == {1: 60}
 
 
 def test_it_stays_aside_when_the_dispatcher_is_started_again(tmp_path: Path) -> None:

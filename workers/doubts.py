@@ -34,6 +34,8 @@ class Doubts:
         """What the dispatcher is to be told of an execution that has ended. A failure that may be its node's makes the
         report's wish ``doubted``."""
         spared = e.handed.spared
+        if not self._settings.aside_after:
+            return end
         if report.wish == "finished" and not self._count and not spared:
             return end
         said = self._said(e, report, end.seconds)
