@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, table
 
-NAMES = ("submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "stock", "qcg")
+NAMES = ("submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "stock", "qcg", "faults")
 
 # Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools.
 BY_NAME = ("slurm", "endurance", "peers")
