@@ -141,7 +141,9 @@ def test_nodes_made_of_one_machine_are_never_doubted(tmp_path: Path) -> None:
 def test_it_stays_aside_when_the_dispatcher_is_started_again(tmp_path: Path) -> None:
     mark = broken(tmp_path)
     with live_pilot(tmp_path, "n1:2,n2:2", **{**QUICK, "aside_pause_s": 2.0, "aside_pause_max_s": 2.0}) as pilot:
-        pilot.ended(pilot.broker.enqueue(Task(script=work(tmp_path), array=ArrayRange(0, 99))))
+        array = pilot.broker.enqueue(Task(script=work(tmp_path), array=ArrayRange(0, 399)))
+        wait_until(state(pilot, "aside"), what="n1 is put aside")
+        pilot.ended(array)
         term = pilot.broker.link.call("GET", keys.TERM)
         dispatcher = [p.pid for p in processes().values() if _is_dispatcher(p.pid, pilot.pilot.directory)]
         os.kill(dispatcher[0], signal.SIGKILL)
