@@ -44,6 +44,16 @@ class Archive:
     def __exit__(self, *_: object) -> None:
         pass
 
+    @property
+    def gap(self) -> str:
+        """A sentence where there may be tasks that the journal does not know; else empty."""
+        if self.complete:
+            return ""
+        return (
+            "the pilot was killed, and its journal does not know what never ran: "
+            f"`pilotq start --resume {self.pilot.directory}` goes on with it"
+        )
+
     def task(self, task_id: str) -> TaskView:
         """One task. Raises UnknownTask."""
         for line in self._journal.find(task_id):

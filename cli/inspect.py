@@ -9,6 +9,7 @@ import click
 
 from pilotq.broker.archive import Archive
 from pilotq.broker.client import Broker, reach
+from pilotq.broker.errors import PilotFailed
 from pilotq.broker.states import REASONS, STATUSES
 from pilotq.broker.views import TaskView
 from pilotq.cli import render
@@ -38,6 +39,8 @@ def list_command(status: str | None, limit: int, directory: str | None, as_json:
         return
     if isinstance(pilot, Archive):
         click.echo(f"pilotq: the pilot in {pilot.pilot.directory} has ended; its journal has these", err=True)
+        if pilot.gap:
+            click.echo(f"pilotq: {pilot.gap}", err=True)
     click.echo(render.tasks_table(shown))
     if len(tasks) > limit:
         click.echo(f"pilotq: there are more than {limit}; --limit {10 * limit} shows more of them", err=True)
@@ -131,10 +134,13 @@ def status_command(left: bool, directory: str | None, as_json: bool) -> None:
         counts, running, nodes = pilot.counts(), 0, []
         if isinstance(pilot, Broker):
             running, nodes = pilot.running(), pilot.nodes()
+    ended = isinstance(pilot, Archive)
+    gap = pilot.gap if isinstance(pilot, Archive) else ""
     if left:
+        if gap and not counts.left:
+            raise PilotFailed(gap)  # a script would take a 0 for the end of all of them
         click.echo(counts.left)
         return
-    ended = isinstance(pilot, Archive)
     cores, used = sum(n.cores for n in nodes), sum(n.used for n in nodes)
     if as_json:
         facts = {"ended": ended, "tasks": render.counts_json(counts), "running": running}
@@ -142,6 +148,6 @@ def status_command(left: bool, directory: str | None, as_json: bool) -> None:
         return
     click.echo(f"tasks  {render.counts_text(counts)}; {running:,} running")
     if ended:
-        click.echo("nodes  none: the pilot has ended")
+        click.echo(f"nodes  none: {gap or 'the pilot has ended'}")
     else:
         click.echo(f"nodes  {len(nodes)}, with {cores:,} cores, {used:,} in use")
