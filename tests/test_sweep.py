@@ -47,8 +47,19 @@ def cells() -> Iterator[Cell]:
 # -- what must happen for a step to be come to ------------------------------------------------------------------------
 
 
-def kill(part: str, number: int = signal.SIGKILL) -> Callable[[Rig, Work], None]:
-    return lambda r, _: os.kill(r.process(part), number)
+def kill(part: str) -> Callable[[Rig, Work], None]:
+    return lambda r, _: os.kill(r.process(part), signal.SIGKILL)
+
+
+def leave(r: Rig, _: Work) -> None:
+    """The signal, to a worker that hears it: before it has registered it may die of it like any process."""
+
+    def there() -> bool:
+        with r.broker() as broker:
+            return "n1" in {node.name for node in broker.nodes()}
+
+    wait_until(there, seconds=60, what="node n1")
+    os.kill(r.process("n1"), signal.SIGTERM)
 
 
 def recall(r: Rig, _: Work) -> None:
@@ -94,7 +105,7 @@ TRIGGERS: dict[str, Callable[[Rig, Work], None]] = {
     "dispatcher.cancel": cancel_by_rq,
     "dispatcher.trim": only_work,
     "worker.register": kill("n1"),
-    "worker.leave": kill("n1", signal.SIGTERM),
+    "worker.leave": leave,
     "worker.give_back": recall,
     "worker.write": kill("dispatcher"),
 }
