@@ -10,7 +10,8 @@ import json
 import os
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TextIO
 
 import msgspec
@@ -31,6 +32,20 @@ from pilotq.cli.pilots import await_nodes
 from pilotq.cli.qcg_plan import Plan
 
 LOGGED_MAX = 10_000  # characters of a request: the jobs of a submit stand in qcg-jobs.jsonl
+
+
+@contextmanager
+def _held(broker: Broker) -> Iterator[None]:
+    """Nothing starts meanwhile: in QCG-PilotJob no job runs that a later request of the same file cancels."""
+    broker.pause(True)
+    try:
+        yield
+    finally:
+        broker.pause(False)
+
+
+def _cancels(bodies: Iterable[Any]) -> bool:
+    return any(isinstance(body, dict) and body.get("request") == "cancelJob" for body in bodies)
 
 
 class Play(Lifetime):
@@ -57,7 +72,8 @@ class Play(Lifetime):
         )
         if plan.net:
             write_private(self.pilot.path("address"), address_of(self.pilot.directory).encode())
-        self.played = play(self.requests, plan.bodies, self._tell)
+        with _held(broker) if _cancels(plan.bodies) else nullcontext():
+            self.played = play(self.requests, plan.bodies, self._tell)
         if plan.owner:
             print(self.pilot.directory, flush=True)  # its owner waits for this line: it is ready
 

@@ -44,6 +44,22 @@ def test_the_report_shows_a_job_with_the_words_of_its_request(tmp_path: Path) ->
     assert [ran.report[name]["runtime"]["pname"] for name in ("a:0", "v", "p:0")] == ["a.sh", "echo", "p_0"]
 
 
+def test_what_a_file_cancels_never_runs(tmp_path: Path) -> None:
+    names = [f"j{i}" for i in range(12)]
+    touch = [job(name, {"exec": "touch", "args": ["ran.${jname}"]}) for name in names]
+    many = job("many", {"exec": "touch", "args": ["ran.many"]}, iteration={"stop": 20})
+    ran = requests(
+        tmp_path, {"request": "submit", "jobs": [*touch, many, job("late", dependencies=after("j0"))]},
+        *({"request": "cancelJob", "jobNames": [name]} for name in [*names, "many"]),
+        {"request": "removeJob", "jobNames": ["j1"]}, {"request": "submit", "jobs": [touch[1], job("z")]},
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.glob("ran.*")] == ["ran.j1"]
+    states = {(entry["name"], entry["state"]) for entry in ran.entries}
+    others = {("late", "OMITTED"), ("z", "SUCCEED"), ("j1", "SUCCEED")}
+    gone = {(name, "CANCELED") for name in [*names, "many", *(f"many:{n}" for n in range(20))]}
+    assert states == gone | others, states ^ (gone | others)
+
+
 def test_elements_that_wait_one_by_one_for_what_was_canceled(tmp_path: Path) -> None:
     three = {"iteration": {"start": 2, "stop": 5}}
     ran = requests(
