@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from tests.mpi.programs import ranks
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -187,6 +188,33 @@ def test_a_worker_that_dies_in_its_container_is_started_again(stack: Stack) -> N
     stack.cli("wait", task, "--timeout", "120s", seconds=2 * CALL_S)
     assert [line["execution"] for line in stack.journal() if line["id"] == task] == [1, 2]
     wait_until(lambda: len(stack.nodes()) == 2, seconds=UP_S)
+
+
+def test_mpi_programs_run_over_containers_without_ssh(stack: Stack) -> None:
+    """Of an image of the user's own, as docs/compose.md shows: launcher and ranks find each other on the network."""
+    recipe = """
+        FROM {image}
+        USER 0
+        RUN apt-get update -qq
+        RUN apt-get install -qq --no-install-recommends mpich libmpich-dev gcc libc6-dev >/dev/null
+        COPY hello.c /tmp/
+        RUN mpicc -O2 -o /usr/local/bin/hello /tmp/hello.c
+        USER 1000:1000
+    """
+    (stack.project / "Dockerfile").write_text(recipe.format(image=IMAGE))
+    file = str(stack.project / "Dockerfile")
+    docker(
+        "build", "--network", "host", "--tag", f"{IMAGE}:mpi", "--file", file, str(ROOT / "tests/mpi"), seconds=BUILD_S
+    )
+    stack.environment["PILOTQ_IMAGE"] = f"{IMAGE}:mpi"
+    stack.done("up", "--detach", "--no-build", seconds=UP_S)
+    nodes = wait_until(lambda: names if len(names := stack.nodes()) == 2 else None, seconds=UP_S)
+    task = stack.cli("enqueue", "--nodes", "2", "--cores", "2", "--model", "mpich", "--", "hello").strip()
+    stack.cli("wait", task, "--timeout", "60s")
+    found = ranks(stack.cli("logs", task))
+    assert [(r.rank, r.size) for r in found] == [(0, 4), (1, 4), (2, 4), (3, 4)], stack.cli("show", task)
+    assert [r.host for r in found] == [r.node for r in found]
+    assert sorted({r.host for r in found}) == nodes
 
 
 def test_the_dashboard_is_for_those_with_the_password(stack: Stack) -> None:
