@@ -47,6 +47,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
             os.kill(int(pid), signal.SIGKILL)
     if _descriptors() - files:
         gc.collect()  # what only a reference cycle keeps open is no leak of the test
+        with contextlib.suppress(AssertionError):  # nor what a thread of its module looks into at this moment
+            wait_until(lambda: not _descriptors() - files, seconds=GRACE_S)
         new = sorted(number for number, *_ in _descriptors() - files)
         left += [f"descriptor {number} -> {os.readlink(f'/proc/self/fd/{number}')}" for number in new]
     if left:
