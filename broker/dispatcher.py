@@ -80,6 +80,7 @@ class Dispatcher:
         self.next_check = 0.0
         self.planned: set[str] = set()
         self.gather_until = 0.0
+        self.nodes_known: dict[str, NodeInfo] = {}
         self.told = Told(self.store)
         self.watch = Watch(self.store)
         self.gate = self.watch.gate
@@ -245,7 +246,7 @@ class Dispatcher:
                 return
 
     def _mind_gate(self, now: float) -> None:
-        for info, pardon in self.watch.turn(self.floor, self.classes, now):
+        for info, pardon in self.watch.turn(self.floor, self.classes, self.nodes_known, now):
             self._send(info, pardon)
         for info, word in self.gate.apply(self.floor, now):
             log.info("node %s is told to leave (%s)", info.name, word.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from pilotq.broker import keys
 from pilotq.broker.aside import Judge, Verdict
@@ -25,8 +25,11 @@ class Watch:
         self.judge = Judge(store.settings)
         self.gate = Gate(store.link, self.judge)
 
-    def turn(self, floor: Floor, classes: Mapping[str, ClassInfo], now: float) -> list[tuple[NodeInfo, Pardon]]:
-        """Put nodes aside, and use them again; returns what workers are to be told."""
+    def turn(
+        self, floor: Floor, classes: Mapping[str, ClassInfo], known: Collection[str], now: float
+    ) -> list[tuple[NodeInfo, Pardon]]:
+        """Put nodes aside, and use them again; returns what workers are to be told. ``known`` are all nodes that are
+        registered."""
         judge, told = self.judge, []
         for name, why in self.gate.aside.items():
             if name not in judge.cases:
@@ -35,7 +38,8 @@ class Watch:
             judge.forget(name)  # its user has resumed it
             log.warning("node %s is used again: its user says so", name)
             told += [(node.info, Pardon(fine=True)) for node in (floor.nodes.get(name),) if node is not None]
-        if not judge.cases:
+        # A dispatcher that was started again hears of its nodes one by one: the first is not the only one.
+        if not judge.cases or any(name not in floor.nodes for name in known):
             return told
         clock = time.time()
         usable = [name for name, node in floor.nodes.items() if self.gate.usable(node.info, clock)]
