@@ -56,6 +56,6 @@ def run(number: int = 100_000, rounds: int = 7) -> list[Figure]:
     return [
         Figure(f"enqueue_many of {number:,}", bulk(number), "/s", 30_000),
         Figure("array of 1,000,000 accepted", array(1_000_000), "s", 0.5, False),
-        Figure("pilotq enqueue -- /bin/true", one_enqueue(rounds), "s", 0.3, False),
-        Figure("pilotq run -- /bin/true", one_run(rounds), "s", 1.5, False),
+        Figure("pilotq enqueue -- /bin/true", one_enqueue(rounds), "s", 0.2, False),
+        Figure("pilotq run -- /bin/true", one_run(rounds), "s", 1.0, False),
     ]
