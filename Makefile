@@ -85,12 +85,12 @@ coverage: $(VENV)/dev.stamp
 
 # Every fault at every step of every process, some 15 minutes; `make test` strikes with a kill at each.
 sweep: $(VENV)/dev.stamp
-	PILOTQ_SWEEP=whole $(BIN)/python -m pytest tests/test_sweep.py
+	PILOTQ_SWEEP=whole $(BIN)/python -m pytest tests/system/test_fault_sweep.py
 
 # The faults of docs/faults.toml; the result goes into docs/guarantees.md.
 faults: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -p tests.fault_results tests/test_sweep.py tests/test_restart.py tests/test_partition.py \
-	  tests/test_budgets.py tests/test_aside.py tests/test_damage.py tests/test_flusher.py tests/test_chaos_judge.py
+	$(BIN)/python -m pytest -p tests.support.fault_results tests/system/test_fault_sweep.py tests/system/test_restart.py tests/system/test_network_partition.py \
+	  tests/system/test_retry_budgets.py tests/system/test_quarantine.py tests/broker/pilot/test_aof_repair.py tests/broker/pilot/test_aof_sync.py tests/chaos/test_judge.py
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev.stamp

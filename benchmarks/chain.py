@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.figures import Figure
 from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Task
-from pilotq.broker.journal import Journal
+from pilotq.broker.store.journal_writer import Journal
 
 
 def run(number: int = 1_000) -> list[Figure]:

@@ -23,9 +23,9 @@ from statistics import median
 from benchmarks.figures import Figure
 from pilotq.broker import Task
 from pilotq.broker.settings import Settings
-from tests.far import CUT, Far, possible
-from tests.fault_rig import PROBE, Rig, Work
-from tests.waiting import wait_until
+from tests.support.fault_rig import PROBE, Rig, Work
+from tests.support.network_namespace import CUT, Far, possible
+from tests.support.waiting import wait_until
 
 PARTS = {"dispatcher": "supervisor", "server": "supervisor", "n1": "supervisor", "launcher": "worker-n1"}  # who says it
 WORD = {"dispatcher": "dispatcher", "server": "server", "n1": "n1", "launcher": "has died"}

@@ -16,7 +16,7 @@ from statistics import median
 from benchmarks.figures import Figure
 from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Executor, Task
-from pilotq.broker.results import fetch
+from pilotq.broker.client.results import fetch
 
 SLICE = 500
 

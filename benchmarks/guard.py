@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from pilotq.broker.children import become_subreaper, die_with
+from pilotq.broker.processes import become_subreaper, die_with
 
 TAIL = 2_000  # characters
 END_S = 30.0

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable
 
 from benchmarks.figures import Figure
-from pilotq.broker.cluster import Cluster
-from pilotq.broker.placement import BackfillState, Waiting, plan
-from pilotq.broker.records import NodeInfo, Part
-from pilotq.broker.task import Request
+from pilotq.broker.scheduling.cluster import Cluster
+from pilotq.broker.scheduling.placement import BackfillState, Waiting, plan
+from pilotq.broker.store.messages import NodeInfo, Part
+from pilotq.broker.tasks.model import Request
 
 NODES, CORES, TASKS, SHAPES = 1000, 128, 100_000, 50
 ALL = 1 << 30

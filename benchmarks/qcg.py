@@ -20,7 +20,7 @@ from benchmarks.environments import WAIT_S, install
 from benchmarks.figures import Figure
 
 VERSION = "0.14.2"
-OURS = [sys.executable, "-m", "pilotq.cli.qcg_service"]
+OURS = [sys.executable, "-m", "pilotq.cli.qcg.service"]
 NODES = 64
 
 

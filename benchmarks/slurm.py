@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.figures import Figure
 from tests.slurm.cluster import CPUS, NODES, PROGRAM, Cluster, keeper_and_worker
 from tests.slurm.cluster import run as outside
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 TASKS, STEPS, ROUNDS, VIRTUAL = 2000, 40, 3, 64
 # Each task of the first pilot says when and where it began.
@@ -46,7 +46,7 @@ def _seconds_to_first(folder: Path, number: int, nodes: int) -> float:
 
 def _rates(folder: Path, number: int) -> tuple[float, float]:
     """Tasks a second by steps, and by a pilot (from the journal: first start to last end)."""
-    from pilotq.broker.journal import Journal
+    from pilotq.broker.store.journal_writer import Journal
 
     begin, end = map(float, (folder / f"steps.{number}").read_text().split())
     lines = [line for line in Journal(str(folder / f"many-{number}" / "journal.jsonl")).lines() if line.array]

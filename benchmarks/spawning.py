@@ -14,7 +14,7 @@ import time
 from benchmarks.figures import Figure
 from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Task
-from pilotq.broker.journal import Journal
+from pilotq.broker.store.journal_writer import Journal
 
 TRUE = "/bin/true"
 

@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pilotq.broker.client import Broker
-    from pilotq.broker.executor import Executor
-    from pilotq.broker.task import ArrayRange, Request, Task
+    from pilotq.broker.client.broker import Broker
+    from pilotq.broker.client.executor import Executor
+    from pilotq.broker.tasks.model import ArrayRange, Request, Task
 
 __all__ = ["ArrayRange", "Broker", "Executor", "Request", "Task"]
-_HOMES = {"Broker": "client", "Executor": "executor", "ArrayRange": "task", "Request": "task", "Task": "task"}
+_HOMES = {
+    "ArrayRange": "tasks.model", "Broker": "client.broker", "Executor": "client.executor", "Request": "tasks.model",
+    "Task": "tasks.model",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pilotq.broker.views import Counts
+from pilotq.broker.client.views import Counts
 
 ALL_FINISHED: Final = 0
 TASKS_FAILED: Final = 1

@@ -6,14 +6,14 @@ import time
 
 import click
 
-from pilotq.broker.archive import Archive
-from pilotq.broker.client import Broker
+from pilotq.broker.client.archive import Archive
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.views import Counts
 from pilotq.broker.errors import ServerUnavailable, WaitTimedOut
-from pilotq.broker.start import CUT_SHORT, StartedPilot
-from pilotq.broker.views import Counts
-from pilotq.cli import progress, render
+from pilotq.broker.pilot.start import CUT_SHORT, StartedPilot
+from pilotq.cli import formatting, progress
 from pilotq.cli.interrupts import Interrupts
-from pilotq.cli.pilots import failure, plural
+from pilotq.cli.pilot_options import failure, plural
 
 LOOK_S = 0.25  # how often the progress is looked at
 MODES = ("stop", "drain", "now")  # how the pilot ends, by the number of the user's wishes to end
@@ -138,4 +138,4 @@ class Lifetime:
             pass  # it is ending already
 
     def say(self, text: str) -> None:
-        click.echo(f"{self.program}: {render.clean(text)}", err=True)
+        click.echo(f"{self.program}: {formatting.clean(text)}", err=True)

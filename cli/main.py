@@ -17,7 +17,7 @@ import msgspec
 from pilotq.broker.errors import PilotqError
 from pilotq.cli import exit_codes
 
-# section of the help -> verb -> (module of this folder, what it does)
+# section of the help -> verb -> (module of cli/commands, what it does)
 SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Run": {
         "run": ("run", "Start a pilot, run tasks in it, wait, sum up, end."),
@@ -39,8 +39,8 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "report": ("report", "Sum up the journal, or draw it."),
     },
     "Control": {
-        "wait": ("control", "Wait until tasks have ended."),
-        "cancel": ("control", "Cancel tasks, waiting or running."),
+        "wait": ("wait_cancel", "Wait until tasks have ended."),
+        "cancel": ("wait_cancel", "Cancel tasks, waiting or running."),
         "retry": ("retry", "Run tasks again that did not finish."),
     },
     "Use other tools": {
@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        module = import_module(f"pilotq.cli.{VERBS[name][0]}")
+        module = import_module(f"pilotq.cli.commands.{VERBS[name][0]}")
         command: click.Command = getattr(module, f"{name}_command")
         return command
 
@@ -180,7 +180,7 @@ def _usage(error: click.ClickException) -> int:
 
 def _complain(text: str, code: int) -> int:
     """One sentence, perhaps with lines of a log. Names of files and tasks in it may hold anything."""
-    from pilotq.cli.render import lines
+    from pilotq.cli.formatting import lines
 
     click.echo("\n".join(lines(f"pilotq: {text}")), err=True)
     return code

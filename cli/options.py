@@ -12,13 +12,13 @@ from typing import Any, TextIO, TypeVar
 import click
 import msgspec
 
-from pilotq.broker.batch import Batch
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.files import FORMATS, read_tasks
-from pilotq.broker.link import parse_url
-from pilotq.broker.quantities import parse_array, parse_duration, request_of
-from pilotq.broker.surroundings import POLICIES
-from pilotq.broker.task import MODELS, Request, Task
+from pilotq.broker.store.connection import parse_url
+from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
+from pilotq.broker.tasks.dependencies import Batch
+from pilotq.broker.tasks.model import MODELS, Request, Task
+from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
+from pilotq.broker.tasks.submit_context import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")

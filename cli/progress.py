@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from pilotq.broker.views import Counts
-from pilotq.cli import render
+from pilotq.broker.client.views import Counts
+from pilotq.cli import formatting
 
 PLAIN_S = 2.0  # a plain line at most so often
 
@@ -34,11 +34,11 @@ class Plain(Silent):
 
     def update(self, counts: Counts, running: int) -> None:
         now = time.monotonic()
-        text = f"{render.counts_text(counts)}; {running:,} running"
+        text = f"{formatting.counts_text(counts)}; {running:,} running"
         if text == self._said or now - self._last < PLAIN_S:
             return
         self._last, self._said = now, text
-        click.echo(f"pilotq: {text}, after {render.seconds(now - self._begin)}", err=True)
+        click.echo(f"pilotq: {text}, after {formatting.seconds(now - self._begin)}", err=True)
 
 
 class Bar(Silent):

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from pilotq.broker.records import Line, parse_allocation
-from pilotq.broker.states import REASONS
-from pilotq.broker.views import Counts
-from pilotq.cli import render
+from pilotq.broker.client.views import Counts
+from pilotq.broker.store.messages import Line, parse_allocation
+from pilotq.broker.tasks.states import REASONS
+from pilotq.cli import formatting
 
 NAMED_MAX = 20  # failed tasks that are named
 STDERR_LINES = 5  # last lines of what each of them wrote to stderr
@@ -68,7 +68,7 @@ def summarise(
 def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
     return {
         "exit_code": exit_code,
-        "tasks": {**render.counts_json(summary.counts), "omitted": len(summary.omitted)},
+        "tasks": {**formatting.counts_json(summary.counts), "omitted": len(summary.omitted)},
         "seconds": round(summary.seconds, 3),
         "cores": summary.cores,
         "efficiency": None if summary.efficiency is None else round(summary.efficiency, 4),
@@ -91,22 +91,22 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
     used = "" if share is None else f", in use {100 * share:.0f} % of the time"
     noun = "core" if summary.cores == 1 else "cores"
     out = [
-        render.counts_text(summary.counts) + (f"; {len(summary.omitted):,} omitted" if summary.omitted else ""),
-        f"took {render.seconds(summary.seconds)} on {summary.cores} {noun}{used}",
+        formatting.counts_text(summary.counts) + (f"; {len(summary.omitted):,} omitted" if summary.omitted else ""),
+        f"took {formatting.seconds(summary.seconds)} on {summary.cores} {noun}{used}",
     ]
     for line in summary.failed:
         out.append("")
         out.append(f"{failure(line)}")
         if command := _command(summary, line):
-            out.append(f"  command: {render.clean(command)}")
-        out += [f"    {text}" for text in render.lines(tails.get(line.id, ""))[-STDERR_LINES:]]
+            out.append(f"  command: {formatting.clean(command)}")
+        out += [f"    {text}" for text in formatting.lines(tails.get(line.id, ""))[-STDERR_LINES:]]
     more = summary.counts.failed - len(summary.failed) - summary.earlier
     if more > 0:
         out += ["", f"and {more:,} more failed"]
     if summary.earlier:
         out += ["", f"{summary.earlier:,} had failed before and did not run again"]
     for name, why in islice(summary.omitted.items(), NAMED_MAX):
-        out += ["", f"{render.clean(name)} omitted: {why}"]
+        out += ["", f"{formatting.clean(name)} omitted: {why}"]
     if summary.counts.failed or summary.earlier:
         resume = f"pilotq start --resume {shlex.quote(summary.directory)}"
         out += ["", f"to run what failed again: `{resume}`, then `pilotq retry --all`"]
@@ -120,16 +120,16 @@ def _command(summary: Summary, line: Line) -> str:
 def short(summary: Summary) -> str:
     """One line: ``1 task: 1 finished; took 0.52s on 2 cores; the pilot's directory: ...``."""
     cores = f"{summary.cores} " + ("core" if summary.cores == 1 else "cores")
-    took = f"took {render.seconds(summary.seconds)} on {cores}"
-    return f"{render.counts_text(summary.counts)}; {took}; the pilot's directory: {summary.directory}"
+    took = f"took {formatting.seconds(summary.seconds)} on {cores}"
+    return f"{formatting.counts_text(summary.counts)}; {took}; the pilot's directory: {summary.directory}"
 
 
 def failure(line: Line) -> str:
     """``task 1f (name) failed: ended with a non-zero exit code (3)``."""
-    name = f" ({render.clean(line.name)})" if line.name else ""
+    name = f" ({formatting.clean(line.name)})" if line.name else ""
     why = REASONS.get(line.reason) or line.reason
     if line.reason == "exit":
         why += f" ({line.exit_code})"
     elif line.message:
-        why = render.clean(line.message).rstrip(".")  # says the same, with the name of the file or signal
+        why = formatting.clean(line.message).rstrip(".")  # says the same, with the name of the file or signal
     return f"task {line.id}{name} {line.status}: {why}"

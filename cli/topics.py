@@ -19,7 +19,7 @@ class Topic(NamedTuple):
 
 
 def states() -> str:
-    from pilotq.broker.states import ACTIVE, ENDED, REASONS, STATUSES, WAITING
+    from pilotq.broker.tasks.states import ACTIVE, ENDED, REASONS, STATUSES, WAITING
 
     kinds = {"waits": WAITING, "is under way": ACTIVE, "has ended": ENDED}
     rows = {s: next(k for k, members in kinds.items() if s in members) for s in sorted(STATUSES)}
@@ -34,8 +34,7 @@ def codes() -> str:
 
 
 def files() -> str:
-    from pilotq.broker import files as reader
-    from pilotq.broker import schema
+    from pilotq.broker.taskfiles import reader, schema
 
     table = (reader.__doc__ or "").partition("\n\n")[2].replace("``", "").splitlines()
     formats = [line.partition("broker/")[0].rstrip() for line in table if "broker/" in line]
@@ -48,7 +47,8 @@ def files() -> str:
 
 
 def resources() -> str:
-    from pilotq.broker import placement, schema
+    from pilotq.broker.scheduling import placement
+    from pilotq.broker.taskfiles import schema
 
     keys = schema.keys()
     told = (placement.__doc__ or "").partition("\n\n")[2].strip()
@@ -60,17 +60,17 @@ def resources() -> str:
 
 
 def environment() -> str:
-    from pilotq.broker import variables
+    from pilotq.broker import env_vars
 
     return "\n".join([
-        "What a task finds:", "", *_rows(variables.OF_TASKS), "", "What commands read:", "",
-        *_rows(variables.OF_COMMANDS),
+        "What a task finds:", "", *_rows(env_vars.OF_TASKS), "", "What commands read:", "",
+        *_rows(env_vars.OF_COMMANDS),
     ])  # fmt: skip
 
 
 def dependencies() -> str:
-    from pilotq.broker import schema
-    from pilotq.broker.states import REASONS
+    from pilotq.broker.taskfiles import schema
+    from pilotq.broker.tasks.states import REASONS
 
     keys = schema.keys()
     return "\n".join([
@@ -83,8 +83,8 @@ def dependencies() -> str:
 
 
 def schema_text() -> str:
-    from pilotq.broker.schema import schema
-    from pilotq.cli.render import to_json
+    from pilotq.broker.taskfiles.schema import schema
+    from pilotq.cli.formatting import to_json
 
     return to_json(schema())
 

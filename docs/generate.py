@@ -2,7 +2,7 @@
 
     python docs/generate.py
 
-tests/test_docs.py fails when a page is not what this program would write.
+tests/project/test_docs.py fails when a page is not what this program would write.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from pilotq.broker import errors, schema, variables
-from pilotq.broker.states import ACTIVE, ENDED, EVENT_SCRIPTS, REASONS, STATUSES, TABLE, WAITING
-from pilotq.broker.stock import REFUSED
-from pilotq.broker.store import script
+from pilotq.broker import env_vars, errors
+from pilotq.broker.rq.job_requests import REFUSED
+from pilotq.broker.store.store import script
+from pilotq.broker.taskfiles import schema
+from pilotq.broker.tasks.states import ACTIVE, ENDED, EVENT_SCRIPTS, REASONS, STATUSES, TABLE, WAITING
 from pilotq.cli import exit_codes as exit_codes_of_commands
+from pilotq.cli.formatting import to_json
 from pilotq.cli.main import SECTIONS, pilotq
-from pilotq.cli.render import to_json
 
 HERE = Path(__file__).parent
 WIDTH = 100
@@ -170,13 +171,13 @@ def file_keys() -> str:
 
 def task_variables() -> str:
     """The table of what a task finds, in docs/concepts.md."""
-    rows = [f"| {code(names)} | {text} |\n" for names, text in variables.OF_TASKS.items()]
+    rows = [f"| {code(names)} | {text} |\n" for names, text in env_vars.OF_TASKS.items()]
     return "| variable | is |\n|---|---|\n" + "".join(rows)
 
 
 def command_variables() -> str:
     """The table of what commands read, in docs/concepts.md."""
-    rows = [f"| {code(names)} | {text} |\n" for names, text in variables.OF_COMMANDS.items()]
+    rows = [f"| {code(names)} | {text} |\n" for names, text in env_vars.OF_COMMANDS.items()]
     return "| variable | is |\n|---|---|\n" + "".join(rows)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import SHARED, wait_until
+from tests.support.waiting import SHARED, wait_until
 
 PROC = Path("/proc")
 SCRATCH = Path("/tmp")

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable
 from pilotq.broker.qcg import errors
-from pilotq.broker.qcg.address import ADDRESS, address_of, directory_of
 from pilotq.broker.qcg.jobinfo import JobInfo
 from pilotq.broker.qcg.jobs import Jobs
-from pilotq.broker.qcg.states import FINAL
-from pilotq.broker.qcg.waits import Ends, Pace
+from pilotq.broker.qcg.polling import Ends, Pace
+from pilotq.broker.qcg.service.address import ADDRESS, address_of, directory_of
+from pilotq.broker.qcg.service.states import FINAL
 
 if TYPE_CHECKING:
-    from pilotq.broker.client import Broker
-    from pilotq.broker.qcg.requests import Requests
+    from pilotq.broker.client.broker import Broker
+    from pilotq.broker.qcg.service.requests import Requests
 
 T = TypeVar("T")
 Names = str | Iterable[str]
@@ -63,8 +63,8 @@ class Manager:
         self._log, self.log_handler = _open_log(cfg)
 
     def _connect(self, address: Path | None) -> None:
-        from pilotq.broker.client import Broker
-        from pilotq.broker.qcg.requests import Requests
+        from pilotq.broker.client.broker import Broker
+        from pilotq.broker.qcg.service.requests import Requests
 
         try:
             broker = self._broker = Broker.connect(None if address is None else _directory(os.fspath(address)))
@@ -291,7 +291,7 @@ class LocalManager(Manager):
     """
 
     def __init__(self, server_args: Iterable[Any] | None = None, cfg: Mapping[str, Any] | None = None) -> None:
-        from pilotq.broker.qcg.service import Service
+        from pilotq.broker.qcg.service_process import Service
 
         cfg = cfg or {}
         self._prepare(cfg)

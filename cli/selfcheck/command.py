@@ -14,22 +14,22 @@ from typing import NamedTuple
 
 import click
 
-from pilotq.broker.client import Broker
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.output import of_line
+from pilotq.broker.client.views import Counts
 from pilotq.broker.errors import PilotFailed, WaitTimedOut
-from pilotq.broker.journal import Journal
-from pilotq.broker.output import of_line
-from pilotq.broker.pilot import Pilot
-from pilotq.broker.records import Line
-from pilotq.broker.start import LocalNode, SupervisorOptions, start_pilot
-from pilotq.broker.surroundings import capture
-from pilotq.broker.views import Counts
-from pilotq.cli import exit_codes, progress, render
-from pilotq.cli.pilots import failure, plural
+from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.pilot.start import LocalNode, SupervisorOptions, start_pilot
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line
+from pilotq.broker.tasks.submit_context import capture
+from pilotq.cli import exit_codes, formatting, progress
+from pilotq.cli.pilot_options import failure, plural
 from pilotq.cli.selfcheck.judge import Node, Outcome, Run, Verdict, judge
 from pilotq.cli.selfcheck.ledger import Ledger, read
 from pilotq.cli.selfcheck.plan import Batch, Expected, Place, batches
-from pilotq.workers.sweep import kill_marked
-from pilotq.workers.topology import usable_cpus, virtual_nodes
+from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
+from pilotq.workers.process_tree import kill_marked
 
 NODES = "n1:2,n2:2"
 LOOK_S = 0.25
@@ -183,16 +183,16 @@ def _left(pilot: Pilot, ids: set[str]) -> list[int]:
 
 def _tell(run: Run, verdicts: list[Verdict]) -> None:
     rows = [(v.check, f"{v.judged}", f"{len(v.wrong)}" if v.wrong else "none", v.promise) for v in verdicts]
-    click.echo(render.table(("CHECK", "JUDGED", "WRONG", "WHAT IS PROMISED"), rows))
+    click.echo(formatting.table(("CHECK", "JUDGED", "WRONG", "WHAT IS PROMISED"), rows))
     for verdict in verdicts:
         for text in verdict.wrong[:SHOWN]:
-            click.echo(f"{verdict.check}: {render.clean(text)}")
+            click.echo(f"{verdict.check}: {formatting.clean(text)}")
         if len(verdict.wrong) > SHOWN:
             click.echo(f"{verdict.check}: and {len(verdict.wrong) - SHOWN} more")
     executions = sum(len(o.ledger.starts) for o in run.outcomes)
     cores = sum(node.cores for node in run.nodes.values())
     click.echo(
         f"pilotq: {plural(len(run.outcomes), 'task')} in {plural(executions, 'execution')} on "
-        f"{plural(len(run.nodes), 'node')} with {plural(cores, 'core')}, in {render.seconds(run.end - run.begin)}",
+        f"{plural(len(run.nodes), 'node')} with {plural(cores, 'core')}, in {formatting.seconds(run.end - run.begin)}",
         err=True,
     )

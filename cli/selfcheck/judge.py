@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker.records import Line, Part, parse_allocation
+from pilotq.broker.store.messages import Line, Part, parse_allocation
 from pilotq.cli.selfcheck.ledger import Ledger, Start
 from pilotq.cli.selfcheck.plan import Expected
 from pilotq.cli.selfcheck.probe import output

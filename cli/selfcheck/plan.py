@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker.task import ArrayRange, Request, Shared, Task
+from pilotq.broker.tasks.model import ArrayRange, Request, Shared, Task
 from pilotq.cli.selfcheck import probe
 
 PROBE = [sys.executable, "-I", "-S", os.path.abspath(probe.__file__)]

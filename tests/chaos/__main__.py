@@ -25,12 +25,12 @@ from pathlib import Path
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.errors import PilotqError
-from pilotq.broker.journal import Journal
-from pilotq.broker.records import Line
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line
 from tests.chaos.judge import FINISHED, Expected, History, judge
-from tests.far import CUT, Far, possible
-from tests.fault_rig import HELD, Rig, Work
-from tests.waiting import wait_until
+from tests.support.fault_rig import HELD, Rig, Work
+from tests.support.network_namespace import CUT, Far, possible
+from tests.support.waiting import wait_until
 
 # Chance may strike an innocent task more than three times. It must strike while that runs: once a task was lost nothing
 # begins behind it before its end is known.

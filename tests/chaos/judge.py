@@ -1,6 +1,6 @@
 """Whether a history is as promised. Pure: it is given what was accepted, what tasks wrote, the journal, and what lives.
 
-It believes nobody but the ledgers: the words of `tests/fault_probe.py`, written by the tasks themselves.
+It believes nobody but the ledgers: the words of `tests/support/fault_probe.py`, written by the tasks themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pilotq.broker.records import Line
+from pilotq.broker.store.messages import Line
 
 FINISHED = frozenset({("finished", "")})
 

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from tests.mpi.programs import ranks
-from tests.waiting import wait_until
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent.parent
 ASKED = "PILOTQ_TEST_COMPOSE"
 USER = 12345  # nobody's in the images: whoever runs the containers needs no name there
 BUILD_S, UP_S, CALL_S, SWEEP_S = 900, 300, 120, 600

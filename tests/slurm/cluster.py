@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 PROGRAM = Path(__file__).parent / "slurm-cluster"
 BIN = Path(sys.executable).parent  # where `pilotq` is

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from pilotq.broker.journal import Journal
+from pilotq.broker.store.journal_writer import Journal
 from tests.slurm.cluster import Cluster, run
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 WORKER = "srun --overlap --cpu-bind=none --ntasks-per-node=1 pilotq worker --dir p"
 

@@ -8,9 +8,9 @@ import signal
 import time
 from pathlib import Path
 
-from pilotq.broker.journal import Journal
+from pilotq.broker.store.journal_writer import Journal
 from tests.slurm.cluster import Cluster, keeper_and_worker
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 # Two long tasks on each node; then each says where it was, and ends when it may.
 HOLD = "echo $$ >$PILOTQ_NODELIST.{index}.$PILOTQ_EXECUTION; until [ -e go ]; do sleep 0.1; done"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.journal import Journal
-from pilotq.broker.records import Line, parse_allocation
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line, parse_allocation
 from tests.mpi.programs import AS_ROOT, KINDS, build, ranks
 from tests.slurm.cluster import Cluster
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import PROGRAM, Cluster, run
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 NODES = ("node1", "node2")
 PORT = 2222

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pilotq.broker.journal import Journal
-from pilotq.broker.records import parse_allocation
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import parse_allocation
 from tests.slurm.cluster import Cluster, run
 
 NODES = ["node1", "node2", "node3", "node4"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.journal import Journal
-from pilotq.broker.records import Line
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line
 from tests.slurm.cluster import Cluster, run
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 # Writes down that it was told, and ends; else it goes on for ever.
 NOTICED = "trap 'echo noticed >>notes; exit 3' USR1; echo up >>notes; while :; do sleep 0.1; done"

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 
 from pilotq.broker import Broker, Task
-from tests.browser import Browser, browser, find
-from tests.dashboards import Served, served
-from tests.prompt import in_background
-from tests.waiting import wait_until
+from tests.support.browser import Browser, browser, find
+from tests.support.command_line import in_background
+from tests.support.dashboard import Served, served
+from tests.support.waiting import wait_until
 
 WAIT_S = 60.0
 CLASS = "default.p0.1c"  # where the waiting tasks of one core stand

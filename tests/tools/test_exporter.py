@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker import Broker, Task
-from tests.prompt import command, environment, in_background
-from tests.waiting import wait_until
+from tests.support.command_line import command, environment, in_background
+from tests.support.waiting import wait_until
 
 METRIC = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.prompt import prompt
-from tests.waiting import wait_until
+from tests.support.command_line import prompt
+from tests.support.waiting import wait_until
 
 
 def test_a_pilot_on_redis_7_goes_on_with_what_it_had(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""The tasks of a pilot that has ended, as its journal tells: the reading half of `Broker`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from pilotq.broker.client.output import captured
+from pilotq.broker.client.queries import array_of, element_from_line, from_line, newest
+from pilotq.broker.client.views import Counts, Explanation, TaskView
+from pilotq.broker.errors import UnknownTask
+from pilotq.broker.pilot.directory import TOTAL, Pilot
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line
+from pilotq.broker.tasks.array_outcomes import count_of
+
+
+class Archive:
+    """What the journal of one pilot tells. A task that had not ended when the pilot did is shown as queued, if it ever
+    ran, and else is unknown here: its record lies with the server's data, until the pilot is resumed."""
+
+    def __init__(self, pilot: Pilot) -> None:
+        self.pilot = pilot
+        self._journal = Journal(pilot.journal)
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def gap(self) -> str:
+        """A sentence where there may be tasks that the journal does not know; else empty."""
+        if self.complete:
+            return ""
+        return (
+            "the pilot was killed, and its journal does not know what never ran: "
+            f"`pilotq start --resume {self.pilot.directory}` goes on with it"
+        )
+
+    def task(self, task_id: str) -> TaskView:
+        """One task. Raises UnknownTask."""
+        for line in self._journal.find(task_id):
+            return _view(line)
+        array = array_of(task_id)
+        for line in self._journal.find(array) if array else ():
+            if view := element_from_line(line, task_id):
+                return view
+        raise UnknownTask(
+            f"the pilot in {self.pilot.directory} has ended, and its journal does not know {task_id!r}: `pilotq list` "
+            f"shows what ran there; what never ran comes back with `pilotq start --resume {self.pilot.directory}`"
+        )
+
+    def explain(self, task_id: str) -> Explanation:
+        """Why a task ended as it did. Raises UnknownTask."""
+        from pilotq.broker.client.explain import ended  # brings placement along, which a submit does not need
+
+        return ended(self.task(task_id), self.pilot.directory)
+
+    def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
+        """Tasks, those that ended last first."""
+        seen: set[str] = set()
+
+        def known() -> Iterator[TaskView]:
+            for line in newest(self._journal):
+                if line.id not in seen:
+                    seen.add(line.id)
+                    yield _view(line)
+
+        return islice((view for view in known() if status in (None, view.status)), limit)
+
+    def find(self, name: str) -> list[str]:
+        """Ids of the tasks with this name, without elements of arrays."""
+        return list(dict.fromkeys(line.array or line.id for line in self._journal.tasks_by_name(name)))
+
+    def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
+        """The captured output of the last execution, in pieces; ``stream``: stdout or stderr."""
+        return captured(self._journal, self.pilot, task_id, stream)
+
+    follow = output  # nothing more will come
+
+    def counts(self) -> Counts:
+        """Numbers of tasks; ``total`` is at least what was submitted before the pilot was told to end."""
+        last: dict[str, Line] = {}
+        for line in map(_without_output, self._journal.lines()):
+            last[line.id] = line
+            if not line.final and not line.execution:  # a retry: of an array what had not finished does not count
+                last = {i: known for i, known in last.items() if known.array != line.id or known.status == "finished"}
+        counts = Counts()
+        for line in last.values():
+            if line.elements:
+                for status, ranges in line.elements.items():
+                    _count(counts, status, count_of(ranges))
+            elif line.final and not (line.array in last and last[line.array].elements):
+                _count(counts, line.status, 1)
+        cut_off = sum(not line.final for line in last.values())
+        counts.total = max(counts.ended + cut_off, self._submitted() or 0)
+        return counts
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known how many tasks never ran. It is not after the pilot was killed."""
+        return self._submitted() is not None
+
+    def _submitted(self) -> int | None:
+        try:
+            with open(self.pilot.path(TOTAL)) as file:
+                return int(file.read())
+        except FileNotFoundError:
+            return None
+
+    def wait(self, ids: Iterable[str] | None = None) -> Counts:
+        """What became of these tasks (default: all); returns at once, for what has not ended never will here."""
+        if ids is None:
+            return self.counts()
+        counts = Counts()
+        for task_id in dict.fromkeys(ids):
+            counts.total += 1
+            try:
+                view = self.task(task_id)
+            except UnknownTask:
+                continue  # it never ran
+            if view.ended:
+                _count(counts, view.status, 1)
+        return counts
+
+
+def _view(line: Line) -> TaskView:
+    view = from_line(line)
+    if not line.final:
+        # It was to be tried again, and waits for that.
+        view.status, view.exit_code, view.signal = "queued", None, None
+    return view
+
+
+def _without_output(line: Line) -> Line:
+    line.stdout = line.stderr = line.message = ""
+    return line
+
+
+def _count(counts: Counts, status: str, number: int) -> None:
+    if status == "finished":
+        counts.finished += number
+    elif status == "canceled":
+        counts.canceled += number
+    else:
+        counts.failed += number

@@ -1,0 +1,330 @@
+"""`Broker`: what a user's script, a task, and the command line use to talk to a running pilot."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pilotq.broker.client.archive import Archive
+from pilotq.broker.client.output import Output
+from pilotq.broker.client.queries import Listing
+from pilotq.broker.client.submit import submit
+from pilotq.broker.client.views import Counts, Explanation, NodeView, TaskView
+from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
+from pilotq.broker.pilot.directory import Pilot, find, remember_total
+from pilotq.broker.settings import load
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Address, Link, parse_url
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Nudge
+from pilotq.broker.store.node_states import closed_nodes
+from pilotq.broker.store.requeue import retry
+from pilotq.broker.store.store import Store, pack
+from pilotq.broker.tasks.model import Shared, Task
+from pilotq.broker.tasks.states import STATUSES
+from pilotq.broker.tasks.submit_context import capture, without_secret
+
+if TYPE_CHECKING:
+    import redis
+
+POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
+SLICE = 500
+STOP_MODES = ("drain", "stop", "walltime", "now")
+READY_S = 30.0  # how long a pilot may be on its way to being ready, or gone, before we say so
+
+
+class Broker:
+    """A connection to one pilot. Not for several threads; may be used as a context manager."""
+
+    def __init__(self, address: Address, epoch: str, pilot: Pilot | None, *, timeout: float = 10.0) -> None:
+        self.pilot = pilot
+        self.link = Link(address, timeout=timeout)
+        self.store = Store(self.link, epoch, load(os.environ.get("PILOTQ_SETTINGS")))
+        self._listing = Listing(self.link, Journal(pilot.journal) if pilot is not None else None)
+        self._redis: redis.Redis | None = None
+
+    @classmethod
+    def connect(cls, dir: str | None = None, *, timeout: float = 10.0) -> Broker:
+        """Find the pilot: ``dir``, else ``PILOTQ_DIR``, else ``.pilotq/current``. Raises NoPilot."""
+        pilot = find(dir)
+        connection = pilot.connection()
+        broker = cls(connection.address, connection.epoch, pilot, timeout=timeout)
+        broker.link.connect()
+        return broker
+
+    @classmethod
+    def from_url(cls, url: str, *, timeout: float = 10.0) -> Broker:
+        """The pilot on a server that was started by hand; there is no journal at hand. Raises NoPilot."""
+        address = parse_url(url)
+        epoch = Link(address, timeout=timeout).call("GET", keys.EPOCH)
+        if epoch is None:
+            raise NoPilot(f"no pilot uses the server at {address}: start a dispatcher there with `pilotq dispatcher`")
+        return cls(address, epoch.decode(), None, timeout=timeout)
+
+    def __enter__(self) -> Broker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- submitting ---------------------------------------------------------------------------------------------
+
+    def enqueue(self, task: Task) -> str:
+        """Submit one task (or one array) and return its id; see `enqueue_many`."""
+        return self.enqueue_many([task])[0]
+
+    def enqueue_many(self, tasks: Sequence[Task], *, key: str | None = None, shared: Shared | None = None) -> list[str]:
+        """Submit all or none; returns ids in order (an array is one id). The same ``key`` gives the same ids.
+
+        ``shared`` is the surroundings the tasks get, by default those of this process. Raises InvalidInput, NeverFits,
+        UnknownTask (nothing was submitted) or ServerUnavailable (unknown: submit again with the same key).
+        """
+        tasks = list(tasks)
+        if not tasks:
+            return []
+        if odd := [task for task in tasks if not isinstance(task, Task)]:
+            raise InvalidInput(f"a submission is made of Task(...), not of {type(odd[0]).__name__}")
+        if shared is None:
+            shared = capture(functions=any(task.function is not None for task in tasks))
+        shared = without_secret(shared, self.link.address.password)
+        return submit(self.link, self.store, tasks, shared, key, self._listing.status_in_journal)
+
+    # -- waiting and stopping -----------------------------------------------------------------------------------
+
+    def wait(self, ids: Iterable[str] | None = None, *, timeout: float | None = None) -> Counts:
+        """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        left = None if ids is None else _several(ids)
+        counts = Counts(total=len(left or ()))
+        pause = POLL_MIN_S
+        while True:
+            if left is None:
+                counts = self.counts()
+                missing = counts.left
+                if missing <= 0 and (missing := self._listing.uncounted()) <= 0:
+                    # What was on its way between the two reads counts by now.
+                    counts = self.counts()
+                    missing = counts.left
+            else:
+                left = self._skip_ended(left, counts)
+                missing = len(left)
+            if missing <= 0:
+                return counts
+            if deadline is not None and time.monotonic() > deadline:
+                raise WaitTimedOut(f"{missing} of {counts.total} tasks had not ended after {timeout:g} s")
+            time.sleep(pause)
+            pause = min(pause * 1.3, POLL_MAX_S)
+
+    def _skip_ended(self, ids: list[str], counts: Counts) -> list[str]:
+        """The ids without the ended ones at their front.
+
+        Only a few are asked for while they have not ended: what a wait costs must not grow with what it waits for.
+        """
+        window = 8
+        while ids:
+            pending = self._not_ended(ids[:window], counts)
+            ids = ids[window:]
+            if pending:
+                return pending + ids
+            window = min(2 * window, SLICE)
+        return ids
+
+    def _not_ended(self, ids: list[str], counts: Counts) -> list[str]:
+        """The ids that have not ended yet; those that have are added to ``counts``."""
+        left = []
+        for task_id, view in zip(ids, self._listing.views(ids), strict=True):
+            known = view or self.task(task_id)
+            if not known.ended:
+                left.append(task_id)
+            elif known.status == "finished":
+                counts.finished += 1
+            elif known.status == "canceled":
+                counts.canceled += 1
+            else:
+                counts.failed += 1
+        return left
+
+    def result(self, task_id: str, *, timeout: float | None = None) -> Any:
+        """What a function has returned; waits for it, and raises what it has raised.
+
+        Raises WaitTimedOut after ``timeout`` seconds; FunctionFailed when the function did not return by itself
+        (FunctionCanceled when it was canceled or stopped); InvalidInput when the task is no function; UnknownTask when
+        there is no such task, or its record has expired. Reading a result unpickles it.
+        """
+        from pilotq.broker.client.results import fetch
+
+        self.wait([task_id], timeout=timeout)
+        [outcome] = fetch(self.link, [task_id])
+        assert outcome is not None, "it has ended"
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.value
+
+    def cancel(self, ids: Iterable[str]) -> dict[str, str]:
+        """id -> what happened: 'canceled' (was waiting), 'told' (is running: its worker was told), its status when it
+        had ended, or 'unknown'."""
+        wanted = _several(ids)
+        answers: dict[str, str] = {}
+        for first in range(0, len(wanted), SLICE):
+            part = wanted[first : first + SLICE]
+            answers.update(zip(part, self.store.cancel(part), strict=True))
+        return answers
+
+    def retry(self, ids: Iterable[str]) -> dict[str, str]:
+        """Let tasks that have ended, and did not finish, run again; of an array those of its elements that did not.
+
+        id -> what happened: 'queued', 'deferred' (a task it depends on has not ended), its status when there is nothing
+        to run again, 'dependency' (a task it depends on did not finish: retry that first, or with it), 'ending' (it was
+        canceled, and runs still), 'gone' (only the journal knows it) or 'unknown'. Each gets one more execution, and
+        those that its retries left.
+        """
+        return retry(self.store, _several(ids))
+
+    def pause(self, paused: bool) -> None:
+        """Hand out nothing more (running tasks go on), or go on."""
+        self.store.write(*(("HSET", keys.WISH, "paused", 1) if paused else ("HDEL", keys.WISH, "paused")))
+        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+
+    def close_nodes(self, names: Iterable[str], state: str, reason: str = "") -> None:
+        """These nodes get nothing new: ``drained``, or ``retired``, then their workers end when nothing runs there."""
+        pairs = [text for name in _several(names) for text in (name, f"{state} {reason}".strip())]
+        self.store.write("HSET", keys.CLOSED, *pairs)
+        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+
+    def open_nodes(self, names: Iterable[str]) -> None:
+        """These nodes are used again."""
+        several = _several(names)
+        for key in (keys.CLOSED, keys.ASIDE):
+            self.store.write("HDEL", key, *several)
+        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+
+    def closed_nodes(self) -> dict[str, str]:
+        """node -> how it is closed, and why."""
+        return closed_nodes(self.link)
+
+    def request_stop(self, mode: str) -> None:
+        """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
+        if mode not in STOP_MODES:
+            raise InvalidInput(f"a pilot cannot be ended in the mode {mode!r}: give one of {', '.join(STOP_MODES)}")
+        if self.pilot is not None:
+            remember_total(self.pilot, self.counts().total)
+        self.store.write("HSET", keys.WISH, "stop", mode)
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def counts(self, submission: str | None = None) -> Counts:
+        """Numbers of tasks, of the whole pilot or of one submission (by its key)."""
+        key = keys.COUNTS if submission is None else keys.submission(submission)
+        values = self.link.call("HMGET", key, "total", "finished", "failed", "canceled")
+        total, finished, failed, canceled = (int(v or 0) for v in values)
+        return Counts(total=total, finished=finished, failed=failed, canceled=canceled)
+
+    def task(self, task_id: str) -> TaskView:
+        """One task, from Redis or the journal. Raises UnknownTask."""
+        view = self._listing.task(task_id)
+        if view is None:
+            raise UnknownTask(f"there is no task {task_id!r} in this pilot: `pilotq list` shows those it has")
+        return view
+
+    def explain(self, task_id: str) -> Explanation:
+        """Why a task waits and when it may start, or why it ended as it did. Raises UnknownTask."""
+        from pilotq.broker.client.explain import Explainer  # brings placement along, which a submit does not need
+
+        directory = self.pilot.directory if self.pilot is not None else ""
+        return Explainer(self.link, self._listing, directory, time.time()).of(self.task(task_id))
+
+    def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
+        """Tasks, newest first: those that Redis still knows (running, waiting, ended), then those of the journal."""
+        if status is not None and status not in STATUSES:
+            raise InvalidInput(f"there is no status {status!r}: give one of {', '.join(sorted(STATUSES))}")
+        return self._listing.tasks(status, limit)
+
+    def find(self, name: str) -> list[str]:
+        """Ids of the tasks with this name that Redis or the journal knows."""
+        return self._listing.find(name)
+
+    def open_ids(self) -> list[str]:
+        """Ids of the tasks that have not ended; an array stands for its elements."""
+        return self._listing.open_ids()
+
+    def retriable(self) -> list[str]:
+        """Ids of what ended and did not finish, as far as Redis still knows it; an array stands for its elements."""
+        return self._listing.retriable()
+
+    def nodes(self) -> list[NodeView]:
+        return self._listing.nodes()
+
+    def running(self) -> int:
+        """How many executions are under way: running, or handed to a worker."""
+        return sum(not member.endswith(":0") for member in self._listing.executions())
+
+    def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
+        """The captured output of the last execution that has ended, in pieces; nothing if there is none.
+
+        ``stream``: stdout or stderr. Waits some seconds for the journal; raises PilotFailed when it does not come.
+        """
+        return self._output(stream).last(task_id, stream)
+
+    def follow(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
+        """What the task writes, from the beginning of its last execution on until it has ended; an empty piece
+        whenever there is nothing new yet. Raises UnknownTask when somebody deletes it, PilotFailed as `output`."""
+        return self._output(stream).follow(task_id, stream)
+
+    def _output(self, stream: str) -> Output:
+        if stream not in ("stdout", "stderr"):
+            raise InvalidInput(f"there is no stream {stream!r}: give stdout or stderr")
+        if self.pilot is None:
+            raise NoPilot("captured output is read from the pilot's directory: give it with --dir")
+        return Output(self._listing, self.pilot, Journal(self.pilot.journal))
+
+    @property
+    def redis(self) -> redis.Redis:
+        """A redis-py client of the pilot's server."""
+        if self._redis is None:
+            import redis as redis_py
+
+            self._redis = redis_py.Redis.from_url(self.url)
+        return self._redis
+
+    @property
+    def url(self) -> str:
+        """The server's URL with its password: for RQ_REDIS_URL and its like, never for a command line."""
+        return self.link.address.url()
+
+    def close(self) -> None:
+        self.link.close()
+        if self._redis is not None:
+            self._redis.close()
+
+
+def _several(ids: Iterable[str]) -> list[str]:
+    """Each once, in order. One text is one id, not its letters."""
+    return [ids] if isinstance(ids, str) else list(dict.fromkeys(ids))
+
+
+def reach(directory: str | None = None, *, timeout: float = 10.0) -> Broker | Archive:
+    """The pilot of ``directory`` (as in `Broker.connect`): a Broker when it runs, an Archive when it has ended.
+
+    A pilot that is about to be ready or gone is waited for. Raises NoPilot when there has never been one, and
+    ServerUnavailable when it runs but its server does not answer.
+    """
+    pilot = find(directory)
+    deadline = time.monotonic() + READY_S
+    while True:
+        alive = pilot.alive()
+        try:
+            return Broker.connect(pilot.directory, timeout=timeout)
+        except NoPilot:
+            if not alive and not os.path.exists(pilot.journal):
+                raise
+            if alive and time.monotonic() > deadline:
+                raise
+        except ServerUnavailable:
+            # A killed pilot leaves a connection that leads nowhere.
+            if alive:
+                raise
+        if not alive:
+            return Archive(pilot)
+        time.sleep(POLL_MAX_S)

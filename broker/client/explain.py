@@ -1,0 +1,279 @@
+"""Why a task does not run yet, and when it may; or why it ended as it did. In sentences, from what stands in Redis.
+
+Placement itself says what is missing (cluster.py, shortage.py), so that explanation and decision cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from pilotq.broker.client.queries import Listing, array_of
+from pilotq.broker.client.snapshot import Picture, class_info, picture
+from pilotq.broker.client.views import Explanation, TaskView
+from pilotq.broker.scheduling.inventory import ClassInfo
+from pilotq.broker.scheduling.status import Held
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Link
+from pilotq.broker.store.messages import NodeInfo, parse_allocation
+from pilotq.broker.store.node_states import closed_nodes
+from pilotq.broker.tasks.states import REASONS
+
+NAMED = 5  # tasks that are named where there are more
+CHAIN = 100  # how far the cause of an omitted task is followed
+LOOKED_AT = 100_000  # entries of a class list that are searched for the place of a task
+SHORT = 60  # characters of ranges of elements
+# Sentences of REASONS that go on from "it"; the others name what it was.
+OF_ITSELF = ("ended", "was", "ran", "could", "failed")
+
+
+class Explainer:
+    """Answers for one running pilot; ``now`` is unix time: an answer is of one moment."""
+
+    def __init__(self, link: Link, listing: Listing, directory: str, now: float) -> None:
+        self._link = link
+        self._listing = listing
+        self._directory = directory
+        self._now = now
+
+    def of(self, view: TaskView) -> Explanation:
+        found = ended(view)
+        if view.ended:
+            if view.reason == "dependency":
+                self._cause(view, found)
+        elif view.array_size and view.status == "started":
+            found.why = [*_elements(view), "it ends when the last of its elements has ended"]
+        elif view.status == "started":
+            self._started(view, found)
+        elif view.status == "deferred":
+            self._deferred(view, found)
+        elif view.status == "queued":
+            found.why = _elements(view)
+            self._queued(view, found)
+        else:
+            found.why = [self._of_rq(view)]
+        return found
+
+    # -- what runs, and what has ended ------------------------------------------------------------------------------
+
+    def _started(self, view: TaskView, found: Explanation) -> None:
+        cancel, class_name = self._fields(view.id, "pq_cancel", "pq_class")
+        begun = view.times.get("started")
+        if begun is None:
+            found.why = [f"it was handed to node {view.node}, and starts there as soon as a task like it ends"]
+        else:
+            found.why = [f"it runs on {view.cores or view.node}, for {duration(max(self._now - begun, 0.0))}"]
+            info = class_info(self._link, class_name)
+            if info is not None and info.request.limit is not None:
+                found.until = begun + info.request.limit
+                left = found.until - self._now
+                found.why.append(
+                    f"by its time limit or time request it ends in {duration(max(left, 0.0))} at the latest"
+                )
+        if cancel:
+            found.why.append("it was canceled: its worker ends its processes, with SIGTERM and then SIGKILL")
+
+    def _cause(self, view: TaskView, found: Explanation) -> None:
+        """The task that did not finish, at the beginning of the chain of those that were omitted because of it."""
+        current, seen = view, {view.id}
+        for _ in range(CHAIN):
+            bad = next((p for p in self._parents(current.id) if p.ended and p.status != "finished"), None)
+            if bad is None or bad.id in seen:
+                break
+            seen.add(bad.id)
+            current = bad
+            if bad.reason != "dependency":
+                break
+        if current is not view:
+            found.tasks = [current.id]
+            found.why.append(f"{_named(current)} {current.status}: {ended(current).why[0]}")
+
+    # -- what waits for other tasks ---------------------------------------------------------------------------------
+
+    def _deferred(self, view: TaskView, found: Explanation) -> None:
+        parents = self._parents(view.id)
+        waits_for = [parent for parent in parents if not parent.ended]
+        found.tasks = [parent.id for parent in waits_for]
+        found.why = [f"it waits for {_named(parent)}, which is {parent.status}" for parent in waits_for[:NAMED]]
+        if len(waits_for) > NAMED:
+            found.why.append(f"and for {len(waits_for) - NAMED:,} more")
+        if not parents:
+            found.why = ["what it waits for is not known any more: RQ's tools may still show its dependencies"]
+        elif not waits_for:
+            found.why = ["all that it waits for has ended: it is about to be released"]
+
+    def _parents(self, task_id: str) -> list[TaskView]:
+        """What a task depends on, or an element of an array; without what finished so long ago that nobody knows."""
+        after = self._fields(task_id, "pq_after")[0].split()
+        if not after and (array := array_of(task_id)) is not None:
+            text, each = self._fields(array, "pq_after", "pq_parents")
+            index = task_id.rpartition("_")[2]
+            after = [f"{parent}_{index}" for parent in text.split()] if each else text.split()
+        if not after:
+            after = sorted(m.decode() for m in self._link.call("SMEMBERS", keys.dependencies(task_id)))
+        views = (self._listing.task(parent) for parent in after)
+        return [view for view in views if view is not None]
+
+    # -- what waits for its turn ------------------------------------------------------------------------------------
+
+    def _queued(self, view: TaskView, found: Explanation) -> None:
+        found.why += self._held_up()
+        name, spared = self._fields(view.id, "pq_class", "pq_spared")
+        if spared:
+            found.why.append(f"it failed at once on node {spared}, like others before it: another node is to try it")
+        where = view.id
+        if not name and (array := array_of(view.id)) is not None:
+            where, (name,) = array, self._fields(array, "pq_class")
+        info = class_info(self._link, name)
+        if info is None:
+            found.why.append("the dispatcher has not met it yet")
+            return
+        nodes = [msgspec.json.decode(record, type=NodeInfo) for record in self._link.call("HVALS", keys.NODES)]
+        absent = {n.decode() for n in self._link.call("SMEMBERS", keys.PLANNED)} - {node.name for node in nodes}
+        if absent:
+            found.why.append(f"not all nodes have joined yet: {', '.join(sorted(absent))}")
+        if not nodes:
+            found.why.append("no node is there: `pilotq nodes` lists those that have joined")
+            return
+        found.why += self._not_open(nodes)
+        self._resources(name, info, picture(self._link, nodes, self._listing.executions(), self._now), found)
+        found.why += self._ahead(where, name, info)
+
+    def _not_open(self, nodes: Sequence[NodeInfo]) -> Iterator[str]:
+        """Nodes that get nothing new, and the number without which nothing begins."""
+        least = int(self._link.call("HGET", keys.WISH, "least") or 0)
+        if len(nodes) < least:
+            yield f"nothing begins before {least} nodes have joined: {len(nodes)} have"
+        for name, text in sorted(closed_nodes(self._link).items()):
+            if any(node.name == name for node in nodes):
+                state, _, reason = text.partition(" ")
+                yield f"node {name} gets nothing new: it is {state}" + (f" ({reason})" if reason else "")
+
+    def _held_up(self) -> Iterator[str]:
+        """Why nothing at all is handed out."""
+        paused, journal, stop = self._link.call("HMGET", keys.WISH, "paused", "journal", "stop")
+        if stop:
+            yield f"the pilot is ending: `pilotq start --resume {self._directory}` goes on with what has not ended"
+        elif paused:
+            yield "nothing is handed out: the pilot is paused"
+        if journal:
+            yield f"nothing is handed out while the journal cannot be written: {journal.decode('utf-8', 'replace')}"
+        if self._link.call("EXISTS", keys.SUSPENDED):
+            yield "nothing is handed out: the queues are suspended, until `pilotq exec -- rq resume`"
+
+    def _resources(self, name: str, info: ClassInfo, seen: Picture, found: Explanation) -> None:
+        """What is missing, and when it comes; or for whom it is kept."""
+        cluster, request = seen.cluster, info.request
+        held = self._held(seen)
+        found.why.append(cluster.waits_for(request))
+        if cluster.never_fits(request) is not None:
+            found.why.append("as the nodes are it can never run: it waits for a node that is large enough")
+            return
+        if held is not None and held.class_name == name:
+            found.why.append(f"{held.cores} is being kept free for the first task like it")
+            found.until = held.frees_at
+        elif cluster.fits(request):
+            if held is not None:
+                found.why.append(
+                    f"{held.cores} is being kept free for a task that has waited longer; with a --time-limit that is "
+                    "short enough it could run there meanwhile"
+                )
+            return
+        found.until = found.until or seen.room_by(request)
+        if found.until is None:
+            found.why.append("nobody knows when there will be room: what is in its way has no time limit")
+        else:
+            left = duration(max(found.until - self._now, 0.0))
+            found.why.append(f"by the time limits of what runs there is room in {left} at the latest")
+
+    def _held(self, seen: Picture) -> Held | None:
+        text = self._link.call("HGET", keys.WISH, "hold")
+        held = msgspec.json.decode(text, type=Held) if text else None
+        if held is None or not {part.node for part in parse_allocation(held.cores)} <= set(seen.cluster.names):
+            return None
+        return held
+
+    def _ahead(self, task_id: str, name: str, info: ClassInfo) -> Iterator[str]:
+        """How many go before it."""
+        flat = self._link.call("HGETALL", keys.CLASSES)
+        infos = {n.decode(): msgspec.json.decode(r, type=ClassInfo) for n, r in zip(flat[::2], flat[1::2], strict=True)}
+        higher = [n for n, other in infos.items() if other.priority > info.priority]
+        if number := sum(map(int, self._link.pipeline([("LLEN", keys.queue(n)) for n in higher]))):
+            yield f"{_count(number)} of higher priority may go first"
+        if place := self._link.call("LPOS", keys.queue(name), task_id, "MAXLEN", LOOKED_AT):
+            yield f"{_count(int(place))} like it came earlier"
+
+    # -- small things -----------------------------------------------------------------------------------------------
+
+    def _of_rq(self, view: TaskView) -> str:
+        """Statuses that only RQ's own producers bring about."""
+        if view.status == "scheduled":
+            score = self._link.call("ZSCORE", keys.registry("scheduled", view.queue), view.id)
+            left = float(score) - self._now if score else 0.0
+            return f"it is scheduled: its time comes in {duration(left)}" if left > 0 else "its time has come"
+        if view.status == "rate_limited":
+            (key,) = self._fields(view.id, "rate_limit_key")
+            return f"its producer's rate limit {key!r} lets only so many of its kind run at a time"
+        return "its producer has not finished to submit it"
+
+    def _fields(self, task_id: str, *names: str) -> list[str]:
+        values = self._link.call("HMGET", keys.job(task_id), *names)
+        return [value.decode("utf-8", "replace") if value else "" for value in values]
+
+
+def ended(view: TaskView, directory: str = "") -> Explanation:
+    """Why a task ended as it did, as far as it knows itself; ``directory``: of a pilot that has ended."""
+    found = Explanation(id=view.id, name=view.name, status=view.status, output=view.stderr_tail)
+    if not view.ended:
+        found.why = [f"the pilot ended before it did: `pilotq start --resume {directory}` goes on with it"]
+        return found
+    begun, end = view.times.get("started"), view.times.get("ended")
+    ran = "" if begun is None or end is None else f", after {duration(max(end - begun, 0.0))}"
+    place = f" on {view.cores}" if view.cores else ""
+    found.why = [_how(view) + ran + place, *_elements(view)]
+    if view.execution > 1:
+        found.why.append(f"that was execution {view.execution}: the journal has all of them")
+    if view.execution and not view.array_size:
+        found.commands.append(f"pilotq logs {view.id}")
+    if view.status != "finished":
+        found.commands.append(f"pilotq retry {view.id}")
+    return found
+
+
+def _how(view: TaskView) -> str:
+    if view.status == "finished":
+        return "it finished"
+    why = REASONS.get(view.reason) or view.reason or view.status
+    if view.reason == "exit":
+        return f"it {why} ({view.exit_code})"
+    more = view.message.rstrip(".") or (f"signal {view.signal}" if view.signal else "")
+    return ("it " if why.startswith(OF_ITSELF) else "") + why + (f": {more}" if more else "")
+
+
+def _elements(view: TaskView) -> list[str]:
+    return [f"elements {word}: {_short(ranges)}" for word, ranges in view.elements.items()]
+
+
+def _short(ranges: str) -> str:
+    return ranges if len(ranges) <= SHORT else ranges[:SHORT].rpartition(",")[0] + ", ..."
+
+
+def _named(view: TaskView) -> str:
+    return f"task {view.id} ({view.name})" if view.name else f"task {view.id}"
+
+
+def _count(number: int) -> str:
+    return "1 task or array" if number == 1 else f"{number:,} tasks or arrays"
+
+
+def duration(seconds: float) -> str:
+    """For people: ``0.4 s``, ``40 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, part, small in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"

@@ -1,0 +1,56 @@
+"""The pilot that an `Executor` uses: the one that runs here, or one that it starts for itself, and ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from pilotq.broker.errors import NoPilot, PilotFailed
+from pilotq.broker.pilot.directory import Pilot, find
+
+END_S = 90.0  # one that has not ended by then is left to its own end
+# Not as `-m`: in the user's directory a folder called pilotq would be imported instead of us.
+_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from pilotq.cli.main import main; main()"
+
+
+def running(dir: str | None) -> Pilot | None:
+    """The pilot that is to be used; None when there is none and none was asked for."""
+    try:
+        pilot = find(dir)
+        pilot.connection()
+    except NoPilot:
+        if dir is not None or os.environ.get("PILOTQ_DIR"):
+            raise
+        return None
+    return pilot if pilot.alive() else None
+
+
+def start(nodes: str | None) -> Pilot:
+    """A pilot in a temporary directory; it ends with this process, too. Raises PilotFailed when it does not start."""
+    pilot = Pilot(os.path.join(tempfile.mkdtemp(prefix="pilotq-"), "pilot"))
+    more = ["--nodes", nodes] if nodes else []
+    started = _pilotq(pilot, "start", "--owner", str(os.getpid()), *more)
+    if started.returncode:
+        _remove(pilot)
+        raise PilotFailed(started.stderr.strip().removeprefix("pilotq: "))
+    return pilot
+
+
+def end(pilot: Pilot) -> None:
+    """End what `start` has returned, and remove what it leaves."""
+    _pilotq(pilot, "stop", "--now", timeout=END_S)
+    _remove(pilot)
+
+
+def _remove(pilot: Pilot) -> None:
+    shutil.rmtree(os.path.dirname(pilot.directory), ignore_errors=True)
+
+
+def _pilotq(pilot: Pilot, verb: str, *args: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _PROGRAM, verb, "--dir", pilot.directory, *args]
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout
+    )

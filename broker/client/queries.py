@@ -1,0 +1,367 @@
+"""What is known of a task, from Redis while it remembers, from the journal afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import chain, islice
+
+import msgspec
+
+from pilotq.broker.client.views import NodeView, TaskView
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Link
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line, NodeInfo
+from pilotq.broker.store.node_states import closed_nodes
+from pilotq.broker.store.store import from_iso
+from pilotq.broker.tasks.array_outcomes import count_of, element_ranges, outcome_at, word_of
+from pilotq.broker.tasks.states import ENDED, WAITING
+
+SLICE = 500
+FIELDS = (
+    "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
+    "pq_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
+)  # fmt: skip
+WAITING_KINDS = ("deferred", "scheduled", "ready")
+ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
+Pages = Callable[[int, int], Iterable[bytes]]
+
+
+def _text(value: bytes | None) -> str:
+    return value.decode("utf-8", "replace") if value else ""
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
+    """A view from the fields FIELDS of a task's hash."""
+    f = dict(zip(FIELDS, map(_text, values), strict=True))
+    status = f["status"]
+    exit_text = f["pq_exit"]
+    reason = f["pq_reason"]
+    if status == "started" and not f["pq_array"]:
+        reason = "running" if f["pq_running"] else "handed"
+    # Until a launch is reported, started_at is the time the task was handed out; the journal knows both.
+    launched = status in ENDED or f["pq_running"]
+    view = TaskView(
+        id=task_id,
+        name=f["pq_name"],
+        status=status,
+        reason=reason,
+        exit_code=int(exit_text) if exit_text else None,
+        execution=int(f["pq_exec"] or 0),
+        node=f["pq_node"].rpartition(":")[0] if status != "queued" else "",
+        cores=f["pq_cpus"],
+        times={
+            "queued": _number(f["pq_at"]),
+            "handed": None if launched else from_iso(f["started_at"]),
+            "started": from_iso(f["started_at"]) if launched else None,
+            "ended": from_iso(f["ended_at"]),
+        },
+        queue=keys.queue_of(f["origin"]),
+        command=f["description"],
+        retries=int(f["pq_retries"] or 0),
+        array=f["pq_array_of"],
+        index=int(task_id.rpartition("_")[2]) if f["pq_array_of"] else None,
+        ended=status in ENDED,
+    )
+    if f["pq_array"]:
+        view.array_size = int(f["pq_array"].rpartition(":")[2])
+    return view
+
+
+def from_line(line: Line) -> TaskView:
+    """A view of an ended task from its last line in the journal."""
+    return TaskView(
+        id=line.id,
+        name=line.name,
+        status=line.status,
+        reason=line.reason,
+        exit_code=line.exit_code,
+        signal=line.signal,
+        execution=line.execution,
+        node=line.node,
+        cores=line.cpus,
+        times={"queued": line.queued, "handed": line.handed, "started": line.started, "ended": line.ended},
+        message=line.message,
+        max_rss=line.max_rss,
+        cpu=line.cpu,
+        array=line.array,
+        index=line.index,
+        array_size=sum(map(count_of, line.elements.values())),
+        elements=line.elements,
+        stdout_tail=_tail(line.stdout),
+        stderr_tail=_tail(line.stderr),
+        ended=line.final,
+    )
+
+
+def _tail(data: str | bytes) -> str:
+    return data if isinstance(data, str) else data.decode("utf-8", "replace")
+
+
+def element_from_line(line: Line, task_id: str) -> TaskView | None:
+    """A view of an element that never ran, from the line of its array; None when that had no such element."""
+    index = int(task_id.rpartition("_")[2])
+    status = word_of(line.elements, index)
+    if status is None:
+        return None
+    times = {"queued": line.queued, "ended": line.ended}
+    return TaskView(
+        id=task_id, name=line.name, status=status, reason=line.reason if status == "canceled" else "", array=line.id,
+        index=index, times=times, ended=True,
+    )  # fmt: skip
+
+
+def array_of(task_id: str) -> str | None:
+    """The id of the array whose element this can be; None when it has not the form of an element's id."""
+    array, _, index = task_id.rpartition("_")
+    return array if array and index.isdecimal() else None
+
+
+def newest(journal: Journal) -> Iterator[Line]:
+    """The lines of the journal, newest first; as many are read as are taken, or a few times so many."""
+    given, count = 0, SLICE
+    while True:
+        lines = journal.last(count)
+        yield from islice(lines, given, None)
+        if len(lines) < count:
+            return
+        given, count = len(lines), 4 * count
+
+
+def enrich(view: TaskView, line: Line) -> TaskView:
+    """What only the journal knows of an ended task, added to what Redis says."""
+    view.signal, view.message = line.signal, line.message
+    view.max_rss, view.cpu = line.max_rss, line.cpu
+    view.stdout_tail, view.stderr_tail = _tail(line.stdout), _tail(line.stderr)
+    view.elements = view.elements or line.elements
+    return view
+
+
+class Listing:
+    """Reads of one pilot; ``journal`` may be None where the pilot's directory is not at hand."""
+
+    def __init__(self, link: Link, journal: Journal | None) -> None:
+        self.link = link
+        self.journal = journal
+
+    def views(self, ids: Sequence[str]) -> list[TaskView | None]:
+        """What Redis knows of these tasks, in one round trip for each 500; None where it knows nothing."""
+        found: list[TaskView | None] = []
+        for first in range(0, len(ids), SLICE):
+            part = ids[first : first + SLICE]
+            rows = self.link.pipeline([("HMGET", keys.job(i), *FIELDS) for i in part])
+            found += [view_of(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
+        return found
+
+    def task(self, task_id: str) -> TaskView | None:
+        """All that is known of one task."""
+        view = self.views([task_id])[0]
+        lines = self.journal.find(task_id) if self.journal is not None else []
+        if view is None:
+            if not lines:
+                return self._element_without_record(task_id)
+            return from_line(lines[0])
+        if view.array_size:
+            array, following, bits = self._array(task_id)
+            view.elements = element_ranges(bits, array, following)
+        if view.ended and lines:
+            enrich(view, lines[0])
+        return view
+
+    def status_in_journal(self, task_id: str) -> str | None:
+        """How a task has ended whose record is not kept any more; None if it has not, or the journal is not at hand."""
+        view = self.task(task_id) if self.journal is not None else None
+        return view.status if view is not None and view.ended else None
+
+    def _array(self, task_id: str) -> tuple[str, int, bytes]:
+        row, bits = self.link.pipeline(
+            [("HMGET", keys.job(task_id), "pq_array", "pq_next"), ("GET", keys.bits(task_id))]
+        )
+        return _text(row[0]), int(row[1] or 0), bits or b""
+
+    def _element_without_record(self, task_id: str) -> TaskView | None:
+        """An element that was not handed out yet (it has no record), or never was, or whose line is on its way."""
+        array = array_of(task_id)
+        if array is None:
+            return None
+        view = self.views([array])[0]
+        if view is None or not view.array_size:
+            lines = self.journal.find(array) if self.journal is not None else []
+            return element_from_line(lines[0], task_id) if lines else None
+        index = int(task_id.rpartition("_")[2])
+        span, following, bits = self._array(array)
+        start, step, count = map(int, span.split(":"))
+        position, rest = divmod(index - start, step)
+        if rest or not 0 <= position < count:
+            return None
+        word = outcome_at(bits, position, following)
+        status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(word, word)
+        return TaskView(
+            id=task_id, name=view.name, status=status, queue=view.queue, command=view.command, array=array,
+            index=index, times={"queued": view.times["queued"]}, ended=status in ENDED,
+        )  # fmt: skip
+
+    # -- many -------------------------------------------------------------------------------------------------------
+
+    def tasks(self, status: str | None, limit: int) -> Iterator[TaskView]:
+        """At most ``limit`` tasks, newest first: what Redis knows (running, waiting, ended), then what only the journal
+        remembers. Elements of arrays that wait stand behind their array's record."""
+        seen: set[str] = set()
+
+        def known() -> Iterator[TaskView]:
+            for view in self._known(status, min(SLICE, limit)):
+                if view.id not in seen:
+                    seen.add(view.id)
+                    yield view
+            if status is None or status in ENDED:
+                yield from self._remembered(seen)
+
+        return islice((view for view in known() if status in (None, view.status)), limit)
+
+    def _known(self, status: str | None, page: int) -> Iterator[TaskView]:
+        """What Redis knows, and may have this status. ``page`` is how much is read at once of each list."""
+        if status in (None, "started"):
+            yield from self._views(self._running(), page)
+        if status is None or status in WAITING:
+            yield from self._views(self._waiting(page), page)
+        kinds = sorted(set(ENDED_KINDS.values())) if status is None else [ENDED_KINDS.get(status, "")]
+        ended = [
+            self._views(_pages(self._of_registry(kind, queue), page), page)
+            for kind in kinds if kind
+            for queue in self._queues()
+        ]  # fmt: skip
+        yield from merge(*ended, key=lambda view: view.times.get("ended") or 0.0, reverse=True)
+
+    def _views(self, ids: Iterator[str], page: int) -> Iterator[TaskView]:
+        while batch := list(islice(ids, page)):
+            yield from (view for view in self.views(batch) if view is not None)
+
+    def _queues(self) -> list[str]:
+        return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
+
+    def executions(self) -> Iterator[str]:
+        """Members of the wip registries, ``<id>:<execution>``; an array that was handed out whole is ``<id>:0``."""
+        queues = self._queues()
+        for members in self.link.pipeline([("ZRANGE", keys.registry("wip", queue), 0, -1) for queue in queues]):
+            yield from (member.decode() for member in members)
+
+    def _running(self) -> Iterator[str]:
+        yield from sorted((member.rpartition(":")[0] for member in self.executions()), key=_age, reverse=True)
+
+    def _waiting(self, page: int) -> Iterator[str]:
+        queues = self._queues()
+        # A foreign job stands in its user's queue until it is routed to a class list.
+        names = [*(name.decode() for name in self.link.call("HKEYS", keys.CLASSES)), *queues]
+        lengths = self.link.pipeline([("LLEN", keys.queue(name)) for name in names])
+        filled = [name for name, length in zip(names, lengths, strict=True) if length]
+        lists = [_pages(self._of_list(name), page) for name in filled]
+        registries = [_pages(self._of_registry(kind, queue), page) for kind in WAITING_KINDS for queue in queues]
+        registries += [_pages(self._of_set(keys.waits_for_slot(limit)), page) for limit in self._limits()]
+        yield from merge(*lists, *registries, key=_age, reverse=True)
+
+    def open_ids(self) -> list[str]:
+        """Ids of what has not ended; an array stands for its elements."""
+        found = dict.fromkeys(chain(self._running(), self._waiting(SLICE)))
+        return [task_id for task_id in found if array_of(task_id) not in found]
+
+    def retriable(self) -> list[str]:
+        """Ids of what ended and did not finish, oldest first; an array stands for its elements."""
+        pages = [self._of_registry(kind, queue) for kind in ("failed", "canceled") for queue in self._queues()]
+        found = dict.fromkeys(chain(*(_pages(page, SLICE) for page in pages)))
+        return sorted((i for i in found if array_of(i) not in found), key=_age)
+
+    def _of_list(self, name: str) -> Pages:
+        key = keys.queue(name)
+        return lambda first, count: reversed(self.link.call("LRANGE", key, -first - count, -first - 1))
+
+    def _limits(self) -> list[str]:
+        return sorted(name.decode() for name in self.link.call("SMEMBERS", keys.RATE_LIMITS))
+
+    def uncounted(self) -> int:
+        """Jobs that RQ's producers have left and that are not counted yet; right where nothing counted is open."""
+        commands: list[tuple[str, ...]] = []
+        for queue in self._queues():
+            commands += [("LLEN", keys.queue(queue)), ("ZCARD", keys.registry("deferred", queue))]
+            commands += [("ZCARD", keys.registry("scheduled", queue)), ("ZCARD", keys.registry("ready", queue))]
+        commands += [("ZCARD", keys.waits_for_slot(limit)) for limit in self._limits()]
+        return sum(map(int, self.link.pipeline(commands))) if commands else 0
+
+    def _of_registry(self, kind: str, queue: str) -> Pages:
+        return self._of_set(keys.registry(kind, queue))
+
+    def _of_set(self, key: str) -> Pages:
+        return lambda first, count: self.link.call("ZREVRANGE", key, first, first + count - 1)
+
+    def _remembered(self, seen: set[str]) -> Iterator[TaskView]:
+        for line in newest(self.journal) if self.journal is not None else ():
+            if line.final and line.id not in seen:
+                seen.add(line.id)
+                yield from_line(line)
+
+    def find(self, name: str) -> list[str]:
+        """Ids of the tasks with this name, without elements of arrays."""
+        found: dict[str, None] = {}
+        ids = chain(self._running(), self._waiting(SLICE), *(
+            _pages(self._of_registry(kind, queue), SLICE)
+            for kind in sorted(set(ENDED_KINDS.values())) for queue in self._queues()
+        ))  # fmt: skip
+        while batch := list(islice(ids, SLICE)):
+            rows = self.link.pipeline([("HMGET", keys.job(i), "pq_name", "pq_array_of") for i in batch])
+            wanted = name.encode()
+            found.update((i, None) for i, row in zip(batch, rows, strict=True) if row[0] == wanted and not row[1])
+        lines = self.journal.tasks_by_name(name) if self.journal is not None else []
+        found.update((line.array or line.id, None) for line in lines)
+        return list(found)
+
+    def nodes(self) -> list[NodeView]:
+        infos = [msgspec.json.decode(r, type=NodeInfo) for r in self.link.call("HVALS", keys.NODES)]
+        infos.sort(key=lambda info: info.name)
+        names = [info.name for info in infos]
+        used = self.link.call("HMGET", keys.USED, *names) if names else []
+        beats = self.link.pipeline([("HGET", keys.worker(name), "last_heartbeat") for name in names])
+        closed = closed_nodes(self.link)
+        return [
+            _node_view(i, beat, use, closed.get(i.name, "")) for i, beat, use in zip(infos, beats, used, strict=True)
+        ]
+
+
+def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None, closed: str) -> NodeView:
+    beat = _text(last_heartbeat)
+    used, _, running = _text(in_use).partition(" ")
+    state, _, why = closed.partition(" ")
+    return NodeView(
+        name=info.name,
+        state=(state or "up") if beat else "lost",
+        why=why,
+        host=info.host,
+        pid=info.pid,
+        cores=len(info.cores),
+        used=int(used or 0),
+        shared_cores=info.shared_cores,
+        running=int(running or 0),
+        last_beat=from_iso(beat),
+    )
+
+
+def _pages(read: Pages, page: int) -> Iterator[str]:
+    """All that ``read(first, count)`` gives, ``page`` at a time."""
+    first = 0
+    while batch := list(read(first, page)):
+        yield from (member.decode() for member in batch)
+        if len(batch) < page:
+            return
+        first += page
+
+
+def _age(task_id: str) -> tuple[int, int]:
+    """The place of an id in the order of submission; ids that are not ours come first of all."""
+    number, _, index = task_id.partition("_")
+    try:
+        return int(number, 32), int(index or 0)
+    except ValueError:
+        return -1, 0

@@ -1,0 +1,127 @@
+"""A server's files that are damaged, made such that it starts: what cannot be read is cut off, kept aside, and told.
+
+The server writes what it does into ``appendonlydir``: a base, and after it a log of commands that grows (the format is
+that of Redis's protocol; what belongs together stands between MULTI and EXEC). A log whose end is torn it mends itself.
+One that is damaged in the middle it refuses, as nobody can tell what follows from what is missing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import time
+
+from pilotq.broker.errors import InvalidInput, PilotExists
+from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.pilot.lock import holder
+from pilotq.broker.store import keys
+
+FOLDER = ("server", "appendonlydir")
+MARK = "repaired"  # in server/: the next start may put aside what the journal knows and the server does not
+HEAD = re.compile(rb"[*$](\d{1,10})\r\n")
+TASK = re.compile(keys.job("([0-9a-v]{1,13}(?:_[0-9]+)?)\r").encode())
+NAMED = 10  # tasks named in what is told
+
+
+def repair(pilot: Pilot) -> list[str]:
+    """Cut the server's log at the last good command; returns what was done, one sentence each.
+
+    The pilot must have ended: raises PilotExists. Raises InvalidInput when there is no log, or when the base itself is
+    damaged, which nothing can mend.
+    """
+    if holder(pilot.path("lock")) is not None:
+        raise PilotExists(
+            f"the pilot in {pilot.directory} runs: end it first, with `pilotq stop --dir {pilot.directory}`"
+        )
+    folder = pilot.path(*FOLDER)
+    said = []
+    logs = _logs(folder)
+    for number, name in enumerate(logs):
+        path = os.path.join(folder, name)
+        good = good_length(path)
+        if good < os.path.getsize(path):
+            said.append(_cut(path, good))
+            # What was written after it builds on what is lost.
+            said += [_cut(os.path.join(folder, later), 0) for later in logs[number + 1 :]]
+            break
+    with open(pilot.path("server", MARK), "w"):
+        pass
+    if not said:
+        said.append(f"the logs of the server in {folder} are whole: nothing was changed")
+    said.append(
+        "executions that the journal knows and the server does not are put aside at the next start, and their tasks "
+        f"run again: `pilotq start --resume {pilot.directory}`"
+    )
+    return said
+
+
+def _logs(folder: str) -> list[str]:
+    """Names of the logs that grow, oldest first, as the manifest says."""
+    try:
+        manifest = next(name for name in os.listdir(folder) if name.endswith(".manifest"))
+        with open(os.path.join(folder, manifest)) as file:
+            rows = [line.split() for line in file]
+    except (FileNotFoundError, StopIteration):
+        raise InvalidInput(f"{folder} holds no log of a server: name the directory of a pilot that has one") from None
+    return [row[1] for row in rows if row[-1:] == ["i"] and os.path.exists(os.path.join(folder, row[1]))]
+
+
+def good_length(path: str) -> int:
+    """Bytes of the log up to the first that is no command, and not within what belongs together."""
+    size = os.path.getsize(path)
+    if not size:
+        return 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        good = position = 0
+        inside = False
+        while position < size:
+            if view[position] == ord("#"):  # a remark: the time
+                end, first = view.find(b"\n", position) + 1, b""
+            else:
+                end, first = _command(view, position, size)
+            if end <= position:
+                break
+            position = end
+            word = first.upper()
+            inside = word == b"MULTI" or (inside and word != b"EXEC")
+            if not inside:
+                good = position
+        return good
+
+
+def _command(view: mmap.mmap, position: int, size: int) -> tuple[int, bytes]:
+    """Where the command at a position ends, and its first word; -1 when there is none, or not all of it."""
+    head = HEAD.match(view, position)
+    if head is None or view[position] != ord("*"):
+        return -1, b""
+    position, first = head.end(), b""
+    for number in range(int(head[1])):
+        head = HEAD.match(view, position)
+        if head is None or view[position] != ord("$"):
+            return -1, b""
+        start, end = head.end(), head.end() + int(head[1])
+        if end + 2 > size or view[end : end + 2] != b"\r\n":
+            return -1, b""
+        if not number:
+            first = view[start:end]
+        position = end + 2
+    return position, first
+
+
+def _cut(path: str, good: int) -> str:
+    """Cut a log, keep what was cut off beside it, and say what that was."""
+    with open(path, "r+b") as file:
+        file.seek(good)
+        lost = file.read()
+        aside = f"{path}.cut-{time.strftime('%Y%m%d-%H%M%S')}"
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as kept:
+            kept.write(lost)
+        file.truncate(good)
+        os.fsync(file.fileno())
+    tasks = list(dict.fromkeys(m[1].decode() for m in TASK.finditer(lost)))
+    named = ", ".join(tasks[:NAMED]) + (f" and {len(tasks) - NAMED} more" if len(tasks) > NAMED else "")
+    return (
+        f"{path}: cut after {good:,} bytes; {len(lost):,} bytes are lost, with some {lost.count(b'*'):,} commands "
+        f"about {f'the tasks {named}' if tasks else 'no task'}; they are kept in {os.path.basename(aside)}"
+    )

@@ -1,0 +1,144 @@
+"""A job of RQ's own producers as a task: what its fields ask for, and what is refused.
+
+Only `meta`, `timeout` and `webhooks` are looked at. `meta` is pickled by its producer (or JSON, with RQ's JSON
+serializer): it is read without running anything of it. What it holds beside our words is the producer's own business.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import zlib
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.store.store import pack
+from pilotq.broker.tasks.model import FLAG_STOCK, PRIORITY_LIMIT, Request, Spec, class_name, limit_step
+from pilotq.broker.tasks.quantities import request_of
+
+DEFAULT_TIMEOUT_S = 180  # RQ's, for a record that names none
+META_BYTES = 1 << 20
+WORDS: Final = {  # of `meta`, with the types they may have
+    "cores": (int, str), "nodes": (int, str), "gpus": (int,), "memory": (int, str), "use": (dict,), "priority": (int,),
+}  # fmt: skip
+# What is refused, for docs/rq.md.
+REFUSED: Final = (
+    "Webhooks: nobody would send them",
+    "`meta` that asks for what cannot be: `cores: 0`, a text where a number must be, more than any node has",
+    "`meta` that is neither a pickle nor JSON, is no dictionary, or is larger than 1 MiB",
+    "A `timeout` that is no number",
+    "More than 256 kinds of request (priority, cores, timeout...) in one queue",
+)
+
+
+class Way(NamedTuple):
+    """Where a job goes: its class list, the record of that class (JSON), and the packed Spec."""
+
+    class_name: str
+    record: str
+    spec: bytes
+    request: Request
+
+
+class _Something:
+    """Stands for any object of a producer that is no plain value. Takes what a pickle does to it, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Something:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+    def add(self, _: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> _Something:
+        return self
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Reader(pickle.Unpickler):
+    """Reads plain values; imports and calls nothing that a pickle names."""
+
+    def find_class(self, _module: str, _name: str) -> Any:
+        return _Something
+
+    def persistent_load(self, _: Any) -> Any:
+        return _Something()
+
+
+def read_meta(data: bytes) -> dict[str, Any]:
+    """`meta` as plain values. Raises InvalidInput when it cannot be read."""
+    if not data:
+        return {}
+    if len(data) > META_BYTES:
+        raise InvalidInput(f"its meta has {len(data):,} bytes: at most {META_BYTES:,} are read")
+    try:
+        found = json.loads(data) if data[:1] in b"{n" else _Reader(io.BytesIO(data)).load()
+    except Exception:  # noqa: BLE001 - whatever a stranger's bytes may do to a decoder, only this job fails
+        raise InvalidInput("its meta is neither a pickle nor JSON that can be read: use RQ's own serializers") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InvalidInput("its meta is no dictionary")
+    return found
+
+
+@lru_cache(maxsize=4096)
+def way_of(queue: str, timeout: bytes, meta: bytes) -> Way:
+    """What a job of this queue asks for. Raises InvalidInput; its text becomes the reason why the job failed."""
+    asked = {word: value for word, value in read_meta(meta).items() if word in WORDS}
+    for word, value in asked.items():
+        if not isinstance(value, WORDS[word]) or isinstance(value, bool):
+            kinds = " or ".join({int: "a number", str: "a text", dict: "a dictionary"}[kind] for kind in WORDS[word])
+            raise InvalidInput(f"meta[{word!r}] must be {kinds}")
+    priority = asked.pop("priority", 0)
+    if abs(priority) > PRIORITY_LIMIT:
+        raise InvalidInput(f"meta['priority'] is outside -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}")
+    for name, count in asked.get("use", {}).items():
+        if not isinstance(name, str) or not isinstance(count, int) or isinstance(count, bool):
+            raise InvalidInput("meta['use'] must have names of counters and whole numbers")
+    limit = _limit(timeout)
+    try:
+        request = request_of(Request(), **asked)
+    except InvalidInput as error:
+        raise InvalidInput(f"meta: {error}") from None
+    if min(request.gpus, request.memory, *(count for _, count in request.use), 0) < 0:
+        raise InvalidInput("meta: gpus, memory and use cannot be negative")
+    shape = msgspec.structs.replace(request, limit=limit_step(limit))
+    record = msgspec.json.encode({"queue": queue, "priority": priority, "request": shape}).decode()
+    spec = Spec([], time_limit=limit or 0.0, flags=FLAG_STOCK, cores=request.cores[0])
+    return Way(class_name(queue, priority, shape), record, pack(spec), shape)
+
+
+def _limit(timeout: bytes) -> float | None:
+    """RQ's timeout: seconds, -1 for none."""
+    try:
+        seconds = float(timeout) if timeout else DEFAULT_TIMEOUT_S
+    except ValueError:
+        raise InvalidInput(f"its timeout {timeout.decode('utf-8', 'replace')!r} is no number of seconds") from None
+    return seconds if 0 < seconds < 1e9 else None
+
+
+def shown(text: str) -> str:
+    """A text as RQ keeps the reason of a failure."""
+    return base64.b64encode(zlib.compress(text.encode())).decode()

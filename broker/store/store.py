@@ -1,0 +1,191 @@
+"""The scripts as typed functions, one for each transition, and the few plain writes beside them.
+
+A script is sent by its hash; a server that does not know it (restarted, SCRIPT FLUSH) gets its text. Answers that mean
+the queue is not ours any more become StateLost (another epoch) and Superseded (another dispatcher's term).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pilotq.broker import failpoints
+from pilotq.broker.errors import StateLost, Superseded
+from pilotq.broker.settings import Settings
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Argument, Link, ReplyError, ScriptMissing
+from pilotq.broker.store.messages import EndReport, ToWorker
+
+pack = msgspec.msgpack.Encoder().encode
+SHOW = 16  # ids of a class list the dispatcher looks at
+
+
+def iso(seconds: float) -> str:
+    """RQ's form of a time: ``2026-01-31T12:00:00.000000Z``."""
+    whole = int(seconds)
+    return f"{_to_second(whole)}.{int((seconds - whole) * 1e6):06d}Z"
+
+
+@lru_cache(maxsize=64)
+def _to_second(whole: int) -> str:
+    return datetime.fromtimestamp(whole, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def from_iso(text: str) -> float | None:
+    if not text:
+        return None
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
+
+
+class Script(NamedTuple):
+    text: str
+    sha: str
+
+
+@cache
+def script(name: str) -> Script:
+    """A script of broker/scripts, with lib.lua and lib_rq.lua in front."""
+    folder = files("pilotq.broker.store.scripts")
+    # Out of memory only a submit is refused, and before it has written anything: ends make room.
+    flags = "" if name == "commit" else " flags=allow-oom"
+    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_rq", name)]
+    text = f"#!lua{flags}\n" + "".join(parts)
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def translate(error: ReplyError) -> Exception:
+    """What an error of one of our scripts means to the caller."""
+    if error.code == "EPOCH":
+        return StateLost("the server came back without the queue we knew: stop this pilot, and start it with --resume")
+    if error.code == "TERM":
+        return Superseded("another dispatcher has taken over this queue")
+    return error
+
+
+def to_worker(node: str, incarnation: int, message: ToWorker) -> tuple[Argument, ...]:
+    """The command that puts a message into the inbox of a node."""
+    return ("XADD", keys.inbox(node, incarnation), "*", "m", pack([message]))
+
+
+class Head(NamedTuple):
+    """What waits in one class list: how many records, places of the first ones (ids of ours, for `order_of`), elements
+    left in the first if it is an array."""
+
+    length: int
+    places: list[str]
+    elements: int
+
+    @property
+    def waiting(self) -> int:
+        return self.length - 1 + self.elements if self.elements else self.length
+
+
+class Slot(NamedTuple):
+    node: str  # name:incarnation
+    lane: int  # 0: handed ahead
+    allocation: str
+
+
+def _head(reply: Any) -> Head:
+    length, ids, elements = reply
+    return Head(int(length), [i.decode() for i in ids], int(elements))
+
+
+class Store:
+    """Scripts over one link, for one queue (``epoch``)."""
+
+    def __init__(self, link: Link, epoch: str, settings: Settings, *, term: int = 0) -> None:
+        self.link = link
+        self.epoch = epoch
+        self.term = term
+        self.settings = settings
+
+    def command(self, name: str, *args: Argument) -> tuple[Argument, ...]:
+        """The command that calls a script by its hash, for Link.post."""
+        return ("EVALSHA", script(name).sha, 0, self.epoch, *args)
+
+    def run(self, name: str, *args: Argument) -> Any:
+        failpoints.at(f"{name}:before")
+        try:
+            try:
+                answer = self.link.call(*self.command(name, *args))
+            except ScriptMissing:
+                answer = self.link.call("EVAL", script(name).text, 0, self.epoch, *args)
+        except ReplyError as error:
+            raise translate(error) from None
+        failpoints.at(f"{name}:after")
+        return answer
+
+    def write(self, *command: Argument) -> Any:
+        """A plain command that goes through though the memory is full."""
+        return self.run("write", *command)
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    def commit(self, key: str, first: int, records: int, total: int, work: dict[str, Any]) -> list[Any]:
+        now = time.time()
+        answer: list[Any] = self.run(
+            "commit", key, f"{now:.6f}", iso(now), first, records, total, self.settings.failed_ttl_s, pack(work)
+        )
+        return answer
+
+    def cancel(self, ids: Sequence[str]) -> list[str]:
+        now = time.time()
+        return [a.decode() for a in self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, *ids)]
+
+    def retry(self, items: Sequence[Sequence[Any]], *bits: bytes) -> list[str]:
+        """Let ended tasks run again; each item is [id], or a whole array as retry.lua says."""
+        now = time.time()
+        return [a.decode() for a in self.run("retry", f"{now:.6f}", iso(now), pack(items), *bits)]
+
+    # -- dispatcher ---------------------------------------------------------------------------------------------
+
+    def take_term(self) -> int:
+        """Become the dispatcher: claims of any earlier one are refused from now on."""
+        self.term = int(self.write("INCR", keys.TERM))
+        return self.term
+
+    def heads(self, classes: Sequence[str]) -> list[Head]:
+        return [_head(r) for r in self.run("heads", self.term, SHOW, *classes)] if classes else []
+
+    def claim(self, groups: Sequence[tuple[str, Sequence[Slot]]]) -> list[tuple[int, Head]]:
+        """Hand out heads of class lists to slots, in order; returns for each class how many slots were filled."""
+        now = time.time()
+        answer = self.run("claim", self.term, f"{now:.6f}", iso(now), SHOW, self.settings.failed_ttl_s, pack(groups))
+        return [(int(r[0]), _head(r[1:])) for r in answer]
+
+    def release(self, limit: int) -> tuple[int, int]:
+        now = time.time()
+        handled, left = self.run("release", self.term, f"{now:.6f}", iso(now), limit, self.settings.failed_ttl_s)
+        return int(handled), int(left)
+
+    def lose(self, reports: Sequence[EndReport]) -> list[str]:
+        """End executions that no worker reports; what reports leave empty is read from the records."""
+        return [v.decode() for v in self.run("end", *self.end_arguments("", 0, b"", reports))]
+
+    # -- workers ------------------------------------------------------------------------------------------------
+
+    def end_arguments(self, node: str, call: int, mail: bytes, reports: Sequence[EndReport]) -> list[Argument]:
+        """ARGV of end.lua after the epoch."""
+        s = self.settings
+        rows = [
+            (
+                r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
+                r.class_name, r.submission, r.retries, r.delay,
+            )
+            for r in reports
+        ]  # fmt: skip
+        now = f"{time.time():.6f}"
+        head: list[Argument] = [
+            node, call, mail, now, s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(rows)
+        ]  # fmt: skip
+        for report in reports:
+            head += (report.line, report.text)
+        return head

@@ -1,0 +1,119 @@
+"""Plain files: each line is one command, split into words as a POSIX shell splits them, but no shell runs it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.tasks.model import Task, validate
+
+FILE_BYTES = 1 << 30
+LINE_BYTES = 1 << 20  # more than the kernel takes as one argument list of one command
+
+# Lines of these characters only are the rule; they are split at spaces.
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./~^*?\[\]{}!()\t -]*")
+_ASSIGNS = re.compile(r"[A-Za-z_]\w*=")
+_PIECE = re.compile(
+    r"""(?P<space>[ \t\r\n]+) | '(?P<single>[^']*)' | "(?P<double>[^"\\]*(?:\\.[^"\\]*)*)" | \\(?P<escaped>.)
+    | (?P<shell>[|<>&;`]|\$\() | (?P<open>['"\\]) | (?P<text>[^ \t\r\n'"\\|<>&;`$]+|\$)""",
+    re.VERBOSE | re.DOTALL,
+)
+_EXPANDS = re.compile(r"(?:[^\\`$]|\\.|\$(?!\())*(`|\$\()", re.DOTALL)
+_IN_DOUBLE = re.compile(r'\\([$`"\\])')
+
+
+def read_lines(head: bytes, stream: BinaryIO, file: str, *, base: Task, shell: bool) -> list[Task]:
+    """The tasks of a file whose first bytes are ``head``. ``base`` holds all that a line does not say.
+
+    Empty lines and lines that start with ``#`` are skipped. With ``shell`` each line is a script for bash.
+    """
+    tasks = []
+    for number, line in enumerate(_lines(head, stream, file), start=1):
+        where = f"{file}: line {number}"
+        try:
+            text = line.decode("utf-8-sig").strip(" \t\r")
+        except UnicodeDecodeError:
+            raise InvalidInput(f"{where}: the text is not UTF-8: convert the file") from None
+        if not text or text.startswith("#"):
+            continue
+        if shell:
+            task = msgspec.structs.replace(base, command=None, script=text)
+        else:
+            task = msgspec.structs.replace(base, command=split_words(text, where), script=None)
+            if _ASSIGNS.match(text):
+                raise InvalidInput(
+                    f"{where}: {text.split()[0]!r} sets a variable, which needs a shell: write `env` in front of it, "
+                    "or use --shell to run every line with bash"
+                )
+        validate(task, where)
+        tasks.append(task)
+    return tasks
+
+
+def _lines(head: bytes, stream: BinaryIO, file: str) -> Iterator[bytes]:
+    """Lines without their ends. Only one block of the file is in memory at a time."""
+    rest, block, size, number = b"", head, len(head), 0
+    while block:
+        *lines, rest = (rest + block).split(b"\n")
+        for line in [*lines, rest]:
+            number += 1
+            if len(line) > LINE_BYTES:
+                raise InvalidInput(f"{file}: line {number} is longer than {LINE_BYTES >> 20} MiB")
+        number -= 1
+        yield from lines
+        block = stream.read(1 << 18)
+        size += len(block)
+        if size > FILE_BYTES:
+            raise InvalidInput(
+                f"{file}: the file is larger than {FILE_BYTES >> 30} GiB: use an array, or several files"
+            )
+    if rest:
+        yield rest
+
+
+def split_words(text: str, where: str) -> list[str]:
+    """The words of one command. Raises InvalidInput for what only a shell can do, and for open quotes."""
+    if _PLAIN.fullmatch(text):
+        return text.split()
+    words: list[str] = []
+    word: list[str] = []  # the pieces of the word that is being read; an empty quote is a piece too
+    position = 0
+    while position < len(text):
+        if text[position] == "#" and not word:
+            position = text.find("\n", position) % (len(text) + 1)  # a comment, as in a shell
+            continue
+        piece = _PIECE.match(text, position)
+        assert piece is not None and piece.lastgroup is not None  # the alternatives cover every character
+        kind, found = piece.lastgroup, piece[piece.lastgroup]
+        if kind == "shell":
+            raise _for_shell(found, where, position)
+        if kind == "open":
+            what = "nothing follows the backslash" if found == "\\" else f"the quote {found} is not closed"
+            raise InvalidInput(f"{where}, column {position + 1}: {what}")
+        if kind == "double":
+            if expands := _EXPANDS.match(found):
+                raise _for_shell(expands[1], where, position + 1 + expands.start(1))
+            found = _IN_DOUBLE.sub(r"\1", found)
+        if kind != "space":
+            word.append(found)
+        elif word:
+            words.append("".join(word))
+            word = []
+        position = piece.end()
+    return [*words, "".join(word)] if word else words
+
+
+def _for_shell(what: str, where: str, position: int) -> InvalidInput:
+    return InvalidInput(
+        f"{where}, column {position + 1}: {what!r} needs a shell: quote it if it is meant as text, "
+        "or use --shell to run every line with bash"
+    )
+
+
+def scripts_or_words(text: str, where: str, *, shell: bool) -> tuple[list[str] | None, str | None]:
+    """(command, script) of a command written as one text, by the same rule as a line."""
+    return (None, text) if shell else (split_words(text, where), None)

@@ -1,0 +1,178 @@
+"""pilotq's own files: ``[[tasks]]`` in TOML, ``{"tasks": [...]}`` in JSON, with an optional table ``defaults``.
+
+A task that does not set a key has the value of ``defaults``, else the option of the command line, else that of
+``Task``. ``env`` is merged. A number in ``command``, ``values`` or ``env`` is taken as its text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, utf8, wrong_field
+from pilotq.broker.taskfiles.lines import split_words
+from pilotq.broker.tasks.dependencies import Batch, check_names
+from pilotq.broker.tasks.model import Request, Task, validate
+from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Scalar = str | int | float
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+Whole = Annotated[int, msgspec.Meta(ge=-(10**9), le=10**9)]
+
+
+class Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """One task as the file writes it; None where it says nothing."""
+
+    name: str | None = None
+    command: str | list[Scalar] | None = None
+    script: str | None = None
+    function: str | None = None
+    args: list[Any] | None = None
+    kwargs: dict[str, Any] | None = None
+    cores: Count | str | None = None
+    nodes: Count | str | None = None
+    gpus: Count | None = None
+    memory: Count | str | None = None
+    use: dict[str, Count] | None = None
+    array: str | None = None
+    values: list[Scalar] | None = None
+    after: str | list[str] | None = None
+    after_each: str | list[str] | None = None
+    priority: Whole | None = None
+    time_limit: float | str | None = None
+    time_request: float | str | None = None
+    retries: Count | None = None
+    backoff: float | str | None = None
+    retry_on: str | int | list[str | int] | None = None
+    env: dict[str, Scalar] | None = None
+    cwd: str | None = None
+    stdin: str | None = None
+    stdout: str | None = None
+    stderr: str | None = None
+    model: str | None = None
+    model_opts: dict[str, Scalar] | None = None
+    queue: str | None = None
+
+
+class File(msgspec.Struct, forbid_unknown_fields=True):
+    tasks: list[Entry]
+    defaults: Entry | None = None
+
+
+KEYS = (*Entry.__struct_fields__, "tasks", "defaults")
+# Keys whose value is the field of Task as it stands.
+_PLAIN = ("args", "kwargs", "name", "priority", "retries", "cwd", "stdin", "stdout", "stderr", "model", "queue")
+_NOTHING = (None,) * 5
+
+
+def read_json(data: bytes, file: str, *, base: Task, shell: bool) -> Batch:
+    """The tasks of a JSON file. ``base`` holds what the command line says for all of them."""
+    utf8(data, file)
+    try:
+        found = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=File)
+        if b"\\u0000" in data:  # rare, and dear to look for
+            refuse_nul(msgspec.json.decode(data), file)
+    except msgspec.ValidationError as error:
+        raise wrong_field(error, file, "", KEYS) from None
+    except msgspec.DecodeError:
+        raise malformed_json(data, file) from None
+    return _batch(found, file, base, shell)
+
+
+def read_toml(data: bytes, file: str, *, base: Task, shell: bool) -> Batch:
+    """The tasks of a TOML file. ``base`` holds what the command line says for all of them."""
+    text = utf8(data, file)
+    try:
+        table = tomllib.loads(text)
+        refuse_nul(table, file)
+        found = msgspec.convert(table, type=File)
+    except msgspec.ValidationError as error:
+        raise wrong_field(error, file, "", KEYS) from None
+    except ValueError as error:  # the decoder's own error, and numbers of thousands of digits
+        what, _, place = str(error).rstrip(")").rpartition(" (at ")
+        raise InvalidInput(f"{file}: {place + ': ' if place else ''}this is not TOML: {what or error}") from None
+    return _batch(found, file, base, shell)
+
+
+def _batch(found: File, file: str, base: Task, shell: bool) -> Batch:
+    if found.defaults is not None:
+        base = _task(found.defaults, f"{file}: defaults", base, shell, {})
+    requests: dict[object, Request] = {}
+    tasks = []
+    for number, entry in enumerate(found.tasks):
+        where = f"{file}: tasks[{number}]"
+        task = _task(entry, where, base, shell, requests)
+        validate(task, where)
+        tasks.append(task)
+    check_names(tasks, lambda number: f"{file}: tasks[{number}]")
+    return Batch(tasks)
+
+
+def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[object, Request]) -> Task:
+    changes: dict[str, Any] = {}
+    for key in _PLAIN:
+        if (value := getattr(entry, key)) is not None:
+            changes[key] = value
+    if entry.command is not None or entry.script is not None or entry.function is not None:
+        changes["command"], changes["script"] = _run(entry, where, shell)
+        changes["function"] = entry.function
+    if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use)) != _NOTHING:
+        changes["request"] = _request(asked, where, base.request, requests)
+    if entry.array is not None or entry.values is not None:
+        changes["array"] = None if entry.array is None else _read(parse_array, entry.array, f"{where}.array")
+        changes["values"] = None if entry.values is None else texts(entry.values)
+    if entry.after is not None:
+        changes["after"] = [entry.after] if isinstance(entry.after, str) else entry.after
+    if entry.after_each is not None:
+        changes["after_each"] = [entry.after_each] if isinstance(entry.after_each, str) else entry.after_each
+    if entry.retry_on is not None:
+        codes = entry.retry_on if isinstance(entry.retry_on, list) else [entry.retry_on]
+        changes["retry_on"] = ",".join(map(str, codes))
+    for key in ("time_limit", "time_request", "backoff"):
+        time = getattr(entry, key)
+        if time is not None:
+            changes[key] = _read(parse_duration, time, f"{where}.{key}") if isinstance(time, str) else time
+    if entry.env is not None:
+        changes["env"] = base.env | {name: str(value) for name, value in entry.env.items()}
+    changes["model_opts"] = {name: str(value) for name, value in (entry.model_opts or base.model_opts).items()}
+    return msgspec.structs.replace(base, **changes)
+
+
+def _run(entry: Entry, where: str, shell: bool) -> tuple[list[str] | None, str | None]:
+    if not isinstance(entry.command, str):
+        return None if entry.command is None else texts(entry.command), entry.script
+    if shell and entry.script is None:
+        return None, entry.command
+    return split_words(entry.command, f"{where}.command"), entry.script
+
+
+def _request(asked: tuple[Any, ...], where: str, base: Request, known: dict[object, Request]) -> Request:
+    """Tasks that ask for the same share one Request: a file of many tasks has few shapes."""
+    cores, nodes, gpus, memory, use = asked
+    key = (cores, nodes, gpus, memory, None if use is None else tuple(use.items()))
+    if key not in known:
+        try:
+            known[key] = request_of(base, cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use)
+        except InvalidInput as error:
+            raise InvalidInput(f"{where}.{error}") from None
+    return known[key]
+
+
+def _read(parse: Callable[[str], Any], text: str, where: str) -> Any:
+    try:
+        return parse(text)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
+
+
+def texts(values: list[Any]) -> list[str]:
+    return [str(value) for value in values]

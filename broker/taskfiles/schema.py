@@ -1,0 +1,118 @@
+"""What the keys of a file of tasks mean, and the JSON schema of such files.
+
+Both come from one place: the schema's types from `file_tasks.File`, which reads the files, and the words from KEYS.
+The schema tells an editor what may be written; what it cannot say (cycles, names, paths) is refused by the reader.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from pilotq.broker.taskfiles.native import Entry, File
+from pilotq.broker.tasks.model import MODELS, PRIORITY_LIMIT
+
+# key, or keys of one kind -> (what is written, what it means), as docs/files.md and `pilotq help files` show them
+KEYS: Final[dict[str, tuple[str, str]]] = {
+    "command": (
+        "list of texts and numbers, or one text",
+        "the program and its arguments. One text is split as a line is, and with `--shell` it is a script",
+    ),
+    "script": ("text", "what bash runs"),
+    "function": (
+        'text `"module:name"`',
+        "a Python function; `module` is looked for in the submitter's directory first. A task has one of these three",
+    ),
+    "args, kwargs": ("list, table", "its arguments; in an array the element's value comes first, or its index"),
+    "name": ("text", "a name, unique in the file: up to 200 characters, without `/`"),
+    "array": ("text", 'a task for each index: `"0-99"`, both ends included, or `"0-99:5"`'),
+    "values": (
+        "list of texts and numbers",
+        "a task for each value; the index counts from 0. A task has `array` or `values`, or neither",
+    ),
+    "cores": (
+        'number, or text `"2-4"`',
+        "cores on one node; with `nodes` on each of them. Default 1. Of a range the task gets as many as are free",
+    ),
+    "nodes": ('number, or text `"2-4"`', "nodes; without `cores` entire ones that nothing else uses"),
+    "gpus": ("number", "GPUs on each node"),
+    "memory": (
+        'number of bytes, or text `"2G"`',
+        "on each node; K, M, G, T, P are powers of 1024. Reserved, not enforced; counted if the node is the machine",
+    ),
+    "use": ("table, name to number", "units of counters that the nodes were given with `--counter NAME=N`"),
+    "after": (
+        "text, or list of texts",
+        "names of tasks of this file, ids, or `name:INDEX` for one element: all of them must have finished",
+    ),
+    "after_each": (
+        "text, or list of texts",
+        "arrays of the same length: element number i waits for number i of each. Not together with `after`",
+    ),
+    "priority": ("number, -1000 to 1000", "higher goes first. Default 0"),
+    "time_limit": ('seconds, or text `"1h30m"`, `"1:30:00"`', "the task is ended when it has run so long"),
+    "time_request": (
+        "the same",
+        "how long it will run at most: it may use cores kept for a waiting task meanwhile. Nothing enforces it",
+    ),
+    "retries": ("number", "how often it is tried again after failing. Default 0"),
+    "backoff": (
+        'seconds, or text `"30s"`',
+        "the pause before the first retry; before each further one twice as long, up to an hour. Default none",
+    ),
+    "retry_on": (
+        'text `"75,100-110"`, number, list',
+        "only these failures are tried again: exit codes, ranges, `signal`, `limit` (its time limit). Default all",
+    ),
+    "env": ("table, name to text or number", "variables, on top of the environment"),
+    "cwd": ("text", "where it runs. Relative to the submitter's directory, which is the default. It must exist"),
+    "stdin, stdout, stderr": (
+        "text",
+        "files, relative to `cwd`. Default: `/dev/null`, captured, captured. Directories of output files are made",
+    ),
+    "model": ("text", "how it is started: `default` and `threads` as one process, the others by MPI"),
+    "model_opts": ("table, name to text or number", "options of the model, such as `mpirun_args`"),
+    "queue": ("text", "the queue it waits in. Default `default`"),
+}
+# Of each of these a task may have one.
+ONE_OF: Final = (("command", "script", "function"), ("array", "values"), ("after", "after_each"))
+
+
+def keys() -> dict[str, tuple[str, str]]:
+    """KEYS with an entry for each single key."""
+    return {key: entry for names, entry in KEYS.items() for key in names.split(", ")}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (2020-12) of a file of tasks."""
+    _, parts = msgspec.json.schema_components([File], ref_template="#/$defs/{name}")
+    entry, file = parts[Entry.__name__], parts[File.__name__]
+    for key, (_, text) in keys().items():
+        entry["properties"][key] = {"description": text.replace("`", ""), **_plain(entry["properties"][key])}
+    entry["properties"]["priority"] |= {"minimum": -PRIORITY_LIMIT, "maximum": PRIORITY_LIMIT}
+    entry["properties"]["model"] |= {"enum": [*sorted(MODELS), None]}
+    entry["not"] = {"anyOf": [{"required": [a, b], "properties": {a: SAID, b: SAID}} for a, b in _pairs()]}
+    for part in (entry, file):
+        part.pop("title", None)
+    file["properties"]["tasks"] |= {"minItems": 1, "description": "the tasks, in the order of submission"}
+    defaults = {"description": "keys for all tasks that do not set them", **file["properties"]["defaults"]}
+    file["properties"]["defaults"] = defaults
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A file of tasks for pilotq, in JSON or TOML",
+        **file,
+        "$defs": {Entry.__name__: entry},
+    }
+
+
+SAID: Final = {"not": {"type": "null"}}  # null is as good as nothing
+
+
+def _plain(part: dict[str, Any]) -> dict[str, Any]:
+    """Without the default, which is always "nothing is said"."""
+    return {name: value for name, value in part.items() if name != "default"}
+
+
+def _pairs() -> list[tuple[str, str]]:
+    return [(a, b) for group in ONE_OF for i, a in enumerate(group) for b in group[i + 1 :]]

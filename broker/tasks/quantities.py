@@ -1,0 +1,106 @@
+"""How people write sizes, durations, spans, arrays and resource requests. Pure; used by files and by the command line.
+
+Every function raises InvalidInput with a sentence that fits after "where: ".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.tasks.model import ArrayRange, Request
+
+# No number below has more than 15 digits: larger ones are mistakes, and would not fit into a record.
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)s?)?", re.I)
+_CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
+_SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+_ARRAY = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15})(?::([0-9]{1,15}))?)?")
+_COUNTER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")
+
+
+def parse_size(text: str) -> int:
+    """``512M`` -> bytes. K, M, G, T and P are powers of 1024, with or without ``B`` or ``iB``; no unit means bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise InvalidInput(f"{text!r} is no size: write a number of bytes, or a number with K, M, G or T, such as 512M")
+    number, unit = match.groups()
+    return int(float(number) * 1024.0 ** " KMGTP".index(unit.upper() or " "))
+
+
+def parse_duration(text: str) -> float:
+    """``90``, ``1.5``, ``1m30s``, ``2d``, ``1:30`` (minutes and seconds), ``1:30:00`` -> seconds."""
+    text = text.strip()
+    if clock := _CLOCK.fullmatch(text):
+        hours, minutes, seconds = clock.groups()
+        return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+    units = _UNITS.fullmatch(text)
+    if not text or not units:
+        raise InvalidInput(f"{text!r} is no duration: write seconds (90), units (1h30m) or a clock (1:30:00)")
+    days, hours, minutes, seconds = (float(part or 0) for part in units.groups())
+    return days * 86_400 + hours * 3600 + minutes * 60 + seconds
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """``4`` -> (4, 4) and ``2-4`` -> (2, 4); at least 1, and the first not above the second."""
+    match = _SPAN.fullmatch(text.strip())
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise InvalidInput(f"{text!r} is no number or range of numbers from 1 on: write 4 or 2-4")
+    return low, high
+
+
+def parse_array(text: str) -> ArrayRange:
+    """``0-99`` and ``0-99:5``, both ends included, or a single index."""
+    match = _ARRAY.fullmatch(text.strip())
+    if not match:
+        raise InvalidInput(f"{text!r} is no array: write FIRST-LAST or FIRST-LAST:STEP, such as 0-99")
+    found = ArrayRange(int(match[1]), int(match[2] or match[1]), int(match[3] or 1))
+    if found.stop < found.start or found.step < 1:
+        raise InvalidInput(f"{text!r} is an array without elements: LAST must not be below FIRST, and STEP at least 1")
+    return found
+
+
+def request_of(
+    base: Request,
+    *,
+    cores: int | str | None = None,
+    nodes: int | str | None = None,
+    gpus: int | None = None,
+    memory: int | str | None = None,
+    use: Mapping[str, int] | None = None,
+) -> Request:
+    """``base`` with what is given replaced. ``nodes`` without any ``cores`` asks for entire nodes.
+
+    The text of an InvalidInput starts with the name of the argument.
+    """
+    changes: dict[str, object] = {}
+    if cores is not None:
+        changes |= {"cores": _named("cores", cores), "whole": False}
+    if nodes is not None:
+        changes |= {"nodes": _named("nodes", nodes)}
+        if cores is None and base == Request():
+            changes |= {"whole": True}
+    if gpus is not None:
+        changes["gpus"] = gpus
+    if memory is not None:
+        try:
+            changes["memory"] = parse_size(memory) if isinstance(memory, str) else memory
+        except InvalidInput as error:
+            raise InvalidInput(f"memory: {error}") from None
+    if use is not None:
+        for name in use:
+            if not _COUNTER.fullmatch(name):
+                raise InvalidInput(f"use: {name!r} is no name of a counter: use letters, digits and _")
+        changes["use"] = tuple(sorted((name, count) for name, count in use.items() if count))
+    return msgspec.structs.replace(base, **changes)
+
+
+def _named(name: str, value: int | str) -> tuple[int, int]:
+    try:
+        return parse_span(value if isinstance(value, str) else str(value))
+    except InvalidInput as error:
+        raise InvalidInput(f"{name}: {error}") from None

@@ -1,0 +1,89 @@
+"""The submitter's surroundings: environment, directory, umask and soft limits, captured once for a submission."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.tasks.model import Shared
+
+POLICIES: Final = ("submit", "worker", "clean")
+# What a worker sets for one execution: a task that submits must not hand its own down to the new one.
+OURS: Final = re.compile(r"PILOTQ_.*|QCG_PM_.*")
+CLEAN: Final = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"})
+LIMITS: Final = tuple(sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}))
+
+
+def capture(policy: str = "submit", *, functions: bool = False) -> Shared:
+    """The surroundings of this process, as tasks shall have them.
+
+    ``submit`` takes the environment as it is here, ``clean`` only the names of CLEAN and the locale, ``worker`` none:
+    an empty environment stands for the worker's own. Directory, umask and soft limits are always of this process.
+    Entries that are not UTF-8 are left out, and so is what a worker sets for each execution. Raises InvalidInput for
+    an unknown policy, or when the current directory does not exist any more.
+    """
+    if policy not in POLICIES:
+        raise InvalidInput(f"the environment policy {policy!r} is unknown: use {', '.join(POLICIES)}")
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:
+        raise InvalidInput("the current directory does not exist any more: change to one that does") from None
+    env = {} if policy == "worker" else environment(os.environ)
+    if policy == "clean":
+        env = {name: value for name, value in env.items() if name in CLEAN or name.startswith("LC_")}
+    limits = {n: resource.getrlimit(n)[0] for n in LIMITS}
+    return Shared(env=env, cwd=cwd, umask=_umask(), limits=limits, path=_program_folder(cwd) if functions else "")
+
+
+def _program_folder(cwd: str) -> str:
+    """Where this program's own modules lie, if that is not ``cwd``: the folder that Python puts first on its path."""
+    folder = os.path.abspath(sys.path[0]) if sys.path and sys.path[0] else cwd
+    return folder if folder != cwd and os.path.isdir(folder) and _is_utf8(folder) else ""
+
+
+def environment(source: Mapping[str, str]) -> dict[str, str]:
+    """``source`` without what a worker sets for each execution, and without what is not UTF-8."""
+    # Inside a task OMP_NUM_THREADS is ours when it says how many cores the task has; else it is the user's own.
+    cpus = source.get("PILOTQ_CPUS", "")
+    threads = str(len(cpus.split(","))) if cpus else None
+    return {
+        name: value
+        for name, value in source.items()
+        if not OURS.fullmatch(name) and _is_utf8(name + value) and (name, value) != ("OMP_NUM_THREADS", threads)
+    }
+
+
+def without_secret(shared: Shared, secret: str) -> Shared:
+    """Without variables that hold the pilot's password (`pilotq exec` sets some): tasks need them not.
+
+    A short one, of a server that somebody else made, could stand in any value by chance.
+    """
+    if len(secret) < 16 or not any(secret in value for value in shared.env.values()):
+        return shared
+    env = {name: value for name, value in shared.env.items() if secret not in value}
+    return msgspec.structs.replace(shared, env=env)
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _umask() -> int:
+    """This process's umask, read without changing it where the kernel tells it (other threads may create files)."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("Umask:"):
+                    return int(line.split()[1], 8)
+    except OSError:
+        pass  # no /proc: the other way is always there
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

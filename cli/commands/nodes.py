@@ -1,0 +1,93 @@
+"""`pilotq nodes`: which nodes there are, and which of them get nothing new."""
+
+from __future__ import annotations
+
+import click
+
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.errors import InvalidInput
+from pilotq.cli import formatting
+from pilotq.cli.options import dir_option, json_option
+
+
+@click.group("nodes", invoke_without_command=True)
+@dir_option
+@json_option
+@click.pass_context
+def nodes_command(ctx: click.Context, directory: str | None, as_json: bool) -> None:
+    """List the nodes of the pilot, their cores, and how many are in use; close nodes, and open them again.
+
+    \b
+    Example: pilotq nodes
+    Example: pilotq nodes drain n2
+    """
+    ctx.obj = directory
+    if ctx.invoked_subcommand is not None:
+        return
+    with Broker.connect(directory) as broker:
+        nodes = broker.nodes()
+    if as_json:
+        click.echo(formatting.to_json(nodes))
+        return
+    click.echo(formatting.nodes_table(nodes))
+    if any(node.shared_cores for node in nodes):
+        click.echo("* several of these cores share one real core")
+    for node in nodes:
+        if node.why:
+            click.echo(f"{node.name} is {node.state}: {formatting.clean(node.why)}")
+
+
+@nodes_command.command("drain", no_args_is_help=True)
+@click.argument("names", nargs=-1, required=True, metavar="NODE...")
+@click.option("--reason", default="", metavar="TEXT", help="Shown by `pilotq nodes`.")
+@dir_option
+@click.pass_context
+def drain_command(ctx: click.Context, names: tuple[str, ...], reason: str, directory: str | None) -> None:
+    """Start nothing more on these nodes; what runs there goes on.
+
+    \b
+    Example: pilotq nodes drain n2 --reason 'slow disk'
+    """
+    _close(directory or ctx.obj, names, "drained", reason)
+
+
+@nodes_command.command("retire", no_args_is_help=True)
+@click.argument("names", nargs=-1, required=True, metavar="NODE...")
+@click.option("--reason", default="", metavar="TEXT", help="Shown by `pilotq nodes`.")
+@dir_option
+@click.pass_context
+def retire_command(ctx: click.Context, names: tuple[str, ...], reason: str, directory: str | None) -> None:
+    """Start nothing more on these nodes, and end their workers when nothing runs there any more.
+
+    \b
+    Example: pilotq nodes retire n2
+    """
+    _close(directory or ctx.obj, names, "retired", reason)
+
+
+@nodes_command.command("resume", no_args_is_help=True)
+@click.argument("names", nargs=-1, required=True, metavar="NODE...")
+@dir_option
+@click.pass_context
+def resume_command(ctx: click.Context, names: tuple[str, ...], directory: str | None) -> None:
+    """Use these nodes again, whether they were drained, retired or put aside. The worker of a retired one is started
+    again if the pilot had started it.
+
+    \b
+    Example: pilotq nodes resume n2
+    """
+    with Broker.connect(directory or ctx.obj) as broker:
+        closed = broker.closed_nodes()
+        for name in names:
+            if name not in closed:
+                raise InvalidInput(f"node {name} is neither drained, retired nor aside: `pilotq nodes` lists them")
+        broker.open_nodes(names)
+
+
+def _close(directory: str | None, names: tuple[str, ...], state: str, reason: str) -> None:
+    with Broker.connect(directory) as broker:
+        known = {node.name for node in broker.nodes()}
+        for name in names:
+            if name not in known:
+                raise InvalidInput(f"there is no node {name!r} here: {', '.join(sorted(known)) or 'none has joined'}")
+        broker.close_nodes(names, state, reason)

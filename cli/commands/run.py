@@ -1,0 +1,219 @@
+"""`pilotq run`: a pilot of its own for one file of tasks, or for one command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import click
+
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.output import of_line
+from pilotq.broker.client.submit import check
+from pilotq.broker.errors import InvalidInput, UnknownTask
+from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.tasks.dependencies import Batch
+from pilotq.broker.tasks.model import Task, description
+from pilotq.broker.tasks.submit_context import capture
+from pilotq.cli import exit_codes, formatting, progress, summary
+from pilotq.cli.interrupts import Interrupts
+from pilotq.cli.lifetime import Lifetime
+from pilotq.cli.options import (
+    TASK_WORDS,
+    file_of_tasks,
+    file_options,
+    json_option,
+    open_replies,
+    task_of,
+    task_options,
+)
+from pilotq.cli.pilot_options import NODE_WORDS, cores_of, node_info, pilot_options, start, supervisor_options
+
+
+class FileOrCommand(click.Command):
+    """A command whose words after ``--`` are the user's own command line, and taken as they are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        here = args.index("--") if "--" in args else len(args)
+        ctx.params["command"] = tuple(args[here + 1 :])
+        return super().parse_args(ctx, args[:here])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "| -- CMD [ARGS]..."]
+
+
+@click.command("run", cls=FileOrCommand)
+@click.argument("files", nargs=-1, metavar="FILE")
+@pilot_options
+@file_options
+@task_options
+@json_option
+@click.pass_context
+def run_command(
+    ctx: click.Context, /, files: tuple[str, ...], command: tuple[str, ...], as_json: bool, **values: Any
+) -> int:
+    """Start a pilot, run the tasks of FILE or one CMD in it, wait, sum up, end.
+
+    CMD takes the options of `pilotq enqueue` that describe a task, too, and the pilot all those of `pilotq start`.
+    Ctrl-C starts nothing more and lets running tasks end; once more ends them. --resume goes on later.
+
+    \b
+    Example: pilotq run tasks.txt
+    Example: pilotq run --cores 2 --array 0-99 -- ./simulate --seed {index}
+    """
+    options = supervisor_options(values, owner_pid=os.getpid())
+    batch = _batch(ctx, files, command, values)
+    if batch.requests is not None:
+        return _play(batch.requests, files[0] if files else "", values, options, as_json)
+    _preflight(batch.tasks, options, fresh=not values["resume"])
+    single = bool(command) and len(batch.tasks) == 1 and not batch.tasks[0].is_array
+    with Interrupts(allocation=options.remote is not None) as interrupts:
+        pilot = start(values, options)
+        run = Run(pilot, interrupts, progress.shown(quiet=single or as_json), batch.tasks, values["env_policy"])
+        run.live()
+        found = _summary(run, options.planned)
+        found.commands = run.commands({line.array or line.id for line in found.failed})
+        code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
+    if run.cut_short:
+        code = exit_codes.ALL_FINISHED
+        _say(f"the allocation ends: go on in the next one with `{_again(pilot, files)}`")
+    if as_json:
+        click.echo(formatting.to_json(summary.as_json(found, code)))
+    elif single:
+        _tell_one(found, run.ids[0], batch.tasks[0])
+    else:
+        _tell(found)
+    return code
+
+
+def _again(pilot: Pilot, files: Sequence[str]) -> str:
+    """The command line that goes on with a run."""
+    return " ".join(["pilotq run --resume", shlex.quote(pilot.directory), *map(shlex.quote, files)])
+
+
+def _play(requests: Sequence[Any], file: str, values: dict[str, Any], options: SupervisorOptions, as_json: bool) -> int:
+    """A file of QCG-PilotJob's requests: each is handled, and the run ends when all jobs have."""
+    from pilotq.broker.taskfiles.qcg import check_submits
+    from pilotq.cli.qcg.plan import Plan
+    from pilotq.cli.qcg.play import Play
+
+    if values["replies"] is None:  # who wants replies gets them
+        check_submits(requests, file, cores_of(options.planned), len(options.planned))
+    with ExitStack() as stack:
+        replies = open_replies(values["replies"], stack)
+        plan = Plan(requests, os.getcwd(), options, replies=replies, env_policy=values["env_policy"])
+        interrupts = stack.enter_context(Interrupts(allocation=options.remote is not None))
+        pilot = start(values, options)
+        play = Play(pilot, interrupts, progress.shown(quiet=as_json or values["replies"] == "-"), plan)
+        play.live()
+    found = _summary(play, options.planned)
+    found.omitted, found.refused = play.omitted(), play.played.refused
+    code = play.code
+    if found.refused and not found.counts.total and not found.omitted:
+        code = exit_codes.INVALID
+    if as_json:
+        click.echo(formatting.to_json(summary.as_json(found, code)))
+    else:
+        for sentence in found.refused:
+            _say(sentence)
+        _tell(found)
+    return code
+
+
+def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], values: dict[str, Any]) -> Batch:
+    """The tasks that the command line names; raises InvalidInput."""
+    if files and command:
+        raise InvalidInput("give a FILE or a command after `--`, not both")
+    if not files:
+        for name in ("format", "shell", "replies"):
+            if values[name]:
+                raise InvalidInput(f"--{name} is for a FILE, not for a command")
+        if not command and values["script"] is None:
+            if values["resume"]:
+                from pilotq.broker.qcg.service.registry import FILE
+
+                # Only what is left.
+                return Batch([], [] if os.path.exists(os.path.join(values["resume"], FILE)) else None)
+            raise InvalidInput("give a FILE of tasks, or `--` and a command: see `pilotq run --help`")
+        return Batch([task_of(command, values)])
+    if len(files) > 1 or (not os.path.exists(files[0]) and files[0] != "-" and shutil.which(files[0])):
+        hint = f": for a command write `pilotq run -- {' '.join(files)}`"
+        raise InvalidInput(("give one FILE" if len(files) > 1 else f"there is no file {files[0]}") + hint)
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
+        if given and parameter.name in TASK_WORDS:
+            raise InvalidInput(f"{parameter.opts[0]} is for a command after `--`: for a FILE write it into the file")
+    return file_of_tasks(files[0], values["format"], values["shell"], values["replies"])
+
+
+def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool) -> None:
+    """Refuse what the pilot would refuse, before there is one: nothing is left behind then."""
+    plan = check(tasks, [node_info(node) for node in options.nodes], set())
+    for parent in (p for parents in plan.parents for p in parents):
+        if fresh and isinstance(parent, str) and not parent.startswith("@"):  # "@" is an element of this submission
+            raise UnknownTask(f"after: there is no task {parent!r}: a new pilot has no tasks yet")
+
+
+for option in run_command.params:
+    if isinstance(option, click.Option) and (option.name in TASK_WORDS or option.name in NODE_WORDS):
+        option.hidden = True  # the help of enqueue, or of start, has them; twice they would not fit a screen
+
+
+class Run(Lifetime):
+    """One run of tasks."""
+
+    def __init__(
+        self, pilot: StartedPilot, interrupts: Interrupts, shown: progress.Silent, tasks: Sequence[Task], policy: str
+    ) -> None:
+        super().__init__(pilot, interrupts, shown)
+        self.tasks = tasks
+        self.policy = policy
+        self.ids: list[str] = []
+
+    def begin(self, broker: Broker) -> None:
+        # The key makes a resumed run of the same file submit nothing twice.
+        key = "run-" + hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:24]
+        self.ids = broker.enqueue_many(self.tasks, key=key, shared=capture(self.policy))
+
+    def commands(self, ids: set[str]) -> dict[str, str]:
+        """What some of the tasks are, by id."""
+        return {name: description(task) for name, task in zip(self.ids, self.tasks, strict=True) if name in ids}
+
+
+def _summary(life: Lifetime, nodes: Sequence[LocalNode]) -> summary.Summary:
+    """Sum up from the journal of a pilot that has ended, which is complete then."""
+    return summary.summarise(
+        Journal(life.pilot.journal).lines(), counts=life.counts, cores=life.cores or cores_of(nodes), begin=life.began,
+        end=life.ended, directory=life.pilot.directory,
+    )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    click.echo(f"pilotq: {text}", err=True)
+
+
+def _tell(found: summary.Summary) -> None:
+    pilot = Pilot(found.directory)
+    ends = {line.id: b"".join(of_line(pilot, line, "stderr"))[-4096:] for line in found.failed}
+    click.echo(summary.as_text(found, {name: end.decode("utf-8", "replace") for name, end in ends.items()}))
+
+
+def _tell_one(found: summary.Summary, task_id: str, task: Task) -> None:
+    """What the one task wrote goes where ours goes; what there is to say about it goes to stderr."""
+    pilot = Pilot(found.directory)
+    for line in Journal(pilot.journal).find(task_id)[:1]:
+        for stream, file, out in (("stdout", task.stdout, sys.stdout), ("stderr", task.stderr, sys.stderr)):
+            for piece in of_line(pilot, line, stream) if file is None else ():
+                out.buffer.write(piece)
+            out.flush()
+    for line in found.failed:
+        _say(summary.failure(line))
+    _say(summary.short(found))

@@ -1,0 +1,179 @@
+"""How tasks and nodes look: as a table for people, as JSON for programs.
+
+Names, commands and messages come from users and their programs: in a table they are shown without control
+characters and terminal escapes, so that nobody's task name can move a cursor, hide a line or write a clipboard.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from pilotq.broker.client.views import Counts, NodeView, TaskView
+
+# ESC or its 8-bit form, then: a string up to its terminator (OSC, DCS, ...), a CSI sequence, or one more character.
+ESCAPE = re.compile(
+    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).*?(?:\x07|\x1b\\|\x9c|\Z)"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"
+    r"|\x1b[ -/]*[0-~]?",
+    re.DOTALL,
+)
+COLOURS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped": "yellow", "started": "cyan"}
+TASK_COLUMNS = ("ID", "NAME", "STATUS", "REASON", "EXIT", "CORES", "RAN", "COMMAND")
+DETAILS = (
+    "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "elements",
+    "ended",
+)  # fmt: skip
+NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "BEAT")
+
+
+def clean(text: str) -> str:
+    """One line without terminal escapes; what cannot be printed, line breaks too, becomes a space."""
+    return "".join(c if c.isprintable() else " " for c in ESCAPE.sub("", text))
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a program's output, each cleaned."""
+    return [clean(line).rstrip() for line in text.replace("\t", "    ").splitlines()]
+
+
+def width(text: str) -> int:
+    """Columns of a terminal that the text takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, cut to ``limit`` columns with an ellipsis."""
+    if width(text) <= limit:
+        return text
+    while text and width(text) > limit - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def coloured(stream: Any) -> bool:
+    """Whether to write colours: only to a terminal, and never with NO_COLOR set (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and bool(stream.isatty())
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned with two spaces between; on a terminal the last one is cut to its width.
+
+    Numbers (a column in which every cell is one) stand to the right. Cells are cleaned here, and a cell that is a
+    status is coloured, where stdout takes colours.
+    """
+    cells = [list(columns), *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
+    right = [
+        bool(values) and all(re.fullmatch(r"-?[\d.,]*", v) for v in values) for _, *values in zip(*cells, strict=True)
+    ]
+    colours = coloured(sys.stdout)
+    if sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * len(widths[:-1])
+        widths[-1] = min(widths[-1], max(room, 10))
+    out = []
+    for row in cells:
+        row[-1] = shorten(row[-1], widths[-1])
+        parts = []
+        for cell, columns_wide, to_right in zip(row, widths, right, strict=True):
+            space = " " * (columns_wide - width(cell))
+            if colours and cell in COLOURS:
+                cell = click.style(cell, fg=COLOURS[cell])
+            parts.append(space + cell if to_right else cell + space)
+        out.append("  ".join(parts).rstrip())
+    return "\n".join(out)
+
+
+def seconds(value: float | None) -> str:
+    """A duration for people: ``0.12s``, ``42s``, ``3m07s``, ``2h05m``, ``3d04h``."""
+    if value is None:
+        return ""
+    if value < 9.995:
+        return f"{value:.2f}s"
+    whole = round(value)
+    for size, unit, part, small in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part:02}{small}"
+    return f"{whole}s"
+
+
+def moment(value: float | None) -> str:
+    return "" if value is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+
+
+def ran(task: TaskView) -> float | None:
+    """Seconds that the last execution has run (so far); None when it never started."""
+    started = task.times.get("started")
+    if started is None:
+        return None
+    return max((task.times.get("ended") or time.time()) - started, 0.0)
+
+
+def task_row(task: TaskView) -> list[str]:
+    exit_text = f"sig {task.signal}" if task.signal else "" if task.exit_code is None else str(task.exit_code)
+    name = task.name + (f" [{task.array_size}]" if task.array_size else "")
+    command = shorten(task.command, 60)
+    return [task.id, name, task.status, task.reason, exit_text, task.cores, seconds(ran(task)), command]
+
+
+def tasks_table(tasks: Iterable[TaskView]) -> str:
+    return table(TASK_COLUMNS, (task_row(task) for task in tasks))
+
+
+def task_json(task: TaskView) -> dict[str, Any]:
+    """The record that every ``--json`` listing is made of."""
+    return {
+        "id": task.id,
+        "name": task.name,
+        "status": task.status,
+        "reason": task.reason,
+        "exit_code": task.exit_code,
+        "execution": task.execution,
+        "node": task.node,
+        "cores": task.cores,
+        "times": task.times,
+    }
+
+
+def details_json(task: TaskView) -> dict[str, Any]:
+    """The record of one task that was asked for: that of a listing, and all else that is known."""
+    return {**task_json(task), **{name: getattr(task, name) for name in DETAILS}}
+
+
+def nodes_table(nodes: Iterable[NodeView]) -> str:
+    now = time.time()
+    return table(NODE_COLUMNS, [
+        [n.name, n.state, n.host, str(n.cores) + ("*" if n.shared_cores else ""), str(n.used), str(n.running),
+         "" if n.last_beat is None else f"{seconds(max(now - n.last_beat, 0.0))} ago"]
+        for n in nodes
+    ])  # fmt: skip
+
+
+def counts_text(counts: Counts) -> str:
+    """``7 of 10 tasks ended: 6 finished, 1 failed`` or, when none is left, ``10 tasks: 9 finished, 1 failed``."""
+    words = [
+        f"{number:,} {word}"
+        for word, number in (("finished", counts.finished), ("failed", counts.failed), ("canceled", counts.canceled))
+        if number
+    ]
+    noun = "task" if counts.total == 1 else "tasks"
+    head = f"{counts.ended:,} of {counts.total:,} {noun} ended" if counts.left else f"{counts.total:,} {noun}"
+    return head + (": " + ", ".join(words) if words else "")
+
+
+def counts_json(counts: Counts) -> dict[str, int]:
+    return {word: getattr(counts, word) for word in ("total", "finished", "failed", "canceled", "left")}
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; bytes that are no UTF-8 must have been decoded before."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -1,0 +1,279 @@
+"""Starting and ending pilots: what `run`, `start` and `stop` share."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed
+from pilotq.broker.pilot.directory import Pilot, find
+from pilotq.broker.pilot.lock import await_verdict
+from pilotq.broker.pilot.server import DURABILITY
+from pilotq.broker.pilot.start import METHODS, LocalNode, Remote, StartedPilot, SupervisorOptions, start_pilot
+from pilotq.broker.processes import tail
+from pilotq.broker.settings import load
+from pilotq.broker.slurm.allocation import address_for, choose, job_id, read_allocation
+from pilotq.broker.slurm.step_environment import ENV_SCHEMA
+from pilotq.broker.store.messages import NodeInfo
+from pilotq.broker.tasks.quantities import parse_duration
+from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
+from pilotq.workers.machine.topology import memory_bytes, numa_groups, usable_cpus, virtual_nodes, without_siblings
+
+if TYPE_CHECKING:
+    from pilotq.broker.client.broker import Broker
+
+COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
+GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
+ENV_SCHEMAS = ("auto", "slurm", "common")
+NODE_WORDS = ("min_nodes", "start_method", "no_smt", "bind")  # options that only some clusters need
+LOOK_S = 0.05
+NODES_S = 30.0  # how long nodes of this machine may take to join, and how much longer than their supervisor
+LATE_S = 10.0  # nodes of an allocation that have not come by then join late
+
+
+def signal_number(text: str) -> int:
+    """The number of a signal by its name (``USR1``, ``SIGUSR1``) or number; raises InvalidInput."""
+    try:
+        if text.isdigit():
+            return signal.Signals(int(text)).value
+        return signal.Signals[f"SIG{text.upper().removeprefix('SIG')}"].value
+    except (KeyError, ValueError):
+        raise InvalidInput(f"there is no signal {text!r}: write a name such as USR1 or TERM") from None
+
+
+grace_option = click.option(
+    "--grace", metavar="TIME", default="60s", show_default=True, callback=parsed(parse_duration),
+    help="Begin to end so long before the allocation does.",
+)  # fmt: skip
+notice_option = click.option(
+    "--notice-signal", metavar="NAME", default="TERM", show_default=True, callback=parsed(signal_number),
+    help="What tasks get then.",
+)  # fmt: skip
+pilot_options = all_of(
+    click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4; of Slurm's nodes "
+                 "which: 3, or 2-4, or n[1-2].  [default: all]"),
+    click.option("--resources", type=click.Choice(["auto", "local", "slurm"]), default="auto",
+                 help="Where its nodes come from."),
+    click.option("--min-nodes", type=click.IntRange(1), default=1, metavar="N", help="Begin with no fewer nodes."),
+    click.option("--start-method", type=click.Choice(METHODS), default="srun", help="How workers get onto nodes."),
+    click.option("--no-smt", is_flag=True, help="A core is a physical core, not a hardware thread."),
+    click.option("--bind", metavar="ADDRESS", help="Listen on this address.  [default: the one Slurm's nodes reach]"),
+    grace_option,
+    notice_option,
+    click.option("--server", metavar="FILE", help="The server's executable.  [default: $PILOTQ_SERVER, else found]"),
+    click.option("--redis", metavar="URL", help="Use this server.  [default: $PILOTQ_REDIS_URL, else a private one]"),
+    click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec", metavar="HOW",
+                 help="On disk: strict (at once), everysec, or none."),
+    counter_option,
+    click.option("--system-core", is_flag=True, help="Leave the first core to the pilot itself."),
+    click.option("--envschema", type=click.Choice(ENV_SCHEMAS), default="auto",
+                 help="slurm: tasks get the variables of a job step."),
+    click.option("--contact", type=click.FloatRange(min=10.0), metavar="SECONDS",
+                 help="A node out of touch for so long ends its tasks.  [default: 120; on one machine never]"),
+    click.option("--resume", metavar="DIR", help="Go on with the pilot that has ended in DIR."),
+    click.option("--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: .pilotq/<id>]"),
+)  # fmt: skip
+
+
+def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> SupervisorOptions:
+    """What the values of `pilot_options` ask for; raises InvalidInput. With ``owner_pid`` it ends with that process.
+
+    Counters, which node has the GPUs, and the schema of variables reach the workers by the environment: of this
+    process, and of the pilot that it starts.
+    """
+    os.environ[ENV_SCHEMA] = env_schema(values["envschema"])
+    slurm = values["resources"] == "slurm" or (values["resources"] == "auto" and bool(job_id(os.environ)))
+    set_counters(values["counters"])
+    options = SupervisorOptions(
+        bind=[values["bind"]] if values["bind"] else [],
+        server=_server(values),
+        redis=server_url(values["redis"]) or "",
+        durability=values["durability"],
+        contact=values["contact"],
+        owner_pid=owner_pid,
+        grace=values["grace"],
+        notice=values["notice_signal"],
+    )
+    if slurm:
+        _in_allocation(values, options)
+    else:
+        _on_this_machine(values, options)
+    return options
+
+
+def _on_this_machine(values: dict[str, Any], options: SupervisorOptions) -> None:
+    if values["min_nodes"] > 1:
+        raise InvalidInput("--min-nodes is for an allocation: nodes of this machine are all there, or the pilot fails")
+    cpus = without_siblings(usable_cpus()) if values["no_smt"] else usable_cpus()
+    plans = virtual_nodes(values["nodes"], cpus, socket.gethostname())
+    nodes = [LocalNode(plan.name, plan.cores, plan.real, plan.shared) for plan in plans]
+    options.nodes = without_system_core(nodes) if values["system_core"] else nodes
+    os.environ[GPU_NODE] = options.nodes[0].name
+
+
+def _in_allocation(values: dict[str, Any], options: SupervisorOptions) -> None:
+    allocation = read_allocation(os.environ)
+    if values["nodes"]:
+        allocation = choose(allocation, values["nodes"])
+    if values["min_nodes"] > len(allocation.nodes):
+        raise InvalidInput(f"--min-nodes {values['min_nodes']}: there are only {len(allocation.nodes)} nodes")
+    if not options.bind and not options.redis:
+        here = (os.environ.get("SLURMD_NODENAME"), socket.gethostname(), socket.gethostname().partition(".")[0])
+        options.bind = [address_for([name for name in allocation.names if name not in here], os.environ)]
+    system = ["--system-core", allocation.names[0]] if values["system_core"] else []
+    options.remote = Remote(
+        nodes=allocation.names,
+        method=values["start_method"],
+        least=values["min_nodes"],
+        options=[*(["--no-smt"] if values["no_smt"] else []), *system],
+        grants={node.name: node.cpus for node in allocation.nodes},
+    )
+
+
+def without_system_core(nodes: Sequence[LocalNode]) -> list[LocalNode]:
+    """The nodes without the first core; raises InvalidInput when none is left."""
+    first, *others = nodes
+    left = first.cores[1:]
+    if not left and not others:
+        raise InvalidInput("--system-core: there is only one core, and the tasks need one")
+    if not left:
+        return others
+    return [LocalNode(first.name, left, {core: first.real[core] for core in left}, first.shared), *others]
+
+
+def env_schema(wish: str) -> str:
+    """``slurm`` where it is asked for, or by ``auto`` inside an allocation; else ``common``."""
+    return "slurm" if wish == "slurm" or (wish == "auto" and "SLURM_JOB_ID" in os.environ) else "common"
+
+
+def _directory_of(values: dict[str, Any]) -> str | None:
+    """The directory to start in: that of ``--resume``, which must have been a pilot's, or of ``--dir``."""
+    if not values["resume"]:
+        directory: str | None = values["directory"]
+        return directory
+    if values["directory"]:
+        raise InvalidInput("give --resume or --dir, not both: --resume names the directory")
+    try:
+        return find(values["resume"]).directory
+    except NoPilot:
+        raise NoPilot(f"--resume {values['resume']}: there has been no pilot in that directory: correct it") from None
+
+
+def _server(values: dict[str, Any]) -> str:
+    """The path of the server that the user names, checked before anything is made; empty when they name none."""
+    named = values["server"] or os.environ.get("PILOTQ_SERVER")
+    if not named:
+        return ""
+    from pilotq.broker.pilot.server import find_server
+
+    try:
+        return os.path.abspath(find_server(named))  # the supervisor runs in another directory
+    except PilotFailed as error:
+        raise InvalidInput(str(error)) from None
+
+
+def set_counters(words: Sequence[str]) -> None:
+    """Let the nodes have these counters, in this process and those that it starts; raises InvalidInput."""
+    if words:
+        counters_of(words)
+        os.environ[COUNTERS] = " ".join(words)
+
+
+def start(values: dict[str, Any], options: SupervisorOptions) -> StartedPilot:
+    """Start the pilot that the values of `pilot_options` describe; raises as `start_pilot`."""
+    directory = _directory_of(values)
+    if directory is not None:
+        await_verdict(os.path.join(directory, "lock"), lambda text: click.echo(f"pilotq: {text}", err=True))
+    pilot = start_pilot(directory, options)
+    from pilotq.broker.pilot.directory import forget_total
+
+    forget_total(pilot)
+    return pilot
+
+
+def await_nodes(broker: Broker, pilot: StartedPilot, options: SupervisorOptions) -> None:
+    """Wait until all nodes have joined; raises PilotFailed when the pilot ends, or they do not come.
+
+    Of an allocation as many as there must be: those that are late are named, and join when they come.
+    """
+    wanted = {node.name for node in options.planned}
+    least = options.remote.least if options.remote else len(wanted)
+    begin = time.monotonic()
+    longest = NODES_S + (load(os.environ.get("PILOTQ_SETTINGS")).nodes_wait_s if options.remote else 0.0)
+    while missing := wanted - {node.name for node in broker.nodes()}:
+        if pilot.process.poll() is not None:
+            raise failure(pilot)
+        waited = time.monotonic() - begin
+        if waited > LATE_S and len(wanted) - len(missing) >= least and options.remote:
+            click.echo(f"pilotq: going on without {', '.join(sorted(missing))}: they join when they come", err=True)
+            return
+        if waited > longest:
+            raise PilotFailed(f"nodes {', '.join(sorted(missing))} have not joined: see {pilot.log('supervisor')}")
+        time.sleep(0.005)
+
+
+def node_info(node: LocalNode) -> NodeInfo:
+    """What a worker registers. Memory is counted only for a node that is this whole machine, and of several nodes of
+    one machine the first has its GPUs, those of CUDA_VISIBLE_DEVICES."""
+    whole = not node.shared and all(core == cpu for core, cpu in node.real.items())
+    whole = whole and sorted(node.cores) == usable_cpus()
+    by_cpu = {cpu: core for core, cpu in node.real.items()}
+    groups = [] if node.shared else [[by_cpu[cpu] for cpu in group] for group in numa_groups(sorted(by_cpu))]
+    return NodeInfo(
+        node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
+        cpus=[node.real.get(core, core) for core in node.cores],
+        gpus=gpus() if os.environ.get(GPU_NODE, node.name) == node.name else [],
+        memory=memory_bytes() if whole else 0, counters=counters_of(os.environ.get(COUNTERS, "").split()),
+    )  # fmt: skip
+
+
+def gpus() -> list[str]:
+    """The GPUs that CUDA would show here: as there, what follows one that is none does not count."""
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return list(takewhile(lambda name: re.fullmatch(r"[0-9]+|(GPU|MIG)-[A-Za-z0-9/-]+", name), names))
+
+
+def await_end(
+    pilot: Pilot, *, timeout: float | None, say: Callable[[], str] = lambda: "", ended: Callable[[], bool] | None = None
+) -> None:
+    """Wait until the pilot is gone; raises PilotFailed after ``timeout`` seconds.
+
+    What ``say`` returns goes to stderr, once a second at most, and only when it has changed.
+    """
+    begin = said_at = time.monotonic()
+    said = ""
+    while not (ended() if ended is not None else not pilot.alive()):
+        now = time.monotonic()
+        if timeout is not None and now - begin > timeout:
+            raise PilotFailed(
+                f"the pilot in {pilot.directory} has not ended after {timeout:g} s: "
+                f"`pilotq stop --now` hurries it, {pilot.log('supervisor')} says what it does"
+            )
+        if now - said_at >= 1.0:
+            said_at, text = now, say()
+            if text and text != said:
+                said = text
+                click.echo(f"pilotq: {text}", err=True)
+        time.sleep(LOOK_S)
+
+
+def failure(pilot: Pilot) -> PilotFailed:
+    """The error for a pilot that has ended by itself, with the last words of its supervisor."""
+    log = pilot.log("supervisor")
+    return PilotFailed(f"the pilot failed; {log} ends with:\n{tail(log, 5)}")
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def cores_of(nodes: Sequence[LocalNode]) -> int:
+    return sum(len(node.cores) for node in nodes)

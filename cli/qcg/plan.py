@@ -1,0 +1,27 @@
+"""What cli/qcg/play.py is to do; apart from it, as that takes long to load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TextIO
+
+from pilotq.broker.pilot.start import SupervisorOptions
+
+
+class Plan(NamedTuple):
+    """What is to be played, and how. ``wd`` is the directory of the jobs, ``report_file`` stands below the pilot's.
+
+    ``net``: programs may send requests, too; with ``stays`` until one asks to finish. ``owner``: when this process ends
+    the pilot ends at once (0: nobody's).
+    """
+
+    bodies: Sequence[Any]
+    wd: str
+    options: SupervisorOptions
+    replies: TextIO | None = None
+    env_policy: str = "submit"
+    report_file: str = "jobs.report"
+    report_format: str = "json"
+    net: bool = False
+    stays: bool = False
+    owner: int = 0

@@ -1,0 +1,185 @@
+"""What RQ's buttons leave behind is found and put right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import redis
+from rq import Queue
+from rq.job import Job
+
+from pilotq.broker.client.queries import Listing
+from pilotq.broker.rq import repair
+from pilotq.broker.rq.ingest import Inbound
+from pilotq.broker.rq.repair import Leftovers
+from pilotq.broker.store import keys
+from pilotq.broker.tasks.model import ArrayRange
+from tests.support.engine import NODE, ONE, Engine, FakeNode, RunningDispatcher, end_report, fixtures, pump, task
+from tests.support.rq_producer import CLASS, producing, route, text_of, work
+
+engine, server, node = fixtures
+client, inbound = producing
+Make = Callable[..., FakeNode]
+
+
+def turns(engine: Engine, number: int = 3) -> None:
+    """So many rounds of the reconciler's walk, seconds apart."""
+    walk = Leftovers(engine.store)
+    for n in range(number):
+        walk.turn(["default"], 10.0 * n)
+    engine.release()
+
+
+def test_dependents_of_a_deleted_task_are_omitted(engine: Engine, client: redis.Redis) -> None:
+    parent, child, grandchild = engine.submit(task(name="p"), task(name="c", after=["p"]), task(after=["c"]))
+    turns(engine)
+    assert engine.statuses(child, grandchild) == ["deferred", "deferred"]
+    Job.fetch(parent, connection=client).delete()
+    turns(engine)
+    assert engine.statuses(child, grandchild) == ["canceled", "canceled"]
+    turns(engine)
+    assert engine.link.call("SMEMBERS", keys.PARENTS) == []
+
+
+def test_a_parent_that_ended_is_no_orphan_maker(engine: Engine) -> None:
+    """Its record may be gone before its dependents have been released."""
+    parent, child = engine.submit(task(name="p"), task(after=["p"]))
+    (handed,) = engine.claim()
+    engine.end([handed])
+    engine.link.call("DEL", keys.job(parent))
+    turns(engine)
+    assert engine.status(child) == "queued" and engine.list() == [child]
+
+
+def test_arrays_that_wait_for_a_deleted_one_are_canceled(engine: Engine, client: redis.Redis) -> None:
+    parent, child = engine.submit(
+        task(name="p", array=ArrayRange(0, 2)), task(array=ArrayRange(0, 2), after_each=["p"])
+    )
+    Job.fetch(parent, connection=client).delete()
+    turns(engine)
+    assert engine.status(child) == "canceled"
+
+
+@pytest.mark.parametrize("state", ["given back", "scheduled", "released", "running"])
+def test_an_array_does_not_wait_for_a_deleted_element(engine: Engine, client: redis.Redis, state: str) -> None:
+    """RQ's delete takes the record out of lists and registries: nobody meets it any more."""
+    each = state == "released"
+    parent, child = engine.submit(
+        task(name="p", array=ArrayRange(2, 8, 2), retries=1), task(array=ArrayRange(2, 8, 2), after_each=["p"])
+    )
+    handed = engine.claim(4)
+    engine.end(handed[1:])
+    engine.release()
+    array, gone = (child, f"{child}_4") if each else (parent, f"{parent}_2")
+    if state == "given back":
+        engine.give_back(handed[:1])
+    elif state == "scheduled":
+        report = end_report(handed[0], "failed", "exit")
+        report.retries, report.delay = 1, 60.0
+        engine.store.run("end", *engine.store.end_arguments(NODE, engine.next_call(), b"mail", [report]))
+    turns(engine)
+    assert engine.status(gone) in ("queued", "scheduled", "started")
+    Job.fetch(gone, connection=client).delete()
+    turns(engine)
+    if state == "running":
+        assert engine.bits(parent, 4) == "0111"  # it has not ended yet
+        engine.end(handed[:1])
+    turns(engine)
+    assert engine.bits(array, 4) == ("0300" if each else "3111")
+    if each:
+        engine.end(engine.claim(3))
+        engine.end(handed[:1])
+        engine.release()
+        engine.end(engine.claim(3))
+    assert engine.status(array) == "failed"
+    assert each or engine.hash(array)["pq_left"] == "0"
+
+
+def test_elements_that_wait_for_others_are_not_taken_for_deleted(engine: Engine) -> None:
+    engine.submit(task(name="p", array=ArrayRange(0, 9)), task(array=ArrayRange(0, 9), after_each=["p"], priority=1))
+    first = engine.claim(10)
+    engine.end(first[:3])
+    turns(engine)
+    engine.release()
+    engine.end(engine.claim(2, "default.p1.1c"))
+    turns(engine)
+    engine.end(first[3:])
+    turns(engine)
+    engine.run_all("default.p1.1c")
+    assert engine.counts() == {"total": 20, "finished": 20}
+
+
+def test_what_waits_and_has_no_record_is_dropped(engine: Engine, client: redis.Redis) -> None:
+    _, child = engine.submit(task(name="p"), task(after=["p"]))
+    client.delete(keys.job(child))
+    turns(engine)
+    assert engine.registry("deferred") == []
+
+
+def test_a_compact_that_broke_off_is_put_back(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+    ids = engine.submit(task(), task())
+    job = Queue(connection=client).enqueue(work)
+    client.rename(keys.queue(ONE), "rq:queue:_compact:half")
+    client.rename(keys.queue("default"), "rq:queue:_compact:other")
+    client.rpush("rq:queue:_compact:other", "gone")
+    walk = Leftovers(engine.store)
+    walk.turn(["default"], 1.0)
+    walk.turn(["default"], 1.0 + repair.STILL_S / 2)
+    assert engine.list() == []  # it may still be at work
+    walk.turn(["default"], 2.0 + repair.STILL_S)
+    route(inbound)
+    assert engine.list() == ids and engine.list(CLASS) == [job.id]
+    assert not [key for key in engine.all_keys() if "_compact" in key]
+
+
+def test_a_class_that_was_tidied_away_meanwhile_comes_back(engine: Engine, client: redis.Redis, node: Make) -> None:
+    (task_id,) = engine.submit(task())
+    client.rename(keys.queue(ONE), "rq:queue:_compact:now")
+    engine.store.run("tidy", engine.store.term, 60, ONE)
+    assert engine.link.call("HLEN", keys.CLASSES) == 0
+    client.rename("rq:queue:_compact:now", keys.queue(ONE))
+    engine.store.run("tidy", engine.store.term, 60, "default.p9.1c")
+    with RunningDispatcher(engine):
+        n1 = node(quick=True)
+        pump([n1], lambda: engine.status(task_id) == "finished")
+
+
+def test_a_requeue_that_cannot_be_is_undone(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+    (task_id,) = engine.submit(task(), key="k")
+    engine.end(engine.claim(), "failed", "exit")
+    client.delete(keys.submission("k"))
+    job = Job.fetch(task_id, connection=client)
+    job.requeue()
+    route(inbound)
+    assert engine.status(task_id) == "failed" and engine.registry("failed") == [task_id]
+    assert "cannot run again" in text_of(client, job)
+    assert engine.ttl(keys.job(task_id)) > 0 and engine.list() == engine.list("default") == []
+
+
+def test_a_requeue_gives_the_retries_back(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+    (task_id,) = engine.submit(task(retries=2))
+    for _ in range(3):
+        engine.end(engine.claim(), "failed", "exit")
+    assert engine.status(task_id) == "failed"
+    Job.fetch(task_id, connection=client).requeue()
+    route(inbound)
+    assert engine.hash(task_id)["pq_retries"] == "2" and engine.counts() == {"total": 1}
+
+
+def test_all_that_waits_is_listed_and_counted(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+    import datetime as dt
+
+    from rq import RateLimit
+
+    queue = Queue(connection=client)
+    limited = [queue.enqueue(work, rate_limit=RateLimit("one", 1)) for _ in range(2)]
+    later = queue.enqueue_in(dt.timedelta(hours=1), work)
+    child = queue.enqueue(work, depends_on=later)
+    listing = Listing(engine.link, None)
+    assert listing.uncounted() == 4
+    assert {view.id for view in listing.tasks(None, 10)} == {later.id, child.id, *(job.id for job in limited)}
+    assert [view.id for view in listing.tasks("scheduled", 10)] == [later.id]
+    assert len(list(listing.tasks("rate_limited", 10))) == 1
+    route(inbound)
+    assert engine.counts() == {"total": 2}

@@ -1,0 +1,140 @@
+"""`pilotq dashboard`: who gets in, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rq import Queue
+
+from pilotq.broker import Broker, Task
+from pilotq.broker.pilot.directory import Pilot
+from tests.support.command_line import Cli, environment, in_background
+from tests.support.dashboard import needs_dashboard, served
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    with in_background(tmp_path, "--nodes", "n1:1") as found:
+        yield found
+
+
+def home(folder: Path) -> Path:
+    return (folder / ".pilotq" / "current").resolve()
+
+
+@needs_dashboard
+def test_it_lets_in_whoever_knows_the_password_and_nobody_else(cli: Cli, tmp_path: Path) -> None:
+    directory = home(tmp_path)
+    kept = directory / "dashboard-password"
+    with served(tmp_path, directory) as page:
+        assert page.url.startswith("http://127.0.0.1:")
+        port = page.url.rpartition(":")[2].strip("/")
+        assert f"ssh -N -L {port}:127.0.0.1:{port} " in page.said
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        assert page.password in page.said and len(page.password) >= 20
+        assert [page.ask(password=word)[0] for word in ("", "wrong", page.password)] == [401, 401, 200]
+        assert page.ask("0/data/workers.json", password="")[0] == 401
+        assert [worker["name"] for worker in page.data("workers")["workers"]] == ["n1"]
+        # No secret where others can read it: not in the command line, not on the pages, not in the environment.
+        secret = Pilot(str(directory)).connection().address.password
+        process = Path(f"/proc/{page.process.pid}")
+        for place in (process / "cmdline", process / "environ"):
+            assert secret.encode() not in place.read_bytes() and page.password.encode() not in place.read_bytes()
+        assert secret not in page.ask()[1]
+    with served(tmp_path, directory) as again:
+        assert again.password == page.password
+        assert page.password not in again.said and str(kept) in again.said
+
+
+@needs_dashboard
+def test_another_site_cannot_press_its_buttons(cli: Cli, tmp_path: Path) -> None:
+    task = cli("enqueue", "--", "false").stdout.strip()
+    assert cli("wait", task, "--timeout", "60s").returncode == 1
+    with served(tmp_path, home(tmp_path)) as page:
+        for path, post in ((f"job/{task}/delete", True), ("requeue/default", False)):
+            assert page.ask(path, post=post, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+        # Looking is not refused. It is redirected first, which urllib follows only from Python 3.11 on.
+        assert page.ask("0/view/queues", **{"Sec-Fetch-Site": "cross-site"})[0] in (200, 308)
+        assert [job["id"] for job in page.data("jobs/default/failed/8/asc/1")["jobs"]] == [task]
+        assert page.ask(f"job/{task}/delete", post=True, **{"Sec-Fetch-Site": "same-origin"})[0] == 200
+        assert page.data("jobs/default/failed/8/asc/1")["jobs"] == []
+
+
+@needs_dashboard
+@pytest.mark.parametrize("order", ["asc", "dsc"])
+def test_a_page_far_down_shows_and_fetches_that_page_alone(cli: Cli, tmp_path: Path, order: str) -> None:
+    with Broker.connect(str(home(tmp_path))) as broker, served(tmp_path, home(tmp_path)) as page:
+        held = broker.enqueue(Task(command=["sleep", "1000"]))
+        wait_until(lambda: broker.task(held).status == "started", seconds=60)
+        ended = broker.enqueue_many([Task(command=["true"], priority=1) for _ in range(50)])
+        broker.cancel(ended)
+        waiting = broker.enqueue_many([Task(command=["true"]) for _ in range(50)])
+        for name, some in (("default.p0.1c/queued", waiting), ("default/canceled", ended)):
+            listed, *pages = (
+                [job["id"] for job in page.data(f"jobs/{name}/{per_page}/{order}/{number}")["jobs"]]
+                for per_page, number in ((200, 1), *((8, n) for n in range(1, 15)))
+            )
+            assert sorted(listed) == sorted(some)
+            assert name.endswith("canceled") or listed == (some if order == "asc" else some[::-1])
+            assert pages == [listed[first : first + 8] for first in range(0, 14 * 8, 8)]
+
+
+@needs_dashboard
+def test_the_page_of_a_job_that_waits_for_others(cli: Cli, tmp_path: Path) -> None:
+    with Broker.connect(str(home(tmp_path))) as broker, served(tmp_path, home(tmp_path)) as page:
+        held = broker.enqueue(Task(command=["sleep", "1000"]))
+        wait_until(lambda: broker.task(held).status == "started", seconds=60)
+        queue = Queue("default", connection=broker.redis)
+        first = queue.enqueue("time.sleep", 0)
+        second = queue.enqueue("time.sleep", 0, depends_on=first)
+        assert page.data(f"job/{second.id}")["depends_on"] == [first.id]
+        broker.cancel([held])
+
+
+@needs_dashboard
+def test_a_password_of_ones_own(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "word").write_text("open sesame\n")
+    with served(tmp_path, home(tmp_path), "--password-file", "word") as page:
+        assert page.ask(password="open sesame")[0] == 200
+        assert "sesame" not in page.said
+        assert not (home(tmp_path) / "dashboard-password").exists()
+    (tmp_path / "empty").write_text("\n")
+    refused = cli("dashboard", "--password-file", "empty")
+    assert refused.returncode == 2 and "empty is empty" in refused.stderr
+
+
+@needs_dashboard
+def test_it_ends_with_its_pilot(cli: Cli, tmp_path: Path) -> None:
+    with served(tmp_path, home(tmp_path)) as page:
+        assert cli("stop", "--now").returncode == 0
+        wait_until(lambda: page.process.poll() is not None, seconds=60)
+    assert "the pilot has ended" in (tmp_path / "dashboard.err").read_text()
+
+
+@needs_dashboard
+def test_a_port_that_is_taken(cli: Cli, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = cli("dashboard", "--port", str(port))
+    assert refused.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['rq_dashboard'] = None; sys.modules['six'] = None\n"
+        "from pilotq.cli.main import main; main(['dashboard'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "needs rq_dashboard and six" in done.stderr and "pip install 'pilotq[dashboard]'" in done.stderr

@@ -1,0 +1,131 @@
+"""`pilotq report` and `pilotq top`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pilotq.broker.client.statistics import Spread, statistics
+from pilotq.broker.store.messages import Line
+from tests.support.command_line import Cli, command, environment, in_background, prompt
+from tests.support.waiting import wait_until
+
+
+def line(task_id: str, started: float, ended: float, cpus: str = "n1[0]", **fields: object) -> Line:
+    values = {"status": "finished", "execution": 1, "node": "n1", "queued": 0.0, "cpu": 0.5, **fields}
+    return Line(id=task_id, started=started, ended=ended, cpus=cpus, **values)  # type: ignore[arg-type]
+
+
+def test_statistics_of_known_lines() -> None:
+    found = statistics(
+        [
+            line("1", 1, 5),
+            line("2", 1, 3, "n1[1],n2[0]", status="failed", reason="exit", final=False),
+            line("2", 4, 5, "n1[1],n2[0]", execution=2),
+            line("3", 5, 11, "n2[0]", status="failed", reason="signal", node="n2"),
+            Line(id="4", status="canceled", reason="dependency"),
+            Line(id="5", status="failed", elements={"finished": "0-1"}),
+        ],
+        longest=2,
+    )
+    assert (found.executions, found.seconds, found.cores, found.core_seconds, found.cpu_seconds) == (4, 10, 3, 16, 2)
+    assert found.use == pytest.approx(16 / 30)
+    assert found.tasks == {"finished": 2, "failed": 1, "canceled": 1}
+    assert found.failures == {"exit": 1, "signal": 1}
+    assert found.nodes == {"n1": 3, "n2": 1}
+    assert found.waits == Spread(3, 1, 5, 5)
+    assert found.runs == Spread(4, 4, 6, 6)
+    assert [each.id for each in found.longest] == ["3", "1"]
+    assert statistics([]).use is None
+
+
+@pytest.fixture
+def pilot(tmp_path: Path) -> Iterator[Cli]:
+    with in_background(tmp_path, "--nodes", "2") as cli:
+        yield cli
+
+
+def test_report_while_it_runs_and_afterwards(pilot: Cli, tmp_path: Path) -> None:
+    pilot("enqueue", "--array", "0-4", "--", "sh", "-c", "test {index} -lt 3")
+    pilot("enqueue", "--cores", "2", "--name", "long one", "--", "sleep", "0.3")
+    assert pilot("wait").returncode == 1
+    wait_until(lambda: "6" in pilot("report").stdout.partition("executions")[2].split(" on ")[0], what="the journal")
+    pilot("stop")
+    done = pilot("report")
+    assert done.returncode == 0
+    assert "2 failed, 4 finished" in done.stdout and "2  exit: ended with a non-zero exit code" in done.stdout
+    assert "long one" in done.stdout
+    facts = json.loads(pilot("report", "stats", "--json").stdout)
+    assert facts["executions"] == 6 and facts["failures"] == {"exit": 2} and 0 < facts["use"] <= 1
+    for name, magic in (("run.png", b"\x89PNG"), ("run.svg", b"<?xml")):
+        done = pilot("report", "gantt", name)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name).read_bytes().startswith(magic)
+    for words, text in (
+        (["gantt"], "name the FILE"), (["stats", "x"], "takes no FILE"), (["gantt", "run.xyz"], "run.xyz: "),
+        (["gant"], "gantt"),
+    ):  # fmt: skip
+        done = pilot("report", *words)
+        assert done.returncode == 2 and text in done.stderr
+
+
+def test_nothing_to_draw(pilot: Cli) -> None:
+    pilot("stop")
+    assert "none has ended" in pilot("report").stdout
+    assert "there is nothing to draw" in pilot("report", "gantt", "x.png").stderr
+
+
+def test_top_once(pilot: Cli) -> None:
+    task = pilot("enqueue", "--name", "sleeper", "--", "sleep", "100").stdout.strip()
+    wait_until(lambda: json.loads(pilot("top", "--json").stdout)["running"] == 1)
+    done = pilot("top", "--once")
+    assert "0 of 1 task ended; 1 running" in done.stdout
+    assert "sleeper" in done.stdout and "NAME" in done.stdout
+    facts = json.loads(pilot("top", "--json").stdout)
+    assert [row["id"] for row in facts["longest"]] == [task] and facts["nodes"][0]["cores"] == 2
+    pilot("stop", "--now")
+    assert "the pilot has ended" in pilot("top").stdout
+
+
+def test_top_live(pilot: Cli, tmp_path: Path) -> None:
+    pilot("enqueue", "--name", "sleeper", "--", "sleep", "100")
+    ours, theirs = pty.openpty()
+    env = environment(TERM="xterm", COLUMNS="100", LINES="30")
+    text = b""
+    try:
+        with subprocess.Popen(
+            command("top", "--every", "0.2"), cwd=tmp_path, env=env, stdin=theirs, stdout=theirs
+        ) as top:
+            os.close(theirs)
+            interrupted = False
+            while True:
+                try:
+                    text += os.read(ours, 65536)
+                except OSError:
+                    break  # its other end is closed
+                if not interrupted and text.count(b"ended per second") >= 2:
+                    top.send_signal(signal.SIGINT)
+                    interrupted = True
+            assert top.wait() == 0
+    finally:
+        os.close(ours)
+    assert b"sleeper" in text and interrupted
+
+
+def test_without_matplotlib_it_says_so(tmp_path: Path) -> None:
+    cli = prompt(tmp_path)
+    assert cli("run", "--dir", "p", "--nodes", "1", "--", "true").returncode == 0
+    code = "import sys; sys.modules['matplotlib'] = None\nfrom pilotq.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", "--dir", "p", "gantt", "x.png"], cwd=tmp_path, env=environment(),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "needs matplotlib" in done.stderr

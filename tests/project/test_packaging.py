@@ -1,0 +1,118 @@
+"""The wheel: what is in it, what is not, and that it works without the source beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+SOURCE = ("package", "broker", "workers", "cli")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "Makefile")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that must succeed; PYTHONPATH and the like are not passed on."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MAKE", "MFLAGS"))}
+    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources in which an old build left a module that is gone since."""
+    copy = tmp_path_factory.mktemp("source")
+    for folder in SOURCE:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in FILES:
+        shutil.copy2(ROOT / file, copy / file)
+    stale = copy / "build" / "lib" / "pilotq" / "broker" / "deleted_long_ago.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    # The tools are those that run this test: make must not install its own (--old-file).
+    run("make", "--silent", f"--old-file={sys.prefix}/dev.stamp", "wheel", f"VENV={sys.prefix}", cwd=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a virtual environment with the wheel; dependencies are seen through a .pth file."""
+    home = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
+    pip = (sys.executable, "-m", "pip", f"--python={home}/bin/python")
+    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=home)
+    (site,) = home.glob("lib/python*/site-packages")
+    # A folder from a .pth file comes last, and .pth files in it, such as an editable install's, are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return home / "bin"
+
+
+@pytest.fixture(params=["/", "beside a folder pilotq"])
+def somewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "/":
+        return Path("/")
+    (tmp_path / "pilotq").mkdir()
+    return tmp_path
+
+
+def version() -> str:
+    (found,) = re.findall('__version__ = "(.+)"', (ROOT / "package" / "__init__.py").read_text())
+    return found
+
+
+def test_the_wheel_holds_every_module_and_script_and_nothing_else(source: Path, wheel: Path) -> None:
+    expected = {
+        "/".join(["pilotq", *path.relative_to(source).parts[folder == "package" :]])
+        for folder in SOURCE
+        for path in (source / folder).rglob("*")
+        if path.suffix in (".py", ".lua", ".typed")
+    }
+    assert "pilotq/py.typed" in expected
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    info = f"pilotq-{version()}.dist-info/"
+    assert {n for n in names if not n.startswith(info)} == expected
+    assert any(n.startswith("pilotq/broker/scripts/") and n.endswith(".lua") for n in names)
+    assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
+
+
+def test_python_finds_the_installed_package(installed: Path, somewhere: Path) -> None:
+    show = "import pilotq.broker, pilotq.workers, pilotq.cli as last; print(last.__file__)"
+    found = Path(run(installed / "python", "-c", show, cwd=somewhere).strip())
+    assert installed.parent in found.parents
+
+
+def test_the_command_and_the_module_say_their_version(installed: Path, somewhere: Path) -> None:
+    assert version() in run(installed / "pilotq", "--version", cwd=somewhere)
+    assert version() in run(installed / "python", "-m", "pilotq", "--version", cwd=somewhere)
+
+
+def test_scripts_are_found_in_the_installed_package(installed: Path, somewhere: Path) -> None:
+    show = (
+        "from importlib.resources import files; "
+        "print(*[f.name for f in files('pilotq.broker.store.scripts').iterdir()])"
+    )
+    scripts = {f.name for f in (ROOT / "broker" / "store" / "scripts").glob("*.lua")}
+    assert scripts
+    assert scripts <= set(run(installed / "python", "-c", show, cwd=somewhere).split())
+
+
+def test_no_generic_name_is_installed(installed: Path) -> None:
+    (site,) = installed.parent.glob("lib/python*/site-packages")
+    tops = {p.name for p in site.iterdir() if not p.name.endswith(".pth")}
+    assert tops == {"pilotq", f"pilotq-{version()}.dist-info"}

@@ -1,0 +1,287 @@
+"""A pilot that faults are done to: steps are armed, work is submitted, and it is judged by what the tasks wrote."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from pilotq.broker import ArrayRange, Broker, Request, Task
+from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError, ServerUnavailable
+from pilotq.broker.failpoints import Fault
+from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
+from pilotq.broker.settings import Settings
+from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.messages import Line
+from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
+from pilotq.workers.process_tree import environment, processes
+from tests.chaos.judge import Expected, History, judge
+from tests.support.live_pilot import left_of
+from tests.support.waiting import SHARED, wait_until
+
+PROBE = str(Path(__file__).with_name("fault_probe.py"))
+NODES = "n1:2,n2:2"
+END_S = 60.0
+# What one core may have been handed when all that know of it die at once: the task that runs, and those ahead of it, a
+# fifth of a second's worth of tasks that take at least 10 ms (ahead_s). Of these any number may have ended without the
+# server having been told: launchers go from one to the next by themselves, and ends travel in company (report_s).
+# What was not handed out cannot run twice.
+HELD = 1 + round(Settings().ahead_s / 0.01)
+STOPPED_S = 1.0  # how long what was stopped stays so
+SETTINGS = {
+    "kill_grace_s": 0.3, "journal_fsync_s": 0.05, "beat_s": 0.2, "reconcile_s": 0.1, "restart_limit": 1000,
+    "keep_records": 10, "gather_s": 1.0,
+}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """A submission: its key, its ids in order (an array is one), and how many tasks it is."""
+
+    key: str
+    ids: list[str]
+    tasks: list[Task]
+
+    @property
+    def size(self) -> int:
+        return sum(task.size for task in self.tasks)
+
+
+class Rig:
+    """``folder`` holds pilot/, steps/, ledger and locks/. Settings as in PILOTQ_SETTINGS."""
+
+    def __init__(self, folder: Path, nodes: str = NODES, **settings: float) -> None:
+        self.folder = folder
+        self.steps = folder / "steps"
+        self.plans = virtual_nodes(nodes, usable_cpus(), "here")
+        self.settings = {**SETTINGS, **settings}
+        for name in ("steps", "locks"):
+            (folder / name).mkdir()
+        self.pilot: StartedPilot | None = None
+        self.broken = False
+        self._mending = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._wake_stopped)
+        self._thread.start()
+
+    # -- its life ---------------------------------------------------------------------------------------------------
+
+    def start(self, **options: Any) -> None:
+        """Start it, or go on with it."""
+        made = SupervisorOptions(nodes=[LocalNode(*plan) for plan in self.plans], **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PILOTQ_SETTINGS", msgspec.json.encode(self.settings).decode())
+            patch.setenv("PILOTQ_POINTS", str(self.steps))
+            self.pilot = start_pilot(str(self.folder / "pilot"), made)
+        SHARED.add(str(self.pilot.process.pid))
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        if self.pilot is not None:
+            self.pilot.process.terminate()
+            self.pilot.process.wait()
+        left = left_of(str(self.folder / "pilot"))
+        assert not left, left
+
+    def broker(self) -> Broker:
+        assert self.pilot is not None
+        return Broker.connect(self.pilot.directory)
+
+    def mend(self) -> None:
+        """Start the pilot again if its supervisor is dead; that may fail once more, by the next fault."""
+        assert self.pilot is not None
+        with self._mending:  # who submits mends, too: the second of two starts would be refused
+            if self.pilot.process.poll() is not None:
+                with suppress(PilotFailed):
+                    self.start()
+
+    def process(self, part: str) -> int:
+        """The number of a part's process: server, dispatcher, worker, n1 (the worker of that node), launcher."""
+        assert self.pilot is not None
+        return wait_until(lambda: next(iter(self.processes(part)), 0), what=f"a process of the {part}")
+
+    def processes(self, part: str) -> list[int]:
+        assert self.pilot is not None
+        words = {"server": "server.conf", "launcher": "workers.launcher", "n1": "--node n1", "n2": "--node n2"}
+        word, found = words.get(part, f"pilotq {part}"), dict[int, int]()
+        for pid, process in processes().items():
+            with suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                fits = word in command and (part[0] != "n" or "pilotq worker" in command)
+                if process.alive and fits and self.pilot.directory in command:
+                    found[pid] = process.parent
+        # A task that its launcher has just forked has the launcher's words until it is itself.
+        return sorted(pid for pid, parent in found.items() if part != "launcher" or parent not in found)
+
+    def kill_supervisor(self) -> None:
+        assert self.pilot is not None
+        with self._mending:
+            self.pilot.process.kill()
+            self.pilot.process.wait()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every part at one moment: none can end what the others leave."""
+        assert self.pilot is not None
+        parts = ("server", "dispatcher", "worker", "launcher")
+        with self._mending:
+            pids = [self.pilot.process.pid, *(pid for part in parts for pid in self.processes(part))]
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            self.pilot.process.wait()
+
+    # -- faults -----------------------------------------------------------------------------------------------------
+
+    def arm(self, role: str, step: str, kind: str, **fields: Any) -> Callable[[], bool]:
+        """Arm a step; what is returned tells whether it has struck."""
+        for old in self.steps.glob(f"{role}.{step}.*"):
+            if old.suffix in (".fired", ".struck", ".woken"):
+                old.unlink()
+        fault = Fault(kind, token=secrets.token_hex(4), **fields)
+        fresh = self.steps / "fresh"
+        fresh.write_bytes(msgspec.json.encode(fault))
+        fresh.rename(self.steps / f"{role}.{step}")
+        return (self.steps / f"{role}.{step}.fired").exists
+
+    def disarm(self) -> None:
+        for path in self.steps.iterdir():
+            if path.suffix not in (".seen", ".fired", ".struck", ".woken"):
+                path.unlink(missing_ok=True)
+
+    def seen(self) -> set[str]:
+        return {path.stem for path in self.steps.glob("*.seen")}
+
+    def _wake_stopped(self) -> None:
+        """SIGCONT to whatever a step has stopped, after STOPPED_S."""
+        since: dict[Path, float] = {}
+        while not self._over.wait(0.05):
+            for path in self.steps.glob("*.fired"):
+                struck = path.with_suffix(".struck")
+                if path.with_suffix(".woken").exists():
+                    continue
+                with suppress(OSError, ValueError):
+                    if msgspec.json.decode(struck.read_bytes(), type=Fault).kind != "stop":
+                        path.with_suffix(".woken").touch()
+                        continue
+                    if time.monotonic() - since.setdefault(path, time.monotonic()) > STOPPED_S:
+                        os.kill(int(path.read_text()), signal.SIGCONT)
+                        path.with_suffix(".woken").touch()
+                        del since[path]
+
+    # -- work -------------------------------------------------------------------------------------------------------
+
+    def probe(self, seconds: float = 0.01, code: int = 0, **fields: Any) -> Task:
+        words = [sys.executable, "-I", "-S", PROBE, str(self.folder), str(seconds), str(code)]
+        return Task(command=words, **fields)
+
+    def mixed(self, number: int = 12) -> list[Task]:
+        """Short and longer ones, two cores, two nodes, a retried one, a chain, arrays, also element by element."""
+        tasks = [self.probe() for _ in range(number)]
+        tasks += [self.probe(0.3), self.probe(0.25, request=Request(cores=(2, 2)))]
+        tasks += [self.probe(request=Request(nodes=(2, 2))) for _ in range(2)]
+        tasks += [self.probe(code=7, retries=1), self.probe(name="first"), self.probe(name="second", after=["first"])]
+        tasks += [self.probe(name="many", array=ArrayRange(0, 5)), self.probe(after=["many", "second"])]
+        return [*tasks, self.probe(name="each", array=ArrayRange(0, 5), after_each=["many"])]
+
+    def submit(self, tasks: list[Task]) -> Work:
+        """Submit, again with the same key while the server does not answer: that is what keys are for."""
+        key = secrets.token_hex(8)
+
+        def accepted() -> list[str]:
+            self.mend()
+            with suppress(ServerUnavailable, NoPilot), self.broker() as broker:
+                return broker.enqueue_many(tasks, key=key)
+            return []
+
+        return Work(key, wait_until(accepted, seconds=END_S, what="a server that accepts"), tasks)
+
+    def ended(self, work: Work, *, free: bool = True) -> bool:
+        """Whether all of it has ended, and all nodes are ``free`` again; the pilot is mended on the way."""
+        self.mend()
+        try:
+            with self.broker() as broker:
+                counts, nodes = broker.counts(work.key), broker.nodes()
+        except PilotqError:
+            return False
+        calm = len(nodes) == len(self.plans) and not any(node.used for node in nodes)
+        return counts.total == work.size and counts.left == 0 and (calm or not free)
+
+    def all_finished(self, key: str, number: int) -> bool:
+        with suppress(PilotqError), self.broker() as broker:
+            counts = broker.counts(key)
+            return (counts.total, counts.finished) == (number, number)
+        return False
+
+    def lines(self, work: Work) -> dict[str, list[Line]]:
+        """The journal's lines of the tasks of a submission, those of arrays as a whole left out."""
+        assert self.pilot is not None
+        found: dict[str, list[Line]] = {}
+        for line in Journal(self.pilot.journal).lines():
+            if line.submission == work.key and not line.elements:
+                found.setdefault(line.id, []).append(line)
+        return found
+
+    def ledger(self) -> Iterator[list[str]]:
+        with suppress(FileNotFoundError):
+            for line in (self.folder / "ledger").read_text().splitlines():
+                yield line.split(" ")
+
+    def expected(self, work: Work) -> dict[str, int]:
+        """Id of each task or element -> how often it may run without any fault."""
+        found = {}
+        for task_id, task in zip(work.ids, work.tasks, strict=True):
+            names = [f"{task_id}_{n}" for n in range(task.size)] if task.is_array else [task_id]
+            found.update(dict.fromkeys(names, 1 + task.retries))
+        return found
+
+    def of_tasks(self) -> list[int]:
+        """Living processes of tasks of this pilot, on the whole machine, by their mark."""
+        assert self.pilot is not None
+        home, task = f"\0PILOTQ_DIR={self.pilot.directory}\0".encode(), b"\0PILOTQ_TASK_ID="
+        return [p.pid for p in processes().values() if p.alive and home in (e := environment(p.pid)) and task in e]
+
+    def settle(self, work: Work, *, free: bool = True, seconds: float = END_S) -> None:
+        """Wait until a submission has ended and stands in the journal, and all nodes are ``free``."""
+        expected = self.expected(work)
+
+        def told() -> bool:
+            lines = self.lines(work)
+            return all(any(line.final for line in lines.get(i, ())) for i in expected)
+
+        wait_until(lambda: self.ended(work, free=free), seconds=seconds, what="all ended and no core in use")
+        wait_until(told, seconds=END_S, what="all in the journal")
+
+    def judge(self, work: Work, faults: int = 0, *, alone: bool = True, held: int = 1) -> list[str]:
+        """What is wrong with a submission that has settled, one sentence each; ``faults`` were done to it (``held`` as
+        in History), and unless it is ``alone`` others may still run."""
+        if alone:
+            with suppress(AssertionError):
+                wait_until(lambda: not self.of_tasks(), seconds=5.0)
+        expected = self.expected(work)
+        accepted = {me: Expected(most) for me, most in expected.items()}
+        ledger = (words for words in self.ledger() if words[0] in expected)
+        cores = sum(len(plan.cores) for plan in self.plans)
+        left = self.of_tasks() if alone else []
+        return judge(History(accepted, self.lines(work), ledger, faults, cores, left, held))
+
+
+@contextmanager
+def rig(folder: Path, **settings: Any) -> Iterator[Rig]:
+    """A rig whose pilot runs; at the end nothing of it is left."""
+    made = Rig(folder, **settings)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()

@@ -1,0 +1,328 @@
+"""A worker under test: its process, with a link that speaks to the test over a socket instead of to a server.
+
+`SocketLink` implements the interface of workers/session.py; `Host` is the test's end. Everything else in the worker's
+process, and its launchers, is the real thing.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pilotq.broker import errors
+from pilotq.broker.settings import Settings
+from pilotq.broker.store.messages import End, EndReport, Handed, Line, NodeInfo, NodeState, Stop, ToWorker
+from pilotq.broker.tasks.model import Shared, Spec
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
+
+SIZE = struct.Struct("<I")
+HERE = Path(__file__).resolve()
+
+
+class Channel:
+    """Pickled objects over a socket, read without waiting."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._buffer = b""
+
+    def send(self, item: object) -> None:
+        data = pickle.dumps(item)
+        self.sock.sendall(SIZE.pack(len(data)) + data)
+
+    def receive(self) -> list[Any]:
+        while True:
+            try:
+                data = self.sock.recv(1 << 20, socket.MSG_DONTWAIT)
+            except (BlockingIOError, ConnectionResetError):
+                break
+            if not data:
+                break
+            self._buffer += data
+        found = []
+        while len(self._buffer) >= SIZE.size:
+            size = SIZE.unpack_from(self._buffer)[0] + SIZE.size
+            if len(self._buffer) < size:
+                break
+            found.append(pickle.loads(self._buffer[SIZE.size : size]))
+            self._buffer = self._buffer[size:]
+        return found
+
+
+class SocketLink:
+    """The worker's end. Every call is told to the test; the test sends messages, records to fetch, and answers."""
+
+    contact_s = 0.0
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._channel = Channel(sock)
+        self._decode = msgspec.msgpack.Decoder(ToWorker).decode
+        self._shared: dict[str, Shared] = {}
+        self._values: dict[str, list[str]] = {}
+        self._jobs: dict[str, dict[bytes, bytes]] = {}
+        self._away = False
+        self._unanswered = 0
+        self._verdicts: list[tuple[str, int, str]] = []
+        self._told: list[tuple[str, ToWorker]] = []
+
+    def register(self, info: NodeInfo) -> int:
+        self._channel.send(("register", info))
+        return 7
+
+    def filenos(self) -> list[int]:
+        return [self._channel.sock.fileno()]
+
+    def pause(self, now: float) -> float:
+        return 60.0
+
+    def out_of_touch(self, now: float) -> float:
+        return 0.0
+
+    def pump(self, now: float) -> list[ToWorker]:
+        messages = []
+        for kind, *args in self._channel.receive():
+            if kind == "message":
+                messages.append(self._decode(args[0]))
+            elif kind == "shared":
+                self._shared[args[0]] = args[1]
+            elif kind == "values":
+                self._values[args[0]] = args[1]
+            elif kind == "job":
+                self._jobs[args[0]] = args[1]
+            elif kind == "away":
+                self._away = args[0]
+            elif kind == "answer":
+                self._unanswered -= 1
+                self._verdicts += args[0]
+            else:
+                raise getattr(errors, args[0])("the test wants it")
+        return messages
+
+    def post_ends(self, reports: list[EndReport], ends: list[End]) -> None:
+        self._unanswered += 1
+        self._channel.send(("ends", reports, ends))
+
+    def verdicts(self) -> list[tuple[str, int, str]]:
+        found, self._verdicts = self._verdicts, []
+        return found
+
+    def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
+        self._channel.send(("starts", starts))
+
+    def post_give_back(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
+        self._channel.send(("back", tasks, counts))
+
+    def post_state(self, state: NodeState) -> None:
+        self._channel.send(("state", state))
+
+    def tell(self, address: str, message: ToWorker) -> None:
+        self._channel.send(("tell", address, message))
+        self._told.append((address, message))
+
+    def undelivered(self) -> list[tuple[str, ToWorker]]:
+        """There is no other node."""
+        found, self._told = self._told, []
+        return found
+
+    def post_leaving(self) -> None:
+        self._channel.send(("leaving",))
+
+    def post_mail(self, message: object) -> None:
+        self._channel.send(("mail", message))
+
+    def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
+        return {name: NodeInfo(name, 7, "here", 1, [0, 1]) for name in names}
+
+    def post_beat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
+        self._channel.send(("beat", fields))
+
+    def unsent(self) -> int:
+        return self._unanswered
+
+    def fetch_shared(self, key: str) -> Shared:
+        if self._away:
+            raise errors.ServerUnavailable("the test has taken the server away")
+        return self._shared[key]
+
+    def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
+        return self._jobs[task_id]
+
+    def fetch_value(self, array: str, position: int) -> str:
+        return self._values[array][position]
+
+    def unregister(self) -> None:
+        self._channel.send(("unregister",))
+
+    def close(self) -> None:
+        self._channel.sock.close()
+
+
+class Ending(msgspec.Struct):
+    """One reported end: the report, the journal's line in it, and what was said of the lane (None: nothing)."""
+
+    report: EndReport
+    line: Line
+    end: End | None
+
+
+class Host:
+    """The test's end: starts the worker, plays dispatcher and server. Use as a context manager."""
+
+    def __init__(self, directory: Path, *, cores: str = "0,1", **settings: Any) -> None:
+        self.directory = directory
+        self.calls: list[tuple[Any, ...]] = []
+        self.endings: dict[str, Ending] = {}
+        self.answering = True
+        self.verdict = "ok"
+        self.log = directory / "worker.log"
+        ours, theirs = socket.socketpair()
+        with theirs, open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.worker_host", str(theirs.fileno()), str(directory), cores,
+                 msgspec.json.encode(settings).decode()],
+                pass_fds=[theirs.fileno()], stderr=log, start_new_session=True, cwd=ROOT,
+            )  # fmt: skip
+        self._channel = Channel(ours)
+        self.shared("base")
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        launchers = []
+        if self.process.poll() is None:
+            launchers = self.launchers()
+            self.process.kill()
+        self.process.wait()
+        self._channel.sock.close()
+        # They notice that they are alone, and kill what they have.
+        wait_until(lambda: not any(map(alive, launchers)), what="end of the launchers")
+
+    # -- what the worker is told -----------------------------------------------------------------------------------
+
+    def say(self, message: ToWorker) -> None:
+        self._channel.send(("message", msgspec.msgpack.encode(message)))
+
+    def tell(self, kind: str, *args: object) -> None:
+        """A word to the link itself: values, away, raise."""
+        self._channel.send((kind, *args))
+
+    def shared(self, key: str, **env: str) -> None:
+        path = os.environ["PATH"]
+        self._channel.send(("shared", key, Shared({"PATH": path, **env}, str(self.directory), 0o022, {})))
+
+    def hand(
+        self, task_id: str, *argv: str, lane: int = 0, allocation: str = "n1[0]", execution: int = 1,
+        shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0,
+        crashes: int = 0, **spec: Any,
+    ) -> None:  # fmt: skip
+        packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **spec))
+        allocation = allocation if lane else ""
+        self.say(
+            Handed(
+                task_id, execution, lane, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
+                msgspec.Raw(packed), crashes,
+            )
+        )  # fmt: skip
+
+    def stop(self, task_id: str, reason: str = "canceled", execution: int = 0) -> None:
+        self.say(Stop(task_id, execution, reason))
+
+    # -- what it says ----------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Take in what the worker has said; ends are answered unless ``answering`` was switched off."""
+        for call in self._channel.receive():
+            self.calls.append(call)
+            if call[0] != "ends":
+                continue
+            _, reports, ends = call
+            said = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
+            for report in reports:
+                line = Line(**msgspec.msgpack.decode(report.line))
+                self.endings[report.id] = Ending(report, line, said.get(report.id))
+            if self.answering:
+                self.answer(reports)
+
+    def answer(self, reports: list[EndReport]) -> None:
+        self.tell("answer", [(r.id, r.execution, self.verdict) for r in reports])
+
+    def until(self, condition: Callable[[], Any], what: str = "") -> Any:
+        def seen() -> Any:
+            self.listen()
+            return condition()
+
+        try:
+            return wait_until(seen, what=what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nthe worker's log:\n{self.log.read_text()}\ncalls: {self.calls}") from None
+
+    def end_of(self, task_id: str) -> Ending:
+        return self.until(lambda: self.endings.get(task_id), f"end of {task_id}")
+
+    def said(self, kind: str) -> list[tuple[Any, ...]]:
+        return [call[1:] for call in self.calls if call[0] == kind]
+
+    def wait(self) -> int:
+        """The exit code of the worker; what it says until then is taken in."""
+        self.until(lambda: self.process.poll() is not None, "end of the worker")
+        self.listen()
+        return self.process.returncode
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def launchers(self) -> list[int]:
+        """Pids of the worker's children that are launchers."""
+        return [pid for pid in children(self.process.pid) if b"pilotq.workers.launcher.launcher" in command(pid)]
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found.append(int(name))
+    return found
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def alive(pid: int) -> bool:
+    """False for zombies, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def main(argv: list[str]) -> int:
+    from pilotq.workers import worker
+
+    fd, directory, cores, settings = argv
+    link = SocketLink(socket.socket(fileno=int(fd)))
+    info = NodeInfo("n1", 0, "here", os.getpid(), [int(c) for c in cores.split(",")])
+    return worker.serve(link, directory, info, {}, msgspec.json.decode(settings, type=Settings))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

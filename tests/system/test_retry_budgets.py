@@ -1,0 +1,142 @@
+"""Three budgets: failures (retries, with pauses, of chosen kinds), unexplained losses (the crash limit), and what is
+free. And a poisonous task, which kills its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pilotq.broker import ArrayRange, Task
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Link
+from pilotq.broker.store.messages import Line
+from pilotq.broker.tasks.model import validate
+from pilotq.broker.tasks.retry_policy import chosen, pause
+from tests.support.fault_rig import Rig, Work, rig
+from tests.support.live_pilot import LivePilot, live_pilot
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePilot]:
+    with live_pilot(tmp_path_factory.mktemp("budgets"), "n1:2") as live:
+        yield live
+
+
+def executions(pilot: LivePilot, task_id: str) -> list[tuple[int, str, bool]]:
+    pilot.ended(task_id)
+    return [(line.execution, line.reason, line.final) for line in reversed(pilot.lines(task_id))]
+
+
+@pytest.mark.parametrize(
+    ("retry_on", "reason", "code", "again"),
+    [
+        ("", "exit", 1, True), ("", "not found", None, True), ("75", "exit", 75, True), ("75", "exit", 76, False),
+        ("7,100-110", "exit", 110, True), ("7,100-110", "exit", 111, False), ("75", "signal", None, False),
+        ("signal", "signal", None, True), ("signal, limit", "time limit", 15, True), ("1-255", "launch", None, False),
+    ],
+)  # fmt: skip
+def test_which_failures_are_tried_again(retry_on: str, reason: str, code: int | None, again: bool) -> None:
+    assert chosen(retry_on, reason, code) is again
+
+
+def test_pauses_double_up_to_an_hour() -> None:
+    assert [pause(30.0, n) for n in (1, 2, 3, 8, 900)] == [30.0, 60.0, 120.0, 3600.0, 3600.0]
+    assert [pause(7200.0, n) for n in (1, 2)] == [7200.0, 7200.0]
+    assert pause(0.0, 5) == 0.0
+
+
+@pytest.mark.parametrize("wrong", ["0", "256", "5-3", "x", "1,,2", "-1", "9-", "Signal"])
+def test_what_is_no_list_of_failures_is_refused(wrong: str) -> None:
+    with pytest.raises(InvalidInput, match="task 1: retry_on: "):
+        validate(Task(command=["x"], retries=1, retry_on=wrong), "task 1")
+
+
+def test_pauses_and_kinds_without_retries_are_refused(pilot: LivePilot) -> None:
+    for options in (["--backoff", "1s"], ["--retry-on", "75"]):
+        done = pilot.cli("enqueue", *options, "--", "true")
+        assert done.returncode == 2
+        assert b"give retries, too" in done.stderr
+
+
+def test_only_chosen_failures_are_tried_again(pilot: LivePilot) -> None:
+    chosen_one = pilot.cli("enqueue", "--retries", "2", "--retry-on", "75,100-110,signal", "--", "sh", "-c", "exit 105")
+    other = pilot.enqueue("sh", "-c", "exit 3", retries=2, retry_on="75,signal")
+    killed = pilot.enqueue("sh", "-c", "kill -9 $$", retries=1, retry_on="75,signal")
+    assert len(executions(pilot, chosen_one.stdout.decode().strip())) == 3
+    assert executions(pilot, other) == [(1, "exit", True)]
+    assert executions(pilot, killed) == [(1, "signal", False), (2, "signal", True)]
+
+
+def test_a_retry_waits_for_its_pause(pilot: LivePilot) -> None:
+    """Meanwhile it is scheduled and holds no core; the pauses are seen from inside."""
+    task = pilot.enqueue("sh", "-c", "exit 9", retries=2, backoff=1.0)
+    wait_until(lambda: pilot.broker.task(task).status == "scheduled", what="scheduled")
+    assert pilot.ended(pilot.enqueue("true", request=Task(command=["x"]).request)).status == "finished"
+    assert len(executions(pilot, task)) == 3
+    first, second, third = reversed(pilot.lines(task))
+    assert None not in (first.ended, second.started, second.ended, third.started)
+    assert second.started - first.ended >= 0.9  # type: ignore[operator]
+    assert third.started - second.ended >= 1.9  # type: ignore[operator]
+
+
+def test_elements_wait_for_their_pauses_too(pilot: LivePilot) -> None:
+    array = pilot.broker.enqueue(
+        Task(command=["sh", "-c", "test $PILOTQ_EXECUTION = 2"], array=ArrayRange(0, 3), retries=1, backoff=0.5)
+    )
+    assert pilot.ended(array).elements == {"finished": "0-3"}
+
+
+def test_what_waits_for_its_pause_can_be_canceled(pilot: LivePilot) -> None:
+    one = pilot.enqueue("false", retries=5, backoff=1000.0)
+    array = pilot.broker.enqueue(Task(command=["false"], array=ArrayRange(0, 3), retries=5, backoff=1000.0))
+    wait_until(lambda: pilot.broker.task(one).status == "scheduled")
+    wait_until(lambda: all(pilot.broker.task(f"{array}_{n}").status == "scheduled" for n in range(4)))
+    pilot.broker.cancel([one, array])
+    assert pilot.ended(one).status == pilot.ended(array).status == "canceled"
+    with closing(Link(pilot.broker.store.link.address)) as link:
+        assert link.call("ZCARD", keys.registry("scheduled", "default")) == 0
+
+
+def test_a_poisonous_task_ends_by_the_crash_limit_and_costs_its_neighbours_nothing(tmp_path: Path) -> None:
+    """It kills its worker, each time; a long neighbour is with it each time, and short ones come and go."""
+    poison = "sleep 0.3; launcher=$PPID; worker=$(cut -d' ' -f4 /proc/$launcher/stat); kill -9 $worker"
+    with rig(tmp_path, nodes="n1:2") as r:
+        work = r.submit([Task(script=poison), r.probe(1.5), *(r.probe() for _ in range(100))])
+        settled(r, work.key)
+        lines = wait_until(lambda: full(r, work))
+        assert [x.reason for x in lines[work.ids[0]]] == ["worker lost", "worker lost", "crash limit"]
+        others = [lines[i][-1] for i in work.ids[1:]]
+        assert {(x.status, x.final) for x in others} == {("finished", True)}
+        assert not r.of_tasks()
+
+
+def test_a_quick_poison_costs_the_short_tasks_before_it_nothing(tmp_path: Path) -> None:
+    """It is lined up behind them, so that it kills the worker before that has said that they have ended, and that it
+    has begun itself. Nobody but a poison may come to the crash limit."""
+    poison, short = Task(script="kill -9 $(cut -d' ' -f4 /proc/$PPID/stat); sleep 5"), Task(command=["true"])
+    with rig(tmp_path, nodes="n1:1", report_s=0.3) as r:
+        settled(r, r.submit([short] * 10).key)  # they are known to be short
+        work = r.submit([short, short, poison, short, poison, short])
+        settled(r, work.key)
+        lines = wait_until(lambda: full(r, work))
+        ends = [(lines[i][-1].status, lines[i][-1].reason) for i in work.ids]
+        fine, bad = ("finished", ""), ("failed", "crash limit")
+        assert ends == [fine, fine, bad, fine, bad, fine]
+
+
+def settled(r: Rig, key: str) -> None:
+    def over() -> bool:
+        with r.broker() as broker:
+            return broker.counts(key).left == 0
+
+    wait_until(over, seconds=90, what="all have ended")
+
+
+def full(r: Rig, work: Work) -> dict[str, list[Line]]:
+    lines = r.lines(work)
+    return lines if all(any(x.final for x in lines.get(i, ())) for i in work.ids) else {}

@@ -1,0 +1,111 @@
+"""Words that are filled in at launch."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from pilotq.broker.taskfiles.qcg_variables import own_names
+from pilotq.broker.tasks.model import ArrayRange, Task, spec_of
+from pilotq.workers.execution.templating import Words, render
+
+ELEMENT = Words(task_id="7_3", index=3, value="a {index} $it", position=1)
+QCG = Words(task_id="8_4", index=4, value='a"b', position=2, cores=4, nodes=("n1", "n2"), root="/root dir")
+
+
+def test_without_words_the_spec_itself_comes_back() -> None:
+    spec = spec_of(Task(command=["{index}", "${it}"]))
+    assert render(spec, ELEMENT) is spec
+
+
+def test_every_part_of_an_array_element() -> None:
+    task = Task(
+        command=["x{index}", "{value}{value}", "{other} {} ${index} {index"],
+        env={"{index}": "{value}"}, cwd="d{index}",
+        stdin="i{index}", stdout="o{value}", stderr="e{index}", array=ArrayRange(0, 9),
+    )  # fmt: skip
+    spec = spec_of(task)
+    done = render(spec, ELEMENT)
+    assert done.argv == [b"x3", b"a {index} $ita {index} $it", b"{other} {} ${index} {index"]
+    assert done.env == {"{index}": "a {index} $it"}
+    assert (done.cwd, done.stdin, done.stdout, done.stderr) == ("d3", "i3", "oa {index} $it", "e3")
+    assert spec == spec_of(task)
+
+
+def test_the_script_of_an_array_keeps_its_own_variables() -> None:
+    task = Task(script="index=9; echo {index} ${index} $value {value}", values=["v"])
+    words = Words(task_id="7_0", index=0, value="v")
+    assert render(spec_of(task), words).script == "index=9; echo 0 ${index} $value v"
+
+
+def test_the_value_in_an_array_without_values_is_the_index_and_an_empty_value_is_empty() -> None:
+    spec = spec_of(Task(command=["{value}"], array=ArrayRange(0, 9)))
+    assert render(spec, Words(task_id="7_3", index=3)).argv == [b"3"]
+    assert render(spec, Words(task_id="7_3", index=3, value="")).argv == [b""]
+
+
+def test_arguments_that_are_not_utf8_pass() -> None:
+    spec = spec_of(Task(command=["\udcff{index}"], array=ArrayRange(0, 9)))
+    assert render(spec, ELEMENT).argv == [b"\xff3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "filled"),
+    [
+        ("${it} $it ${itval} $itval", '4 4 a"b a"b'),
+        ("${ncores}/$nnodes/${nlist}:${root_wd}", "4/2/n1,n2:/root dir"),
+        ("$$ $${it} $$$it ${other} $other $ ${ ${} $items ${it", "$$ $${it} $$4 ${other} $other $ ${ ${} $items ${it"),
+        ("{index} {value} ${index}", "{index} {value} ${index}"),
+        ("$it.out-$it", "4.out-4"),
+    ],
+)
+def test_words_of_qcg_files(text: str, filled: str) -> None:
+    task = Task(command=["x", text], env={"E": text}, cwd=text, stdin=text, stdout=text, stderr=text, qcg=True)
+    task.array = ArrayRange(0, 9)
+    done = render(spec_of(task), QCG)
+    assert done.argv == [b"x", filled.encode()]
+    assert (done.env, done.cwd, done.stdin, done.stdout, done.stderr) == ({"E": filled}, filled, filled, filled, filled)
+
+
+def test_a_value_with_words_is_not_filled_in_again() -> None:
+    task = Task(command=["${itval}"], values=["${ncores}$it"], qcg=True)
+    assert render(spec_of(task), Words(task_id="8_0", index=0, value="${ncores}$it")).argv == [b"${ncores}$it"]
+
+
+def test_it_stays_where_there_is_no_iteration() -> None:
+    spec = spec_of(Task(command=["${it} ${ncores}"], qcg=True))
+    assert render(spec, Words(task_id="8", cores=2)).argv == [b"${it} 2"]
+
+
+@pytest.mark.parametrize(
+    ("script", "filled"),
+    [
+        ('echo "it=${it} ${ncores}"', 'echo "it=4 4"'),
+        ("it=${it}; n=${it}", "it=4; n=4"),
+        ("cat > f <<EOF\nncores=${ncores}\nEOF", "cat > f <<EOF\nncores=4\nEOF"),
+        ("echo $$ $it $ncores", "echo $$ $it $ncores"),
+        ("it=0; echo ${it}", "it=0; echo ${it}"),
+        ("if true; then export it=0; fi; echo ${it}", "if true; then export it=0; fi; echo ${it}"),
+        ("for it in 1 2; do echo ${it} ${itval}; done", 'for it in 1 2; do echo ${it} a"b; done'),
+        ("while IFS= read -r it; do echo ${it}; done", "while IFS= read -r it; do echo ${it}; done"),
+        ("for ((it=0; it<3; it++)); do echo ${it}; done", "for ((it=0; it<3; it++)); do echo ${it}; done"),
+        ("A=1 nlist+=x; echo ${nlist}", "A=1 nlist+=x; echo ${nlist}"),
+        ("f() { local it; printf -v ncores x; echo ${it}${ncores}; }",) * 2,
+        ("srun --ncores=${ncores} ${it:-1}", "srun --ncores=4 ${it:-1}"),
+    ],
+)
+def test_scripts_keep_the_variables_they_set(script: str, filled: str) -> None:
+    task = Task(script=script, qcg=True, array=ArrayRange(0, 9))
+    assert render(spec_of(task), QCG).script == filled
+
+
+def test_a_script_that_sets_our_words_prints_its_own() -> None:
+    script = 'test "$$" -gt 1; for it in 1 2; do echo $it; done; ncores=x; echo $ncores ${ncores}; echo ${nnodes}'
+    done = render(spec_of(Task(script=script, qcg=True, array=ArrayRange(0, 9))), QCG)
+    shown = subprocess.run(["bash", "-c", done.script], capture_output=True, check=True)
+    assert shown.stdout == b"1\n2\nx x\n2\n"
+
+
+def test_names_in_other_places_are_not_set() -> None:
+    assert own_names("echo date=1; ./read it; --time=3; x --it=1; test $it = 3; [[ $it == 3 ]]") == frozenset()

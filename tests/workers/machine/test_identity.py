@@ -1,0 +1,72 @@
+"""What a worker says its node is: its name, its cores, its memory, by what it may really use and what was granted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.store.messages import NodeInfo
+from pilotq.cli.pilot_options import signal_number
+from pilotq.workers.machine.identity import Here
+from pilotq.workers.machine.topology import usable_cpus, without_siblings
+
+STEP = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_CPUS_PER_NODE": "64,1", "SLURMD_NODENAME": "n1",
+    "HOSTNAME": "elsewhere",
+}  # fmt: skip
+
+
+def info(cores: int = 2, memory: int = 0) -> NodeInfo:
+    return NodeInfo("n1", 0, "n1", 1, list(range(cores)), memory=memory)
+
+
+def test_the_name_is_that_of_the_step_and_tells_allocations_apart() -> None:
+    assert Here(STEP, "7").name == "n1"
+    assert Here(STEP, "8").name == "n1-7"
+    assert Here(STEP, "").name == "n1-7"
+    assert Here({}, "").name == os.uname().nodename.partition(".")[0]
+
+
+def test_no_more_cores_than_were_granted_and_none_that_are_not_ours() -> None:
+    assert Here(STEP, "7").cores() == usable_cpus()
+    assert Here({**STEP, "SLURMD_NODENAME": "n2"}, "7").cores() == usable_cpus()[:1]
+    assert Here({**STEP, "SLURMD_NODENAME": "n3"}, "7").cores() == usable_cpus()  # nobody says
+    assert Here({}, "").cores(grant=1) == usable_cpus()[:1]
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "memory"),
+    [
+        ({"SLURM_MEM_PER_NODE": "1000"}, 0, 1000 << 20),
+        ({"SLURM_MEM_PER_NODE": "1000"}, 500 << 20, 500 << 20),
+        ({"SLURM_MEM_PER_CPU": "100"}, 0, 6400 << 20),
+        ({"SLURM_MEM_PER_NODE": "0"}, 123, 123),
+        ({}, 123, 123),
+    ],
+)
+def test_memory_is_what_was_granted(words: dict[str, str], own: int, memory: int) -> None:
+    known = Here({**STEP, **words}, "7").known(info(memory=own))
+    assert (known.job, known.memory) == ("7", memory)
+
+
+def test_one_hardware_thread_of_each_core(tmp_path: Path) -> None:
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3", "4")):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings + "\n")
+    root = str(tmp_path)
+    assert without_siblings([0, 1, 2, 3, 4], root) == [0, 1, 4]
+    assert without_siblings([2, 3], root) == [2, 3]
+    assert without_siblings([5, 6], root) == [5, 6]  # the kernel does not say
+
+
+@pytest.mark.parametrize(("text", "number"), [("USR1", 10), ("sigterm", 15), ("12", 12), ("NONE", 0), ("99", 0)])
+def test_signals_have_names(text: str, number: int) -> None:
+    if number:
+        assert signal_number(text) == number
+        return
+    with pytest.raises(InvalidInput, match="there is no signal"):
+        signal_number(text)

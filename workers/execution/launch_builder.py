@@ -1,0 +1,262 @@
+"""From a handed task to the record a launcher starts it by: command, files, surroundings, CPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
+from pilotq.broker.store.messages import Guest, Handed, Part, parse_allocation
+from pilotq.broker.tasks.model import (
+    FLAG_ARRAY,
+    FLAG_FUNCTION,
+    FLAG_LOGIN,
+    FLAG_QCG,
+    FLAG_STOCK,
+    FLAG_VALUES,
+    ONE_PROCESS_MODELS,
+    Spec,
+)
+from pilotq.broker.tasks.submit_context import environment
+from pilotq.workers.execution.escalation import Execution
+from pilotq.workers.execution.templating import Words, render
+from pilotq.workers.protocol import Base, Call, Launch, Place
+from pilotq.workers.session import NodeLink
+
+# Values are fetched only for specs that could name one: they are the only words whose content is not at hand.
+VALUE_WORDS = (b"{value}", b"itval")
+
+
+# Variables that mean something else on each node of an execution.
+OF_NODE = frozenset({"PILOTQ_DIR", "PILOTQ_NODE", "PILOTQ_CPUS", "PILOTQ_AGENT", "CUDA_VISIBLE_DEVICES"})
+
+
+class UnlaunchableError(Exception):
+    """This task can never be launched as it is described; ``reason`` is of states.REASONS."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Reservation(NamedTuple):
+    """What an allocation means for a task that is launched here."""
+
+    place: Place
+    parts: tuple[Part, ...]
+    nodes: tuple[str, ...]
+    cores: tuple[int, ...]  # how many on each node
+
+
+class Dresser(Protocol):
+    """Makes the launch of an execution that is more than one process on one node; see launch_models.py."""
+
+    def dress(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+        """``env`` is what the task will find. Raises UnlaunchableError, ServerUnavailable."""
+
+
+class Surroundings(NamedTuple):
+    base: Base
+    cwd: str
+
+
+class Preparer:
+    """Makes launch records. ``directory`` is the pilot's, ``real`` maps core to CPU numbers where they differ.
+
+    ``address`` (name:incarnation) is this worker's. ``dresser`` makes launches of several processes.
+    """
+
+    def __init__(self, link: NodeLink, directory: str, real: Mapping[int, int], address: str) -> None:
+        self._link = link
+        self._directory = directory
+        self._real = real
+        self._address = address
+        self._node = address.rpartition(":")[0]
+        self.dresser: Dresser | None = None
+        self._spec = msgspec.msgpack.Decoder(Spec)
+        self._surroundings = lru_cache(256)(self._fetch_surroundings)
+        self._reservation = lru_cache(4096)(self._find_reservation)
+
+    def prepare(self, e: Execution, after: int) -> tuple[Base, Place, Launch | Call]:
+        """The launch or call of an execution that has an allocation, and what it names; sets its limit and its files.
+
+        ``after`` is the key of the one it is lined up behind, or 0. Raises UnlaunchableError, and ServerUnavailable
+        when something must be fetched and the server is away.
+        """
+        handed = e.handed
+        try:
+            around = self._surroundings(handed.shared)
+            here = self._reservation(e.allocation)
+            spec = self._spec.decode(handed.spec)
+            if spec.flags & (FLAG_ARRAY | FLAG_QCG):
+                spec = render(spec, self._words(handed, spec, here, around.cwd))
+        except (ServerUnavailable, StateLost, Superseded):
+            raise
+        except (PilotqError, msgspec.MsgspecError) as error:
+            raise UnlaunchableError("launch", f"its description cannot be used: {error}") from None
+        cwd = os.path.join(around.cwd, spec.cwd) if spec.cwd else around.cwd
+        if spec.flags & FLAG_QCG:
+            _make_directory(cwd, around.base.umask)
+        e.limit = spec.time_limit
+        e.spec = spec
+        e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
+        if handed.execution > 1 and (e.stdout or e.stderr):
+            e.suffix = f".{handed.execution}"
+        if spec.flags & (FLAG_FUNCTION | FLAG_STOCK):
+            e.function = True
+            return around.base, here.place, self._call(e, spec, cwd, after)
+        env = _environment(handed, spec, here.place.env)
+        launch = Launch(
+            e.key, handed.id, handed.execution, handed.shared, e.allocation, _argv(spec), env, cwd,
+            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after,
+        )  # fmt: skip
+        if self.dresser is not None and (len(here.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
+            full = {**here.place.defaults, **around.base.env, **here.place.env, **env}
+            launch = self.dresser.dress(e, spec, here, full, launch)
+        return around.base, here.place, launch
+
+    def prepare_guest(self, guest: Guest, key: int) -> tuple[Base, Place, Launch]:
+        """The launch of a process for another node's execution; raises as `prepare`."""
+        try:
+            around = self._surroundings(guest.shared)
+            here = self._reservation(guest.allocation)
+        except (ServerUnavailable, StateLost, Superseded):
+            raise
+        except PilotqError as error:
+            raise UnlaunchableError("launch", str(error)) from None
+        env = {name: value for name, value in guest.env.items() if name not in OF_NODE}
+        env["PILOTQ_HOST"] = guest.host
+        launch = Launch(
+            key, guest.id, guest.execution, guest.shared, guest.allocation, guest.argv, env, guest.cwd
+        )  # fmt: skip
+        return around.base, here.place, launch
+
+    def _call(self, e: Execution, spec: Spec, cwd: str, after: int) -> Call:
+        handed = e.handed
+        env = _array_environment(handed)
+        if spec.env:
+            env.update(spec.env)
+        call = Call(
+            e.key, handed.id, handed.execution, handed.shared, e.allocation, env, cwd, _below(cwd, spec.stdin),
+            e.stdout, e.stderr, e.suffix, after,
+        )  # fmt: skip
+        if spec.flags & FLAG_STOCK:
+            call.fields = self._link.fetch_job(handed.id)
+        else:
+            call.payload = spec.argv[0]
+        if spec.flags & FLAG_ARRAY:
+            values = spec.flags & FLAG_VALUES
+            call.element = self._link.fetch_value(handed.array, handed.position) if values else handed.index
+        return call
+
+    def _fetch_surroundings(self, key: str) -> Surroundings:
+        shared = self._link.fetch_shared(key)
+        env = shared.env or environment(os.environ)  # none stands for the worker's own: --env-policy worker
+        path = f"{shared.cwd}:{shared.path}" if shared.path else shared.cwd
+        return Surroundings(Base(key, env, shared.umask, shared.limits, path), shared.cwd)
+
+    def _find_reservation(self, allocation: str) -> Reservation:
+        parts = parse_allocation(allocation)
+        here = next((part for part in parts if part.node == self._node), parts[0])
+        nodes = tuple(p.node for p in parts)
+        cores = tuple(len(p.cores) for p in parts)
+        env = {
+            "PILOTQ_DIR": self._directory,
+            "PILOTQ_CORES": str(sum(cores)),
+            "PILOTQ_NODES": str(len(nodes)),
+            "PILOTQ_NODELIST": ",".join(nodes),
+            "PILOTQ_CPUS": ",".join(map(str, here.cores)),
+            "QCG_PM_NNODES": str(len(nodes)),
+            "QCG_PM_NODELIST": ",".join(nodes),
+            "QCG_PM_NPROCS": str(sum(cores)),
+            "QCG_PM_NTASKS": str(sum(cores)),
+            "QCG_PM_TASKS_PER_NODE": ",".join(map(str, cores)),
+        }
+        if os.environ.get(ENV_SCHEMA) == "slurm":
+            env |= step_environment(nodes, cores)
+            env["QCG_PM_CPU_SET"] = ",".join(str(core) for part in parts for core in part.cores)
+            env["SLURM_HOSTFILE"] = self._host_file(allocation, nodes, cores)
+        if len(parts) > 1:
+            env |= {"PILOTQ_NODE": here.node, "PILOTQ_HOST": self._address}
+        if here.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(here.gpus)
+        cpus = [self._real.get(core, core) for core in here.cores]
+        # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
+        defaults = {"OMP_NUM_THREADS": str(len(here.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
+        place = Place(allocation, env, defaults, cpus)
+        return Reservation(place, parts, nodes, cores)
+
+    def _host_file(self, allocation: str, nodes: tuple[str, ...], cores: tuple[int, ...]) -> str:
+        """A file with the name of its node for each core; all tasks that get these cores have the same."""
+        folder = os.path.join(self._directory, "hostfiles", self._node)
+        path = os.path.join(folder, hashlib.sha256(allocation.encode()).hexdigest()[:16])
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(f"{node}\n" * number for node, number in zip(nodes, cores, strict=True))
+        except OSError as error:
+            raise UnlaunchableError("launch", f"its host file cannot be written: {error}") from None
+        return path
+
+    def _words(self, handed: Handed, spec: Spec, here: Reservation, root: str) -> Words:
+        value = None
+        if spec.flags & FLAG_VALUES and any(word in bytes(handed.spec) for word in VALUE_WORDS):
+            value = self._link.fetch_value(handed.array, handed.position)
+        return Words(
+            task_id=handed.id,
+            name=handed.name,
+            index=handed.index,
+            value=value,
+            position=handed.position,
+            cores=sum(here.cores),
+            nodes=here.nodes,
+            cores_per_node=here.cores,
+            root=root,
+        )
+
+
+# The bits that make a random number a UUID of version 4 (RFC 9562): `uuid4` costs a system call each.
+STEP_CLEAR = (0xF << 76) | (0x3 << 62)
+STEP_SET = (0x4 << 76) | (0x2 << 62)
+
+
+def _environment(handed: Handed, spec: Spec, placed: Mapping[str, str]) -> dict[str, str]:
+    """What is this task's alone; the launcher adds its id and execution."""
+    step = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"}
+    env = {**step, **_array_environment(handed)}
+    if spec.env and spec.flags & FLAG_QCG:
+        # In QCG-PilotJob what the manager says of a job's place stands above what the job says of it.
+        told = {name for name in placed if name.startswith(("QCG_PM_", "SLURM_"))} | step.keys()
+        env.update((name, value) for name, value in spec.env.items() if name not in told)
+    elif spec.env:
+        env.update(spec.env)
+    return env
+
+
+def _array_environment(handed: Handed) -> dict[str, str]:
+    return {"PILOTQ_ARRAY_ID": handed.array, "PILOTQ_INDEX": str(handed.index)} if handed.array else {}
+
+
+def _argv(spec: Spec) -> list[bytes]:
+    if not spec.script:
+        return spec.argv
+    return [b"bash", *([b"-l"] if spec.flags & FLAG_LOGIN else []), b"-c", spec.script.encode()]
+
+
+def _below(cwd: str, path: str) -> str:
+    return path if not path or path[0] == "/" else os.path.join(cwd, path)
+
+
+def _make_directory(path: str, umask: int) -> None:
+    """QCG-PilotJob makes a job's working directory, parents too."""
+    try:
+        os.makedirs(path, mode=0o777 & ~umask, exist_ok=True)
+    except OSError as error:
+        raise UnlaunchableError("not found", f"its directory {path} cannot be made: {error.strerror}") from None

@@ -1,0 +1,228 @@
+"""The launchers of a node as its control process sees them: child processes and their pipes, which never block it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from pilotq.broker.errors import PilotFailed
+from pilotq.broker.processes import Budget, log
+from pilotq.broker.settings import Settings
+from pilotq.workers.protocol import Base, Call, Down, Forget, Frames, Launch, Place, Quit, Signal, Up, Withdraw, frame
+
+NO_SLOT = -1
+CORES_EACH = 32  # launches of one launcher scale to about so many cores of short tasks
+READ_BYTES = 1 << 16  # what its pipe holds
+PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
+KNOWN_MAX = 1000  # bases and places a launcher keeps
+QUIT_S = 8.0  # longer than a launcher takes to kill what it has
+KILLED_S = 1.0
+
+
+class LaunchersFailedError(PilotFailed):
+    """Launchers die again and again."""
+
+
+class Launcher:
+    """One child process, which keeps captured output in ``directory``.
+
+    Records are collected by `launch` and `tell`, and written by `flush`. `hear` is to be called when ``bell`` is
+    readable, and returns the records that have arrived.
+    """
+
+    def __init__(self, number: int, slot: int, directory: str, node: str, calls: int) -> None:
+        self.number = number
+        self.slot = slot
+        self.aside = False  # gets no more work: it was killed, or told to quit
+        self.silent = False  # it has closed its end of the pipe
+        self.full = False  # the pipe takes no more for now
+        self.trying = 0  # key of the last launch it has come to
+        down, self.down = os.pipe2(os.O_CLOEXEC)
+        self.up, up = os.pipe2(os.O_CLOEXEC)
+        self.bell, bell = os.pipe2(os.O_CLOEXEC)
+        for end in (self.down, self.up, self.bell):
+            os.set_blocking(end, False)
+        try:
+            fcntl.fcntl(self.down, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # the user's pages for pipes are used up: the usual 64 KiB do
+        command = [
+            sys.executable, "-m", "pilotq.workers.launcher.launcher", "--dir", directory, "--node", node,
+            "--calls", str(calls), "--down", str(down), "--up", str(up), "--bell", str(bell),
+        ]  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                command, pass_fds=(down, up, bell), stdin=subprocess.DEVNULL, start_new_session=True, cwd=directory
+            )
+        finally:
+            for end in (down, up, bell):
+                os.close(end)
+        self._bases: set[str] = set()
+        self._places: set[str] = set()
+        self._records: list[Down] = []
+        self._outgoing = bytearray()
+        self._frames: Frames[Up] = Frames(Up)  # type: ignore[arg-type]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def launch(self, base: Base, place: Place, launch: Launch | Call) -> None:
+        if len(self._bases) + len(self._places) >= KNOWN_MAX:
+            self._bases.clear()
+            self._places.clear()
+            self._records.append(Forget())
+        if base.base not in self._bases:
+            self._bases.add(base.base)
+            self._records.append(base)
+        if place.place not in self._places:
+            self._places.add(place.place)
+            self._records.append(place)
+        self._records.append(launch)
+
+    def tell(self, record: Withdraw | Signal | Quit) -> None:
+        self._records.append(record)
+
+    def flush(self) -> None:
+        """Write what the pipe takes; ``full`` says that something waits for the moment it is writable."""
+        if self._records:
+            self._outgoing += frame(self._records)
+            self._records.clear()
+        self.full = False
+        while self._outgoing:
+            try:
+                written = os.write(self.down, self._outgoing)
+            except BlockingIOError:
+                self.full = True
+                return
+            except BrokenPipeError:
+                # It died; what becomes of its tasks is decided when it is reaped.
+                self._outgoing.clear()
+                return
+            del self._outgoing[:written]
+
+    def hear(self) -> list[Up]:
+        """All records that have arrived; none when nothing came or the launcher is ``silent``."""
+        records: list[Up] = []
+        try:
+            # Before the records: what comes after them rings again. When the launcher has ended it stays readable.
+            os.read(self.bell, READ_BYTES)
+        except BlockingIOError:
+            pass
+        full = True
+        while full:
+            try:
+                data = os.read(self.up, READ_BYTES)
+            except BlockingIOError:
+                break
+            records += self._frames.feed(data)
+            full = len(data) == READ_BYTES
+            self.silent = not data
+        return records
+
+    def kill(self) -> None:
+        """SIGKILL; may be repeated until `reap`."""
+        self.aside = True
+        # Not by way of Popen: it would take the exit status, and the death would never be seen among the children.
+        os.kill(self.pid, signal.SIGKILL)
+
+    def reap(self, seconds: float | None = None) -> None:
+        """Wait until the process has ended and close the pipes; TimeoutExpired if it does not end in time."""
+        self._process.wait(seconds)
+        for end in (self.down, self.up, self.bell):
+            os.close(end)
+
+
+class Launchers:
+    """All launchers of a node: which one serves a core, and replacements for those that die or hang."""
+
+    def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings) -> None:
+        self._directory = directory
+        self._node = node
+        self._settings = settings
+        self._slots = {core: place // CORES_EACH for place, core in enumerate(cores)}
+        self._budget = Budget(settings.restart_limit, settings.restart_window_s)
+        self._started = 0
+        self._serving: dict[int, Launcher] = {}  # by slot
+        self.living: dict[int, Launcher] = {}  # by number, with those put aside
+        for slot in range(max(1, -(-len(cores) // CORES_EACH))):
+            self._start(slot)
+
+    def _start(self, slot: int) -> Launcher:
+        self._started += 1
+        launcher = Launcher(self._started, slot, self._directory, self._node, self._settings.interpreter_calls)
+        self.living[launcher.number] = launcher
+        if slot != NO_SLOT:
+            self._serving[slot] = launcher
+        return launcher
+
+    def serving(self, core: int) -> Launcher:
+        """The launcher that starts what begins at this core."""
+        return self._serving[self._slots.get(core, 0)]
+
+    def alone(self) -> Launcher:
+        """A launcher for one task that may be what kills launchers; `dismiss` it afterwards."""
+        return self._start(NO_SLOT)
+
+    def dismiss(self, launcher: Launcher) -> None:
+        """The task of a launcher has ended: one that was for this task alone ends, too."""
+        if launcher.slot == NO_SLOT:
+            launcher.aside = True
+            launcher.tell(Quit())
+
+    def with_pid(self, pid: int) -> Launcher | None:
+        return next((launcher for launcher in self.living.values() if launcher.pid == pid), None)
+
+    def replace(self, launcher: Launcher) -> None:
+        """Kill a launcher that hangs, or has died already, and start another in its place.
+
+        Raises LaunchersFailedError after ``restart_limit`` replacements in ``restart_window_s``.
+        """
+        launcher.kill()
+        if self._serving.get(launcher.slot) is not launcher:
+            return
+        if not self._budget.take(time.monotonic()):
+            raise LaunchersFailedError(
+                f"launchers of node {self._node} died more than {self._settings.restart_limit} times in "
+                f"{self._settings.restart_window_s:g} s: the log of this worker says more"
+            )
+        self._start(launcher.slot)
+
+    def reap(self, launcher: Launcher) -> None:
+        """Forget a launcher that has ended."""
+        del self.living[launcher.number]
+        launcher.reap()
+
+    def close(self) -> None:
+        """End all: they kill what they still have; those that do not end in time are killed themselves."""
+        for launcher in self.living.values():
+            launcher.tell(Quit())
+            launcher.flush()
+        deadline = time.monotonic() + QUIT_S
+        for launcher in self.living.values():
+            try:
+                launcher.reap(max(deadline - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+                try:
+                    launcher.reap(KILLED_S)
+                except subprocess.TimeoutExpired:
+                    log(f"launcher process {launcher.pid} cannot be killed: it hangs in the kernel")
+        self.living.clear()
+
+
+def ended_children() -> Iterator[int]:
+    """Pids of children that have ended and are still to be reaped by the caller, one at a time."""
+    while True:
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if found is None:
+            return
+        yield found.si_pid

@@ -1,0 +1,42 @@
+"""Output files of reruns: they have a name of their own until it is known whether the execution counts."""
+
+from __future__ import annotations
+
+import os
+
+from pilotq.broker.processes import log
+from pilotq.workers.execution.escalation import Execution
+
+
+class Reruns:
+    """Reruns that have ended and that the server has not judged yet."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[str, int], tuple[list[str], str]] = {}  # files, suffix
+
+    def add(self, e: Execution, *, counts: bool) -> None:
+        """An execution has ended; it may count, or it is clear that it does not."""
+        files = [path for path in dict.fromkeys((e.stdout, e.stderr)) if path]
+        if counts:
+            self._waiting[e.handed.id, e.handed.execution] = (files, e.suffix)
+        else:
+            _settle(files, e.suffix, publish=False)
+
+    def answered(self, task_id: str, execution: int, *, counts: bool) -> None:
+        """The server has judged an execution, of whatever kind."""
+        if self._waiting and (found := self._waiting.pop((task_id, execution), None)):
+            _settle(*found, publish=counts)
+
+
+def _settle(files: list[str], suffix: str, *, publish: bool) -> None:
+    """A rerun's output takes the place of the earlier one's when it counts, and goes away when it does not."""
+    for path in files:
+        try:
+            if publish:
+                os.replace(path + suffix, path)
+            else:
+                os.unlink(path + suffix)
+        except FileNotFoundError:
+            pass  # the task, or its user, has moved it
+        except OSError as error:
+            log(f"output {path + suffix} could not be published: {error.strerror}")

@@ -1,0 +1,102 @@
+"""Filling in the words of a task at its launch. Pure.
+
+In arrays ``{index}`` and ``{value}``; in tasks of QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``,
+``${nnodes}``, ``${nlist}`` and ``${root_wd}`` (broker/taskfiles/qcg_variables.py has the rules). What was filled
+in is not looked at again: a value that contains ``{index}`` stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+import msgspec
+
+from pilotq.broker.taskfiles.qcg_variables import fill
+from pilotq.broker.tasks.model import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec, os_encode
+
+# `${index}` is a variable of the shell, not ours.
+_BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
+
+
+class Words(msgspec.Struct):
+    """What one execution knows of itself."""
+
+    task_id: str
+    name: str = ""
+    index: int = -1  # as the user counts; -1 when the task is no element of an array
+    value: str | None = None  # the element's value; None in arrays without values: then it is the index
+    position: int = 0
+    cores: int = 1  # all cores of the reservation
+    nodes: tuple[str, ...] = ()
+    cores_per_node: tuple[int, ...] = ()
+    root: str = ""  # the directory of the submitter
+
+
+def render(spec: Spec, words: Words) -> Spec:
+    """``spec`` with the words of its kind filled in; ``spec`` itself when it has no such words by its flags.
+
+    Words stand in arguments, script, values of variables, and the four paths. In a task of a QCG-PilotJob file that
+    is no element ``${it}`` and ``${itval}`` stay as they are, and ``{index}`` and ``{value}`` always do.
+    """
+    if spec.flags & FLAG_QCG:
+        known = _qcg_words(words)
+        if any("$" in name for name in spec.env):
+            # Only there names of variables have words, too.
+            spec = msgspec.structs.replace(spec, env={fill(name, known): text for name, text in spec.env.items()})
+        return _render(spec, lambda text: fill(text, known), lambda text: fill(text, known, script=True), b"$")
+    if spec.flags & FLAG_ARRAY:
+        index = str(words.index)
+        value = index if words.value is None else words.value
+
+        def braces(text: str) -> str:
+            return _fill_braces(text, index, value)
+
+        return _render(spec, braces, braces, b"{")
+    return spec
+
+
+def _qcg_words(words: Words) -> dict[str, str]:
+    known = {
+        "root_wd": words.root,
+        "ncores": str(words.cores),
+        "nnodes": str(len(words.nodes)),
+        "nlist": ",".join(words.nodes),
+    }
+    if words.index >= 0:
+        known["it"] = str(words.index)
+        known["itval"] = known["it"] if words.value is None else words.value
+    return known
+
+
+def _render(spec: Spec, text: Callable[[str], str], script: Callable[[str], str], sign: bytes) -> Spec:
+    """Every part that has the first character of a word in it goes through ``text``, the script through ``script``."""
+    return msgspec.structs.replace(
+        spec,
+        argv=spec.argv
+        if spec.flags & FLAG_FUNCTION
+        else [
+            os_encode(text(argument.decode("utf-8", "surrogateescape"))) if sign in argument else argument
+            for argument in spec.argv
+        ],
+        script=script(spec.script) if spec.script else "",
+        env={name: text(value) for name, value in spec.env.items()} if spec.env else spec.env,
+        cwd=text(spec.cwd),
+        stdin=text(spec.stdin),
+        stdout=text(spec.stdout),
+        stderr=text(spec.stderr),
+    )
+
+
+def _fill_braces(text: str, index: str, value: str) -> str:
+    if "{" not in text:
+        return text
+    pieces = _split_braces(text)
+    return "".join(((index if piece == "index" else value) if n % 2 else piece) for n, piece in enumerate(pieces))
+
+
+@lru_cache(maxsize=128)
+def _split_braces(text: str) -> tuple[str, ...]:
+    """Text and words by turns; the elements of an array share it."""
+    return tuple(_BRACES.split(text))

@@ -1,0 +1,352 @@
+"""An interpreter: the process that runs Python functions, one after the other. A child of a launcher.
+
+    python -m pilotq.workers.launcher.interpreter --dir <output directory> --node <name> [--rq now]
+
+It is started with a reservation's CPUs and a submission's surroundings, as any task is; its standard input is its
+socket to the launcher, its output goes to two files of the launcher's pool. It knows nothing of Redis: results and
+failures go up as records. What a call leaves in this process (modules, global names) is there for the next one; what it
+leaves running (processes, threads) ends it: then it is not used again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from pilotq.broker.processes import become_subreaper, die_with_parent
+from pilotq.broker.rq.jobs import CurrentJob, StockJob, preload, time_is_over
+from pilotq.broker.tasks.functions import RESULT_BYTES, decode_payload, dumps, failure_text, result_text
+from pilotq.workers.launcher import message_socket
+from pilotq.workers.launcher.capture import Capture, PoolFile, open_again
+from pilotq.workers.launcher.spawn import Refusal, open_input, open_output
+from pilotq.workers.process_tree import CALL_MARK
+from pilotq.workers.protocol import NOTHING, Call, Captured, Interrupt, Ready, Returned
+
+FUNCTIONS_MAX = 1000  # that are kept ready
+MESSAGE_CHARS = 500  # of an exception, in listings
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Call | Interrupt).decode
+Outcome = tuple[str, str, str, str]  # outcome, reason, message, text
+
+
+class Interpreter:
+    def __init__(self, sock: socket.socket, capture: Capture, out: PoolFile, err: PoolFile) -> None:
+        self._sock = sock
+        self._capture = capture
+        self._files = (out, err)
+        self._pid = os.getpid()
+        self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._running = 0  # key of the call whose function may be interrupted
+        self._signaled = False  # no function was running that the signal could be for
+        self._env: dict[str, str | None] = {}  # what the last call's environment had laid over: name -> what was there
+        self._functions: dict[str | bytes, Callable[..., Any]] = {}
+        self._cpu, _ = _usage()
+        self._reason = ""  # why the running function was interrupted
+        self._current = CurrentJob()
+        self._interrupts = _Handler(self)
+        # One that is there from the beginning (of a debugger, of coverage) is not the call's.
+        self._threads = _threads()
+
+    def serve(self) -> None:
+        """Until the launcher closes its end, or something was left running."""
+        message_socket.send(self._sock, _encode(Ready()))
+        while data := message_socket.receive(self._sock):
+            record = _decode(data)
+            if isinstance(record, Interrupt):
+                continue  # that call had come to its end
+            returned = self._call(record)
+            message_socket.send(self._sock, _encode(returned))
+            if returned.left or _threads() > self._threads:
+                os._exit(0)
+
+    def _call(self, call: Call) -> Returned:
+        began, started = time.monotonic(), time.time()
+        try:
+            with self._files_of(call):
+                self._surround(call)
+                outcome = self._perform(call)
+                _flush()
+        except Refusal as error:
+            outcome = ("failed", error.reason, str(error), "")
+        left = _left()
+        self._interrupts.renew()
+        before = self._cpu
+        self._cpu, max_rss = _usage()
+        out = err = NOTHING
+        if not left:
+            name = f"{call.id}.{call.execution}"
+            out, err = self._collect(self._files[0], name + ".out"), self._collect(self._files[1], name + ".err")
+        seconds = time.monotonic() - began
+        return Returned(
+            call.key, self._pid, *outcome, started, time.time(), seconds, self._cpu - before, max_rss,
+            left, out, err,
+        )  # fmt: skip
+
+    # -- what is around a call -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _files_of(self, call: Call) -> Iterator[None]:
+        """0, 1 and 2 for the time of a call, whatever the last one has made of them."""
+        opened: list[int] = []
+        try:
+            stdin, out, err = self._null, self._files[0].fd, self._files[1].fd
+            if call.stdin:
+                opened.append(stdin := open_input(call.stdin))
+            if call.stdout:
+                opened.append(out := open_output(call.stdout, call.suffix))
+            if call.stderr and call.stderr == call.stdout:
+                err = out
+            elif call.stderr:
+                opened.append(err := open_output(call.stderr, call.suffix))
+            os.dup2(stdin, 0)
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            yield
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def _surround(self, call: Call) -> None:
+        try:
+            os.chdir(call.cwd)
+        except OSError as error:
+            raise Refusal("not found", f"{error.strerror}: {call.cwd!r}, its working directory.") from None
+        wanted = {**call.env, "PILOTQ_TASK_ID": call.id, "PILOTQ_EXECUTION": str(call.execution)}
+        for name in self._env.keys() - wanted.keys():
+            value = self._env.pop(name)
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for name, value in wanted.items():
+            if name not in self._env:
+                self._env[name] = os.environ.get(name)
+            os.environ[name] = value
+
+    def _collect(self, file: PoolFile, name: str) -> Captured:
+        """As of a process; the file stays ours."""
+        captured = self._capture.collect(file, name)
+        if captured.path and not os.path.exists(file.path):
+            file.fd = open_again(file)
+        return captured
+
+    # -- the function ----------------------------------------------------------------------------------------------
+
+    def _perform(self, call: Call) -> Outcome:
+        if call.fields:
+            return self._perform_stock(call)
+        try:
+            with self._interruptible(call):
+                self._current.begin(call.id)
+                data = _pickled(self._run(call))
+        except Refusal:
+            raise
+        except BaseException as error:  # noqa: BLE001  # whatever a function raises is its outcome; SystemExit, too
+            return failure(error)
+        finally:
+            self._running = 0  # it may have been interrupted on its way out
+            self._current.end()
+        return "finished", "", "", result_text(data)
+
+    def _perform_stock(self, call: Call) -> Outcome:
+        """A job of RQ's own producers; its callbacks are not interrupted, they have timeouts of their own."""
+        self._reason = ""
+        try:
+            job = StockJob(call.id, call.fields)
+        except Exception as error:  # noqa: BLE001  # its fields are its producer's
+            return failure(error)
+        if call.epilogue:
+            return job.stopped()
+        try:
+            with self._interruptible(call):
+                value = job.perform()
+            return job.returned(value)
+        except BaseException as error:  # noqa: BLE001  # as above
+            self._running = 0
+            return job.stopped() if self._reason == "stopped" else job.raised(error)
+
+    @contextmanager
+    def _interruptible(self, call: Call) -> Iterator[None]:
+        try:
+            self._running = call.key
+            if self._signaled:
+                self.interrupted()  # it was meant for this call, and came too early
+            yield
+        finally:
+            self._running = 0
+            if os.getpid() != self._pid:
+                _end_child(sys.exc_info()[1])
+
+    def _run(self, call: Call) -> Any:
+        payload = decode_payload(call.payload)
+        target = payload.name or payload.pickled
+        function = self._functions.get(target)
+        if function is None:
+            if len(self._functions) >= FUNCTIONS_MAX:
+                self._functions.clear()
+            function = self._functions[target] = find(target)
+        args, kwargs = pickle.loads(payload.arguments)
+        value = function(*args, **kwargs) if call.element is None else function(call.element, *args, **kwargs)
+        if isinstance(value, types.CoroutineType):
+            import asyncio
+
+            return asyncio.run(value)
+        return value
+
+    def interrupted(self) -> None:
+        """The signal of an Interrupt has come: raise it in the function that it is meant for."""
+        self._signaled = not self._running
+        try:
+            data = message_socket.receive(self._sock, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            record = _decode(data) if data else None
+            if not isinstance(record, Interrupt) or record.key != self._running:
+                return
+            message_socket.receive(self._sock, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        self._reason = record.reason
+        if record.reason != "time limit":
+            raise KeyboardInterrupt(record.reason)
+        if "rq.timeouts" in sys.modules:
+            raise time_is_over()  # whoever knows that exception has imported it
+        raise TimeoutError("the function has run as long as its time limit allows")
+
+
+class _Handler:
+    """The handler of the signal behind an Interrupt; a function may have put its own in its place."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self._interpreter = interpreter
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, _signal: int, _frame: object) -> None:
+        if os.getpid() != self._interpreter._pid:
+            # A child that a function has forked: it ends as any process does.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._interpreter.interrupted()
+
+    def renew(self) -> None:
+        if signal.getsignal(signal.SIGTERM) != self._handle:
+            signal.signal(signal.SIGTERM, self._handle)
+
+
+def find(target: str | bytes) -> Callable[..., Any]:
+    """The function of a call's target."""
+    if isinstance(target, bytes):
+        function: Callable[..., Any] = pickle.loads(target)
+        return function
+    module, _, name = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{target} is no function, but {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        data = dumps(value)
+    except Exception as error:  # noqa: BLE001  # of the user's own objects
+        raise Refusal("result", f"Its result cannot be pickled: {type(error).__name__}: {error}") from None
+    if len(data) > RESULT_BYTES:
+        raise Refusal(
+            "result",
+            f"Its result takes {len(data):,} bytes, at most {RESULT_BYTES:,} are possible: write it to a file.",
+        )
+    return data
+
+
+def failure(error: BaseException) -> Outcome:
+    """The outcome of a function that raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next  # our own frames say nothing to the function's author
+    try:
+        text = "".join(traceback.format_exception(type(error), error, trace))
+        message = traceback.format_exception_only(type(error), error)[-1].strip()
+    except Exception:  # noqa: BLE001  # its __str__ raises
+        text = message = type(error).__name__
+    try:
+        data = dumps(error)
+    except Exception:  # noqa: BLE001  # it holds what cannot be pickled: the text must do
+        data = b""
+    return "failed", "exception", message[:MESSAGE_CHARS], failure_text(text, data)
+
+
+def _flush() -> None:
+    for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # it is closed, or no stream, or its disk is full: that much is lost
+
+
+def _end_child(error: BaseException | None) -> None:
+    """For a child that the function has forked, and that came back out of it."""
+    _flush()
+    if isinstance(error, SystemExit):
+        os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
+    if error is not None:
+        traceback.print_exception(error)
+        _flush()
+    os._exit(int(error is not None))
+
+
+def _left() -> int:
+    """1 when a process lives that the call has started: as a subreaper this one has them all. The launcher counts."""
+    while True:
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                return 1
+        except ChildProcessError:
+            return 0
+
+
+def _threads() -> int:
+    threading = sys.modules.get("threading")
+    return threading.active_count() if threading is not None else 1
+
+
+def _usage() -> tuple[float, int]:
+    """CPU seconds of this process and of the children it has waited for, and its peak memory in bytes."""
+    own, waited = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + waited.ru_utime + waited.ru_stime, own.ru_maxrss * 1024
+
+
+def main(argv: list[str]) -> None:
+    options = dict(zip(argv[::2], argv[1::2], strict=True))
+    die_with_parent()
+    become_subreaper()
+    sock = socket.socket(fileno=os.dup(0))
+    os.set_inheritable(sock.fileno(), False)
+    files = [PoolFile(os.dup(number), os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2)]
+    for file in files:
+        os.set_inheritable(file.fd, False)
+    # What this module is started from is no place to import from; what the user's program is, is.
+    sys.path[:1] = [folder for folder in os.environ.pop(CALL_MARK, "").split(":") if folder]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv = ["pilotq-interpreter"]
+    if "--rq" in options:
+        preload()  # it takes long, and would count as a part of the first job
+    capture = Capture(options["--dir"], options["--node"])
+    Interpreter(sock, capture, *files).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

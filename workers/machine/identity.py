@@ -1,0 +1,62 @@
+"""What this node is to a pilot: its name, its cores, what Slurm has granted of it.
+
+What counts in the end is what this process may really use: a mask or a cgroup may be smaller than what was granted,
+and larger too, where Slurm does not bind.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.slurm.allocation import job_id, read_allocation
+from pilotq.broker.store.messages import NodeInfo
+from pilotq.workers.machine.topology import usable_cpus, without_siblings
+
+MIB = 1 << 20
+
+
+class Here:
+    """This node by the environment of a worker; ``pilot_job`` is the Slurm job of the pilot, or empty."""
+
+    def __init__(self, env: Mapping[str, str], pilot_job: str) -> None:
+        self.job = job_id(env)
+        self._env = env
+        # In a step it is the name of the node; HOSTNAME is the batch node's, and hosts may be called otherwise.
+        host = env.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+        # Two allocations may share a node, and each has a part of it.
+        self.name = f"{host}-{self.job}" if self.job and self.job != pilot_job else host
+        self._host = host
+
+    def cores(self, *, no_smt: bool = False, grant: int | None = None) -> list[int]:
+        """Numbers of the CPUs that tasks may use: those of the mask, at most as many as were granted."""
+        cpus = usable_cpus()
+        granted = grant or self._granted()
+        if granted and granted < len(cpus):
+            cpus = cpus[:granted]
+        return without_siblings(cpus) if no_smt else cpus
+
+    def known(self, info: NodeInfo) -> NodeInfo:
+        """The record of this node, with what Slurm says of it."""
+        info.job = self.job
+        memory = self._memory(len(info.cores))
+        if memory:
+            info.memory = min(info.memory or memory, memory)
+        return info
+
+    def _granted(self) -> int:
+        if not self.job:
+            return 0
+        try:
+            return read_allocation(self._env).granted(self._host)
+        except InvalidInput:
+            return 0  # the mask alone says it
+
+    def _memory(self, cores: int) -> int:
+        """Bytes that the job may use here; 0 where it may use all there is."""
+        for name, times in (("SLURM_MEM_PER_NODE", 1), ("SLURM_MEM_PER_CPU", self._granted() or cores)):
+            text = self._env.get(name, "")
+            if text.isdigit() and text != "0":
+                return int(text) * times * MIB
+        return 0

@@ -1,0 +1,168 @@
+"""The launch of an execution that is more than one process on one node: files, variables, and the command of its model.
+
+How launchers are told is in workers/multinode/mpi.py; here is what must be looked up: nodes, programs, files.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+from pilotq.broker.slurm.step_environment import ENV_SCHEMA
+from pilotq.broker.tasks.model import FLAG_QCG, ONE_PROCESS_MODELS, Spec, os_encode
+from pilotq.workers.execution.escalation import Execution
+from pilotq.workers.execution.launch_builder import Reservation, UnlaunchableError
+from pilotq.workers.multinode import agent
+from pilotq.workers.multinode.mpi import STARTERS, Host, content_of, files_in, variables
+from pilotq.workers.protocol import Launch
+from pilotq.workers.session import NodeLink
+
+FOLDER = "hosts"  # below the pilot's directory: a folder for each execution that needs one
+AGENT = "pilotq-agent"
+# Names of launchers, the plain one first; and what the plain one must not lead to.
+LAUNCHERS = {
+    "openmpi": (("mpirun", "mpirun.openmpi"), ("mpich", "hydra")),
+    "mpich": (("mpirun", "mpirun.mpich", "mpiexec.hydra"), ("openmpi", "orterun", "prun", "prterun")),
+    "intelmpi": (("mpirun",), ("openmpi", "orterun", "prun", "prterun", "mpich")),
+    "srunmpi": (("srun",), ()),
+}
+# What a program is linked with, and what srun must then be told. Under any other --mpi MPICH starts n runs of size 1.
+LIBRARIES = ((b"libmpi.so.40", "pmix"), (b"libmpich.so", "pmi2"), (b"libmpi.so.12", "pmi2"))
+LOOK_BYTES = 16 << 20  # the names of libraries stand near the beginning of a program
+
+
+class Begin(Protocol):
+    """Says that an execution begins, with the other nodes by address and its folder; returns the agents' socket."""
+
+    def __call__(self, e: Execution, nodes: dict[str, str], folder: str) -> str: ...
+
+
+class Models:
+    """The dresser of workers/execution/launch_builder.py. ``real`` maps this node's cores to CPUs where they differ."""
+
+    def __init__(self, link: NodeLink, directory: str, address: str, real: Mapping[int, int], begin: Begin) -> None:
+        self._link = link
+        self._node = address.rpartition(":")[0]
+        self._address = address
+        self._real = real
+        self._begin = begin
+        self._folder = os.path.join(directory, FOLDER, self._node)
+        shutil.rmtree(self._folder, ignore_errors=True)  # what a killed worker of this node has left
+
+    def dress(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+        several = len(here.nodes) > 1
+        ranked = spec.model not in ONE_PROCESS_MODELS and sum(here.cores) > 1
+        if spec.flags & FLAG_QCG and not several and "SLURM_JOB_ID" not in os.environ:
+            ranked = False  # on one machine QCG-PilotJob starts one process, whatever the model
+        if not several and not ranked:
+            return launch  # one core: the program itself, as with QCG-PilotJob
+        addresses, hosts = self._hosts(here, "localhost" if spec.model != "srunmpi" else self._node)
+        folder = os.path.join(self._folder, f"{e.handed.id}.{e.handed.execution}")
+        files = files_in(folder)
+        more = variables(files, _agent(self._folder) if several else "")
+        if os.environ.get(ENV_SCHEMA) == "slurm":
+            more["SLURM_HOSTFILE"] = files.hosts
+        argv = launch.argv
+        if ranked:
+            opts = _options(spec, argv[0], launch.cwd, env)
+            if spec.model == "srunmpi" and not opts.get("mpi") and "--mpi" not in opts.get("srun_args", ""):
+                e.message = "Its kind of MPI cannot be seen, so srun's default of --mpi stood: give the option mpi."
+            program = opts.get("mpirun") or _launcher(spec.model, env)
+            if spec.model == "srunmpi":
+                more |= _step(env)
+            start = STARTERS[spec.model](program, opts, hosts, files)
+            more |= start.env
+            argv = [*argv[: spec.launch_at], *map(os_encode, start.words), *argv[spec.launch_at :]]
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            for path, text in content_of(files, hosts).items():
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+        except OSError as error:
+            raise UnlaunchableError("launch", f"its host files cannot be written: {error}") from None
+        agents = self._begin(e, addresses, folder)
+        if several:
+            more["PILOTQ_AGENT"] = agents
+        return msgspec.structs.replace(launch, argv=argv, env={**more, **launch.env})
+
+    def _hosts(self, here: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
+        """The workers of its nodes by name, and its nodes as launchers see them; a single one is called ``alone``."""
+        if len(here.nodes) == 1:
+            cpus = tuple(self._real.get(core, core) for core in here.parts[0].cores)
+            return {self._node: self._address}, (Host(alone, cpus),)
+        infos = self._link.fetch_nodes(here.nodes)
+        hosts = []
+        for part in here.parts:
+            info = infos.get(part.node)
+            if info is None:
+                raise UnlaunchableError("worker lost", f"node {part.node} of its reservation is gone")
+            numbers = dict(zip(info.cores, info.cpus, strict=False))
+            hosts.append(Host(part.node, tuple(numbers.get(core, core) for core in part.cores)))
+        return {name: info.address for name, info in infos.items()}, tuple(hosts)
+
+
+def _options(spec: Spec, program: bytes, cwd: str, env: Mapping[str, str]) -> dict[str, str]:
+    """The options of its model; how srun starts its kind of MPI is found out where they do not say it."""
+    opts = dict(spec.model_opts)
+    if spec.model == "srunmpi" and "mpi" not in opts:
+        name = os.fsdecode(program)
+        path = os.path.join(cwd, name) if "/" in name else shutil.which(name, path=env.get("PATH", os.defpath))
+        if path and (kind := linked_with(path)):
+            opts["mpi"] = kind
+    return opts
+
+
+def _agent(folder: str) -> str:
+    """The path of the launch agent; where only the package is installed, without its programs, one is made there."""
+    for path in (os.path.join(sysconfig.get_path("scripts"), AGENT), os.path.join(folder, AGENT)):
+        if os.access(path, os.X_OK):
+            return path
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700), "w") as file:
+            file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {shlex.quote(agent.__file__)} "$@"\n')
+    except OSError as error:
+        raise UnlaunchableError("launch", f"the launch agent {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+def _launcher(model: str, env: Mapping[str, str]) -> str:
+    """The path of the launcher on the task's PATH. Several MPIs may be installed side by side."""
+    names, strangers = LAUNCHERS[model]
+    path = env.get("PATH", os.defpath)
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found is not None and not any(word in os.path.realpath(found) for word in strangers):
+            return found
+    raise UnlaunchableError(
+        "not found",
+        f"model {model} needs {' or '.join(names)}, and none that is of this kind is on its PATH ({path}): load the "
+        "module that brings it" + ("" if model == "srunmpi" else ", or name it in model_opts as mpirun"),
+    )
+
+
+def _step(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that let srun make a step in the allocation of this worker."""
+    job = os.environ.get("SLURM_JOB_ID") or env.get("SLURM_JOB_ID")
+    if not job:
+        raise UnlaunchableError("launch", "model srunmpi needs an allocation of Slurm, and this worker is in none")
+    return {"SLURM_JOB_ID": job, "SLURM_JOBID": job}
+
+
+def linked_with(path: str) -> str:
+    """What ``srun --mpi`` must be for this program; empty when that cannot be seen."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[:4] != b"\x7fELF":
+                return ""
+            return next((kind for name, kind in LIBRARIES if data.find(name, 0, LOOK_BYTES) >= 0), "")
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,283 @@
+"""The worker: the process that stands for one node. Its loop waits for everything at once and blocks on nothing.
+
+    python -m pilotq.workers.worker --dir <pilot directory> --node <name> --cores 0,1 [--real 0:2,1:3]
+
+Exit code 0 after it was told to leave (by the dispatcher or by SIGTERM) and all was confirmed; 3 when it had to give
+up: no server, a server without our state, a newer worker of this node, launchers that keep dying.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+
+from pilotq.broker.errors import PilotFailed, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.pilot.directory import find
+from pilotq.broker.processes import become_subreaper, log
+from pilotq.broker.settings import Settings, load
+from pilotq.broker.store.connection import Address
+from pilotq.broker.store.messages import Leave, NodeInfo, Stop
+from pilotq.workers.execution.launcher_pool import Launchers, LaunchersFailedError, ended_children
+from pilotq.workers.multinode.node import JointNode
+from pilotq.workers.session import NodeLink, iso
+
+CUT_OFF_S = 1.0  # beyond the grace, for tasks to be swept when nobody is left to report to
+SHOWN_AFTER_S = 1.0  # RQ's record of an execution costs three keys: short ones have none
+SHOWN_MAX = 16  # for each node: RQ's pages read them all
+Descriptors = dict[int, int]  # number -> what is waited for
+
+
+def run_worker(
+    directory: str, address: Address, epoch: str, info: NodeInfo, real: Mapping[int, int], settings: Settings
+) -> int:
+    """Be the worker of a node until it is told to leave; returns the exit code. For the main thread of a process.
+
+    ``directory`` is the pilot's, ``real`` maps core numbers to CPU numbers where they differ. The incarnation in
+    ``info`` is set here.
+    """
+    return serve(NodeLink(address, epoch, settings), directory, info, real, settings)
+
+
+def serve(link: NodeLink, directory: str, info: NodeInfo, real: Mapping[int, int], settings: Settings) -> int:
+    """`run_worker` over a link that is given."""
+    directory = os.path.abspath(directory)
+    output = os.path.join(directory, "output")
+    os.makedirs(output, mode=0o700, exist_ok=True)
+    become_subreaper()
+    signals = _Signals()
+    launchers = Launchers(output, info.name, info.cores, settings)
+    try:
+        info.incarnation = link.register(info)
+        node = JointNode(link, launchers, directory, info, real, settings)
+        log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores")
+        try:
+            return _Loop(link, launchers, node, signals, settings).run()
+        finally:
+            node.close()
+    except PilotFailed as error:
+        log(f"the worker of node {info.name} cannot begin: {error}")
+        return PilotFailed.exit_code
+    finally:
+        launchers.close()
+        link.close()
+        signals.close()
+
+
+class _Signals:
+    """Signals as a descriptor to wait on. SIGINT is left to the supervisor: Ctrl-C reaches the whole terminal."""
+
+    def __init__(self) -> None:
+        self.fileno, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, _woken)
+        # Slurm may send it to all processes of a job some time before the end: the supervisor's business. A handler, as
+        # launchers would inherit that it is ignored.
+        signal.signal(signal.SIGUSR1, _nothing)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+
+    def read(self) -> set[int]:
+        """Numbers of the signals that have come; only called when the descriptor is readable."""
+        return set(os.read(self.fileno, 4096))
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self.fileno)
+        os.close(self._wake)
+
+
+def _nothing(_signal: int, _frame: object) -> None:
+    """What is not for us."""
+
+
+def _woken(_signal: int, _frame: object) -> None:
+    """Python wants a handler where the wake-up descriptor is written."""
+
+
+class _Loop:
+    def __init__(
+        self, link: NodeLink, launchers: Launchers, node: JointNode, signals: _Signals, settings: Settings
+    ) -> None:
+        self._link = link
+        self._launchers = launchers
+        self._node = node
+        self._signals = signals
+        self._settings = settings
+        self._poll = select.poll()
+        self._watched: Descriptors = {}
+        self._beat_at = 0.0
+        self._leave_by: float | None = None  # monotonic: how long is waited for the last confirmations
+        self._online = True
+        self._exit_code = 0
+
+    def run(self) -> int:
+        while not self._over():
+            try:
+                self._turn()
+            except PilotFailed as error:
+                self._give_up(error)
+        if self._online:
+            try:
+                self._link.unregister()
+            except ServerUnavailable as error:
+                log(f"this node could not be signed off: {error}")
+        return self._exit_code
+
+    def _over(self) -> bool:
+        if self._leave_by is None:
+            return False
+        if time.monotonic() >= self._leave_by:
+            # Cut off from the server nobody waits for the last word: what lives is killed with its launcher.
+            if self._online:
+                log("not everything had ended and was confirmed in time")
+                self._exit_code = PilotFailed.exit_code
+            return True
+        return not self._node.busy and not (self._online and (len(self._node.outbox) or self._link.unsent()))
+
+    def _turn(self) -> None:
+        """Send what the last turn has brought about (also one that was broken off), wait, take in what has come."""
+        for launcher in self._launchers.living.values():
+            launcher.flush()
+        if self._online:
+            self._node.report(time.monotonic())
+        ready = self._wait()
+        now = time.monotonic()
+        beat = now >= self._beat_at
+        if beat:
+            self._beat_at = now + self._settings.beat_s
+        for launcher in list(self._launchers.living.values()):
+            # With each beat all of them: one that hangs does not ring for what it has done before.
+            if beat or launcher.bell in ready:
+                for record in launcher.hear():
+                    self._node.heard(record, now)
+                if launcher.silent:
+                    self._node.launcher_ended(launcher, now)
+        if self._signals.fileno in ready:
+            self._signal(now)
+        self._node.serve(ready.keys() & self._node.filenos())
+        self._node.tick(now)
+        if self._online:
+            self._talk(ready, beat, now)
+            self._check_contact(now)
+        self._node.launch(now)
+
+    def _wait(self) -> Descriptors:
+        """Wait for a descriptor or the next deadline; returns the descriptors that are ready."""
+        wanted: Descriptors = {self._signals.fileno: select.POLLIN}
+        for launcher in self._launchers.living.values():
+            if not launcher.silent:
+                wanted[launcher.bell] = select.POLLIN
+            if launcher.full:
+                wanted[launcher.down] = select.POLLOUT
+        wanted.update(dict.fromkeys(self._node.filenos(), select.POLLIN))
+        now = time.monotonic()
+        moments = [self._node.next(), self._leave_by]
+        if self._online:
+            # poll goes by number: a connection made again under the old number needs no new registration.
+            wanted.update(dict.fromkeys(self._link.filenos(), select.POLLIN))
+            moments += [self._beat_at, now + self._link.pause(now), self._node.outbox.due(now)]
+            moments.append(now + self._contact_bound() - self._link.out_of_touch(now))
+        if wanted != self._watched:
+            for fd in self._watched.keys() - wanted.keys():
+                self._poll.unregister(fd)
+            for fd, events in wanted.items():
+                self._poll.register(fd, events)
+            self._watched = wanted
+        first = min(moment for moment in moments if moment is not None)
+        return dict(self._poll.poll(max(first - now, 0.0) * 1000))
+
+    def _talk(self, ready: Descriptors, beat: bool, now: float) -> None:
+        if beat:
+            state = "busy" if self._node.busy else "idle"
+            self._link.post_beat({"last_heartbeat": iso(time.time()), "state": state}, self._longest())
+        # With each beat the link looks after connections that nothing arrives on any more.
+        if beat or self._link.pause(now) <= 0 or any(fd in ready for fd in self._link.filenos()):
+            for message in self._link.pump(now):
+                if isinstance(message, Leave):
+                    self._leave(message, now)
+                elif isinstance(message, Stop) and not message.id:
+                    for e in self._node.running():
+                        self._node.receive(Stop(e.handed.id, e.handed.execution, message.reason), now)
+                else:
+                    self._node.receive(message, now)
+
+    def _longest(self) -> list[tuple[str, int, float, str]]:
+        """What RQ's tools are to show as running: what lives longest, and not only for a moment."""
+        before = time.time() - SHOWN_AFTER_S
+        found = sorted((e.started, e.key, e.handed) for e in self._node.running() if e.started < before)[:SHOWN_MAX]
+        return [(h.id, h.execution, started, h.class_name) for started, _, h in found]
+
+    def _check_contact(self, now: float) -> None:
+        """Tasks of a node that is out of touch for too long end, as they are given to others; without tasks nobody
+        needs this worker."""
+        bound = self._contact_bound()
+        if self._link.out_of_touch(now) >= bound:
+            raise ServerUnavailable(f"no word from the server for {bound:g} s")
+
+    def _contact_bound(self) -> float:
+        return self._link.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
+
+    def _signal(self, now: float) -> None:
+        numbers = self._signals.read()
+        if signal.SIGTERM in numbers:
+            self._leave(Leave(self._settings.kill_grace_s), now)
+        # Whatever the number: a full pipe may have lost a SIGCHLD behind others.
+        for pid in ended_children():
+            launcher = self._launchers.with_pid(pid)
+            if launcher is None:
+                os.waitpid(pid, 0)  # an orphan of a launcher that died before
+            else:
+                try:
+                    self._node.launcher_ended(launcher, now)
+                finally:
+                    self._launchers.reap(launcher)
+
+    def _leave(self, word: Leave, now: float) -> None:
+        if self._leave_by is None:
+            log(f"leaving ({word.reason}): tasks that run get {word.grace:g} s")
+            self._leave_by = now + word.grace + self._settings.stop_wait_s
+            if self._online:
+                self._link.post_leaving()
+        self._node.leave(word, now)
+
+    def _give_up(self, error: PilotFailed) -> None:
+        """End all tasks; without grace when other executions of them may have begun."""
+        log(f"giving up: {error}")
+        self._exit_code = error.exit_code
+        now = time.monotonic()
+        grace = 0.0 if isinstance(error, (StateLost, Superseded)) else self._settings.kill_grace_s
+        if not isinstance(error, LaunchersFailedError):
+            self._online = False
+            self._leave_by = now + grace + CUT_OFF_S
+        self._leave(Leave(grace), now)
+
+
+def main(argv: list[str]) -> int:
+    """The command line above; the pilot must be ready within the settings' ``server_wait_s``."""
+    parser = argparse.ArgumentParser(prog="python -m pilotq.workers.worker")
+    parser.add_argument("--dir", required=True, help="the pilot's directory")
+    parser.add_argument("--node", required=True, help="the node's name in this pilot")
+    parser.add_argument("--cores", required=True, help="core numbers, separated by commas")
+    parser.add_argument("--real", default="", help="core:CPU pairs where they differ, separated by commas")
+    options = parser.parse_args(argv)
+    cores = [int(core) for core in options.cores.split(",")]
+    pairs = (pair.split(":") for pair in options.real.split(",") if pair)
+    real = {int(core): int(cpu) for core, cpu in pairs}
+    settings = load(os.environ.get("PILOTQ_SETTINGS"))
+    connection = find(options.dir).await_connection(settings.server_wait_s)
+    info = NodeInfo(
+        options.node, 0, socket.gethostname(), os.getpid(), cores, shared_cores=len(set(real.values())) < len(real),
+        cpus=[real.get(core, core) for core in cores],
+    )  # fmt: skip
+    return run_worker(connection.directory, connection.address, connection.epoch, info, real, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
