@@ -16,7 +16,7 @@ help:
 	@echo "make types     mypy --strict         make lint      ruff check and ruff format --check"
 	@echo "make coverage  tests with coverage   make bench     the benchmarks"
 	@echo "make faults    the fault tests, for docs/guarantees.md"
-	@echo "make sweep     every fault at every step of every process"
+	@echo "make sweep     every fault at every failpoint of every process"
 	@echo "make compose-passwords, make compose-test: docs/compose.md"
 	@echo "make wheel     build dist/*.whl      make clean     remove all of this, .venv too"
 
@@ -40,18 +40,18 @@ demo: $(VENV)/demo.stamp
 	@rm -rf $(DEMO)/results
 	cd $(DEMO) && PATH="$(abspath $(BIN)):$$PATH" pilotq run sweep.toml
 	@cat $(DEMO)/results/gather.txt
-	@echo "The result is in $(DEMO)/results: sweep.png (the picture) and summary.json (the numbers)."
+	@echo "The result is in $(DEMO)/results: sweep.png (the plot) and summary.json (the numbers)."
 
-# Most of a test is waiting for processes, so two run at a time, the tests of one file by the same of the two.
+# Most of a test is waiting for processes, so two run at a time; the tests of one file run in the same of the two.
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# What failed last time, if that was little.
+# The tests that failed last time, if they were few.
 retest: $(VENV)/dev.stamp
 	@test "$$($(BIN)/python -m pytest --last-failed --last-failed-no-failures none --collect-only -q | grep -c ::)" -le 20
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
-# What docker-compose.yml wants: the server's password, and the dashboard's. They are made once.
+# The passwords that docker-compose.yml needs, of the server and the dashboard; made once.
 compose-passwords:
 	@umask 077 && mkdir -p .compose && for name in password dashboard-password; do \
 	  test -s .compose/$$name || od -An -N 16 -t x1 /dev/urandom | tr -d ' \n' > .compose/$$name; done
@@ -83,14 +83,23 @@ coverage: $(VENV)/dev.stamp
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-# Every fault at every step of every process, some 15 minutes; `make test` strikes with a kill at each.
+# Every fault at every failpoint of every process, some 15 minutes; `make test` only kills at each.
 sweep: $(VENV)/dev.stamp
 	PILOTQ_SWEEP=whole $(BIN)/python -m pytest tests/system/test_fault_sweep.py
 
-# The faults of docs/faults.toml; the result goes into docs/guarantees.md.
+# The tests of docs/faults.toml; their results go into docs/guarantees.md.
+FAULT_TESTS := \
+  tests/system/test_fault_sweep.py \
+  tests/system/test_restart.py \
+  tests/system/test_network_partition.py \
+  tests/system/test_retry_budgets.py \
+  tests/system/test_quarantine.py \
+  tests/broker/pilot/test_aof_repair.py \
+  tests/broker/pilot/test_aof_sync.py \
+  tests/chaos/test_judge.py
+
 faults: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -p tests.support.fault_results tests/system/test_fault_sweep.py tests/system/test_restart.py tests/system/test_network_partition.py \
-	  tests/system/test_retry_budgets.py tests/system/test_quarantine.py tests/broker/pilot/test_aof_repair.py tests/broker/pilot/test_aof_sync.py tests/chaos/test_judge.py
+	$(BIN)/python -m pytest -p tests.support.fault_results $(FAULT_TESTS)
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev.stamp

@@ -1,1 +1,1 @@
-"""Figures of speed: `make bench`."""
+"""Benchmarks: `make bench` measures the figures of docs/figures.md."""

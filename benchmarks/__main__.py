@@ -1,4 +1,4 @@
-"""All figures, or those named: ``python -m benchmarks [NAME...]``. Prints a table, writes benchmarks/results.json."""
+"""Measures figures: ``python -m benchmarks [NAME...]`` prints a table and writes benchmarks/results.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, table
 
-NAMES = ("submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "stock", "qcg", "faults")
+NAMES = (
+    "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "rq_jobs", "qcg", "faults",
+)  # fmt: skip
 
 # Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools.
 BY_NAME = ("slurm", "endurance", "peers")

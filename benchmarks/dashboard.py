@@ -1,4 +1,4 @@
-"""How long a page of `pilotq dashboard` takes, with many tasks that wait and many that have ended."""
+"""Measures how long a page of `pilotq dashboard` takes, with many waiting tasks and many that have ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Very many short tasks: does anything grow with their number? Half of them come in batches, then one array does.
+"""Runs a million short tasks and measures what grows with their number: half come in batches, half in one array.
 
 Nothing here is fast or slow by itself: what counts is the last tenth but one against the second: all is warm, and tasks
 still wait.

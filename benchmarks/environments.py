@@ -1,4 +1,4 @@
-"""Other tools, from the package index, each in an environment of its own."""
+"""Installs other tools, each into a virtual environment of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long it takes until the death of a part is noticed, and until work goes on; and what a cut network costs.
+"""Measures how long it takes until the death of a part is noticed and work goes on, and what a cut network costs.
 
     python -m benchmarks faults
 
@@ -24,7 +24,7 @@ from benchmarks.figures import Figure
 from pilotq.broker import Task
 from pilotq.broker.settings import Settings
 from tests.support.fault_rig import PROBE, Rig, Work
-from tests.support.network_namespace import CUT, Far, possible
+from tests.support.network_namespace import CUT, FarNode, possible
 from tests.support.waiting import wait_until
 
 PARTS = {"dispatcher": "supervisor", "server": "supervisor", "n1": "supervisor", "launcher": "worker-n1"}  # who says it
@@ -86,7 +86,7 @@ def kill(r: Rig, part: str) -> tuple[float, float]:
     return noticed, goes_on
 
 
-def cut(r: Rig, far: Far, direction: str) -> tuple[float, float]:
+def cut(r: Rig, far: FarNode, direction: str) -> tuple[float, float]:
     """Seconds from the cut to the end of a deaf task there, and from that to the begin of its second execution."""
     script = f"trap '' TERM; exec {sys.executable} -I -S {PROBE} {r.folder} 600"
     work = started(r, Task(script=script))  # the dispatcher takes the first node by name, which is far
@@ -96,7 +96,7 @@ def cut(r: Rig, far: Far, direction: str) -> tuple[float, float]:
     gone = at(lambda: not os.path.exists(f"/proc/{pid}"), "its end")
     wait_until(lambda: "2" in begins(r, work.ids[0]), seconds=60, what="it runs again")
     second = begins(r, work.ids[0])["2"]
-    far.mend()
+    far.reconnect()
     assert far.worker is not None
     far.worker.wait(60)
     cancel(r, work)
@@ -116,21 +116,21 @@ def run(number: int = 10, cuts: int = 2) -> list[Figure]:
         r.start()
         for part in PARTS:
             times = [kill(r, part) for _ in range(number)]
-            # Of a worker it is said when its tasks have been ended and the dispatcher was told: that has no bound.
-            name, word = ("worker", "tasks ended, loss told") if part == "n1" else (part, "noticed")
+            # For a worker: when its tasks have been ended and its loss was reported, which has no bound.
+            name, word = ("worker", "tasks ended, loss reported") if part == "n1" else (part, "noticed")
             reach = NOTICED_S if part != "n1" else 0.0
             found.append(figures(f"{name} killed: {word}", [noticed for noticed, _ in times], reach))
             found.append(figures(f"{name} killed: work goes on", [goes_on for _, goes_on in times]))
     if possible():
         with rig("n1:1") as r:
-            far = Far(r)
+            far = FarNode(r)
             try:
                 r.start(bind=[far.here], contact=CONTACT_S)
                 far.start()
                 times = [cut(r, far, direction) for direction in CUT for _ in range(cuts)]
             finally:
                 far.remove()
-        bound = CONTACT_S + OWN.kill_grace_s + OWN.contact_margin_s
+        bound = CONTACT_S + OWN.kill_grace_s + OWN.node_timeout_margin_s
         found.append(figures(f"cut, --contact {CONTACT_S:g}: deaf task ended", [gone for gone, _ in times], bound))
         least, text = min(gap for _, gap in times), f"of {len(times)}; below 0 two would have run at one time"
         found.append(Figure("cut: from its end to its next begin", least, "s at least", 1e-9, True, text))

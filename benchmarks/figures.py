@@ -1,4 +1,4 @@
-"""What a benchmark returns: figures with what they are to reach, printed as one table."""
+"""The results of benchmarks: figures with their targets, printed as one table."""
 
 from __future__ import annotations
 

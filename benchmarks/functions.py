@@ -1,4 +1,4 @@
-"""Functions that do nothing, with arguments of their own, and every result compared.
+"""Measures no-op functions, each with an argument of its own, and compares every result.
 
 By ``Executor.map``, by ``enqueue_many`` with ``Broker.result``'s reader, and, beside them in each round, by the process
 pools of the standard library on as many cores: these keep nothing, see no end of a process, and capture no output.

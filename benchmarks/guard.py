@@ -1,7 +1,7 @@
-"""Runs a program in a home of its own and leaves nothing of it: no process and no file, however it or its caller ends.
+"""Runs a program in a home directory of its own and removes all of its processes and files, however it ends.
 
 ``python -m benchmarks.guard PARENT SECONDS COMMAND...``: PARENT is the caller's number. The program finds a new folder
-as its working directory, ``HOME`` and (in it) ``TMPDIR``. The exit code is that of the program; the end of what it said
+as its working directory, ``HOME`` and (in it) ``TMPDIR``. The exit code is that of the program; the end of its output
 is printed when that is not 0.
 """
 
@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from pilotq.broker.processes import become_subreaper, die_with
+from pilotq.broker.processes import become_subreaper, terminate_with
 
 TAIL = 2_000  # characters
 END_S = 30.0
@@ -43,7 +43,7 @@ def guarded(command: Sequence[str], environment: dict[str, str], seconds: float)
 def main(parent: int, seconds: float, command: list[str]) -> int:
     for number in ENDINGS:
         signal.signal(number, leave)
-    die_with(parent)
+    terminate_with(parent)
     become_subreaper()
     with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as name:
         home = Path(name)
@@ -72,7 +72,7 @@ def leave(number: int, _: FrameType | None) -> None:
 
 
 def end_all() -> None:
-    """Kill what lives below this process. Orphans come to it, so that another look shows whom the last one missed."""
+    """Kill all descendants. Orphans become children of this process, so that the next pass finds those just missed."""
     deadline = time.monotonic() + END_S
     while left := psutil.Process().children(recursive=True):
         for process in left:

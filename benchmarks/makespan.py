@@ -1,6 +1,6 @@
-"""Uneven tasks: 1,000 of one shape on 2 virtual nodes of 2 cores, 1 % of them 10 s, the rest 5 ms.
+"""Measures uneven tasks: 1,000 of one class on 2 virtual nodes of 2 cores, 1 % of them 10 s, the rest 5 ms.
 
-What is handed ahead to a node must not wait behind a long task while another node is idle. The figure is the makespan
+Prefetched tasks of a node must not wait behind a long task while another node is idle. The figure is the makespan
 over that of an offline list schedule: the same durations, in the same order, each to the core that is free first.
 """
 
@@ -17,7 +17,7 @@ SHORT_S, LONG_S, CORES = 0.005, 10.0, 4
 
 
 def durations(number: int) -> list[float]:
-    """The long ones stand in the second half, spread evenly: by then the dispatcher hands ahead."""
+    """The long ones are spread evenly over the second half: by then the dispatcher prefetches."""
     every = number // 20
     return [LONG_S if n >= number // 2 and n % every == 0 else SHORT_S for n in range(number)]
 

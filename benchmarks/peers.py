@@ -1,10 +1,10 @@
-"""Other pilot-job managers and executors beside pilotq, in turn (A B A B) in the same run, on this machine's cores.
+"""Compares other pilot-job managers and executors with pilotq, in turn (A B A B), on this machine's cores.
 
 Each is installed from the package index into an environment of its own, and runs in a home of its own; nothing is left
 of either. Both sides are started anew for each measurement, are warm when it counts, and are measured by the same code
 (benchmarks/peer/clock.py), from the first submit to the end of the last task as the client sees it: commands, functions
-and a chain. On either side everything is on that is on by default; ``settings`` names what a peer was told to make it
-faster. A side that does not start, or does not do all of its tasks, ends the benchmark.
+and a chain. On either side everything that is on by default is on; ``settings`` names what a peer was configured with
+to make it faster. A side that does not start, or does not do all of its tasks, ends the benchmark.
 """
 
 from __future__ import annotations

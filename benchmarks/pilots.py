@@ -1,4 +1,4 @@
-"""A pilot for one measurement."""
+"""Starts and ends a pilot for one measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long placement takes: full passes over a large cluster, and the pass after one end on a small one.
+"""Measures placement: full passes over a large cluster, and the pass after one end on a small one.
 
     python -m benchmarks placement
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from benchmarks.figures import Figure
 from pilotq.broker.scheduling.cluster import Cluster
 from pilotq.broker.scheduling.placement import BackfillState, Waiting, plan
-from pilotq.broker.store.messages import NodeInfo, Part
+from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.broker.tasks.model import Request
 
 NODES, CORES, TASKS, SHAPES = 1000, 128, 100_000, 50
@@ -52,13 +52,13 @@ def make_waiting(most_cores: int, memory: int = 0) -> list[Waiting]:
     return found
 
 
-def fill(cluster: Cluster, left: int) -> list[tuple[Part, ...]]:
+def fill(cluster: Cluster, left: int) -> list[tuple[NodeShare, ...]]:
     """Take all but 0 to ``left`` single cores of every node; the same ones each time."""
     luck = random.Random(1)
     taken = []
     for name in cluster.names:
         cores = luck.sample(range(CORES), CORES - luck.randint(0, left))
-        taken += [(Part(name, (core,)),) for core in sorted(cores)]
+        taken += [(NodeShare(name, (core,)),) for core in sorted(cores)]
     for parts in taken:
         cluster.take(parts)
     return taken

@@ -1,4 +1,4 @@
-"""QCG-PilotJob's request files on our service and on the original, one after the other in the same run.
+"""Measures request files of QCG-PilotJob on our service and on the original, in turn.
 
 The original is installed from the package index into an environment of its own, which is removed afterwards. A run of
 either that does not do all of its jobs ends the benchmark.

@@ -1,4 +1,4 @@
-"""In a real Slurm allocation of four nodes (tests/slurm/slurm-cluster, as root), and on 64 virtual nodes.
+"""Measures a pilot on four nodes of a real Slurm (tests/slurm/slurm-cluster, as root), and on 64 virtual nodes.
 
 How long until a task runs on each node, how many short tasks a second, against one `srun -n1` step for each task in the
 same allocation, and how soon the death of a node's worker is known.
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.figures import Figure
-from tests.slurm.cluster import CPUS, NODES, PROGRAM, Cluster, keeper_and_worker
+from tests.slurm.cluster import CPUS, NODES, PROGRAM, Cluster, supervisor_and_worker
 from tests.slurm.cluster import run as outside
 from tests.support.waiting import wait_until
 
@@ -46,10 +46,10 @@ def _seconds_to_first(folder: Path, number: int, nodes: int) -> float:
 
 def _rates(folder: Path, number: int) -> tuple[float, float]:
     """Tasks a second by steps, and by a pilot (from the journal: first start to last end)."""
-    from pilotq.broker.store.journal_writer import Journal
+    from pilotq.broker.store.journal import Journal
 
     begin, end = map(float, (folder / f"steps.{number}").read_text().split())
-    lines = [line for line in Journal(str(folder / f"many-{number}" / "journal.jsonl")).lines() if line.array]
+    lines = [line for line in Journal(str(folder / f"many-{number}" / "journal.jsonl")).entries() if line.array]
     assert len(lines) == TASKS
     spent = max(line.ended or 0 for line in lines) - min(line.started or 0 for line in lines)
     return STEPS / (end - begin), TASKS / spent
@@ -98,11 +98,12 @@ def _virtual(folder: Path) -> float:
 
 def _losses(cluster: Cluster) -> list[Figure]:
     """From the kill of a node's worker, or of the step task there, until the dispatcher has given its tasks back."""
-    job = cluster.submit("pilotq start --dir lossy", options="-N2 --exclusive -t10", retry_node_s=0.2, restart_limit=20)
-    job.await_text("it stays until")
+    settings = {"worker_restart_s": 0.2, "restart_limit": 20}
+    job = cluster.submit("pilotq start --dir lossy", options="-N2 --exclusive -t10", **settings)
+    job.await_text("staying until")
     pilot = cluster.folder / "lossy"
     log = pilot / "logs" / "dispatcher.log"
-    found: dict[str, list[float]] = {"worker": [], "keeper": []}
+    found: dict[str, list[float]] = {"worker": [], "supervisor": []}
 
     def up() -> bool:
         shown = outside("pilotq", "nodes", "--dir", str(pilot), "--json")
@@ -110,15 +111,18 @@ def _losses(cluster: Cluster) -> list[Figure]:
 
     for victim in [*found] * ROUNDS:
         wait_until(up, seconds=60)
-        keeper, worker = wait_until(lambda: keeper_and_worker("node2", cluster.folder), seconds=30)
+        supervisor, worker = wait_until(lambda: supervisor_and_worker("node2", cluster.folder), seconds=30)
         said = log.stat().st_size
         begin = time.monotonic()
-        os.kill(worker if victim == "worker" else keeper, signal.SIGKILL)
+        os.kill(worker if victim == "worker" else supervisor, signal.SIGKILL)
         wait_until(lambda said=said: b"node node2 is lost" in log.read_bytes()[said:], seconds=60)
         found[victim].append(time.monotonic() - begin)
     outside("pilotq", "stop", "--dir", str(pilot))
     job.await_end()
-    words = {"worker": "a killed worker is known, by its keeper", "keeper": "a killed step task is known, by srun"}
+    words = {
+        "worker": "a killed worker is known, by its node supervisor",
+        "supervisor": "a killed step task is known, by srun",
+    }
     return [
         Figure(words[victim], sorted(times)[ROUNDS // 2], "s", 5.0, False, f"{min(times):.2f} to {max(times):.2f}")
         for victim, times in found.items()

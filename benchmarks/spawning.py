@@ -1,4 +1,4 @@
-"""Real processes: `/bin/true` through a pilot against the bare loop that does nothing but spawn and reap.
+"""Measures real processes: `/bin/true` through a pilot against a bare loop that only spawns and reaps.
 
 The bare loop is the ceiling of this machine and language: one process that keeps as many children running as there are
 cores, each pinned to its core by the spawner's own affinity, in its own session, reaped with its resource usage. Both
@@ -14,7 +14,7 @@ import time
 from benchmarks.figures import Figure
 from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Task
-from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.journal import Journal
 
 TRUE = "/bin/true"
 
@@ -46,7 +46,7 @@ def through_pilot(number: int) -> float:
         with Broker.connect(directory) as broker:
             broker.wait(broker.enqueue_many([Task(command=[TRUE, str(n)]) for n in range(number)]))
         journal = Journal(os.path.join(directory, "journal.jsonl"))
-        while len(lines := [line for line in journal.lines() if line.execution]) < number:
+        while len(lines := [line for line in journal.entries() if line.execution]) < number:
             time.sleep(0.1)
     if len(lines) != number or any(line.exit_code != 0 for line in lines):
         raise SystemExit(f"{len(lines)} of {number} tasks ended well")

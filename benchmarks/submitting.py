@@ -1,4 +1,4 @@
-"""How long it takes to say what is to be done: bulk submits, one enqueue, one whole run."""
+"""Measures submission: bulk submits, one enqueue, one whole run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a task is, its life in Redis, and who gets which cores.
+"""The broker of a pilot: tasks and their records in Redis, scheduling, and the Python interface for scripts.
 
-``from pilotq.broker import Broker, Task`` is all a script needs. The names are imported when they are first used: every
-part of a pilot imports something below this package, and start-up time is a figure.
+``from pilotq.broker import Broker, Task`` is all that a script needs. The public names are imported when they are first
+used: every process of a pilot imports something below this package, and start-up time is measured.
 """
 
 from __future__ import annotations

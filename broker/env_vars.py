@@ -34,21 +34,18 @@ OF_COMMANDS: Final[dict[str, str]] = {
     "NO_COLOR": "no colours, if it is set to anything",
 }
 
-# Between the parts of a pilot, and of tests; nobody else need set them.
+# Variables that processes of a pilot, or tests, set for each other; nobody else need set them.
 OF_PARTS: Final = frozenset(
     {
         "PILOTQ_GPU_NODE",
         "PILOTQ_ENVSCHEMA",
         "PILOTQ_PATH",
-        "PILOTQ_POINTS",
+        "PILOTQ_FAILPOINTS",
         "PILOTQ_AGENT",
         "PILOTQ_HOST",
         "PILOTQ_RANK_CPUS",
     }
 )
 
-
-def known() -> frozenset[str]:
-    """Every name above."""
-    words = {name.strip() for names in (*OF_TASKS, *OF_COMMANDS) for name in names.split(",")}
-    return OF_PARTS | words
+# Every name above.
+KNOWN: Final = OF_PARTS | {name.strip() for names in (*OF_TASKS, *OF_COMMANDS) for name in names.split(",")}

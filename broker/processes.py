@@ -1,6 +1,7 @@
-"""Parts of a pilot as child processes: started with a log, watched by pidfd, restarted within a budget.
+"""Child processes of a pilot: each is started with a log of its own, watched by pidfd, and restarted within a budget.
 
-A part dies with its parent: the kernel sends it SIGTERM when the supervisor ends, however that happens.
+Such a process, a *part* of the pilot, ends with its parent: the kernel sends it SIGTERM when the supervisor ends,
+however that happens.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
-import time
 from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -18,27 +21,27 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 def become_subreaper() -> None:
-    """Orphans below this process become its children, so that none escapes (see `reap_orphans`)."""
+    """Make orphans below this process its children, so that none escapes (see `reap_orphans`)."""
     if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 
 
-def die_with(parent: int) -> None:
-    """The kernel ends this process (SIGTERM) with its parent, whose number it was before the fork."""
+def terminate_with(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends; ``parent`` is its number before the fork."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     # The parent may have died before the line above took effect: then no signal would ever come.
     if os.getppid() != parent:
         os._exit(1)
 
 
-def die_with_parent() -> None:
-    """This process is killed when its parent ends, however that ends."""
+def kill_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that happens."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A descriptor that is readable once the process has ended; None where the kernel (before 5.3) has none.
+    """A descriptor that is readable once the process has ended; None on kernels before 5.3, which have none.
 
     Raises ProcessLookupError when there is no such process.
     """
@@ -50,8 +53,11 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
-class Budget:
-    """At most ``limit`` restarts within ``window`` seconds."""
+class RestartBudget:
+    """Allows at most ``limit`` restarts within ``window`` seconds.
+
+    RestartBudget(5, 60.0).take(time.monotonic())
+    """
 
     def __init__(self, limit: int, window: float) -> None:
         self.limit = limit
@@ -68,32 +74,34 @@ class Budget:
         return True
 
 
-class Part:
-    """One part: how it is started, and its process while there is one.
+class PilotProcess:
+    """One part of a pilot: how it is started, and its process while there is one.
 
-    ``log`` is appended to and readable by its owner only. ``cwd`` is where it runs: never the user's directory, where
-    a folder called ``pilotq`` would be imported instead of us. ``held``: its stdin is a pipe that stays open as long as
-    we live, so that what it starts elsewhere sees our end.
+    ``log`` is a file that is appended to, readable by its owner only. ``cwd`` is the directory the process runs in:
+    never the user's, where a folder called ``pilotq`` would be imported instead of this package. ``hold_stdin``: its
+    stdin is a pipe that stays open as long as this process lives, so that what it starts elsewhere notices our end.
     """
 
-    def __init__(self, name: str, argv: list[str], *, log: str, cwd: str, held: bool = False) -> None:
+    def __init__(self, name: str, argv: list[str], *, log: str, cwd: str, hold_stdin: bool = False) -> None:
         self.name = name
         self.argv = argv
         self.log = log
         self.cwd = cwd
-        self.held = held
+        self.hold_stdin = hold_stdin
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd: int | None = None
 
     def start(self) -> None:
+        import subprocess  # here: launchers and interpreters import this module too, and start nothing by it
+
         self.close()
         parent = os.getpid()
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             self.process = subprocess.Popen(
-                self.argv, stdin=subprocess.PIPE if self.held else subprocess.DEVNULL, stdout=log, stderr=log,
+                self.argv, stdin=subprocess.PIPE if self.hold_stdin else subprocess.DEVNULL, stdout=log, stderr=log,
                 cwd=self.cwd, start_new_session=True, umask=0o077,
-                preexec_fn=lambda: die_with(parent),  # noqa: PLW1509 - a supervisor has one thread, and this takes no lock
+                preexec_fn=lambda: terminate_with(parent),  # noqa: PLW1509 - a supervisor has one thread, and this takes no lock
             )  # fmt: skip
         finally:
             os.close(log)
@@ -108,7 +116,7 @@ class Part:
         return self.process is not None and self.process.poll() is None
 
     def ended(self) -> str:
-        """How it ended, in words; empty while it runs, and before it was started."""
+        """How it ended, as text; empty while it runs, and before it was started."""
         code = self.process.poll() if self.process is not None else None
         if code is None:
             return ""
@@ -119,13 +127,13 @@ class Part:
             self.process.send_signal(number)  # does nothing once the end was seen
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Kill it with SIGKILL, and wait until it has ended."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
     def close(self) -> None:
-        """Forget an ended process."""
+        """Release the descriptors of an ended process."""
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
@@ -133,8 +141,8 @@ class Part:
             self.process.stdin.close()
         self.process = None
 
-    def last_words(self, lines: int = 5) -> str:
-        """The last lines of its log, or a remark that it is empty."""
+    def last_lines(self, lines: int = 5) -> str:
+        """The last lines of its log, or a note that it is empty."""
         return tail(self.log, lines) or f"({self.log} is empty)"
 
 
@@ -151,21 +159,16 @@ def tail(path: str, lines: int) -> str:
 
 
 def reap_orphans(known: set[int]) -> None:
-    """Collect ended children that are not in ``known`` (those are waited for by their owners).
+    """Reap ended children that are not in ``known``: those are waited for by their owners.
 
-    Stops at the first known one: it stands in front of others in the kernel's list until its owner has seen it.
+    Stops at the first known one: it is in front of others in the kernel's list until its owner has reaped it.
     """
     while True:
         try:
-            # Look without taking: waitpid(-1) would steal the exit status of a part.
+            # WNOWAIT: waitpid(-1) would take the exit status of a part from its owner.
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
         if found is None or found.si_pid in known:
             return
         os.waitpid(found.si_pid, 0)
-
-
-def log(text: str) -> None:
-    """One line with the time to stderr, which is the log of the part that calls it."""
-    os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""Every interval and bound, named, with its unit in the name and the reason for the number."""
+"""Every interval and bound of a pilot, with its unit in the name and the reason for the number."""
 
 from __future__ import annotations
 
@@ -6,48 +6,112 @@ import msgspec
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds. Tests shorten them through ``PILOTQ_SETTINGS`` (a JSON object of these names)."""
+    """Intervals and bounds; those whose names end in ``_s`` are in seconds.
 
-    backfill_wait_s: float = 1.0  # W: how long the first blocked task may be overtaken
-    ahead_s: float = 0.2  # work handed ahead per lane: hides the round trip, bounds the inversion of priorities
-    ahead_after_ends: int = 5  # nothing is handed ahead before so many ends of the class were seen
-    ahead_max: int = 200  # tasks handed ahead per lane, whatever their length
-    line_s: float = 0.02  # of it a launcher is told at once: more than a turn takes, less than anybody minds
-    line_max: int = 16  # ... and never more tasks per lane
-    recall_s: float = 1.0  # handed ahead, not started for so long, and would fit elsewhere: taken back
-    gather_s: float = 5.0  # how long a new dispatcher waits for the nodes its pilot began with
-    report_s: float = 0.02  # ends wait so long for company while their lanes go on with tasks handed ahead
-    report_max: int = 64  # ... or until there are so many
-    started_after_s: float = 0.1  # a launch is reported by itself only when the task lives so long
-    interpreter_calls: int = 100_000  # after so many an interpreter is replaced: what functions leak has a bound
-    kill_grace_s: float = 10.0  # between SIGTERM and SIGKILL
-    unkillable_s: float = 30.0  # what lives so long after the first SIGKILL hangs in the kernel: it keeps its cores
-    launch_confirm_s: float = 10.0  # a launch not confirmed by then: the launcher is put aside
-    confirm_s: float = 30.0  # after the kill grace: a node that does not say that it is swept by then keeps its cores
-    beat_s: float = 2.0  # a worker's heartbeat
+    Tests shorten them through ``PILOTQ_SETTINGS``, a JSON object of these names: ``{"heartbeat_s": 0.2}``.
+    """
+
+    # -- placement and prefetch ---------------------------------------------------------------------------------------
+
+    # The first task that finds no place may be overtaken for so many seconds; then resources are kept for it.
+    backfill_wait_s: float = 1.0
+    # A slot prefetches so many seconds of work: this hides the round trip, and bounds how long a priority is inverted.
+    prefetch_s: float = 0.2
+    # Nothing is prefetched before so many tasks of the class have ended: their mean run time is not known earlier.
+    prefetch_after: int = 5
+    # A slot prefetches at most so many tasks, however short they are.
+    prefetch_max: int = 200
+    # A prefetched task that has not started after so many seconds is retracted where it would fit elsewhere.
+    retract_after_s: float = 1.0
+    # A launcher is given chains of so many seconds of work: longer than a turn of the worker, too short to be noticed.
+    chain_s: float = 0.02
+    # A chain has at most so many tasks.
+    chain_max: int = 16
+    # A new dispatcher waits so many seconds for the nodes its pilot began with.
+    initial_nodes_wait_s: float = 5.0
+
+    # -- what workers report ------------------------------------------------------------------------------------------
+
+    # Ends are collected for so many seconds before they are reported, while slots go on with prefetched tasks.
+    report_batch_s: float = 0.02
+    # Ends are reported earlier when there are so many.
+    report_batch_max: int = 64
+    # A start is reported on its own only if the task runs for so many seconds.
+    started_after_s: float = 0.1
+
+    # -- executions on a node -----------------------------------------------------------------------------------------
+
+    # A Python interpreter is replaced after so many calls, which bounds what functions leak.
+    interpreter_calls: int = 100_000
+    # SIGKILL follows SIGTERM after so many seconds.
+    kill_grace_s: float = 10.0
+    # A process that lives so many seconds after the first SIGKILL hangs in the kernel: its task keeps its cores.
+    unkillable_s: float = 30.0
+    # A launcher that does not confirm a launch within so many seconds is replaced.
+    launch_confirm_s: float = 10.0
+    # A node of a multinode task that does not confirm within so many seconds after the kill grace that it is swept
+    # keeps its cores reserved.
+    sweep_confirm_s: float = 30.0
+
+    # -- contact with the server --------------------------------------------------------------------------------------
+
+    # A worker sends a heartbeat every so many seconds.
+    heartbeat_s: float = 2.0
+    # The dispatcher compares its state with the server's every so many seconds.
     reconcile_s: float = 1.0
-    contact_s: float = 120.0  # a worker out of touch for so long ends its tasks; 0: never, on a unix socket
-    contact_margin_s: float = 5.0  # so long after that, and after its grace, they are given to others
-    reply_s: float = 10.0  # a worker makes a connection again on which an answer takes longer
-    connect_s: float = 2.0  # how long a worker may be held up by a server that takes no connection
-    stage_ttl_s: int = 600  # an uncommitted submit vanishes after this
+    # A worker that is out of touch for so many seconds ends its tasks; 0: never, which is used on a unix socket.
+    node_timeout_s: float = 120.0
+    # Other nodes get these tasks so many seconds after that, and after the kill grace.
+    node_timeout_margin_s: float = 5.0
+    # A worker makes a connection anew on which an answer takes longer than so many seconds.
+    reply_s: float = 10.0
+    # A server that accepts no connection may hold a worker up for so many seconds.
+    connect_s: float = 2.0
+    # A process of the pilot waits so many seconds for a server that does not answer.
+    server_wait_s: float = 60.0
+
+    # -- how long records are kept ------------------------------------------------------------------------------------
+
+    # A submission that was not committed vanishes after so many seconds.
+    stage_ttl_s: int = 600
+    # The record of a finished task is kept for so many seconds.
     finished_ttl_s: int = 3600
+    # The record of a failed task is kept for so many seconds.
     failed_ttl_s: int = 7 * 86_400
-    keep_records: int = 100_000  # ended records of one kind that Redis keeps for a queue
-    server_wait_s: float = 60.0  # how long a part waits for a server that does not answer
+    # Redis keeps at most so many ended records of one kind for a queue.
+    keep_records: int = 100_000
+    # The journal is put onto the disk every so many seconds.
     journal_fsync_s: float = 1.0
-    restart_limit: int = 5  # restarts of a part ...
-    restart_window_s: float = 60.0  # ... within this time, then the pilot ends
-    crash_limit: int = 3  # unexplained losses of one task
-    aside_after: int = 3  # different tasks in a row that failed at once: their node is doubted; 0: it never is
-    aside_parts: int = 0  # 1: so may be nodes that the supervisor made of its own machine
-    aside_quick_s: float = 5.0  # what fails sooner has failed at once: importing a program's libraries may take seconds
-    aside_pause_s: float = 30.0  # before a node that was put aside is tried with one task; twice as long each time ...
-    aside_pause_max_s: float = 600.0  # ... up to this
-    stop_wait_s: float = 30.0  # how long `stop` waits for workers to end
-    nodes_wait_s: float = 60.0  # how long the least number of nodes may take to join
-    retry_node_s: float = 1.0  # before a node whose worker did not start is tried again; twice as long each time
-    deadline_s: float = 60.0  # how often Slurm is asked when the allocation ends
+
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    # A process of the pilot may be restarted so many times within the window; one more time, and the pilot ends.
+    restart_limit: int = 5
+    # The window of the restarts, in seconds.
+    restart_window_s: float = 60.0
+    # A task is given up after so many losses that nothing else explains.
+    crash_limit: int = 3
+    # A node is suspected after so many different tasks in a row that failed quickly; 0: never.
+    quarantine_after: int = 3
+    # 1: this holds for nodes, too, that the supervisor has made of its own machine.
+    quarantine_local_nodes: int = 0
+    # A failure within so many seconds is quick; importing a program's libraries may take some.
+    quick_failure_s: float = 5.0
+    # A quarantined node is probed with one task after so many seconds, and after twice as long each next time.
+    probe_after_s: float = 30.0
+    # The wait between two probes of a node is at most so many seconds.
+    probe_after_max_s: float = 600.0
+
+    # -- start and end of a pilot -------------------------------------------------------------------------------------
+
+    # `stop` waits so many seconds for workers to end, beside the kill grace.
+    stop_wait_s: float = 30.0
+    # The least number of nodes must have joined after so many seconds.
+    nodes_wait_s: float = 60.0
+    # A worker that did not start is started again after so many seconds, and after twice as long each next time.
+    worker_restart_s: float = 1.0
+    # Slurm is asked every so many seconds when the allocation ends.
+    allocation_poll_s: float = 60.0
 
 
 def load(text: str | None) -> Settings:

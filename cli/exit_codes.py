@@ -1,4 +1,4 @@
-"""What the command line ends with. Errors carry their own number: see broker/errors.py."""
+"""Exit codes of the commands. Errors carry their own number: see broker/errors.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TIMED_OUT: Final = 4
 INTERRUPTED: Final = 130
 
 MEANINGS: Final[dict[int, str]] = {
-    ALL_FINISHED: "all tasks finished (`run`, `wait`); the command did what it was asked for (the others)",
+    ALL_FINISHED: "all tasks finished (`run`, `wait`); the command succeeded (the others)",
     TASKS_FAILED: "some task failed, was canceled or omitted, or never ran; of `retry`: something could not run again",
-    INVALID: "wrong usage, a description that cannot be, or no such pilot or task: nothing was submitted",
+    INVALID: "wrong usage, an impossible request, or no such pilot or task: nothing was submitted",
     PILOT_FAILED: "the pilot or its server failed; of `doctor`: something would keep a pilot from working",
-    TIMED_OUT: "the time to wait was over",
+    TIMED_OUT: "the time to wait ran out",
     INTERRUPTED: "interrupted",
 }
 

@@ -1,4 +1,4 @@
-"""How tasks and nodes look: as a table for people, as JSON for programs.
+"""Formats tasks, nodes and numbers: tables for people, JSON for programs.
 
 Names, commands and messages come from users and their programs: in a table they are shown without control
 characters and terminal escapes, so that nobody's task name can move a cursor, hide a line or write a clipboard.
@@ -33,7 +33,7 @@ DETAILS = (
     "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "elements",
     "ended",
 )  # fmt: skip
-NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "BEAT")
+NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "HEARTBEAT")
 
 
 def clean(text: str) -> str:
@@ -177,3 +177,11 @@ def counts_json(counts: Counts) -> dict[str, int]:
 def to_json(value: Any) -> str:
     """Indented JSON; bytes that are no UTF-8 must have been decoded before."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
+def print_ids(rows: Sequence[tuple[str, str, int]], as_json: bool) -> None:
+    """Print the ids of submitted tasks, one a line; ``rows`` are id, name, and how many tasks it stands for."""
+    if as_json:
+        click.echo(to_json([{"id": i, "name": name, "tasks": size} for i, name, size in rows]))
+    elif rows:
+        click.echo("\n".join(i for i, _, _ in rows))

@@ -1,4 +1,4 @@
-"""The life of a pilot that was started for one purpose: from its first task until nothing of it is left."""
+"""Runs a pilot that was started for one purpose, from its first task until it has ended."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.views import Counts
 from pilotq.broker.errors import ServerUnavailable, WaitTimedOut
-from pilotq.broker.pilot.start import CUT_SHORT, StartedPilot
+from pilotq.broker.pilot.start import ALLOCATION_ENDED, StartedPilot
 from pilotq.cli import formatting, progress
 from pilotq.cli.interrupts import Interrupts
-from pilotq.cli.pilot_options import failure, plural
+from pilotq.cli.pilot_options import pilot_failure, plural
 
-LOOK_S = 0.25  # how often the progress is looked at
-MODES = ("stop", "drain", "now")  # how the pilot ends, by the number of the user's wishes to end
+POLL_S = 0.25  # how often the progress is read
+MODES = ("stop", "drain", "now")  # how the pilot ends, by the number of the user's requests to end
 
 
 class Lifetime:
-    """One purpose; a subclass says what it is by `begin`, `done`, `complete` and `close`."""
+    """A pilot and the one purpose it serves, which a subclass defines by `begin`, `done`, `complete` and `close`."""
 
     program = "pilotq"
 
@@ -34,8 +34,8 @@ class Lifetime:
         self.cores = 0  # of all nodes, as they were at the end
         self.cut_short = False  # the allocation has ended before all tasks had
 
-    def live(self) -> None:
-        """All of it; raises what made it fail, and PilotFailed when the pilot did. The pilot is gone then."""
+    def run_to_end(self) -> None:
+        """Begin, wait, and end the pilot; raises any failure, PilotFailed if it failed. No pilot is left then."""
         self.began = time.time()
         try:
             with Broker.connect(self.pilot.directory) as broker:
@@ -49,83 +49,83 @@ class Lifetime:
                 finally:
                     self.close()
         except BaseException:
-            # Whatever it is, the pilot was for this alone.
+            # Whatever it is, the pilot served this purpose alone.
             self.pilot.process.terminate()
             self.pilot.process.wait()
             raise
         finally:
             self.shown.close()
-        if self.pilot.process.returncode not in (0, CUT_SHORT):
-            raise failure(self.pilot)
-        if self.pilot.process.returncode == CUT_SHORT or self.interrupts.wish:
-            self.counts = Archive(self.pilot).counts()  # some have ended since the last look
+        if self.pilot.process.returncode not in (0, ALLOCATION_ENDED):
+            raise pilot_failure(self.pilot)
+        if self.pilot.process.returncode == ALLOCATION_ENDED or self.interrupts.end_mode:
+            self.counts = Archive(self.pilot).counts()  # some have ended since the last poll
             self.cut_short = self.counts.left > 0 and not self.interrupts.count
 
-    # -- what a subclass says ---------------------------------------------------------------------------------------
+    # -- what a subclass defines ------------------------------------------------------------------------------------
 
     def begin(self, broker: Broker) -> None:
-        """Submit what it is about."""
+        """Submit the tasks."""
 
     def done(self, broker: Broker) -> bool:
-        """Wait up to LOOK_S seconds; whether nothing is left to do. May raise WaitTimedOut to say no."""
-        self.counts = broker.wait(timeout=LOOK_S)
+        """Wait up to POLL_S seconds; whether nothing is left to do. May raise WaitTimedOut in place of False."""
+        self.counts = broker.wait(timeout=POLL_S)
         return True
 
     def complete(self) -> None:
         """The pilot has ended, and its journal is complete."""
 
     def close(self) -> None:
-        """Give back what `begin` has opened."""
+        """Release what `begin` has opened."""
 
-    # -- what happens -----------------------------------------------------------------------------------------------
+    # -- the steps ---------------------------------------------------------------------------------------------------
 
-    def _over(self) -> bool:
+    def _pilot_ended(self) -> bool:
         return self.pilot.process.poll() is not None
 
     def _follow(self, broker: Broker) -> None:
         """Until all is done, the pilot has ended, or the user does not want to wait any more."""
-        while not self.interrupts.count and not self.interrupts.wish and not self._over():
+        while not self.interrupts.count and not self.interrupts.end_mode and not self._pilot_ended():
             try:
                 if self.done(broker):
                     return
             except WaitTimedOut:
-                self._look(broker)
+                self._update_progress(broker)
             except ServerUnavailable:
                 # The supervisor starts it again, or ends. A refused connection comes back at once.
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
 
     def _count_cores(self, broker: Broker) -> None:
         try:
             self.cores = sum(node.cores for node in broker.nodes())
         except ServerUnavailable:
-            pass  # it has ended: what was planned stands
+            pass  # it has ended: the planned number stands
 
-    def _look(self, broker: Broker) -> None:
+    def _update_progress(self, broker: Broker) -> None:
         try:
             self.counts = broker.counts()
             self.shown.update(self.counts, broker.running())
         except ServerUnavailable:
-            pass  # it has ended, or is on its way back: the next look tells
+            pass  # it has ended, or is being started again: the next poll shows which
 
     def _end(self, broker: Broker) -> None:
         """End the pilot. After one Ctrl-C when nothing runs any more, after the next at once."""
-        said = ""
-        while not self._over():
+        requested = ""
+        while not self._pilot_ended():
             count = min(self.interrupts.count, 2)
-            mode = MODES[count] if count or not self.interrupts.wish else self.interrupts.wish
-            if said != mode:
-                self._ask(broker, mode)
-                said = mode
+            mode = MODES[count] if count or not self.interrupts.end_mode else self.interrupts.end_mode
+            if requested != mode:
+                self._request_end(broker, mode)
+                requested = mode
             if count:
-                self._look(broker)
-                time.sleep(LOOK_S)
+                self._update_progress(broker)
+                time.sleep(POLL_S)
             else:
                 time.sleep(0.01)
 
-    def _ask(self, broker: Broker, mode: str) -> None:
+    def _request_end(self, broker: Broker, mode: str) -> None:
         try:
             if mode == "drain":
-                # At once, and not when the supervisor looks: what ends from here on is followed by nothing.
+                # At once, and not only at the supervisor's next poll: from here on nothing starts after what ends.
                 broker.pause(True)
             broker.request_stop(mode)
             if mode == "drain":
@@ -133,7 +133,7 @@ class Lifetime:
                 whom = "it" if running == 1 else "them"
                 self.say(f"waiting for {plural(running, 'running task')}; Ctrl-C again ends {whom}")
             elif mode == "now":
-                self.say("ending what runs")
+                self.say("ending all running tasks")
         except ServerUnavailable:
             pass  # it is ending already
 

@@ -1,4 +1,4 @@
-"""`pilotq`: finds the command, and turns what goes wrong into one sentence and an exit code.
+"""The program `pilotq`: finds the command, and turns errors into one sentence and an exit code.
 
 A command's module is imported when the command is called: a submit must not pay for the imports of the others.
 """
@@ -17,69 +17,69 @@ import msgspec
 from pilotq.broker.errors import PilotqError
 from pilotq.cli import exit_codes
 
-# section of the help -> verb -> (module of cli/commands, what it does)
-SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
+# Section of the help -> command -> what it does. The command NAME is `NAME_command` in cli/commands/NAME.py.
+SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Run": {
-        "run": ("run", "Start a pilot, run tasks in it, wait, sum up, end."),
-        "start": ("start_stop", "Start a pilot in the background."),
-        "stop": ("start_stop", "End a pilot."),
+        "run": "Start a pilot, run tasks in it, print a summary, end it.",
+        "start": "Start a pilot in the background.",
+        "stop": "End a pilot.",
     },
     "Submit": {
-        "enqueue": ("enqueue", "Submit one task, or one array of tasks."),
-        "submit": ("enqueue", "Submit the tasks of a file."),
+        "enqueue": "Submit one task, or one array of tasks.",
+        "submit": "Submit the tasks of a file.",
     },
-    "Look": {
-        "list": ("inspect", "List tasks: running, waiting, ended."),
-        "show": ("inspect", "Show all that is known of tasks."),
-        "explain": ("explain", "Say why tasks wait, or why they ended so."),
-        "logs": ("inspect", "Print what a task wrote."),
-        "nodes": ("nodes", "List the nodes of the pilot; drain or retire some."),
-        "status": ("inspect", "Show how far the pilot is."),
-        "top": ("top", "Watch tasks and nodes, live."),
-        "report": ("report", "Sum up the journal, or draw it."),
+    "Inspect": {
+        "list": "List tasks: running, waiting, ended.",
+        "show": "Show everything known about tasks.",
+        "explain": "Explain why tasks wait, or why they ended as they did.",
+        "logs": "Print what a task wrote.",
+        "nodes": "List the nodes of the pilot; drain or retire some.",
+        "status": "Show the progress of the pilot.",
+        "top": "Watch tasks and nodes, live.",
+        "report": "Summarise the journal, or draw it.",
     },
     "Control": {
-        "wait": ("wait_cancel", "Wait until tasks have ended."),
-        "cancel": ("wait_cancel", "Cancel tasks, waiting or running."),
-        "retry": ("retry", "Run tasks again that did not finish."),
+        "wait": "Wait until tasks have ended.",
+        "cancel": "Cancel tasks, waiting or running.",
+        "retry": "Run tasks that did not finish again.",
     },
     "Use other tools": {
-        "dashboard": ("dashboard", "Show the pilot in a browser."),
-        "url": ("connect", "Print the URL of the pilot's server."),
-        "exec": ("connect", "Run a command that finds the pilot's server."),
+        "dashboard": "Show the pilot in a browser.",
+        "url": "Print the URL of the pilot's server.",
+        "exec": "Run a command that finds the pilot's server.",
     },
     "Help": {
-        "doctor": ("doctor", "Check the machine, the directory, the pilot."),
-        "help": ("help", "Explain a topic, or a command."),
-        "completion": ("help", "Print the lines that complete commands."),
+        "doctor": "Check the machine, the directory, the pilot.",
+        "help": "Explain a topic or a command.",
+        "completion": "Print the code that completes commands with Tab.",
     },
     "Parts": {
-        "server": ("parts", "Run a server in the foreground."),
-        "dispatcher": ("parts", "Run a dispatcher in the foreground."),
-        "worker": ("parts", "Run the worker of one node in the foreground."),
+        "server": "Run a server in the foreground.",
+        "dispatcher": "Run a dispatcher in the foreground.",
+        "worker": "Run the worker of one node in the foreground.",
     },
 }
-HIDDEN: Final = {"supervisor": ("parts", "The process that `run` and `start` leave.")}
-VERBS: Final = {verb: entry for verbs in [*SECTIONS.values(), HIDDEN] for verb, entry in verbs.items()}
+HIDDEN: Final = {"supervisor": "The process that `run` and `start` leave in the background."}
+COMMANDS: Final = frozenset[str]().union(*SECTIONS.values(), HIDDEN)
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports them by need."""
+    """A group that knows its commands by name, and imports the one that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [verb for verb in VERBS if verb not in HIDDEN]
+        return [command for commands in SECTIONS.values() for command in commands]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
+        if name not in COMMANDS:
             return None
-        module = import_module(f"pilotq.cli.commands.{VERBS[name][0]}")
+        module = import_module(f"pilotq.cli.commands.{name}")
         command: click.Command = getattr(module, f"{name}_command")
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from difflib import get_close_matches
 
             near = get_close_matches(args[0], self.list_commands(ctx), n=1)
@@ -88,9 +88,9 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for section, verbs in SECTIONS.items():
+        for section, commands in SECTIONS.items():
             with formatter.section(section):
-                formatter.write_dl([(verb, text) for verb, (_, text) in verbs.items()], col_max=12)
+                formatter.write_dl(list(commands.items()), col_max=12)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -104,7 +104,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="pilotq COMMAND --help tells more, with an example.",
+    epilog="pilotq COMMAND --help shows more, with an example.",
 )
 @click.version_option(package_name=None, version=import_module("pilotq").__version__, prog_name="pilotq")
 def pilotq() -> None:
@@ -118,12 +118,12 @@ def pilotq() -> None:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    stand_in()
+    open_closed_streams()
     sys.exit(call(argv))
 
 
-def stand_in() -> None:
-    """Where standard input or output is closed (`>&-`) /dev/null stands in: what we open next would get its number."""
+def open_closed_streams() -> None:
+    """Open /dev/null for each closed standard stream (`>&-`): the next file opened would get its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -143,23 +143,23 @@ def call(argv: list[str] | None = None, command: click.Command = pilotq, name: s
     except (click.Abort, KeyboardInterrupt):
         return exit_codes.INTERRUPTED
     except PilotqError as error:
-        return _complain(str(error), error.exit_code)
+        return _print_error(str(error), error.exit_code)
     except msgspec.MsgspecError as error:
         # The boundary to PILOTQ_SETTINGS, and to files of the pilot that somebody may have edited.
-        return _complain(str(error), exit_codes.INVALID)
+        return _print_error(str(error), exit_codes.INVALID)
     except OSError as error:
         # The boundary to the user's files and disks: full, forbidden, gone.
-        if error.errno == errno.ENOENT and not error.filename and _nowhere():
-            return _complain(
+        if error.errno == errno.ENOENT and not error.filename and _directory_is_gone():
+            return _print_error(
                 "the current directory does not exist any more: change to one that does", exit_codes.INVALID
             )
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
             where = "the disk of the pilot's directory, or of the standard output, is full: "
-        return _complain(f"{where}{error.strerror or error}", exit_codes.PILOT_FAILED)
+        return _print_error(f"{where}{error.strerror or error}", exit_codes.PILOT_FAILED)
 
 
-def _nowhere() -> bool:
+def _directory_is_gone() -> bool:
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -175,10 +175,10 @@ def _usage(error: click.ClickException) -> int:
     text = error.format_message()
     if context is not None:
         text = f"{text.rstrip('.')}{'' if text.endswith('?') else '.'} See `{context.command_path} --help`."
-    return _complain(text, exit_codes.INVALID)
+    return _print_error(text, exit_codes.INVALID)
 
 
-def _complain(text: str, code: int) -> int:
+def _print_error(text: str, code: int) -> int:
     """One sentence, perhaps with lines of a log. Names of files and tasks in it may hold anything."""
     from pilotq.cli.formatting import lines
 

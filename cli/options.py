@@ -1,4 +1,4 @@
-"""Options that several commands share, and the task that they describe."""
+"""Options that several commands share, and the task that the options of a task describe."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import msgspec
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.connection import parse_url
+from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
-from pilotq.broker.tasks.dependencies import Batch
 from pilotq.broker.tasks.model import MODELS, Request, Task
 from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
 from pilotq.broker.tasks.submit_context import POLICIES
@@ -37,7 +37,7 @@ def parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Paramete
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """One decorator that adds these options, in this order."""
+    """One decorator that adds these options, in this order: `all_of(dir_option, json_option)`."""
 
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -69,14 +69,14 @@ task_options = all_of(
                  help="A task for each line, {value} in CMD."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
-                 help="End it after: 90s, 10m, 1:30:00."),
+                 help="End it after this time: 90s, 10m, 1:30:00."),
     click.option("--time-request", metavar="TIME", callback=parsed(parse_duration),
-                 help="It takes at most so long: helps to fill gaps."),
-    click.option("--retries", type=int, default=0, metavar="N", help="Try again after failures."),
+                 help="It takes at most this long: helps to fill gaps."),
+    click.option("--retries", type=int, default=0, metavar="N", help="How often to try again after a failure."),
     click.option("--backoff", metavar="TIME", callback=parsed(parse_duration),
-                 help="Before the first retry; doubles each time."),
+                 help="Pause before the first retry; doubles each time."),
     click.option("--retry-on", metavar="LIST", default="",
-                 help="Only after these: 75,100-110,signal,limit."),
+                 help="Only after these failures: 75,100-110,signal,limit."),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; may be repeated."),
     click.option("--env-policy", type=click.Choice(POLICIES), default="submit", metavar="WHOSE",
                  help="submit (yours), worker (its own), or clean."),
@@ -87,21 +87,25 @@ task_options = all_of(
     click.option("--model", type=click.Choice(sorted(MODELS)), default="default", metavar="MODEL",
                  help="How it is started: " + ", ".join(sorted(MODELS)) + "."),
     click.option("--model-opt", "model_opts", multiple=True, metavar="NAME=VALUE",
-                 help="Such as mpirun_args=...; may be repeated."),
+                 help="An option of the model, such as mpirun_args=...; may be repeated."),
     click.option("--queue", default="default", metavar="QUEUE", help="The queue it waits in."),
 )  # fmt: skip
 
 # These describe a task, and have no meaning beside a file of tasks.
-TASK_WORDS = frozenset(parameter.name for parameter in click.command("task")(task_options(lambda **_: None)).params) - {
+TASK_OPTIONS = frozenset(
+    parameter.name for parameter in click.command("task")(task_options(lambda **_: None)).params
+) - {
     "env_policy",
     "help",
 }
 
 file_options = all_of(
     click.option("--format", type=click.Choice(FORMATS), help="What FILE is.  [default: recognised]"),
-    click.option("--shell", is_flag=True, help="Each plain line is for a shell: pipes and redirections work."),
+    click.option("--shell", is_flag=True, help="Run each plain line with a shell: pipes and redirections work."),
     click.option(
-        "--replies", metavar="FILE", help="Where the replies to QCG-PilotJob's requests go, one a line (- is stdout)."
+        "--replies",
+        metavar="FILE",
+        help="Write the replies to QCG-PilotJob's requests to FILE, one a line (- is stdout).",
     ),
 )
 
@@ -177,7 +181,7 @@ def server_url(url: str | None) -> str | None:
     """
     if url and parse_url(url).password:
         raise InvalidInput(
-            "--redis: a password on a command line can be read by everybody on this machine: put the URL into "
+            "--redis: everybody on this machine can read a password on a command line: put the URL into "
             "PILOTQ_REDIS_URL, or the password into a file that PILOTQ_PASSWORD_FILE names"
         )
     url = url or os.environ.get("PILOTQ_REDIS_URL")
@@ -203,12 +207,12 @@ def read_text(path: str) -> str:
 def _values(path: str) -> list[str]:
     values = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
     if not values:
-        raise InvalidInput(f"{path}: has no line that is not blank, so there is no task")
+        raise InvalidInput(f"{path}: all lines are blank, so there is no task")
     return values
 
 
 def counters_of(words: Iterable[str]) -> dict[str, int]:
-    """The counters of a node by the words of ``--counter``; raises InvalidInput."""
+    """The counters of a node by the values of ``--counter``; raises InvalidInput."""
     counters = dict(_counted("counter", word) for word in words)
     try:
         request_of(Request(), use=counters)  # has the rule for their names
@@ -220,7 +224,7 @@ def counters_of(words: Iterable[str]) -> dict[str, int]:
 def _counted(option: str, word: str) -> tuple[str, int]:
     name, _, number = word.partition("=")
     if not name or not re.fullmatch(r"[0-9]{1,15}", number):
-        raise InvalidInput(f"--{option}: {word!r} says not how many: write NAME=N, such as --{option} licence=1")
+        raise InvalidInput(f"--{option}: {word!r} does not say how many: write NAME=N, such as --{option} licence=1")
     return name, int(number)
 
 

@@ -1,4 +1,4 @@
-"""Starting and ending pilots: what `run`, `start` and `stop` share."""
+"""Options of a pilot, and how one is started and waited for: what `run`, `start` and `stop` share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import click
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed
 from pilotq.broker.pilot.directory import Pilot, find
-from pilotq.broker.pilot.lock import await_verdict
+from pilotq.broker.pilot.lock import await_holder_state
 from pilotq.broker.pilot.server import DURABILITY
 from pilotq.broker.pilot.start import METHODS, LocalNode, Remote, StartedPilot, SupervisorOptions, start_pilot
 from pilotq.broker.processes import tail
 from pilotq.broker.settings import load
-from pilotq.broker.slurm.allocation import address_for, choose, job_id, read_allocation
+from pilotq.broker.slurm.allocation import address_for, choose_nodes, job_id, read_allocation
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA
-from pilotq.broker.store.messages import NodeInfo
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import parse_duration
 from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
 from pilotq.workers.machine.topology import memory_bytes, numa_groups, usable_cpus, virtual_nodes, without_siblings
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
 GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
 ENV_SCHEMAS = ("auto", "slurm", "common")
-NODE_WORDS = ("min_nodes", "start_method", "no_smt", "bind")  # options that only some clusters need
-LOOK_S = 0.05
-NODES_S = 30.0  # how long nodes of this machine may take to join, and how much longer than their supervisor
-LATE_S = 10.0  # nodes of an allocation that have not come by then join late
+CLUSTER_OPTIONS = ("min_nodes", "start_method", "no_smt", "bind")  # options that only some clusters need
+POLL_S = 0.05
+NODES_S = 30.0  # for nodes of this machine to join; others have `nodes_wait_s` more
+LATE_S = 10.0  # the command no longer waits for nodes of an allocation that have not joined by then
 
 
 def signal_number(text: str) -> int:
@@ -51,18 +51,19 @@ def signal_number(text: str) -> int:
 
 grace_option = click.option(
     "--grace", metavar="TIME", default="60s", show_default=True, callback=parsed(parse_duration),
-    help="Begin to end so long before the allocation does.",
+    help="End the pilot this long before the allocation ends.",
 )  # fmt: skip
 notice_option = click.option(
     "--notice-signal", metavar="NAME", default="TERM", show_default=True, callback=parsed(signal_number),
-    help="What tasks get then.",
+    help="Sent to running tasks then.",
 )  # fmt: skip
 pilot_options = all_of(
-    click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4; of Slurm's nodes "
-                 "which: 3, or 2-4, or n[1-2].  [default: all]"),
+    click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4. In an "
+                 "allocation which nodes: 3, or 2-4, or n[1-2].  [default: all]"),
     click.option("--resources", type=click.Choice(["auto", "local", "slurm"]), default="auto",
                  help="Where its nodes come from."),
-    click.option("--min-nodes", type=click.IntRange(1), default=1, metavar="N", help="Begin with no fewer nodes."),
+    click.option("--min-nodes", type=click.IntRange(1), default=1, metavar="N",
+                 help="Start tasks only when N nodes have joined."),
     click.option("--start-method", type=click.Choice(METHODS), default="srun", help="How workers get onto nodes."),
     click.option("--no-smt", is_flag=True, help="A core is a physical core, not a hardware thread."),
     click.option("--bind", metavar="ADDRESS", help="Listen on this address.  [default: the one Slurm's nodes reach]"),
@@ -71,20 +72,20 @@ pilot_options = all_of(
     click.option("--server", metavar="FILE", help="The server's executable.  [default: $PILOTQ_SERVER, else found]"),
     click.option("--redis", metavar="URL", help="Use this server.  [default: $PILOTQ_REDIS_URL, else a private one]"),
     click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec", metavar="HOW",
-                 help="On disk: strict (at once), everysec, or none."),
+                 help="To disk at once (strict), everysec, or none."),
     counter_option,
     click.option("--system-core", is_flag=True, help="Leave the first core to the pilot itself."),
     click.option("--envschema", type=click.Choice(ENV_SCHEMAS), default="auto",
-                 help="slurm: tasks get the variables of a job step."),
+                 help="Variables of tasks; slurm: a job step's, too."),
     click.option("--contact", type=click.FloatRange(min=10.0), metavar="SECONDS",
-                 help="A node out of touch for so long ends its tasks.  [default: 120; on one machine never]"),
+                 help="A node out of touch for this long ends its tasks.  [default: 120; on one machine never]"),
     click.option("--resume", metavar="DIR", help="Go on with the pilot that has ended in DIR."),
     click.option("--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: .pilotq/<id>]"),
 )  # fmt: skip
 
 
 def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> SupervisorOptions:
-    """What the values of `pilot_options` ask for; raises InvalidInput. With ``owner_pid`` it ends with that process.
+    """The pilot that the values of `pilot_options` describe; raises InvalidInput. It ends with process ``owner_pid``.
 
     Counters, which node has the GPUs, and the schema of variables reach the workers by the environment: of this
     process, and of the pilot that it starts.
@@ -122,7 +123,7 @@ def _on_this_machine(values: dict[str, Any], options: SupervisorOptions) -> None
 def _in_allocation(values: dict[str, Any], options: SupervisorOptions) -> None:
     allocation = read_allocation(os.environ)
     if values["nodes"]:
-        allocation = choose(allocation, values["nodes"])
+        allocation = choose_nodes(allocation, values["nodes"])
     if values["min_nodes"] > len(allocation.nodes):
         raise InvalidInput(f"--min-nodes {values['min_nodes']}: there are only {len(allocation.nodes)} nodes")
     if not options.bind and not options.redis:
@@ -132,7 +133,7 @@ def _in_allocation(values: dict[str, Any], options: SupervisorOptions) -> None:
     options.remote = Remote(
         nodes=allocation.names,
         method=values["start_method"],
-        least=values["min_nodes"],
+        min_nodes=values["min_nodes"],
         options=[*(["--no-smt"] if values["no_smt"] else []), *system],
         grants={node.name: node.cpus for node in allocation.nodes},
     )
@@ -149,9 +150,9 @@ def without_system_core(nodes: Sequence[LocalNode]) -> list[LocalNode]:
     return [LocalNode(first.name, left, {core: first.real[core] for core in left}, first.shared), *others]
 
 
-def env_schema(wish: str) -> str:
-    """``slurm`` where it is asked for, or by ``auto`` inside an allocation; else ``common``."""
-    return "slurm" if wish == "slurm" or (wish == "auto" and "SLURM_JOB_ID" in os.environ) else "common"
+def env_schema(wanted: str) -> str:
+    """``slurm`` where it is asked for, or with ``auto`` inside an allocation; else ``common``."""
+    return "slurm" if wanted == "slurm" or (wanted == "auto" and "SLURM_JOB_ID" in os.environ) else "common"
 
 
 def _directory_of(values: dict[str, Any]) -> str | None:
@@ -164,7 +165,9 @@ def _directory_of(values: dict[str, Any]) -> str | None:
     try:
         return find(values["resume"]).directory
     except NoPilot:
-        raise NoPilot(f"--resume {values['resume']}: there has been no pilot in that directory: correct it") from None
+        raise NoPilot(
+            f"--resume {values['resume']}: there was never a pilot in that directory: name another one"
+        ) from None
 
 
 def _server(values: dict[str, Any]) -> str:
@@ -181,7 +184,7 @@ def _server(values: dict[str, Any]) -> str:
 
 
 def set_counters(words: Sequence[str]) -> None:
-    """Let the nodes have these counters, in this process and those that it starts; raises InvalidInput."""
+    """Give the nodes these counters, in this process and those that it starts; raises InvalidInput."""
     if words:
         counters_of(words)
         os.environ[COUNTERS] = " ".join(words)
@@ -191,7 +194,7 @@ def start(values: dict[str, Any], options: SupervisorOptions) -> StartedPilot:
     """Start the pilot that the values of `pilot_options` describe; raises as `start_pilot`."""
     directory = _directory_of(values)
     if directory is not None:
-        await_verdict(os.path.join(directory, "lock"), lambda text: click.echo(f"pilotq: {text}", err=True))
+        await_holder_state(os.path.join(directory, "lock"), lambda text: click.echo(f"pilotq: {text}", err=True))
     pilot = start_pilot(directory, options)
     from pilotq.broker.pilot.directory import forget_total
 
@@ -202,15 +205,15 @@ def start(values: dict[str, Any], options: SupervisorOptions) -> StartedPilot:
 def await_nodes(broker: Broker, pilot: StartedPilot, options: SupervisorOptions) -> None:
     """Wait until all nodes have joined; raises PilotFailed when the pilot ends, or they do not come.
 
-    Of an allocation as many as there must be: those that are late are named, and join when they come.
+    In an allocation only the least number is waited for: the others are named, and join when they come.
     """
-    wanted = {node.name for node in options.planned}
-    least = options.remote.least if options.remote else len(wanted)
+    wanted = {node.name for node in options.expected_nodes}
+    least = options.remote.min_nodes if options.remote else len(wanted)
     begin = time.monotonic()
     longest = NODES_S + (load(os.environ.get("PILOTQ_SETTINGS")).nodes_wait_s if options.remote else 0.0)
     while missing := wanted - {node.name for node in broker.nodes()}:
         if pilot.process.poll() is not None:
-            raise failure(pilot)
+            raise pilot_failure(pilot)
         waited = time.monotonic() - begin
         if waited > LATE_S and len(wanted) - len(missing) >= least and options.remote:
             click.echo(f"pilotq: going on without {', '.join(sorted(missing))}: they join when they come", err=True)
@@ -236,7 +239,7 @@ def node_info(node: LocalNode) -> NodeInfo:
 
 
 def gpus() -> list[str]:
-    """The GPUs that CUDA would show here: as there, what follows one that is none does not count."""
+    """The GPUs that CUDA would show here: as CUDA does, ignore everything after the first invalid name."""
     names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return list(takewhile(lambda name: re.fullmatch(r"[0-9]+|(GPU|MIG)-[A-Za-z0-9/-]+", name), names))
 
@@ -248,25 +251,25 @@ def await_end(
 
     What ``say`` returns goes to stderr, once a second at most, and only when it has changed.
     """
-    begin = said_at = time.monotonic()
-    said = ""
+    begin = printed_at = time.monotonic()
+    printed = ""
     while not (ended() if ended is not None else not pilot.alive()):
         now = time.monotonic()
         if timeout is not None and now - begin > timeout:
             raise PilotFailed(
                 f"the pilot in {pilot.directory} has not ended after {timeout:g} s: "
-                f"`pilotq stop --now` hurries it, {pilot.log('supervisor')} says what it does"
+                f"`pilotq stop --now` kills what runs; {pilot.log('supervisor')} says what it is doing"
             )
-        if now - said_at >= 1.0:
-            said_at, text = now, say()
-            if text and text != said:
-                said = text
+        if now - printed_at >= 1.0:
+            printed_at, text = now, say()
+            if text and text != printed:
+                printed = text
                 click.echo(f"pilotq: {text}", err=True)
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
 
 
-def failure(pilot: Pilot) -> PilotFailed:
-    """The error for a pilot that has ended by itself, with the last words of its supervisor."""
+def pilot_failure(pilot: Pilot) -> PilotFailed:
+    """The error for a pilot that has ended by itself, with the last lines of its supervisor's log."""
     log = pilot.log("supervisor")
     return PilotFailed(f"the pilot failed; {log} ends with:\n{tail(log, 5)}")
 

@@ -1,4 +1,4 @@
-"""How far a run is: a live bar on a terminal, else a plain line on stderr now and then."""
+"""The progress of a run: a live bar on a terminal, else a plain line on stderr now and then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from pilotq.broker.client.views import Counts
 from pilotq.cli import formatting
 
-PLAIN_S = 2.0  # a plain line at most so often
+PLAIN_S = 2.0  # a plain line at most this often
 
 
 class Silent:
@@ -30,14 +30,14 @@ class Plain(Silent):
     def __init__(self) -> None:
         self._begin = time.monotonic()
         self._last = self._begin
-        self._said = ""
+        self._printed = ""
 
     def update(self, counts: Counts, running: int) -> None:
         now = time.monotonic()
         text = f"{formatting.counts_text(counts)}; {running:,} running"
-        if text == self._said or now - self._last < PLAIN_S:
+        if text == self._printed or now - self._last < PLAIN_S:
             return
-        self._last, self._said = now, text
+        self._last, self._printed = now, text
         click.echo(f"pilotq: {text}, after {formatting.seconds(now - self._begin)}", err=True)
 
 
@@ -45,7 +45,7 @@ class Bar(Silent):
     """A live bar; it vanishes at the end, when the summary takes its place."""
 
     def __init__(self) -> None:
-        # rich costs 75 ms to import: only who sees the bar pays.
+        # rich takes 75 ms to import: only a run that shows the bar pays for it.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -68,8 +68,8 @@ class Bar(Silent):
         self._progress.stop()
 
 
-def shown(quiet: bool) -> Silent:
-    """The form that fits where we are; close it before anything else is printed."""
+def display(quiet: bool) -> Silent:
+    """The display that fits stdout; close it before anything else is printed."""
     if quiet:
         return Silent()
     return Bar() if sys.stdout.isatty() else Plain()

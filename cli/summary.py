@@ -1,4 +1,4 @@
-"""What `pilotq run` says at its end: how many ended how, how well the cores were used, and what failed, and why."""
+"""The summary that `pilotq run` prints: how many tasks ended how, the use of the cores, what failed and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from pilotq.broker.client.views import Counts
-from pilotq.broker.store.messages import Line, parse_allocation
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.resources import parse_allocation
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
 
@@ -29,8 +30,8 @@ class Summary(msgspec.Struct, kw_only=True):
     seconds: float
     cores: int
     core_seconds: float = 0.0
-    failed: list[Line] = []  # the first NAMED_MAX
-    commands: dict[str, str] = {}  # what each of these is, by its id or its array's, where that is known
+    failed: list[JournalEntry] = []  # the first NAMED_MAX
+    commands: dict[str, str] = {}  # what each of these runs, by its id or its array's, where that is known
     earlier: int = 0  # tasks that had failed before the run that is summed up, which resumes theirs
     omitted: dict[str, str] = {}
     refused: list[str] = []
@@ -44,7 +45,7 @@ class Summary(msgspec.Struct, kw_only=True):
 
 
 def summarise(
-    lines: Iterable[Line], *, counts: Counts, cores: int, begin: float, end: float, directory: str
+    lines: Iterable[JournalEntry], *, counts: Counts, cores: int, begin: float, end: float, directory: str
 ) -> Summary:
     """Sum up the journal's lines of executions that ended since ``begin`` (unix seconds, as ``end``)."""
     summary = Summary(counts=counts, seconds=max(end - begin, 0.0), cores=cores, directory=directory)
@@ -113,7 +114,7 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
     return "\n".join([*out, "", f"the pilot's directory: {summary.directory}"])
 
 
-def _command(summary: Summary, line: Line) -> str:
+def _command(summary: Summary, line: JournalEntry) -> str:
     return summary.commands.get(line.array or line.id, "")
 
 
@@ -124,7 +125,7 @@ def short(summary: Summary) -> str:
     return f"{formatting.counts_text(summary.counts)}; {took}; the pilot's directory: {summary.directory}"
 
 
-def failure(line: Line) -> str:
+def failure(line: JournalEntry) -> str:
     """``task 1f (name) failed: ended with a non-zero exit code (3)``."""
     name = f" ({formatting.clean(line.name)})" if line.name else ""
     why = REASONS.get(line.reason) or line.reason

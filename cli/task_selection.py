@@ -1,4 +1,4 @@
-"""The tasks that a person means by the words of a command line: ids, or names."""
+"""Finds the tasks that the words of a command line name: ids, or names of tasks."""
 
 from __future__ import annotations
 

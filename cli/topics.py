@@ -1,4 +1,4 @@
-"""The topics of `pilotq help`: each is a text made from the tables and docstrings that the code itself goes by."""
+"""The topics of `pilotq help`, each generated from the tables and docstrings of the code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def states() -> str:
     kinds = {"waits": WAITING, "is under way": ACTIVE, "has ended": ENDED}
     rows = {s: next(k for k, members in kinds.items() if s in members) for s in sorted(STATUSES)}
     return "\n".join([
-        "A task has one status, and the reason says more.", "", *_rows(rows), "", "Reasons:", "",
+        "A task has one status; its reason says more.", "", *_rows(rows), "", "Reasons:", "",
         *_rows({reason: text for reason, text in REASONS.items() if reason}),
     ])  # fmt: skip
 
@@ -39,7 +39,7 @@ def files() -> str:
     table = (reader.__doc__ or "").partition("\n\n")[2].replace("``", "").splitlines()
     formats = [line.partition("broker/")[0].rstrip() for line in table if "broker/" in line]
     return "\n".join([
-        "A file is taken whole or not at all. Its kind is recognised; --format forces it:", "",
+        "A file is accepted whole or not at all. Its format is recognised, or given:", "",
         *(f"  {line}" for line in formats), "", "Keys of a task in TOML ([[tasks]]) and JSON ({\"tasks\": [...]}):", "",
         *_rows({key: f"{kind}: {text}" for key, (kind, text) in schema.KEYS.items()}),
         "", "`pilotq help schema` prints the JSON schema.",
@@ -51,11 +51,11 @@ def resources() -> str:
     from pilotq.broker.taskfiles import schema
 
     keys = schema.keys()
-    told = (placement.__doc__ or "").partition("\n\n")[2].strip()
+    rules = (placement.__doc__ or "").partition("\n\n")[2].strip()
     return "\n".join([
-        "What a task can ask for: options of `pilotq enqueue`, keys in files.", "",
-        *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in RESOURCES}), "", *_wrapped(told),
-        "", "`pilotq explain ID` says what a task waits for.",
+        "What a task can request: options of `pilotq enqueue`, keys in files.", "",
+        *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in RESOURCES}), "", *_wrapped(rules),
+        "", "`pilotq explain ID` shows what a task waits for.",
     ])  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def environment() -> str:
     from pilotq.broker import env_vars
 
     return "\n".join([
-        "What a task finds:", "", *_rows(env_vars.OF_TASKS), "", "What commands read:", "",
+        "Variables that a task finds:", "", *_rows(env_vars.OF_TASKS), "", "Variables that commands read:", "",
         *_rows(env_vars.OF_COMMANDS),
     ])  # fmt: skip
 
@@ -78,7 +78,7 @@ def dependencies() -> str:
         *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in ("after", "after_each")}), "",
         *_wrapped("A task that waits for others is deferred. When one of them does not finish it is canceled, with the "
                   f"reason \"dependency\" ({REASONS['dependency']}), and so is what waits for it. `pilotq explain ID` "
-                  "names the task that is to blame, `pilotq retry` runs both again."),
+                  "names the task that did not finish, `pilotq retry` runs both again."),
     ])  # fmt: skip
 
 
@@ -90,18 +90,18 @@ def schema_text() -> str:
 
 
 TOPICS: Final[dict[str, Topic]] = {
-    "states": Topic("what becomes of a task, and why", states),
+    "states": Topic("statuses of tasks, and reasons", states),
     "files": Topic("files of tasks: formats, keys", files),
-    "resources": Topic("what a task can ask for, and who gets it first", resources),
+    "resources": Topic("what a task can request, and which task is placed first", resources),
     "dependencies": Topic("tasks that wait for others", dependencies),
     "environment": Topic("variables that tasks find, and that commands read", environment),
-    "exit-codes": Topic("what commands end with", codes),
+    "exit-codes": Topic("the exit codes of commands", codes),
     "schema": Topic("the JSON schema of files of tasks", schema_text),
 }
 
 
 def _rows(table: Mapping[str, str]) -> list[str]:
-    """A name and its text, which is wrapped behind it, or below a long name."""
+    """A name and its text, which is wrapped beside it, or below a long name."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
     indent = min(max(map(len, table)), 18) + 4
     out = []

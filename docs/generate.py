@@ -1,4 +1,4 @@
-"""Writes the pages that say what the code says (PAGES), and such parts of pages that people write (PARTS).
+"""Generates the pages that repeat what the code says (PAGES), and such parts of hand-written pages (PARTS).
 
     python docs/generate.py
 
@@ -38,7 +38,7 @@ Every command takes `--help`. ID is the id that `enqueue` and `submit` print, or
 pilot by `--dir`, else by the variable `PILOTQ_DIR`, else by `.pilotq/current` here or in a directory above. `list`,
 `show`, `explain`, `logs`, `status` and `wait` also answer for a pilot that has ended, from its journal.
 
-`pilotq run -- CMD` takes the options of `pilotq enqueue` that describe a task, too, but for `--nodes` and `--after`.
+`pilotq run -- CMD` also takes the options of `pilotq enqueue` that describe a task, except `--nodes` and `--after`.
 
 ## Exit codes
 
@@ -49,7 +49,8 @@ pilot by `--dir`, else by the variable `PILOTQ_DIR`, else by `.pilotq/current` h
 STATES_HEAD = """\
 # States
 
-A task has one status. The words are those of RQ, so that its tools can show our tasks. The reason says more.
+A task has one status. The statuses are those of RQ, so that its tools can show the tasks of a pilot; the reason says
+more.
 
 ## Statuses
 
@@ -89,7 +90,7 @@ def exit_codes() -> list[str]:
     for code, text in exit_codes_of_commands.MEANINGS.items():
         words = f" ({', '.join(f'`{n}`' for n in names[code])})" if code in names else ""
         rows.append(f"| {code} | {text}{words} |\n")
-    end = "\nThe words in brackets are the exceptions of `pilotq.broker.errors` in Python.\n"
+    end = "\nThe names in brackets are the exceptions of `pilotq.broker.errors` in Python.\n"
     return [*rows, end]
 
 
@@ -108,12 +109,13 @@ def states() -> str:
     )
     out += [f"| `{event}` | `{before}` | `{after}` |\n" for (before, event), after in TABLE.items()]
     out.append(
-        "\nEach event is the work of one script in `broker/scripts/`:\n\n| script | events | does |\n|---|---|---|\n"
+        "\nEach event is the work of one script in `broker/store/scripts/`:\n\n"
+        "| script | events | does |\n|---|---|---|\n"
     )
     for name in dict.fromkeys(EVENT_SCRIPTS.values()):
         events = ", ".join(f"`{event}`" for event, by in EVENT_SCRIPTS.items() if by == name)
         out.append(f"| `{name}.lua` | {events} | {purpose(name)} |\n")
-    out.append("\nThe same as a picture:\n\n```mermaid\nstateDiagram-v2\n")
+    out.append("\nThe same as a diagram:\n\n```mermaid\nstateDiagram-v2\n")
     ways: dict[tuple[str, str], list[str]] = {}
     for (before, event), after in TABLE.items():
         ways.setdefault((before, after), []).append(event)
@@ -137,12 +139,12 @@ def purpose(name: str) -> str:
 MATRIX_HEAD = """\
 # RQ's buttons
 
-What the buttons and calls of RQ's own tools do to a task of a pilot, whoever submitted it. Within five seconds what
-depends on the task has ended or waits for something that comes, `pilotq wait` returns, no core is kept and no process
-is left. A test presses every button in every state.
+What the buttons and calls of RQ's own tools do to a task of a pilot, whoever submitted it. Within five seconds
+everything that depends on the task has ended or waits for something that can still happen, `pilotq wait` returns,
+no core stays reserved and no process is left. A test presses every button in every state.
 
-*Handed* is what a node has got, and not launched. *With dependents* is a task that waits, or has failed, and that
-others wait for. *Array* is the record of an array of which some elements run.
+*Handed* is a task that a node has received and not launched. *With dependents* is a task that waits, or has failed, and
+that others wait for. *Array* is the record of an array of which some elements run.
 
 """
 
@@ -159,7 +161,7 @@ def matrix() -> str:
     table = tomllib.loads((HERE / "rq_matrix.toml").read_text(encoding="utf-8"))
     out = [GENERATED, MATRIX_HEAD, f"| | {' | '.join(columns.values())} |\n", "|---" * (len(columns) + 1), "|\n"]
     out += [f"| {row['button']} | {' | '.join(row[state][1] for state in columns)} |\n" for row in table.values()]
-    out.append("\nRQ's `cancel` and `delete` say nothing to anybody: they are found at the next look, once a second.\n")
+    out.append("\nRQ's `cancel` and `delete` notify nobody: they are found at the next poll, once a second.\n")
     return "".join(out)
 
 
@@ -170,13 +172,13 @@ def file_keys() -> str:
 
 
 def task_variables() -> str:
-    """The table of what a task finds, in docs/concepts.md."""
+    """The table of the variables that a task finds, in docs/concepts.md."""
     rows = [f"| {code(names)} | {text} |\n" for names, text in env_vars.OF_TASKS.items()]
     return "| variable | is |\n|---|---|\n" + "".join(rows)
 
 
 def command_variables() -> str:
-    """The table of what commands read, in docs/concepts.md."""
+    """The table of the variables that commands read, in docs/concepts.md."""
     rows = [f"| {code(names)} | {text} |\n" for names, text in env_vars.OF_COMMANDS.items()]
     return "| variable | is |\n|---|---|\n" + "".join(rows)
 
@@ -187,7 +189,7 @@ def code(names: str) -> str:
 
 
 def with_parts(page: str) -> str:
-    """A page that people write, with its parts that are written here."""
+    """A hand-written page with its generated parts."""
     text = (HERE / page).read_text(encoding="utf-8")
     for name, part in PARTS[page].items():
         begin, end = f"<!-- {name}: written by docs/generate.py -->\n", f"<!-- end of {name} -->\n"
@@ -207,24 +209,65 @@ PAGES = {"commands.md": commands, "states.md": states, "rq-matrix.md": matrix, "
 
 
 def refused_jobs() -> str:
-    """What fails when a producer of RQ's enqueues it."""
+    """The jobs of RQ that fail when they are enqueued."""
     return "| what |\n|---|\n" + "".join(f"| {what} |\n" for what in REFUSED)
 
 
 def faults() -> str:
-    """Every fault that tests do, and what became of these tests when `make faults` was run last."""
+    """Every fault that tests inject, and the result of these tests when `make faults` was last run."""
     rows = tomllib.loads((HERE / "faults.toml").read_text(encoding="utf-8"))["fault"]
     results = json.loads((HERE / "faults.json").read_text(encoding="utf-8"))
     out = ["| fault | what happens | tests | result |\n|---|---|---|---|\n"]
     for row in rows:
         found = results.get(row["what"], {})
         result = ", ".join(f"{number} {word}" for word, number in found.items()) or "not run"
-        file = row["tests"].partition("::")[0]
-        out.append(f"| {row['what']} | {row['then']} | `tests/{file}` | {result} |\n")
+        (file,) = (HERE.parent / "tests").rglob(row["tests"].partition("::")[0])
+        out.append(f"| {row['what']} | {row['then']} | `{file.relative_to(HERE.parent)}` | {result} |\n")
     return "".join(out)
 
 
+def packages_of_code() -> dict[str, tuple[str, list[str]]]:
+    """The table of packages: name -> what it holds, and what it may import; bottom up."""
+    rows = tomllib.loads((HERE / "design" / "packages.toml").read_text(encoding="utf-8"))["package"]
+    return {row["name"].removeprefix("pilotq."): (row["says"], row["imports"]) for row in rows}
+
+
+def package_table() -> str:
+    """Every package, what it holds and what it may import."""
+    out = ["| package | holds | may import |\n|---|---|---|\n"]
+    for package, (says, imports) in packages_of_code().items():
+        out.append(f"| `{package}` | {says} | {', '.join(f'`{name}`' for name in imports)} |\n")
+    return "".join(out)
+
+
+def package_diagram() -> str:
+    """The packages as a diagram, without arrows that follow from others, and without `broker`, which all import."""
+    table = {name: imports for name, (_, imports) in packages_of_code().items() if name not in NOT_DRAWN}
+    above: dict[str, set[str]] = {}  # package -> all that it imports, also through others
+    arrows = []
+    groups: dict[str, list[str]] = {}
+    for package, imports in table.items():
+        drawn = [name for name in imports if name in table]
+        through = set().union(*(above[name] for name in drawn))
+        above[package] = through | set(drawn)
+        arrows += [f"    {node(package)} --> {node(name)}\n" for name in drawn if name not in through]
+        groups.setdefault(package.partition(".")[0], []).append(package)
+    out = ["```mermaid\nflowchart BT\n"]
+    for group, members in groups.items():
+        boxes = [f'        {node(name)}["{name}"]\n' for name in members]
+        out += [f'    subgraph folder_{group}["{group}/"]\n', *boxes, "    end\n"]
+    return "".join([*out, *arrows, "```\n"])
+
+
+def node(package: str) -> str:
+    """The identifier of a package in the diagram, where dots have a meaning."""
+    return package.replace(".", "_")
+
+
+# The foundation, and faces of one line that only re-export or call.
+NOT_DRAWN = ("pilotq", "broker", "broker.__init__", "__main__", "selfcheck")
 PARTS = {
+    "design/0001-overview.md": {"packages": package_table, "diagram of packages": package_diagram},
     "guarantees.md": {"faults": faults},
     "rq.md": {"refused": refused_jobs},
     "files.md": {"keys": file_keys},

@@ -1,7 +1,7 @@
-"""Every test leaves nothing behind, and in CI no test is skipped for a reason that is not on the list.
+"""Fails a test that leaves anything behind, and in CI a test that is skipped for a reason that is not on the list.
 
 The leak check is cheap (two listings of /proc and one of the descriptors) and exact: only what is new since the
-test began counts, so servers that a module shares stay out of it. It works on Linux, where /proc tells.
+test began counts, so servers that a module shares do not. It works on Linux, which has /proc.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ GRACE_S = 3.0
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a child, a process of its pilot, an open descriptor or a scratch folder behind.
 
-    It is set up before every other fixture of the test, so it looks when those have cleaned up. Processes and
-    folders get GRACE_S to go: a process that was told to end may be on its way out when the test is over.
+    It is set up before every other fixture of the test, so it checks after those have cleaned up. Processes and
+    folders get GRACE_S to go: a process that was asked to end may still be ending when the test is over.
     """
     if not sys.platform.startswith("linux"):
         yield
@@ -40,14 +40,14 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     # A folder must be there the whole time: others start servers meanwhile, and their folders come before they listen.
     started, stayed = _started(pids, home), _folders() - folders
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: (not started and not stayed) or _look_again(started, stayed, pids, home), seconds=GRACE_S)
+        wait_until(lambda: (not started and not stayed) or _update_left(started, stayed, pids, home), seconds=GRACE_S)
     left = [*started.values(), *(f"folder {path}" for path in sorted(stayed))]
     for pid in started:  # so that one failure stays one
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
     if _descriptors() - files:
-        gc.collect()  # what only a reference cycle keeps open is no leak of the test
-        with contextlib.suppress(AssertionError):  # nor what a thread of its module looks into at this moment
+        gc.collect()  # a descriptor that only a reference cycle keeps open is no leak of the test
+        with contextlib.suppress(AssertionError):  # nor one that a thread of its module has open at this moment
             wait_until(lambda: not _descriptors() - files, seconds=GRACE_S)
         new = sorted(number for number, *_ in _descriptors() - files)
         left += [f"descriptor {number} -> {os.readlink(f'/proc/self/fd/{number}')}" for number in new]
@@ -55,7 +55,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
 
 
-def _look_again(started: dict[str, str], stayed: set[str], pids: set[str], home: Path | None) -> bool:
+def _update_left(started: dict[str, str], stayed: set[str], pids: set[str], home: Path | None) -> bool:
     """Bring both up to date; True when nothing is left."""
     found = _started(pids, home)
     started.clear()
@@ -76,7 +76,7 @@ def _started(before: set[str], home: Path | None) -> dict[str, str]:
                 kind = "zombie" if state == "Z" else "child" if child else "process"
                 found[pid] = f"{kind} {pid} ({command or 'not waited for'})"
         except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended while we looked, or is another user's
+            continue  # it ended meanwhile, or is another user's
     return found
 
 

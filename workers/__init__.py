@@ -1,1 +1,1 @@
-"""The worker: one node; launch, pin, watch, end, report."""
+"""The processes of one node, which launch, pin, watch, end and report tasks: worker, launchers, interpreters."""

@@ -1,16 +1,15 @@
-"""The records between a worker's control process and its launchers, and how they travel.
+"""Messages between the control process of a node and its launchers, and between a launcher and its interpreters.
 
-A pipe carries frames: four bytes of length (little endian), then one msgpack list of records. Many records ride in
-one frame. Down are ``Base``, ``Place``, ``Forget``, ``Launch``, ``Call``, ``Withdraw``, ``Signal``, ``Quit``; up are
-``Begun``, ``Started``, ``Withdrawn``, ``Refused``, ``Exited``, ``Returned``, ``Swept``. ``key`` names one launch or
-call and is never used twice.
+A launcher has three pipes. ``down`` carries messages to it (``ToLauncher``), ``up`` carries messages from it
+(``FromLauncher``). Both carry frames: four bytes of length (little endian), then one msgpack list of messages, so that
+many messages travel in one frame. Each launch or call has a ``key``, a number that is never used twice.
 
-Launches can be *lined up*: one that names another as ``after`` is started by the launcher itself as soon as nothing
-of that one is left, so that no core waits for an answer.
+Launches can be *chained*: one that names another one as ``after`` is started by the launcher itself as soon as no
+process of that one is left, so that no core waits for an answer of the control process.
 
-Records up are written before the launcher does anything else that could end or stop it, so that the pipe tells how
-far it came. But the control process need not read each when it comes: a byte on a third pipe, the bell, says that
-something is worth waking up for.
+A message from the launcher is written before the launcher does anything else that could end or stop it, so that the
+pipe tells how far it came. But the control process need not read each message when it arrives: a byte on the third
+pipe, ``wake``, means that one has arrived which is worth waking up for.
 """
 
 from __future__ import annotations
@@ -20,49 +19,49 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-FRAME = struct.Struct("<I")
-INLINE_BYTES = 4096  # captured output up to this size travels in the record
+HEADER = struct.Struct("<I")
+INLINE_BYTES = 4096  # captured output up to this size travels in the message
 
 
-class Base(msgspec.Struct, array_like=True, tag="base"):
-    """Surroundings that many launches share; sent once to each launcher, before the first Launch that names it."""
+class LaunchBase(msgspec.Struct, array_like=True, tag="base"):
+    """What all launches of a submission share: sent once to each launcher, before the first launch that names it."""
 
-    base: str
+    name: str
     env: dict[str, str]
     umask: int
     limits: dict[int, int]  # soft limits by RLIMIT number; capped at the hard limit
     path: str = ""  # directories that Python functions are imported from first, with colons between
 
 
-class Place(msgspec.Struct, array_like=True, tag="place"):
-    """What launches in one place share; sent once to each launcher, before the first Launch that names it."""
+class LaunchSlot(msgspec.Struct, array_like=True, tag="slot"):
+    """What all launches in one slot share: sent once to each launcher, before the first launch that names it."""
 
-    place: str
+    name: str
     env: dict[str, str]  # laid over the base's
-    defaults: dict[str, str]  # what the base's lacks
+    defaults: dict[str, str]  # for variables that the base lacks
     cpus: list[int]  # CPU numbers of this machine
 
 
 class Forget(msgspec.Struct, array_like=True, tag="forget"):
-    """No later Launch names a base or place that was sent before this."""
+    """No later launch names a base or slot that was sent before this message."""
 
 
 class Launch(msgspec.Struct, array_like=True, tag="launch"):
     """Start one process: mask, cwd, umask, limits, own session, signals at their defaults, only 0, 1 and 2 open.
 
-    With ``after`` it is started when nothing of that launch is left, however that one ended, also if it was refused;
-    at once if that is so already. Launches after one another are in one place.
+    With ``after`` it is started when no process of that launch is left, however that one ended, also if it was refused;
+    at once if that is so already. All launches of a chain are in one slot.
 
-    ``env`` is laid over the base's and the place's. Files are absolute paths; empty stdin is /dev/null, empty stdout
+    ``env`` is laid over the base's and the slot's. Files are absolute paths; empty stdin is /dev/null, empty stdout
     or stderr is captured; the same path twice is one open file. With ``suffix`` output is written to the path with the
-    suffix (and published by rename by the control process). ``pty`` and the like do not exist.
+    suffix (and published by rename by the control process).
     """
 
     key: int
     id: str
-    execution: int
+    attempt: int
     base: str
-    place: str
+    slot: str
     argv: list[bytes]
     env: dict[str, str]
     cwd: str
@@ -74,17 +73,17 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
 
 
 class Call(msgspec.Struct, array_like=True, tag="call"):
-    """Run one Python function in an interpreter of this base and place, a persistent process.
+    """Run one Python function in an interpreter, a persistent process, of this base and slot.
 
-    Lined up like launches, and with them; an interpreter runs one call at a time, and several one after the other.
-    ``env`` holds for the time of the call. Files are as of a launch.
+    Calls are chained like launches, and with them; an interpreter runs one call at a time. ``env`` holds while the call
+    runs. Files are as of a launch.
     """
 
     key: int
     id: str
-    execution: int
+    attempt: int
     base: str
-    place: str
+    slot: str
     env: dict[str, str]
     cwd: str
     stdin: str = ""
@@ -94,12 +93,12 @@ class Call(msgspec.Struct, array_like=True, tag="call"):
     after: int = 0
     payload: bytes = b""  # made by functions.pack_call
     element: str | int | None = None  # value or index of an array's element: the first argument
-    fields: dict[bytes, bytes] = {}  # of the job's record, of a job of RQ's own producers
-    epilogue: bool = False  # the interpreter of a job that was stopped had to be killed: only its callback is run
+    rq_fields: dict[bytes, bytes] = {}  # the record of an RQ job
+    callback_only: bool = False  # the interpreter of a job that was stopped had to be killed: run its callback alone
 
 
 class Interrupt(msgspec.Struct, array_like=True, tag="interrupt"):
-    """Launcher to interpreter, with a signal behind it: raise in the function of this call, if that still runs."""
+    """Launcher to interpreter, followed by a signal: raise in the function of this call, if that still runs."""
 
     key: int
     reason: str  # of states.REASONS
@@ -109,17 +108,17 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
     """Interpreter to launcher: it has loaded, and reads calls."""
 
 
-class Withdraw(msgspec.Struct, array_like=True, tag="withdraw"):
-    """Do not start what is lined up; what comes behind it moves up. Without effect on what was started already."""
+class Retract(msgspec.Struct, array_like=True, tag="retract"):
+    """Do not start a chained launch; those behind it move up. Without effect on one that was started already."""
 
     key: int
 
 
 class Signal(msgspec.Struct, array_like=True, tag="signal"):
-    """Send a signal to everything that belongs to the launch: its session, process group, and strays by mark.
+    """Send a signal to every process of the launch: its session, process group, and strays by mark.
 
-    Of a call SIGKILL ends the interpreter and all that it has started; any other is raised in the function, as an
-    exception that suits the ``reason`` (of states.REASONS).
+    SIGKILL for a call ends the interpreter and all processes that it has started; any other signal is raised in the
+    function, as an exception that suits the ``reason`` (of states.REASONS).
     """
 
     key: int
@@ -128,17 +127,17 @@ class Signal(msgspec.Struct, array_like=True, tag="signal"):
 
 
 class Quit(msgspec.Struct, array_like=True, tag="quit"):
-    """Kill what is left, remove own files, exit."""
+    """Kill all processes that are left, remove own files, exit."""
 
 
 class Begun(msgspec.Struct, array_like=True, tag="begun"):
-    """It is being started: what comes before it on its lane has ended. Of what has not begun nothing can be left."""
+    """The launch is being started: those before it in its chain have ended. Before this no process of it exists."""
 
     key: int
 
 
 class Started(msgspec.Struct, array_like=True, tag="started"):
-    """It lives. Not said of what has ended within a moment and left nothing."""
+    """The process runs. Not sent for one that has ended within a moment and left nothing."""
 
     key: int
     pid: int
@@ -148,8 +147,8 @@ class Started(msgspec.Struct, array_like=True, tag="started"):
     stderr_path: str
 
 
-class Withdrawn(msgspec.Struct, array_like=True, tag="withdrawn"):
-    """It was not started and never will be."""
+class Retracted(msgspec.Struct, array_like=True, tag="retracted"):
+    """The launch was not started and never will be."""
 
     key: int
 
@@ -171,11 +170,11 @@ class Captured(msgspec.Struct, array_like=True):
     length: int = 0
 
 
-NOTHING = Captured()
+NO_OUTPUT = Captured()
 
 
 def tail(captured: Captured, size: int) -> bytes:
-    """The last ``size`` bytes of what was captured; empty where its file cannot be read: this only helps people."""
+    """The last ``size`` bytes of captured output; empty where its file cannot be read: this only helps people."""
     if not captured.path:
         return captured.data[-size:]
     size = min(captured.length, size)
@@ -188,11 +187,11 @@ def tail(captured: Captured, size: int) -> bytes:
 
 
 class Exited(msgspec.Struct, array_like=True, tag="exited"):
-    """The main process ended. ``left`` > 0: so many of its processes still live, ``Swept`` follows when none does.
+    """The main process ended. ``remaining`` of its processes still live: ``GroupSwept`` follows when none does.
 
     ``status`` is as of waitpid, ``started`` as in Started. ``cpu`` seconds and ``max_rss`` bytes are of the main
-    process and the children it waited for. ``seconds`` is by the monotonic clock. With ``left`` == 0 the outputs are
-    final.
+    process and the children it waited for. ``seconds`` is by the monotonic clock. With ``remaining`` == 0 the outputs
+    are final.
     """
 
     key: int
@@ -203,16 +202,16 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     seconds: float
     cpu: float
     max_rss: int
-    left: int
+    remaining: int
     stdout: Captured
     stderr: Captured
 
 
 class Returned(msgspec.Struct, array_like=True, tag="returned"):
-    """A function came to its end. ``left`` as in Exited: so many processes that it started still live.
+    """A function came to its end. ``remaining`` as in Exited: so many processes that it started still live.
 
-    ``outcome`` is finished, failed or retried; ``text`` what EndReport.text says of it, ``reason`` and ``message``
-    those of a failure. Times are as in Exited, ``cpu`` seconds the call's, ``max_rss`` bytes the interpreter's peak.
+    ``outcome`` is finished, failed or retried; ``text`` is EndReport.text, ``reason`` and ``message`` those of a
+    failure. Times are as in Exited, ``cpu`` seconds the call's, ``max_rss`` bytes the interpreter's peak.
     """
 
     key: int
@@ -226,7 +225,7 @@ class Returned(msgspec.Struct, array_like=True, tag="returned"):
     seconds: float
     cpu: float
     max_rss: int
-    left: int
+    remaining: int
     stdout: Captured
     stderr: Captured
 
@@ -236,8 +235,8 @@ class Returned(msgspec.Struct, array_like=True, tag="returned"):
         return int(self.outcome == "failed")
 
 
-class Swept(msgspec.Struct, array_like=True, tag="swept"):
-    """Nothing of the launch lives any more; the outputs are final."""
+class GroupSwept(msgspec.Struct, array_like=True, tag="swept"):
+    """No process of the launch lives any more; the outputs are final."""
 
     key: int
     ended: float
@@ -245,35 +244,40 @@ class Swept(msgspec.Struct, array_like=True, tag="swept"):
     stderr: Captured
 
 
-Down = Base | Place | Forget | Launch | Call | Withdraw | Signal | Quit
-Up = Begun | Started | Withdrawn | Refused | Exited | Returned | Swept
+ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | Call | Retract | Signal | Quit
+FromLauncher = Begun | Started | Retracted | Refused | Exited | Returned | GroupSwept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 
 
-def frame(records: list[Down] | list[Up]) -> bytes:
-    body = _encoder.encode(records)
-    return FRAME.pack(len(body)) + body
+def encode_frame(messages: list[ToLauncher] | list[FromLauncher]) -> bytes:
+    """The bytes of one frame, for a pipe.
+
+    >>> FrameDecoder(ToLauncher).feed(encode_frame([Retract(7), Quit()]))
+    [Retract(key=7), Quit()]
+    """
+    body = _encoder.encode(messages)
+    return HEADER.pack(len(body)) + body
 
 
-class Frames(Generic[T]):
-    """Cuts a byte stream into records of one direction."""
+class FrameDecoder(Generic[T]):
+    """Cuts the byte stream of one pipe into messages of one direction (ToLauncher or FromLauncher)."""
 
     def __init__(self, kind: type[T]) -> None:
         self._decoder = msgspec.msgpack.Decoder(list[kind])  # type: ignore[valid-type]
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[T]:
-        """The records that are whole by now."""
+        """The messages that are complete by now."""
         buffer = self._buffer
         buffer += data
-        records: list[T] = []
-        begin = FRAME.size
+        messages: list[T] = []
+        begin = HEADER.size
         while begin <= len(buffer):
-            end = begin + FRAME.unpack_from(buffer, begin - FRAME.size)[0]
+            end = begin + HEADER.unpack_from(buffer, begin - HEADER.size)[0]
             if end > len(buffer):
                 break
-            records += self._decoder.decode(bytes(buffer[begin:end]))
-            begin = end + FRAME.size
-        del buffer[: begin - FRAME.size]
-        return records
+            messages += self._decoder.decode(bytes(buffer[begin:end]))
+            begin = end + HEADER.size
+        del buffer[: begin - HEADER.size]
+        return messages

@@ -11,78 +11,73 @@ from __future__ import annotations
 import math
 import platform
 import time
-import zlib
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from pilotq.broker import failpoints
 from pilotq.broker.errors import PilotFailed, ServerUnavailable, Superseded
-from pilotq.broker.rq.commands import Commands
+from pilotq.broker.rq.commands import WorkerCommands
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Argument, Link, ReplyError, ScriptMissing
+from pilotq.broker.store.connection import Address, Argument, Connection, ReplyError, ScriptMissing
 from pilotq.broker.store.messages import (
-    End,
-    Ended,
+    Draining,
     EndReport,
-    GivenBack,
-    Leaving,
-    NodeInfo,
+    ExecutionEnd,
     NodeLost,
-    NodeState,
+    NodeReport,
+    PartlyReleased,
+    Returned,
+    StateReport,
     Swept,
     ToWorker,
-    Withheld,
 )
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack, script, translate
-from pilotq.broker.tasks.model import Shared
+from pilotq.workers.shared_data import SharedData
 
-__all__ = ["NodeLink", "iso"]
+__all__ = ["Session", "iso"]
 WORKER_TTL_S = 480  # as RQ's own workers
-VALUES_BLOCK = 1000
 BLOCK_S = 30  # for so long the server waits for a message; then it answers that there is none
-NUMBERED = ("end", "give_back")  # calls whose mail is delivered once for each number, their second argument
+NUMBERED = ("complete", "return_unstarted")  # calls whose mail is delivered once for each number, their second argument
 LAST_TRY_S = 0.1  # an attempt to connect takes no less
-ASK_AGAIN_S = 0.4
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 _inbox = msgspec.msgpack.Decoder(list[ToWorker])
-_values = msgspec.msgpack.Decoder(list[str])
-_shared = msgspec.msgpack.Decoder(Shared)
 
 
 class _Call(NamedTuple):
     script: str  # "" for a plain command
     args: tuple[Argument, ...]
     reports: tuple[tuple[str, int], ...] = ()
-    message: ToWorker | None = None  # of a word to another worker
+    message: ToWorker | None = None  # of a message to another worker
     at: float = 0.0  # monotonic: when it was sent
 
     def step(self, moment: str) -> str:
         return f"{self.script or 'inbox trim'}:{moment}"
 
 
-class NodeLink:
+class Session:
     """Wait on `filenos()`, then call `pump`.
 
     Lost connections are made again by `pump`, with pauses; what had not been confirmed is sent again. `pump` raises
-    StateLost when the server came back with another epoch; Superseded when a newer incarnation of this node has
+    StateLost when the server came back with another queue id; Superseded when a newer incarnation of this node has
     registered, or this one was given up. ``contact_s`` is how long this worker may be `out_of_touch` (0: for ever).
     """
 
-    def __init__(self, address: Address, epoch: str, settings: Settings) -> None:
+    def __init__(self, address: Address, queue_id: str, settings: Settings) -> None:
         self.settings = settings
-        self.contact_s = settings.contact_s
+        self.contact_s = settings.node_timeout_s
         # While the server is away nothing may hold up the worker for long.
-        self._inbox_link = Link(address, timeout=settings.connect_s)
-        self._report_link = Link(address, timeout=settings.connect_s)
-        self._commands = Commands(address, settings.kill_grace_s)
-        self._fetch_link = Link(address)
-        self._links = (self._inbox_link, self._report_link, self._fetch_link, self._commands.link)
-        self._store = Store(self._report_link, epoch, settings)
+        self._inbox_link = Connection(address, timeout=settings.connect_s)
+        self._report_link = Connection(address, timeout=settings.connect_s)
+        self._commands = WorkerCommands(address, settings.kill_grace_s)
+        self._fetch_link = Connection(address)
+        self._links = (self._inbox_link, self._report_link, self._fetch_link, self._commands.connection)
+        self.shared_data = SharedData(self._fetch_link, self._limit_timeouts)
+        self._store = Store(self._report_link, queue_id, settings)
         self._info: NodeInfo | None = None
         self._fields: dict[str, str] = {}  # of RQ's worker record
         self._read_to = "0"  # id of the last entry of the inbox that was read
@@ -93,44 +88,42 @@ class NodeLink:
         self._undelivered: list[tuple[str, ToWorker]] = []
         self._down = False
         self._retry_at = 0.0
-        self._ask_again_at = 0.0  # monotonic: for what launches need
         self._asked_at = 0.0  # monotonic: when the inbox was asked for
-        self._heard = 0.0  # monotonic: when the last call that was answered had been sent
-        self._fetch_shared = lru_cache(maxsize=256)(self._read_shared)
-        self._fetch_block = lru_cache(maxsize=16)(self._read_block)
+        self._last_contact = 0.0  # monotonic: when the last call that was answered had been sent
 
     # -- registration -------------------------------------------------------------------------------------------
 
     def register(self, info: NodeInfo) -> int:
         """Register this node as a new incarnation (its number is returned and kept), as an RQ worker too."""
-        store = Store(self._fetch_link, self._store.epoch, self.settings)
-        self._heard = time.monotonic()
-        info.incarnation = int(store.write("INCR", keys.BORN))
+        store = Store(self._fetch_link, self._store.queue_id, self.settings)
+        self._last_contact = time.monotonic()
+        info.incarnation = int(store.write("INCR", keys.NEXT_INCARNATION))
         self._info = info
         now = iso(time.time())
         fields = {
             "birth": now, "last_heartbeat": now, "queues": "default", "pid": str(info.pid), "hostname": info.host,
             "ip_address": "", "version": "3", "python_version": platform.python_version(), "state": "idle",
         }  # fmt: skip
-        state = pack(NodeState(info.name, info.incarnation, 0, [], {}))
+        state = pack(StateReport(info.name, info.incarnation, 0, [], {}))
         record = msgspec.json.encode(info)
         self._fields = fields
         counts = {"successful_job_count": "0", "failed_job_count": "0", "total_working_time": "0"}
         flat = [text for pair in {**fields, **counts}.items() for text in pair]
         if not store.run("register", info.name, info.incarnation, record, state, WORKER_TTL_S, *flat):
             raise Superseded(f"a newer worker of node {info.name} has registered")
-        contact = self._fetch_link.call("HGET", keys.WISH, "contact")
-        self.contact_s = self.settings.contact_s if contact is None else float(contact)
+        contact = self._fetch_link.call("HGET", keys.CONTROL, "contact")
+        self.contact_s = self.settings.node_timeout_s if contact is None else float(contact)
         self._connect()
         return info.incarnation
 
-    def unregister(self) -> None:
+    def deregister(self) -> None:
         """Leave RQ's registry and the list of nodes: after a clean end."""
-        info = self._known()
+        info = self._registered()
         mail = pack(NodeLost(info.name, info.incarnation, "it has left", clean=True))
-        Store(self._fetch_link, self._store.epoch, self.settings).run("leave", info.name, info.incarnation, mail)
+        store = Store(self._fetch_link, self._store.queue_id, self.settings)
+        store.run("deregister", info.name, info.incarnation, mail)
 
-    def _known(self) -> NodeInfo:
+    def _registered(self) -> NodeInfo:
         if self._info is None:
             raise PilotFailed("this worker has not registered")
         return self._info
@@ -152,7 +145,7 @@ class NodeLink:
 
         Counted from when a call was sent that was answered: the dispatcher cannot have heard of us before that.
         """
-        return now - self._heard
+        return now - self._last_contact
 
     def pump(self, now: float) -> list[ToWorker]:
         """Read what has arrived; returns the inbox messages. ``now`` is monotonic. Never waits for a reply."""
@@ -165,60 +158,50 @@ class NodeLink:
             messages = self._read_inbox()  # these count, whatever happens below
             messages += self._commands.read()
             self._read_answers()
-            self._look_after(now)
+            self._check_replies(now)
         except ServerUnavailable:
-            self._lost(now)
+            self._disconnect(now)
         return messages
 
     def _connect(self) -> None:
         """Open both connections, ask for the inbox, send again what has no answer."""
         for link in (self._inbox_link, self._report_link):
             link.close()
-            self._bound_waits()
+            self._limit_timeouts()
             link.connect()
-        self._commands.listen(self._known().name)
-        for name in ("end", "give_back", "launched", "beat", "write", "tell"):
-            self._bound_waits()
+        self._commands.listen(self._registered().name)
+        for name in ("complete", "return_unstarted", "report_started", "heartbeat", "guarded_write", "send"):
+            self._limit_timeouts()
             self._load(name)
-        self._down, self._ask_again_at = False, 0.0
-        self._bound_waits()
+        self._down = False
+        self.shared_data.end_pause()
+        self._limit_timeouts()
         self._ask_inbox()
         again, self._sent = self._sent, deque()
         for call in again:
             self._post(call)
 
-    def _bound_waits(self) -> None:
+    def _limit_timeouts(self) -> None:
         """No attempt to find the server again goes on when tasks must be ended, since others get them soon after."""
-        left = self._heard + self.contact_s - time.monotonic() if self._down and self.contact_s else math.inf
+        left = self._last_contact + self.contact_s - time.monotonic() if self._down and self.contact_s else math.inf
         for link in self._links:
             link.timeout = min(self.settings.connect_s, max(left, LAST_TRY_S))
 
-    def _fetch(self, *command: Argument) -> Any:
-        """What a launch needs. Each attempt holds us up, and many may ask: after a failure there is a pause."""
-        if time.monotonic() < self._ask_again_at:
-            raise ServerUnavailable(f"the server at {self._fetch_link.address} did not answer a moment ago")
-        self._bound_waits()
-        try:
-            return self._fetch_link.call(*command)
-        except ServerUnavailable:
-            self._ask_again_at = time.monotonic() + ASK_AGAIN_S
-            raise
-
-    def _lost(self, now: float) -> None:
-        for link in (self._inbox_link, self._report_link, self._commands.link):
+    def _disconnect(self, now: float) -> None:
+        for link in (self._inbox_link, self._report_link, self._commands.connection):
             link.close()
         self._down = True
         # Trying takes time while nobody answers: at most half of ours goes into it.
         self._retry_at = now + max(0.1, time.monotonic() - now)
 
-    def _look_after(self, now: float) -> None:
+    def _check_replies(self, now: float) -> None:
         """A network that was cut says nothing, and one that is mended need not bring back what was under way."""
         late = self.settings.reply_s
         if (self._sent and now - self._sent[0].at > late) or now - self._asked_at > BLOCK_S + late:
             raise ServerUnavailable(f"the server at {self._report_link.address} has not answered for {late:g} s")
 
     def _ask_inbox(self) -> None:
-        info = self._known()
+        info = self._registered()
         # The bound only serves connections that died without a word; a reply comes as soon as there is one.
         inbox = keys.inbox(info.name, info.incarnation)
         self._asked_at = time.monotonic()
@@ -227,7 +210,7 @@ class NodeLink:
     def _read_inbox(self) -> list[ToWorker]:
         found: list[ToWorker] = []
         for reply in self._inbox_link.replies():
-            failpoints.at("inbox read")
+            failpoints.hit("inbox read")
             if isinstance(reply, Exception):
                 raise reply if not isinstance(reply, ReplyError) else translate(reply)
             for entry, (_, packed) in reply[0][1] if reply is not None else ():
@@ -244,13 +227,13 @@ class NodeLink:
 
     def _confirm_inbox(self) -> None:
         """Remove what was read, but for the last entry."""
-        info = self._known()
+        info = self._registered()
         self._unconfirmed = 0
         self._post(_Call("", ("XTRIM", keys.inbox(info.name, info.incarnation), "MINID", self._read_to)))
 
     def _read_answers(self) -> None:
         for reply in self._report_link.replies():
-            failpoints.at(self._sent[0].step("after"))
+            failpoints.hit(self._sent[0].step("after"))
             call = self._sent.popleft()
             if isinstance(reply, ScriptMissing):
                 # It did not run, and later calls may have: it goes again as the newest.
@@ -265,14 +248,14 @@ class NodeLink:
                 raise reply
             if isinstance(reply, ReplyError):
                 raise translate(reply)
-            if call.script == "end":
+            if call.script == "complete":
                 for (task_id, execution), verdict in zip(call.reports, reply, strict=True):
                     self._verdicts.append((task_id, execution, verdict.decode()))
-            elif call.script == "tell" and reply == 0 and call.message is not None:
+            elif call.script == "send" and reply == 0 and call.message is not None:
                 self._undelivered.append((f"{call.args[0]!s}:{call.args[1]!s}", call.message))
-            elif call.script == "beat" and reply == 0:
-                raise Superseded(f"the worker of node {self._known().name} was given up, or there is a newer one")
-            self._heard = max(self._heard, call.at)
+            elif call.script == "heartbeat" and reply == 0:
+                raise Superseded(f"the worker of node {self._registered().name} was given up, or there is a newer one")
+            self._last_contact = max(self._last_contact, call.at)
 
     def _load(self, name: str) -> None:
         """A server that was started again does not know our scripts. Not on the report link: its order must stand."""
@@ -283,21 +266,21 @@ class NodeLink:
         if not self._down and self._report_link.connected:
             try:
                 command = self._store.command(call.script, *call.args) if call.script else call.args
-                failpoints.at(call.step("before"))
+                failpoints.hit(call.step("before"))
                 self._report_link.post(*command)
-                failpoints.at(call.step("sent"))
+                failpoints.hit(call.step("sent"))
             except ServerUnavailable:
                 self._report_link.close()  # the next pump finds out, and sends it again
 
     # -- reports ------------------------------------------------------------------------------------------------
 
-    def post_ends(self, reports: list[EndReport], ends: list[End]) -> None:
-        """Report ended executions, and what became of their lanes, in one script call."""
-        info = self._known()
+    def post_ends(self, reports: list[EndReport], ends: list[ExecutionEnd]) -> None:
+        """Report ended executions, and what became of their slots, in one script call."""
+        info = self._registered()
         self._call_number += 1
-        mail = pack(Ended(info.name, info.incarnation, ends))
-        args = self._store.end_arguments(self._address(), self._call_number, mail, reports)
-        self._post(_Call("end", tuple(args), tuple((r.id, r.execution) for r in reports)))
+        mail = pack(NodeReport(info.name, info.incarnation, ends))
+        args = self._store.complete_arguments(self._address(), self._call_number, mail, reports)
+        self._post(_Call("complete", tuple(args), tuple((r.id, r.execution) for r in reports)))
 
     def verdicts(self) -> list[tuple[str, int, str]]:
         """(id, execution, verdict) of ends the server has answered since the last call.
@@ -310,90 +293,55 @@ class NodeLink:
 
     def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
         """Launches that live longer than a moment: (id, execution, allocation, ISO start, stdout path, stderr path)."""
-        self._post(_Call("launched", tuple(value for start in starts for value in start)))
+        self._post(_Call("report_started", tuple(value for start in starts for value in start)))
 
-    def post_give_back(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
-        """Handed tasks that were not started go back to the head of their lists (oldest first); counts by class."""
-        info = self._known()
+    def post_returned(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
+        """Tasks that were not started go back to the head of their lists (oldest first); counts by class."""
+        info = self._registered()
         self._call_number += 1
-        mail = pack(GivenBack(info.name, info.incarnation, counts))
+        mail = pack(Returned(info.name, info.incarnation, counts))
         now = time.time()
         late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
-        self._post(_Call("give_back", (self._address(), self._call_number, mail, pack(tasks), *late)))
+        self._post(_Call("return_unstarted", (self._address(), self._call_number, mail, pack(tasks), *late)))
 
-    def post_state(self, state: NodeState) -> None:
-        """Answer to Hello: all lanes and what was handed ahead."""
-        self._post(_Call("write", ("RPUSH", keys.MAIL, pack(state))))
+    def post_state(self, state: StateReport) -> None:
+        """Answer to StateRequest: all slots and prefetched tasks."""
+        self._post(_Call("guarded_write", ("RPUSH", keys.EVENTS, pack(state))))
 
-    def post_mail(self, message: Withheld | Swept | Leaving) -> None:
-        """A word to the dispatcher; said again after a lost connection."""
-        self._post(_Call("write", ("RPUSH", keys.MAIL, pack(message))))
+    def post_event(self, message: PartlyReleased | Swept | Draining) -> None:
+        """A message to the dispatcher; said again after a lost connection."""
+        self._post(_Call("guarded_write", ("RPUSH", keys.EVENTS, pack(message))))
 
-    def post_leaving(self) -> None:
+    def post_draining(self) -> None:
         """It takes nothing more, and signs off when all has ended."""
-        info = self._known()
-        self.post_mail(Leaving(info.name, info.incarnation))
+        info = self._registered()
+        self.post_event(Draining(info.name, info.incarnation))
 
-    def tell(self, address: str, message: ToWorker) -> None:
-        """A word to the worker ``address`` (name:incarnation); said again after a lost connection."""
+    def send(self, address: str, message: ToWorker) -> None:
+        """A message to the worker ``address`` (name:incarnation); said again after a lost connection."""
         node, _, incarnation = address.rpartition(":")
-        self._post(_Call("tell", (node, incarnation, pack([message])), message=message))
+        self._post(_Call("send", (node, incarnation, pack([message])), message=message))
 
     def undelivered(self) -> list[tuple[str, ToWorker]]:
-        """Words to workers that are gone, since the last call: address, message."""
+        """Messages to workers that are gone, since the last call: address, message."""
         found, self._undelivered = self._undelivered, []
         return found
 
-    def post_beat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
+    def post_heartbeat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
         """Refresh the worker's record in RQ's registry; its tools show these executions: id, number, start, class."""
-        info = self._known()
+        info = self._registered()
         if self._unconfirmed:
             self._confirm_inbox()
         flat = tuple(text for pair in {**self._fields, **fields}.items() for text in pair)
-        self._post(_Call("beat", (info.name, info.incarnation, WORKER_TTL_S, pack(running), *flat)))
+        self._post(_Call("heartbeat", (info.name, info.incarnation, WORKER_TTL_S, pack(running), *flat)))
 
     def unsent(self) -> int:
         """Reports that the server has not confirmed yet."""
         return len(self._sent)
 
     def _address(self) -> str:
-        info = self._known()
+        info = self._registered()
         return f"{info.name}:{info.incarnation}"
-
-    def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
-        """Those of these nodes that are registered. May wait for the server up to the link's timeout."""
-        records = self._fetch("HMGET", keys.NODES, *names)
-        found = [r and msgspec.json.decode(r, type=NodeInfo) for r in records]
-        return {name: info for name, info in zip(names, found, strict=True) if info}
-
-    # -- what tasks share ----------------------------------------------------------------------------------------
-
-    def fetch_shared(self, key: str) -> Shared:
-        """The surroundings of a submission; cached. May wait for the server up to the link's timeout."""
-        return self._fetch_shared(key)
-
-    def fetch_value(self, array: str, position: int) -> str:
-        """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
-        return self._fetch_block(array, position // VALUES_BLOCK)[position % VALUES_BLOCK]
-
-    def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
-        """The record of a job as it stands. May wait for the server, as `fetch_shared`."""
-        flat = self._fetch("HGETALL", keys.job(task_id))
-        if not flat:
-            raise PilotFailed(f"the record of job {task_id} is gone")
-        return dict(zip(flat[::2], flat[1::2], strict=True))
-
-    def _read_shared(self, key: str) -> Shared:
-        data = self._fetch("GET", keys.shared(key))
-        if data is None:
-            raise PilotFailed(f"the surroundings {key} of a submission are gone")
-        return _shared.decode(data)
-
-    def _read_block(self, array: str, block: int) -> list[str]:
-        data = self._fetch("HGET", keys.values(array), block)
-        if data is None:
-            raise PilotFailed(f"the values of array {array} are gone")
-        return _values.decode(zlib.decompress(data))
 
     def close(self) -> None:
         for link in self._links:

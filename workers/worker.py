@@ -19,14 +19,18 @@ import time
 from collections.abc import Mapping
 
 from pilotq.broker.errors import PilotFailed, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.log import log
 from pilotq.broker.pilot.directory import find
-from pilotq.broker.processes import become_subreaper, log
+from pilotq.broker.processes import become_subreaper
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.store.connection import Address
-from pilotq.broker.store.messages import Leave, NodeInfo, Stop
-from pilotq.workers.execution.launcher_pool import Launchers, LaunchersFailedError, ended_children
-from pilotq.workers.multinode.node import JointNode
-from pilotq.workers.session import NodeLink, iso
+from pilotq.broker.store.messages import Leave, Stop
+from pilotq.broker.store.resources import NodeInfo
+from pilotq.workers.execution.launch_builder import LaunchBuilder
+from pilotq.workers.execution.launcher_pool import LauncherPool, LaunchersFailedError, ended_children
+from pilotq.workers.execution.node import Node
+from pilotq.workers.multinode.node import MultinodeHooks
+from pilotq.workers.session import Session, iso
 
 CUT_OFF_S = 1.0  # beyond the grace, for tasks to be swept when nobody is left to report to
 SHOWN_AFTER_S = 1.0  # RQ's record of an execution costs three keys: short ones have none
@@ -35,30 +39,34 @@ Descriptors = dict[int, int]  # number -> what is waited for
 
 
 def run_worker(
-    directory: str, address: Address, epoch: str, info: NodeInfo, real: Mapping[int, int], settings: Settings
+    directory: str, address: Address, queue_id: str, info: NodeInfo, real: Mapping[int, int], settings: Settings
 ) -> int:
     """Be the worker of a node until it is told to leave; returns the exit code. For the main thread of a process.
 
     ``directory`` is the pilot's, ``real`` maps core numbers to CPU numbers where they differ. The incarnation in
     ``info`` is set here.
     """
-    return serve(NodeLink(address, epoch, settings), directory, info, real, settings)
+    return serve(Session(address, queue_id, settings), directory, info, real, settings)
 
 
-def serve(link: NodeLink, directory: str, info: NodeInfo, real: Mapping[int, int], settings: Settings) -> int:
-    """`run_worker` over a link that is given."""
+def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, int], settings: Settings) -> int:
+    """`run_worker` over a session that is given."""
     directory = os.path.abspath(directory)
     output = os.path.join(directory, "output")
     os.makedirs(output, mode=0o700, exist_ok=True)
     become_subreaper()
     signals = _Signals()
-    launchers = Launchers(output, info.name, info.cores, settings)
+    launchers = LauncherPool(output, info.name, info.cores, settings)
     try:
-        info.incarnation = link.register(info)
-        node = JointNode(link, launchers, directory, info, real, settings)
+        info.incarnation = session.register(info)
+        builder = LaunchBuilder(session.shared_data, directory, real, info.address)
+        node = Node(
+            session, launchers, builder, directory, info, settings,
+            lambda actions: MultinodeHooks(actions, session, launchers, builder, directory, info, real, settings),
+        )  # fmt: skip
         log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores")
         try:
-            return _Loop(link, launchers, node, signals, settings).run()
+            return _Loop(session, launchers, node, signals, settings).run()
         finally:
             node.close()
     except PilotFailed as error:
@@ -66,7 +74,7 @@ def serve(link: NodeLink, directory: str, info: NodeInfo, real: Mapping[int, int
         return PilotFailed.exit_code
     finally:
         launchers.close()
-        link.close()
+        session.close()
         signals.close()
 
 
@@ -76,10 +84,10 @@ class _Signals:
     def __init__(self) -> None:
         self.fileno, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in (signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, _woken)
+            signal.signal(number, _wake)
         # Slurm may send it to all processes of a job some time before the end: the supervisor's business. A handler, as
         # launchers would inherit that it is ignored.
-        signal.signal(signal.SIGUSR1, _nothing)
+        signal.signal(signal.SIGUSR1, _ignore)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
@@ -93,26 +101,26 @@ class _Signals:
         os.close(self._wake)
 
 
-def _nothing(_signal: int, _frame: object) -> None:
+def _ignore(_signal: int, _frame: object) -> None:
     """What is not for us."""
 
 
-def _woken(_signal: int, _frame: object) -> None:
+def _wake(_signal: int, _frame: object) -> None:
     """Python wants a handler where the wake-up descriptor is written."""
 
 
 class _Loop:
     def __init__(
-        self, link: NodeLink, launchers: Launchers, node: JointNode, signals: _Signals, settings: Settings
+        self, session: Session, launchers: LauncherPool, node: Node, signals: _Signals, settings: Settings
     ) -> None:
-        self._link = link
+        self._session = session
         self._launchers = launchers
         self._node = node
         self._signals = signals
         self._settings = settings
         self._poll = select.poll()
-        self._watched: Descriptors = {}
-        self._beat_at = 0.0
+        self._registered: Descriptors = {}
+        self._heartbeat_at = 0.0
         self._leave_by: float | None = None  # monotonic: how long is waited for the last confirmations
         self._online = True
         self._exit_code = 0
@@ -120,12 +128,12 @@ class _Loop:
     def run(self) -> int:
         while not self._over():
             try:
-                self._turn()
+                self._step()
             except PilotFailed as error:
                 self._give_up(error)
         if self._online:
             try:
-                self._link.unregister()
+                self._session.deregister()
             except ServerUnavailable as error:
                 log(f"this node could not be signed off: {error}")
         return self._exit_code
@@ -139,9 +147,9 @@ class _Loop:
                 log("not everything had ended and was confirmed in time")
                 self._exit_code = PilotFailed.exit_code
             return True
-        return not self._node.busy and not (self._online and (len(self._node.outbox) or self._link.unsent()))
+        return not self._node.busy and not (self._online and (len(self._node.outbox) or self._session.unsent()))
 
-    def _turn(self) -> None:
+    def _step(self) -> None:
         """Send what the last turn has brought about (also one that was broken off), wait, take in what has come."""
         for launcher in self._launchers.living.values():
             launcher.flush()
@@ -149,22 +157,22 @@ class _Loop:
             self._node.report(time.monotonic())
         ready = self._wait()
         now = time.monotonic()
-        beat = now >= self._beat_at
+        beat = now >= self._heartbeat_at
         if beat:
-            self._beat_at = now + self._settings.beat_s
+            self._heartbeat_at = now + self._settings.heartbeat_s
         for launcher in list(self._launchers.living.values()):
             # With each beat all of them: one that hangs does not ring for what it has done before.
-            if beat or launcher.bell in ready:
-                for record in launcher.hear():
-                    self._node.heard(record, now)
-                if launcher.silent:
+            if beat or launcher.wake in ready:
+                for record in launcher.receive():
+                    self._node.receive_record(record, now)
+                if launcher.closed:
                     self._node.launcher_ended(launcher, now)
         if self._signals.fileno in ready:
             self._signal(now)
         self._node.serve(ready.keys() & self._node.filenos())
         self._node.tick(now)
         if self._online:
-            self._talk(ready, beat, now)
+            self._exchange(ready, beat, now)
             self._check_contact(now)
         self._node.launch(now)
 
@@ -172,8 +180,8 @@ class _Loop:
         """Wait for a descriptor or the next deadline; returns the descriptors that are ready."""
         wanted: Descriptors = {self._signals.fileno: select.POLLIN}
         for launcher in self._launchers.living.values():
-            if not launcher.silent:
-                wanted[launcher.bell] = select.POLLIN
+            if not launcher.closed:
+                wanted[launcher.wake] = select.POLLIN
             if launcher.full:
                 wanted[launcher.down] = select.POLLOUT
         wanted.update(dict.fromkeys(self._node.filenos(), select.POLLIN))
@@ -181,48 +189,48 @@ class _Loop:
         moments = [self._node.next(), self._leave_by]
         if self._online:
             # poll goes by number: a connection made again under the old number needs no new registration.
-            wanted.update(dict.fromkeys(self._link.filenos(), select.POLLIN))
-            moments += [self._beat_at, now + self._link.pause(now), self._node.outbox.due(now)]
-            moments.append(now + self._contact_bound() - self._link.out_of_touch(now))
-        if wanted != self._watched:
-            for fd in self._watched.keys() - wanted.keys():
+            wanted.update(dict.fromkeys(self._session.filenos(), select.POLLIN))
+            moments += [self._heartbeat_at, now + self._session.pause(now), self._node.outbox.due(now)]
+            moments.append(now + self._contact_bound() - self._session.out_of_touch(now))
+        if wanted != self._registered:
+            for fd in self._registered.keys() - wanted.keys():
                 self._poll.unregister(fd)
             for fd, events in wanted.items():
                 self._poll.register(fd, events)
-            self._watched = wanted
+            self._registered = wanted
         first = min(moment for moment in moments if moment is not None)
         return dict(self._poll.poll(max(first - now, 0.0) * 1000))
 
-    def _talk(self, ready: Descriptors, beat: bool, now: float) -> None:
+    def _exchange(self, ready: Descriptors, beat: bool, now: float) -> None:
         if beat:
             state = "busy" if self._node.busy else "idle"
-            self._link.post_beat({"last_heartbeat": iso(time.time()), "state": state}, self._longest())
-        # With each beat the link looks after connections that nothing arrives on any more.
-        if beat or self._link.pause(now) <= 0 or any(fd in ready for fd in self._link.filenos()):
-            for message in self._link.pump(now):
+            self._session.post_heartbeat({"last_heartbeat": iso(time.time()), "state": state}, self._longest())
+        # With each beat the session looks after connections that nothing arrives on any more.
+        if beat or self._session.pause(now) <= 0 or any(fd in ready for fd in self._session.filenos()):
+            for message in self._session.pump(now):
                 if isinstance(message, Leave):
                     self._leave(message, now)
                 elif isinstance(message, Stop) and not message.id:
                     for e in self._node.running():
-                        self._node.receive(Stop(e.handed.id, e.handed.execution, message.reason), now)
+                        self._node.receive(Stop(e.run.id, e.run.execution, message.reason), now)
                 else:
                     self._node.receive(message, now)
 
     def _longest(self) -> list[tuple[str, int, float, str]]:
         """What RQ's tools are to show as running: what lives longest, and not only for a moment."""
         before = time.time() - SHOWN_AFTER_S
-        found = sorted((e.started, e.key, e.handed) for e in self._node.running() if e.started < before)[:SHOWN_MAX]
+        found = sorted((e.started, e.key, e.run) for e in self._node.running() if e.started < before)[:SHOWN_MAX]
         return [(h.id, h.execution, started, h.class_name) for started, _, h in found]
 
     def _check_contact(self, now: float) -> None:
         """Tasks of a node that is out of touch for too long end, as they are given to others; without tasks nobody
         needs this worker."""
         bound = self._contact_bound()
-        if self._link.out_of_touch(now) >= bound:
+        if self._session.out_of_touch(now) >= bound:
             raise ServerUnavailable(f"no word from the server for {bound:g} s")
 
     def _contact_bound(self) -> float:
-        return self._link.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
+        return self._session.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
 
     def _signal(self, now: float) -> None:
         numbers = self._signals.read()
@@ -244,7 +252,7 @@ class _Loop:
             log(f"leaving ({word.reason}): tasks that run get {word.grace:g} s")
             self._leave_by = now + word.grace + self._settings.stop_wait_s
             if self._online:
-                self._link.post_leaving()
+                self._session.post_draining()
         self._node.leave(word, now)
 
     def _give_up(self, error: PilotFailed) -> None:
@@ -276,7 +284,7 @@ def main(argv: list[str]) -> int:
         options.node, 0, socket.gethostname(), os.getpid(), cores, shared_cores=len(set(real.values())) < len(real),
         cpus=[real.get(core, core) for core in cores],
     )  # fmt: skip
-    return run_worker(connection.directory, connection.address, connection.epoch, info, real, settings)
+    return run_worker(connection.directory, connection.address, connection.queue_id, info, real, settings)
 
 
 if __name__ == "__main__":

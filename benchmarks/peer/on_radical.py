@@ -18,8 +18,8 @@ def system(cores: int) -> Iterator[Mapping[str, Play]]:
     session = rp.Session()
     try:
         pilots, tasks = rp.PilotManager(session=session), rp.TaskManager(session=session)
-        wish = {"resource": "local.localhost", "runtime": MINUTES, "cores": cores, "exit_on_error": True}
-        pilot = pilots.submit_pilots(rp.PilotDescription(wish))
+        description = {"resource": "local.localhost", "runtime": MINUTES, "cores": cores, "exit_on_error": True}
+        pilot = pilots.submit_pilots(rp.PilotDescription(description))
         tasks.add_pilots(pilot)
         pilot.wait(state=[rp.PMGR_ACTIVE, *rp.FINAL], timeout=READY_S)
         if pilot.state != rp.PMGR_ACTIVE:

@@ -1,4 +1,4 @@
-"""The tasks of a pilot that has ended, as its journal tells: the reading half of `Broker`."""
+"""`Archive`: the tasks of a pilot that has ended, read from its journal, with the reading methods of `Broker`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from pilotq.broker.client.output import captured
-from pilotq.broker.client.queries import array_of, element_from_line, from_line, newest
+from pilotq.broker.client.queries import array_of, element_view, newest_entries, view_of_entry
 from pilotq.broker.client.views import Counts, Explanation, TaskView
 from pilotq.broker.errors import UnknownTask
 from pilotq.broker.pilot.directory import TOTAL, Pilot
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
-from pilotq.broker.tasks.array_outcomes import count_of
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.tasks.array_outcomes import count_indices
 
 
 class Archive:
-    """What the journal of one pilot tells. A task that had not ended when the pilot did is shown as queued, if it ever
-    ran, and else is unknown here: its record lies with the server's data, until the pilot is resumed."""
+    """The journal of one pilot that has ended, as a read-only `Broker`.
+
+    A task that had not ended when the pilot did is shown as queued, if it ever ran, and else is unknown here: its
+    record is in the server's data, until the pilot is resumed.
+
+        for view in Archive(Pilot("/data/run/.pilotq")).tasks(status="failed"):
+            print(view.id, view.reason)
+    """
 
     def __init__(self, pilot: Pilot) -> None:
         self.pilot = pilot
@@ -31,7 +36,7 @@ class Archive:
 
     @property
     def gap(self) -> str:
-        """A sentence where there may be tasks that the journal does not know; else empty."""
+        """A sentence where there may be tasks that the journal does not have; else empty."""
         if self.complete:
             return ""
         return (
@@ -41,11 +46,11 @@ class Archive:
 
     def task(self, task_id: str) -> TaskView:
         """One task. Raises UnknownTask."""
-        for line in self._journal.find(task_id):
-            return _view(line)
+        for entry in self._journal.find(task_id):
+            return _view(entry)
         array = array_of(task_id)
-        for line in self._journal.find(array) if array else ():
-            if view := element_from_line(line, task_id):
+        for entry in self._journal.find(array) if array else ():
+            if view := element_view(entry, task_id):
                 return view
         raise UnknownTask(
             f"the pilot in {self.pilot.directory} has ended, and its journal does not know {task_id!r}: `pilotq list` "
@@ -63,16 +68,16 @@ class Archive:
         seen: set[str] = set()
 
         def known() -> Iterator[TaskView]:
-            for line in newest(self._journal):
-                if line.id not in seen:
-                    seen.add(line.id)
-                    yield _view(line)
+            for entry in newest_entries(self._journal):
+                if entry.id not in seen:
+                    seen.add(entry.id)
+                    yield _view(entry)
 
         return islice((view for view in known() if status in (None, view.status)), limit)
 
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name, without elements of arrays."""
-        return list(dict.fromkeys(line.array or line.id for line in self._journal.tasks_by_name(name)))
+        return list(dict.fromkeys(entry.array or entry.id for entry in self._journal.tasks_by_name(name)))
 
     def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """The captured output of the last execution, in pieces; ``stream``: stdout or stderr."""
@@ -81,20 +86,20 @@ class Archive:
     follow = output  # nothing more will come
 
     def counts(self) -> Counts:
-        """Numbers of tasks; ``total`` is at least what was submitted before the pilot was told to end."""
-        last: dict[str, Line] = {}
-        for line in map(_without_output, self._journal.lines()):
-            last[line.id] = line
-            if not line.final and not line.execution:  # a retry: of an array what had not finished does not count
-                last = {i: known for i, known in last.items() if known.array != line.id or known.status == "finished"}
+        """Numbers of tasks; ``total`` is at least what was submitted before the pilot was asked to end."""
+        last: dict[str, JournalEntry] = {}
+        for entry in map(_without_output, self._journal.entries()):
+            last[entry.id] = entry
+            if not entry.final and not entry.execution:  # a retry: of an array what had not finished does not count
+                last = {i: known for i, known in last.items() if known.array != entry.id or known.status == "finished"}
         counts = Counts()
-        for line in last.values():
-            if line.elements:
-                for status, ranges in line.elements.items():
-                    _count(counts, status, count_of(ranges))
-            elif line.final and not (line.array in last and last[line.array].elements):
-                _count(counts, line.status, 1)
-        cut_off = sum(not line.final for line in last.values())
+        for entry in last.values():
+            if entry.elements:
+                for status, ranges in entry.elements.items():
+                    _count(counts, status, count_indices(ranges))
+            elif entry.final and not (entry.array in last and last[entry.array].elements):
+                _count(counts, entry.status, 1)
+        cut_off = sum(not entry.final for entry in last.values())
         counts.total = max(counts.ended + cut_off, self._submitted() or 0)
         return counts
 
@@ -126,17 +131,17 @@ class Archive:
         return counts
 
 
-def _view(line: Line) -> TaskView:
-    view = from_line(line)
-    if not line.final:
-        # It was to be tried again, and waits for that.
+def _view(entry: JournalEntry) -> TaskView:
+    view = view_of_entry(entry)
+    if not entry.final:
+        # It was to be retried, and waits for that.
         view.status, view.exit_code, view.signal = "queued", None, None
     return view
 
 
-def _without_output(line: Line) -> Line:
-    line.stdout = line.stderr = line.message = ""
-    return line
+def _without_output(entry: JournalEntry) -> JournalEntry:
+    entry.stdout = entry.stderr = entry.message = ""
+    return entry
 
 
 def _count(counts: Counts, status: str, number: int) -> None:

@@ -1,4 +1,4 @@
-"""`Broker`: what a user's script, a task, and the command line use to talk to a running pilot."""
+"""`Broker`: the connection of a user's script, a task, or the command line to a running pilot."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.output import Output
-from pilotq.broker.client.queries import Listing
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.submit import submit
 from pilotq.broker.client.views import Counts, Explanation, NodeView, TaskView
 from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
 from pilotq.broker.pilot.directory import Pilot, find, remember_total
 from pilotq.broker.settings import load
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Link, parse_url
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Nudge
-from pilotq.broker.store.node_states import closed_nodes
-from pilotq.broker.store.requeue import retry
+from pilotq.broker.store.connection import Address, Connection, parse_url
+from pilotq.broker.store.journal import Journal
+from pilotq.broker.store.messages import ControlChanged
+from pilotq.broker.store.registry import unavailable_nodes
+from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store, pack
-from pilotq.broker.tasks.model import Shared, Task
+from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.states import STATUSES
-from pilotq.broker.tasks.submit_context import capture, without_secret
+from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
 
 if TYPE_CHECKING:
     import redis
@@ -32,17 +32,23 @@ if TYPE_CHECKING:
 POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
 SLICE = 500
 STOP_MODES = ("drain", "stop", "walltime", "now")
-READY_S = 30.0  # how long a pilot may be on its way to being ready, or gone, before we say so
+READY_S = 30.0  # how long a pilot may take to become ready, or to end, before that is an error
 
 
 class Broker:
-    """A connection to one pilot. Not for several threads; may be used as a context manager."""
+    """A connection to one pilot. Not for several threads; may be used as a context manager.
 
-    def __init__(self, address: Address, epoch: str, pilot: Pilot | None, *, timeout: float = 10.0) -> None:
+    with Broker.connect() as broker:
+        ids = broker.enqueue_many([Task(command=["./simulate", str(n)], name=f"n{n}") for n in range(10)])
+        counts = broker.wait(ids)
+        print(counts.finished, b"".join(broker.output(ids[0])))
+    """
+
+    def __init__(self, address: Address, queue_id: str, pilot: Pilot | None, *, timeout: float = 10.0) -> None:
         self.pilot = pilot
-        self.link = Link(address, timeout=timeout)
-        self.store = Store(self.link, epoch, load(os.environ.get("PILOTQ_SETTINGS")))
-        self._listing = Listing(self.link, Journal(pilot.journal) if pilot is not None else None)
+        self.link = Connection(address, timeout=timeout)
+        self.store = Store(self.link, queue_id, load(os.environ.get("PILOTQ_SETTINGS")))
+        self._queries = TaskQueries(self.link, Journal(pilot.journal) if pilot is not None else None)
         self._redis: redis.Redis | None = None
 
     @classmethod
@@ -50,18 +56,18 @@ class Broker:
         """Find the pilot: ``dir``, else ``PILOTQ_DIR``, else ``.pilotq/current``. Raises NoPilot."""
         pilot = find(dir)
         connection = pilot.connection()
-        broker = cls(connection.address, connection.epoch, pilot, timeout=timeout)
+        broker = cls(connection.address, connection.queue_id, pilot, timeout=timeout)
         broker.link.connect()
         return broker
 
     @classmethod
     def from_url(cls, url: str, *, timeout: float = 10.0) -> Broker:
-        """The pilot on a server that was started by hand; there is no journal at hand. Raises NoPilot."""
+        """The pilot on a server that was started by hand; its journal cannot be read here. Raises NoPilot."""
         address = parse_url(url)
-        epoch = Link(address, timeout=timeout).call("GET", keys.EPOCH)
-        if epoch is None:
+        queue_id = Connection(address, timeout=timeout).call("GET", keys.QUEUE_ID)
+        if queue_id is None:
             raise NoPilot(f"no pilot uses the server at {address}: start a dispatcher there with `pilotq dispatcher`")
-        return cls(address, epoch.decode(), None, timeout=timeout)
+        return cls(address, queue_id.decode(), None, timeout=timeout)
 
     def __enter__(self) -> Broker:
         return self
@@ -75,10 +81,13 @@ class Broker:
         """Submit one task (or one array) and return its id; see `enqueue_many`."""
         return self.enqueue_many([task])[0]
 
-    def enqueue_many(self, tasks: Sequence[Task], *, key: str | None = None, shared: Shared | None = None) -> list[str]:
+    def enqueue_many(
+        self, tasks: Sequence[Task], *, key: str | None = None, context: SubmitContext | None = None
+    ) -> list[str]:
         """Submit all or none; returns ids in order (an array is one id). The same ``key`` gives the same ids.
 
-        ``shared`` is the surroundings the tasks get, by default those of this process. Raises InvalidInput, NeverFits,
+        ``context`` is the environment, directory... that the tasks get, by default that of this process (see
+        `capture_context`). Raises InvalidInput, NeverFits,
         UnknownTask (nothing was submitted) or ServerUnavailable (unknown: submit again with the same key).
         """
         tasks = list(tasks)
@@ -86,25 +95,25 @@ class Broker:
             return []
         if odd := [task for task in tasks if not isinstance(task, Task)]:
             raise InvalidInput(f"a submission is made of Task(...), not of {type(odd[0]).__name__}")
-        if shared is None:
-            shared = capture(functions=any(task.function is not None for task in tasks))
-        shared = without_secret(shared, self.link.address.password)
-        return submit(self.link, self.store, tasks, shared, key, self._listing.status_in_journal)
+        if context is None:
+            context = capture_context(functions=any(task.function is not None for task in tasks))
+        context = without_secret(context, self.link.address.password)
+        return submit(self.link, self.store, tasks, context, key, self._queries.status_in_journal)
 
     # -- waiting and stopping -----------------------------------------------------------------------------------
 
     def wait(self, ids: Iterable[str] | None = None, *, timeout: float | None = None) -> Counts:
         """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        left = None if ids is None else _several(ids)
+        left = None if ids is None else _unique(ids)
         counts = Counts(total=len(left or ()))
         pause = POLL_MIN_S
         while True:
             if left is None:
                 counts = self.counts()
                 missing = counts.left
-                if missing <= 0 and (missing := self._listing.uncounted()) <= 0:
-                    # What was on its way between the two reads counts by now.
+                if missing <= 0 and (missing := self._queries.uncounted()) <= 0:
+                    # What was being routed between the two reads is counted by now.
                     counts = self.counts()
                     missing = counts.left
             else:
@@ -134,7 +143,7 @@ class Broker:
     def _not_ended(self, ids: list[str], counts: Counts) -> list[str]:
         """The ids that have not ended yet; those that have are added to ``counts``."""
         left = []
-        for task_id, view in zip(ids, self._listing.views(ids), strict=True):
+        for task_id, view in zip(ids, self._queries.views(ids), strict=True):
             known = view or self.task(task_id)
             if not known.ended:
                 left.append(task_id)
@@ -163,9 +172,12 @@ class Broker:
         return outcome.value
 
     def cancel(self, ids: Iterable[str]) -> dict[str, str]:
-        """id -> what happened: 'canceled' (was waiting), 'told' (is running: its worker was told), its status when it
-        had ended, or 'unknown'."""
-        wanted = _several(ids)
+        """Cancel tasks, waiting or running; returns id -> what happened.
+
+        'canceled' (it was waiting), 'stopping' (it runs: its worker ends it), its status when it had ended, or
+        'unknown'.
+        """
+        wanted = _unique(ids)
         answers: dict[str, str] = {}
         for first in range(0, len(wanted), SLICE):
             part = wanted[first : first + SLICE]
@@ -173,36 +185,36 @@ class Broker:
         return answers
 
     def retry(self, ids: Iterable[str]) -> dict[str, str]:
-        """Let tasks that have ended, and did not finish, run again; of an array those of its elements that did not.
+        """Run tasks again that have ended and did not finish; of an array those of its elements that did not finish.
 
         id -> what happened: 'queued', 'deferred' (a task it depends on has not ended), its status when there is nothing
         to run again, 'dependency' (a task it depends on did not finish: retry that first, or with it), 'ending' (it was
-        canceled, and runs still), 'gone' (only the journal knows it) or 'unknown'. Each gets one more execution, and
+        canceled, and runs still), 'gone' (only the journal has it) or 'unknown'. Each gets one more execution, and
         those that its retries left.
         """
-        return retry(self.store, _several(ids))
+        return requeue(self.store, _unique(ids))
 
     def pause(self, paused: bool) -> None:
-        """Hand out nothing more (running tasks go on), or go on."""
-        self.store.write(*(("HSET", keys.WISH, "paused", 1) if paused else ("HDEL", keys.WISH, "paused")))
-        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+        """Start no more tasks (running ones go on), or, with False, start tasks again."""
+        self.store.write(*(("HSET", keys.CONTROL, "paused", 1) if paused else ("HDEL", keys.CONTROL, "paused")))
+        self.store.write("RPUSH", keys.EVENTS, pack(ControlChanged()))
 
     def close_nodes(self, names: Iterable[str], state: str, reason: str = "") -> None:
-        """These nodes get nothing new: ``drained``, or ``retired``, then their workers end when nothing runs there."""
-        pairs = [text for name in _several(names) for text in (name, f"{state} {reason}".strip())]
-        self.store.write("HSET", keys.CLOSED, *pairs)
-        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+        """Assign nothing more to these nodes: ``drained``, or ``retired``, whose workers end when nothing runs."""
+        pairs = [text for name in _unique(names) for text in (name, f"{state} {reason}".strip())]
+        self.store.write("HSET", keys.DRAINED, *pairs)
+        self.store.write("RPUSH", keys.EVENTS, pack(ControlChanged()))
 
     def open_nodes(self, names: Iterable[str]) -> None:
-        """These nodes are used again."""
-        several = _several(names)
-        for key in (keys.CLOSED, keys.ASIDE):
+        """Use these nodes again."""
+        several = _unique(names)
+        for key in (keys.DRAINED, keys.QUARANTINE):
             self.store.write("HDEL", key, *several)
-        self.store.write("RPUSH", keys.MAIL, pack(Nudge()))
+        self.store.write("RPUSH", keys.EVENTS, pack(ControlChanged()))
 
     def closed_nodes(self) -> dict[str, str]:
-        """node -> how it is closed, and why."""
-        return closed_nodes(self.link)
+        """node -> its state (drained, retired, quarantined) and the reason."""
+        return unavailable_nodes(self.link)
 
     def request_stop(self, mode: str) -> None:
         """Ask the supervisor to end the pilot: ``drain`` (when nothing runs), ``stop`` (TERM, grace, KILL), ``now``."""
@@ -210,9 +222,9 @@ class Broker:
             raise InvalidInput(f"a pilot cannot be ended in the mode {mode!r}: give one of {', '.join(STOP_MODES)}")
         if self.pilot is not None:
             remember_total(self.pilot, self.counts().total)
-        self.store.write("HSET", keys.WISH, "stop", mode)
+        self.store.write("HSET", keys.CONTROL, "stop", mode)
 
-    # -- looking ------------------------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------------------------
 
     def counts(self, submission: str | None = None) -> Counts:
         """Numbers of tasks, of the whole pilot or of one submission (by its key)."""
@@ -223,7 +235,7 @@ class Broker:
 
     def task(self, task_id: str) -> TaskView:
         """One task, from Redis or the journal. Raises UnknownTask."""
-        view = self._listing.task(task_id)
+        view = self._queries.task(task_id)
         if view is None:
             raise UnknownTask(f"there is no task {task_id!r} in this pilot: `pilotq list` shows those it has")
         return view
@@ -233,32 +245,33 @@ class Broker:
         from pilotq.broker.client.explain import Explainer  # brings placement along, which a submit does not need
 
         directory = self.pilot.directory if self.pilot is not None else ""
-        return Explainer(self.link, self._listing, directory, time.time()).of(self.task(task_id))
+        return Explainer(self.link, self._queries, directory, time.time()).explain(self.task(task_id))
 
     def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
-        """Tasks, newest first: those that Redis still knows (running, waiting, ended), then those of the journal."""
+        """Tasks, newest first: those with a record in Redis (running, waiting, ended), then those of the journal."""
         if status is not None and status not in STATUSES:
             raise InvalidInput(f"there is no status {status!r}: give one of {', '.join(sorted(STATUSES))}")
-        return self._listing.tasks(status, limit)
+        return self._queries.tasks(status, limit)
 
     def find(self, name: str) -> list[str]:
-        """Ids of the tasks with this name that Redis or the journal knows."""
-        return self._listing.find(name)
+        """Ids of the tasks with this name that have a record in Redis or an entry in the journal."""
+        return self._queries.find(name)
 
     def open_ids(self) -> list[str]:
         """Ids of the tasks that have not ended; an array stands for its elements."""
-        return self._listing.open_ids()
+        return self._queries.open_ids()
 
     def retriable(self) -> list[str]:
-        """Ids of what ended and did not finish, as far as Redis still knows it; an array stands for its elements."""
-        return self._listing.retriable()
+        """Ids of what ended and did not finish, as far as Redis has a record; an array stands for its elements."""
+        return self._queries.retriable()
 
     def nodes(self) -> list[NodeView]:
-        return self._listing.nodes()
+        """The nodes that have joined, by name."""
+        return self._queries.nodes()
 
     def running(self) -> int:
-        """How many executions are under way: running, or handed to a worker."""
-        return sum(not member.endswith(":0") for member in self._listing.executions())
+        """How many executions run, or are assigned to a worker."""
+        return sum(not member.endswith(":0") for member in self._queries.executions())
 
     def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """The captured output of the last execution that has ended, in pieces; nothing if there is none.
@@ -268,8 +281,11 @@ class Broker:
         return self._output(stream).last(task_id, stream)
 
     def follow(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
-        """What the task writes, from the beginning of its last execution on until it has ended; an empty piece
-        whenever there is nothing new yet. Raises UnknownTask when somebody deletes it, PilotFailed as `output`."""
+        """The output of a task while it is written, from the beginning of its last execution until it has ended.
+
+        Gives an empty piece whenever there is nothing new yet. Raises UnknownTask when somebody deletes the task,
+        PilotFailed as `output`.
+        """
         return self._output(stream).follow(task_id, stream)
 
     def _output(self, stream: str) -> Output:
@@ -277,7 +293,7 @@ class Broker:
             raise InvalidInput(f"there is no stream {stream!r}: give stdout or stderr")
         if self.pilot is None:
             raise NoPilot("captured output is read from the pilot's directory: give it with --dir")
-        return Output(self._listing, self.pilot, Journal(self.pilot.journal))
+        return Output(self._queries, self.pilot, Journal(self.pilot.journal))
 
     @property
     def redis(self) -> redis.Redis:
@@ -299,15 +315,15 @@ class Broker:
             self._redis.close()
 
 
-def _several(ids: Iterable[str]) -> list[str]:
-    """Each once, in order. One text is one id, not its letters."""
+def _unique(ids: Iterable[str]) -> list[str]:
+    """Each id once, in order. One text is one id, not its letters."""
     return [ids] if isinstance(ids, str) else list(dict.fromkeys(ids))
 
 
-def reach(directory: str | None = None, *, timeout: float = 10.0) -> Broker | Archive:
+def open_pilot(directory: str | None = None, *, timeout: float = 10.0) -> Broker | Archive:
     """The pilot of ``directory`` (as in `Broker.connect`): a Broker when it runs, an Archive when it has ended.
 
-    A pilot that is about to be ready or gone is waited for. Raises NoPilot when there has never been one, and
+    A pilot that is starting or ending is waited for. Raises NoPilot when there has never been one, and
     ServerUnavailable when it runs but its server does not answer.
     """
     pilot = find(directory)

@@ -1,8 +1,8 @@
 """`Executor`: a pilot behind the interface of `concurrent.futures`.
 
-Two threads stand behind it. One submits: what was asked for meanwhile goes in one submission. The other one is told
-by the server which tasks have ended (a list that end.lua fills), reads their results, and looks itself at times, so
-that nothing is waited for in vain.
+It has two threads. One submits: calls that came meanwhile go in one submission. The other one reads from the server
+which tasks have ended (a list that complete.lua fills) and then their results; it also polls the oldest tasks, in case
+an entry of the list was lost.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from pilotq.broker.client.results import Outcome, fetch, portions
 from pilotq.broker.errors import FunctionCanceled, PilotFailed, PilotqError, ServerUnavailable
 from pilotq.broker.store import keys
 from pilotq.broker.tasks.functions import Packed, pack_call, target_of
-from pilotq.broker.tasks.model import Request, Task, validate
+from pilotq.broker.tasks.model import Request, Task
 from pilotq.broker.tasks.quantities import request_of
-from pilotq.broker.tasks.submit_context import capture
+from pilotq.broker.tasks.submit_context import capture_context
+from pilotq.broker.tasks.validation import validate
 
 BATCH_MAX = 2000  # tasks in one submission
 READ_MAX = 500  # results that are read at once
-WAIT_S = 1.0  # how long the server may hold the question who has ended
-LOOK_S = 5.0  # how often the oldest tasks are looked at though nobody was told of their end
-GONE_S = 60.0  # a server that does not answer for so long is taken for gone
-REQUEST_WORDS = ("cores", "nodes", "gpus", "memory", "use")
+WAIT_S = 1.0  # how long one blocking read of the list of completions waits
+POLL_S = 5.0  # how often the oldest tasks are polled though the list does not name them
+GONE_S = 60.0  # a server that does not answer for so long is considered gone
 
 
 class TaskFuture(futures.Future[Any]):
@@ -56,13 +56,13 @@ class TaskFuture(futures.Future[Any]):
             if not super().cancel():
                 return False
             with suppress(RuntimeError):  # the other thread has just done it
-                self.set_running_or_notify_cancel()  # those who wait for several futures are told
-            self._executor._canceled(self)
+                self.set_running_or_notify_cancel()  # wakes those who wait for several futures
+            self._executor._on_cancel(self)
         return True
 
 
 class Options:
-    """An executor whose tasks ask for something: made by `Executor.options`."""
+    """An executor whose tasks ask for resources, or have other fields of `Task` set: made by `Executor.options`."""
 
     def __init__(self, executor: Executor, task: Task) -> None:
         self._executor = executor
@@ -85,6 +85,11 @@ class Executor(futures.Executor):
     A private pilot has the nodes of ``nodes`` (as of `pilotq start`; default: all cores here). It ends with
     `shutdown`, or with this process. Raises NoPilot when ``dir`` names a pilot that does not run, and whatever
     `pilotq start` says. May be used by several threads.
+
+        with Executor() as pool:
+            future = pool.submit(math.sqrt, 2)
+            print(future.result(), list(pool.map(math.factorial, range(10))))
+            pool.options(cores=4, time_limit=600.0).submit(simulate)
     """
 
     def __init__(self, dir: str | None = None, *, nodes: str | None = None) -> None:
@@ -92,18 +97,18 @@ class Executor(futures.Executor):
         self._private = pilot is None
         pilot = pilot or private_pilot.start(nodes)
         self._broker = Broker.connect(pilot.directory)
-        self._teller = Broker.connect(pilot.directory)
+        self._reader = Broker.connect(pilot.directory)
         self._pilot = pilot
         self._name = secrets.token_hex(6)
         self._lock = threading.Lock()
-        self._wanted: queue.SimpleQueue[tuple[TaskFuture, Task] | TaskFuture | None] = queue.SimpleQueue()
+        self._submit_queue: queue.SimpleQueue[tuple[TaskFuture, Task] | TaskFuture | None] = queue.SimpleQueue()
         self._waiting: dict[str, TaskFuture] = {}  # by id, oldest first
         self._committing = False  # a submission is under way
-        self._early: set[str] = set()  # have ended before we knew that they are ours
+        self._completed_early: set[str] = set()  # ended before the submission returned their ids
         self._open: set[TaskFuture] = set()  # those that are not done
         self._closing = False
-        self._none_open = threading.Event()
-        self._none_open.set()
+        self._all_done = threading.Event()
+        self._all_done.set()
         self._threads = [threading.Thread(target=t, daemon=True, name="pilotq") for t in (self._send, self._collect)]
         for thread in self._threads:
             thread.start()
@@ -150,7 +155,7 @@ class Executor(futures.Executor):
         for future in pending:
             future.cancel()
         if not closed:
-            self._wanted.put(None)
+            self._submit_queue.put(None)
         if wait and threading.current_thread() not in self._threads:
             for thread in self._threads:
                 thread.join()
@@ -188,28 +193,28 @@ class Executor(futures.Executor):
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._open.add(future)
-            self._none_open.clear()
-        self._wanted.put((future, task))
+            self._all_done.clear()
+        self._submit_queue.put((future, task))
         return future
 
-    def _canceled(self, future: TaskFuture) -> None:
-        self._closed(future)
-        self._wanted.put(future)
+    def _on_cancel(self, future: TaskFuture) -> None:
+        self._forget(future)
+        self._submit_queue.put(future)
 
-    def _closed(self, future: TaskFuture) -> None:
+    def _forget(self, future: TaskFuture) -> None:
         with self._lock:
             self._open.discard(future)
             if not self._open:
-                self._none_open.set()
+                self._all_done.set()
 
     def _send(self) -> None:
-        """The thread that submits and cancels."""
+        """Submit and cancel: the first thread."""
         number = 0
         ending = False
         while not ending:
-            items = [self._wanted.get()]
-            while len(items) < BATCH_MAX and not self._wanted.empty():
-                items.append(self._wanted.get())
+            items = [self._submit_queue.get()]
+            while len(items) < BATCH_MAX and not self._submit_queue.empty():
+                items.append(self._submit_queue.get())
             ending = None in items
             fresh = [item for item in items if isinstance(item, tuple) and not item[0].cancelled()]
             ids = [item.task_id for item in items if isinstance(item, TaskFuture) and item.task_id is not None]
@@ -218,9 +223,9 @@ class Executor(futures.Executor):
                 self._enqueue(fresh[first : first + BATCH_MAX], f"@{self._name}.{number}")
             self._cancel(ids)
         # Cancels of what is still waiting come until the last one is done.
-        while not self._none_open.is_set():
+        while not self._all_done.is_set():
             try:
-                item = self._wanted.get(timeout=WAIT_S)
+                item = self._submit_queue.get(timeout=WAIT_S)
             except queue.Empty:
                 continue
             if isinstance(item, TaskFuture) and item.task_id is not None:
@@ -231,38 +236,38 @@ class Executor(futures.Executor):
         tasks = [task for _, task in batch]
         self._committing = True
         try:
-            shared = capture(functions=True)
-            ids = self._attempt(lambda: self._broker.enqueue_many(tasks, key=key, shared=shared))
-        except Exception as error:  # noqa: BLE001  # whatever it was, nobody shall wait for ever for these futures
+            context = capture_context(functions=True)
+            ids = self._until_answered(lambda: self._broker.enqueue_many(tasks, key=key, context=context))
+        except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for ever for these futures
             if len(batch) > 1 and not isinstance(error, ServerUnavailable):
-                for number, item in enumerate(batch):  # it is the fault of some of them
+                for number, item in enumerate(batch):  # some of them are wrong
                     self._enqueue([item], f"{key}.{number}")
                 return
             for future, _ in batch:
-                self._settle(future, Outcome(error=error))
+                self._set_outcome(future, Outcome(error=error))
             return
         ended = []
         with self._lock:
             for (future, _), task_id in zip(batch, ids, strict=True):
                 future.task_id = task_id
                 self._waiting[task_id] = future
-                if task_id in self._early:
+                if task_id in self._completed_early:
                     ended.append(task_id)
             self._committing = False
-            self._early.clear()
+            self._completed_early.clear()
         self._cancel([future.task_id for future, _ in batch if future.cancelled() and future.task_id is not None])
         if ended:
-            # The other thread has the connection for reading: it is told again, or looks itself.
+            # The other thread has the connection for reading: the ends are put on its list again, or it polls.
             with suppress(PilotqError):
-                self._attempt(lambda: self._broker.link.call("RPUSH", keys.told(self._name), *ended))
+                self._until_answered(lambda: self._broker.link.call("RPUSH", keys.completions(self._name), *ended))
 
     def _cancel(self, ids: list[str]) -> None:
         with suppress(PilotqError):  # the pilot is gone: what it ran ends with it
             if ids:
-                self._attempt(lambda: self._broker.cancel(ids))
+                self._until_answered(lambda: self._broker.cancel(ids))
 
-    def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Again and again while the server does not answer: a submission with the same key is made once."""
+    def _until_answered(self, action: Callable[[], Any]) -> Any:
+        """Repeat an action while the server does not answer: a submission with the same key is made once."""
         give_up_at = time.monotonic() + GONE_S
         while True:
             try:
@@ -275,14 +280,14 @@ class Executor(futures.Executor):
     # -- collecting ------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """The thread that reads results."""
-        look_at = time.monotonic() + LOOK_S
+        """Read results: the second thread."""
+        look_at = time.monotonic() + POLL_S
         answered_at = time.monotonic()
-        while not (self._closing and self._none_open.is_set()):
+        while not (self._closing and self._all_done.is_set()):
             try:
-                ids = self._told()
+                ids = self._completed()
                 if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + LOOK_S
+                    look_at = time.monotonic() + POLL_S
                     with self._lock:
                         ids += list(islice(self._waiting, READ_MAX))
                 for first in range(0, len(ids), READ_MAX):
@@ -292,53 +297,53 @@ class Executor(futures.Executor):
                 if time.monotonic() > answered_at + GONE_S or not self._pilot.alive():
                     self._fail_all(PilotFailed(f"the pilot in {self._pilot.directory} is gone: {error}"))
                 time.sleep(0.1)
-        self._teller.close()
+        self._reader.close()
         if self._private:
             private_pilot.end(self._pilot)
 
-    def _told(self) -> list[str]:
-        """Tasks that have ended, as the server tells us; waits for the first one."""
-        key = keys.told(self._name)
-        reply = self._teller.link.call("BLMPOP", WAIT_S, 1, key, "LEFT", "COUNT", READ_MAX)
+    def _completed(self) -> list[str]:
+        """Ids of tasks that have ended, from the list of completions; waits for the first one."""
+        key = keys.completions(self._name)
+        reply = self._reader.link.call("BLMPOP", WAIT_S, 1, key, "LEFT", "COUNT", READ_MAX)
         return [item.decode() for item in reply[1]] if reply else []
 
     def _read(self, ids: list[str]) -> None:
         with self._lock:
             known = [task_id for task_id in ids if task_id in self._waiting]
             if self._committing:
-                self._early.update(task_id for task_id in ids if task_id not in self._waiting)
-        link = self._teller.link
+                self._completed_early.update(task_id for task_id in ids if task_id not in self._waiting)
+        link = self._reader.link
         for part in portions(link, known):
             for task_id, outcome in zip(part, fetch(link, part), strict=True):
                 if outcome is not None:
                     with self._lock:
                         future = self._waiting.pop(task_id, None)
                     if future is not None:
-                        self._settle(future, outcome)
+                        self._set_outcome(future, outcome)
 
-    def _settle(self, future: TaskFuture, outcome: Outcome) -> None:
+    def _set_outcome(self, future: TaskFuture, outcome: Outcome) -> None:
         try:
             if future.cancelled() or not future.set_running_or_notify_cancel():
                 return
         except RuntimeError:
-            return  # it was canceled in this moment, and those who wait know
+            return  # it was canceled at this moment, and those who wait were woken
         if isinstance(outcome.error, FunctionCanceled):
             future.set_exception(futures.CancelledError(str(outcome.error)))
         elif outcome.error is not None:
             future.set_exception(outcome.error)
         else:
             future.set_result(outcome.value)
-        self._closed(future)
+        self._forget(future)
 
     def _fail_all(self, error: PilotqError) -> None:
         with self._lock:
             left = list(self._waiting.values())
             self._waiting.clear()
         for future in left:
-            self._settle(future, Outcome(error=error))
+            self._set_outcome(future, Outcome(error=error))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Who presses Ctrl-C does not want to wait for thousands of calls.
+        # A user who presses Ctrl-C does not want to wait for thousands of calls.
         self.shutdown(cancel_futures=kind is not None and not issubclass(kind, Exception))
 
     def _at_exit(self) -> None:
@@ -356,7 +361,7 @@ def _run_each(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]
 
 
 def _results(made: list[TaskFuture], end_at: float | None) -> Iterator[Any]:
-    made.reverse()  # so that what was given away is let go
+    made.reverse()  # so that a result that was yielded is not kept
     try:
         while made:
             yield made.pop().result(None if end_at is None else max(end_at - time.monotonic(), 0.0))

@@ -1,4 +1,4 @@
-"""Why a task does not run yet, and when it may; or why it ended as it did. In sentences, from what stands in Redis.
+"""`Explainer`: why a task does not run yet, and when it may; or why it ended as it did. In sentences, from Redis.
 
 Placement itself says what is missing (cluster.py, shortage.py), so that explanation and decision cannot differ.
 """
@@ -9,35 +9,35 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from pilotq.broker.client.queries import Listing, array_of
-from pilotq.broker.client.snapshot import Picture, class_info, picture
+from pilotq.broker.client.queries import TaskQueries, array_of
+from pilotq.broker.client.snapshot import Snapshot, take_snapshot
 from pilotq.broker.client.views import Explanation, TaskView
-from pilotq.broker.scheduling.inventory import ClassInfo
-from pilotq.broker.scheduling.status import Held
+from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
-from pilotq.broker.store.messages import NodeInfo, parse_allocation
-from pilotq.broker.store.node_states import closed_nodes
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.registry import read_class, read_classes, read_nodes, unavailable_nodes
+from pilotq.broker.store.resources import ClassInfo, NodeInfo, parse_allocation
 from pilotq.broker.tasks.states import REASONS
 
 NAMED = 5  # tasks that are named where there are more
 CHAIN = 100  # how far the cause of an omitted task is followed
-LOOKED_AT = 100_000  # entries of a class list that are searched for the place of a task
+SEARCHED_MAX = 100_000  # entries of a class list that are searched for the place of a task
 SHORT = 60  # characters of ranges of elements
-# Sentences of REASONS that go on from "it"; the others name what it was.
-OF_ITSELF = ("ended", "was", "ran", "could", "failed")
+# Beginnings of texts of REASONS that continue a sentence with "it"; the others name a thing.
+PREDICATES = ("ended", "was", "ran", "could", "failed")
 
 
 class Explainer:
-    """Answers for one running pilot; ``now`` is unix time: an answer is of one moment."""
+    """Explains the tasks of one running pilot; ``now`` is unix time: an explanation is of one moment."""
 
-    def __init__(self, link: Link, listing: Listing, directory: str, now: float) -> None:
+    def __init__(self, link: Connection, queries: TaskQueries, directory: str, now: float) -> None:
         self._link = link
-        self._listing = listing
+        self._queries = queries
         self._directory = directory
         self._now = now
 
-    def of(self, view: TaskView) -> Explanation:
+    def explain(self, view: TaskView) -> Explanation:
+        """The explanation of one task."""
         found = ended(view)
         if view.ended:
             if view.reason == "dependency":
@@ -64,7 +64,7 @@ class Explainer:
             found.why = [f"it was handed to node {view.node}, and starts there as soon as a task like it ends"]
         else:
             found.why = [f"it runs on {view.cores or view.node}, for {duration(max(self._now - begun, 0.0))}"]
-            info = class_info(self._link, class_name)
+            info = read_class(self._link, class_name)
             if info is not None and info.request.limit is not None:
                 found.until = begun + info.request.limit
                 left = found.until - self._now
@@ -75,7 +75,7 @@ class Explainer:
             found.why.append("it was canceled: its worker ends its processes, with SIGTERM and then SIGKILL")
 
     def _cause(self, view: TaskView, found: Explanation) -> None:
-        """The task that did not finish, at the beginning of the chain of those that were omitted because of it."""
+        """Add the task that did not finish, at the beginning of the chain of tasks omitted because of it."""
         current, seen = view, {view.id}
         for _ in range(CHAIN):
             bad = next((p for p in self._parents(current.id) if p.ended and p.status != "finished"), None)
@@ -104,7 +104,7 @@ class Explainer:
             found.why = ["all that it waits for has ended: it is about to be released"]
 
     def _parents(self, task_id: str) -> list[TaskView]:
-        """What a task depends on, or an element of an array; without what finished so long ago that nobody knows."""
+        """What a task depends on, or an element of an array; without tasks that are not known any more."""
         after = self._fields(task_id, "pq_after")[0].split()
         if not after and (array := array_of(task_id)) is not None:
             text, each = self._fields(array, "pq_after", "pq_parents")
@@ -112,58 +112,61 @@ class Explainer:
             after = [f"{parent}_{index}" for parent in text.split()] if each else text.split()
         if not after:
             after = sorted(m.decode() for m in self._link.call("SMEMBERS", keys.dependencies(task_id)))
-        views = (self._listing.task(parent) for parent in after)
+        views = (self._queries.task(parent) for parent in after)
         return [view for view in views if view is not None]
 
     # -- what waits for its turn ------------------------------------------------------------------------------------
 
     def _queued(self, view: TaskView, found: Explanation) -> None:
-        found.why += self._held_up()
-        name, spared = self._fields(view.id, "pq_class", "pq_spared")
-        if spared:
-            found.why.append(f"it failed at once on node {spared}, like others before it: another node is to try it")
+        found.why += self._nothing_starts()
+        name, suspect_node = self._fields(view.id, "pq_class", "pq_suspect_node")
+        if suspect_node:
+            why = f"it failed at once on node {suspect_node}, like others before it: another node is to try it"
+            found.why.append(why)
         where = view.id
         if not name and (array := array_of(view.id)) is not None:
             where, (name,) = array, self._fields(array, "pq_class")
-        info = class_info(self._link, name)
+        info = read_class(self._link, name)
         if info is None:
-            found.why.append("the dispatcher has not met it yet")
+            found.why.append("the dispatcher has not read it yet")
             return
-        nodes = [msgspec.json.decode(record, type=NodeInfo) for record in self._link.call("HVALS", keys.NODES)]
-        absent = {n.decode() for n in self._link.call("SMEMBERS", keys.PLANNED)} - {node.name for node in nodes}
+        nodes = read_nodes(self._link)
+        absent = {n.decode() for n in self._link.call("SMEMBERS", keys.EXPECTED_NODES)} - {node.name for node in nodes}
         if absent:
             found.why.append(f"not all nodes have joined yet: {', '.join(sorted(absent))}")
         if not nodes:
             found.why.append("no node is there: `pilotq nodes` lists those that have joined")
             return
-        found.why += self._not_open(nodes)
-        self._resources(name, info, picture(self._link, nodes, self._listing.executions(), self._now), found)
-        found.why += self._ahead(where, name, info)
+        found.why += self._closed_nodes(nodes)
+        self._resources(name, info, take_snapshot(self._link, nodes, self._queries.executions(), self._now), found)
+        found.why += self._tasks_before(where, name, info)
 
-    def _not_open(self, nodes: Sequence[NodeInfo]) -> Iterator[str]:
-        """Nodes that get nothing new, and the number without which nothing begins."""
-        least = int(self._link.call("HGET", keys.WISH, "least") or 0)
+    def _closed_nodes(self, nodes: Sequence[NodeInfo]) -> Iterator[str]:
+        """Nodes that are assigned nothing, and the number of nodes without which nothing starts."""
+        least = int(self._link.call("HGET", keys.CONTROL, "min_nodes") or 0)
         if len(nodes) < least:
             yield f"nothing begins before {least} nodes have joined: {len(nodes)} have"
-        for name, text in sorted(closed_nodes(self._link).items()):
+        for name, text in sorted(unavailable_nodes(self._link).items()):
             if any(node.name == name for node in nodes):
                 state, _, reason = text.partition(" ")
                 yield f"node {name} gets nothing new: it is {state}" + (f" ({reason})" if reason else "")
 
-    def _held_up(self) -> Iterator[str]:
-        """Why nothing at all is handed out."""
-        paused, journal, stop = self._link.call("HMGET", keys.WISH, "paused", "journal", "stop")
+    def _nothing_starts(self) -> Iterator[str]:
+        """Why no task at all is started."""
+        (paused, stop), journal, suspended = self._link.pipeline(
+            [("HMGET", keys.CONTROL, "paused", "stop"), ("HGET", keys.STATUS, "journal"), ("EXISTS", keys.SUSPENDED)]
+        )
         if stop:
             yield f"the pilot is ending: `pilotq start --resume {self._directory}` goes on with what has not ended"
         elif paused:
             yield "nothing is handed out: the pilot is paused"
         if journal:
             yield f"nothing is handed out while the journal cannot be written: {journal.decode('utf-8', 'replace')}"
-        if self._link.call("EXISTS", keys.SUSPENDED):
+        if suspended:
             yield "nothing is handed out: the queues are suspended, until `pilotq exec -- rq resume`"
 
-    def _resources(self, name: str, info: ClassInfo, seen: Picture, found: Explanation) -> None:
-        """What is missing, and when it comes; or for whom it is kept."""
+    def _resources(self, name: str, info: ClassInfo, seen: Snapshot, found: Explanation) -> None:
+        """Add what is missing and when it will be free, or for which task it is held."""
         cluster, request = seen.cluster, info.request
         held = self._held(seen)
         found.why.append(cluster.waits_for(request))
@@ -180,34 +183,32 @@ class Explainer:
                     "short enough it could run there meanwhile"
                 )
             return
-        found.until = found.until or seen.room_by(request)
+        found.until = found.until or seen.free_by(request)
         if found.until is None:
             found.why.append("nobody knows when there will be room: what is in its way has no time limit")
         else:
             left = duration(max(found.until - self._now, 0.0))
             found.why.append(f"by the time limits of what runs there is room in {left} at the latest")
 
-    def _held(self, seen: Picture) -> Held | None:
-        text = self._link.call("HGET", keys.WISH, "hold")
-        held = msgspec.json.decode(text, type=Held) if text else None
+    def _held(self, seen: Snapshot) -> HoldStatus | None:
+        text = self._link.call("HGET", keys.STATUS, "hold")
+        held = msgspec.json.decode(text, type=HoldStatus) if text else None
         if held is None or not {part.node for part in parse_allocation(held.cores)} <= set(seen.cluster.names):
             return None
         return held
 
-    def _ahead(self, task_id: str, name: str, info: ClassInfo) -> Iterator[str]:
-        """How many go before it."""
-        flat = self._link.call("HGETALL", keys.CLASSES)
-        infos = {n.decode(): msgspec.json.decode(r, type=ClassInfo) for n, r in zip(flat[::2], flat[1::2], strict=True)}
-        higher = [n for n, other in infos.items() if other.priority > info.priority]
+    def _tasks_before(self, task_id: str, name: str, info: ClassInfo) -> Iterator[str]:
+        """How many tasks go before it."""
+        higher = [n for n, other in read_classes(self._link).items() if other.priority > info.priority]
         if number := sum(map(int, self._link.pipeline([("LLEN", keys.queue(n)) for n in higher]))):
             yield f"{_count(number)} of higher priority may go first"
-        if place := self._link.call("LPOS", keys.queue(name), task_id, "MAXLEN", LOOKED_AT):
+        if place := self._link.call("LPOS", keys.queue(name), task_id, "MAXLEN", SEARCHED_MAX):
             yield f"{_count(int(place))} like it came earlier"
 
-    # -- small things -----------------------------------------------------------------------------------------------
+    # -- helpers ----------------------------------------------------------------------------------------------------
 
     def _of_rq(self, view: TaskView) -> str:
-        """Statuses that only RQ's own producers bring about."""
+        """Sentences for statuses that only jobs of RQ's producers have."""
         if view.status == "scheduled":
             score = self._link.call("ZSCORE", keys.registry("scheduled", view.queue), view.id)
             left = float(score) - self._now if score else 0.0
@@ -223,7 +224,7 @@ class Explainer:
 
 
 def ended(view: TaskView, directory: str = "") -> Explanation:
-    """Why a task ended as it did, as far as it knows itself; ``directory``: of a pilot that has ended."""
+    """Why a task ended as it did, as far as its own record says; ``directory``: of a pilot that has ended."""
     found = Explanation(id=view.id, name=view.name, status=view.status, output=view.stderr_tail)
     if not view.ended:
         found.why = [f"the pilot ended before it did: `pilotq start --resume {directory}` goes on with it"]
@@ -248,11 +249,11 @@ def _how(view: TaskView) -> str:
     if view.reason == "exit":
         return f"it {why} ({view.exit_code})"
     more = view.message.rstrip(".") or (f"signal {view.signal}" if view.signal else "")
-    return ("it " if why.startswith(OF_ITSELF) else "") + why + (f": {more}" if more else "")
+    return ("it " if why.startswith(PREDICATES) else "") + why + (f": {more}" if more else "")
 
 
 def _elements(view: TaskView) -> list[str]:
-    return [f"elements {word}: {_short(ranges)}" for word, ranges in view.elements.items()]
+    return [f"elements {outcome}: {_short(ranges)}" for outcome, ranges in view.elements.items()]
 
 
 def _short(ranges: str) -> str:

@@ -1,4 +1,4 @@
-"""Captured output of tasks: from the journal, from the packs it points into, or from the file a running task writes."""
+"""Captured output of tasks: from the journal, from the files it refers to, or from the file a running task writes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from pilotq.broker.client.queries import Listing
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.errors import PilotFailed, UnknownTask
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.tasks.states import ENDED
 
 PIECE = 1 << 16
-LOOK_BYTES = 1 << 20  # of a running task, read at one look
+POLL_BYTES = 1 << 20  # of a running task, read at one poll
 # Redis says that a task has ended before the journal holds its output: usually some 0.1 s.
 JOURNAL_WAIT_S = 5.0
-UNCERTAIN_WAIT_S = 2.0  # where there may be no line to come
-LOOK_S = 0.02
+UNCERTAIN_WAIT_S = 2.0  # where there may be no entry to come
+POLL_S = 0.02
 
 
 def captured(journal: Journal, pilot: Pilot, task_id: str, stream: str) -> Iterator[bytes]:
@@ -28,10 +27,10 @@ def captured(journal: Journal, pilot: Pilot, task_id: str, stream: str) -> Itera
     yield from _of_last(pilot, journal.find(task_id), stream)
 
 
-def of_line(pilot: Pilot, line: Line, stream: str, skip: int = 0) -> Iterator[bytes]:
-    """What a line of the journal holds, or points to, without the first ``skip`` bytes. A file that is gone gives
-    nothing."""
-    inline, place = (line.stdout, line.stdout_at) if stream == "stdout" else (line.stderr, line.stderr_at)
+def output_of_entry(pilot: Pilot, entry: JournalEntry, stream: str, skip: int = 0) -> Iterator[bytes]:
+    """The output that an entry of the journal holds or refers to, without the first ``skip`` bytes. A file that is gone
+    gives nothing."""
+    inline, place = (entry.stdout, entry.stdout_at) if stream == "stdout" else (entry.stderr, entry.stderr_at)
     if rest := (inline.encode() if isinstance(inline, str) else inline)[skip:]:
         yield rest
     if place:
@@ -40,10 +39,10 @@ def of_line(pilot: Pilot, line: Line, stream: str, skip: int = 0) -> Iterator[by
         yield from _read(path, offset + skip, left)
 
 
-def _of_last(pilot: Pilot, lines: Sequence[Line], stream: str) -> Iterator[bytes]:
-    # Of a task that was canceled while it waited to be tried again the newest line is of no execution.
-    if lines:
-        yield from of_line(pilot, max(lines, key=lambda line: line.execution), stream)
+def _of_last(pilot: Pilot, entries: Sequence[JournalEntry], stream: str) -> Iterator[bytes]:
+    # Of a task that was canceled while it waited to be tried again the newest entry is of no execution.
+    if entries:
+        yield from output_of_entry(pilot, max(entries, key=lambda entry: entry.execution), stream)
 
 
 def _read(path: str, offset: int, left: int) -> Iterator[bytes]:
@@ -56,10 +55,10 @@ def _read(path: str, offset: int, left: int) -> Iterator[bytes]:
 
 
 class Output:
-    """The output of the tasks of a running pilot."""
+    """Reads the captured output of the tasks of a running pilot."""
 
-    def __init__(self, listing: Listing, pilot: Pilot, journal: Journal) -> None:
-        self._listing = listing
+    def __init__(self, queries: TaskQueries, pilot: Pilot, journal: Journal) -> None:
+        self._queries = queries
         self._pilot = pilot
         self._journal = journal
 
@@ -70,8 +69,8 @@ class Output:
         JOURNAL_WAIT_S.
         """
         status, execution, _ = self._state(task_id, stream)
-        lines = self._lines(task_id, status, execution) if status in ENDED else self._journal.find(task_id)
-        yield from _of_last(self._pilot, lines, stream)
+        entries = self._entries(task_id, status, execution) if status in ENDED else self._journal.find(task_id)
+        yield from _of_last(self._pilot, entries, stream)
 
     def follow(self, task_id: str, stream: str) -> Iterator[bytes]:
         """What the task writes, from the beginning of its last execution on; an empty piece whenever there is nothing
@@ -80,59 +79,59 @@ class Output:
         while True:
             state = status, execution, path = self._state(task_id, stream)
             if status in ENDED:
-                lines = self._lines(task_id, status, execution)
+                entries = self._entries(task_id, status, execution)
                 if seen:
-                    yield from self._rest(lines, seen, offset, stream)
+                    yield from self._rest(entries, seen, offset, stream)
                 else:
-                    yield from _of_last(self._pilot, lines, stream)
+                    yield from _of_last(self._pilot, entries, stream)
                 return
             if status == "started" and path and seen in (0, execution):
-                data = b"".join(_read(path, offset, LOOK_BYTES))
+                data = b"".join(_read(path, offset, POLL_BYTES))
                 # A running task's file is used again by the next one.
                 if self._state(task_id, stream) == state:
                     seen, offset = execution, offset + len(data)
                     yield data
                 continue
             if seen and execution > seen:
-                lines = self._journal.find(task_id)
-                if any(line.execution >= seen for line in lines):
-                    yield from self._rest(lines, seen, offset, stream)
+                entries = self._journal.find(task_id)
+                if any(entry.execution >= seen for entry in entries):
+                    yield from self._rest(entries, seen, offset, stream)
                     seen, offset = execution, 0
             yield b""
 
-    def _rest(self, lines: Sequence[Line], seen: int, offset: int, stream: str) -> Iterator[bytes]:
+    def _rest(self, entries: Sequence[JournalEntry], seen: int, offset: int, stream: str) -> Iterator[bytes]:
         """What was written behind ``offset`` of the execution ``seen``, and by those after it."""
-        for line in sorted(lines, key=lambda line: line.execution):
-            if line.execution >= seen:
-                yield from of_line(self._pilot, line, stream, offset if line.execution == seen else 0)
+        for entry in sorted(entries, key=lambda entry: entry.execution):
+            if entry.execution >= seen:
+                yield from output_of_entry(self._pilot, entry, stream, offset if entry.execution == seen else 0)
 
     def _state(self, task_id: str, stream: str) -> tuple[str, int, str]:
         """Status, number of the last execution, and the file that a running one writes."""
         field = "pq_out" if stream == "stdout" else "pq_err"
-        status, execution, path = self._listing.link.call("HMGET", keys.job(task_id), "status", "pq_exec", field)
+        status, execution, path = self._queries.link.call("HMGET", keys.job(task_id), "status", "pq_exec", field)
         if status is not None:
             return status.decode(), int(execution or 0), os.fsdecode(path or b"")
-        view = self._listing.task(task_id)
+        view = self._queries.task(task_id)
         if view is None:
             raise UnknownTask(f"there is no task {task_id!r} in this pilot any more")
         return view.status, view.execution, ""
 
-    def _lines(self, task_id: str, status: str, execution: int) -> list[Line]:
-        """The lines of a task that has ended with this execution; waits for the last one."""
+    def _entries(self, task_id: str, status: str, execution: int) -> list[JournalEntry]:
+        """The entries of a task that has ended with this execution; waits for the last one."""
         # Of what was canceled it is not known whether it ran.
         certain = status != "canceled"
         deadline = time.monotonic() + (JOURNAL_WAIT_S if certain else UNCERTAIN_WAIT_S)
         while True:
-            lines = self._journal.find(task_id)
-            if any(line.final and line.execution >= execution for line in lines):
-                return lines
-            if status == "canceled" and lines and lines[0].execution == 0:
-                return lines  # it waited
+            entries = self._journal.find(task_id)
+            if any(entry.final and entry.execution >= execution for entry in entries):
+                return entries
+            if status == "canceled" and entries and entries[0].execution == 0:
+                return entries  # it waited
             if time.monotonic() > deadline:
                 if not certain:
-                    return lines
+                    return entries
                 raise PilotFailed(
                     f"the end of task {task_id} has not reached the journal yet, and its output neither: try again; "
                     f"{self._pilot.log('supervisor')} says if the journal cannot be written"
                 )
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)

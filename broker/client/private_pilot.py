@@ -1,4 +1,4 @@
-"""The pilot that an `Executor` uses: the one that runs here, or one that it starts for itself, and ends."""
+"""The pilot of an `Executor`: finds the one that runs here, or starts a private one, and ends that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from pilotq.cli.ma
 
 
 def running(dir: str | None) -> Pilot | None:
-    """The pilot that is to be used; None when there is none and none was asked for."""
+    """The pilot to use; None when none runs and none was asked for."""
     try:
         pilot = find(dir)
         pilot.connection()

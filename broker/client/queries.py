@@ -1,4 +1,4 @@
-"""What is known of a task, from Redis while it remembers, from the journal afterwards."""
+"""`TaskQueries`: views of tasks and nodes, read from Redis while it has their records, from the journal afterwards."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import chain, islice
 
-import msgspec
-
 from pilotq.broker.client.views import NodeView, TaskView
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line, NodeInfo
-from pilotq.broker.store.node_states import closed_nodes
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.registry import read_nodes, unavailable_nodes
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import from_iso
-from pilotq.broker.tasks.array_outcomes import count_of, element_ranges, outcome_at, word_of
+from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
 from pilotq.broker.tasks.states import ENDED, WAITING
 
 SLICE = 500
-FIELDS = (
+VIEW_FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
-    "pq_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
+    "pq_queued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
 )  # fmt: skip
 WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
@@ -36,15 +34,15 @@ def _number(text: str) -> float | None:
     return float(text) if text else None
 
 
-def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
-    """A view from the fields FIELDS of a task's hash."""
-    f = dict(zip(FIELDS, map(_text, values), strict=True))
+def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
+    """A view of a task from the fields VIEW_FIELDS of its record."""
+    f = dict(zip(VIEW_FIELDS, map(_text, values), strict=True))
     status = f["status"]
     exit_text = f["pq_exit"]
     reason = f["pq_reason"]
     if status == "started" and not f["pq_array"]:
         reason = "running" if f["pq_running"] else "handed"
-    # Until a launch is reported, started_at is the time the task was handed out; the journal knows both.
+    # Until a launch is reported, started_at is the time at which the task was assigned; the journal has both.
     launched = status in ENDED or f["pq_running"]
     view = TaskView(
         id=task_id,
@@ -56,7 +54,7 @@ def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         node=f["pq_node"].rpartition(":")[0] if status != "queued" else "",
         cores=f["pq_cpus"],
         times={
-            "queued": _number(f["pq_at"]),
+            "queued": _number(f["pq_queued_at"]),
             "handed": None if launched else from_iso(f["started_at"]),
             "started": from_iso(f["started_at"]) if launched else None,
             "ended": from_iso(f["ended_at"]),
@@ -73,29 +71,29 @@ def view_of(task_id: str, values: Sequence[bytes | None]) -> TaskView:
     return view
 
 
-def from_line(line: Line) -> TaskView:
-    """A view of an ended task from its last line in the journal."""
+def view_of_entry(entry: JournalEntry) -> TaskView:
+    """A view of an ended task from its last entry in the journal."""
     return TaskView(
-        id=line.id,
-        name=line.name,
-        status=line.status,
-        reason=line.reason,
-        exit_code=line.exit_code,
-        signal=line.signal,
-        execution=line.execution,
-        node=line.node,
-        cores=line.cpus,
-        times={"queued": line.queued, "handed": line.handed, "started": line.started, "ended": line.ended},
-        message=line.message,
-        max_rss=line.max_rss,
-        cpu=line.cpu,
-        array=line.array,
-        index=line.index,
-        array_size=sum(map(count_of, line.elements.values())),
-        elements=line.elements,
-        stdout_tail=_tail(line.stdout),
-        stderr_tail=_tail(line.stderr),
-        ended=line.final,
+        id=entry.id,
+        name=entry.name,
+        status=entry.status,
+        reason=entry.reason,
+        exit_code=entry.exit_code,
+        signal=entry.signal,
+        execution=entry.execution,
+        node=entry.node,
+        cores=entry.cpus,
+        times={"queued": entry.queued, "handed": entry.handed, "started": entry.started, "ended": entry.ended},
+        message=entry.message,
+        max_rss=entry.max_rss,
+        cpu=entry.cpu,
+        array=entry.array,
+        index=entry.index,
+        array_size=sum(map(count_indices, entry.elements.values())),
+        elements=entry.elements,
+        stdout_tail=_tail(entry.stdout),
+        stderr_tail=_tail(entry.stderr),
+        ended=entry.final,
     )
 
 
@@ -103,104 +101,104 @@ def _tail(data: str | bytes) -> str:
     return data if isinstance(data, str) else data.decode("utf-8", "replace")
 
 
-def element_from_line(line: Line, task_id: str) -> TaskView | None:
-    """A view of an element that never ran, from the line of its array; None when that had no such element."""
+def element_view(entry: JournalEntry, task_id: str) -> TaskView | None:
+    """A view of an element that never ran, from the entry of its array; None when that had no such element."""
     index = int(task_id.rpartition("_")[2])
-    status = word_of(line.elements, index)
+    status = outcome_of(entry.elements, index)
     if status is None:
         return None
-    times = {"queued": line.queued, "ended": line.ended}
+    times = {"queued": entry.queued, "ended": entry.ended}
     return TaskView(
-        id=task_id, name=line.name, status=status, reason=line.reason if status == "canceled" else "", array=line.id,
+        id=task_id, name=entry.name, status=status, reason=entry.reason if status == "canceled" else "", array=entry.id,
         index=index, times=times, ended=True,
     )  # fmt: skip
 
 
 def array_of(task_id: str) -> str | None:
-    """The id of the array whose element this can be; None when it has not the form of an element's id."""
+    """The array of an element: ``7f_3`` -> ``7f``; None when the text has not the form of an element's id."""
     array, _, index = task_id.rpartition("_")
     return array if array and index.isdecimal() else None
 
 
-def newest(journal: Journal) -> Iterator[Line]:
-    """The lines of the journal, newest first; as many are read as are taken, or a few times so many."""
+def newest_entries(journal: Journal) -> Iterator[JournalEntry]:
+    """The entries of the journal, newest first; not many more are read than are taken."""
     given, count = 0, SLICE
     while True:
-        lines = journal.last(count)
-        yield from islice(lines, given, None)
-        if len(lines) < count:
+        entries = journal.last(count)
+        yield from islice(entries, given, None)
+        if len(entries) < count:
             return
-        given, count = len(lines), 4 * count
+        given, count = len(entries), 4 * count
 
 
-def enrich(view: TaskView, line: Line) -> TaskView:
-    """What only the journal knows of an ended task, added to what Redis says."""
-    view.signal, view.message = line.signal, line.message
-    view.max_rss, view.cpu = line.max_rss, line.cpu
-    view.stdout_tail, view.stderr_tail = _tail(line.stdout), _tail(line.stderr)
-    view.elements = view.elements or line.elements
+def add_journal_facts(view: TaskView, entry: JournalEntry) -> TaskView:
+    """Add to a view of Redis what only the journal has of an ended task."""
+    view.signal, view.message = entry.signal, entry.message
+    view.max_rss, view.cpu = entry.max_rss, entry.cpu
+    view.stdout_tail, view.stderr_tail = _tail(entry.stdout), _tail(entry.stderr)
+    view.elements = view.elements or entry.elements
     return view
 
 
-class Listing:
-    """Reads of one pilot; ``journal`` may be None where the pilot's directory is not at hand."""
+class TaskQueries:
+    """Queries of the tasks and nodes of one pilot; ``journal`` is None where the pilot's directory is not known."""
 
-    def __init__(self, link: Link, journal: Journal | None) -> None:
+    def __init__(self, link: Connection, journal: Journal | None) -> None:
         self.link = link
         self.journal = journal
 
     def views(self, ids: Sequence[str]) -> list[TaskView | None]:
-        """What Redis knows of these tasks, in one round trip for each 500; None where it knows nothing."""
+        """Views of these tasks from Redis, in one round trip for each 500; None for tasks without a record."""
         found: list[TaskView | None] = []
         for first in range(0, len(ids), SLICE):
             part = ids[first : first + SLICE]
-            rows = self.link.pipeline([("HMGET", keys.job(i), *FIELDS) for i in part])
-            found += [view_of(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
+            rows = self.link.pipeline([("HMGET", keys.job(i), *VIEW_FIELDS) for i in part])
+            found += [view_of_record(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
         return found
 
     def task(self, task_id: str) -> TaskView | None:
         """All that is known of one task."""
         view = self.views([task_id])[0]
-        lines = self.journal.find(task_id) if self.journal is not None else []
+        entries = self.journal.find(task_id) if self.journal is not None else []
         if view is None:
-            if not lines:
+            if not entries:
                 return self._element_without_record(task_id)
-            return from_line(lines[0])
+            return view_of_entry(entries[0])
         if view.array_size:
             array, following, bits = self._array(task_id)
             view.elements = element_ranges(bits, array, following)
-        if view.ended and lines:
-            enrich(view, lines[0])
+        if view.ended and entries:
+            add_journal_facts(view, entries[0])
         return view
 
     def status_in_journal(self, task_id: str) -> str | None:
-        """How a task has ended whose record is not kept any more; None if it has not, or the journal is not at hand."""
+        """The status of an ended task whose record has expired; None if it has not ended, or without a journal."""
         view = self.task(task_id) if self.journal is not None else None
         return view.status if view is not None and view.ended else None
 
     def _array(self, task_id: str) -> tuple[str, int, bytes]:
         row, bits = self.link.pipeline(
-            [("HMGET", keys.job(task_id), "pq_array", "pq_next"), ("GET", keys.bits(task_id))]
+            [("HMGET", keys.job(task_id), "pq_array", "pq_next"), ("GET", keys.outcomes(task_id))]
         )
         return _text(row[0]), int(row[1] or 0), bits or b""
 
     def _element_without_record(self, task_id: str) -> TaskView | None:
-        """An element that was not handed out yet (it has no record), or never was, or whose line is on its way."""
+        """An element without a record: not assigned yet, or never, or its entry is not in the journal yet."""
         array = array_of(task_id)
         if array is None:
             return None
         view = self.views([array])[0]
         if view is None or not view.array_size:
-            lines = self.journal.find(array) if self.journal is not None else []
-            return element_from_line(lines[0], task_id) if lines else None
+            entries = self.journal.find(array) if self.journal is not None else []
+            return element_view(entries[0], task_id) if entries else None
         index = int(task_id.rpartition("_")[2])
         span, following, bits = self._array(array)
         start, step, count = map(int, span.split(":"))
         position, rest = divmod(index - start, step)
         if rest or not 0 <= position < count:
             return None
-        word = outcome_at(bits, position, following)
-        status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(word, word)
+        outcome = outcome_at(bits, position, following)
+        status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(outcome, outcome)
         return TaskView(
             id=task_id, name=view.name, status=status, queue=view.queue, command=view.command, array=array,
             index=index, times={"queued": view.times["queued"]}, ended=status in ENDED,
@@ -209,22 +207,25 @@ class Listing:
     # -- many -------------------------------------------------------------------------------------------------------
 
     def tasks(self, status: str | None, limit: int) -> Iterator[TaskView]:
-        """At most ``limit`` tasks, newest first: what Redis knows (running, waiting, ended), then what only the journal
-        remembers. Elements of arrays that wait stand behind their array's record."""
+        """At most ``limit`` tasks, newest first.
+
+        First those with a record in Redis (running, waiting, ended), then those that only the journal has. Waiting
+        elements of an array are shown by the array.
+        """
         seen: set[str] = set()
 
         def known() -> Iterator[TaskView]:
-            for view in self._known(status, min(SLICE, limit)):
+            for view in self._of_redis(status, min(SLICE, limit)):
                 if view.id not in seen:
                     seen.add(view.id)
                     yield view
             if status is None or status in ENDED:
-                yield from self._remembered(seen)
+                yield from self._of_journal(seen)
 
         return islice((view for view in known() if status in (None, view.status)), limit)
 
-    def _known(self, status: str | None, page: int) -> Iterator[TaskView]:
-        """What Redis knows, and may have this status. ``page`` is how much is read at once of each list."""
+    def _of_redis(self, status: str | None, page: int) -> Iterator[TaskView]:
+        """Tasks with a record in Redis that may have this status. ``page``: how much of each list is read at once."""
         if status in (None, "started"):
             yield from self._views(self._running(), page)
         if status is None or status in WAITING:
@@ -245,7 +246,7 @@ class Listing:
         return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
 
     def executions(self) -> Iterator[str]:
-        """Members of the wip registries, ``<id>:<execution>``; an array that was handed out whole is ``<id>:0``."""
+        """Members of the wip registries, ``<id>:<execution>``; an array with nothing left to assign is ``<id>:0``."""
         queues = self._queues()
         for members in self.link.pipeline([("ZRANGE", keys.registry("wip", queue), 0, -1) for queue in queues]):
             yield from (member.decode() for member in members)
@@ -255,13 +256,13 @@ class Listing:
 
     def _waiting(self, page: int) -> Iterator[str]:
         queues = self._queues()
-        # A foreign job stands in its user's queue until it is routed to a class list.
+        # A job of RQ's producers is in its user's queue until it is routed to a class list.
         names = [*(name.decode() for name in self.link.call("HKEYS", keys.CLASSES)), *queues]
         lengths = self.link.pipeline([("LLEN", keys.queue(name)) for name in names])
         filled = [name for name, length in zip(names, lengths, strict=True) if length]
         lists = [_pages(self._of_list(name), page) for name in filled]
         registries = [_pages(self._of_registry(kind, queue), page) for kind in WAITING_KINDS for queue in queues]
-        registries += [_pages(self._of_set(keys.waits_for_slot(limit)), page) for limit in self._limits()]
+        registries += [_pages(self._of_set(keys.rate_limited(limit)), page) for limit in self._limits()]
         yield from merge(*lists, *registries, key=_age, reverse=True)
 
     def open_ids(self) -> list[str]:
@@ -283,12 +284,12 @@ class Listing:
         return sorted(name.decode() for name in self.link.call("SMEMBERS", keys.RATE_LIMITS))
 
     def uncounted(self) -> int:
-        """Jobs that RQ's producers have left and that are not counted yet; right where nothing counted is open."""
+        """Number of jobs of RQ's producers that are not counted yet; exact where all counted tasks have ended."""
         commands: list[tuple[str, ...]] = []
         for queue in self._queues():
             commands += [("LLEN", keys.queue(queue)), ("ZCARD", keys.registry("deferred", queue))]
             commands += [("ZCARD", keys.registry("scheduled", queue)), ("ZCARD", keys.registry("ready", queue))]
-        commands += [("ZCARD", keys.waits_for_slot(limit)) for limit in self._limits()]
+        commands += [("ZCARD", keys.rate_limited(limit)) for limit in self._limits()]
         return sum(map(int, self.link.pipeline(commands))) if commands else 0
 
     def _of_registry(self, kind: str, queue: str) -> Pages:
@@ -297,11 +298,11 @@ class Listing:
     def _of_set(self, key: str) -> Pages:
         return lambda first, count: self.link.call("ZREVRANGE", key, first, first + count - 1)
 
-    def _remembered(self, seen: set[str]) -> Iterator[TaskView]:
-        for line in newest(self.journal) if self.journal is not None else ():
-            if line.final and line.id not in seen:
-                seen.add(line.id)
-                yield from_line(line)
+    def _of_journal(self, seen: set[str]) -> Iterator[TaskView]:
+        for entry in newest_entries(self.journal) if self.journal is not None else ():
+            if entry.final and entry.id not in seen:
+                seen.add(entry.id)
+                yield view_of_entry(entry)
 
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name, without elements of arrays."""
@@ -314,17 +315,17 @@ class Listing:
             rows = self.link.pipeline([("HMGET", keys.job(i), "pq_name", "pq_array_of") for i in batch])
             wanted = name.encode()
             found.update((i, None) for i, row in zip(batch, rows, strict=True) if row[0] == wanted and not row[1])
-        lines = self.journal.tasks_by_name(name) if self.journal is not None else []
-        found.update((line.array or line.id, None) for line in lines)
+        entries = self.journal.tasks_by_name(name) if self.journal is not None else []
+        found.update((entry.array or entry.id, None) for entry in entries)
         return list(found)
 
     def nodes(self) -> list[NodeView]:
-        infos = [msgspec.json.decode(r, type=NodeInfo) for r in self.link.call("HVALS", keys.NODES)]
-        infos.sort(key=lambda info: info.name)
+        """The nodes that have joined, by name."""
+        infos = sorted(read_nodes(self.link), key=lambda info: info.name)
         names = [info.name for info in infos]
-        used = self.link.call("HMGET", keys.USED, *names) if names else []
+        used = self.link.call("HMGET", keys.USAGE, *names) if names else []
         beats = self.link.pipeline([("HGET", keys.worker(name), "last_heartbeat") for name in names])
-        closed = closed_nodes(self.link)
+        closed = unavailable_nodes(self.link)
         return [
             _node_view(i, beat, use, closed.get(i.name, "")) for i, beat, use in zip(infos, beats, used, strict=True)
         ]

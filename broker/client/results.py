@@ -1,4 +1,4 @@
-"""Results of functions: read from RQ's results streams, where RQ's own tools find them, too."""
+"""Results of functions, read from RQ's results streams, where RQ's own tools find them, too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput, UnknownTask
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Argument, Link
+from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.tasks.functions import read_failure, read_result
 from pilotq.broker.tasks.states import ENDED
 
-PORTION_BYTES = 64 << 20  # of results that are read in one piece: 500 large ones would be gigabytes
+PORTION_BYTES = 64 << 20  # of results that are read at once: 500 large ones would be gigabytes
 
 
 class Outcome(NamedTuple):
@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
     error: BaseException | None = None
 
 
-def portions(link: Link, ids: Sequence[str]) -> Iterator[Sequence[str]]:
+def portions(link: Connection, ids: Sequence[str]) -> Iterator[Sequence[str]]:
     """The ids in their order, cut so that the results of each piece are PORTION_BYTES at most, or one larger result."""
     sizes = link.pipeline([("MEMORY", "USAGE", keys.results(i)) for i in ids]) if ids else []
     first = size = 0
@@ -34,7 +34,7 @@ def portions(link: Link, ids: Sequence[str]) -> Iterator[Sequence[str]]:
         yield ids[first:]
 
 
-def fetch(link: Link, ids: Sequence[str]) -> list[Outcome | None]:
+def fetch(link: Connection, ids: Sequence[str]) -> list[Outcome | None]:
     """The outcomes of functions; None for those that have not ended."""
     if not ids:
         return []
@@ -72,12 +72,12 @@ def _value(text: bytes) -> Outcome:
 
 def _outcome(task_id: str, record: list[bytes | None], fields: dict[bytes, bytes]) -> Outcome | None:
     """Of any task; None when it has not ended."""
-    word, array = record
-    if word is None:
+    raw_status, array = record
+    if raw_status is None:
         return Outcome(error=UnknownTask(f"the result of task {task_id} is gone: records are kept for a time only"))
     if array is not None:
         return Outcome(error=InvalidInput(f"task {task_id} is an array: ask for its elements, {task_id}_INDEX"))
-    status = word.decode()
+    status = raw_status.decode()
     if status not in ENDED:
         return None
     if status == "finished" and b"return_value" in fields:

@@ -1,4 +1,4 @@
-"""What a journal tells of many executions at once: use of the cores, waits, run times, failures. Pure."""
+"""Statistics over the executions in a journal: utilization of the cores, waits, run times, failures. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from pilotq.broker.store.messages import Line, parse_allocation
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.resources import parse_allocation
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Of some durations, in seconds."""
+    """The distribution of some durations, in seconds."""
 
     number: int
     median: float
@@ -20,10 +21,11 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Statistics(msgspec.Struct, kw_only=True):
-    """``seconds`` is from the first start to the last end; ``cores`` are all that any execution held.
+    """What a pilot has done.
 
-    ``use`` is the share of cores x seconds that executions held. ``waits``: from submit to start of first executions.
-    ``tasks`` counts tasks by how they ended last, ``failures`` executions by reason, ``nodes`` executions by node.
+    ``seconds`` is from the first start to the last end; ``cores`` are all that any execution held; ``use`` is the share
+    of cores x seconds that executions held. ``waits``: from submit to start of first executions. ``tasks`` counts tasks
+    by how they ended last, ``failures`` executions by reason, ``nodes`` executions by node.
     """
 
     executions: int = 0
@@ -37,11 +39,11 @@ class Statistics(msgspec.Struct, kw_only=True):
     tasks: dict[str, int] = {}
     failures: dict[str, int] = {}
     nodes: dict[str, int] = {}
-    longest: list[Line] = []
+    longest: list[JournalEntry] = []
 
 
-def statistics(lines: Iterable[Line], longest: int = 5) -> Statistics:
-    """Sum up the lines of a journal. Arrays count by their elements; ``longest`` executions are kept."""
+def statistics(entries: Iterable[JournalEntry], longest: int = 5) -> Statistics:
+    """Sum up the entries of a journal. Arrays count by their elements; ``longest`` executions are kept."""
     found = Statistics()
     held: set[tuple[str, int]] = set()
     waits: list[float] = []
@@ -49,34 +51,34 @@ def statistics(lines: Iterable[Line], longest: int = 5) -> Statistics:
     tasks: dict[str, str] = {}
     failures: Counter[str] = Counter()
     nodes: Counter[str] = Counter()
-    slowest: list[tuple[float, Line]] = []
+    slowest: list[tuple[float, JournalEntry]] = []
     first, last = float("inf"), float("-inf")
-    for line in lines:
-        if line.elements:
+    for entry in entries:
+        if entry.elements:
             continue
-        tasks[line.id] = line.status if line.final else "queued"
-        if not line.execution:
+        tasks[entry.id] = entry.status if entry.final else "queued"
+        if not entry.execution:
             continue
         found.executions += 1
-        nodes[line.node] += 1
-        if line.status != "finished":
-            failures[line.reason or line.status] += 1
-        found.cpu_seconds += line.cpu or 0.0
-        if line.started is None or line.ended is None:
+        nodes[entry.node] += 1
+        if entry.status != "finished":
+            failures[entry.reason or entry.status] += 1
+        found.cpu_seconds += entry.cpu or 0.0
+        if entry.started is None or entry.ended is None:
             continue
-        first, last = min(first, line.started), max(last, line.ended)
-        ran = max(line.ended - line.started, 0.0)
+        first, last = min(first, entry.started), max(last, entry.ended)
+        ran = max(entry.ended - entry.started, 0.0)
         runs.append(ran)
-        if line.execution == 1 and line.queued is not None:
-            waits.append(max(line.started - line.queued, 0.0))
-        parts = parse_allocation(line.cpus) if line.cpus else ()
+        if entry.execution == 1 and entry.queued is not None:
+            waits.append(max(entry.started - entry.queued, 0.0))
+        parts = parse_allocation(entry.cpus) if entry.cpus else ()
         found.core_seconds += ran * sum(len(part.cores) for part in parts)
         held.update((part.node, core) for part in parts for core in part.cores)
         if len(slowest) < longest or ran > slowest[-1][0]:
-            line.stdout = line.stderr = ""
-            slowest = sorted([*slowest, (ran, line)], key=lambda item: -item[0])[:longest]
+            entry.stdout = entry.stderr = ""
+            slowest = sorted([*slowest, (ran, entry)], key=lambda item: -item[0])[:longest]
     found.tasks, found.failures, found.nodes = dict(Counter(tasks.values())), dict(failures), dict(nodes)
-    found.longest = [line for _, line in slowest]
+    found.longest = [entry for _, entry in slowest]
     found.cores, found.waits, found.runs = len(held), _spread(waits), _spread(runs)
     if runs:
         found.seconds = last - first

@@ -1,4 +1,4 @@
-"""What listings show: plain records with RQ's words, made from Redis or from the journal."""
+"""Views of tasks, nodes and counts: plain records with RQ's statuses, made from Redis or from the journal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class TaskView(msgspec.Struct, kw_only=True):
-    """One task. Times are unix seconds; ``cores`` is the allocation text (``n1[0:1]``) once it was handed."""
+    """One task. Times are unix seconds; ``cores`` is the allocation text (``n1[0:1]``) once it was assigned."""
 
     id: str
     name: str = ""
@@ -38,7 +38,7 @@ class Explanation(msgspec.Struct, kw_only=True):
 
     ``until`` (unix seconds): what it waits for comes, or it itself ends, by then; None if nobody knows. ``tasks`` are
     the ids of those it waits for, or because of which it was omitted. ``output``: the end of what it wrote to stderr.
-    ``commands`` tell or do more.
+    ``commands`` are commands that show or do more.
     """
 
     id: str
@@ -52,8 +52,10 @@ class Explanation(msgspec.Struct, kw_only=True):
 
 
 class NodeView(msgspec.Struct, kw_only=True):
+    """One node that has joined."""
+
     name: str
-    state: str  # up, lost, drained, retired, aside
+    state: str  # up, lost, drained, retired, quarantined
     host: str
     pid: int
     cores: int
@@ -61,7 +63,7 @@ class NodeView(msgspec.Struct, kw_only=True):
     shared_cores: bool = False
     running: int = 0
     last_beat: float | None = None
-    why: str = ""  # it gets nothing new
+    why: str = ""  # of a node that is assigned nothing
 
 
 class Counts(msgspec.Struct, kw_only=True):

@@ -1,8 +1,9 @@
-"""A server's files that are damaged, made such that it starts: what cannot be read is cut off, kept aside, and told.
+"""Repairs a damaged append-only file of the server: cuts it after the last good command, and keeps what was cut off.
 
-The server writes what it does into ``appendonlydir``: a base, and after it a log of commands that grows (the format is
-that of Redis's protocol; what belongs together stands between MULTI and EXEC). A log whose end is torn it mends itself.
-One that is damaged in the middle it refuses, as nobody can tell what follows from what is missing.
+The server writes what it does into ``appendonlydir``: a base, and after it a log of commands that grows. The format is
+that of Redis's protocol; commands that belong together are between MULTI and EXEC. A log whose end is torn is repaired
+by the server itself. It refuses a log that is damaged in the middle, as nobody can tell how the commands after the gap
+depend on those that are missing.
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ from pilotq.broker.pilot.lock import holder
 from pilotq.broker.store import keys
 
 FOLDER = ("server", "appendonlydir")
-MARK = "repaired"  # in server/: the next start may put aside what the journal knows and the server does not
+MARK = "repaired"  # file in server/: the next start may move away lines of the journal that the server does not know
 HEAD = re.compile(rb"[*$](\d{1,10})\r\n")
 TASK = re.compile(keys.job("([0-9a-v]{1,13}(?:_[0-9]+)?)\r").encode())
-NAMED = 10  # tasks named in what is told
+NAMED = 10  # tasks named in a message
 
 
 def repair(pilot: Pilot) -> list[str]:
-    """Cut the server's log at the last good command; returns what was done, one sentence each.
+    """Cut the server's log after the last good command; returns what was done, one sentence each.
 
-    The pilot must have ended: raises PilotExists. Raises InvalidInput when there is no log, or when the base itself is
-    damaged, which nothing can mend.
+    Raises PilotExists unless the pilot has ended, and InvalidInput when there is no log. A damaged base cannot be
+    repaired: it is left as it is.
     """
     if holder(pilot.path("lock")) is not None:
         raise PilotExists(
             f"the pilot in {pilot.directory} runs: end it first, with `pilotq stop --dir {pilot.directory}`"
         )
     folder = pilot.path(*FOLDER)
-    said = []
+    done = []
     logs = _logs(folder)
     for number, name in enumerate(logs):
         path = os.path.join(folder, name)
         good = good_length(path)
         if good < os.path.getsize(path):
-            said.append(_cut(path, good))
-            # What was written after it builds on what is lost.
-            said += [_cut(os.path.join(folder, later), 0) for later in logs[number + 1 :]]
+            done.append(_cut(path, good))
+            # What was written later depends on what is lost.
+            done += [_cut(os.path.join(folder, later), 0) for later in logs[number + 1 :]]
             break
     with open(pilot.path("server", MARK), "w"):
         pass
-    if not said:
-        said.append(f"the logs of the server in {folder} are whole: nothing was changed")
-    said.append(
-        "executions that the journal knows and the server does not are put aside at the next start, and their tasks "
-        f"run again: `pilotq start --resume {pilot.directory}`"
+    if not done:
+        done.append(f"the logs of the server in {folder} are whole: nothing was changed")
+    done.append(
+        "at the next start executions that the journal knows and the server does not are moved out of the journal, and "
+        f"their tasks run again: `pilotq start --resume {pilot.directory}`"
     )
-    return said
+    return done
 
 
 def _logs(folder: str) -> list[str]:
@@ -68,7 +69,7 @@ def _logs(folder: str) -> list[str]:
 
 
 def good_length(path: str) -> int:
-    """Bytes of the log up to the first that is no command, and not within what belongs together."""
+    """Length of the log in bytes up to the last command that is whole, and not inside a MULTI without its EXEC."""
     size = os.path.getsize(path)
     if not size:
         return 0
@@ -76,7 +77,7 @@ def good_length(path: str) -> int:
         good = position = 0
         inside = False
         while position < size:
-            if view[position] == ord("#"):  # a remark: the time
+            if view[position] == ord("#"):  # a comment: the time
                 end, first = view.find(b"\n", position) + 1, b""
             else:
                 end, first = _command(view, position, size)
@@ -91,7 +92,7 @@ def good_length(path: str) -> int:
 
 
 def _command(view: mmap.mmap, position: int, size: int) -> tuple[int, bytes]:
-    """Where the command at a position ends, and its first word; -1 when there is none, or not all of it."""
+    """The end of the command at a position, and its first word; -1 when there is none, or only a part of one."""
     head = HEAD.match(view, position)
     if head is None or view[position] != ord("*"):
         return -1, b""
@@ -110,12 +111,12 @@ def _command(view: mmap.mmap, position: int, size: int) -> tuple[int, bytes]:
 
 
 def _cut(path: str, good: int) -> str:
-    """Cut a log, keep what was cut off beside it, and say what that was."""
+    """Cut a log, keep what was cut off in a file beside it, and describe that."""
     with open(path, "r+b") as file:
         file.seek(good)
         lost = file.read()
-        aside = f"{path}.cut-{time.strftime('%Y%m%d-%H%M%S')}"
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as kept:
+        kept_in = f"{path}.cut-{time.strftime('%Y%m%d-%H%M%S')}"
+        with open(os.open(kept_in, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as kept:
             kept.write(lost)
         file.truncate(good)
         os.fsync(file.fileno())
@@ -123,5 +124,5 @@ def _cut(path: str, good: int) -> str:
     named = ", ".join(tasks[:NAMED]) + (f" and {len(tasks) - NAMED} more" if len(tasks) > NAMED else "")
     return (
         f"{path}: cut after {good:,} bytes; {len(lost):,} bytes are lost, with some {lost.count(b'*'):,} commands "
-        f"about {f'the tasks {named}' if tasks else 'no task'}; they are kept in {os.path.basename(aside)}"
+        f"about {f'the tasks {named}' if tasks else 'no task'}; they are kept in {os.path.basename(kept_in)}"
     )

@@ -1,7 +1,7 @@
-"""The server's log onto the disk each second, from outside the server.
+"""fsync of the server's append-only file each second, done by the supervisor instead of the server.
 
-Not by the server's own ``appendfsync everysec``: while that fsync is slow the server puts off its writes for up to 2 s,
-but answers all the same, and whoever kills it then costs what it has acknowledged (`flushAppendOnlyFile`,
+The server's own ``appendfsync everysec`` is not used: while its fsync is slow the server postpones its writes for up to
+2 s, but answers all the same, and when it is killed then, acknowledged writes are lost (`flushAppendOnlyFile`,
 https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/). With ``appendfsync no`` each write is made
 before its answer, so it outlives the server; and any process may ask the kernel to put the file onto the disk.
 """
@@ -13,66 +13,68 @@ import signal
 import threading
 import time
 
-from pilotq.broker.processes import log
+from pilotq.broker.log import log
 
-EVERY_S = 1.0
-SLOW_S = 2.0  # a disk that takes longer is worth a word: so much more may a power loss cost
-END_S = 5.0  # a disk that hangs does not keep the pilot from ending
+INTERVAL_S = 1.0
+SLOW_S = 2.0  # a slower disk is reported: a power loss costs so much more
+STOP_S = 5.0  # a disk that hangs does not keep the pilot from ending
 
 
-class Flusher:
-    """``folder`` is where the server writes its log; it need not exist yet."""
+class AofSync:
+    """A thread that syncs the files of ``folder``, where the server writes its log; it need not exist yet."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
-        self._done: dict[str, tuple[int, int]] = {}  # name -> inode and size that are on the disk
-        self._said = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="aof-sync", daemon=True)
+        self._synced: dict[str, tuple[int, int]] = {}  # name -> inode and size that are on the disk
+        self._problem = ""  # reported last; empty: none
 
     def start(self) -> None:
-        """Flush from now on; said again, it does nothing."""
+        """Sync from now on; a second call does nothing."""
         if not self._thread.ident:
             self._thread.start()
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopping.set()
         if self._thread.ident:
-            self._thread.join(END_S)
+            self._thread.join(STOP_S)
 
-    def flush(self) -> None:
-        """Put what has come since the last call onto the disk, and say when that is slow or fails."""
-        began, word = time.monotonic(), ""
+    def sync(self) -> None:
+        """Put what was written since the last call onto the disk, and report when that is slow or fails."""
+        began, problem = time.monotonic(), ""
         try:
-            self._flush()
+            self._sync_files()
             if (took := time.monotonic() - began) > SLOW_S:
-                word = f"takes {took:.0f} s"
+                problem = f"takes {took:.0f} s"
         except OSError as error:
-            word = f"fails: {error.strerror}"
-        if word and not self._said:
-            log(f"writing the server's log to the disk {word}; until that is better a power loss costs more than 2 s")
-        elif self._said and not word:
+            problem = f"fails: {error.strerror}"
+        if problem and not self._problem:
+            log(
+                f"writing the server's log to the disk {problem}; until that is better a power loss costs more than 2 s"
+            )
+        elif self._problem and not problem:
             log("the server's log is on the disk again within 2 s")
-        self._said = word
+        self._problem = problem
 
     def _run(self) -> None:
-        # A signal that this thread took would not wake the main one, which waits for it.
+        # A signal delivered to this thread would not wake the main one, which waits for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while not self._over.wait(EVERY_S):
-            self.flush()
+        while not self._stopping.wait(INTERVAL_S):
+            self.sync()
 
-    def _flush(self) -> None:
+    def _sync_files(self) -> None:
         try:
             with os.scandir(self._folder) as entries:
                 found = {entry.name: (entry.inode(), entry.stat().st_size) for entry in entries}
         except FileNotFoundError:
             return  # not yet, or a file was put in another's place just now: the next round sees it
         for name, seen in found.items():
-            if self._done.get(name) != seen:
+            if self._synced.get(name) != seen:
                 _sync(os.path.join(self._folder, name))
-        if self._done.keys() != found.keys():
+        if self._synced.keys() != found.keys():
             _sync(self._folder)  # the names
-        self._done = found
+        self._synced = found
 
 
 def _sync(path: str) -> None:

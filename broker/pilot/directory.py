@@ -1,6 +1,6 @@
-"""The directory of a pilot: made, found, read. Everything about one pilot lies below it.
+"""The directory of a pilot: makes it, finds it, reads and writes its files. Everything about one pilot is below it.
 
-``connection.json`` is written last, in one step: it exists as long as the pilot may be used.
+``connection.json`` is written last, atomically: it exists as long as the pilot may be used.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ import msgspec
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed, StateLost
 from pilotq.broker.pilot.lock import holder
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Link
+from pilotq.broker.store.connection import Address, Connection
 
-HOME = ".pilotq"  # pilots without a directory of their own live in its sub-folders
-TOTAL = "submitted"  # file of a pilot that was told to end: how many tasks it had been given
+HOME = ".pilotq"  # pilots for which no directory is named have one in here
+TOTAL = "submitted"  # file of a pilot that was asked to end: the number of tasks submitted to it
 FOLDERS = ("server", "logs", "output")
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 
-class Connection(msgspec.Struct, kw_only=True):
-    """How to use a running pilot; the content of connection.json, and as secret as its passwords.
+class ConnectionInfo(msgspec.Struct, kw_only=True):
+    """How to reach a running pilot: the content of connection.json, as secret as the passwords in it.
 
-    ``address`` is for everybody, ``admin`` (None on a server of the user's own) for diagnosis.
-    ``started`` is in unix seconds.
+    ``address`` is the one to use, ``admin`` (None on a server of the user's own) is for diagnosis. ``queue_id`` is the
+    random name of the queue. ``pid`` is the supervisor's. ``started`` is in unix seconds. ``job`` is the Slurm job in
+    whose allocation it runs, if any.
     """
 
     address: Address
     admin: Address | None = None
-    epoch: str
+    queue_id: str
     pilot: str
     host: str
-    pid: int  # of the supervisor
+    pid: int
     version: str
     directory: str
     started: float
-    job: str = ""  # the Slurm job whose allocation it lives in
+    job: str = ""
 
 
 class Pilot(msgspec.Struct, frozen=True):
-    """A pilot's directory (absolute), whether the pilot runs or has ended."""
+    """A pilot's directory (absolute), whether the pilot runs or has ended: ``find().connection()``."""
 
     directory: str
 
@@ -60,8 +61,12 @@ class Pilot(msgspec.Struct, frozen=True):
     def log(self, part: str) -> str:
         return self.path("logs", f"{part}.log")
 
-    def connection(self) -> Connection:
-        """How to reach it. Raises NoPilot when it does not run, InvalidInput when others may read it."""
+    def connection(self) -> ConnectionInfo:
+        """How to reach the pilot.
+
+        Raises NoPilot when it does not run, InvalidInput when others may read the file, PilotFailed when another
+        version of pilotq wrote it.
+        """
         path = self.path("connection.json")
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -80,10 +85,16 @@ class Pilot(msgspec.Struct, frozen=True):
                     f"{path} can be read by others, and its passwords with it: `chmod 600 {path}`, "
                     "and if you do not trust them start the pilot anew"
                 )
-            return msgspec.json.decode(file.read(), type=Connection)
+            try:
+                return msgspec.json.decode(file.read(), type=ConnectionInfo)
+            except msgspec.ValidationError:
+                raise PilotFailed(
+                    f"{path} was written by another version of pilotq: use the pilotq that started this pilot, "
+                    "or start a new pilot in another directory"
+                ) from None
 
-    def await_connection(self, seconds: float) -> Connection:
-        """For the parts of a pilot: wait until it is ready. Raises NoPilot after so many seconds."""
+    def await_connection(self, seconds: float) -> ConnectionInfo:
+        """Wait until the pilot is ready, as its parts do. Raises NoPilot after so many seconds."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -93,7 +104,7 @@ class Pilot(msgspec.Struct, frozen=True):
                     raise
             time.sleep(0.005)
 
-    def write_connection(self, connection: Connection) -> None:
+    def write_connection(self, connection: ConnectionInfo) -> None:
         write_private(self.path("connection.json"), msgspec.json.encode(connection))
 
     def remove_connection(self) -> None:
@@ -101,30 +112,29 @@ class Pilot(msgspec.Struct, frozen=True):
             os.unlink(self.path("connection.json"))
 
     def job(self) -> str:
-        """The Slurm job it lives in; empty when there is none, or it does not run."""
+        """The Slurm job the pilot runs in; empty when there is none, or when the pilot does not run."""
         try:
             return self.connection().job
         except NoPilot:
             return ""
 
     def alive(self) -> bool:
-        """Whether its supervisor lives (one on another host: has shown so within the last minute)."""
+        """Whether its supervisor lives; one on another host must have sent a heartbeat within the last minute."""
         return holder(self.path("lock")) is not None
 
 
 def create(directory: str | None = None) -> Pilot:
-    """Make a pilot's directory, or take up an old one; only its owner may enter it.
+    """Make a pilot's directory, or use one that exists; only its owner may enter it.
 
-    By default it is ``.pilotq/<id>`` below the current directory. ``.pilotq/current`` is made to point to the one that
-    was made or taken up last.
-    Raises InvalidInput when the place cannot be used.
+    By default it is ``.pilotq/<id>`` below the current directory. ``.pilotq/current`` is a link to the last one made or
+    used so. Raises InvalidInput when the place cannot be used.
     """
     if directory is None:
         path = os.path.abspath(os.path.join(HOME, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"))
     else:
-        path = _itself(directory)
+        path = _resolve_link(directory)
         if os.path.exists(path):
-            _check_place(path)
+            _check_usable(path)
     try:
         if directory is None:
             os.makedirs(HOME, mode=0o700, exist_ok=True)  # who may write there could redirect `current`
@@ -142,13 +152,13 @@ def create(directory: str | None = None) -> Pilot:
     return Pilot(path)
 
 
-def _itself(directory: str) -> str:
-    """The directory and not a link to it: ``.pilotq/current`` leads elsewhere as soon as another pilot starts."""
+def _resolve_link(directory: str) -> str:
+    """The directory itself: the link ``.pilotq/current`` leads elsewhere as soon as another pilot starts."""
     path = os.path.abspath(directory)
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def _check_place(path: str) -> None:
+def _check_usable(path: str) -> None:
     if not os.path.isdir(path):
         raise InvalidInput(f"{path} cannot be the pilot's directory: it is a file; name another with --dir")
     if os.stat(path).st_uid != os.geteuid():
@@ -157,7 +167,7 @@ def _check_place(path: str) -> None:
         )
     content = set(os.listdir(path))
     if content and not content.issuperset(FOLDERS):
-        # It would be closed to everybody else: that must not happen to somebody's project.
+        # The directory is closed to everybody else, which must not happen to somebody's project.
         raise InvalidInput(f"{path} is neither empty nor a pilot's directory: name another with --dir")
 
 
@@ -171,7 +181,7 @@ def _point_current_at(path: str) -> None:
 def find(directory: str | None = None) -> Pilot:
     """The pilot of ``directory``, else of PILOTQ_DIR, else ``.pilotq/current`` here or in a parent directory.
 
-    Raises NoPilot. The pilot may have ended: `Pilot.connection` tells.
+    Raises NoPilot. The pilot may have ended: then `Pilot.connection` raises.
     """
     for named, source in ((directory, "--dir"), (os.environ.get("PILOTQ_DIR"), "PILOTQ_DIR")):
         if named:
@@ -179,7 +189,7 @@ def find(directory: str | None = None) -> Pilot:
                 raise NoPilot(
                     f"{named} ({source}) is no pilot's directory: correct it, or `pilotq start --dir {named}`"
                 )
-            return Pilot(_itself(named))
+            return Pilot(_resolve_link(named))
     here = os.getcwd()
     place = here
     while True:
@@ -195,38 +205,40 @@ def find(directory: str | None = None) -> Pilot:
         place = parent
 
 
-def establish_epoch(pilot: Pilot, link: Link) -> str:
-    """Name this queue's life on an empty server, or check that the server holds the queue of this directory.
+def establish_queue_id(pilot: Pilot, connection: Connection) -> str:
+    """The id of the queue on the server: a new random one on an empty server, else the one of this directory's queue.
 
-    Raises StateLost when the server's data is not what the directory remembers, PilotFailed when another version of
-    pilotq wrote it.
+    Raises StateLost when the server holds another queue than this directory remembers, PilotFailed when another version
+    of pilotq has written its data.
     """
-    path = pilot.path("server", "epoch")
+    path = pilot.path("server", "queue-id")
     remembered = ""
     with suppress(FileNotFoundError), open(path) as file:
         remembered = file.read()
-    if not remembered:
-        link.call("SET", keys.SCHEMA, SCHEMA_VERSION, "NX")
-        link.call("SET", keys.EPOCH, os.urandom(8).hex(), "NX")
-    schema, epoch = (text.decode() if text else "" for text in link.call("MGET", keys.SCHEMA, keys.EPOCH))
-    if remembered and epoch != remembered:
+    # Version 1 has the queue's id in server/epoch: a new queue must not replace that one.
+    if not remembered and not os.path.exists(pilot.path("server", "epoch")):
+        connection.call("SET", keys.SCHEMA, SCHEMA_VERSION, "NX")
+        if connection.call("GET", keys.SCHEMA) == SCHEMA_VERSION.encode():
+            connection.call("SET", keys.QUEUE_ID, os.urandom(8).hex(), "NX")
+    schema, queue_id = (text.decode() if text else "" for text in connection.call("MGET", keys.SCHEMA, keys.QUEUE_ID))
+    if remembered and queue_id != remembered:
         raise StateLost(
             f"the server does not hold the tasks of {pilot.directory} any more "
-            f"({'it holds another queue' if epoch else 'it is empty'}): what has ended stands in journal.jsonl; start "
-            "a new pilot in another directory"
+            f"({'it holds another queue' if queue_id else 'it is empty'}): what has ended stands in journal.jsonl; "
+            "start a new pilot in another directory"
         )
     if schema != SCHEMA_VERSION:
         raise PilotFailed(
-            f"the server's data is of version {schema!r}, this pilotq knows {SCHEMA_VERSION!r}: "
-            "use the pilotq it was made with"
+            f"the data of {pilot.directory} is of version {schema or 'unknown'}, this pilotq knows version "
+            f"{SCHEMA_VERSION}: use the pilotq that made it, or start a new pilot in another directory"
         )
     if not remembered:
-        write_private(path, epoch.encode())
-    return epoch
+        write_private(path, queue_id.encode())
+    return queue_id
 
 
 def write_private(path: str, data: bytes) -> None:
-    """Replace a file in one step with one that only its owner can read, whatever the umask."""
+    """Replace a file atomically by one that only its owner can read, whatever the umask."""
     fresh = f"{path}.{os.urandom(4).hex()}"
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -239,11 +251,11 @@ def write_private(path: str, data: bytes) -> None:
 
 
 def remember_total(pilot: Pilot, total: int) -> None:
-    """Note how many tasks were submitted: the journal tells only of those that ran or ended."""
+    """Save how many tasks were submitted: the journal has only those that ran or ended."""
     write_private(pilot.path(TOTAL), str(total).encode())
 
 
 def forget_total(pilot: Pilot) -> None:
-    """The pilot has been started again: what was noted is no longer true."""
+    """Remove the number saved by `remember_total`: the pilot has been started again."""
     with suppress(FileNotFoundError):
         os.unlink(pilot.path(TOTAL))

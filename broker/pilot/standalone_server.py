@@ -1,7 +1,7 @@
-"""A server by hand: what the supervisor does for server and journal, without dispatcher and workers.
+"""A server without a supervisor: does for server and journal what the supervisor does, without dispatcher and workers.
 
-For debugging, and for pilots whose parts are started by something else (compose, srun). It makes the pilot's
-directory, writes connection.json when the server serves, and keeps the journal.
+It is for debugging, and for pilots whose parts are started by something else (compose, srun). It makes the pilot's
+directory, writes connection.json when the server serves, and writes the journal.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from types import FrameType
 
 from pilotq import __version__
 from pilotq.broker.errors import PilotFailed, StateLost
-from pilotq.broker.pilot.directory import Connection, Pilot, create, establish_epoch
-from pilotq.broker.pilot.lock import BEAT_S, Lock
-from pilotq.broker.pilot.queue_client import POLL_S, SupervisorLink
+from pilotq.broker.log import log
+from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, create, establish_queue_id
+from pilotq.broker.pilot.lock import HEARTBEAT_S, Lock
+from pilotq.broker.pilot.queue_client import POLL_S, QueueClient
 from pilotq.broker.pilot.rollback import open_journal
 from pilotq.broker.pilot.server import RunningServer, wait_ready
-from pilotq.broker.processes import log
 from pilotq.broker.settings import Settings
-from pilotq.broker.store.connection import Link
+from pilotq.broker.store.connection import Connection
 
 
 def run_server(directory: str, settings: Settings, *, bind: list[str], durability: str, server: str | None) -> int:
@@ -54,36 +54,37 @@ def run_server(directory: str, settings: Settings, *, bind: list[str], durabilit
 
 
 def _serve(pilot: Pilot, running: RunningServer, lock: Lock, settings: Settings, stopping: list[int]) -> None:
-    link = Link(running.address)
+    connection = Connection(running.address)
     try:
-        epoch = establish_epoch(pilot, link)
+        queue_id = establish_queue_id(pilot, connection)
     finally:
-        link.close()
+        connection.close()
     journal = open_journal(pilot, running.address, settings)
-    side = SupervisorLink(running.address, epoch, journal)
+    queue = QueueClient(running.address, queue_id, journal)
     try:
         pilot.write_connection(
-            Connection(
-                address=running.address, admin=running.admin, epoch=epoch, pilot=pilot.id, host=socket.gethostname(),
-                pid=os.getpid(), version=__version__, directory=pilot.directory, started=time.time(),
+            ConnectionInfo(
+                address=running.address, admin=running.admin, queue_id=queue_id, pilot=pilot.id,
+                host=socket.gethostname(), pid=os.getpid(), version=__version__, directory=pilot.directory,
+                started=time.time(),
             )
         )  # fmt: skip
         log(f"the server of {pilot.directory} serves at {running.address}")
-        beat = 0.0
-        while not stopping and not side.wish:
+        heartbeat_at = 0.0
+        while not stopping and not queue.stop_mode:
             now = time.monotonic()
-            if now >= beat:
-                lock.beat()
-                beat = now + BEAT_S
+            if now >= heartbeat_at:
+                lock.heartbeat()
+                heartbeat_at = now + HEARTBEAT_S
             if running.part.ended():
-                raise PilotFailed(f"the server {running.part.ended()}:\n{running.part.last_words()}")
-            side.poll(now)
-            if side.lost:
+                raise PilotFailed(f"the server {running.part.ended()}:\n{running.part.last_lines()}")
+            queue.poll(now)
+            if queue.lost:
                 raise StateLost("the server does not hold the tasks it had")
-            answer = side.fileno()
-            select.select([] if answer is None else [answer], [], [], POLL_S)
-        side.drain_journal(time.monotonic())
+            replies = queue.fileno()
+            select.select([] if replies is None else [replies], [], [], POLL_S)
+        queue.drain_journal(time.monotonic())
         log("the server ends")
     finally:
-        side.close()
+        queue.close()
         journal.close()

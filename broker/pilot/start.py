@@ -1,6 +1,6 @@
-"""Starting a pilot in the background, and what it is made of.
+"""Starts a pilot in the background, and describes what it consists of.
 
-Kept apart from the supervisor, so that the command which starts it need not load it.
+This is apart from the supervisor, so that the command that starts one need not import it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import msgspec
 from pilotq.broker import errors
 from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError
 from pilotq.broker.pilot.directory import Pilot, create, write_private
-from pilotq.broker.tasks.model import Shared
-from pilotq.broker.tasks.submit_context import capture
+from pilotq.broker.tasks.submit_context import SubmitContext, capture_context
 
-FAILED = "the pilot failed: "  # how the supervisor's log says why; the error's class and text follow
-SURROUNDINGS = "surroundings"  # of whoever started the pilot: what jobs of RQ's own producers run in
-CUT_SHORT = 75  # the supervisor's exit code when the end of the allocation ended the pilot
+FAILURE_PREFIX = "the pilot failed: "  # in the supervisor's log, before the error's class and text
+SUBMIT_CONTEXT = "submit-context"  # file: the one the pilot was started in, for jobs of RQ's own producers
+ALLOCATION_ENDED = 75  # the supervisor's exit code when the pilot ended because its allocation ends
 METHODS = ("srun", "ssh")  # how workers get onto the nodes of an allocation
 READY_S = 300.0  # a million tasks load in some 10 s, more on a slow shared file system
 
@@ -39,25 +38,25 @@ class LocalNode(msgspec.Struct):
 class Remote(msgspec.Struct, kw_only=True):
     """The nodes of an allocation that get a worker, and how: ``srun`` or ``ssh``.
 
-    ``least``: with fewer of them the pilot does not begin. ``options`` are of each worker's command line; ``grants``:
-    at most so many cores of a node, where its worker cannot know it.
+    ``min_nodes``: with fewer nodes the pilot does not begin. ``options`` belong to each worker's command line.
+    ``grants``: node -> the most cores to use there, where its worker cannot know that.
     """
 
     nodes: list[str]
     method: str = "srun"
-    least: int = 1
+    min_nodes: int = 1
     options: list[str] = []
     grants: dict[str, int] = {}
 
 
 class SupervisorOptions(msgspec.Struct, kw_only=True):
-    """What a pilot is made of. Travels in a file that is removed when it was read, never in an argument list.
+    """What a pilot consists of. It is passed in a file that is removed once it is read, never in an argument list.
 
     ``bind``: addresses to listen on; empty: a unix socket only. ``redis``: URL of the user's own server, instead of a
-    private one. ``contact``: as `Settings.contact_s`; None: that, or 0 on a unix socket. ``owner_pid``: when this
-    process ends the pilot ends too, at once (0: it lives on). ``remote``: workers on the nodes of an allocation, which
-    ends: ``grace`` seconds before, tasks get the signal ``notice`` and are queued again. ``program`` is what stands
-    before the verb in the parts' command lines.
+    private one. ``contact``: as `Settings.node_timeout_s`; None: that, or 0 on a unix socket. ``owner_pid``: when this
+    process ends, the pilot ends at once (0: it lives on). ``remote``: workers on the nodes of an allocation; ``grace``
+    seconds before its end, tasks get the signal ``notice`` and are queued again. ``program``: the beginning of the
+    parts' command lines, before the verb.
     """
 
     nodes: list[LocalNode] = []
@@ -74,14 +73,14 @@ class SupervisorOptions(msgspec.Struct, kw_only=True):
     directory: str = ""
 
     @property
-    def planned(self) -> list[LocalNode]:
-        """All nodes the pilot begins with; of an allocation with the cores granted: its workers may find fewer."""
+    def expected_nodes(self) -> list[LocalNode]:
+        """All nodes the pilot begins with; those of an allocation have the granted cores: workers may find fewer."""
         granted = self.remote.grants.items() if self.remote is not None else ()
         return [*self.nodes, *(LocalNode(name, list(range(cores)), {}) for name, cores in granted)]
 
 
 def read_options(path: str) -> SupervisorOptions:
-    """Read the file that `start_pilot` wrote, and remove it: the URL in it may hold a password."""
+    """Read the file that `start_pilot` has written, and remove it: the URL in it may contain a password."""
     with open(path, "rb") as file:
         options = msgspec.json.decode(file.read(), type=SupervisorOptions)
     os.unlink(path)
@@ -89,44 +88,49 @@ def read_options(path: str) -> SupervisorOptions:
 
 
 class StartedPilot(Pilot, frozen=True):
-    """A pilot whose supervisor is our child; ``process`` (a Popen) tells how it ended: 0, 2 or 3."""
+    """A pilot whose supervisor is a child of this process.
+
+    ``process`` (a Popen) has its exit code: 0, ALLOCATION_ENDED, 2 or 3.
+    """
 
     process: Any
 
 
 def program(options: SupervisorOptions) -> list[str]:
-    """What stands before the verb in the command line of a part."""
+    """The beginning of a part's command line, before the verb."""
     return options.program or [sys.executable, "-m", "pilotq"]
 
 
-def remember(pilot: Pilot) -> None:
-    """Note the surroundings of this process, for tasks that come without any."""
-    write_private(pilot.path(SURROUNDINGS), msgspec.msgpack.encode(capture()))
+def save_submit_context(pilot: Pilot) -> None:
+    """Save the submit context of this process, for tasks that come without one."""
+    write_private(pilot.path(SUBMIT_CONTEXT), msgspec.msgpack.encode(capture_context()))
 
 
-def remembered(pilot: Pilot) -> Shared:
-    """The surroundings that the pilot was started in; those of this process if nobody has noted any."""
+def saved_submit_context(pilot: Pilot) -> SubmitContext:
+    """The submit context that the pilot was started in; that of this process if none was saved."""
     try:
-        with open(pilot.path(SURROUNDINGS), "rb") as file:
-            return msgspec.msgpack.decode(file.read(), type=Shared)
+        with open(pilot.path(SUBMIT_CONTEXT), "rb") as file:
+            return msgspec.msgpack.decode(file.read(), type=SubmitContext)
     except FileNotFoundError:
-        return capture()
+        return capture_context()
 
 
 def start_pilot(directory: str | None, options: SupervisorOptions, *, timeout: float = READY_S) -> StartedPilot:
     """Start a pilot in the background and wait until it is ready; ``timeout`` in seconds.
 
-    ``directory`` as in `pilot.create`; one that has been a pilot's is resumed. The pilot outlives this process,
-    unless ``owner_pid`` says otherwise. Raises InvalidInput, PilotExists or PilotFailed, in the supervisor's own words.
+    ``directory`` as in `directory.create`; one that has been a pilot's is resumed. The pilot outlives this process,
+    unless ``owner_pid`` says otherwise. Raises InvalidInput, PilotExists or PilotFailed, with the supervisor's message.
+
+        pilot = start_pilot(None, SupervisorOptions(nodes=[LocalNode("n1", [0, 1], {0: 0, 1: 1})]))
     """
     pilot = create(directory)
-    remember(pilot)
+    save_submit_context(pilot)
     path = pilot.path(f"options-{os.urandom(4).hex()}.json")
     write_private(path, msgspec.json.encode(msgspec.structs.replace(options, directory=pilot.directory)))
     log = os.open(pilot.log("supervisor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    said = os.fstat(log).st_size
+    offset = os.fstat(log).st_size
     try:
-        # Not in the user's directory: there a folder called pilotq would be imported instead of us.
+        # Not in the user's directory: a folder called pilotq there would be imported instead of this package.
         process = subprocess.Popen(
             [*program(options), "supervisor", "--options", path], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             cwd=pilot.directory, start_new_session=True,
@@ -134,16 +138,16 @@ def start_pilot(directory: str | None, options: SupervisorOptions, *, timeout: f
     finally:
         os.close(log)
     try:
-        _await_ready(pilot, process, said, timeout)
+        _await_ready(pilot, process, offset, timeout)
     except BaseException:
-        # Interrupted by the user, for one: a supervisor that nobody waits for would go on.
+        # The user may have interrupted this: a supervisor that nobody waits for would go on.
         process.terminate()
         process.wait()
         raise
     return StartedPilot(pilot.directory, process)
 
 
-def _await_ready(pilot: Pilot, process: subprocess.Popen[bytes], said: int, timeout: float) -> None:
+def _await_ready(pilot: Pilot, process: subprocess.Popen[bytes], offset: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         ended = process.poll()
@@ -153,18 +157,18 @@ def _await_ready(pilot: Pilot, process: subprocess.Popen[bytes], said: int, time
         except NoPilot:
             pass
         if ended is not None:
-            raise _failure(pilot, said, ended)
+            raise _failure(pilot, offset, ended)
         if time.monotonic() > deadline:
             raise PilotFailed(f"the pilot is not ready after {timeout:.0f} s: see {pilot.log('supervisor')}")
         time.sleep(0.005)
 
 
-def _failure(pilot: Pilot, said: int, code: int) -> PilotqError:
-    """The error that ended the supervisor, from what its log says behind ``said`` bytes."""
+def _failure(pilot: Pilot, offset: int, code: int) -> PilotqError:
+    """The error that ended the supervisor, from its log after ``offset`` bytes."""
     with open(pilot.log("supervisor"), encoding="utf-8", errors="replace") as file:
-        file.seek(said)
+        file.seek(offset)
         text = file.read().strip()
-    name, found, message = text.rpartition(FAILED)[2].partition(": ")
+    name, found, message = text.rpartition(FAILURE_PREFIX)[2].partition(": ")
     kind = getattr(errors, name, None)
     if found and isinstance(kind, type) and issubclass(kind, PilotqError):
         return kind(message)

@@ -1,7 +1,7 @@
-"""QCG-PilotJob's requests, reports and Python interface, on a pilot of ours.
+"""QCG-PilotJob's Python interface, its requests and its reports, implemented on a pilot of pilotq.
 
-A program that can be edited changes one line: ``from pilotq.broker.qcg import Jobs, LocalManager``; what is raised
-stands in pilotq.broker.qcg.errors. For one that cannot, `install` puts this package in the place of
+A program that can be edited changes one line: ``from pilotq.broker.qcg import Jobs, LocalManager``; its
+exceptions are in pilotq.broker.qcg.errors. For one that cannot, `install` puts this package in the place of
 ``qcg.pilotjob.api`` and ``qcg.pilotjob.executor_api``, before the program's own imports:
 
     python -c "import pilotq.broker.qcg as q, runpy; q.install(); runpy.run_path('program.py', run_name='__main__')"

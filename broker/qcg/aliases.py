@@ -1,4 +1,4 @@
-"""QCG-PilotJob's modules under their old names, for programs that cannot be edited.
+"""QCG-PilotJob's module names as aliases of this package, for programs that cannot be edited.
 
 An installed original stays where it is: ``qcg`` and ``qcg.pilotjob`` are namespace packages, so what we do not
 replace (``qcg.pilotjob.utils``...) is still found there. A module is made when it is imported, not before.
@@ -23,7 +23,7 @@ _HOMES = {
     "qcg.pilotjob.executor_api.templates.basic_template": f"{_OURS}.executor",
     "qcg.pilotjob.executor_api.templates.qcgpj_template": f"{_OURS}.executor",
 }
-# With nothing in them but their modules; an original's own code in their __init__ is not run.
+# Packages that hold their modules only; the code of an original's __init__ is not run.
 _PACKAGES = frozenset(
     ("qcg", "qcg.pilotjob", "qcg.pilotjob.api", "qcg.pilotjob.executor_api", "qcg.pilotjob.executor_api.templates")
 )
@@ -51,7 +51,7 @@ class _Finder:
         package = fullname in _PACKAGES
         if not package and fullname not in _HOMES:
             return None
-        # No heir of Loader: to import importlib.abc takes longer than all of this.
+        # No subclass of Loader: importing importlib.abc takes longer than all of this.
         spec = ModuleSpec(fullname, self, is_package=package)  # type: ignore[arg-type]
         if package:
             original = PathFinder.find_spec(fullname, path)

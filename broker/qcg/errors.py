@@ -1,7 +1,7 @@
-"""The errors of QCG-PilotJob's Python interface, under the names that its users catch.
+"""The exceptions of QCG-PilotJob's Python interface, under the names that its users catch.
 
-They hang below `PilotqError`, so that a program which catches that misses none of them, and each takes the branch of
-broker/errors.py that says the same. `TimeoutElapsed` is apart, as there: ``except QCGPJMAError`` does not catch it.
+All are subclasses of `PilotqError`, and each also of the class in broker/errors.py that means the same.
+`TimeoutElapsed` stands apart, as in the original: ``except QCGPJMAError`` does not catch it.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from pilotq.broker.errors import InvalidInput, PilotFailed, PilotqError, Unknown
 
 
 class QCGPJMAError(PilotqError):
-    pass
+    """The base of all but `TimeoutElapsed`."""
 
 
 class InternalError(QCGPJMAError):
-    """A reply is not of the form that it should have."""
+    """A reply has not the form that it should have."""
 
 
 class InvalidJobDescriptionError(QCGPJMAError, InvalidInput):
-    pass
+    """The description of a job is wrong."""
 
 
 class JobNotDefinedError(QCGPJMAError, UnknownTask):
-    pass
+    """There is no job of this name."""
 
 
 class ConnectionError(QCGPJMAError):
-    """A request was refused, or nobody answers: QCG-PilotJob has one name for both, and it hides Python's own."""
+    """A request was refused, or not answered: QCG-PilotJob has one name for both, and it hides Python's own."""
 
 
 class WrongArgumentsError(QCGPJMAError, InvalidInput):
-    pass
+    """The arguments of a call are wrong."""
 
 
 class FileError(QCGPJMAError, InvalidInput):
-    pass
+    """A file of jobs cannot be read or written."""
 
 
 class ServiceError(QCGPJMAError, PilotFailed):
@@ -42,4 +42,4 @@ class ServiceError(QCGPJMAError, PilotFailed):
 
 
 class TimeoutElapsed(WaitTimedOut):
-    pass
+    """What was waited for has not happened in time."""

@@ -1,4 +1,4 @@
-"""QCG-PilotJob's executor interface: tasks from templates, and futures for them.
+"""`QCGPJExecutor`, QCG-PilotJob's executor: tasks from templates, and futures for them.
 
 Imported by every task of some programs (EasyVVUQ's), so it loads nothing before an executor is made.
 """
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from pilotq.broker.qcg.manager import LocalManager, Manager
 
 JOB_ID = "QCG_PM_EXEC_API_JOB_ID"
-WATCH_S = 0.05
-SHARE = 5  # the watcher rests at least so many times as long as it has looked
+POLL_S = 0.05
+REST_RATIO = 5  # the thread sleeps at least so many times as long as a poll took
 
 Callback = Callable[["QCGPJFuture"], object]
 Described = str | tuple[str, Mapping[str, Any]]
 
 
 class QCGPJTemplate(ABC):
-    """What a template is: a function that returns a description with ``${words}`` in it, and their defaults."""
+    """A template: a function that returns a description with ``${variables}`` in it, and their defaults."""
 
     @staticmethod
     @abstractmethod
@@ -54,10 +54,10 @@ class BasicTemplate(QCGPJTemplate):
 class QCGPJFuture:
     """Tasks that were submitted together; they have ended when all of them have."""
 
-    def __init__(self, ids: Iterable[str], qcgpjm: Manager, watcher: Watcher | None = None) -> None:
+    def __init__(self, ids: Iterable[str], qcgpjm: Manager, callbacks: CallbackThread | None = None) -> None:
         self.ids = list(ids)
         self.qcgpjm = qcgpjm
-        self._watcher = watcher or Watcher(qcgpjm)
+        self._callbacks = callbacks or CallbackThread(qcgpjm)
         self._states: dict[str, str] | None = None
         self._cancelled = False
 
@@ -75,9 +75,9 @@ class QCGPJFuture:
         return QCGPJMAError(", ".join(f"job {n} is {s}" for n, s in wrong.items())) if wrong else None
 
     def done(self) -> bool:
-        return self._states is not None or self.take(self.qcgpjm.status(self.ids)["jobs"])
+        return self._states is not None or self.has_ended_in(self.qcgpjm.status(self.ids)["jobs"])
 
-    def take(self, jobs: Mapping[str, Any]) -> bool:
+    def has_ended_in(self, jobs: Mapping[str, Any]) -> bool:
         """Whether all have ended, by the ``jobs`` of a reply to jobStatus; raises ConnectionError for unknown ones."""
         from pilotq.broker.qcg.errors import ConnectionError as Refused
 
@@ -110,11 +110,11 @@ class QCGPJFuture:
         if self.done():
             fn(self)
         else:
-            self._watcher.add(self, fn)
+            self._callbacks.add(self, fn)
 
 
-class Watcher:
-    """Calls the callbacks of futures; has a thread while there are any."""
+class CallbackThread:
+    """Polls futures and calls their callbacks; the thread exists while there are any."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
@@ -147,25 +147,25 @@ class Watcher:
                 with self._lock:
                     self._watched.remove(entry)
                 _call(*entry)
-            time.sleep(max(WATCH_S, SHARE * (time.monotonic() - began)))
+            time.sleep(max(POLL_S, REST_RATIO * (time.monotonic() - began)))
 
     def _ended(self, watched: list[tuple[QCGPJFuture, Callback]]) -> list[tuple[QCGPJFuture, Callback]]:
-        """Those that have ended, and those of which nobody can tell any more."""
+        """Those that have ended, and those whose state cannot be found out any more."""
         from pilotq.broker.qcg.errors import QCGPJMAError
 
         jobs = None
         with suppress(QCGPJMAError):
             jobs = self._manager.status(dict.fromkeys(name for future, _ in watched for name in future.ids))["jobs"]
-        return [entry for entry in watched if _over(entry[0], jobs)]
+        return [entry for entry in watched if _has_ended(entry[0], jobs)]
 
 
-def _over(future: QCGPJFuture, jobs: Mapping[str, Any] | None) -> bool:
+def _has_ended(future: QCGPJFuture, jobs: Mapping[str, Any] | None) -> bool:
     from pilotq.broker.qcg.errors import QCGPJMAError
 
     try:
-        return future.done() if jobs is None else future.take(jobs)
+        return future.done() if jobs is None else future.has_ended_in(jobs)
     except QCGPJMAError:
-        return True  # waiting on would be for ever; the callback gets this error when it asks
+        return True  # it would be waited for without end; the callback gets this error when it asks
 
 
 def _call(future: QCGPJFuture, callback: Callback) -> None:
@@ -176,7 +176,7 @@ def _call(future: QCGPJFuture, callback: Callback) -> None:
 
 
 class QCGPJExecutor(Executor):
-    """A pilot of its own that runs tasks made from templates; ends with `shutdown`, or with the ``with`` block.
+    """A private pilot that runs tasks made from templates; ends with `shutdown`, or with the ``with`` block.
 
     ``other_args`` are arguments of QCG-PilotJob's service; when the first is none (has no dash), they are wd,
     resources... in the order of the keywords. ``resources`` are the nodes (``"4"``, ``"n1:2,n2:2"``), ``reserve_core``
@@ -208,36 +208,36 @@ class QCGPJExecutor(Executor):
         log = {"log_file": os.path.join(values["wd"], "api.log"), "log_level": values["log_level"]}
         self.finished = False
         self._qcgpjm = LocalManager(args, log)
-        self._watcher = Watcher(self._qcgpjm)
+        self._callbacks = CallbackThread(self._qcgpjm)
 
     def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
         self.shutdown(wait=exc_type is None)
 
     @property
     def qcgpj_manager(self) -> LocalManager:
-        """The manager behind it, for all that an executor has no word for."""
+        """The manager of its pilot, for what an executor has no method for."""
         return self._qcgpjm
 
-    # The words of a template are keywords here, and `fn` is called without arguments: not as other executors do.
+    # The variables of a template are keywords here, and `fn` is called without arguments, unlike in other executors.
     def submit(  # type: ignore[override]
         self, fn: Callable[[], Described], /, *args: Mapping[str, Any] | None, **kwargs: Any
     ) -> QCGPJFuture:
-        """Submit what the template ``fn()`` describes: a text, or a text and the defaults of its words.
+        """Submit what the template ``fn()`` describes: a text, or a text and the defaults of its variables.
 
-        Words ``${name}`` get their values from the defaults, then the mappings in ``args``, then ``kwargs``; what comes
-        out must be a Python literal, a job in the standard form. Raises KeyError for a word without a value, ValueError
-        or SyntaxError for what is no literal, and as `Manager.submit`.
+        Variables ``${name}`` get their values from the defaults, then the mappings in ``args``, then ``kwargs``; the
+        result must be a Python literal, a job in the standard form. Raises KeyError for a variable without a value,
+        ValueError or SyntaxError for what is no literal, and as `Manager.submit`.
         """
         from pilotq.broker.qcg.jobs import Jobs
 
         described = fn()
         text, defaults = (described, {}) if isinstance(described, str) else described
-        words: dict[str, Any] = dict(defaults)
+        variables: dict[str, Any] = dict(defaults)
         for mapping in args:
-            words.update(mapping or {})
-        job = ast.literal_eval(Template(text).substitute(words | kwargs).strip())
+            variables.update(mapping or {})
+        job = ast.literal_eval(Template(text).substitute(variables | kwargs).strip())
         job["execution"].setdefault("env", {})[JOB_ID] = "${jname}"
-        return QCGPJFuture(self._qcgpjm.submit(Jobs().add_std(job)), self._qcgpjm, self._watcher)
+        return QCGPJFuture(self._qcgpjm.submit(Jobs().add_std(job)), self._qcgpjm, self._callbacks)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the pilot; may be called again.
@@ -252,7 +252,7 @@ class QCGPJExecutor(Executor):
                 self._qcgpjm.cancel(self._qcgpjm.list())
             if wait:
                 self._qcgpjm.wait4all()
-                self._watcher.join()
+                self._callbacks.join()
         finally:
             self.finished = True
             self._qcgpjm.finish()

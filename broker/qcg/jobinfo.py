@@ -1,4 +1,4 @@
-"""What is known of a job, with numbers and times instead of texts."""
+"""`JobInfo`: the reply to `jobInfo` about one job, with numbers and times instead of texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A list of jobs to submit. Only names and kinds of attributes are looked at here; the rest is the submit's."""
+"""`Jobs`: a list of jobs to submit. Only names and types of attributes are checked here; the rest at the submit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_ITERATIONS = 64 * 1024
 
 Kinds = Mapping[str, tuple[type, ...]]
 
-# The simple form: where an attribute goes in the standard form, and the kinds of values it may have.
+# The simple form: where an attribute goes in the standard form, and the types of values it may have.
 _EXECUTION: Kinds = {
     "exec": (str,), "script": (str,), "args": (list, str), "env": (dict,), "stdin": (str,), "stdout": (str,),
     "stderr": (str,), "wd": (str,), "modules": (list, str), "venv": (str,), "model": (str,), "model_opts": (dict,),
@@ -28,7 +28,10 @@ _ITERATION: Kinds = {"start": (int,), "stop": (int,), "values": (list,)}
 
 
 class Jobs:
-    """Jobs in the order in which they were added; each has a name of its own."""
+    """Jobs in the order in which they were added; each has a name of its own.
+
+    jobs = Jobs().add(name="a", exec="date", stdout="a.txt").add(name="b", script="sleep 5", numCores=2, after="a")
+    """
 
     def __init__(self) -> None:
         self._jobs: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""`Manager` and `LocalManager`: QCG-PilotJob's way to talk to a pilot, one request at a time."""
+"""`Manager` and `LocalManager`: QCG-PilotJob's connection to a pilot, one request at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pilotq.broker.errors import PilotqError, ServerUnavailable
 from pilotq.broker.qcg import errors
 from pilotq.broker.qcg.jobinfo import JobInfo
 from pilotq.broker.qcg.jobs import Jobs
-from pilotq.broker.qcg.polling import Ends, Pace
+from pilotq.broker.qcg.polling import JobEnds, PollInterval
 from pilotq.broker.qcg.service.address import ADDRESS, address_of, directory_of
 from pilotq.broker.qcg.service.states import FINAL
 
@@ -28,24 +28,26 @@ T = TypeVar("T")
 Names = str | Iterable[str]
 Path = str | os.PathLike[str]
 
-LOOKS = frozenset({"listJobs", "jobStatus", "jobInfo", "resourcesInfo", "status"})  # may be asked again
-PATIENCE_S = 30.0  # for these, while the pilot starts its server again
-AGAIN_S = 0.05
+READ_REQUESTS = frozenset(
+    {"listJobs", "jobStatus", "jobInfo", "resourcesInfo", "status"}
+)  # change nothing: they may be repeated
+RETRY_S = 30.0  # for these, while the pilot restarts its server
+RETRY_INTERVAL_S = 0.05
 SLICE = 500
 POLL_DELAY_S = 5.0
 INIT_TIMEOUT_S = 300.0
-FINISH_S = 10.0  # what still runs at `LocalManager.finish` has so long to end
+FINISH_S = 10.0  # time to end for what still runs at `LocalManager.finish`
 
 
 class Manager:
     """A connection to a pilot that runs. Several threads may use it.
 
     ``address`` is the pilot's directory, alone or as ``pilotq:DIRECTORY``; by default what QCG_PM_ZMQ_ADDRESS or else
-    PILOTQ_DIR names: in a task, the pilot that runs it. ``cfg`` may have poll_delay (seconds; waits look at least so
-    often), log_file, log_level, wdir (where the log goes by default); other keys are ignored.
+    PILOTQ_DIR names: in a task, the pilot that runs it. ``cfg`` may have poll_delay (the longest interval of waits, in
+    seconds), log_file, log_level, wdir (where the log goes by default); other keys are ignored.
 
-    A request that is refused, and one that nobody answers, raises ConnectionError. Looking is patient for 30 s while
-    the pilot starts its server again.
+    A request that is refused, and one that is not answered, raises ConnectionError. Requests that change nothing are
+    repeated for 30 s while the pilot restarts its server.
     """
 
     DEFAULT_ADDRESS_ENV = ADDRESS
@@ -56,8 +58,8 @@ class Manager:
 
     def _prepare(self, cfg: Mapping[str, Any]) -> None:
         self.default_poll_delay = float(cfg.get("poll_delay", POLL_DELAY_S))
-        self._lock = threading.RLock()  # requests of several threads take turns; waits rest outside of it
-        self._ends = Ends()
+        self._lock = threading.RLock()  # requests of several threads take turns; waits sleep outside of it
+        self._job_ends = JobEnds()
         self._broker: Broker | None = None
         self._requests: Requests | None = None
         self._log, self.log_handler = _open_log(cfg)
@@ -90,9 +92,9 @@ class Manager:
             raise errors.InternalError("Missing response data")
         names: builtins.list[str] = data["jobs"]
         with self._lock:
-            self._ends.submitted(names)
-        # Nobody says when the last submit has been: what waits for a job that does not exist is omitted now.
-        self._call(lambda requests: requests.settle(), patient=True)
+            self._job_ends.submitted(names)
+        # No request says that the last submit was made: what waits for a job that does not exist is omitted now.
+        self._call(lambda requests: requests.omit_unmet(), retried=True)
         return names
 
     def list(self) -> dict[str, Any]:
@@ -105,11 +107,11 @@ class Manager:
 
     def status(self, names: Names) -> dict[str, Any]:
         """{"jobs": {name: {"status": 0, "data": {"jobName": name, "status": state}}}}; a name may be ``job:it``."""
-        return self._about("jobStatus", names)
+        return self._job_request("jobStatus", names)
 
     def info(self, names: Names, **params: Any) -> dict[str, Any]:
-        """As `status`, and all that is known of each job; ``withChilds=True`` adds its iterations."""
-        return self._about("jobInfo", names, **({"params": params} if params else {}))
+        """As `status`, with all details of each job; ``withChilds=True`` adds its iterations."""
+        return self._job_request("jobInfo", names, **({"params": params} if params else {}))
 
     def info_parsed(self, names: Names, **params: Any) -> dict[str, JobInfo]:
         """What `info` returns, as name -> JobInfo."""
@@ -120,19 +122,20 @@ class Manager:
         return self._data({"request": "resourcesInfo"})
 
     def system_status(self) -> dict[str, Any]:
+        """{System, Resources, JobStats, IterationStats} of the service."""
         return self._data({"request": "status"})
 
     def remove(self, names: Names) -> None:
-        """Forget jobs that have ended, so that their names can be used again; others stay, without an error."""
-        self._about("removeJob", names)
+        """Remove jobs that have ended, so that their names can be used again; others stay, without an error."""
+        self._job_request("removeJob", names)
 
     def cancel(self, names: Names) -> None:
-        """Cancel jobs, waiting or running, or iterations (``job:it``); names that nothing has are passed over."""
-        self._about("cancelJob", names)
+        """Cancel jobs, waiting or running, or iterations (``job:it``); unknown names are ignored."""
+        self._job_request("cancelJob", names)
 
-    def _about(self, request: str, names: Names, **more: Any) -> dict[str, Any]:
-        """The answer to a request about jobs; of no jobs there is nothing to ask."""
-        wanted = _listed(names)
+    def _job_request(self, request: str, names: Names, **more: Any) -> dict[str, Any]:
+        """The data of a reply to a request about jobs; no request is made for no jobs."""
+        wanted = _name_list(names)
         return self._data({"request": request, "jobNames": wanted, **more}) if wanted else {"jobs": {}}
 
     @staticmethod
@@ -144,19 +147,19 @@ class Manager:
 
     def wait4(self, names: Names, timeout: float | None = None) -> dict[str, str]:
         """Wait until these jobs have ended; returns name -> state. Raises TimeoutElapsed after ``timeout`` seconds."""
-        wanted = _listed(names)
-        pace = self._pace(timeout)
+        wanted = _name_list(names)
+        pace = self._interval(timeout)
         states: dict[str, str] = {}
-        # All of them once: a name that does not exist is told at once.
+        # All of them once: a name that does not exist is refused at once.
         left = self._not_ended(wanted, states, pace)
         while left:
-            pace.rest(f"{len(left)} of {len(wanted)} jobs have not ended")
+            pace.sleep(f"{len(left)} of {len(wanted)} jobs have not ended")
             left = self._skip_ended(left, states, pace)
         with self._lock:
-            self._ends.forget(wanted)
+            self._job_ends.forget(wanted)
         return {name: states[name] for name in wanted}
 
-    def _skip_ended(self, names: builtins.list[str], states: dict[str, str], pace: Pace) -> builtins.list[str]:
+    def _skip_ended(self, names: builtins.list[str], states: dict[str, str], pace: PollInterval) -> builtins.list[str]:
         """The names without those at their front whose jobs have ended.
 
         Only a few are asked for while they have not: what a wait costs must not grow with what it waits for.
@@ -170,7 +173,7 @@ class Manager:
             window = min(2 * window, SLICE)
         return names
 
-    def _not_ended(self, names: builtins.list[str], states: dict[str, str], pace: Pace) -> builtins.list[str]:
+    def _not_ended(self, names: builtins.list[str], states: dict[str, str], pace: PollInterval) -> builtins.list[str]:
         """The names whose jobs have not ended yet; the states of the others are added to ``states``."""
         for first in range(0, len(names), SLICE):
             request = {"request": "jobStatus", "jobNames": names[first : first + SLICE]}
@@ -183,29 +186,30 @@ class Manager:
 
     def wait4all(self, timeout_secs: float | None = None) -> None:
         """Wait until every job of the pilot has ended. Raises TimeoutElapsed after ``timeout_secs`` seconds."""
-        pace = self._pace(timeout_secs)
+        pace = self._interval(timeout_secs)
         request = {"request": "status", "options": {"allJobsFinished": True}}
         while not self._data(request, pace.deadline).get("AllJobsFinished", False):
-            pace.rest("not all jobs have ended")
+            pace.sleep("not all jobs have ended")
         with self._lock:
-            self._ends.forget()
+            self._job_ends.forget()
 
     def wait4_any_job_finish(self, timeout_secs: float | None = None) -> tuple[str, str]:
         """Wait for the next end of a job or iteration; returns (name or ``job:it``, state), each end once.
 
-        No news are what another wait has returned, and what others had submitted and has ended before the first call.
+        Not returned are ends that another wait has returned, and those of jobs that others had submitted and that ended
+        before the first call.
         Raises TimeoutElapsed after ``timeout_secs`` seconds.
         """
-        pace = self._pace(timeout_secs)
+        pace = self._interval(timeout_secs)
         while True:
             with self._lock:
-                end = self._ends.next(lambda request: self._data(request, pace.deadline))
+                end = self._job_ends.next(lambda request: self._data(request, pace.deadline))
             if end is not None:
                 return end
-            pace.rest("no job has ended")
+            pace.sleep("no job has ended")
 
-    def _pace(self, timeout: float | None) -> Pace:
-        return Pace(timeout, self.default_poll_delay)
+    def _interval(self, timeout: float | None) -> PollInterval:
+        return PollInterval(timeout, self.default_poll_delay)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -237,11 +241,11 @@ class Manager:
         return data
 
     def _ask(self, request: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
-        # As it would go over a wire: what is sent is JSON, and nobody changes it afterwards.
+        # A copy by way of JSON, as over a wire: what the caller changes afterwards has no effect.
         wire = json.loads(json.dumps(request, default=os.fspath))
         name = wire.get("request")
-        reply = self._call(lambda requests: requests.handle(wire), patient=name in LOOKS, deadline=deadline)
-        level = logging.DEBUG if name in LOOKS else logging.INFO
+        reply = self._call(lambda requests: requests.handle(wire), retried=name in READ_REQUESTS, deadline=deadline)
+        level = logging.DEBUG if name in READ_REQUESTS else logging.INFO
         self._log.log(level, "%s: code %s, %s", name, reply.get("code"), reply.get("message", ""))
         if "code" not in reply:
             raise errors.InternalError("Invalid reply from the service")
@@ -251,9 +255,9 @@ class Manager:
             )
         return reply
 
-    def _call(self, what: Callable[[Requests], T], *, patient: bool, deadline: float | None = None) -> T:
-        """Do it; when ``patient`` again while the server is on its way back, until ``deadline`` (monotonic)."""
-        until = time.monotonic() + PATIENCE_S if deadline is None else deadline
+    def _call(self, what: Callable[[Requests], T], *, retried: bool, deadline: float | None = None) -> T:
+        """Call ``what``; when ``retried``, repeat it while the server restarts, until ``deadline`` (monotonic)."""
+        until = time.monotonic() + RETRY_S if deadline is None else deadline
         while True:
             try:
                 with self._lock:
@@ -261,13 +265,13 @@ class Manager:
             except ServerUnavailable as error:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise errors.TimeoutElapsed(f"the pilot has not answered in time: {error}") from error
-                if not patient or time.monotonic() >= until or not self._pilot.alive():
+                if not retried or time.monotonic() >= until or not self._pilot.alive():
                     raise errors.ConnectionError(f"Request failed - {error}") from error
             except errors.ConnectionError:
                 raise
             except PilotqError as error:
                 raise errors.ConnectionError(f"Request failed - {error}") from error
-            time.sleep(AGAIN_S)
+            time.sleep(RETRY_INTERVAL_S)
 
     def _once(self, what: Callable[[Requests], T], deadline: float | None) -> T:
         if self._requests is None or self._broker is None:
@@ -275,7 +279,7 @@ class Manager:
         link = self._broker.link
         usual = link.timeout
         if deadline is not None:
-            link.timeout = min(usual, max(deadline - time.monotonic(), AGAIN_S))
+            link.timeout = min(usual, max(deadline - time.monotonic(), RETRY_INTERVAL_S))
         try:
             return what(self._requests)
         finally:
@@ -283,7 +287,12 @@ class Manager:
 
 
 class LocalManager(Manager):
-    """A Manager with a pilot of its own, which ends at `finish`, `cleanup`, or at the latest with this process.
+    """A Manager with a private pilot, which ends at `finish`, `cleanup`, or at the latest with this process.
+
+        manager = LocalManager(["--nodes", "4"])
+        names = manager.submit(Jobs().add(name="a", exec="date", stdout="a.txt"))
+        print(manager.wait4(names))
+        manager.finish()
 
     ``server_args`` are the arguments of QCG-PilotJob's service (``["--nodes", 4, "--wd", path]``). ``cfg`` is that of
     Manager, with init_timeout (seconds for the pilot to be ready, default 300). Raises ServiceError when the pilot
@@ -291,12 +300,12 @@ class LocalManager(Manager):
     """
 
     def __init__(self, server_args: Iterable[Any] | None = None, cfg: Mapping[str, Any] | None = None) -> None:
-        from pilotq.broker.qcg.service_process import Service
+        from pilotq.broker.qcg.service_process import ServiceProcess
 
         cfg = cfg or {}
         self._prepare(cfg)
         try:
-            self._service = Service(server_args or [], float(cfg.get("init_timeout", INIT_TIMEOUT_S)))
+            self._service = ServiceProcess(server_args or [], float(cfg.get("init_timeout", INIT_TIMEOUT_S)))
         except BaseException as error:
             self._log.error("no service: %s", error)
             super().cleanup()
@@ -306,11 +315,11 @@ class LocalManager(Manager):
     def finish(self) -> None:
         """End the pilot and wait until it is gone; does nothing when it is gone already.
 
-        Jobs that have not ended get 10 s to do so; what still runs then is ended, all of its processes.
+        Jobs that have not ended get 10 s to do so; then all of their processes are ended.
         """
         try:
             if self._requests is not None and self._service.alive():
-                # The service may be ending by itself: then nobody answers any more.
+                # The service may be ending by itself: then requests are not answered any more.
                 with suppress(errors.TimeoutElapsed, errors.ConnectionError):
                     self.wait4all(FINISH_S)
         finally:
@@ -326,7 +335,7 @@ class LocalManager(Manager):
         self._service.stop()
 
 
-def _listed(names: Names) -> builtins.list[str]:
+def _name_list(names: Names) -> builtins.list[str]:
     return [names] if isinstance(names, str) else builtins.list(dict.fromkeys(names))
 
 

@@ -1,4 +1,4 @@
-"""The service behind a LocalManager: `pilotq-qcg-service` as a child of this process, which it does not outlive."""
+"""The service of a `LocalManager`: `pilotq-qcg-service` as a child of this process, which it does not outlive."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.lock import holder
 from pilotq.broker.qcg.errors import ServiceError
 
-STOP_S = 90.0  # workers get 30 s, the server as long again; then something is wrong
+STOP_S = 90.0  # workers get 30 s, the server as long again; more is an error
 # Not as `-m`: in the user's directory a folder called pilotq would be imported instead of us.
 _PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from pilotq.cli.qcg.service import main; main()"
 
 
-class Service:
-    """A pilot that ends with this process at the latest. Raises ServiceError when it cannot be started.
+class ServiceProcess:
+    """A private pilot, which ends with this process at the latest. Raises ServiceError when it cannot be started.
 
     ``server_args`` are the arguments of QCG-PilotJob's service, numbers and paths among them; ``timeout`` in seconds.
     """
@@ -31,18 +31,18 @@ class Service:
     def __init__(self, server_args: Iterable[Any], timeout: float) -> None:
         args = [os.fspath(arg) if isinstance(arg, os.PathLike) else str(arg) for arg in server_args]
         self._pid = os.getpid()
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as output:
             # In a session of its own: Ctrl-C is for our program, which decides what becomes of the service.
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, *args, "--net", "--owner", str(self._pid)], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=said, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=output, start_new_session=True,
             )  # fmt: skip
             try:
                 directory = self._await_ready(timeout)
                 if directory is None:
                     self._process.wait()
-                    said.seek(0)
-                    raise ServiceError(f"Service not started: {_words(said.read())}")
+                    output.seek(0)
+                    raise ServiceError(f"Service not started: {_last_line(output.read())}")
             except BaseException:
                 self._process.terminate()
                 self._process.wait()
@@ -71,7 +71,7 @@ class Service:
         return self._process.poll() is None
 
     def stop(self, timeout: float = STOP_S) -> None:
-        """End the pilot and what runs in it, and wait until it is gone; what had not ended is there for ``--resume``.
+        """End the pilot and what runs in it, and wait until it is gone; ``--resume`` goes on with what had not ended.
 
         Raises ServiceError after ``timeout`` seconds. Does nothing when it is gone, or in a child of our process.
         """
@@ -96,7 +96,7 @@ class Service:
         self._process.stdout.close()
 
 
-def _words(said: bytes) -> str:
-    """The last thing that the service has said, without its name."""
-    lines = said.decode(errors="replace").strip().splitlines() or ["it has said nothing"]
+def _last_line(output: bytes) -> str:
+    """The last line that the service has written, without its name."""
+    lines = output.decode(errors="replace").strip().splitlines() or ["it has written nothing"]
     return lines[-1].removeprefix("pilotq-qcg-service: ")

@@ -1,1 +1,1 @@
-"""rq"""
+"""Compatibility with RQ 3: jobs of its producers, its worker commands, and repair of what its tools leave behind."""

@@ -1,6 +1,6 @@
-"""What RQ's tools say to one worker, on a channel of its own: stop a job, stop an execution, go, kill what runs.
+"""Receives RQ's worker commands on the channel of one worker: stop a job or an execution, shut down, kill what runs.
 
-Words on a channel are lost when nobody listens: a stop that was sent while the server was away is not heard.
+A message on a channel is lost when nobody listens: a stop that is sent while the connection is down has no effect.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import json
 from typing import Any
 
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Link
+from pilotq.broker.store.connection import Address, Connection
 from pilotq.broker.store.messages import Leave, Stop, ToWorker
 
 
-class Commands:
-    """A connection that only listens."""
+class WorkerCommands:
+    """A connection that is subscribed to the channel of one worker."""
 
     def __init__(self, address: Address, grace: float) -> None:
-        self.link = Link(address)
+        self.connection = Connection(address)
         self._grace = grace
 
     def listen(self, name: str) -> None:
-        """Connect, and listen as the worker of this name."""
-        self.link.close()
-        self.link.post("SUBSCRIBE", keys.commands(name))
+        """Connect, and subscribe to the channel of the worker of this name."""
+        self.connection.close()
+        self.connection.post("SUBSCRIBE", keys.command_channel(name))
 
     def read(self) -> list[ToWorker]:
-        """What was said since the last call, as the dispatcher would say it. Never waits."""
+        """The commands since the last call, as messages that the dispatcher could have sent. Never waits."""
         found: list[ToWorker] = []
-        for reply in self.link.replies():
+        for reply in self.connection.replies():
             if isinstance(reply, Exception):
                 raise reply
             if reply[0] == b"message":
@@ -37,8 +37,8 @@ class Commands:
 
     def _message(self, text: bytes) -> list[ToWorker]:
         try:
-            said: dict[str, Any] = json.loads(text)
-            command, task_id, execution = said["command"], said.get("job_id", ""), said.get("execution_id", 0)
+            content: dict[str, Any] = json.loads(text)
+            command, task_id, execution = content["command"], content.get("job_id", ""), content.get("execution_id", 0)
             if command == "stop-job":
                 return [Stop(str(task_id), 0, "stopped")]
             if command == "stop-execution":
@@ -48,5 +48,5 @@ class Commands:
             if command == "shutdown":
                 return [Leave(self._grace)]
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # nothing of a stranger may end the worker
+            pass  # no message of somebody else may end the worker
         return []

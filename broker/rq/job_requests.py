@@ -1,7 +1,7 @@
-"""A job of RQ's own producers as a task: what its fields ask for, and what is refused.
+"""What a job of RQ's own producers requests: its class and its Spec, from the fields of its record.
 
-Only `meta`, `timeout` and `webhooks` are looked at. `meta` is pickled by its producer (or JSON, with RQ's JSON
-serializer): it is read without running anything of it. What it holds beside our words is the producer's own business.
+Only `meta`, `timeout` and `webhooks` are read. `meta` is pickled by the producer (or JSON, with RQ's JSON serializer):
+it is read without running anything of it. Fields of `meta` other than META_TYPES belong to the application.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import msgspec
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.store import pack
-from pilotq.broker.tasks.model import FLAG_STOCK, PRIORITY_LIMIT, Request, Spec, class_name, limit_step
+from pilotq.broker.tasks.model import PRIORITY_LIMIT, Request, class_name, limit_step
 from pilotq.broker.tasks.quantities import request_of
+from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec
 
 DEFAULT_TIMEOUT_S = 180  # RQ's, for a record that names none
 META_BYTES = 1 << 20
-WORDS: Final = {  # of `meta`, with the types they may have
+META_TYPES: Final = {  # fields of `meta`, with the types they may have
     "cores": (int, str), "nodes": (int, str), "gpus": (int,), "memory": (int, str), "use": (dict,), "priority": (int,),
 }  # fmt: skip
 # What is refused, for docs/rq.md.
@@ -36,8 +37,8 @@ REFUSED: Final = (
 )
 
 
-class Way(NamedTuple):
-    """Where a job goes: its class list, the record of that class (JSON), and the packed Spec."""
+class JobRequest(NamedTuple):
+    """What a job requests: the name of its class, the record of that class (JSON), the packed Spec, the resources."""
 
     class_name: str
     record: str
@@ -45,10 +46,10 @@ class Way(NamedTuple):
     request: Request
 
 
-class _Something:
-    """Stands for any object of a producer that is no plain value. Takes what a pickle does to it, and does nothing."""
+class _Opaque:
+    """Stands for any object in a pickle that is no plain value; accepts what is done to it, and does nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> _Something:
+    def __new__(cls, *_: Any, **__: Any) -> _Opaque:
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -69,21 +70,21 @@ class _Something:
     def add(self, _: Any) -> None:
         pass
 
-    def __call__(self, *_: Any, **__: Any) -> _Something:
+    def __call__(self, *_: Any, **__: Any) -> _Opaque:
         return self
 
     def __hash__(self) -> int:
         return id(self)
 
 
-class _Reader(pickle.Unpickler):
-    """Reads plain values; imports and calls nothing that a pickle names."""
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values, and imports and calls nothing that a pickle names."""
 
     def find_class(self, _module: str, _name: str) -> Any:
-        return _Something
+        return _Opaque
 
     def persistent_load(self, _: Any) -> Any:
-        return _Something()
+        return _Opaque()
 
 
 def read_meta(data: bytes) -> dict[str, Any]:
@@ -93,8 +94,8 @@ def read_meta(data: bytes) -> dict[str, Any]:
     if len(data) > META_BYTES:
         raise InvalidInput(f"its meta has {len(data):,} bytes: at most {META_BYTES:,} are read")
     try:
-        found = json.loads(data) if data[:1] in b"{n" else _Reader(io.BytesIO(data)).load()
-    except Exception:  # noqa: BLE001 - whatever a stranger's bytes may do to a decoder, only this job fails
+        found = json.loads(data) if data[:1] in b"{n" else _PlainUnpickler(io.BytesIO(data)).load()
+    except Exception:  # noqa: BLE001 - whatever foreign bytes do to a decoder, only this job fails
         raise InvalidInput("its meta is neither a pickle nor JSON that can be read: use RQ's own serializers") from None
     if found is None:
         return {}
@@ -104,13 +105,18 @@ def read_meta(data: bytes) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def way_of(queue: str, timeout: bytes, meta: bytes) -> Way:
-    """What a job of this queue asks for. Raises InvalidInput; its text becomes the reason why the job failed."""
-    asked = {word: value for word, value in read_meta(meta).items() if word in WORDS}
-    for word, value in asked.items():
-        if not isinstance(value, WORDS[word]) or isinstance(value, bool):
-            kinds = " or ".join({int: "a number", str: "a text", dict: "a dictionary"}[kind] for kind in WORDS[word])
-            raise InvalidInput(f"meta[{word!r}] must be {kinds}")
+def job_request_of(queue: str, timeout: bytes, meta: bytes) -> JobRequest:
+    """What a job of this queue requests. Raises InvalidInput; its text becomes the reason why the job failed.
+
+    job_request_of("sums", b"180", pickle.dumps({"cores": 2}))
+    """
+    asked = {field: value for field, value in read_meta(meta).items() if field in META_TYPES}
+    for field, value in asked.items():
+        if not isinstance(value, META_TYPES[field]) or isinstance(value, bool):
+            kinds = " or ".join(
+                {int: "a number", str: "a text", dict: "a dictionary"}[kind] for kind in META_TYPES[field]
+            )
+            raise InvalidInput(f"meta[{field!r}] must be {kinds}")
     priority = asked.pop("priority", 0)
     if abs(priority) > PRIORITY_LIMIT:
         raise InvalidInput(f"meta['priority'] is outside -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}")
@@ -126,12 +132,12 @@ def way_of(queue: str, timeout: bytes, meta: bytes) -> Way:
         raise InvalidInput("meta: gpus, memory and use cannot be negative")
     shape = msgspec.structs.replace(request, limit=limit_step(limit))
     record = msgspec.json.encode({"queue": queue, "priority": priority, "request": shape}).decode()
-    spec = Spec([], time_limit=limit or 0.0, flags=FLAG_STOCK, cores=request.cores[0])
-    return Way(class_name(queue, priority, shape), record, pack(spec), shape)
+    spec = Spec([], time_limit=limit or 0.0, flags=FLAG_RQ_JOB, cores=request.cores[0])
+    return JobRequest(class_name(queue, priority, shape), record, pack(spec), shape)
 
 
 def _limit(timeout: bytes) -> float | None:
-    """RQ's timeout: seconds, -1 for none."""
+    """RQ's timeout in seconds; -1 is none."""
     try:
         seconds = float(timeout) if timeout else DEFAULT_TIMEOUT_S
     except ValueError:
@@ -139,6 +145,6 @@ def _limit(timeout: bytes) -> float | None:
     return seconds if 0 < seconds < 1e9 else None
 
 
-def shown(text: str) -> str:
-    """A text as RQ keeps the reason of a failure."""
+def rq_error_text(text: str) -> str:
+    """A text in the form in which RQ keeps the reason of a failure."""
     return base64.b64encode(zlib.compress(text.encode())).decode()

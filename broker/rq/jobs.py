@@ -1,9 +1,8 @@
-"""The one module that knows RQ's Python side.
+"""Everything that uses RQ's Python package: the function of command tasks, jobs of RQ's producers, the current job.
 
-A command task is a valid RQ job whose function is `run` below: RQ's tools can fetch and show it. A stock `rq worker`
-that took one would fail it with a sentence instead of running half of it. Functions run in interpreters
-(`workers/launcher/interpreter.py`), which call the rest of this module. RQ is imported when it is needed: that takes
-long.
+A command task is a valid RQ job whose function is `run` below, so RQ's tools can fetch and show it. An `rq worker` that
+took one would fail it with a sentence. Functions run in interpreters (`workers/launcher/interpreter.py`), which call
+the rest of this module. RQ is imported only when it is needed, as that takes long.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
     from rq.job import Job
 
 # pickle of ("pilotq.broker.rq.jobs.run", None, (), {}): the `data` of every command task. RQ reads it uncompressed.
-COMMAND_DATA = b"\x80\x02(X\x19\x00\x00\x00pilotq.broker.rq_jobs.runN)}t."
-EPILOGUE_S = 20  # a callback that runs after its job was killed gets no more, whatever its own timeout is
-Ending = tuple[str, str, str, str]  # outcome, reason, message, text: as of wire.Returned
+COMMAND_DATA = b"\x80\x02(X\x19\x00\x00\x00pilotq.broker.rq.jobs.runN)}t."
+STOPPED_CALLBACK_S = 20  # the most that a callback gets after its job was killed, whatever its own timeout is
+Ending = tuple[str, str, str, str]  # outcome, reason, message, text: as of protocol.Returned
 
 
 def run() -> NoReturn:
@@ -35,14 +34,14 @@ def run() -> NoReturn:
 
 
 def preload() -> None:
-    """Import what jobs of RQ's producers need."""
+    """Import the modules that jobs of RQ's producers need."""
     import rq.callbacks
     import rq.job
     import rq.timeouts  # noqa: F401
 
 
 def time_is_over() -> Exception:
-    """What is raised in a function whose time limit has passed: RQ's own exception."""
+    """The exception raised in a function whose time limit has passed: RQ's own."""
     from rq.timeouts import JobTimeoutException
 
     return JobTimeoutException("Task exceeded maximum timeout value")
@@ -51,10 +50,10 @@ def time_is_over() -> Exception:
 # -- jobs of RQ's own producers --------------------------------------------------------------------------------------
 
 
-class StockJob:
-    """A job of RQ's own producers, from the fields of its record: its function, and its callbacks.
+class RqJob:
+    """A job of RQ's own producers, made from the fields of its record: runs its function and its callbacks.
 
-    Nothing here writes to Redis. The job's connection is made when the function, or a callback, uses it.
+    It writes nothing to Redis. The job's connection is made when the function, or a callback, uses it.
     """
 
     def __init__(self, job_id: str, fields: dict[bytes, bytes]) -> None:
@@ -67,7 +66,7 @@ class StockJob:
         return self.job.perform()
 
     def returned(self, value: Any) -> Ending:
-        """The function has returned: its callback, and what is to be reported. May raise: then the job has failed."""
+        """Run the success callback, and return what is to be reported. May raise: then the job has failed."""
         from rq.callbacks import execute_success_callback
         from rq.job import JobStatus, Retry
         from rq.timeouts import UnixSignalDeathPenalty
@@ -80,12 +79,12 @@ class StockJob:
         execute_success_callback(self.job, UnixSignalDeathPenalty, value)
         try:
             data = self.job.serializer.dumps(value)
-        except Exception:  # noqa: BLE001  # RQ's way: the job has finished all the same
+        except Exception:  # noqa: BLE001  # as in RQ: the job has finished all the same
             data = self.job.serializer.dumps("Unserializable return value")
         return "finished", "", "", result_text(data)
 
     def raised(self, error: BaseException) -> Ending:
-        """The function, or its callback, has raised: the callback for that, and what is to be reported."""
+        """Run the failure callback after the function, or the success callback, has raised; what is to be reported."""
         from rq.callbacks import execute_failure_callback
         from rq.job import JobStatus
         from rq.timeouts import UnixSignalDeathPenalty
@@ -93,18 +92,18 @@ class StockJob:
         self.job._status = JobStatus.FAILED
         try:
             execute_failure_callback(self.job, UnixSignalDeathPenalty, type(error), error, error.__traceback__)
-        except BaseException as other:  # noqa: BLE001  # it takes the place of the job's own exception, as in RQ
+        except BaseException as other:  # noqa: BLE001  # it replaces the job's own exception, as in RQ
             error = other
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         last = text.strip().splitlines()[-1]
         return "failed", "exception", last[:500], failure_text(text, b"")
 
     def stopped(self) -> Ending:
-        """Somebody has stopped it: the callback for that. What it raises is printed."""
+        """Run the callback of a job that was stopped; what that raises is printed."""
         from rq.callbacks import execute_stopped_callback
         from rq.timeouts import UnixSignalDeathPenalty
 
-        self.job._stopped_callback_timeout = min(self.job.stopped_callback_timeout, EPILOGUE_S)
+        self.job._stopped_callback_timeout = min(self.job.stopped_callback_timeout, STOPPED_CALLBACK_S)
         try:
             execute_stopped_callback(self.job, UnixSignalDeathPenalty)
         except BaseException:  # noqa: BLE001  # the job stays stopped
@@ -113,7 +112,7 @@ class StockJob:
 
 
 def _serializer(data: bytes) -> str:
-    """Which of RQ's serializers made a job's ``data``: no field tells."""
+    """Which of RQ's serializers has written a job's ``data``: no field tells."""
     try:
         data = zlib.decompress(data)
     except zlib.error:
@@ -135,10 +134,10 @@ def connection() -> Redis:
 
 
 class CurrentJob:
-    """What `rq.get_current_job()` answers while a function of ours runs.
+    """Makes `rq.get_current_job()` return the task while a function of pilotq runs.
 
-    RQ is not imported for that. Where a function imports it in its own body, it is seen on the way: this is put in
-    front of `sys.meta_path`.
+    RQ is not imported for that. Where a function imports it in its own body, this object notices: it is an import hook
+    in front of `sys.meta_path`.
     """
 
     def __init__(self) -> None:

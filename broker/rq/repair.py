@@ -1,125 +1,131 @@
-"""What RQ's buttons leave behind: dependents of deleted jobs, ids without records, arrays that wait for such elements,
-lists of a compact that broke off.
+"""Repairs what RQ's tools leave behind: dependents of deleted jobs, ids whose records are missing, arrays that wait for
+such elements, and lists of a `compact` that was interrupted.
 
-A part of the reconciler: some of it is looked at in each turn, all of it again and again.
+It is a part of the reconciler: each turn examines a slice of everything.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import islice
 
+from pilotq.broker.log import log
 from pilotq.broker.store import keys
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.array_outcomes import open_positions, outcome_at
 
-log = logging.getLogger("pilotq.reconciler")
-SLICE = 500
-SCAN = 1000  # keys of the server looked at in one turn, for lists that a compact has left
-LOOK_MAX = 20_000  # elements of an array that waits element by element looked at in one turn: the first that are left
-STILL_S = 5.0  # a list of RQ's compact that has not changed for so long is put back
+BATCH = 500
+SCAN = 1000  # keys examined in one turn for lists that a compact has left
+ELEMENTS_MAX = 20_000  # elements examined in one turn of an array that waits element by element: the first open ones
+UNCHANGED_S = 5.0  # ids in a list of RQ's compact that has not changed for so long return to their lists
 
 
-class Leftovers:
+class RqRepair:
+    """Examines the records of a queue in turns, and repairs them; ``now`` is monotonic."""
+
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.link = store.link
-        self._parents = 0  # where the walks stand
-        self._deferred: dict[str, int] = {}
-        self._arrays: dict[str, int] = {}
-        self._keys = 0
+        self.connection = store.link
+        self._orphan_cursor = 0  # cursors of the scans
+        self._deferred_cursors: dict[str, int] = {}
+        self._array_cursors: dict[str, int] = {}
+        self._key_cursor = 0
         self._compacted: dict[str, tuple[int, float]] = {}  # list -> its length, since when (monotonic)
 
     def turn(self, queues: Sequence[str], now: float) -> None:
-        self._orphans()
+        self._cancel_orphans()
         for queue in queues:
-            self._ghosts(queue)
-            self._elements(queue)
-        self._look_for_compacted(now)
+            self._drop_missing_records(queue)
+            self._cancel_deleted_elements(queue)
+        self._find_compacted(now)
 
-    def _orphans(self) -> None:
-        """What waits for a deleted record. An array that waits element by element is canceled: some of it may run."""
-        cursor, members = self.link.call("SSCAN", keys.PARENTS, self._parents, "COUNT", SLICE)
-        self._parents = int(cursor)
+    def _cancel_orphans(self) -> None:
+        """Cancel what waits for a deleted record; an array that waits element by element, too: some of it may run."""
+        cursor, members = self.connection.call("SSCAN", keys.PARENTS, self._orphan_cursor, "COUNT", BATCH)
+        self._orphan_cursor = int(cursor)
         if members:
-            found = self.store.run("orphans", self.store.term, *members)
+            found = self.store.run("cancel_orphans", self.store.term, *members)
             if found:
-                log.warning("an array that others wait for was deleted: they are canceled")
+                log("an array that others wait for was deleted: they are canceled")
                 self.store.cancel([array.decode() for array in found])
 
-    def _ghosts(self, queue: str) -> None:
-        """Ids of what waits for others, and whose record is gone."""
+    def _drop_missing_records(self, queue: str) -> None:
+        """Remove ids of deferred tasks whose record is missing."""
         registry = keys.registry("deferred", queue)
-        cursor, flat = self.link.call("ZSCAN", registry, self._deferred.get(queue, 0), "COUNT", SLICE)
-        self._deferred[queue] = int(cursor)
+        cursor, flat = self.connection.call("ZSCAN", registry, self._deferred_cursors.get(queue, 0), "COUNT", BATCH)
+        self._deferred_cursors[queue] = int(cursor)
         ids = flat[::2]
-        there = self.link.pipeline([("EXISTS", keys.job(i.decode())) for i in ids]) if ids else []
-        gone = [i for i, found in zip(ids, there, strict=True) if not found]
-        if gone:
-            self.link.call("ZREM", registry, *gone)
+        there = self.connection.pipeline([("EXISTS", keys.job(i.decode())) for i in ids]) if ids else []
+        missing = [i for i, found in zip(ids, there, strict=True) if not found]
+        if missing:
+            self.connection.call("ZREM", registry, *missing)
 
-    def _elements(self, queue: str) -> None:
-        """Elements that waited, of arrays all of which was handed out or released, and whose records were deleted."""
+    def _cancel_deleted_elements(self, queue: str) -> None:
+        """Cancel elements whose records were deleted while they waited, of arrays wholly started or released."""
         wip = keys.registry("wip", queue)
-        cursor, flat = self.link.call("ZSCAN", wip, self._arrays.get(queue, 0), "MATCH", "*:0", "COUNT", SLICE)
-        self._arrays[queue] = int(cursor)
+        cursor, flat = self.connection.call(
+            "ZSCAN", wip, self._array_cursors.get(queue, 0), "MATCH", "*:0", "COUNT", BATCH
+        )
+        self._array_cursors[queue] = int(cursor)
         arrays = [member.decode().removesuffix(":0") for member in flat[::2]]
         if not arrays:
             return
-        left = self.link.pipeline([("HGET", keys.job(i), "pq_left") for i in arrays])
-        running = self.link.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
-        # Most often all that are left run. Else some wait: for their turn, for others, or without a record for ever.
+        left = self.connection.pipeline([("HGET", keys.job(i), "pq_left") for i in arrays])
+        running = self.connection.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
+        # Most often all open elements run. Otherwise some wait: queued, for other tasks, or for ever without a record.
         for array in [i for i, own, there in zip(arrays, left, running, strict=True) if own and int(own) > there]:
-            gone = self._without_record(array)
-            if gone:
-                number = self.store.cancel(gone).count("canceled")
-                log.warning("%d elements of array %s were deleted while they waited: they are canceled", number, array)
+            missing = self._elements_without_record(array)
+            if missing:
+                number = self.store.cancel(missing).count("canceled")
+                log(f"{number} elements of array {array} were deleted while they waited: they are canceled")
 
-    def _without_record(self, array: str) -> list[str]:
-        """Some elements that nothing can come of any more; cancel.lua looks again whether they have not ended.
+    def _elements_without_record(self, array: str) -> list[str]:
+        """Some elements that can never run; the cancel script checks again whether they have not ended.
 
-        One that waits for other arrays' elements has no record before these have finished, and before release.lua has
-        queued it because of that. So these are read first, then what is to be released, then the records.
+        An element that waits for other arrays' elements has no record before these have finished, and before the
+        script that releases dependents has queued it. So these are read first, then what is to be released, then the
+        records.
         """
-        (row, bits) = self.link.pipeline([
-            ("HMGET", keys.job(array), "pq_array", "pq_next", "pq_parents", "pq_after"), ("GET", keys.bits(array)),
+        (row, bits) = self.connection.pipeline([
+            ("HMGET", keys.job(array), "pq_array", "pq_next", "pq_parents", "pq_after"), ("GET", keys.outcomes(array)),
         ])  # fmt: skip
         if row[0] is None:
             return []
         span, following, each, after = (text.decode() if text else "" for text in row)
-        parents = [keys.bits(parent) for parent in after.split()] if each else []
-        finished = [found for found in self.link.pipeline([("GET", key) for key in parents]) if found is not None]
-        if parents and self.link.call("EXISTS", keys.RELEASE):
+        parents = [keys.outcomes(parent) for parent in after.split()] if each else []
+        finished = [found for found in self.connection.pipeline([("GET", key) for key in parents]) if found is not None]
+        if parents and self.connection.call("EXISTS", keys.RELEASE):
             return []
         start, step, _ = map(int, span.split(":"))
         waiting = (
             f"{array}_{start + position * step}"
-            for position in islice(open_positions(bits or b"", int(following)), LOOK_MAX)
+            for position in islice(open_positions(bits or b"", int(following)), ELEMENTS_MAX)
             if all(outcome_at(found, position, 0) == "finished" for found in finished)
         )
-        ids = list(islice(waiting, SLICE))
-        there = self.link.pipeline([("EXISTS", keys.job(i)) for i in ids]) if ids else []
+        ids = list(islice(waiting, BATCH))
+        there = self.connection.pipeline([("EXISTS", keys.job(i)) for i in ids]) if ids else []
         return [i for i, found in zip(ids, there, strict=True) if not found]
 
-    def _look_for_compacted(self, now: float) -> None:
-        cursor, found = self.link.call("SCAN", self._keys, "MATCH", keys.COMPACTED, "COUNT", SCAN, "TYPE", "list")
-        self._keys = int(cursor)
+    def _find_compacted(self, now: float) -> None:
+        cursor, found = self.connection.call(
+            "SCAN", self._key_cursor, "MATCH", keys.COMPACTED, "COUNT", SCAN, "TYPE", "list"
+        )
+        self._key_cursor = int(cursor)
         for name in {*self._compacted, *(key.decode() for key in found)}:
-            length = int(self.link.call("LLEN", name))
+            length = int(self.connection.call("LLEN", name))
             known, since = self._compacted.get(name, (-1, now))
             if not length:
                 self._compacted.pop(name, None)
             elif length != known:
                 self._compacted[name] = (length, now)
-            elif now - since > STILL_S:
-                self._put_back(name)
+            elif now - since > UNCHANGED_S:
+                self._return_compacted(name)
 
-    def _put_back(self, name: str) -> None:
-        """Each id to its list: twice is no matter, as a task is claimed by its status."""
-        ids = self.link.call("LRANGE", name, 0, SLICE - 1)
-        rows = self.link.pipeline([("HMGET", keys.job(i.decode()), "pq_class", "origin") for i in ids])
+    def _return_compacted(self, name: str) -> None:
+        """Return each id to its list; twice does not matter, as a task is claimed by its status."""
+        ids = self.connection.call("LRANGE", name, 0, BATCH - 1)
+        rows = self.connection.pipeline([("HMGET", keys.job(i.decode()), "pq_class", "origin") for i in ids])
         homes = [(row[0] or row[1], i) for row, i in zip(rows, ids, strict=True) if row[0] or row[1]]
-        log.warning("%d ids that RQ's compact had left in %s are put back", len(homes), name)
+        log(f"{len(homes)} ids that RQ's compact had left in {name} are returned to their lists")
         pushes = [("RPUSH", keys.queue(home.decode()), i) for home, i in homes]
-        self.link.pipeline([*pushes, ("LTRIM", name, len(ids), -1)])
+        self.connection.pipeline([*pushes, ("LTRIM", name, len(ids), -1)])

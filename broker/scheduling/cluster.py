@@ -1,4 +1,4 @@
-"""What is free on which node, and what a request gets there. Pure: no Redis, no clock, no processes.
+"""The free resources of all nodes, and what a request gets there. Pure: no Redis, no clock, no processes.
 
 Nodes stand in natural order of their names (n2 before n10), whatever the order in which they joined. A *hold* hides
 cores that are being drained for one waiting task: there are then two views of what is free, ``inside`` with the held
@@ -11,29 +11,29 @@ import math
 import re
 from collections.abc import Iterable
 
-from pilotq.broker.scheduling.node_cores import Free, Node, bits, carve, mask_of
+from pilotq.broker.scheduling.node_cores import FreeCoreIndex, NodeCores, bits, carve, mask_of
 from pilotq.broker.scheduling.shortage import Room, shortage
-from pilotq.broker.store.messages import NodeInfo, Part
+from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.broker.tasks.model import Request
 
 END_S = 0.5  # ends of nodes that differ by less are the same
 
 
 class Cluster:
-    """What is free, node by node. Mutable; nothing in it waits or fails but for misuse (ValueError)."""
+    """The free resources of each node. Mutable; nothing in it waits or fails but for misuse (ValueError)."""
 
     def __init__(self) -> None:
-        self._nodes: dict[str, Node] = {}
-        self._order: list[Node] = []  # by slot
-        self._sizes: dict[int, int] = {}  # number of cores -> slots of the nodes that have so many
-        self._inside = Free([], 0)
-        self._outside: Free | None = None  # only while there is a hold
+        self._nodes: dict[str, NodeCores] = {}
+        self._order: list[NodeCores] = []  # by index
+        self._sizes: dict[int, int] = {}  # number of cores -> indexes of the nodes that have so many
+        self._inside = FreeCoreIndex([], 0)
+        self._outside: FreeCoreIndex | None = None  # only while there is a hold
         self._held_for = Request()
-        self._held_slots = 0
-        self._possible: dict[tuple[Request, int], bool] = {}  # true until a node comes, goes, opens or closes
-        # Slots that lack what a request wants besides cores: true until something is released.
+        self._held_nodes = 0
+        self._possible: dict[tuple[Request, int], bool] = {}  # valid until a node is added, removed, opened or closed
+        # Nodes that lack what a request wants besides cores: true until something is released.
         self._barred: dict[Request, int] = {}
-        self._ends: dict[float, int] = {}  # when nodes get nothing new -> their slots
+        self._ends: dict[float, int] = {}  # when nodes get nothing new -> their indexes
         self._now = 0.0
 
     # Nodes
@@ -42,11 +42,11 @@ class Cluster:
         """A node joins, empty and open. One of that name must have been removed before (ValueError)."""
         if info.name in self._nodes:
             raise ValueError(f"node {info.name} is there already: remove its last incarnation first")
-        self._nodes[info.name] = Node(info)
+        self._nodes[info.name] = NodeCores(info)
         self._arrange()
 
     def remove_node(self, name: str) -> None:
-        """A node goes with all that is reserved on it. What is not known is ignored."""
+        """A node is removed with all that is reserved on it. An unknown name is ignored."""
         node = self._nodes.pop(name, None)
         if node is not None:
             if node.held:
@@ -54,28 +54,29 @@ class Cluster:
             self._arrange()
 
     def set_open(self, name: str, open: bool) -> None:
-        """A closed node gets nothing new; what runs there goes on. A hold on it ends."""
+        """A closed node gets no new tasks; what runs there continues. A hold on it ends."""
         node = self._nodes[name]
         node.open = open
         if node.held:
             self.unhold()
         self._possible.clear()
-        self._show(node)
+        self._refresh(node)
 
     def is_open(self, name: str) -> bool:
         return self._nodes[name].open
 
     def set_end(self, name: str, end: float) -> None:
-        """From ``end`` on, by the clock of `at`, nothing new runs there: nor does what cannot have ended by then."""
+        """From ``end`` on, by the clock of `set_time`, nothing new runs there: nor does what cannot have ended by
+        then."""
         node = self._nodes[name]
-        # The clock it is computed from trembles: what is as good as the same shall not clear what is remembered.
+        # It is computed from two clocks, so that it varies a little: equal ends must not clear what is cached.
         if node.end != end and not abs(node.end - end) < END_S:
             node.end = end
             self._possible.clear()
             self._count_ends()
 
-    def at(self, now: float) -> None:
-        """What time it is for what is asked next."""
+    def set_time(self, now: float) -> None:
+        """Set the time for all that is asked next."""
         self._now = now
 
     def is_late(self, name: str, request: Request) -> bool:
@@ -83,45 +84,45 @@ class Cluster:
         return request.limit is not None and self._now + request.limit > self._nodes[name].end
 
     def _late(self, request: Request) -> int:
-        """Slots of the nodes for which it is too late to begin this request."""
+        """The nodes on which it is too late to start this request, as a mask."""
         late = 0
         if request.limit is not None:
-            for end, slots in self._ends.items():
+            for end, indexes in self._ends.items():
                 if self._now + request.limit > end:
-                    late |= slots
+                    late |= indexes
         return late
 
     def _count_ends(self) -> None:
         self._ends.clear()
         for node in self._order:
             if node.end < math.inf:
-                self._ends[node.end] = self._ends.get(node.end, 0) | 1 << node.slot
+                self._ends[node.end] = self._ends.get(node.end, 0) | 1 << node.index
 
     def _arrange(self) -> None:
         self._order = sorted(self._nodes.values(), key=lambda node: _natural(node.name))
         self._sizes.clear()
-        for slot, node in enumerate(self._order):
-            node.slot = slot
-            self._sizes[node.size] = self._sizes.get(node.size, 0) | 1 << slot
+        for index, node in enumerate(self._order):
+            node.index = index
+            self._sizes[node.size] = self._sizes.get(node.size, 0) | 1 << index
         self._count_ends()
         self._inside = self._view(outside=False)
         if self._outside is not None:
             self._outside = self._view(outside=True)
-            self._held_slots = sum(1 << node.slot for node in self._order if node.held)
+            self._held_nodes = sum(1 << node.index for node in self._order if node.held)
         self._possible.clear()
         self._barred.clear()
 
-    def _view(self, outside: bool) -> Free:
+    def _view(self, outside: bool) -> FreeCoreIndex:
         most = max(self._sizes, default=0)
-        return Free([_visible(node, outside).bit_count() for node in self._order], most)
+        return FreeCoreIndex([_visible(node, outside).bit_count() for node in self._order], most)
 
-    def _show(self, node: Node) -> None:
-        self._inside.set(node.slot, node.free.bit_count() if node.open else 0)
+    def _refresh(self, node: NodeCores) -> None:
+        self._inside.set(node.index, node.free.bit_count() if node.open else 0)
         if self._outside is not None:
-            self._outside.set(node.slot, _visible(node, True).bit_count())
+            self._outside.set(node.index, _visible(node, True).bit_count())
 
     @property
-    def open_nodes(self) -> list[Node]:
+    def open_nodes(self) -> list[NodeCores]:
         return [node for node in self._order if node.open]
 
     @property
@@ -153,18 +154,18 @@ class Cluster:
     def free(self, name: str) -> int:
         return self._nodes[name].free.bit_count()
 
-    # What could be, in words
+    # What could fit, and why not
 
     def never_fits(self, request: Request) -> str | None:
         """Why these nodes, closed ones too, could not hold it even if all were empty; None if they could."""
         return shortage(request, [_total(node) for node in self._order], now=False)
 
-    def possible(self, request: Request) -> bool:
+    def is_possible(self, request: Request) -> bool:
         """Whether the open nodes could hold it if they were empty, and have it done before they end."""
         key = (request, self._late(request))
         found = self._possible.get(key)
         if found is None:
-            rooms = [_total(node) for node in self.open_nodes if not key[1] >> node.slot & 1]
+            rooms = [_total(node) for node in self.open_nodes if not key[1] >> node.index & 1]
             found = self._possible[key] = shortage(request, rooms, now=False) is None
         return found
 
@@ -178,8 +179,8 @@ class Cluster:
         if never is not None:
             return never
         if not self.open_nodes:
-            return "all nodes are closed: drained, retired, put aside, or their allocation ends"
-        if self._late(request) and not self.possible(request):
+            return "all nodes are closed: drained, retired, quarantined, or their allocation ends"
+        if self._late(request) and not self.is_possible(request):
             left = max(0.0, max(self._ends) - self._now)
             return (
                 f"it may take {request.limit} s, but the nodes that could hold it take nothing new in {left:.0f} s, "
@@ -192,76 +193,78 @@ class Cluster:
             rooms = [_room(node, node.free & ~node.held) for node in self.open_nodes if not self._bars(request, node)]
             if shortage(request, rooms, now=True) is not None:
                 return "what it needs is free, but held for a task that has waited longer"
-        return "what it needs is free: it starts as soon as the tasks ahead of it have been placed"
+        return "what it needs is free: it starts as soon as the tasks before it have been placed"
 
     # Reservations
 
-    def reserve(self, request: Request, *, held: bool = False) -> tuple[Part, ...] | None:
+    def reserve(self, request: Request, *, held: bool = False) -> tuple[NodeShare, ...] | None:
         """Take now what the request asks for, or None. The cores of a hold are taken only with ``held``."""
         found = self.reserve_many(request, 1, held=held)
         return found[0] if found else None
 
-    def reserve_many(self, request: Request, count: int, *, held: bool = False) -> list[tuple[Part, ...]]:
+    def reserve_many(self, request: Request, count: int, *, held: bool = False) -> list[tuple[NodeShare, ...]]:
         """Up to ``count`` reservations for equal requests, as if made one after the other."""
         outside = not held and self._outside is not None
         view = self._outside if outside and self._outside is not None else self._inside
         usable = ~self._late(request)
         plain = is_plain(request)
         if not plain:
-            if not self.possible(request):
+            if not self.is_possible(request):
                 return []
             usable &= ~self._barred.get(request, 0)
-            if outside and shares(request, self._held_for):
-                usable &= ~self._held_slots
+            if outside and competes(request, self._held_for):
+                usable &= ~self._held_nodes
         if request.nodes is None and not request.spread and not request.whole:
             return self._on_one(request, count, view, usable, plain)
-        found: list[tuple[Part, ...]] = []
+        found: list[tuple[NodeShare, ...]] = []
         while len(found) < count:
-            slots = self._choose(request, view, usable)
-            if slots is None:
+            indexes = self._choose(request, view, usable)
+            if indexes is None:
                 break
             left = request.cores[1]
-            parts = []
-            for slot in slots:
-                node = self._order[slot]
-                size = node.size if request.whole else min(left, view.counts[slot])
+            shares = []
+            for index in indexes:
+                node = self._order[index]
+                size = node.size if request.whole else min(left, view.counts[index])
                 if request.spread:
                     left -= size
-                parts.append(self._cut(node, size, outside, request))
-            found.append(tuple(parts))
+                shares.append(self._cut(node, size, outside, request))
+            found.append(tuple(shares))
         return found
 
-    def _on_one(self, request: Request, count: int, view: Free, usable: int, plain: bool) -> list[tuple[Part, ...]]:
+    def _on_one(
+        self, request: Request, count: int, view: FreeCoreIndex, usable: int, plain: bool
+    ) -> list[tuple[NodeShare, ...]]:
         low, high = request.cores
         outside = view is self._outside
-        found: list[tuple[Part, ...]] = []
+        found: list[tuple[NodeShare, ...]] = []
         while count:
-            slot = view.best(low, high, usable)
-            if slot < 0:
+            index = view.best(low, high, usable)
+            if index < 0:
                 break
-            node = self._order[slot]
+            node = self._order[index]
             if not plain:
-                if node.spares(request):
+                if node.has_free_extras(request):
                     count -= 1
-                    found.append((self._cut(node, min(high, view.counts[slot]), outside, request),))
+                    found.append((self._cut(node, min(high, view.counts[index]), outside, request),))
                 else:
-                    usable &= ~(1 << slot)
-                    self._barred[request] = self._barred.get(request, 0) | 1 << slot
+                    usable &= ~(1 << index)
+                    self._barred[request] = self._barred.get(request, 0) | 1 << index
                 continue
             # The tightest node stays the tightest until it is too small, so it is filled in one go.
-            free = view.counts[slot]
+            free = view.counts[index]
             pieces = min(count, free // high) or 1
             visible = node.free & ~node.held if outside else node.free
             mask, cores = carve(visible, node.groups, min(high, free), pieces)
             node.free ^= mask
-            self._show(node)
+            self._refresh(node)
             count -= pieces
             name = node.name
-            found += [(_part(Part, (name, piece, (), 0, ())),) for piece in cores]
+            found += [(_new_share(NodeShare, (name, piece, (), 0, ())),) for piece in cores]
         return found
 
-    def _choose(self, request: Request, view: Free, usable: int) -> list[int] | None:
-        """Slots for a request of several nodes, in their order; None if it does not fit."""
+    def _choose(self, request: Request, view: FreeCoreIndex, usable: int) -> list[int] | None:
+        """The indexes of nodes for a request of several nodes, in their order; None if it does not fit."""
         low, high = request.cores
         if request.spread:
             fewest, most = 1, len(self._order)
@@ -271,63 +274,63 @@ class Cluster:
         elif request.whole:
             fewest, most = request.nodes or (1, 1)
             idle = 0
-            for size, slots in self._sizes.items():
-                idle |= view.rows[size] & slots if size else 0
+            for size, indexes in self._sizes.items():
+                idle |= view.rows[size] & indexes if size else 0
             candidates = bits(idle)
         else:
             fewest, most = request.nodes or (1, 1)
-            candidates = view.slots(low, high)
+            candidates = view.indexes(low, high)
         plain = is_plain(request)
         chosen: list[int] = []
         cores = 0
-        for slot in candidates:
-            if usable >> slot & 1 and (plain or self._order[slot].spares(request)):
-                chosen.append(slot)
-                cores += view.counts[slot]
+        for index in candidates:
+            if usable >> index & 1 and (plain or self._order[index].has_free_extras(request)):
+                chosen.append(index)
+                cores += view.counts[index]
                 if len(chosen) == most or (request.spread and cores >= high):
                     break
         if len(chosen) < fewest or (request.spread and cores < low):
             return None
         return sorted(chosen)
 
-    def _cut(self, node: Node, size: int, outside: bool, request: Request) -> Part:
+    def _cut(self, node: NodeCores, size: int, outside: bool, request: Request) -> NodeShare:
         """Take ``size`` cores of a node that is known to have them, and what else the request wants of it."""
         free = node.free & ~node.held if outside else node.free
         _, (cores,) = carve(free, node.groups, size, 1)
         gpus = node.gpus_free if request.whole else node.gpus_free[: request.gpus]
-        part = Part(node.name, cores, gpus, request.memory, request.use)
-        node.take(part)
-        self._show(node)
-        return part
+        share = NodeShare(node.name, cores, gpus, request.memory, request.use)
+        node.take(share)
+        self._refresh(node)
+        return share
 
-    def take(self, parts: Iterable[Part]) -> None:
-        """Adopt a reservation that exists. Parts read from an allocation text first need `with_counted`.
+    def take(self, shares: Iterable[NodeShare]) -> None:
+        """Adopt a reservation that exists. Shares read from an allocation text first need `with_counted`.
 
-        Parts on unknown nodes are ignored; ValueError if something is reserved already (nothing was taken of that
-        part, the parts before it were).
+        Shares on unknown nodes are ignored; ValueError if something is reserved already (nothing was taken of that
+        share, the shares before it were).
         """
-        for part in parts:
-            node = self._nodes.get(part.node)
+        for share in shares:
+            node = self._nodes.get(share.node)
             if node is not None:
-                node.take(part)
-                self._show(node)
+                node.take(share)
+                self._refresh(node)
 
     def fill(self, name: str, count: int) -> None:
         """Take so many of the free cores of a node, or all there are: somebody has them, it is not known which."""
         free = tuple(bits(self._nodes[name].free))[: max(count, 0)]
         if free:
-            self.take([Part(name, free)])
+            self.take([NodeShare(name, free)])
 
-    def release(self, parts: Iterable[Part]) -> None:
-        """Give back what `reserve` gave or `take` took. Parts on nodes that have gone are ignored.
+    def release(self, shares: Iterable[NodeShare]) -> None:
+        """Give back what `reserve` gave or `take` took. Shares on nodes that were removed are ignored.
 
-        The caller leaves out parts of an earlier incarnation of a node: they went with it.
+        The caller leaves out shares of an earlier incarnation of a node: they went with it.
         """
-        for part in parts:
-            node = self._nodes.get(part.node)
+        for share in shares:
+            node = self._nodes.get(share.node)
             if node is not None:
-                node.release(part)
-                self._show(node)
+                node.release(share)
+                self._refresh(node)
         self._barred.clear()
 
     # The hold
@@ -336,24 +339,24 @@ class Cluster:
     def holding(self) -> bool:
         return self._outside is not None
 
-    def hold(self, parts: Iterable[Part], request: Request) -> None:
+    def hold(self, shares: Iterable[NodeShare], request: Request) -> None:
         """Hide these cores, free or not, from `reserve` without ``held``; and what else the request wants there."""
         self.unhold()
-        for part in parts:
-            node = self._nodes[part.node]
-            node.held = mask_of(part.cores)
-            self._held_slots |= 1 << node.slot
+        for share in shares:
+            node = self._nodes[share.node]
+            node.held = mask_of(share.cores)
+            self._held_nodes |= 1 << node.index
         self._held_for = request
         self._outside = self._view(outside=True)
 
     def unhold(self) -> None:
-        for slot in bits(self._held_slots):
-            self._order[slot].held = 0
-        self._held_slots = 0
+        for index in bits(self._held_nodes):
+            self._order[index].held = 0
+        self._held_nodes = 0
         self._outside = None
 
-    def _bars(self, request: Request, node: Node) -> bool:
-        return bool(node.held) and shares(request, self._held_for)
+    def _bars(self, request: Request, node: NodeCores) -> bool:
+        return bool(node.held) and competes(request, self._held_for)
 
 
 def is_plain(request: Request) -> bool:
@@ -361,37 +364,37 @@ def is_plain(request: Request) -> bool:
     return not (request.gpus or request.memory or request.use)
 
 
-def shares(request: Request, other: Request) -> bool:
+def competes(request: Request, other: Request) -> bool:
     """Whether both want some of the same kind of GPUs, memory or counters."""
     if (request.gpus and other.gpus) or (request.memory and other.memory):
         return True
     return bool(request.use and other.use and {n for n, _ in request.use} & {n for n, _ in other.use})
 
 
-def with_counted(parts: Iterable[Part], request: Request) -> tuple[Part, ...]:
-    """Parts as read from an allocation text, with the memory and counters that the text leaves out."""
-    return tuple(part._replace(memory=request.memory, use=request.use) for part in parts)
+def with_counted(shares: Iterable[NodeShare], request: Request) -> tuple[NodeShare, ...]:
+    """Shares as read from an allocation text, with the memory and counters that the text leaves out."""
+    return tuple(share._replace(memory=request.memory, use=request.use) for share in shares)
 
 
-_part = tuple.__new__  # half the time of calling Part, which is what placing many small tasks spends most on
+_new_share = tuple.__new__  # half the time of calling NodeShare, which is what placing many small tasks spends most on
 
 
-def _visible(node: Node, outside: bool) -> int:
+def _visible(node: NodeCores, outside: bool) -> int:
     if not node.open:
         return 0
     return node.free & ~node.held if outside else node.free
 
 
-def _total(node: Node) -> Room:
+def _total(node: NodeCores) -> Room:
     return Room(node.name, node.size, len(node.gpus), node.memory or None, node.counters, True)
 
 
-def _room(node: Node, free: int) -> Room:
+def _room(node: NodeCores, free: int) -> Room:
     memory = node.memory_free if node.memory else None
     return Room(node.name, free.bit_count(), len(node.gpus_free), memory, node.counters_free, free == node.all)
 
 
 def _natural(name: str) -> tuple[list[int | str], str]:
-    """Sorts numbers within names by value; words and numbers alternate, so that like meets like."""
+    """Sorts numbers within names by value; text and numbers alternate, so that like is compared with like."""
     pieces = re.split(r"(\d+)", name)
     return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], name

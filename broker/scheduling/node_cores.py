@@ -1,6 +1,6 @@
-"""One node's cores, and the index that finds nodes by how many they have free. Pure.
+"""The cores of one node, and an index that finds nodes by their number of free cores. Pure.
 
-Cores of a node are bits of one number (bit n is core n), nodes are bits of another (bit s is the node in slot s), so
+Cores of a node are bits of one number (bit n is core n), nodes are bits of another (bit i is the node with index i), so
 that nothing here loops over all cores or all nodes.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from functools import lru_cache
 
-from pilotq.broker.store.messages import NodeInfo, Part
+from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.broker.tasks.model import Request
 
 
@@ -68,17 +68,17 @@ def carve(free: int, groups: tuple[int, ...], size: int, count: int) -> tuple[in
     return free ^ left, tuple(pieces)
 
 
-class Node:
+class NodeCores:
     """One node: what it has and what of it is free now."""
 
     __slots__ = (
         "all", "counters", "counters_free", "free", "gpus", "gpus_free", "groups", "held", "memory", "memory_free",
-        "name", "open", "end", "size", "slot",
+        "name", "open", "end", "size", "index",
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo) -> None:
         self.name = info.name
-        self.slot = 0
+        self.index = 0
         self.open = True
         self.end = math.inf  # when it gets nothing new, by the clock of placement
         self.all = self.free = mask_of(tuple(info.cores))
@@ -92,43 +92,43 @@ class Node:
         self.counters = info.counters
         self.counters_free = dict(info.counters)
 
-    def copy(self) -> Node:
+    def copy(self) -> NodeCores:
         other = copy.copy(self)
         other.counters_free = dict(self.counters_free)
         return other
 
-    def spares(self, request: Request) -> bool:
+    def has_free_extras(self, request: Request) -> bool:
         """Whether it has free now what the request wants besides cores."""
         if len(self.gpus_free) < request.gpus or (self.memory and self.memory_free < request.memory):
             return False
         return all(self.counters_free.get(name, 0) >= count for name, count in request.use)
 
-    def take(self, part: Part) -> None:
-        mask = mask_of(part.cores)
-        if mask & ~self.free or not set(part.gpus) <= set(self.gpus_free):
-            raise ValueError(f"{part.node} does not have all of cores {part.cores} and GPUs {part.gpus} free")
+    def take(self, share: NodeShare) -> None:
+        mask = mask_of(share.cores)
+        if mask & ~self.free or not set(share.gpus) <= set(self.gpus_free):
+            raise ValueError(f"{share.node} does not have all of cores {share.cores} and GPUs {share.gpus} free")
         self.free ^= mask
-        self._add(part, -1)
-        if part.gpus:
-            self.gpus_free = tuple(g for g in self.gpus_free if g not in part.gpus)
+        self._add(share, -1)
+        if share.gpus:
+            self.gpus_free = tuple(g for g in self.gpus_free if g not in share.gpus)
 
-    def release(self, part: Part) -> None:
-        mask = mask_of(part.cores)
+    def release(self, share: NodeShare) -> None:
+        mask = mask_of(share.cores)
         if mask & self.free or mask & ~self.all:
-            raise ValueError(f"of cores {part.cores} of {part.node} some are not reserved: they cannot be released")
+            raise ValueError(f"of cores {share.cores} of {share.node} some are not reserved: they cannot be released")
         self.free |= mask
-        self._add(part, 1)
-        if part.gpus:
-            self.gpus_free = tuple(g for g in self.gpus if g in self.gpus_free or g in part.gpus)
+        self._add(share, 1)
+        if share.gpus:
+            self.gpus_free = tuple(g for g in self.gpus if g in self.gpus_free or g in share.gpus)
 
-    def _add(self, part: Part, sign: int) -> None:
-        self.memory_free += sign * part.memory
-        for name, count in part.use:
+    def _add(self, share: NodeShare, sign: int) -> None:
+        self.memory_free += sign * share.memory
+        for name, count in share.use:
             self.counters_free[name] = self.counters_free.get(name, 0) + sign * count
 
 
-class Free:
-    """Nodes by their number of free cores: bit s of ``rows[k]`` says that the node in slot s has exactly k.
+class FreeCoreIndex:
+    """Nodes by their number of free cores: bit i of ``rows[k]`` says that the node with index i has exactly k.
 
     Bit k of ``levels`` says that ``rows[k]`` is not empty; ``total`` is the sum of free cores.
     """
@@ -138,18 +138,18 @@ class Free:
     def __init__(self, counts: list[int], most: int) -> None:
         self.counts = counts
         self.rows = [0] * (most + 1)
-        for slot, count in enumerate(counts):
-            self.rows[count] |= 1 << slot
+        for index, count in enumerate(counts):
+            self.rows[count] |= 1 << index
         self.levels = sum(1 << count for count, row in enumerate(self.rows) if row)
         self.total = sum(counts)
 
-    def set(self, slot: int, count: int) -> None:
-        old = self.counts[slot]
+    def set(self, index: int, count: int) -> None:
+        old = self.counts[index]
         if old == count:
             return
-        self.counts[slot] = count
+        self.counts[index] = count
         self.total += count - old
-        rows, bit = self.rows, 1 << slot
+        rows, bit = self.rows, 1 << index
         rows[old] ^= bit
         if not rows[old]:
             self.levels ^= 1 << old
@@ -158,7 +158,8 @@ class Free:
         rows[count] |= bit
 
     def best(self, low: int, high: int, usable: int) -> int:
-        """The first usable slot with the fewest cores from ``high`` up, else with the most from ``low`` up; else -1."""
+        """The index of the first usable node with the fewest cores from ``high`` up, else with the most from ``low``
+        up; else -1."""
         levels = self.levels >> high << high
         while levels:
             bit = levels & -levels
@@ -175,8 +176,8 @@ class Free:
             levels ^= 1 << level
         return -1
 
-    def slots(self, low: int, high: int) -> Iterator[int]:
-        """All slots that `best` would give, one after the other."""
+    def indexes(self, low: int, high: int) -> Iterator[int]:
+        """The indexes of all nodes that `best` would find, one after the other."""
         for level in bits(self.levels >> high << high):
             yield from bits(self.rows[level])
         for level in range(min(high, len(self.rows)) - 1, low - 1, -1):

@@ -1,4 +1,4 @@
-"""Who gets which cores now: one pass over the classes of waiting tasks. Pure: time is an argument.
+"""Placement: which waiting tasks get which cores now, in one pass over their classes. Pure: time is an argument.
 
 Priority is strict; tasks of equal priority go by their order numbers, across classes. A class whose head does not fit
 is blocked for the rest of the pass, and later tasks may overtake it (backfill). The first blocked task, the one that
@@ -22,12 +22,12 @@ from typing import NamedTuple
 import msgspec
 
 from pilotq.broker.scheduling.cluster import Cluster, is_plain
-from pilotq.broker.scheduling.node_cores import Node, bits, compact, lowest, mask_of
-from pilotq.broker.store.messages import Part
+from pilotq.broker.scheduling.node_cores import NodeCores, bits, compact, lowest, mask_of
+from pilotq.broker.store.resources import NodeShare
 from pilotq.broker.tasks.model import Request
 
 __all__ = ["BackfillState", "Cluster", "Hold", "Waiting", "drain", "plan"]
-Parts = tuple[Part, ...]
+Shares = tuple[NodeShare, ...]
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -53,7 +53,7 @@ class Hold(NamedTuple):
     class_name: str
     priority: int
     since: float
-    parts: Parts
+    shares: Shares
     frees_at: float
 
     def admits(self, waiting: Waiting, now: float) -> bool:
@@ -65,7 +65,7 @@ class Hold(NamedTuple):
 
 
 class BackfillState:
-    """What one pass leaves for the next. Starts empty, also when a dispatcher takes over."""
+    """What one pass keeps for the next. Starts empty, also when a dispatcher takes over."""
 
     def __init__(self) -> None:
         self.since: dict[str, float] = {}  # blocked class -> when its head was first seen blocked
@@ -75,20 +75,20 @@ class BackfillState:
 def plan(
     cluster: Cluster,
     waiting: Iterable[Waiting],
-    running: Iterable[tuple[Parts, float]],
+    running: Iterable[tuple[Shares, float]],
     state: BackfillState,
     now: float,
     wait_s: float = 1.0,
     limit: int = 500,
-) -> list[tuple[str, Parts]]:
-    """Reserve for up to ``limit`` waiting tasks; returns (class name, parts), in each class's order.
+) -> list[tuple[str, Shares]]:
+    """Reserve for up to ``limit`` waiting tasks; returns (class name, shares), in each class's order.
 
     The reservations are made in ``cluster``, and ``state`` is brought up to date. ``running`` is each live
     reservation with the time by which it must have ended (math.inf if unknown); it is read only when a hold begins,
     so give a generator. Times are seconds of any one clock. A class that no set of open nodes can ever hold is
     passed over; it neither blocks others nor gets a hold.
     """
-    cluster.at(now)
+    cluster.set_time(now)
     return _Pass(cluster, running, state, now, wait_s).run(waiting, limit)
 
 
@@ -129,7 +129,7 @@ Entry = tuple[int, float, str, _Turn]  # minus priority, order of the next task,
 
 class _Pass:
     def __init__(
-        self, cluster: Cluster, running: Iterable[tuple[Parts, float]], state: BackfillState, now: float, wait_s: float
+        self, cluster: Cluster, running: Iterable[tuple[Shares, float]], state: BackfillState, now: float, wait_s: float
     ) -> None:
         self.cluster = cluster
         self.running = running
@@ -138,14 +138,14 @@ class _Pass:
         self.wait_s = wait_s
         self.blocked: dict[str, float] = {}
 
-    def run(self, waiting: Iterable[Waiting], limit: int) -> list[tuple[str, Parts]]:
+    def run(self, waiting: Iterable[Waiting], limit: int) -> list[tuple[str, Shares]]:
         heap: list[Entry] = [(-w.priority, w.orders[0], w.class_name, _Turn(w)) for w in waiting if w.count]
         hold = self.state.hold
-        # The cluster drops a hold when a node of it goes or closes.
+        # The cluster drops a hold when a node of it is removed or closed.
         if hold and not (self.cluster.holding and any(entry[2] == hold.class_name for entry in heap)):
             self._end_hold()
         heapq.heapify(heap)
-        placed: list[tuple[str, Parts]] = []
+        placed: list[tuple[str, Shares]] = []
         while heap and len(placed) < limit:
             rank, _, name, turn = heap[0]
             count = turn.waiting.count - turn.done
@@ -180,7 +180,7 @@ class _Pass:
                 self.blocked[name] = self.now
         self.state.since = self.blocked
 
-    def _reserve(self, waiting: Waiting, count: int) -> list[Parts]:
+    def _reserve(self, waiting: Waiting, count: int) -> list[Shares]:
         hold = self.state.hold
         if hold is None:
             return self.cluster.reserve_many(waiting.request, count)
@@ -197,10 +197,10 @@ class _Pass:
     def _block(self, turn: _Turn, alone: bool) -> None:
         """The next task of a class does not fit. If it is the first such of this pass, it may get a hold.
 
-        ``alone``: nobody comes after it who could overtake.
+        ``alone``: no class comes after it that could overtake.
         """
         waiting, state = turn.waiting, self.state
-        if not self.cluster.possible(waiting.request):
+        if not self.cluster.is_possible(waiting.request):
             return
         since = self.now if turn.done else state.since.get(waiting.class_name, self.now)
         is_first = not self.blocked
@@ -219,24 +219,24 @@ class _Pass:
             self._end_hold()
         drained = drain(self.cluster, waiting.request, self.running) if due else None
         if drained is not None:
-            parts, frees_at = drained
-            state.hold = Hold(waiting.class_name, waiting.priority, since, parts, frees_at)
-            self.cluster.hold(parts, waiting.request)
+            shares, frees_at = drained
+            state.hold = Hold(waiting.class_name, waiting.priority, since, shares, frees_at)
+            self.cluster.hold(shares, waiting.request)
 
     def _end_hold(self) -> None:
         self.state.hold = None
         self.cluster.unhold()
 
 
-def drain(cluster: Cluster, request: Request, running: Iterable[tuple[Parts, float]]) -> tuple[Parts, float] | None:
+def drain(cluster: Cluster, request: Request, running: Iterable[tuple[Shares, float]]) -> tuple[Shares, float] | None:
     """The cores that can be free soonest for a request, and when; math.inf if the limits do not tell.
 
     Nodes that free soonest by limits come first, then those with most free cores. None if it can never fit.
     """
-    ends: dict[str, list[tuple[float, Part]]] = {}
-    for parts, end in running:
-        for part in parts:
-            ends.setdefault(part.node, []).append((end, part))
+    ends: dict[str, list[tuple[float, NodeShare]]] = {}
+    for shares, end in running:
+        for share in shares:
+            ends.setdefault(share.node, []).append((end, share))
     open_nodes = (node for node in cluster.open_nodes if not cluster.is_late(node.name, request))
     nodes = [node for node in open_nodes if _could_hold(node, request)]
     if request.spread:
@@ -246,13 +246,13 @@ def drain(cluster: Cluster, request: Request, running: Iterable[tuple[Parts, flo
         return None
     for known in ends.values():
         known.sort(key=itemgetter(0))
-    ready = [(_ready(n, request, ends.get(n.name, [])), -n.free.bit_count(), n.slot, n) for n in nodes]
+    ready = [(_ready(n, request, ends.get(n.name, [])), -n.free.bit_count(), n.index, n) for n in nodes]
     chosen = sorted(heapq.nsmallest(wanted, ready), key=itemgetter(2))
-    held = tuple(Part(node.name, _soonest(node, request, ends.get(node.name, []))) for *_, node in chosen)
+    held = tuple(NodeShare(node.name, _soonest(node, request, ends.get(node.name, []))) for *_, node in chosen)
     return held, max(when for when, *_ in chosen)
 
 
-def _could_hold(node: Node, request: Request) -> bool:
+def _could_hold(node: NodeCores, request: Request) -> bool:
     if len(node.gpus) < request.gpus or (node.memory and node.memory < request.memory):
         return False
     if not (request.spread or request.whole) and node.size < request.cores[0]:
@@ -260,53 +260,53 @@ def _could_hold(node: Node, request: Request) -> bool:
     return all(node.counters.get(name, 0) >= count for name, count in request.use)
 
 
-def _size(node: Node, request: Request) -> int:
+def _size(node: NodeCores, request: Request) -> int:
     return node.size if request.whole else request.cores[0]
 
 
-def _ready(node: Node, request: Request, ends: list[tuple[float, Part]]) -> float:
-    """When the node alone could hold its share of the request; -inf for now, inf if nobody says."""
+def _ready(node: NodeCores, request: Request, ends: list[tuple[float, NodeShare]]) -> float:
+    """When the node alone could hold its share of the request; -inf for now, inf if no limit tells."""
     size = _size(node, request)
     if is_plain(request):  # counting is enough, and large clusters run very many tasks
         cores = node.free.bit_count()
         when = -math.inf
-        for end, part in ends:
+        for end, share in ends:
             if cores >= size:
                 break
-            when, cores = end, cores + len(part.cores)
+            when, cores = end, cores + len(share.cores)
         return when if cores >= size else math.inf
     future = node.copy()
     when = -math.inf
-    for end, part in ends:
-        if future.free.bit_count() >= size and future.spares(request):
+    for end, share in ends:
+        if future.free.bit_count() >= size and future.has_free_extras(request):
             break
         when = end
-        future.release(part)
-    return when if future.free.bit_count() >= size and future.spares(request) else math.inf
+        future.release(share)
+    return when if future.free.bit_count() >= size and future.has_free_extras(request) else math.inf
 
 
-def _soonest(node: Node, request: Request, ends: list[tuple[float, Part]]) -> tuple[int, ...]:
+def _soonest(node: NodeCores, request: Request, ends: list[tuple[float, NodeShare]]) -> tuple[int, ...]:
     """The cores to hold on a node: those that are free, then those that will be soonest."""
     size = _size(node, request)
     if node.free.bit_count() >= size:
         return tuple(bits(compact(node.free, node.groups, size)))
     mask = node.free
-    # Last come cores that are taken though nobody says until when.
-    for more in [*(mask_of(part.cores) for _, part in ends), node.all]:
+    # Last come cores that are reserved without a known end.
+    for more in [*(mask_of(share.cores) for _, share in ends), node.all]:
         mask |= lowest(more & ~mask, min(size - mask.bit_count(), (more & ~mask).bit_count()))
     return tuple(bits(mask))
 
 
 def _drain_anywhere(
-    nodes: list[Node], request: Request, ends: dict[str, list[tuple[float, Part]]]
-) -> tuple[Parts, float] | None:
+    nodes: list[NodeCores], request: Request, ends: dict[str, list[tuple[float, NodeShare]]]
+) -> tuple[Shares, float] | None:
     """As `drain`, for cores that may lie on several nodes: those that are free, then those that free soonest."""
     steps = [(-math.inf, node, node.free) for node in nodes]
     for node in nodes:
         known = node.free
-        for end, part in ends.get(node.name, []):
-            steps.append((end, node, mask_of(part.cores)))
-            known |= mask_of(part.cores)
+        for end, share in ends.get(node.name, []):
+            steps.append((end, node, mask_of(share.cores)))
+            known |= mask_of(share.cores)
         steps.append((math.inf, node, node.all & ~known))
     steps.sort(key=itemgetter(0))
     held: dict[str, int] = {}
@@ -318,4 +318,4 @@ def _drain_anywhere(
             left, when = left - count, end
     if left:
         return None
-    return tuple(Part(node.name, tuple(bits(held[node.name]))) for node in nodes if node.name in held), when
+    return tuple(NodeShare(node.name, tuple(bits(held[node.name]))) for node in nodes if node.name in held), when

@@ -1,70 +1,140 @@
-"""What waits; which classes and nodes may be handed tasks ahead, and which are to give them back. Pure."""
+"""Prefetching: tasks that are sent to a node before a slot of theirs is free there, so that a slot that becomes free
+goes on without asking the dispatcher.
+
+Pure but for the inventory, which it updates. Times are monotonic and arguments.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 
-from pilotq.broker.scheduling.inventory import ClassInfo, Floor
-from pilotq.broker.scheduling.placement import BackfillState, Waiting
-from pilotq.broker.store.messages import NodeInfo, Recall
-from pilotq.broker.store.store import Head
+from pilotq.broker.scheduling.inventory import Inventory, NodeRecord, Prefetched
+from pilotq.broker.scheduling.placement import BackfillState
+from pilotq.broker.store.messages import ExecutionEnd, RetractTasks
+from pilotq.broker.store.resources import ClassInfo, NodeInfo
+from pilotq.broker.store.store import ClaimTarget, Head
 from pilotq.broker.tasks.model import order_of
+from pilotq.broker.tasks.runtime_estimate import RuntimeEstimate
 
 
-def waiting(classes: Mapping[str, ClassInfo], heads: Mapping[str, Head]) -> list[Waiting]:
-    """What waits, as placement wants to know it."""
-    found = []
-    for name, head in heads.items():
-        info = classes.get(name)
-        if info is not None and head.length:
-            first = order_of(head.places[0])
-            orders = [first] * min(head.elements, 32) if head.elements else [order_of(i) for i in head.places]
-            found.append(Waiting(name, info.priority, info.request, orders, head.waiting))
-    return found
+class Prefetch:
+    """Decides how many tasks of which class each node gets in advance, and which of them it is to give back."""
 
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._settings = inventory.settings
+        self._estimates: dict[str, RuntimeEstimate] = {}  # by class
 
-def shut(floor: Floor, backfill: BackfillState) -> set[str]:
-    """Nodes whose lanes must not go on: closed ones, and those that are being drained for a task that waits. Lanes that
-    go on there would never drain."""
-    hold = backfill.hold
-    held = {part.node for part in hold.parts} if hold is not None else set()
-    return held | {name for name in floor.nodes if not floor.cluster.is_open(name)}
+    # -- what nodes report -----------------------------------------------------------------------------------------
 
+    def record_end(self, node: NodeRecord, end: ExecutionEnd, now: float) -> None:
+        """One execution has ended: its run time counts, and its slot goes on with a prefetched task if it is kept."""
+        if end.seconds >= 0:
+            self._estimates.setdefault(end.class_name, RuntimeEstimate()).add(end.seconds)
+        if end.kept or end.slot == 0:
+            self.remove(node, end.class_name, 1, now)
 
-def not_outranked(
-    floor: Floor, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], rests: Mapping[str, int]
-) -> list[str]:
-    """The classes whose lanes may go on: of the highest priority that waits, and before any of that priority that has
-    no lane yet."""
-    waiting = [name for name, rest in rests.items() if rest > 0 and floor.cluster.possible(classes[name].request)]
-    top = max((classes[name].priority for name in waiting), default=0)
-    first = {name: order_of(heads[name].places[0]) for name in waiting if classes[name].priority == top}
-    busy = {lane.class_name for lane in floor.lanes.values()}
-    blocked = min((order for name, order in first.items() if name not in busy), default=math.inf)
-    return [name for name, order in first.items() if order < blocked]
+    def add(self, node: NodeRecord, class_name: str, count: int, now: float) -> None:
+        """So many more tasks of the class were sent to the node."""
+        prefetched = node.prefetched.setdefault(class_name, Prefetched())
+        prefetched.count += count
+        prefetched.since = now
 
+    def remove(self, node: NodeRecord, class_name: str, count: int, now: float) -> None:
+        """So many of them have started or were returned."""
+        prefetched = node.prefetched.get(class_name)
+        if prefetched is None:
+            return
+        prefetched.count -= count
+        prefetched.since = now
+        if prefetched.count <= 0:
+            del node.prefetched[class_name]
 
-def outranked(floor: Floor, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], mine: float) -> bool:
-    """Whether something of a higher priority waits that could run here."""
-    better = [info for name, info in classes.items() if info.priority > mine and name in heads and heads[name].length]
-    return any(floor.cluster.possible(info.request) for info in better)
+    # -- what is sent in advance -----------------------------------------------------------------------------------
 
+    def add_targets(
+        self, targets: dict[str, list[ClaimTarget]], classes: Mapping[str, ClassInfo], heads: Mapping[str, Head],
+        backfill: BackfillState, limit: int,
+    ) -> None:  # fmt: skip
+        """Add to the targets of a claim, by class, what nodes are to get in advance: up to ``limit`` tasks of a class
+        for each node."""
+        closed = self.closed_nodes(backfill)
+        remaining = {name: head.waiting - len(targets.get(name, ())) for name, head in heads.items()}
+        for name in self._not_outranked(classes, heads, remaining):
+            for node in self._inventory.nodes.values():
+                number = min(self._missing(node, name, remaining[name]), remaining[name], limit)
+                late = self._inventory.cluster.is_late(node.info.name, classes[name].request)
+                if number > 0 and node.info.name not in closed and not late:
+                    targets.setdefault(name, []).extend([ClaimTarget(node.address, 0, "")] * number)
+                    remaining[name] -= number
 
-def recalls(
-    floor: Floor, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], shut: set[str], now: float
-) -> Iterator[tuple[NodeInfo, Recall]]:
-    """What was handed ahead and is to be given back: on nodes that are ``shut`` all, elsewhere what is stuck."""
-    for node in floor.nodes.values():
-        at_once = node.info.name in shut
-        for class_name, handed in list(node.ahead.items()):
-            if not at_once and now - handed.since < floor.settings.recall_s:
-                continue
-            info = classes.get(class_name)
-            parts = floor.cluster.reserve(info.request) if info is not None else None
-            if parts is not None:
-                floor.cluster.release(parts)
-            priority = info.priority if info is not None else math.inf
-            if parts is not None or at_once or outranked(floor, classes, heads, priority):
-                yield node.info, Recall(class_name, handed.count)
-                handed.since = now
+    def _missing(self, node: NodeRecord, class_name: str, waiting: int) -> int:
+        """How many more tasks of the class should be prefetched by this node, 0 while it has enough."""
+        estimate = self._estimates.get(class_name)
+        if estimate is None or estimate.ends < self._settings.prefetch_after:
+            return 0
+        own_slots = sum(slot.class_name == class_name for slot in node.slots.values())
+        if not own_slots:
+            return 0
+        all_slots = sum(slot.class_name == class_name for slot in self._inventory.slots.values())
+        # Never more than a fair share of what waits, so that the last tasks of a run are spread over all slots.
+        per_slot = min(
+            self._settings.prefetch_s / max(estimate.mean_s, 1e-4),
+            self._settings.prefetch_max,
+            math.ceil(waiting / all_slots),
+        )
+        target = int(per_slot) * own_slots
+        present = node.prefetched[class_name].count if class_name in node.prefetched else 0
+        # Topped up only when half has started: many tasks in one claim.
+        return target - present if present <= target // 2 else 0
+
+    def _not_outranked(
+        self, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], remaining: Mapping[str, int]
+    ) -> list[str]:
+        """The classes whose slots may go on: of the highest priority that waits, and before any of that priority that
+        has no slot yet."""
+        is_possible = self._inventory.cluster.is_possible
+        waiting = [name for name, number in remaining.items() if number > 0 and is_possible(classes[name].request)]
+        highest = max((classes[name].priority for name in waiting), default=0)
+        first = {name: order_of(heads[name].places[0]) for name in waiting if classes[name].priority == highest}
+        running = {slot.class_name for slot in self._inventory.slots.values()}
+        blocked = min((order for name, order in first.items() if name not in running), default=math.inf)
+        return [name for name, order in first.items() if order < blocked]
+
+    # -- what is retracted -----------------------------------------------------------------------------------------
+
+    def closed_nodes(self, backfill: BackfillState) -> set[str]:
+        """Nodes whose slots must not go on: closed ones, and those that are being drained for a task that waits. Slots
+        that go on there would never drain."""
+        hold = backfill.hold
+        held = {share.node for share in hold.shares} if hold is not None else set()
+        cluster = self._inventory.cluster
+        return held | {name for name in self._inventory.nodes if not cluster.is_open(name)}
+
+    def to_retract(
+        self, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], closed: set[str], now: float
+    ) -> Iterator[tuple[NodeInfo, RetractTasks]]:
+        """What nodes are to give back: ``closed`` ones everything; others what has not started for a while, when it
+        would fit elsewhere or delays something of a higher priority."""
+        cluster = self._inventory.cluster
+        for node in self._inventory.nodes.values():
+            is_closed = node.info.name in closed
+            for class_name, prefetched in list(node.prefetched.items()):
+                if not is_closed and now - prefetched.since < self._settings.retract_after_s:
+                    continue
+                info = classes.get(class_name)
+                shares = cluster.reserve(info.request) if info is not None else None
+                if shares is not None:
+                    cluster.release(shares)
+                priority = info.priority if info is not None else math.inf
+                if shares is not None or is_closed or self._is_outranked(classes, heads, priority):
+                    yield node.info, RetractTasks(class_name, prefetched.count)
+                    prefetched.since = now
+
+    def _is_outranked(self, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], priority: float) -> bool:
+        """Whether something of a higher priority waits that could run here."""
+        better = [
+            info for name, info in classes.items() if info.priority > priority and name in heads and heads[name].length
+        ]
+        return any(self._inventory.cluster.is_possible(info.request) for info in better)

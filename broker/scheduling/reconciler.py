@@ -1,63 +1,67 @@
-"""What no bell rings for: RQ's buttons, records that vanished, nodes that fell silent, records that grew old.
+"""Periodic reconciliation of changes for which no event arrives: tasks that RQ's tools cancel or delete, records that
+vanished, nodes that are out of touch, records that are too old.
 
-Each finding becomes the event it would have been: a Stop to the worker, a loss, a removal. Part of the dispatcher's
-process, in slices, so that no turn takes long.
+Each finding is handled as its event would have been: a Stop to the worker, a loss, a removal. Part of the dispatcher's
+process, in slices, so that no round takes long.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
 from collections.abc import Sequence
 from typing import TypeVar
 
-from pilotq.broker.rq.repair import Leftovers
+from pilotq.broker.log import log
+from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import EndReport, Line, NodeInfo, Stop
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.messages import EndReport, Stop
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack, to_worker
 
-log = logging.getLogger("pilotq.reconciler")
 T = TypeVar("T")
 SLICE = 500
 CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
-LOOK_S = 3.0  # of the time between two looks at the beats more does not count: we, or the server, were away
-GONE_S = 120.0  # a worker of this machine that fell silent for so long, and is no process any more, is dead
+POLL_S = 3.0  # of the time between two polls of the heartbeats more does not count: we, or the server, were away
+LOST_S = 120.0  # a worker of this machine without a heartbeat for so long, and without a process, is lost
 
 
 class Reconciler:
+    """Compares what Redis holds with what should be there, once every `reconcile_s`, and repairs the difference."""
+
     def __init__(self, store: Store) -> None:
         self.store = store
         self.link = store.link
         self.next_turn = 0.0
         self.next_trim = 0.0
-        self.tidied = False
-        self.leftovers = Leftovers(store)
-        self.looked_at = 0.0
-        self.beats: dict[str, tuple[bytes | None, float]] = {}  # address -> last beat, for how long it has not moved
+        self.classes_removed = False
+        self.repair = RqRepair(store)
+        self.polled_at = 0.0
+        self.heartbeats: dict[str, tuple[bytes | None, float]] = {}  # address -> the last one, seconds since it changed
         self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
-        self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to look from, ids seen from there
+        self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to read from, ids seen from there
 
     def due(self, now: float) -> bool:
         return now >= self.next_turn
 
     def turn(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
-        """One round; returns the nodes that are to be given up. ``tidied``: classes were removed."""
+        """One round; returns the nodes that are lost. Afterwards ``classes_removed`` says whether any were removed."""
         self.next_turn = now + self.store.settings.reconcile_s
-        self.tidied = False
+        self.classes_removed = False
         queues = self._queues()
         self._adopt_canceled(queues)
         for queue in queues:
             self._check_running(queue, nodes)
-        self.leftovers.turn(queues, now)
-        if self.store.run("settle", self.store.term, *queues):
-            log.warning("tasks whose records were deleted while they waited count as canceled")
+        self.repair.turn(queues, now)
+        if self.store.run("count_vanished", self.store.term, *queues):
+            log("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s
             self._trim(queues)
-            self._tidy()
-        return self._silent(now, nodes)
+            self._remove_idle_classes()
+        return self._out_of_touch(now, nodes)
 
     def _queues(self) -> list[str]:
         return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
@@ -65,24 +69,24 @@ class Reconciler:
     # -- RQ's own job.cancel() and delete ------------------------------------------------------------------------
 
     def _adopt_canceled(self, queues: list[str]) -> None:
-        """RQ's cancel sets the status and tells nobody: cancel.lua makes the usual event of it.
+        """RQ's cancel sets the status and informs nobody: cancel.lua makes the usual event of it.
 
-        RQ's score is a whole second, by the clock of whoever canceled; ours have fractions, and need no look.
+        RQ's score is a whole second, by the clock of whoever canceled; ours have fractions, and are skipped.
         """
         for queue in queues:
             since, before = self.canceled.get(queue, (float("-inf"), frozenset()))
             flat = self.link.call("ZRANGEBYSCORE", keys.registry("canceled", queue), since, "+inf", "WITHSCORES")
             met = frozenset(i.decode() for i, score in zip(flat[::2], flat[1::2], strict=True) if score.isdigit())
-            for part in _slices(sorted(met - before)):
-                self.store.cancel(part)
+            for batch in _slices(sorted(met - before)):
+                self.store.cancel(batch)
             if flat:
                 self.canceled[queue] = (float(flat[-1]) - CLOCKS_S, met)
         # The origin of what waits in a class list is that list: RQ takes it for a queue with a registry of its own.
         lists = [keys.registry("canceled", name.decode()) for name in self.link.call("HKEYS", keys.CLASSES)]
         for registry, members in zip(lists, self.link.pipeline([("ZRANGE", r, 0, -1) for r in lists]), strict=True):
-            for part in _slices([m.decode() for m in members]):
-                self.store.cancel(part)
-                self.link.call("ZREM", registry, *part)
+            for batch in _slices([m.decode() for m in members]):
+                self.store.cancel(batch)
+                self.link.call("ZREM", registry, *batch)
 
     def _check_running(self, queue: str, nodes: dict[str, NodeInfo]) -> None:
         """A slice of what runs: what RQ canceled unseen, elements of a deleted array, records that were deleted."""
@@ -101,18 +105,18 @@ class Reconciler:
             for task_id, (status, cancel, array) in zip(ids, rows, strict=True)
             if cancel is None and (status == b"canceled" or (array is not None and not there[array.decode()]))
         ]
-        for part in _slices(unwanted):
-            self.store.cancel(part)
-        gone = [m for m, (status, _, _) in zip(members, rows, strict=True) if status is None]
+        for batch in _slices(unwanted):
+            self.store.cancel(batch)
+        vanished = [m for m, (status, _, _) in zip(members, rows, strict=True) if status is None]
         # An element that finished between the two reads has lost its record and its place here in one script.
-        for member in gone:
+        for member in vanished:
             if self.link.call("ZSCORE", wip, member) is not None:
                 self._end_vanished(queue, member, nodes)
 
     def _end_vanished(self, queue: str, member: str, nodes: dict[str, NodeInfo]) -> None:
-        """The record of a running task was deleted. Nobody knows where it runs, so every node is told."""
+        """The record of a running task was deleted. It is not known where it runs, so every node is told."""
         task_id, _, execution = member.rpartition(":")
-        log.warning("the record of running task %s is gone: it is stopped", task_id)
+        log(f"the record of running task {task_id} is gone: it is stopped")
         if execution == "0":  # an array: its elements are ended one by one
             self.link.call("ZREM", keys.registry("wip", queue), member)
             return
@@ -123,76 +127,80 @@ class Reconciler:
         span = self.link.call("HGET", keys.job(array), "pq_array") if index.isdigit() else None
         start, step = map(int, span.split(b":")[:2]) if span else (0, 1)
         position = (int(index) - start) // step if span else 0
-        line = pack(Line(id=task_id, execution=int(execution), ended=now, message="its record was deleted"))
+        entry = pack(JournalEntry(id=task_id, execution=int(execution), ended=now, message="its record was deleted"))
         report = EndReport(
-            task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", line, class_name=queue
+            task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", entry, class_name=queue
         )
         if span:
             report.array, report.position = array, position
-        self.store.lose([report])
+        self.store.report_lost([report])
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
-    def _silent(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
-        """Nodes that are out of touch: whose beat does not move, by our monotonic clock, while the server answers us.
+    def _out_of_touch(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
+        """Nodes that are out of touch: their heartbeat has not changed, by our monotonic clock, while the server
+        answers us.
 
-        Their workers have ended their tasks by then, by their own clocks. Where the supervisor has said 0 none is ever
-        out of touch.
+        Their workers have ended their tasks by then, by their own clocks. Where the supervisor has set ``contact`` to
+        0, none is ever out of touch.
         """
         settings = self.store.settings
-        contact, *beats = self.link.pipeline(
-            [("HGET", keys.WISH, "contact"), *(("HGET", keys.worker(i.name), "last_heartbeat") for i in nodes.values())]
+        contact, *heartbeats = self.link.pipeline(
+            [
+                ("HGET", keys.CONTROL, "contact"),
+                *(("HGET", keys.worker(i.name), "last_heartbeat") for i in nodes.values()),
+            ]
         )
-        contact_s = settings.contact_s if contact is None else float(contact)
-        passed, self.looked_at = min(now - self.looked_at, LOOK_S), now
-        moved: dict[str, tuple[bytes | None, float]] = {}
-        for address, beat in zip(nodes, beats, strict=True):
-            last, silent = self.beats.get(address, (None, 0.0))
-            moved[address] = (beat, silent + passed if beat == last else 0.0)
-        self.beats = moved
-        bound = contact_s + settings.kill_grace_s + settings.contact_margin_s
+        contact_s = settings.node_timeout_s if contact is None else float(contact)
+        passed, self.polled_at = min(now - self.polled_at, POLL_S), now
+        current: dict[str, tuple[bytes | None, float]] = {}
+        for address, heartbeat in zip(nodes, heartbeats, strict=True):
+            last, unchanged_s = self.heartbeats.get(address, (None, 0.0))
+            current[address] = (heartbeat, unchanged_s + passed if heartbeat == last else 0.0)
+        self.heartbeats = current
+        bound = contact_s + settings.kill_grace_s + settings.node_timeout_margin_s
         return [
             info
             for address, info in nodes.items()
-            if (moved[address][1] > bound if contact_s else moved[address][1] > GONE_S and _gone(info))
+            if (current[address][1] > bound if contact_s else current[address][1] > LOST_S and _has_no_process(info))
         ]
 
     def requeue_orphans(self, alive: set[str]) -> int:
-        """Tasks that were handed to incarnations of nodes which are no more (asked once by a new dispatcher)."""
-        gone: set[str] = set()
+        """Queue again the tasks of incarnations that are not registered any more; called once by a new dispatcher."""
+        lost: set[str] = set()
         for queue in self._queues():
             for _, node, _ in self._running(queue):
                 if node and node not in alive:
-                    gone.add(node)
-        return sum(self.requeue_node(node, "the pilot was started again") for node in sorted(gone))
+                    lost.add(node)
+        return sum(self.requeue_node(node, "the pilot was started again") for node in sorted(lost))
 
     def requeue_node(self, address: str, why: str, *, clean: bool = False) -> int:
-        """End all executions of a dead incarnation as lost; their tasks go back to the head of their lists.
+        """End all executions of a lost incarnation as lost; their tasks go back to the head of their lists.
 
-        ``clean``: it had left, so none of them had begun, and nobody is charged.
+        ``clean``: it had left, so none of them had started, and no task is charged.
         """
-        wish, reason = ("free", "pilot ended") if clean else ("lost", "worker lost")
+        outcome, reason = ("requeue", "pilot ended") if clean else ("lost", "worker lost")
         number = 0
         for queue in self._queues():
             mine = [(i, e) for i, node, e in self._running(queue) if node == address]
             mine.sort(key=_order)
             # The last ones first, as each slice goes to the head of its list.
-            for part in reversed(_slices(mine)):
+            for batch in reversed(_slices(mine)):
                 now = time.time()
                 node = address.rpartition(":")[0]
                 fields = ("pq_name", "pq_sub", "pq_array_of", "pq_cpus")
-                rows = self.link.pipeline([("HMGET", keys.job(i), *fields) for i, _ in part])
+                rows = self.link.pipeline([("HMGET", keys.job(i), *fields) for i, _ in batch])
                 reports = []
-                for (task_id, execution), row in zip(part, rows, strict=True):
+                for (task_id, execution), row in zip(batch, rows, strict=True):
                     name, submission, array, cpus = (text.decode() if text else "" for text in row)
-                    line = Line(
+                    entry = JournalEntry(
                         id=task_id, execution=execution, node=node, ended=now, message=why, name=name, cpus=cpus
                     )
-                    line.submission, line.array = submission, array
-                    line.index = int(task_id.rpartition("_")[2]) if array else None
-                    reports.append(EndReport(task_id, execution, wish, reason, iso(now), "", "", "", pack(line)))
-                self.store.lose(reports)
-                number += len(part)
+                    entry.submission, entry.array = submission, array
+                    entry.index = int(task_id.rpartition("_")[2]) if array else None
+                    reports.append(EndReport(task_id, execution, outcome, reason, iso(now), "", "", "", pack(entry)))
+                self.store.report_lost(reports)
+                number += len(batch)
         return number
 
     def _running(self, queue: str) -> list[tuple[str, str, int]]:
@@ -200,17 +208,17 @@ class Reconciler:
         members = [m.decode() for m in self.link.call("ZRANGE", keys.registry("wip", queue), 0, -1)]
         found = []
         for first in range(0, len(members), SLICE):
-            part = members[first : first + SLICE]
-            ids = [m.rpartition(":")[0] for m in part]
+            batch = members[first : first + SLICE]
+            ids = [m.rpartition(":")[0] for m in batch]
             nodes = self.link.pipeline([("HGET", keys.job(i), "pq_node") for i in ids])
-            for member, task_id, node in zip(part, ids, nodes, strict=True):
+            for member, task_id, node in zip(batch, ids, nodes, strict=True):
                 found.append((task_id, node.decode() if node else "", int(member.rpartition(":")[2])))
         return found
 
-    # -- the short memory ----------------------------------------------------------------------------------------
+    # -- old records ----------------------------------------------------------------------------------------
 
     def _trim(self, queues: list[str]) -> None:
-        """Records whose time has come, and the oldest above the bound, leave the registries with their hashes."""
+        """Remove records whose time to live is over, and the oldest above the bound, with their registry entries."""
         now = time.time()
         keep = self.store.settings.keep_records
         for queue in queues:
@@ -226,16 +234,16 @@ class Reconciler:
                     self.store.run("trim", self.store.term, kind, queue, *ids)
                     excess -= SLICE
 
-    def _tidy(self) -> None:
+    def _remove_idle_classes(self) -> None:
         classes = [name.decode() for name in self.link.call("HKEYS", keys.CLASSES)]
-        self.tidied = bool(classes) and self._tidied(classes)
+        self.classes_removed = bool(classes) and self._drop_idle_classes(classes)
 
-    def _tidied(self, classes: Sequence[str]) -> bool:
+    def _drop_idle_classes(self, classes: Sequence[str]) -> bool:
         ttl = self.store.settings.failed_ttl_s
-        return bool(self.store.run("tidy", self.store.term, ttl, *classes))
+        return bool(self.store.run("drop_idle_classes", self.store.term, ttl, *classes))
 
 
-def _gone(info: NodeInfo) -> bool:
+def _has_no_process(info: NodeInfo) -> bool:
     """Whether this is the worker's machine, and it has no such process."""
     return info.host == socket.gethostname() and not os.path.exists(f"/proc/{info.pid}")
 

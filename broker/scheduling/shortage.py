@@ -1,4 +1,4 @@
-"""The sentence that says why a request does not fit: never (all nodes empty) or not now. Pure."""
+"""Shortage: the sentence that explains why a request can never fit on these nodes, or does not fit now. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Want(NamedTuple):
 
 
 def shortage(request: Request, rooms: Sequence[Room], *, now: bool) -> str | None:
-    """Why these nodes together do not hold the request; None if they do. ``now`` words it for what is free."""
+    """Why these nodes together do not hold the request; None if they do. With ``now`` it speaks of free resources."""
     extras = _extras(request)
     if request.whole:
         return _short_of_whole(request, extras, rooms, now)

@@ -1,4 +1,4 @@
-"""What the dispatcher tells those who look: the cores in use, those it keeps free, and whether anything still runs."""
+"""What the dispatcher publishes for readers: the cores in use, those it keeps free, and whether anything still runs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 
 import msgspec
 
-from pilotq.broker.scheduling.inventory import Floor
+from pilotq.broker.scheduling.inventory import Inventory
 from pilotq.broker.scheduling.placement import Hold
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import format_allocation
+from pilotq.broker.store.resources import format_allocation
 from pilotq.broker.store.store import Store
 
 
-class Held(msgspec.Struct):
-    """Cores that are kept free for the first task of a class. Times in unix seconds; None: nobody knows."""
+class HoldStatus(msgspec.Struct):
+    """Cores that are kept free for the first task of a class. Times in unix seconds; None: unknown."""
 
     class_name: str
     since: float
@@ -23,39 +23,41 @@ class Held(msgspec.Struct):
     frees_at: float | None
 
 
-class Told:
-    """Writes only what has changed since it was told last."""
+class StatusPublisher:
+    """Writes the status to Redis; only what has changed since it was last written."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._busy = -1
         self._used: dict[str, str] = {}
         self._hold: Hold | None = None
-        self._fresh = True  # an earlier dispatcher may have left a hold
+        self._hold_unknown = True  # an earlier dispatcher may have left one
 
-    def busy(self, floor: Floor) -> None:
-        """Lanes and tasks handed ahead, for those who wait until nothing runs."""
-        busy = len(floor.lanes) + sum(a.count for n in floor.nodes.values() for a in n.ahead.values())
+    def publish_busy(self, inventory: Inventory) -> None:
+        """The number of slots and prefetched tasks, for those who wait until nothing runs."""
+        prefetched = sum(tasks.count for node in inventory.nodes.values() for tasks in node.prefetched.values())
+        busy = len(inventory.slots) + prefetched
         if busy != self._busy:
-            self._store.write("HSET", keys.WISH, "busy", busy)
+            self._store.write("HSET", keys.STATUS, "busy", busy)
             self._busy = busy
 
-    def used(self, floor: Floor) -> None:
-        used = {name: f"{floor.cluster.used(name)} {len(node.lanes)}" for name, node in floor.nodes.items()}
+    def publish_usage(self, inventory: Inventory) -> None:
+        """The cores reserved and the slots of each node."""
+        used = {name: f"{inventory.cluster.used(name)} {len(node.slots)}" for name, node in inventory.nodes.items()}
         changed = [item for item in used.items() if self._used.get(item[0]) != item[1]]
         if changed:
-            self._store.write("HSET", keys.USED, *(text for item in changed for text in item))
+            self._store.write("HSET", keys.USAGE, *(text for item in changed for text in item))
         self._used = used
 
-    def hold(self, hold: Hold | None, now: float) -> None:
+    def publish_hold(self, hold: Hold | None, now: float) -> None:
         """The cores that are kept free; ``now`` is monotonic, as the times of the hold."""
-        if hold == self._hold and not self._fresh:
+        if hold == self._hold and not self._hold_unknown:
             return
         if hold is None:
-            self._store.write("HDEL", keys.WISH, "hold")
+            self._store.write("HDEL", keys.STATUS, "hold")
         else:
             wall = time.time() - now
             frees_at = wall + max(hold.frees_at, now) if hold.frees_at < math.inf else None
-            held = Held(hold.class_name, wall + hold.since, format_allocation(hold.parts), frees_at)
-            self._store.write("HSET", keys.WISH, "hold", msgspec.json.encode(held))
-        self._hold, self._fresh = hold, False
+            held = HoldStatus(hold.class_name, wall + hold.since, format_allocation(hold.shares), frees_at)
+            self._store.write("HSET", keys.STATUS, "hold", msgspec.json.encode(held))
+        self._hold, self._hold_unknown = hold, False

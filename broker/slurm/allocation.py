@@ -1,7 +1,7 @@
-"""The Slurm allocation this process is in: its nodes, what it was granted there, and when it ends.
+"""The Slurm allocation that this process is in: its nodes, the CPUs granted there, and its end.
 
-Read are the variables of the job (``SLURM_JOB_*``): a step has overwritten the others with its own. What they do not
-tell, `scontrol` is asked for; it may hang, so it gets SCONTROL_S seconds.
+They are read from the variables of the job (``SLURM_JOB_*``): a step has overwritten the others with its own. What is
+missing there is asked from `scontrol`, which may hang and so has a timeout of SCONTROL_S.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ SCONTROL_S = 10.0
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """One node of an allocation, and how many CPUs of it were granted (0: nobody says)."""
+    """One node of an allocation, and how many of its CPUs were granted (0: unknown)."""
 
     name: str
     cpus: int
 
 
 class Allocation(msgspec.Struct, frozen=True):
+    """The id of a job, and its nodes in Slurm's order: ``read_allocation(os.environ).names``."""
+
     job: str
     nodes: tuple[Grant, ...]
 
@@ -35,7 +37,7 @@ class Allocation(msgspec.Struct, frozen=True):
         return [node.name for node in self.nodes]
 
     def granted(self, name: str) -> int:
-        """CPUs of this node; 0 when it is none of ours, or nobody says."""
+        """CPUs granted on this node; 0 when it is not in the allocation, or when the number is unknown."""
         return next((node.cpus for node in self.nodes if node.name == name), 0)
 
 
@@ -52,17 +54,17 @@ def read_allocation(env: Mapping[str, str]) -> Allocation:
             "--resources slurm: this is no Slurm allocation (SLURM_JOB_ID is not set): start it in a job, by sbatch "
             "or salloc, or use --resources local"
         )
-    names = env.get("SLURM_JOB_NODELIST") or ask(job).get("NodeList", "")
+    names = env.get("SLURM_JOB_NODELIST") or show_job(job).get("NodeList", "")
     if not names:
-        raise InvalidInput(f"Slurm does not say which nodes job {job} has: neither SLURM_JOB_NODELIST nor scontrol")
-    nodes = expand(names)
+        raise InvalidInput(f"Slurm does not tell which nodes job {job} has: neither SLURM_JOB_NODELIST nor scontrol")
+    nodes = expand_nodes(names)
     counts = expand_counts(env.get("SLURM_JOB_CPUS_PER_NODE", ""))
     if len(counts) != len(nodes):
         counts = [0] * len(nodes)  # each worker finds out what it may use
     return Allocation(job, tuple(map(Grant, nodes, counts)))
 
 
-def expand(names: str) -> list[str]:
+def expand_nodes(names: str) -> list[str]:
     """``n[1-3,7],login`` -> n1 n2 n3 n7 login, in Slurm's order. Raises InvalidInput."""
     from hostlist import BadHostlist, expand_hostlist
 
@@ -75,15 +77,15 @@ def expand(names: str) -> list[str]:
 def expand_counts(text: str) -> list[int]:
     """``4(x2),2`` -> 4 4 2; empty when it is something else."""
     counts: list[int] = []
-    for word in text.split(",") if text else ():
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word.strip())
+    for count in text.split(",") if text else ():
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", count.strip())
         if found is None:
             return []
         counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
 
-def choose(allocation: Allocation, spec: str) -> Allocation:
+def choose_nodes(allocation: Allocation, spec: str) -> Allocation:
     """The part of an allocation that ``--nodes`` names. Raises InvalidInput.
 
     ``3``: the first three; ``2-4``: the second to the fourth; ``n[1-2],n7``: these.
@@ -100,15 +102,15 @@ def choose(allocation: Allocation, spec: str) -> Allocation:
             f"--nodes {spec}: inside an allocation --nodes chooses nodes, as in 2 or 1-3 or n[1-2]; --resources local "
             "makes nodes of chosen sizes on this machine"
         )
-    wanted = expand(spec)
+    wanted = expand_nodes(spec)
     unknown = ", ".join(name for name in wanted if name not in allocation.names)
     if unknown:
         raise InvalidInput(f"--nodes {spec}: {unknown} not in the allocation ({', '.join(allocation.names)})")
     return Allocation(allocation.job, tuple(node for node in nodes if node.name in wanted))
 
 
-def ask(job: str) -> dict[str, str]:
-    """What `scontrol show job` says; empty when it cannot be asked, or does not answer in time."""
+def show_job(job: str) -> dict[str, str]:
+    """The fields of `scontrol show job`; empty when it cannot be run, or does not answer in time."""
     try:
         done = subprocess.run(
             ["scontrol", "show", "job", job], stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -119,28 +121,28 @@ def ask(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done.returncode == 0 else {}
 
 
-def end_of(facts: Mapping[str, str]) -> float | None:
-    """When a job ends (unix seconds), by what `ask` found; None when it has no end, or nobody says.
+def end_from_job(facts: Mapping[str, str]) -> float | None:
+    """When a job ends (unix seconds), from the fields of `show_job`; None when it has no end, or none is known.
 
-    Slurm writes the time of this machine's zone, without naming it.
+    Slurm writes local time, without naming the zone.
     """
     try:
         return time.mktime(time.strptime(facts.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
-        return None  # Unknown, or no such word
+        return None  # "Unknown", or no such field
 
 
-def first_end(env: Mapping[str, str]) -> float | None:
-    """The end as the job's variables have it (Slurm 23 and later), unix seconds; admins may have moved it since."""
+def end_from_env(env: Mapping[str, str]) -> float | None:
+    """The end from the job's variables (Slurm 23 and later), in unix seconds; it may have been extended since."""
     text = env.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdigit() and text != "0" else None
 
 
 def address_for(others: Sequence[str], env: Mapping[str, str]) -> str:
-    """Our address as these hosts reach it: the one that packets to them leave from. Raises PilotFailed.
+    """The address of this machine as these hosts reach it: the source of packets to them. Raises PilotFailed.
 
-    Without another host it is the one that Slurm's controller would be answered from. Loopback is none: a name that
-    resolves to it, as the own one often does, is passed over.
+    Without other hosts it is the source of packets to Slurm's controller. Loopback does not count: a name that resolves
+    to it, as that of this machine often does, is skipped.
     """
     controller = env.get("SLURM_WORKING_CLUSTER", "").split(":")
     targets = [*others, *controller[1:2], socket.gethostname()]
@@ -148,13 +150,13 @@ def address_for(others: Sequence[str], env: Mapping[str, str]) -> str:
         try:
             for family, kind, _, _, where in socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM):
                 with socket.socket(family, kind) as probe:
-                    probe.connect(where)  # sends nothing: it only chooses the way
+                    probe.connect(where)  # sends nothing: it only chooses the route
                     found = str(probe.getsockname()[0])
                 if not found.startswith("127.") and found != "::1":
                     return found
         except OSError:
             continue
     raise PilotFailed(
-        f"no address of this machine was found that the nodes could reach (tried the ways to {', '.join(targets)}): "
+        f"no address of this machine was found that the nodes could reach (tried the routes to {', '.join(targets)}): "
         "name one with --bind"
     )

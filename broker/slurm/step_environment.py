@@ -1,6 +1,6 @@
-"""The variables by which programs made for Slurm find out where they run. Pure.
+"""The environment variables of a Slurm job step, for tasks whose programs read them. Pure.
 
-They say what a job step on the task's nodes and cores would have, for programs that look and do not ask Slurm.
+They describe a job step on the task's nodes and cores, for programs that read the environment and do not ask Slurm.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import groupby
 
-ENV_SCHEMA = "PILOTQ_ENVSCHEMA"  # of a worker; slurm: its tasks get these variables
+ENV_SCHEMA = "PILOTQ_ENVSCHEMA"  # variable of a worker; slurm: its tasks get these variables
 
 
 @lru_cache(maxsize=1024)
 def step_environment(nodes: tuple[str, ...], cores: tuple[int, ...]) -> dict[str, str]:
     """Variables for a task with so many ``cores`` on each of ``nodes``; not to be changed."""
     names, total, count = ",".join(nodes), str(sum(cores)), str(len(nodes))
-    each = ",".join(_times(number, len(list(same))) for number, same in groupby(cores))
+    each = ",".join(_repeated(number, len(list(same))) for number, same in groupby(cores))
     env = {
         "SLURM_NNODES": count,
         "SLURM_NODELIST": names,
@@ -36,6 +36,6 @@ def step_environment(nodes: tuple[str, ...], cores: tuple[int, ...]) -> dict[str
     return env
 
 
-def _times(number: int, times: int) -> str:
-    """``2(x3)``: two on each of three nodes, as Slurm writes it."""
+def _repeated(number: int, times: int) -> str:
+    """``2(x3)``: two on each of three nodes, in Slurm's notation."""
     return f"{number}(x{times})" if times > 1 else str(number)

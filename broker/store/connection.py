@@ -1,10 +1,10 @@
-"""One connection to the server, on hiredis's parser.
+"""A connection to the Redis server, on hiredis's parser.
 
 Why not redis-py here: importing it costs 0.2 s, which every `pilotq enqueue` would pay, and it has no public file
-descriptor to wait on beside pipes and timers (docs/design/0003-link.md has the measurement). `Broker.redis` is a
+descriptor to wait on beside pipes and timers (docs/design/0003-connection.md has the measurement). `Broker.redis` is a
 redis-py client for everything else.
 
-A link is used in one of two ways. `call` sends one command and waits for its reply. `post` sends and returns; the
+A connection is used in one of two ways. `call` sends one command and waits for its reply. `post` sends and returns; the
 reply is read with `replies` when `fileno()` is readable. The two must not be mixed while replies are outstanding.
 """
 
@@ -62,7 +62,7 @@ class ReplyError(PilotFailed):
         self.code = message.partition(" ")[0]
 
 
-class Link:
+class Connection:
     """A connection that is opened on first use and after `close`. Not for several threads."""
 
     def __init__(self, address: Address, *, timeout: float = 10.0) -> None:
@@ -115,7 +115,7 @@ class Link:
         return self._socket.fileno()
 
     def call(self, *command: Argument, timeout: float | None = None) -> Any:
-        """Send one command and return its reply; ``timeout`` (s) overrides the link's own for blocking commands."""
+        """Send one command and return its reply; ``timeout`` (s) replaces its own for blocking commands."""
         self.connect()
         self._send(_packed(command))
         return _checked(self._read(self.timeout if timeout is None else timeout))
@@ -135,7 +135,7 @@ class Link:
             replies = [self._read(self.timeout) for _ in range(sent)]
             sent = len(batch)
             if any(isinstance(reply, hiredis.HiredisError) for reply in replies):
-                # What is under way is read first: the link must stay in step.
+                # What is under way is read first: the connection must stay in step.
                 replies += [self._read(self.timeout) for _ in range(sent)]
                 sent = 0
                 break

@@ -1,4 +1,4 @@
-"""The journal: one line of JSON for each ended execution, written by one process, readable by all and for ever.
+"""The one writer of the journal: a file with one line of JSON for each ended execution, readable by all and for ever.
 
 The scripts put what has ended into a stream. `JournalWriter` moves it from there into ``journal.jsonl``: append, fsync,
 and only then trim the stream. Every line carries the stream id and its number within the entry (``at``), so that a
@@ -10,35 +10,28 @@ from __future__ import annotations
 
 import mmap
 import os
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator
+from base64 import b64encode
 from typing import Any
 
 import msgspec
 
 from pilotq.broker import failpoints
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Argument, Link
-from pilotq.broker.store.messages import Line, Nudge
+from pilotq.broker.store.connection import Argument, Connection
+from pilotq.broker.store.journal import OUTPUTS, PackedEntry
+from pilotq.broker.store.messages import ControlChanged
+from pilotq.broker.tasks.array_outcomes import OUTCOMES, element_ranges
 
 READ_COUNT = 200  # stream entries read at once
 PENDING_BYTES = 8 << 20  # nothing more is read while so much is not fsynced
 PAUSE_BYTES = 64 << 20  # size of the stream from which nothing is handed out while the journal cannot be written
-OUTPUTS = ("stdout", "stderr")
 _to_json = msgspec.json.Encoder().encode
 
 
-class _Packed(Line, omit_defaults=True):
-    """A line as it travels: output that is not UTF-8 is bytes."""
+class _Ending(msgspec.Struct):
+    """What the script that ended the execution decided; it stands above what the entry says.
 
-    stdout: Any = ""
-    stderr: Any = ""
-
-
-class _Verdict(msgspec.Struct):
-    """What the script that ended the execution decided; it stands above what the line says.
-
-    ``bits`` (two for each element of an array, by position) become the line's ``elements``.
+    ``outcomes`` (two bits for each element of an array, by position) become the entry's ``elements``.
     """
 
     status: str | msgspec.UnsetType = msgspec.UNSET
@@ -46,19 +39,18 @@ class _Verdict(msgspec.Struct):
     final: bool | msgspec.UnsetType = msgspec.UNSET
     ended: float | msgspec.UnsetType = msgspec.UNSET
     queued: float | msgspec.UnsetType = msgspec.UNSET
-    bits: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    start: int = 0  # the array's range: position p is index start + p * step
-    step: int = 1
+    outcomes: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    array: str = ""  # "start:step:count": the indices of the elements
 
 
-_items = msgspec.msgpack.Decoder(list[tuple[_Packed, _Verdict]])
+_items = msgspec.msgpack.Decoder(list[tuple[PackedEntry, _Ending]])
 
 
 class JournalWriter:
     """The one writer of a journal file. Single-threaded; see the module's text for how it is driven.
 
     ``trouble`` is a sentence while the file cannot be written; then everything is kept and tried again, and from
-    ``pause_bytes`` of stream on the wish ``journal`` holds that sentence, on which the dispatcher pauses.
+    ``pause_bytes`` of stream on the field ``journal`` of ``keys.STATUS`` holds it, and the dispatcher pauses.
     """
 
     def __init__(self, path: str, *, fsync_s: float, pilot: str = "", pause_bytes: int = PAUSE_BYTES) -> None:
@@ -103,7 +95,7 @@ class JournalWriter:
             self._due = now + self._fsync_s
             if self.trouble or self._paused:
                 found["size"] = ("MEMORY", "USAGE", keys.JOURNAL)
-        found.update(self._wish())
+        found.update(self._pause_commands())
         self._kinds = list(found)
         return list(found.values())
 
@@ -119,10 +111,10 @@ class JournalWriter:
             if kind == "read" and reply:
                 entries = reply[0][1]
                 self._take(entries)
-                failpoints.at("journal read")
+                failpoints.hit("journal read")
                 more = len(entries) == READ_COUNT
             elif kind == "trim":
-                failpoints.at("journal trimmed")
+                failpoints.hit("journal trimmed")
                 self._trim = None
             elif kind == "size":
                 self._size = int(reply or 0)
@@ -132,7 +124,7 @@ class JournalWriter:
                 self._paused, self._size = False, None
         return more
 
-    def drain(self, link: Link, now: float) -> bool:
+    def drain(self, link: Connection, now: float) -> bool:
         """Move all that the stream holds; whether that was possible. The ``link`` must have no replies outstanding."""
         while not self.trouble:
             self._due = now  # every round ends on disk
@@ -145,19 +137,19 @@ class JournalWriter:
 
     def _take(self, entries: list[Any]) -> None:
         for raw_id, fields in entries:
-            entry = raw_id.decode()
-            place = _place(entry)
+            stream_id = raw_id.decode()
+            place = _place(stream_id)
             try:
                 items = _items.decode(fields[1])
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 # The boundary to what scripts pack: one entry that cannot be read must not stop all others.
-                _log(f"journal: entry {entry} cannot be read and is left out: {error}")
+                _log(f"journal: entry {stream_id} cannot be read and is left out: {error}")
                 items = []
-            for number, (line, verdict) in enumerate(items):
+            for number, (entry, ending) in enumerate(items):
                 if (place, number) > self._last:
-                    self._tail += _render(line, verdict, f"{entry}:{number}")
+                    self._tail += _render(entry, ending, f"{stream_id}:{number}")
                     self._last = (place, number)
-            self._read_from = entry
+            self._read_from = stream_id
 
     def _store(self, *, sync: bool) -> None:
         """Write the tail; fsync it too when ``sync``. On any failure all of it is written again the next time."""
@@ -167,10 +159,10 @@ class JournalWriter:
             while self._written < len(self._tail):
                 with memoryview(self._tail) as view:
                     self._written += os.pwrite(self._file, view[self._written :], self._synced + self._written)
-            failpoints.at("journal written")
+            failpoints.hit("journal written")
             if sync:
                 os.fsync(self._file)
-                failpoints.at("journal synced")
+                failpoints.hit("journal synced")
         except OSError as error:
             self._written = 0
             if not self.trouble:
@@ -190,20 +182,20 @@ class JournalWriter:
             (milliseconds, sequence), _ = self._last
             self._trim = f"{milliseconds}-{sequence + 1}"
 
-    def _wish(self) -> dict[str, tuple[Argument, ...]]:
+    def _pause_commands(self) -> dict[str, tuple[Argument, ...]]:
         """The commands that make the dispatcher pause or go on, by the size of the stream that was seen last."""
         if self._size is None:
             return {}
-        nudge = ("RPUSH", keys.MAIL, msgspec.msgpack.encode(Nudge()))
+        notify = ("RPUSH", keys.EVENTS, msgspec.msgpack.encode(ControlChanged()))
         if self._size > self._pause_bytes and self.trouble:
-            return {"pause": ("HSET", keys.WISH, "journal", self.trouble), "nudge": nudge}
+            return {"pause": ("HSET", keys.STATUS, "journal", self.trouble), "notify": notify}
         if self._size <= self._pause_bytes and self._paused:
-            return {"resume": ("HDEL", keys.WISH, "journal"), "nudge": nudge}
+            return {"resume": ("HDEL", keys.STATUS, "journal"), "notify": notify}
         return {}
 
 
 def _log(text: str) -> None:
-    from pilotq.broker.processes import log  # for the writer only: a reader need not load it
+    from pilotq.broker.log import log  # for the writer only: a reader need not load it
 
     log(text)
 
@@ -247,26 +239,27 @@ def _cut_torn(file: int) -> tuple[int, tuple[tuple[int, int], int]]:
     return end, place
 
 
-def _render(line: _Packed, verdict: _Verdict, at: str) -> bytes:
-    line.at = at
+def _render(entry: PackedEntry, ending: _Ending, at: str) -> bytes:
+    entry.at = at
     for name in ("status", "reason", "final", "ended", "queued"):
-        value = getattr(verdict, name)
+        value = getattr(ending, name)
         if value is not msgspec.UNSET:
-            setattr(line, name, value)
-    if verdict.bits is not msgspec.UNSET:
-        line.elements = _elements(_bytes_of(verdict.bits), verdict.start, verdict.step)
+            setattr(entry, name, value)
+    if ending.outcomes is not msgspec.UNSET:
+        entry.elements = element_ranges(_bytes_of(ending.outcomes), ending.array)
+        entry.elements.pop(OUTCOMES[0], None)  # the journal tells what has ended
     encoded = {}
     for name in OUTPUTS:
-        data = getattr(line, name)
+        data = getattr(entry, name)
         if isinstance(data, bytes):
             try:
-                setattr(line, name, data.decode())
+                setattr(entry, name, data.decode())
             except UnicodeDecodeError:
-                setattr(line, name, "")
+                setattr(entry, name, "")
                 encoded[f"{name}_b64"] = b64encode(data).decode()
     if encoded:
-        return _to_json({**msgspec.to_builtins(line), **encoded}) + b"\n"
-    return _to_json(line) + b"\n"
+        return _to_json({**msgspec.to_builtins(entry), **encoded}) + b"\n"
+    return _to_json(entry) + b"\n"
 
 
 def _bytes_of(raw: msgspec.Raw) -> bytes:
@@ -276,97 +269,3 @@ def _bytes_of(raw: msgspec.Raw) -> bytes:
     if head & 0xE0 == 0xA0:
         return packed[1:]
     return packed[{0xD9: 2, 0xDA: 3, 0xDB: 5, 0xC4: 2, 0xC5: 3, 0xC6: 5}[head] :]
-
-
-def _elements(bits: bytes, start: int, step: int) -> dict[str, str]:
-    """Two bits an element, by position -> status -> ranges of indices: ``0-3,7``."""
-    words = ("", "finished", "failed", "canceled")
-    ranges: dict[str, list[str]] = {}
-    run_word, run_first, last = "", 0, 0
-
-    def close_run() -> None:
-        if run_word:
-            first, final = start + run_first * step, start + last * step
-            piece = str(first) if first == final else f"{first}-{final}" + (f":{step}" if step > 1 else "")
-            ranges.setdefault(run_word, []).append(piece)
-
-    for number, byte in enumerate(bits):
-        # A byte holds four elements, the first in its highest bits; most arrays are long runs of one outcome.
-        if byte == 0x55 and run_word == "finished":
-            last = number * 4 + 3
-            continue
-        for place in range(4):
-            word = words[byte >> (6 - 2 * place) & 3]
-            if word != run_word:
-                close_run()
-                run_word, run_first = word, number * 4 + place
-            last = number * 4 + place
-    close_run()
-    return {word: ",".join(pieces) for word, pieces in ranges.items()}
-
-
-class Journal:
-    """Reads a journal, also while it is written and after the pilot has ended. A missing file is an empty journal."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def find(self, task_id: str) -> list[Line]:
-        """All executions of a task, newest first; empty if the journal does not know it."""
-        return list(self._matches(b'\n{"id":' + _to_json(task_id) + b",", lambda line: line.id == task_id))
-
-    def tasks_by_name(self, name: str) -> list[Line]:
-        """All executions of the tasks with this name, newest first."""
-        return list(self._matches(b'"name":' + _to_json(name), lambda line: line.name == name))
-
-    def lines(self) -> Iterator[Line]:
-        """All lines, oldest first. Lines written meanwhile may or may not be among them."""
-        try:
-            with open(self.path, "rb") as file:
-                for raw in file:
-                    # Only the writer's last line can be without its end.
-                    if raw.endswith(b"\n") and not raw.startswith(b'{"pilotq_journal"'):
-                        yield _line_of(raw)
-        except FileNotFoundError:
-            return
-
-    def last(self, count: int) -> list[Line]:
-        """The last lines, newest first."""
-        found: list[Line] = []
-        with self._view() as view:
-            end = view.rfind(b"\n") + 1
-            while end and len(found) < count:
-                start = view.rfind(b"\n", 0, end - 1) + 1
-                if start:  # the first line is the header
-                    found.append(_line_of(view[start:end]))
-                end = start
-        return found
-
-    def _matches(self, pattern: bytes, wanted: Callable[[Line], bool]) -> Iterator[Line]:
-        """Lines that contain the pattern and are wanted, newest first."""
-        with self._view() as view:
-            end = view.rfind(b"\n") + 1
-            while (found := view.rfind(pattern, 0, end)) >= 0:
-                start = found + 1 if pattern.startswith(b"\n") else view.rfind(b"\n", 0, found) + 1
-                line = _line_of(view[start : view.find(b"\n", found + 1) + 1])
-                if wanted(line):
-                    yield line
-                end = start
-
-    def _view(self) -> mmap.mmap:
-        """The file as a map: only the pages that a search touches are read."""
-        try:
-            with open(self.path, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (FileNotFoundError, ValueError):  # mmap's word for an empty file
-            return mmap.mmap(-1, 1)
-
-
-def _line_of(raw: bytes) -> Line:
-    line = msgspec.json.decode(raw, type=_Packed)
-    if b'_b64":' in raw:
-        fields = msgspec.json.decode(raw)
-        for name in OUTPUTS:
-            if f"{name}_b64" in fields:
-                setattr(line, name, b64decode(fields[f"{name}_b64"]))
-    return line

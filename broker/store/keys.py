@@ -1,4 +1,8 @@
-"""Every key in Redis, as a function. No other Python module spells one; the scripts build theirs in lib.lua.
+"""The names of all keys in Redis. No other Python module spells one; the scripts build theirs in lib.lua.
+
+>>> job("1f"), inbox("n1", 2)
+('rq:job:1f', 'pilotq:inbox:n1:2')
+
 
 ``rq:`` keys are RQ's own (RQ 3, default prefix), so that its tools see our tasks. ``pilotq:`` keys are ours.
 PERMANENT lists the patterns that may have no TTL; a test fails on any other key without one.
@@ -12,41 +16,43 @@ from typing import Final
 
 _CLASS: Final = re.compile(r"(.*)\.p-?[0-9]+\.[^.]*", re.DOTALL)
 SCHEMA = "pilotq:schema"  # version of this data model
-EPOCH = "pilotq:epoch"  # random name of this queue's life: another value means that the server lost its state
-TERM = "pilotq:term"  # number of the dispatcher that may write; grows with each new one
+QUEUE_ID = "pilotq:queue-id"  # random name of this queue: another value means that the server lost its state
+TERM = "pilotq:term"  # fencing token of the dispatcher that may write; grows with each new one
 SEQ = "pilotq:seq"  # last task number given out
 CLASSES = "pilotq:classes"  # hash: class name -> its queue, priority and request (JSON)
-RETIRED = "pilotq:retired"  # the same of classes that nothing needs but a retry
-PARENTS = "pilotq:parents"  # set: what something waits for; one that is gone is found by it
+IDLE_CLASSES = "pilotq:classes:idle"  # the same, of classes that nothing needs but a retry
+PARENTS = "pilotq:parents"  # set: ids that something waits for; the reconciler finds here one that was deleted
 NODES = "pilotq:nodes"  # hash: node name -> NodeInfo (JSON) of the live incarnation
-PLANNED = "pilotq:planned"  # set: names of the nodes that the supervisor starts itself
-BORN = "pilotq:born"  # last incarnation given to a node
+EXPECTED_NODES = "pilotq:expected-nodes"  # set: names of the nodes that the supervisor starts itself
+NEXT_INCARNATION = "pilotq:next-incarnation"  # counter: the last incarnation (fencing token) given to a node
 COUNTS = "pilotq:counts"  # hash: total, finished, failed, canceled tasks since the queue began
-SHARES = "pilotq:shares"  # hash: content key of a Shared record -> submissions that use it and have not ended
-MAIL = "pilotq:mail"  # list the dispatcher blocks on: reports of workers, wishes of clients
-BELL = "pilotq:bell"  # capped list the dispatcher blocks on: "there is new work"
+SHARED_REFS = "pilotq:shared-refs"  # hash: key of a shared record -> submissions that use it and have not ended
+EVENTS = "pilotq:events"  # list the dispatcher blocks on: messages of workers, supervisor and clients
+WAKEUP = "pilotq:wakeup"  # list of at most one element the dispatcher blocks on: "there is new work"
 RELEASE = "pilotq:release"  # list: ended parents whose dependents are still to be released or omitted
 JOURNAL = "pilotq:journal"  # stream: one entry per script call that ended executions
-WISH = "pilotq:wish"  # hash of standing wishes: paused, stop; and of answers: busy (lanes), journal (its trouble)
-USED = "pilotq:used"  # hash: node name -> "cores reserved, tasks running" as the dispatcher knows them
-ENDS = "pilotq:ends"  # hash: Slurm job -> "when its nodes get nothing new, grace, notice": see deadline.py
-CLOSED = "pilotq:closed"  # hash: node name -> "state reason": drained or retired, by its user
-ASIDE = "pilotq:aside"  # hash: node name -> the reason for which the dispatcher has put it aside
+CONTROL = "pilotq:control"  # hash of what is asked of the dispatcher: paused, stop, contact, min_nodes
+STATUS = "pilotq:status"  # hash of what is reported to all: busy (slots), journal (its trouble), hold (kept cores)
+USAGE = "pilotq:usage"  # hash: node name -> "cores reserved, tasks running" as the dispatcher knows them
+ALLOCATION_ENDS = "pilotq:allocation-ends"  # hash: Slurm job -> "when its nodes get nothing new, grace, notice"
+DRAINED = "pilotq:drained"  # hash: node name -> "state reason": drained or retired, by its user
+QUARANTINE = "pilotq:quarantine"  # hash: node name -> the reason for which the dispatcher has quarantined it
 SUSPENDED = "rq:suspended"  # set by `rq suspend`: nothing is handed out
 QUEUES = "rq:queues"
 RATE_LIMITS = "rq:rl-keys"  # set: names of RQ's rate limits
-READ = "pilotq:read"  # channel: the dispatcher reads the lists of RQ's producers
+RQ_READ = "pilotq:rq-read"  # channel: the dispatcher reads the lists of RQ's producers
 COMPACTED = "rq:queue:_compact:*"  # where RQ's compact holds a list for a moment
 WORKERS = "rq:workers"
 
 PERMANENT = (
-    SCHEMA, EPOCH, TERM, SEQ, CLASSES, NODES, PLANNED, BORN, COUNTS, SHARES, MAIL, BELL, RELEASE, JOURNAL, WISH,
-    RETIRED, PARENTS, RATE_LIMITS, USED, ENDS, CLOSED, ASIDE, SUSPENDED, QUEUES, WORKERS,
+    SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, IDLE_CLASSES, PARENTS, NODES, EXPECTED_NODES, NEXT_INCARNATION, COUNTS,
+    SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS, DRAINED, QUARANTINE,
+    RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
-    "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:kids:*", "pilotq:bits:*",
-    "pilotq:values:*", "pilotq:each:*",
+    "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:dependents:*", "pilotq:outcomes:*",
+    "pilotq:values:*", "pilotq:elementwise:*",
 )  # fmt: skip
 
 
@@ -70,17 +76,17 @@ def queue_of(class_name: str) -> str:
     return match[1] if match else class_name
 
 
-def said_of(key: str, db: int = 0) -> str:
+def keyspace_channel(key: str, db: int = 0) -> str:
     """The channel where the server says what is done to a list or set, if it is set up to say so."""
     return f"__keyspace@{db}__:{key}"
 
 
-def waits_for_slot(limit: str) -> str:
+def rate_limited(limit: str) -> str:
     """Sorted set: jobs that wait for a slot of RQ's rate limit."""
     return f"rq:rl:{limit}:rate_limited"
 
 
-def commands(worker_name: str) -> str:
+def command_channel(worker_name: str) -> str:
     """The channel where RQ's tools send commands to a worker."""
     return f"rq:pubsub:{worker_name}"
 
@@ -115,14 +121,14 @@ def submission(key: str) -> str:
     return f"pilotq:submit:{key}"
 
 
-def told(name: str) -> str:
+def completions(name: str) -> str:
     """List: ids of ended tasks of the executor with this name."""
-    return f"pilotq:told:{name}"
+    return f"pilotq:completions:{name}"
 
 
-def bits(array_id: str) -> str:
+def outcomes(array_id: str) -> str:
     """Two bits an element, by position: 0 not ended, 1 finished, 2 failed, 3 canceled or omitted."""
-    return f"pilotq:bits:{array_id}"
+    return f"pilotq:outcomes:{array_id}"
 
 
 def values(array_id: str) -> str:
@@ -130,11 +136,11 @@ def values(array_id: str) -> str:
     return f"pilotq:values:{array_id}"
 
 
-def kids(task_id: str) -> str:
+def dependents(task_id: str) -> str:
     """List of the ids that wait for this whole task."""
-    return f"pilotq:kids:{task_id}"
+    return f"pilotq:dependents:{task_id}"
 
 
-def each(array_id: str) -> str:
+def elementwise(array_id: str) -> str:
     """List of the arrays whose element i waits for element i of this one."""
-    return f"pilotq:each:{array_id}"
+    return f"pilotq:elementwise:{array_id}"

@@ -1,7 +1,7 @@
-"""The scripts as typed functions, one for each transition, and the few plain writes beside them.
+"""Calls of the Lua scripts as typed methods, one for each transition, and the few plain writes beside them.
 
 A script is sent by its hash; a server that does not know it (restarted, SCRIPT FLUSH) gets its text. Answers that mean
-the queue is not ours any more become StateLost (another epoch) and Superseded (another dispatcher's term).
+that the queue is not ours any more become StateLost (another queue id) and Superseded (another dispatcher's term).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pilotq.broker import failpoints
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Argument, Link, ReplyError, ScriptMissing
+from pilotq.broker.store.connection import Argument, Connection, ReplyError, ScriptMissing
 from pilotq.broker.store.messages import EndReport, ToWorker
 
 pack = msgspec.msgpack.Encoder().encode
-SHOW = 16  # ids of a class list the dispatcher looks at
+HEADS_SHOWN = 16  # ids of each class list that `heads` and `claim` return
 
 
 def iso(seconds: float) -> str:
@@ -51,7 +51,7 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """A script of broker/scripts, with lib.lua and lib_rq.lua in front."""
+    """A script of broker/store/scripts, with lib.lua and lib_rq.lua in front."""
     folder = files("pilotq.broker.store.scripts")
     # Out of memory only a submit is refused, and before it has written anything: ends make room.
     flags = "" if name == "commit" else " flags=allow-oom"
@@ -62,7 +62,7 @@ def script(name: str) -> Script:
 
 def translate(error: ReplyError) -> Exception:
     """What an error of one of our scripts means to the caller."""
-    if error.code == "EPOCH":
+    if error.code == "QUEUE_ID":
         return StateLost("the server came back without the queue we knew: stop this pilot, and start it with --resume")
     if error.code == "TERM":
         return Superseded("another dispatcher has taken over this queue")
@@ -75,8 +75,11 @@ def to_worker(node: str, incarnation: int, message: ToWorker) -> tuple[Argument,
 
 
 class Head(NamedTuple):
-    """What waits in one class list: how many records, places of the first ones (ids of ours, for `order_of`), elements
-    left in the first if it is an array."""
+    """What waits in one class list.
+
+    ``length``: how many records; ``places``: of the first ones (ids of ours, for `order_of`); ``elements``: left in the
+    first if it is an array.
+    """
 
     length: int
     places: list[str]
@@ -87,9 +90,11 @@ class Head(NamedTuple):
         return self.length - 1 + self.elements if self.elements else self.length
 
 
-class Slot(NamedTuple):
+class ClaimTarget(NamedTuple):
+    """Where a claim hands a task: to a slot of a node, or to the node without one."""
+
     node: str  # name:incarnation
-    lane: int  # 0: handed ahead
+    slot: int  # 0: prefetched
     allocation: str
 
 
@@ -99,33 +104,37 @@ def _head(reply: Any) -> Head:
 
 
 class Store:
-    """Scripts over one link, for one queue (``epoch``)."""
+    """Calls scripts over one connection, for one queue (``queue_id``).
 
-    def __init__(self, link: Link, epoch: str, settings: Settings, *, term: int = 0) -> None:
+    >>> Store(Connection(address), queue_id, settings).cancel(["1f"])
+    ['canceled']
+    """
+
+    def __init__(self, link: Connection, queue_id: str, settings: Settings, *, term: int = 0) -> None:
         self.link = link
-        self.epoch = epoch
+        self.queue_id = queue_id
         self.term = term
         self.settings = settings
 
     def command(self, name: str, *args: Argument) -> tuple[Argument, ...]:
-        """The command that calls a script by its hash, for Link.post."""
-        return ("EVALSHA", script(name).sha, 0, self.epoch, *args)
+        """The command that calls a script by its hash, for Connection.post."""
+        return ("EVALSHA", script(name).sha, 0, self.queue_id, *args)
 
     def run(self, name: str, *args: Argument) -> Any:
-        failpoints.at(f"{name}:before")
+        failpoints.hit(f"{name}:before")
         try:
             try:
                 answer = self.link.call(*self.command(name, *args))
             except ScriptMissing:
-                answer = self.link.call("EVAL", script(name).text, 0, self.epoch, *args)
+                answer = self.link.call("EVAL", script(name).text, 0, self.queue_id, *args)
         except ReplyError as error:
             raise translate(error) from None
-        failpoints.at(f"{name}:after")
+        failpoints.hit(f"{name}:after")
         return answer
 
     def write(self, *command: Argument) -> Any:
         """A plain command that goes through though the memory is full."""
-        return self.run("write", *command)
+        return self.run("guarded_write", *command)
 
     # -- clients ------------------------------------------------------------------------------------------------
 
@@ -140,10 +149,10 @@ class Store:
         now = time.time()
         return [a.decode() for a in self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, *ids)]
 
-    def retry(self, items: Sequence[Sequence[Any]], *bits: bytes) -> list[str]:
-        """Let ended tasks run again; each item is [id], or a whole array as retry.lua says."""
+    def requeue(self, items: Sequence[Sequence[Any]], *outcomes: bytes) -> list[str]:
+        """Have ended tasks run again; each item is [id], or a whole array as requeue.lua says."""
         now = time.time()
-        return [a.decode() for a in self.run("retry", f"{now:.6f}", iso(now), pack(items), *bits)]
+        return [a.decode() for a in self.run("requeue", f"{now:.6f}", iso(now), pack(items), *outcomes)]
 
     # -- dispatcher ---------------------------------------------------------------------------------------------
 
@@ -153,39 +162,43 @@ class Store:
         return self.term
 
     def heads(self, classes: Sequence[str]) -> list[Head]:
-        return [_head(r) for r in self.run("heads", self.term, SHOW, *classes)] if classes else []
+        return [_head(r) for r in self.run("heads", self.term, HEADS_SHOWN, *classes)] if classes else []
 
-    def claim(self, groups: Sequence[tuple[str, Sequence[Slot]]]) -> list[tuple[int, Head]]:
-        """Hand out heads of class lists to slots, in order; returns for each class how many slots were filled."""
+    def claim(self, groups: Sequence[tuple[str, Sequence[ClaimTarget]]]) -> list[tuple[int, Head]]:
+        """Hand out heads of class lists to targets, in order; returns the number filled and the head of each class."""
         now = time.time()
-        answer = self.run("claim", self.term, f"{now:.6f}", iso(now), SHOW, self.settings.failed_ttl_s, pack(groups))
+        answer = self.run(
+            "claim", self.term, f"{now:.6f}", iso(now), HEADS_SHOWN, self.settings.failed_ttl_s, pack(groups)
+        )
         return [(int(r[0]), _head(r[1:])) for r in answer]
 
-    def release(self, limit: int) -> tuple[int, int]:
+    def release_dependents(self, limit: int) -> tuple[int, int]:
         now = time.time()
-        handled, left = self.run("release", self.term, f"{now:.6f}", iso(now), limit, self.settings.failed_ttl_s)
+        handled, left = self.run(
+            "release_dependents", self.term, f"{now:.6f}", iso(now), limit, self.settings.failed_ttl_s
+        )
         return int(handled), int(left)
 
-    def lose(self, reports: Sequence[EndReport]) -> list[str]:
+    def report_lost(self, reports: Sequence[EndReport]) -> list[str]:
         """End executions that no worker reports; what reports leave empty is read from the records."""
-        return [v.decode() for v in self.run("end", *self.end_arguments("", 0, b"", reports))]
+        return [v.decode() for v in self.run("complete", *self.complete_arguments("", 0, b"", reports))]
 
     # -- workers ------------------------------------------------------------------------------------------------
 
-    def end_arguments(self, node: str, call: int, mail: bytes, reports: Sequence[EndReport]) -> list[Argument]:
-        """ARGV of end.lua after the epoch."""
+    def complete_arguments(self, node: str, call: int, message: bytes, reports: Sequence[EndReport]) -> list[Argument]:
+        """ARGV of complete.lua after the queue id; ``message`` is for the dispatcher, ``call`` its number."""
         s = self.settings
         rows = [
             (
-                r.id, r.execution, r.wish, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
+                r.id, r.execution, r.outcome, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
                 r.class_name, r.submission, r.retries, r.delay,
             )
             for r in reports
         ]  # fmt: skip
         now = f"{time.time():.6f}"
         head: list[Argument] = [
-            node, call, mail, now, s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(rows)
+            node, call, message, now, s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(rows)
         ]  # fmt: skip
         for report in reports:
-            head += (report.line, report.text)
+            head += (report.entry, report.text)
         return head

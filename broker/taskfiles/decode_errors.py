@@ -1,4 +1,4 @@
-"""From the errors of the JSON and TOML decoders to sentences: file, place, what is wrong, what was meant."""
+"""Messages for the errors of the JSON and TOML decoders: file, place, what is wrong, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _MISSING = re.compile(r"Object missing required field `(.*)`")
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
-def join(file: str, *path: str) -> str:
+def place_in(file: str, *path: str) -> str:
     """``file`` and ``tasks[3]`` and ``.cores`` -> ``file: tasks[3].cores``."""
     place = "".join(character if character.isprintable() else "?" for character in "".join(path).lstrip("."))
     return f"{file}: {place}" if place else file
 
 
 def wrong_field(error: msgspec.ValidationError, file: str, prefix: str, keys: Iterable[str]) -> InvalidInput:
-    """What a typed decoder says; ``prefix`` is the place of what it decoded, ``keys`` are those it knows."""
+    """The error of a typed decoder; ``prefix`` is the place of what it decoded, ``keys`` are those it knows."""
     text, _, path = str(error).partition(" - at `$")
     path = prefix + path.rstrip("`")
     if unknown := _UNKNOWN.fullmatch(text):
         close = difflib.get_close_matches(unknown[1], sorted(set(keys)), 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return InvalidInput(f"{join(file, path, '.' + unknown[1])}: unknown key{hint}")
+        return InvalidInput(f"{place_in(file, path, '.' + unknown[1])}: unknown key{hint}")
     if missing := _MISSING.fullmatch(text):
-        return InvalidInput(f"{join(file, path)}: the key {missing[1]} is missing")
-    text = re.sub(r"`([^`]+)`", lambda kinds: _words(kinds[1]), text)
-    return InvalidInput(f"{join(file, path)}: {text[:1].lower()}{text[1:]}")
+        return InvalidInput(f"{place_in(file, path)}: the key {missing[1]} is missing")
+    text = re.sub(r"`([^`]+)`", lambda kinds: _kind_names(kinds[1]), text)
+    return InvalidInput(f"{place_in(file, path)}: {text[:1].lower()}{text[1:]}")
 
 
-def _words(kinds: str) -> str:
+def _kind_names(kinds: str) -> str:
     parts = kinds.split(" | ")
     if len(parts) > 1 and "null" in parts:
         parts.remove("null")
@@ -74,7 +74,7 @@ def utf8(data: bytes, file: str) -> str:
 def refuse_nul(value: Any, file: str) -> None:
     """Refuse decoded data that holds a NUL character anywhere: no argument, path or variable can contain one."""
     for path in _nuls(value, ""):
-        raise InvalidInput(f"{join(file, path)}: the text contains a NUL character")
+        raise InvalidInput(f"{place_in(file, path)}: the text contains a NUL character")
 
 
 def _nuls(value: Any, path: str) -> Iterator[str]:

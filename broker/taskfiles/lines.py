@@ -1,4 +1,4 @@
-"""Plain files: each line is one command, split into words as a POSIX shell splits them, but no shell runs it."""
+"""Reader of plain files: each line is one command, split into words as a POSIX shell splits them; no shell runs it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import BinaryIO
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.model import Task, validate
+from pilotq.broker.tasks.model import Task
+from pilotq.broker.tasks.validation import validate
 
 FILE_BYTES = 1 << 30
 LINE_BYTES = 1 << 20  # more than the kernel takes as one argument list of one command
 
-# Lines of these characters only are the rule; they are split at spaces.
+# Most lines have these characters only; they are split at spaces.
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./~^*?\[\]{}!()\t -]*")
 _ASSIGNS = re.compile(r"[A-Za-z_]\w*=")
 _PIECE = re.compile(
@@ -90,13 +91,13 @@ def split_words(text: str, where: str) -> list[str]:
         assert piece is not None and piece.lastgroup is not None  # the alternatives cover every character
         kind, found = piece.lastgroup, piece[piece.lastgroup]
         if kind == "shell":
-            raise _for_shell(found, where, position)
+            raise _needs_shell(found, where, position)
         if kind == "open":
             what = "nothing follows the backslash" if found == "\\" else f"the quote {found} is not closed"
             raise InvalidInput(f"{where}, column {position + 1}: {what}")
         if kind == "double":
             if expands := _EXPANDS.match(found):
-                raise _for_shell(expands[1], where, position + 1 + expands.start(1))
+                raise _needs_shell(expands[1], where, position + 1 + expands.start(1))
             found = _IN_DOUBLE.sub(r"\1", found)
         if kind != "space":
             word.append(found)
@@ -107,13 +108,8 @@ def split_words(text: str, where: str) -> list[str]:
     return [*words, "".join(word)] if word else words
 
 
-def _for_shell(what: str, where: str, position: int) -> InvalidInput:
+def _needs_shell(what: str, where: str, position: int) -> InvalidInput:
     return InvalidInput(
         f"{where}, column {position + 1}: {what!r} needs a shell: quote it if it is meant as text, "
         "or use --shell to run every line with bash"
     )
-
-
-def scripts_or_words(text: str, where: str, *, shell: bool) -> tuple[list[str] | None, str | None]:
-    """(command, script) of a command written as one text, by the same rule as a line."""
-    return (None, text) if shell else (split_words(text, where), None)

@@ -1,4 +1,4 @@
-"""pilotq's own files: ``[[tasks]]`` in TOML, ``{"tasks": [...]}`` in JSON, with an optional table ``defaults``.
+"""Reader of pilotq's own files: ``[[tasks]]`` in TOML, ``{"tasks": [...]}`` in JSON, with an optional ``defaults``.
 
 A task that does not set a key has the value of ``defaults``, else the option of the command line, else that of
 ``Task``. ``env`` is merged. A number in ``command``, ``values`` or ``env`` is taken as its text.
@@ -13,11 +13,13 @@ from typing import Annotated, Any
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, utf8, wrong_field
 from pilotq.broker.taskfiles.lines import split_words
-from pilotq.broker.tasks.dependencies import Batch, check_names
-from pilotq.broker.tasks.model import Request, Task, validate
+from pilotq.broker.tasks.dependencies import check_cycles, resolve
+from pilotq.broker.tasks.model import Request, Task
 from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
+from pilotq.broker.tasks.validation import validate
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,14 +66,16 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True):
+    """A whole file."""
+
     tasks: list[Entry]
     defaults: Entry | None = None
 
 
 KEYS = (*Entry.__struct_fields__, "tasks", "defaults")
-# Keys whose value is the field of Task as it stands.
+# Keys whose value is the field of Task unchanged.
 _PLAIN = ("args", "kwargs", "name", "priority", "retries", "cwd", "stdin", "stdout", "stderr", "model", "queue")
-_NOTHING = (None,) * 5
+_NO_REQUEST = (None,) * 5
 
 
 def read_json(data: bytes, file: str, *, base: Task, shell: bool) -> Batch:
@@ -79,7 +83,7 @@ def read_json(data: bytes, file: str, *, base: Task, shell: bool) -> Batch:
     utf8(data, file)
     try:
         found = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=File)
-        if b"\\u0000" in data:  # rare, and dear to look for
+        if b"\\u0000" in data:  # rare, and expensive to search for
             refuse_nul(msgspec.json.decode(data), file)
     except msgspec.ValidationError as error:
         raise wrong_field(error, file, "", KEYS) from None
@@ -113,7 +117,11 @@ def _batch(found: File, file: str, base: Task, shell: bool) -> Batch:
         task = _task(entry, where, base, shell, requests)
         validate(task, where)
         tasks.append(task)
-    check_names(tasks, lambda number: f"{file}: tasks[{number}]")
+
+    def place(number: int, field: str) -> str:
+        return f"{file}: tasks[{number}].{field}" if field else f"{file}: tasks[{number}]"
+
+    check_cycles(tasks, resolve(tasks, place), place)
     return Batch(tasks)
 
 
@@ -123,9 +131,9 @@ def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[obje
         if (value := getattr(entry, key)) is not None:
             changes[key] = value
     if entry.command is not None or entry.script is not None or entry.function is not None:
-        changes["command"], changes["script"] = _run(entry, where, shell)
+        changes["command"], changes["script"] = _what_runs(entry, where, shell)
         changes["function"] = entry.function
-    if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use)) != _NOTHING:
+    if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use)) != _NO_REQUEST:
         changes["request"] = _request(asked, where, base.request, requests)
     if entry.array is not None or entry.values is not None:
         changes["array"] = None if entry.array is None else _read(parse_array, entry.array, f"{where}.array")
@@ -147,7 +155,7 @@ def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[obje
     return msgspec.structs.replace(base, **changes)
 
 
-def _run(entry: Entry, where: str, shell: bool) -> tuple[list[str] | None, str | None]:
+def _what_runs(entry: Entry, where: str, shell: bool) -> tuple[list[str] | None, str | None]:
     if not isinstance(entry.command, str):
         return None if entry.command is None else texts(entry.command), entry.script
     if shell and entry.script is None:

@@ -1,8 +1,8 @@
-"""Request files of QCG-PilotJob: a JSON list of requests; what each job of a submit means as a Task.
+"""Reader of QCG-PilotJob's request files, JSON lists of requests: each job of a submit becomes a draft of tasks.
 
 An iteration job is one array, and has one Task per element only where elements differ: under a scheduler, or where
-``after`` names single elements of a job that has other indices (see qcg_tasks.py). Names, ``after``, and all texts have
-their request-time words filled in here, the others at launch.
+``after`` names single elements of a job that has other indices (see qcg_tasks.py). Variables that are known when the
+request is read are filled in here, in names, ``after`` and all other texts; the others are filled in at launch.
 
 Deliberately different from QCG-PilotJob: a job that it would refuse, accept and never run, or fail at launch refuses
 its submit; ``env`` may go with ``script``; ``${date}`` is the date and ``${time}`` the time.
@@ -23,16 +23,19 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, utf8, wrong_field
 from pilotq.broker.taskfiles.qcg_schedulers import plan
-from pilotq.broker.taskfiles.qcg_tasks import Draft
+from pilotq.broker.taskfiles.qcg_tasks import JobDraft
 from pilotq.broker.taskfiles.qcg_variables import fill
-from pilotq.broker.tasks.model import ARRAY_LIMIT, ONE_PROCESS_MODELS, ArrayRange, Request, Task, validate
+from pilotq.broker.tasks.model import ARRAY_LIMIT, ONE_PROCESS_MODELS, ArrayRange, Request, Task
 from pilotq.broker.tasks.quantities import parse_duration
+from pilotq.broker.tasks.validation import validate
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 
 class Scheduler(msgspec.Struct, forbid_unknown_fields=True):
+    """An iteration scheduler, see qcg_schedulers.py."""
+
     name: str
     params: dict[str, Any] = {}
 
@@ -47,6 +50,8 @@ class Amount(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Resources(msgspec.Struct, forbid_unknown_fields=True):
+    """What a job asks for; ``wt`` is its wall time, ``nodeCrs`` are consumable resources of each node."""
+
     numCores: Size | Amount | None = None
     numNodes: Size | Amount | None = None
     wt: str | None = None
@@ -54,6 +59,8 @@ class Resources(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Execution(msgspec.Struct, forbid_unknown_fields=True):
+    """What a job runs, and how."""
+
     exec: str | None = None
     args: list[Any] | None = None
     script: str | None = None
@@ -69,16 +76,22 @@ class Execution(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Iteration(msgspec.Struct, forbid_unknown_fields=True):
+    """The elements of a job: indices from ``start`` up to, and without, ``stop``; or values."""
+
     start: Index | None = None
     stop: Index | None = None
     values: list[Any] | None = None
 
 
 class Dependencies(msgspec.Struct, forbid_unknown_fields=True):
+    """The jobs, or elements of jobs, that a job waits for."""
+
     after: list[str] | None = None
 
 
 class Job(msgspec.Struct, forbid_unknown_fields=True):
+    """A job in QCG-PilotJob's standard form."""
+
     name: str
     execution: Execution
     resources: Resources | None = None
@@ -96,7 +109,7 @@ KEYS = tuple(
 
 
 def read_requests(data: bytes, file: str) -> list[Any]:
-    """The requests of a file, not yet looked at; raises InvalidInput."""
+    """The requests of a file, not checked yet; raises InvalidInput."""
     utf8(data, file)
     try:
         requests = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"))
@@ -113,14 +126,14 @@ def check_submits(requests: Sequence[Any], file: str, total_cores: int, total_no
     Then there is no need for one. When one submit may do, it is left to the pilot to answer each.
     """
     first: InvalidInput | None = None
-    words = request_words(1, datetime.now(timezone.utc))
+    variables = request_variables(1, datetime.now(timezone.utc))
     for number, request in enumerate(requests):
         if not isinstance(request, dict) or request.get("request") != "submit":
             continue
         try:
             for place, job in enumerate(request.get("jobs") or ()):
                 path = f"[{number}].jobs[{place}]"
-                draft_of(job_of(job, file, path), file, path, words, total_cores, total_nodes)
+                draft_of(job_of(job, file, path), file, path, variables, total_cores, total_nodes)
             return
         except InvalidInput as error:
             first = first or error
@@ -137,8 +150,8 @@ def job_of(body: Any, file: str, path: str) -> Job:
         raise wrong_field(error, file, path, KEYS) from None
 
 
-def request_words(count: int, now: datetime) -> dict[str, str]:
-    """The words that all jobs of submit number ``count`` share."""
+def request_variables(count: int, now: datetime) -> dict[str, str]:
+    """The variables that all jobs of submit number ``count`` share."""
     plain = now.replace(tzinfo=None)
     return {
         "rcnt": str(count),
@@ -151,11 +164,16 @@ def request_words(count: int, now: datetime) -> dict[str, str]:
 
 
 def draft_of(
-    job: Job, file: str, path: str, words: Mapping[str, str], total_cores: int | None, total_nodes: int | None = None
-) -> Draft:
-    """What a job means, with the words of its request filled in; raises InvalidInput with its place."""
+    job: Job,
+    file: str,
+    path: str,
+    variables: Mapping[str, str],
+    total_cores: int | None,
+    total_nodes: int | None = None,
+) -> JobDraft:
+    """The draft of a job, with the variables of its request filled in; raises InvalidInput with its place."""
     where = f"{file}: {path}"
-    name = fill(job.name, words)
+    name = fill(job.name, variables)
     if not name or any(character in "${}()'\"" or character.isspace() for character in name):
         raise InvalidInput(
             f"{where}.name: Job identifier '({name})' contains invalid characters or unknown variables: it must not "
@@ -163,32 +181,34 @@ def draft_of(
         )
     if ":" in name:
         raise InvalidInput(f"{where}.name: {name!r} has a :, which stands between a job and its iteration")
-    words = {**words, "jname": name}
-    array, values = _elements(job.iteration, words, f"{where}.iteration")
+    variables = {**variables, "jname": name}
+    array, values = _elements(job.iteration, variables, f"{where}.iteration")
     resources = _resources(job)
-    never = _never(resources, job.iteration is not None)
-    request, wishes = (Request(), {}) if never else _request(resources, f"{where}.resources")
+    unrunnable = _unrunnable_reason(resources, job.iteration is not None)
+    request, scheduled = (Request(), {}) if unrunnable else _request(resources, f"{where}.resources")
     requests = None
-    if wishes:
+    if scheduled:
         count = len(values) if values is not None else len(array or ())
         totals = {"numCores": total_cores, "numNodes": total_nodes}
-        requests = _planned(request, wishes, count, totals, f"{where}.resources")
+        requests = _scheduled_requests(request, scheduled, count, totals, f"{where}.resources")
     task = Task(
         name=name,
         request=request,
         array=array,
         values=values,
-        time_request=None if resources.wt is None else _duration(fill(resources.wt, words), f"{where}.resources.wt"),
+        time_request=None
+        if resources.wt is None
+        else _duration(fill(resources.wt, variables), f"{where}.resources.wt"),
         qcg=True,
-        **_run(job.execution, words, f"{where}.execution"),
+        **_execution_fields(job.execution, variables, f"{where}.execution"),
     )
     validate(task, where)
-    after = [fill(text, words) for text in (job.dependencies or Dependencies()).after or ()]
-    return Draft(name, path, task, after, requests, never)
+    after = [fill(text, variables) for text in (job.dependencies or Dependencies()).after or ()]
+    return JobDraft(name, path, task, after, requests, unrunnable)
 
 
 def _elements(
-    iteration: Iteration | None, words: Mapping[str, str], where: str
+    iteration: Iteration | None, variables: Mapping[str, str], where: str
 ) -> tuple[ArrayRange | None, list[str] | None]:
     if iteration is None:
         return None, None
@@ -196,7 +216,7 @@ def _elements(
         # As there: values count from 0, whatever start says.
         if iteration.stop is not None:
             raise InvalidInput(f"{where}: give start and stop, or values, not both")
-        return None, [fill(_text(value), words) for value in iteration.values]
+        return None, [fill(_text(value), variables) for value in iteration.values]
     start = iteration.start or 0
     if iteration.stop is None or iteration.stop <= start:
         raise InvalidInput(f"{where}: stop must be given, and be above start ({start})")
@@ -210,7 +230,7 @@ def _text(value: Any) -> str:
 
 
 def _resources(job: Job) -> Resources:
-    """What a job asks for, without the parts that QCG-PilotJob does not look at.
+    """What a job asks for, without the parts that QCG-PilotJob ignores.
 
     Nodes with 0 cores each are entire nodes, cores on 0 nodes are anywhere; a scheduler is for iterations.
     """
@@ -226,7 +246,7 @@ def _resources(job: Job) -> Resources:
 
 
 def _least(amount: int | Amount) -> int | None:
-    """None where a scheduler will say it."""
+    """The least number of an amount; None where a scheduler chooses it."""
     if isinstance(amount, int):
         return amount
     if amount.scheduler is not None:
@@ -234,25 +254,27 @@ def _least(amount: int | Amount) -> int | None:
     return amount.min if amount.exact is None else amount.exact
 
 
-class Wish(msgspec.Struct):
+class ScheduledAmount(msgspec.Struct):
+    """A number of cores or nodes that a scheduler chooses for each element."""
+
     scheduler: Scheduler
     min: int | None
 
 
-def _request(resources: Resources, where: str) -> tuple[Request, dict[str, Wish]]:
-    """The request, and the wishes that schedulers say how many cores, or nodes, each element has.
+def _request(resources: Resources, where: str) -> tuple[Request, dict[str, ScheduledAmount]]:
+    """The request, and the amounts that schedulers choose for each element.
 
     One core cannot be spread over nodes: it is the same shape as everybody's single core.
     """
     if resources.numCores is None and resources.numNodes is None:
         raise InvalidInput(f"{where}: it asks for nothing: give numCores or numNodes")
     amounts = {"numCores": resources.numCores, "numNodes": resources.numNodes}
-    wishes: dict[str, Wish] = {}
+    scheduled: dict[str, ScheduledAmount] = {}
     for key, amount in amounts.items():
         if isinstance(amount, Amount) and amount.scheduler is not None:
             if amount.max is not None or amount.exact is not None:
                 raise InvalidInput(f"{where}.{key}: a scheduler goes with min only, without max and exact")
-            wishes[key] = Wish(amount.scheduler, amount.min)
+            scheduled[key] = ScheduledAmount(amount.scheduler, amount.min)
             amounts[key] = 1
     nodes = _span(amounts["numNodes"], f"{where}.numNodes")
     counters = {name.lower(): number for name, number in (resources.nodeCrs or {}).items()}
@@ -261,20 +283,22 @@ def _request(resources: Resources, where: str) -> tuple[Request, dict[str, Wish]
         raise InvalidInput(f"{where}.nodeCrs: {', '.join(sorted(unknown))}: only gpu and mem can be asked for")
     cores = _span(amounts["numCores"], f"{where}.numCores")
     if nodes is None:
-        return Request(cores=cores or (1, 1), spread=cores is not None and cores[1] > 1), wishes
+        return Request(cores=cores or (1, 1), spread=cores is not None and cores[1] > 1), scheduled
     use = tuple(counters.items())
-    return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count, use=use), wishes
+    return Request(cores=cores or (1, 1), nodes=nodes, whole=cores is None, gpus=count, use=use), scheduled
 
 
-def _planned(
-    request: Request, wishes: Mapping[str, Wish], count: int, totals: Mapping[str, int | None], where: str
+def _scheduled_requests(
+    request: Request, scheduled: Mapping[str, ScheduledAmount], count: int, totals: Mapping[str, int | None], where: str
 ) -> list[Request]:
     """The request of each of ``count`` elements."""
     if not count:
-        raise InvalidInput(f"{where}.{next(iter(wishes))}: it says no number: a scheduler is for iterations")
+        raise InvalidInput(f"{where}.{next(iter(scheduled))}: it says no number: a scheduler is for iterations")
     plans = {
-        key: plan(wish.scheduler.name, wish.scheduler.params, count, wish.min, totals[key], f"{where}.{key}.scheduler")
-        for key, wish in wishes.items()
+        key: plan(
+            amount.scheduler.name, amount.scheduler.params, count, amount.min, totals[key], f"{where}.{key}.scheduler"
+        )
+        for key, amount in scheduled.items()
     }
     found = []
     for cores, nodes in zip(plans.get("numCores", repeat(0)), plans.get("numNodes", repeat(0)), strict=False):
@@ -285,7 +309,7 @@ def _planned(
     return found
 
 
-def _never(resources: Resources, iterates: bool) -> str:
+def _unrunnable_reason(resources: Resources, iterates: bool) -> str:
     """Why a job can run nowhere at all; QCG-PilotJob accepts such a one, and it fails while others run."""
     for what, amount in (("core", resources.numCores), ("node", resources.numNodes)):
         if amount is not None and _least(amount) == 0:
@@ -318,7 +342,7 @@ def _duration(text: str, where: str) -> float:
     try:
         seconds = parse_duration(text)
     except InvalidInput as error:
-        # As there: what stands behind the duration is not looked at.
+        # As there: what follows the duration is ignored.
         begin = _BEGIN.match(text)
         if begin is None or not begin[0]:
             raise InvalidInput(f"{where}: {error}") from None
@@ -328,8 +352,8 @@ def _duration(text: str, where: str) -> float:
     return seconds
 
 
-def _run(execution: Execution, words: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The fields of Task that say what runs, and in which surroundings."""
+def _execution_fields(execution: Execution, variables: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The fields of Task that say what runs, and in which environment."""
     program, text = execution.exec or None, execution.script or None
     if program is None and text is None:
         raise InvalidInput(f"{where}: exec or script is missing")
@@ -338,19 +362,19 @@ def _run(execution: Execution, words: Mapping[str, str], where: str) -> dict[str
     if text is not None and execution.args:
         raise InvalidInput(f"{where}: args go with exec, not with script")
     command, script = None, None
-    setup = "".join(_setup(execution, words))
+    setup = "".join(_setup(execution, variables))
     launch_at = 0
-    model = fill(execution.model or "default", words).lower()
-    # Where a launcher starts ranks, its words are appended to the line: what is set up is for the launcher, too.
+    model = fill(execution.model or "default", variables).lower()
+    # Where a launcher starts ranks, it is appended to the line: what is set up is for the launcher, too.
     ranks, launcher = ([], "") if model in ONE_PROCESS_MODELS else (["pilotq"], '"$@" ')
     if text is not None and setup and ranks:
-        text = fill(text, words, script=True)
+        text = fill(text, variables, script=True)
         command = ["bash", "-l", "-c", f"{setup}exec {launcher}", *ranks, "bash", "-l", "-c", text]
         launch_at = 5
     elif text is not None:
-        script = setup + fill(text, words, script=True)
+        script = setup + fill(text, variables, script=True)
     else:
-        command = [fill(_text(word), words) for word in [program, *(execution.args or ())]]
+        command = [fill(_text(word), variables) for word in [program, *(execution.args or ())]]
         if setup or execution.modules is not None or execution.venv is not None:
             # As there: bash reads the line, so the arguments are split and expanded, and may bring their quotes.
             line = " ".join(command)
@@ -362,13 +386,13 @@ def _run(execution: Execution, words: Mapping[str, str], where: str) -> dict[str
         "script": script,
         "launch_at": launch_at,
         "login_shell": script is not None,
-        "env": {fill(name, words): fill(_text(value), words) for name, value in (execution.env or {}).items()},
-        "cwd": _filled(execution.wd, words),
-        "stdin": _filled(execution.stdin, words),
-        "stdout": _filled(execution.stdout, words),
-        "stderr": _filled(execution.stderr, words),
+        "env": {fill(name, variables): fill(_text(value), variables) for name, value in (execution.env or {}).items()},
+        "cwd": _filled(execution.wd, variables),
+        "stdin": _filled(execution.stdin, variables),
+        "stdout": _filled(execution.stdout, variables),
+        "stderr": _filled(execution.stderr, variables),
         "model": model,
-        "model_opts": {name: fill(_option(opt), words) for name, opt in opts.items()},
+        "model_opts": {name: fill(_option(opt), variables) for name, opt in opts.items()},
     }
 
 
@@ -376,14 +400,14 @@ def _option(value: Any) -> str:
     return shlex.join(map(_text, value)) if isinstance(value, list) else _text(value)
 
 
-def _setup(execution: Execution, words: Mapping[str, str]) -> Iterator[str]:
-    """What bash does first. Unlike there a module or environment that cannot be had ends the task."""
+def _setup(execution: Execution, variables: Mapping[str, str]) -> Iterator[str]:
+    """What bash does first. Unlike there a module or environment that cannot be loaded ends the task."""
     if execution.modules:
         modules = [execution.modules] if isinstance(execution.modules, str) else execution.modules
-        yield f"source /etc/profile; module load {fill(' '.join(modules), words)} || exit; "
+        yield f"source /etc/profile; module load {fill(' '.join(modules), variables)} || exit; "
     if execution.venv:
-        yield f"source {fill(execution.venv, words)}/bin/activate || exit; "
+        yield f"source {fill(execution.venv, variables)}/bin/activate || exit; "
 
 
-def _filled(text: str | None, words: Mapping[str, str]) -> str | None:
-    return fill(text, words) if text else None
+def _filled(text: str | None, variables: Mapping[str, str]) -> str | None:
+    return fill(text, variables) if text else None

@@ -1,4 +1,4 @@
-"""The iteration schedulers of QCG-PilotJob: how many cores each element of an iteration has. Pure."""
+"""The iteration schedulers of QCG-PilotJob: how many cores (or nodes) each element of an iteration gets. Pure."""
 
 from __future__ import annotations
 

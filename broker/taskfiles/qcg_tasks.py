@@ -1,4 +1,4 @@
-"""From the jobs of a QCG-PilotJob file to tasks: elements, dependencies between them, and what can never run. Pure."""
+"""Turns the jobs of QCG-PilotJob's submits into tasks: elements, dependencies, and jobs that can never run. Pure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Protocol
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.taskfiles.qcg_variables import RUN_WORDS, fill, split
-from pilotq.broker.tasks.dependencies import check_names
+from pilotq.broker.taskfiles.qcg_variables import LAUNCH_VARIABLES, fill, split
+from pilotq.broker.tasks.dependencies import check_cycles, resolve
 from pilotq.broker.tasks.model import Request, Task
 
-_SAME = re.compile(r"(.+):\$(?:\{it\}|it)")
-SINGLES_LIMIT = 100_000
-_ONE = re.compile(r"(.+):([0-9]{1,15})")
+_SAME_INDEX = re.compile(r"(.+):\$(?:\{it\}|it)")
+ELEMENT_TASKS_LIMIT = 100_000
+_ONE_INDEX = re.compile(r"(.+):([0-9]{1,15})")
 
 
-def waits_for_same(text: str) -> bool:
+def waits_elementwise(text: str) -> bool:
     """Whether a dependency is on the element of the same index: ``job:${it}``."""
-    return _SAME.fullmatch(text) is not None
+    return _SAME_INDEX.fullmatch(text) is not None
 
 
-class Unmet(Exception):
-    """A dependency that can never be met; its text says why."""
+class UnmetDependency(Exception):
+    """Raised for a dependency that can never be met; its text says why."""
 
 
-class Known(Protocol):
+class EarlierJob(Protocol):
     """A job that was submitted before."""
 
     @property
@@ -37,16 +37,16 @@ class Known(Protocol):
 
     @property
     def array(self) -> str | None:
-        """The id of its one array that can still be waited for element by element, if it is such."""
+        """The id of its one array that can still be waited for element by element, if it has one."""
 
     def parents(self, index: int | None) -> Sequence[str]:
         """Ids to wait for, for one element or (None) all of it; none when that has ended well. Raises Unmet."""
 
 
-class Draft(msgspec.Struct):
+class JobDraft(msgspec.Struct):
     """A job that was read. ``after`` is as written; ``requests`` is the plan of schedulers, one for each element.
 
-    ``never`` says why it can run nowhere, whatever the pilot.
+    ``unrunnable`` says why it can run nowhere, whatever the pilot.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Draft(msgspec.Struct):
     task: Task
     after: list[str]
     requests: list[Request] | None = None
-    never: str = ""
+    unrunnable: str = ""
 
     @property
     def indices(self) -> range | None:
@@ -67,50 +67,55 @@ class Draft(msgspec.Struct):
 
 
 def tasks_of(
-    drafts: Sequence[Draft], file: str, known: Mapping[str, Known] | None = None
+    drafts: Sequence[JobDraft], file: str, earlier: Mapping[str, EarlierJob] | None = None
 ) -> tuple[list[Task], dict[str, str]]:
     """The tasks, and the names of jobs and elements that are omitted, with a sentence why.
 
     Omitted is what waits for a job or element that neither ``drafts`` nor ``known`` have, or that did not end well,
     and all that waits for it.
     """
-    names: dict[str, Draft] = {}
+    names: dict[str, JobDraft] = {}
     for draft in drafts:
         other = names.setdefault(draft.name, draft)
         if other is not draft:
             raise InvalidInput(f"{file}: {draft.path}.name: {draft.name!r} is the name of {other.path} already")
-    graph = _Graph(names, known or {})
+    graph = _DependencyGraph(names, earlier or {})
     tasks: list[Task] = []
     paths: dict[str, str] = {}
     omitted: dict[str, str] = {}
     for draft in drafts:
-        found = _elements(draft, file) if draft.name in graph.single else [(None, draft.task)]
+        found = _elements(draft, file) if draft.name in graph.per_element else [(None, draft.task)]
         for index, task in found:
             name = task.name or ""
             try:
                 after, after_each = graph.resolve(draft, index)
-            except Unmet as unmet:
+            except UnmetDependency as unmet:
                 omitted[name] = f"it waits for {unmet}"
                 after, after_each = [], []
             tasks.append(msgspec.structs.replace(task, after=after, after_each=after_each))
             paths[name] = draft.path
     _omit_dependents(tasks, omitted)
     tasks = [task for task in tasks if task.name not in omitted]
-    check_names(tasks, lambda number: f"{file}: {paths[tasks[number].name or '']}")
+
+    def place(number: int, field: str) -> str:
+        path = paths[tasks[number].name or ""]
+        return f"{file}: {path}.{field}" if field else f"{file}: {path}"
+
+    check_cycles(tasks, resolve(tasks, place), place)
     return tasks, omitted
 
 
-class _Graph:
-    """Who waits for whom. ``single`` are the iteration jobs that need a task for each element."""
+class _DependencyGraph:
+    """The dependencies of jobs. ``per_element`` are the iteration jobs that need a task for each element."""
 
-    def __init__(self, names: Mapping[str, Draft], known: Mapping[str, Known]) -> None:
+    def __init__(self, names: Mapping[str, JobDraft], earlier: Mapping[str, EarlierJob]) -> None:
         self.names = names
-        self.known = known
-        self.single: set[str] = set()
+        self.earlier = earlier
+        self.per_element: set[str] = set()
         users: dict[str, list[str]] = defaultdict(list)
         found = [draft.name for draft in names.values() if draft.requests is not None]
         for draft in names.values():
-            same = [match[1] for text in draft.after if (match := _SAME.fullmatch(text))]
+            same = [match[1] for text in draft.after if (match := _SAME_INDEX.fullmatch(text))]
             if draft.indices is None or not same:
                 continue
             # An array waits for elements of equal arrays, or for whole tasks, but not for both.
@@ -120,61 +125,61 @@ class _Graph:
                 users[name].append(draft.name)
         while found:
             name = found.pop()
-            if name not in self.single:
-                self.single.add(name)
+            if name not in self.per_element:
+                self.per_element.add(name)
                 found += users[name]
 
-    def _alike(self, draft: Draft, name: str) -> bool:
+    def _alike(self, draft: JobDraft, name: str) -> bool:
         other = self._find(name)
-        if isinstance(other, Draft):
+        if isinstance(other, JobDraft):
             return other.indices is None or other.indices == draft.indices
         return other is None or (other.indices == draft.indices and other.array is not None)
 
-    def _find(self, name: str) -> Draft | Known | None:
-        return self.names.get(name) or self.known.get(name)
+    def _find(self, name: str) -> JobDraft | EarlierJob | None:
+        return self.names.get(name) or self.earlier.get(name)
 
-    def resolve(self, draft: Draft, index: int | None) -> tuple[list[str], list[str]]:
+    def resolve(self, draft: JobDraft, index: int | None) -> tuple[list[str], list[str]]:
         """(after, after_each) of a job, or of one element of it. Raises Unmet."""
         after: list[str] = []
         after_each: list[str] = []
         for text in draft.after:
-            same, one = _SAME.fullmatch(text), _ONE.fullmatch(text)
+            same, one = _SAME_INDEX.fullmatch(text), _ONE_INDEX.fullmatch(text)
             if self._find(text) is not None:
                 after += self._parents(text, None)
                 continue
             name = (same or one or [text, text])[1]
             other = self._find(name)
             if other is None or other.indices is None or (same and draft.indices is None):
-                raise Unmet(f"{text!r}, which no request brings")
+                raise UnmetDependency(f"{text!r}, which no request brings")
             if same and index is None:
-                after_each.append(name if isinstance(other, Draft) else f"={other.array}")
+                after_each.append(name if isinstance(other, JobDraft) else f"={other.array}")
                 continue
             wanted = int(one[2]) if one else index
             if wanted not in other.indices:
-                raise Unmet(f"'{name}:{wanted}', which no request brings")
+                raise UnmetDependency(f"'{name}:{wanted}', which no request brings")
             after += self._parents(name, wanted)
         return after, after_each
 
     def _parents(self, name: str, index: int | None) -> list[str]:
         draft = self.names.get(name)
         if draft is None:
-            return [f"={parent}" for parent in self.known[name].parents(index)]
+            return [f"={parent}" for parent in self.earlier[name].parents(index)]
         if index is not None:
             return [f"{name}:{index}"]
-        return [f"{name}:{i}" for i in draft.indices or ()] if name in self.single else [name]
+        return [f"{name}:{i}" for i in draft.indices or ()] if name in self.per_element else [name]
 
 
-def _elements(draft: Draft, file: str) -> Iterator[tuple[int, Task]]:
+def _elements(draft: JobDraft, file: str) -> Iterator[tuple[int, Task]]:
     """A task per element, with ``it`` and ``itval`` filled in."""
     task, indices = draft.task, draft.indices or range(0)
-    if len(indices) > SINGLES_LIMIT:
-        raise InvalidInput(f"{file}: {draft.path}: its {len(indices):,} elements differ; {SINGLES_LIMIT:,} may")
+    if len(indices) > ELEMENT_TASKS_LIMIT:
+        raise InvalidInput(f"{file}: {draft.path}: its {len(indices):,} elements differ; {ELEMENT_TASKS_LIMIT:,} may")
     for position, index in enumerate(indices):
         value = str(index) if task.values is None else task.values[position]
-        # The other words of the texts are filled in at launch, where these would be taken for the file's own.
-        if len(split(value, RUN_WORDS, False)) > 1:
-            raise InvalidInput(f"{file}: {draft.path}.iteration.values[{position}]: {value!r} has a word in it")
-        words = {"it": str(index), "itval": value}
+        # Other variables of the texts are filled in at launch: one in a value would be taken for the file's own.
+        if len(split(value, LAUNCH_VARIABLES, False)) > 1:
+            raise InvalidInput(f"{file}: {draft.path}.iteration.values[{position}]: {value!r} has a variable in it")
+        variables = {"it": str(index), "itval": value}
         yield (
             index,
             msgspec.structs.replace(
@@ -183,11 +188,11 @@ def _elements(draft: Draft, file: str) -> Iterator[tuple[int, Task]]:
                 array=None,
                 values=None,
                 request=draft.requests[position] if draft.requests else task.request,
-                command=None if task.command is None else [fill(text, words) for text in task.command],
-                script=None if task.script is None else fill(task.script, words, script=True),
-                env={fill(name, words): fill(text, words) for name, text in task.env.items()},
+                command=None if task.command is None else [fill(text, variables) for text in task.command],
+                script=None if task.script is None else fill(task.script, variables, script=True),
+                env={fill(name, variables): fill(text, variables) for name, text in task.env.items()},
                 **{
-                    key: None if (text := getattr(task, key)) is None else fill(text, words)
+                    key: None if (text := getattr(task, key)) is None else fill(text, variables)
                     for key in ("cwd", "stdin", "stdout", "stderr")
                 },
             ),

@@ -1,11 +1,13 @@
-"""The words ``${it}``, ``${ncores}``... of QCG-PilotJob files: which there are, and how they are filled in. Pure.
+"""The variables ``${it}``, ``${ncores}``... of QCG-PilotJob files: which there are, and how they are filled in. Pure.
 
-Only the known words are replaced, each in one go: what was filled in is not looked at again, quotes in a value stay
+Only the known variables are replaced, in one pass: what was filled in is not searched again, quotes in a value stay
 quotes, ``$$`` and every other ``$name`` stay as they are. Two rules, by what the text is:
 
-* in arguments, variables, paths and names both ``${word}`` and ``$word`` are replaced;
-* in a script only ``${word}`` is, and not where the script sets a variable of that name itself (``date=...``,
+* in arguments, environment variables, paths and names both ``${name}`` and ``$name`` are replaced;
+* in a script only ``${name}`` is, and not where the script sets a variable of that name itself (``date=...``,
   ``for it in``, ``read it``, ``local``...). ``it=${it}`` does not count as setting it: it asks for ours.
+
+For example, ``fill("part.${it}", {"it": "7"})`` is ``part.7``.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 # Known when a request is read, and when an execution starts.
-REQUEST_WORDS = frozenset({"rcnt", "uniq", "sname", "date", "time", "dateTime", "jname"})
-RUN_WORDS = frozenset({"root_wd", "ncores", "nnodes", "nlist", "it", "itval"})
+REQUEST_VARIABLES = frozenset({"rcnt", "uniq", "sname", "date", "time", "dateTime", "jname"})
+LAUNCH_VARIABLES = frozenset({"root_wd", "ncores", "nnodes", "nlist", "it", "itval"})
 
-_WORD = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+_VARIABLE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 _COMMANDS = re.compile(r"[\n;&|()`]")
 _ARITHMETIC = re.compile(r"\$\(\(|\)\)")
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?:\[[^\]]*\])?\+?=(.*)", re.DOTALL)
@@ -28,32 +30,32 @@ _DECLARING = _LOCAL | {"export", "readonly", "let"}
 _READING = frozenset({"read", "mapfile", "readarray", "getopts"})
 
 
-def fill(text: str, words: Mapping[str, str], *, script: bool = False) -> str:
-    """``text`` with the words that are keys of ``words`` replaced, by the rule for scripts or the other one."""
+def fill(text: str, variables: Mapping[str, str], *, script: bool = False) -> str:
+    """``text`` with the variables that are keys of ``variables`` replaced, by the rule for scripts or the other one."""
     if "$" not in text:
         return text
-    pieces = split(text, frozenset(words), script)
+    pieces = split(text, frozenset(variables), script)
     if len(pieces) == 1:
         return text
-    return "".join(words[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+    return "".join(variables[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
 @lru_cache(maxsize=128)
-def split(text: str, words: frozenset[str], script: bool) -> tuple[str, ...]:
-    """Text and words by turns: text first and last, every second piece the name of a word."""
+def split(text: str, variables: frozenset[str], script: bool) -> tuple[str, ...]:
+    """Text and variables by turns: text first and last, every second piece the name of a variable."""
     if script:
-        words = words - own_names(text)
+        variables = variables - names_set_by(text)
     pieces = []
     end = 0
-    for match in _WORD.finditer(text):
+    for match in _VARIABLE.finditer(text):
         name = match[1] or ("" if script else match[2])
-        if name in words:
+        if name in variables:
             pieces += [text[end : match.start()], name]
             end = match.end()
     return (*pieces, text[end:])
 
 
-def own_names(script: str) -> frozenset[str]:
+def names_set_by(script: str) -> frozenset[str]:
     """Names of the variables that a script sets itself, as far as its text shows."""
     names: set[str] = set()
     for command in _COMMANDS.split(_ARITHMETIC.sub("", script)):
@@ -78,5 +80,5 @@ def own_names(script: str) -> frozenset[str]:
 
 
 def _set_by(assignment: re.Match[str]) -> list[str]:
-    """The name that is set; none where its new value asks for the word of that name."""
+    """The name that is set; none where its new value asks for the variable of that name."""
     return [] if f"${{{assignment[1]}}}" in assignment[2] else [assignment[1]]

@@ -1,7 +1,7 @@
-"""Files of tasks: which kind a file is, how large it may be, and who reads it.
+"""`read_tasks`: recognises the format of a file of tasks, limits its size, and reads it.
 
 ======  ===========================================================  =====================
-format  what it looks like                                           read by
+format  what the file looks like                                     read by
 ======  ===========================================================  =====================
 qcg     a JSON list of QCG-PilotJob requests                         broker/taskfiles/qcg.py
 json    a JSON table, ``{"tasks": [...]}``                           broker/taskfiles/native.py
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.dependencies import Batch
+from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task
 
 FORMATS = ("lines", "toml", "json", "qcg")
@@ -46,7 +46,10 @@ def read_tasks(
     text) is a script for bash. ``defaults`` holds what a task has that the file says nothing about. The requests of a
     QCG-PilotJob file are only read: `pilotq.broker.qcg.service.requests.Requests` handles them.
 
-    Raises InvalidInput with file and place for anything that cannot be: nothing of the file counts then.
+    Raises InvalidInput with file and place for anything that is wrong: nothing of the file is used then.
+
+        batch = read_tasks("jobs.toml")
+        ids = Broker.connect().enqueue_many(batch.tasks)
     """
     if format is not None and format not in FORMATS:
         raise InvalidInput(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
@@ -55,14 +58,14 @@ def read_tasks(
         raise InvalidInput(f"{file!r} is no file name: it contains a NUL character")
     base = defaults or Task()
     try:
-        with _uncollected(), nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as stream:
+        with _without_collector(), nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as stream:
             head = stream.read(HEAD_BYTES)
             kind = format or recognise(head, file)
             if kind == "lines":
                 from pilotq.broker.taskfiles.lines import read_lines
 
                 return Batch(read_lines(head, stream, file, base=base, shell=shell))
-            return _read_document(kind, _whole(head, stream, file), file, base, shell)
+            return _read_document(kind, _read_all(head, stream, file), file, base, shell)
     except OSError as error:
         raise InvalidInput(f"{file}: cannot be read: {os.strerror(error.errno or 0)}") from None
 
@@ -78,13 +81,13 @@ def _read_document(kind: str, data: bytes, file: str, base: Task, shell: bool) -
         read = native.read_toml if kind == "toml" else native.read_json
         return read(data, file, base=base, shell=shell)
     except RecursionError:
-        # The decoders, and all that walks through what they made, go as deep as the file does.
+        # The decoders, and the checks of what they return, recurse as deep as the file does.
         raise InvalidInput(f"{file}: lists and tables are nested too deeply") from None
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector: reading makes 10^6 objects and no cycles, and to search them doubles its time."""
+def _without_collector() -> Iterator[None]:
+    """Disable the garbage collector: reading makes 10^6 objects and no cycles, and searching them doubles its time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -106,7 +109,7 @@ def recognise(head: bytes, file: str) -> str:
     return "toml" if _TABLES.search(text) else "lines"
 
 
-def _whole(head: bytes, stream: BinaryIO, file: str) -> bytes:
+def _read_all(head: bytes, stream: BinaryIO, file: str) -> bytes:
     data = head + stream.read(DOCUMENT_BYTES + 1 - len(head))
     if len(data) > DOCUMENT_BYTES:
         raise InvalidInput(

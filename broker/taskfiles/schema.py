@@ -1,7 +1,7 @@
-"""What the keys of a file of tasks mean, and the JSON schema of such files.
+"""The meaning of the keys of a file of tasks, and the JSON schema of such files.
 
-Both come from one place: the schema's types from `file_tasks.File`, which reads the files, and the words from KEYS.
-The schema tells an editor what may be written; what it cannot say (cycles, names, paths) is refused by the reader.
+Both come from one place: the schema's types from `native.File`, which reads the files, and its descriptions from KEYS.
+The schema tells an editor what may be written; what it cannot express (cycles, names, paths) is refused by the reader.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def schema() -> dict[str, Any]:
         entry["properties"][key] = {"description": text.replace("`", ""), **_plain(entry["properties"][key])}
     entry["properties"]["priority"] |= {"minimum": -PRIORITY_LIMIT, "maximum": PRIORITY_LIMIT}
     entry["properties"]["model"] |= {"enum": [*sorted(MODELS), None]}
-    entry["not"] = {"anyOf": [{"required": [a, b], "properties": {a: SAID, b: SAID}} for a, b in _pairs()]}
+    entry["not"] = {"anyOf": [{"required": [a, b], "properties": {a: _NOT_NULL, b: _NOT_NULL}} for a, b in _pairs()]}
     for part in (entry, file):
         part.pop("title", None)
     file["properties"]["tasks"] |= {"minItems": 1, "description": "the tasks, in the order of submission"}
@@ -106,11 +106,11 @@ def schema() -> dict[str, Any]:
     }
 
 
-SAID: Final = {"not": {"type": "null"}}  # null is as good as nothing
+_NOT_NULL: Final = {"not": {"type": "null"}}  # null counts as not given
 
 
 def _plain(part: dict[str, Any]) -> dict[str, Any]:
-    """Without the default, which is always "nothing is said"."""
+    """Without the default, which is always null: not given."""
     return {name: value for name, value in part.items() if name != "default"}
 
 

@@ -1,97 +1,145 @@
-"""What a file of tasks becomes, and the check of the names in it. Pure."""
+"""What tasks wait for: the names and ids in ``after`` and ``after_each`` of one submission, and cycles of them. Pure.
+
+Files of tasks and submits are checked by the same pair: `resolve` finds what each name stands for, `check_cycles`
+refuses tasks that wait for each other. A dependency is written in one of these forms:
+
+=============  =====================================================================================
+``name``       the task of the submission that has this name
+``name:7``     element 7 of the array of the submission that has this name
+``7f``         the id of a task that was submitted before (``7f_3``: of an element), or RQ's UUID
+``=ID``        an id in any case, also where a task has that name, or where a producer of RQ's chose it
+=============  =====================================================================================
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import msgspec
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.tasks.model import Task
 
-# The form of ids: ours, RQ's own (a UUID), and, with `=` in front where no name is meant, any that a producer of RQ's
-# may have chosen. Whether there is such a task is found out at submit.
+# The form of ids. Whether there is such a task is found out at submit.
 ID = re.compile(r"[0-9a-v]{1,13}(?:_[0-9]{1,15})?|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|=[A-Za-z0-9_-]{1,200}")
 _ELEMENT = re.compile(r"(.+):([0-9]{1,15})", re.DOTALL)
 
 
-class Batch(msgspec.Struct):
-    """Tasks ready for ``Broker.enqueue_many``; names in ``after`` and ``after_each`` are resolved there.
+class Element(NamedTuple):
+    """One element of an array of the same submission."""
 
-    Of a QCG-PilotJob file ``requests`` instead: as they stand, to be handled one after the other.
-    """
-
-    tasks: list[Task]
-    requests: list[Any] | None = None
+    array: int  # position of the array
+    element: int  # index in it
 
 
-def check_names(tasks: list[Task], place: Callable[[int], str]) -> None:
-    """Refuse names used twice, dependencies on nothing, and cycles. ``place(i)`` says where task i stands.
+# A task of the same submission by its position, one element of such an array, or the id of a task submitted before.
+Parent = int | Element | str
 
-    A dependency is the name of a task of the batch, ``name:INDEX`` of an element of such an array, or has the form
-    of an id.
-    """
+
+class Parents(NamedTuple):
+    """What tasks wait for, by the position of the one that waits; tasks that wait for nothing have no entry."""
+
+    after: dict[int, list[Parent]]
+    after_each: dict[int, list[Parent]]
+
+
+# From the position of a task (and the name of one of its fields) to the place that messages give.
+Place = Callable[[int, str], str]
+
+
+def resolve(tasks: Sequence[Task], place: Place) -> Parents:
+    """What each task waits for; raises InvalidInput for names given twice and for dependencies on nothing."""
     names = _names(tasks, place)
-    known: dict[int, list[int]] = {}
+    found = Parents({}, {})
     for number, task in enumerate(tasks):
-        if task.after or task.after_each:
-            known[number] = [target for target in _targets(number, tasks, names, place) if target is not None]
-    if cycle := _cycle(known):
-        path = " -> ".join(tasks[number].name or "" for number in cycle)
-        raise InvalidInput(f"{place(cycle[0])}.after: tasks wait for each other: {path}")
+        if task.after:
+            found.after[number] = [
+                _parent(text, tasks, names, place, number, "after") for text in dict.fromkeys(task.after)
+            ]
+        if task.after_each:
+            found.after_each[number] = [
+                _array(text, tasks, names, place, number) for text in dict.fromkeys(task.after_each)
+            ]
+    return found
 
 
-def _names(tasks: list[Task], place: Callable[[int], str]) -> dict[str, int]:
+def _names(tasks: Sequence[Task], place: Place) -> dict[str, int]:
     names: dict[str, int] = {}
     for number, task in enumerate(tasks):
         if task.name is not None and names.setdefault(task.name, number) != number:
-            other = place(names[task.name]).rpartition(": ")[2]
-            raise InvalidInput(f"{place(number)}.name: {task.name!r} is the name of {other} already")
+            other = place(names[task.name], "").rpartition(": ")[2]
+            raise InvalidInput(f"{place(number, 'name')}: {task.name!r} is the name of {other} already")
     return names
 
 
-def element_of(text: str, tasks: list[Task], names: dict[str, int]) -> int | None:
-    """The number of the array that ``name:INDEX`` means an element of; None when there is no such element."""
+def _parent(text: str, tasks: Sequence[Task], names: dict[str, int], place: Place, waiting: int, field: str) -> Parent:
+    is_id = ID.fullmatch(text) is not None
+    if is_id and text.startswith("="):
+        return text[1:]
+    number = names.get(text)
+    if number is not None:
+        return number
+    element = _element(text, tasks, names)
+    if element is not None:
+        return element
+    if not is_id:
+        raise InvalidInput(f"{place(waiting, field)}: {text!r} is neither the name of a task here nor an id")
+    return text
+
+
+def _array(text: str, tasks: Sequence[Task], names: dict[str, int], place: Place, waiting: int) -> Parent:
+    """A parent whose elements are waited for one by one."""
+    parent = _parent(text, tasks, names, place, waiting, "after_each")
+    if isinstance(parent, Element) or (isinstance(parent, str) and "_" in parent):
+        raise InvalidInput(f"{place(waiting, 'after_each')}: {text!r} is one element: name its array")
+    if isinstance(parent, int):
+        other, size = tasks[parent], tasks[waiting].size
+        if not other.is_array or other.size != size:
+            raise InvalidInput(f"{place(waiting, 'after_each')}: {text!r} is not an array of {size:,} elements")
+    return parent
+
+
+def _element(text: str, tasks: Sequence[Task], names: dict[str, int]) -> Element | None:
+    """The element that ``name:INDEX`` means; None when no array here has such an element."""
     match = _ELEMENT.fullmatch(text)
     if match is None or (number := names.get(match[1])) is None:
         return None
     array, values, index = tasks[number].array, tasks[number].values, int(match[2])
     if values is not None:
-        return number if index < len(values) else None
+        return Element(number, index) if index < len(values) else None
     if array is not None and array.start <= index <= array.stop and (index - array.start) % array.step == 0:
-        return number
+        return Element(number, index)
     return None
 
 
-def _targets(which: int, tasks: list[Task], names: dict[str, int], place: Callable[[int], str]) -> Iterator[int | None]:
-    task = tasks[which]
-    for name in task.after:
-        number = names.get(name)
-        if number is None:
-            number = element_of(name, tasks, names)
-        if number is None and not ID.fullmatch(name):
-            raise InvalidInput(f"{place(which)}.after: {name!r} is neither the name of a task here nor an id")
-        yield number
-    for name in task.after_each:
-        number = names.get(name)
-        if number is None and not ID.fullmatch(name):
-            raise InvalidInput(f"{place(which)}.after_each: {name!r} is neither the name of a task here nor an id")
-        if number is not None and (not tasks[number].is_array or tasks[number].size != task.size):
-            raise InvalidInput(f"{place(which)}.after_each: {name!r} is not an array of {task.size:,} elements")
-        yield number
+def check_cycles(tasks: Sequence[Task], parents: Parents, place: Place) -> None:
+    """Raise InvalidInput, with the path, when tasks wait for each other."""
+    edges: dict[int, list[int]] = {}
+    for several in parents:
+        for number, found in several.items():
+            edges.setdefault(number, []).extend(_positions(found))
+    if cycle := _cycle(edges):
+        path = " -> ".join(tasks[number].name or "" for number in cycle)
+        raise InvalidInput(f"{place(cycle[0], 'after')}: tasks wait for each other: {path}")
+
+
+def _positions(parents: Iterable[Parent]) -> Iterable[int]:
+    for parent in parents:
+        if isinstance(parent, int):
+            yield parent
+        elif isinstance(parent, Element):
+            yield parent.array
 
 
 def _cycle(edges: dict[int, list[int]]) -> list[int]:
-    """A path that ends where it begins, or nothing. Without recursion: chains may be as long as the file."""
+    """A path that ends where it begins, or nothing. Without recursion: chains may be as long as the submission."""
     done: set[int] = set()
-    for root, first in edges.items():
+    for root in sorted(edges):
         if root in done:
             continue
         path = [root]
         place = {root: 0}
-        pending = [iter(first)]
+        pending = [iter(edges[root])]
         while pending:
             number = next(pending[-1], None)
             if number is None:

@@ -1,8 +1,8 @@
-"""Python functions as tasks: how a call is packed, and what its result and its exception travel as. Pure.
+"""Python functions as tasks: the encoding of a call, of its result and of its exception. Pure.
 
 A call names its function, ``module:name``, where that leads to it; else it holds the function itself, pickled by value.
 Its arguments are a pickle of ``(args, kwargs)``. Pickles are read by the user's own interpreters and programs only; no
-part of a pilot looks into one.
+part of a pilot reads one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 
 from pilotq.broker.errors import FunctionFailed, InvalidInput
 
-# Calls that are handed ahead travel in one message, hundreds of them: more than this belongs in a file.
+# Prefetched calls travel in one message, hundreds of them: more than this belongs in a file.
 PAYLOAD_BYTES = 1 << 20
 RESULT_BYTES = 16 << 20  # of one result, pickled: it is in the server's memory until its record goes
 _SIMPLE = frozenset({int, float, str, bool, type(None)})
@@ -37,6 +37,8 @@ class Packed:
 
 
 class Payload(msgspec.Struct, array_like=True):
+    """A packed call."""
+
     name: str  # empty: it is pickled
     pickled: bytes
     arguments: bytes
@@ -70,7 +72,7 @@ def pack_call(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def target_of(function: Callable[..., Any] | str | bytes) -> str | bytes:
-    """A function's name, ``module:name``, or its pickle; of either the same."""
+    """A function's name, ``module:name``, or its pickle; a name or a pickle is returned as it is."""
     if isinstance(function, (str, bytes)):
         return function
     try:
@@ -104,7 +106,7 @@ def dumps(thing: Any) -> bytes:
         data = pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
         if b"__main__" not in data:
             return data
-    except Exception:  # noqa: BLE001  # whatever it was: cloudpickle knows more, or says it again
+    except Exception:  # noqa: BLE001  # whatever it was: cloudpickle can more, or raises it again
         pass
     import cloudpickle
 
@@ -126,18 +128,19 @@ def call_text(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     """The call as one line; only small and simple arguments are shown."""
     if isinstance(function, Packed):
         return f"{name_of(function)}(...)"
-    words = [_word(value) for value in args] + [f"{name}={_word(value)}" for name, value in kwargs.items()]
-    return f"{name_of(function)}({', '.join(words)})"
+    parts = [_argument_text(value) for value in args]
+    parts += [f"{name}={_argument_text(value)}" for name, value in kwargs.items()]
+    return f"{name_of(function)}({', '.join(parts)})"
 
 
-def _word(value: Any) -> str:
+def _argument_text(value: Any) -> str:
     if type(value) not in _SIMPLE:
         return "..."
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-# -- what comes back ---------------------------------------------------------------------------------------------------
+# -- results and exceptions --------------------------------------------------------------------------------------------
 
 
 def result_text(data: bytes) -> str:

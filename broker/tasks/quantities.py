@@ -1,4 +1,4 @@
-"""How people write sizes, durations, spans, arrays and resource requests. Pure; used by files and by the command line.
+"""Parsers of sizes, durations, spans, arrays and resource requests, as files and the command line write them. Pure.
 
 Every function raises InvalidInput with a sentence that fits after "where: ".
 """

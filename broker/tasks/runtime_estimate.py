@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class Pace(msgspec.Struct):
+class RuntimeEstimate(msgspec.Struct):
     """How long tasks of a class take: a moving mean that follows changes within about ten ends."""
 
     ends: int = 0

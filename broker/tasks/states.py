@@ -1,7 +1,7 @@
-"""The life of a task as one table, (status, event) -> status; the authority that scripts are checked against.
+"""The states of a task and their transitions as one table, (status, event) -> status; scripts are checked against it.
 
 Statuses are RQ's own words (an unknown one would break every dashboard); ``pq_reason`` says more, from REASONS.
-``rate_limited`` and ``ready_to_enqueue`` are entered by stock RQ producers only.
+``rate_limited`` and ``ready_to_enqueue`` are entered by RQ's own producers only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ ACTIVE: Final = frozenset({"started"})
 ENDED: Final = frozenset({"finished", "failed", "stopped", "canceled"})
 STATUSES: Final = WAITING | ACTIVE | ENDED
 
-# Events are named for what a script does; EVENT_SCRIPTS says which (broker/scripts/<script>.lua). The record of an
-# array is queued until its last element was handed out, then started until the last one has ended.
+# Events are named for what a script does; EVENT_SCRIPTS says which (broker/store/scripts/<script>.lua). The record of
+# an array is queued until its last element was handed out, then started until the last one has ended.
 TABLE: Final[dict[tuple[str, str], str]] = {
     ("created", "commit"): "queued",
     ("created", "commit_deferred"): "deferred",
@@ -24,29 +24,29 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("deferred", "cancel"): "canceled",
     ("queued", "claim"): "started",
     ("queued", "cancel"): "canceled",
-    ("started", "give_back"): "queued",
-    ("started", "give_back_canceled"): "canceled",  # it was to be stopped while it was on its way back
+    ("started", "return"): "queued",
+    ("started", "return_canceled"): "canceled",  # it was to be stopped while it was on its way back
     ("started", "lost"): "queued",
     ("started", "crash_limit"): "failed",
     ("started", "end_finished"): "finished",
     ("started", "end_failed"): "failed",
     ("started", "end_retried"): "queued",
-    ("started", "end_free"): "queued",  # ended through no fault of its own: the pilot ends, or its node is doubted
+    ("started", "end_requeued"): "queued",  # ended through no fault of its own: the pilot ends, or its node is suspect
     ("started", "end_stopped"): "stopped",
     ("started", "end_canceled"): "canceled",
-    ("started", "cancel"): "started",  # the worker is told; the status changes when its processes are gone
+    ("started", "cancel"): "started",  # the worker has the message; the status changes when its processes are gone
     # The user wants it again. RQ's own requeue sets the status first, and puts it into the user's queue.
-    ("failed", "retry"): "queued",
-    ("stopped", "retry"): "queued",
-    ("canceled", "retry"): "queued",
-    ("queued", "retry"): "queued",
-    ("failed", "retry_deferred"): "deferred",
-    ("stopped", "retry_deferred"): "deferred",
-    ("canceled", "retry_deferred"): "deferred",
+    ("failed", "requeue"): "queued",
+    ("stopped", "requeue"): "queued",
+    ("canceled", "requeue"): "queued",
+    ("queued", "requeue"): "queued",
+    ("failed", "requeue_deferred"): "deferred",
+    ("stopped", "requeue_deferred"): "deferred",
+    ("canceled", "requeue_deferred"): "deferred",
     # RQ's own job.cancel() sets the status first, of waiting and of running tasks, and tells nobody.
     ("canceled", "cancel"): "canceled",
     ("canceled", "end_canceled"): "canceled",
-    ("canceled", "give_back_canceled"): "canceled",
+    ("canceled", "return_canceled"): "canceled",
     # Jobs of RQ's own producers. What they enqueue is queued, deferred, scheduled or rate_limited before we know of it.
     ("queued", "route"): "queued",
     ("queued", "refuse"): "failed",
@@ -59,7 +59,7 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("scheduled", "due_limited"): "rate_limited",
     ("ready_to_enqueue", "pick_up"): "queued",
     ("ready_to_enqueue", "due_limited"): "rate_limited",
-    ("rate_limited", "slot"): "queued",
+    ("rate_limited", "rate_slot"): "queued",
     ("started", "end_later"): "scheduled",  # RQ's Retry and Repeat, with an interval
     ("scheduled", "cancel"): "canceled",
     ("ready_to_enqueue", "cancel"): "canceled",
@@ -70,17 +70,18 @@ TABLE: Final[dict[tuple[str, str], str]] = {
 # Events that meet only what RQ's own producers and buttons have made.
 RQ_EVENTS: Final = frozenset({
     "route", "refuse", "adopt", "adopt_ready", "adopt_omitted", "release_limited", "due", "due_limited", "pick_up",
-    "slot", "end_later", "requeue_undone",
+    "rate_slot", "end_later", "requeue_undone",
 })  # fmt: skip
 
 EVENT_SCRIPTS: Final = {
-    "commit": "commit", "commit_deferred": "commit", "commit_omitted": "commit", "release": "release",
-    "omit": "release", "cancel": "cancel", "claim": "claim", "give_back": "give_back",
-    "give_back_canceled": "give_back", "lost": "end", "crash_limit": "end", "end_finished": "end", "end_failed": "end",
-    "end_retried": "end", "end_free": "end", "end_stopped": "end", "end_canceled": "end",
-    "retry": "retry", "retry_deferred": "retry", "route": "route", "refuse": "route", "adopt": "route",
-    "adopt_ready": "route", "adopt_omitted": "route", "requeue_undone": "route", "release_limited": "release",
-    "due": "due", "due_limited": "due", "pick_up": "due", "slot": "limits", "end_later": "end",
+    "commit": "commit", "commit_deferred": "commit", "commit_omitted": "commit", "release": "release_dependents",
+    "omit": "release_dependents", "cancel": "cancel", "claim": "claim", "return": "return_unstarted",
+    "return_canceled": "return_unstarted", "lost": "complete", "crash_limit": "complete", "end_finished": "complete",
+    "end_failed": "complete", "end_retried": "complete", "end_requeued": "complete", "end_stopped": "complete",
+    "end_canceled": "complete", "requeue": "requeue", "requeue_deferred": "requeue", "route": "route_rq",
+    "refuse": "route_rq", "adopt": "route_rq", "adopt_ready": "route_rq", "adopt_omitted": "route_rq",
+    "requeue_undone": "route_rq", "release_limited": "release_dependents", "due": "enqueue_due",
+    "due_limited": "enqueue_due", "pick_up": "enqueue_due", "rate_slot": "free_rate_slots", "end_later": "complete",
 }  # fmt: skip
 
 # The closed list of reasons, with the sentence that `explain` and the tables show.

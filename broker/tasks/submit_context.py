@@ -1,7 +1,11 @@
-"""The submitter's surroundings: environment, directory, umask and soft limits, captured once for a submission."""
+"""The context of a submission: environment, directory, umask and soft limits of the process that submits.
+
+`capture_context` records it once; all tasks of the submission refer to the one record by the hash of its content.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import resource
@@ -12,19 +16,39 @@ from typing import Final
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.model import Shared
 
 POLICIES: Final = ("submit", "worker", "clean")
-# What a worker sets for one execution: a task that submits must not hand its own down to the new one.
-OURS: Final = re.compile(r"PILOTQ_.*|QCG_PM_.*")
-CLEAN: Final = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"})
-LIMITS: Final = tuple(sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}))
+# What a worker sets for one execution: a task that submits must not pass its own on to the new one.
+WORKER_VARIABLES: Final = re.compile(r"PILOTQ_.*|QCG_PM_.*")
+CLEAN_VARIABLES: Final = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"})
+RESOURCE_LIMITS: Final = tuple(
+    sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+)
 
 
-def capture(policy: str = "submit", *, functions: bool = False) -> Shared:
-    """The surroundings of this process, as tasks shall have them.
+class SubmitContext(msgspec.Struct, array_like=True):
+    """What the tasks of a submission have in common: where and how the process that submitted them ran.
 
-    ``submit`` takes the environment as it is here, ``clean`` only the names of CLEAN and the locale, ``worker`` none:
+    ``limits`` are soft limits by number of ``resource.RLIMIT_*``; ``env`` is bytes-safe text (surrogateescape
+    is not allowed in msgpack, so names or values that are not UTF-8 are left out by the submitter).
+    """
+
+    env: dict[str, str]
+    cwd: str
+    umask: int
+    limits: dict[int, int]
+    path: str = ""  # the directory of the program that submits, where functions are searched after cwd
+
+    def key(self) -> str:
+        """The hash of the content, by which the record is stored."""
+        content = (sorted(self.env.items()), self.cwd, self.umask, sorted(self.limits.items()), self.path)
+        return hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()[:24]
+
+
+def capture_context(policy: str = "submit", *, functions: bool = False) -> SubmitContext:
+    """The context of this process, as tasks shall have it.
+
+    ``submit`` takes the environment as it is here, ``clean`` only CLEAN_VARIABLES and the locale, ``worker`` none:
     an empty environment stands for the worker's own. Directory, umask and soft limits are always of this process.
     Entries that are not UTF-8 are left out, and so is what a worker sets for each execution. Raises InvalidInput for
     an unknown policy, or when the current directory does not exist any more.
@@ -37,9 +61,11 @@ def capture(policy: str = "submit", *, functions: bool = False) -> Shared:
         raise InvalidInput("the current directory does not exist any more: change to one that does") from None
     env = {} if policy == "worker" else environment(os.environ)
     if policy == "clean":
-        env = {name: value for name, value in env.items() if name in CLEAN or name.startswith("LC_")}
-    limits = {n: resource.getrlimit(n)[0] for n in LIMITS}
-    return Shared(env=env, cwd=cwd, umask=_umask(), limits=limits, path=_program_folder(cwd) if functions else "")
+        env = {name: value for name, value in env.items() if name in CLEAN_VARIABLES or name.startswith("LC_")}
+    limits = {n: resource.getrlimit(n)[0] for n in RESOURCE_LIMITS}
+    return SubmitContext(
+        env=env, cwd=cwd, umask=_umask(), limits=limits, path=_program_folder(cwd) if functions else ""
+    )
 
 
 def _program_folder(cwd: str) -> str:
@@ -56,19 +82,21 @@ def environment(source: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in source.items()
-        if not OURS.fullmatch(name) and _is_utf8(name + value) and (name, value) != ("OMP_NUM_THREADS", threads)
+        if not WORKER_VARIABLES.fullmatch(name)
+        and _is_utf8(name + value)
+        and (name, value) != ("OMP_NUM_THREADS", threads)
     }
 
 
-def without_secret(shared: Shared, secret: str) -> Shared:
-    """Without variables that hold the pilot's password (`pilotq exec` sets some): tasks need them not.
+def without_secret(context: SubmitContext, secret: str) -> SubmitContext:
+    """The context without variables that hold the pilot's password (`pilotq exec` sets some): tasks do not need them.
 
-    A short one, of a server that somebody else made, could stand in any value by chance.
+    A short one, of a server that somebody else made, could occur in any value by chance.
     """
-    if len(secret) < 16 or not any(secret in value for value in shared.env.values()):
-        return shared
-    env = {name: value for name, value in shared.env.items() if secret not in value}
-    return msgspec.structs.replace(shared, env=env)
+    if len(secret) < 16 or not any(secret in value for value in context.env.values()):
+        return context
+    env = {name: value for name, value in context.env.items() if secret not in value}
+    return msgspec.structs.replace(context, env=env)
 
 
 def _is_utf8(text: str) -> bool:
@@ -76,7 +104,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _umask() -> int:
-    """This process's umask, read without changing it where the kernel tells it (other threads may create files)."""
+    """This process's umask, read without changing it where /proc has it (other threads may create files)."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             for line in status:

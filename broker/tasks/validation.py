@@ -1,10 +1,32 @@
-"""Whether the fields of a Task hold what they must: Python does not check annotations, and a text where a list must be
-would be taken letter by letter. Pure; files of tasks are read by a schema of their own."""
+"""`validate`: whether a `Task` can be right at all, whatever the pilot. Pure.
+
+First the types of its fields: Python does not check annotations, and a text where a list must be would be taken letter
+by letter (files of tasks are read by a schema of their own). Then the values, and whether they go together.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.tasks.functions import Packed
+from pilotq.broker.tasks.model import ARRAY_LIMIT, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
+from pilotq.broker.tasks.retry_policy import parse_retry_on
+
+NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
+QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+MODEL_OPTS = {
+    "default": frozenset[str](),
+    "threads": frozenset[str](),
+    "openmpi": frozenset({"mpirun", "mpirun_args"}),
+    "mpich": frozenset({"mpirun", "mpirun_args"}),
+    "intelmpi": frozenset({"mpirun", "mpirun_args"}),
+    "srunmpi": frozenset({"srun_args", "mpi"}),
+}
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -46,7 +68,7 @@ _WHOLE = (_whole, "a whole number")
 _SECONDS = (_number, "a number of seconds")
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 
-TASK: dict[str, Check] = {
+_TASK: dict[str, Check] = {
     "command": (_texts, "a list of texts, such as shlex.split makes of a line"),
     "script": _TEXT,
     "args": (lambda value: isinstance(value, Sequence) and not isinstance(value, (str, bytes)), "a list or tuple"),
@@ -73,7 +95,7 @@ TASK: dict[str, Check] = {
     "qcg": _FLAG,
     "login_shell": _FLAG,
 }
-REQUEST: dict[str, Check] = {
+_REQUEST: dict[str, Check] = {
     "cores": (_span, "a tuple (min, max)"),
     "nodes": (_span, "a tuple (min, max)"),
     "whole": _FLAG,
@@ -82,10 +104,29 @@ REQUEST: dict[str, Check] = {
     "memory": (_whole, "a whole number of bytes"),
     "use": (_counters, "a tuple of (name, number)"),
 }
-ARRAY: dict[str, Check] = {"start": _WHOLE, "stop": _WHOLE, "step": _WHOLE}
+_ARRAY: dict[str, Check] = {"start": _WHOLE, "stop": _WHOLE, "step": _WHOLE}
+_DEFAULT = Task()
 
 
-def wrong(record: Any, default: Any, checks: Mapping[str, Check]) -> Iterator[str]:
+def validate(task: Task, where: str) -> None:
+    """Refuse what can never be right, whatever the pilot: raises InvalidInput whose text starts with ``where``."""
+    for problem in chain(_wrong_types(task), _problems(task)):
+        raise InvalidInput(f"{where}: {problem}")
+
+
+def _wrong_types(task: Any) -> Iterator[str]:  # Any: the annotations are what is doubted
+    yield from _wrong_fields(task, _DEFAULT, _TASK)
+    if not isinstance(task.request, Request):
+        yield f"request must be a Request, such as Request(cores=(2, 2)), not {type(task.request).__name__}"
+    if task.request is not _DEFAULT.request:
+        yield from _wrong_fields(task.request, _DEFAULT.request, _REQUEST)
+    if task.array is not None and not isinstance(task.array, ArrayRange):
+        yield f"array must be an ArrayRange(start, stop), both ends included, not {type(task.array).__name__}"
+    if task.array is not None:
+        yield from _wrong_fields(task.array, None, _ARRAY)
+
+
+def _wrong_fields(record: Any, default: Any, checks: Mapping[str, Check]) -> Iterator[str]:
     """A sentence for each field that holds what it cannot; a field that is as in ``default`` is right."""
     for name, (right, what) in checks.items():
         value = getattr(record, name)
@@ -100,3 +141,67 @@ def _kind(value: Any, *, texts: bool) -> str:
     inside = [*value, *value.values()] if isinstance(value, Mapping) else value
     odd = next((v for v in inside if not _text(v)), None) if texts and isinstance(inside, (list, tuple)) else None
     return f"{kind} with {type(odd).__name__} in it" if odd is not None else kind
+
+
+def _problems(task: Task) -> Iterator[str]:
+    request = task.request
+    if (task.command is not None) + (task.script is not None) + (task.function is not None) != 1:
+        yield "give exactly one of command, script and function"
+    if task.function is None and (task.args or task.kwargs):
+        yield "args and kwargs are for a function"
+    if isinstance(task.function, str) and not FUNCTION.fullmatch(task.function):
+        yield f"function {task.function!r} must be written as module:name"
+    elif task.function is not None and not isinstance(task.function, (str, Packed)) and not callable(task.function):
+        yield f"function must be a callable or module:name, not {type(task.function).__name__}"
+    if task.command is not None and (not task.command or not task.command[0]):
+        yield "command is empty"
+    if "\0" in (task.script or "") or "\0" in "".join(task.command or ()):
+        yield "a command cannot contain a NUL character"
+    if task.name is not None and not NAME.fullmatch(task.name):
+        yield f"name {task.name!r} must have 1 to 200 characters, without control characters and '/'"
+    if not QUEUE.fullmatch(task.queue):
+        yield f"queue {task.queue!r} must be 1 to 60 of A-Z a-z 0-9 _ -"
+    if task.array is not None and task.values is not None:
+        yield "give array or values, not both"
+    if task.array is not None and (task.array.step < 1 or task.array.start < 0 or task.array.stop < task.array.start):
+        yield f"array {task.array.start}-{task.array.stop}:{task.array.step} has no elements"
+    if task.values is not None and not task.values:
+        yield "values is empty"
+    if task.size > ARRAY_LIMIT:
+        yield f"an array may have at most {ARRAY_LIMIT:,} elements, not {task.size:,}"
+    if abs(task.priority) > PRIORITY_LIMIT:
+        yield f"priority {task.priority} is outside -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
+    yield from _retry_problems(task)
+    for name in ("time_limit", "time_request"):
+        value = getattr(task, name)
+        if value is not None and not 0 < value < 1e9:
+            yield f"{name} must be a positive number of seconds"
+    for key, value in task.env.items():
+        if not key or "=" in key or "\0" in key + value:
+            yield f"env: {key!r} cannot be an environment variable"
+    if task.model not in MODELS:
+        yield f"model {task.model!r} is unknown (known: {', '.join(sorted(MODELS))})"
+    elif not task.qcg and (unknown := task.model_opts.keys() - MODEL_OPTS[task.model]):
+        known = ", ".join(sorted(MODEL_OPTS[task.model])) or "it has none"
+        yield f"model_opts: {', '.join(sorted(unknown))} unknown for model {task.model!r} (known: {known})"
+    for name, span in (("cores", request.cores), ("nodes", request.nodes)):
+        if span is not None and not 1 <= span[0] <= span[1]:
+            yield f"{name} must be at least 1, and min not above max"
+    if min(request.gpus, request.memory, *(n for _, n in request.use), 0) < 0:
+        yield "gpus, memory and use cannot be negative"
+    if task.after_each and not task.is_array:
+        yield "after_each is for arrays: use after"
+
+
+def _retry_problems(task: Task) -> Iterator[str]:
+    if task.retries < 0:
+        yield "retries cannot be negative"
+    if not 0 <= task.backoff < 1e7:
+        yield "backoff must be a number of seconds, at most 115 days"
+    if not task.retries and (task.backoff or task.retry_on):
+        yield "backoff and retry_on say how retries go: give retries, too"
+    if task.retry_on:
+        try:
+            parse_retry_on(task.retry_on)
+        except ValueError as error:
+            yield f"retry_on: {error}"

@@ -1,7 +1,7 @@
 """`pilotq dashboard`: RQ's web page for a pilot, behind a password, as long as the pilot runs.
 
-The page (rq-dashboard, of the extra `dashboard`) runs in this process: the server's URL, with its password, stands in
-no command line and in no environment. Whoever may open the page may delete and requeue tasks.
+The page (rq-dashboard, of the extra `dashboard`) runs in this process: the server's URL, with its password, is in no
+command line and in no environment. Whoever may open the page may delete and requeue tasks.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import click
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput, NoPilot
-from pilotq.broker.pilot.directory import Connection, Pilot, write_private
+from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, write_private
 from pilotq.cli.options import dir_option, read_text
 
 USER = "pilotq"
 PORT = 9181  # rq-dashboard's own
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANSWER_S = 10  # how long a page waits for the pilot's server
-LOOK_S = 1.0  # how often is looked whether the pilot still runs
+POLL_S = 1.0  # how often to check whether the pilot still runs
 
 
 @click.command("dashboard")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help=f"[default: {PORT}, or a free one]")
 @click.option("--bind", default=LOOPBACK[0], show_default=True, metavar="ADDRESS", help="The address to listen on.")
 @click.option("--password-file", metavar="FILE",
-              help="Its file.  [default: dashboard-password in the pilot's directory, made if need be]")  # fmt: skip
+              help="Its file.  [default: dashboard-password in the pilot's directory, made if missing]")  # fmt: skip
 @dir_option
 def dashboard_command(port: int | None, bind: str, password_file: str | None, directory: str | None) -> None:
     """Show the pilot in a browser, with rq-dashboard, until Ctrl-C or the pilot's end.
 
-    It prints the page's URL, and the ssh command with which the page is seen from elsewhere.
+    It prints the URL of the page, and an ssh command to open it from elsewhere.
 
     \b
     Example: pilotq dashboard --port 8000
@@ -52,23 +52,23 @@ def dashboard_command(port: int | None, bind: str, password_file: str | None, di
         assert broker.pilot is not None, "connect always finds a directory"
         pilot, url = broker.pilot, broker.url
         connection = pilot.connection()
-    password, told = _password(pilot, password_file)
+    password, where = _password(pilot, password_file)
     app = _app(url, password)
     server = _server(app, bind, port)
-    server.service_actions = _Watch(pilot, connection)
+    server.service_actions = _PilotWatch(pilot, connection)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     click.echo(f"http://{f'[{bind}]' if ':' in bind else bind}:{server.port}/")
-    click.echo("\n".join(_advice(bind, server.port, told)), err=True)
+    click.echo("\n".join(_advice(bind, server.port, where)), err=True)
     try:
         server.serve_forever()  # returns on SIGINT and SIGTERM
     except _PilotEndedError as ended:
-        click.echo(f"pilotq: {ended}: the dashboard ends, too", err=True)
+        click.echo(f"pilotq: {ended}, and so does the dashboard", err=True)
     finally:
         server.server_close()
 
 
 def _password(pilot: Pilot, path: str | None) -> tuple[str, str]:
-    """The password, and what to tell of it. One that is made is shown once, and kept for the next time."""
+    """The password, and where it is kept. A new one is shown once, and kept for the next time."""
     kept = path or pilot.path("dashboard-password")
     if path is None and not os.path.exists(kept):
         password = os.urandom(12).hex()
@@ -81,7 +81,7 @@ def _password(pilot: Pilot, path: str | None) -> tuple[str, str]:
 
 
 def _app(url: str, password: str) -> Any:
-    """rq-dashboard as a WSGI application that lets nobody in without the password."""
+    """rq-dashboard as a WSGI application behind the password."""
     from flask import Response, request
     from rq_dashboard import web
     from rq_dashboard.cli import make_flask_app
@@ -90,7 +90,7 @@ def _app(url: str, password: str) -> Any:
     app.config["DEPRECATED_OPTIONS"] = []
     app.config["RQ_DASHBOARD_REDIS_URL"] = f"{url}{'&' if '?' in url else '?'}socket_timeout={ANSWER_S}"
     web.setup_rq_connection(app)
-    web.get_queue_registry_jobs_count = _page
+    web.get_queue_registry_jobs_count = _jobs_of_page
     web.Job = _job_of(web.Job)
 
     def admit() -> Response | None:
@@ -123,7 +123,7 @@ def _job_of(base: Any) -> Any:
     return Job
 
 
-def _page(queue_name: str, registry_name: str, offset: int, per_page: int, order: str, connection: Any) -> Any:
+def _jobs_of_page(queue_name: str, registry_name: str, offset: int, per_page: int, order: str, connection: Any) -> Any:
     """How many jobs a list has, and those of one page; stands in for rq-dashboard's own function.
 
     That one (0.9.0) takes the end of a page for its length: page 6,000 of 8 jobs each fetches 48,000 of them.
@@ -154,7 +154,7 @@ def _server(app: Any, bind: str, port: int | None) -> Any:
 
     from werkzeug.serving import make_server
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line for each request helps nobody
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line for each request is noise
     for number in (PORT, 0) if port is None else (port,):
         try:
             # Listening is done here: werkzeug ends the process where it cannot.
@@ -171,16 +171,16 @@ def _server(app: Any, bind: str, port: int | None) -> Any:
     )
 
 
-def _advice(bind: str, port: int, told: str) -> list[str]:
+def _advice(bind: str, port: int, where: str) -> list[str]:
     try:
         who = f"{getpass.getuser()}@{socket.gethostname()}"
     except (OSError, KeyError):  # a container may run as a user without a name
         who = socket.gethostname()
-    lines = [f"pilotq: log in as {USER}, with {told}"]
+    lines = [f"pilotq: log in as {USER}, with {where}"]
     if bind in LOOPBACK:
-        lines.append(f"pilotq: from your own machine first: ssh -N -L {port}:{bind}:{port} {who}")
+        lines.append(f"pilotq: to open it on your own machine, run there first: ssh -N -L {port}:{bind}:{port} {who}")
     else:
-        lines.append(f"pilotq: {bind} is not this machine alone, and the password travels unencrypted")
+        lines.append(f"pilotq: other machines reach {bind}, and the password travels unencrypted")
     return [*lines, "pilotq: Ctrl-C ends it"]
 
 
@@ -188,10 +188,10 @@ class _PilotEndedError(Exception):
     pass
 
 
-class _Watch:
-    """Called between requests: ends the server when the pilot that it shows has ended."""
+class _PilotWatch:
+    """Ends the server when the pilot that it shows has ended; called between requests."""
 
-    def __init__(self, pilot: Pilot, connection: Connection) -> None:
+    def __init__(self, pilot: Pilot, connection: ConnectionInfo) -> None:
         self.pilot = pilot
         self.connection = connection
         self.next = 0.0
@@ -200,7 +200,7 @@ class _Watch:
         now = time.monotonic()
         if now < self.next:
             return
-        self.next = now + LOOK_S
+        self.next = now + POLL_S
         try:
             found = self.pilot.connection()
         except NoPilot:

@@ -1,4 +1,4 @@
-"""`pilotq doctor`: whether this machine, this directory and this pilot are as a pilot needs them."""
+"""`pilotq doctor`: checks this machine, the directory and the pilot, and repairs a damaged log."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ COLOURS = {"good": "green", "note": "yellow", "bad": "red"}
 
 @click.command("doctor")
 @dir_option
-@click.option("--repair", is_flag=True, help="Cut a damaged log after the last good command, and say what is lost.")
+@click.option("--repair", is_flag=True, help="Cut a damaged log after its last valid command, and list what is lost.")
 @json_option
 def doctor_command(directory: str | None, repair: bool, as_json: bool) -> int:
     """Check the server, libraries, limits, disks, Slurm, MPI, and the pilot found here or named by --dir.
 
-    Changes nothing without --repair. A note may cost speed or comfort; what is bad keeps a pilot from working, and the
-    exit code is 3.
+    Changes nothing without --repair. A note may cost speed or convenience; anything bad keeps a pilot from working, and
+    the exit code is 3.
 
     \b
     Example: pilotq doctor
     """
     if repair:
-        from pilotq.broker.pilot.aof_repair import repair as mend
+        from pilotq.broker.pilot.aof_repair import repair as repair_log
 
-        click.echo("\n".join(mend(find(directory))))
+        click.echo("\n".join(repair_log(find(directory))))
         return exit_codes.ALL_FINISHED
     pilot = _pilot(directory)
     checks = examine(pilot, pilot.directory if pilot is not None else os.path.abspath(HOME))
@@ -49,12 +49,12 @@ def _pilot(directory: str | None) -> Pilot | None:
     except NoPilot:
         if directory is not None:
             raise
-        return None  # a machine without a pilot is what a doctor sees first
+        return None  # the machine is usually checked before there is a pilot
 
 
 def _line(check: Check) -> str:
     level = f"{check.level:<4}"
     if formatting.coloured(sys.stdout):
         level = click.style(level, fg=COLOURS[check.level])
-    hint = f"\n{'':19}{formatting.clean(check.hint)}" if check.hint else ""
-    return f"{level}  {check.name:<13}{formatting.clean(check.text)}{hint}"
+    hint = f"\n{'':21}{formatting.clean(check.hint)}" if check.hint else ""
+    return f"{level}  {check.name:<15}{formatting.clean(check.text)}{hint}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pilotq.broker.client.broker import reach
+from pilotq.broker.client.broker import open_pilot
 from pilotq.broker.client.views import Explanation
 from pilotq.broker.tasks.states import ENDED
 from pilotq.cli import formatting
@@ -19,15 +19,15 @@ STDERR_LINES = 10  # last lines of what it wrote to stderr
 @dir_option
 @json_option
 def explain_command(words: tuple[str, ...], directory: str | None, as_json: bool) -> None:
-    """Say why tasks wait and when they may start, or why they ended as they did.
+    """Explain why tasks wait and when they may start, or why they ended as they did.
 
-    Of what waits: which resources are missing and by when they come, what it depends on, who goes first, whether the
-    pilot is paused. Of what ended: the reason, the end of stderr, and where to look further.
+    For a waiting task: which resources are missing and when they become free, what it depends on, which tasks go first,
+    whether the pilot is paused. For one that has ended: the reason, the end of stderr, and which commands show more.
 
     \b
     Example: pilotq explain 1f
     """
-    with reach(directory) as pilot:
+    with open_pilot(directory) as pilot:
         found = [pilot.explain(task_id) for task_id in ids_of(pilot, words)]
     if as_json:
         click.echo(formatting.to_json(found))

@@ -1,4 +1,4 @@
-"""`pilotq nodes`: which nodes there are, and which of them get nothing new."""
+"""`pilotq nodes`: lists nodes, closes them (drain, retire) and opens them again (resume)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def nodes_command(ctx: click.Context, directory: str | None, as_json: bool) -> N
         return
     click.echo(formatting.nodes_table(nodes))
     if any(node.shared_cores for node in nodes):
-        click.echo("* several of these cores share one real core")
+        click.echo("* several of these cores share a physical one")
     for node in nodes:
         if node.why:
             click.echo(f"{node.name} is {node.state}: {formatting.clean(node.why)}")
@@ -70,7 +70,7 @@ def retire_command(ctx: click.Context, names: tuple[str, ...], reason: str, dire
 @dir_option
 @click.pass_context
 def resume_command(ctx: click.Context, names: tuple[str, ...], directory: str | None) -> None:
-    """Use these nodes again, whether they were drained, retired or put aside. The worker of a retired one is started
+    """Use these nodes again, whether they were drained, retired or quarantined. The worker of a retired node is started
     again if the pilot had started it.
 
     \b
@@ -80,7 +80,7 @@ def resume_command(ctx: click.Context, names: tuple[str, ...], directory: str | 
         closed = broker.closed_nodes()
         for name in names:
             if name not in closed:
-                raise InvalidInput(f"node {name} is neither drained, retired nor aside: `pilotq nodes` lists them")
+                raise InvalidInput(f"node {name} is neither drained, retired nor quarantined: see `pilotq nodes`")
         broker.open_nodes(names)
 
 
@@ -89,5 +89,7 @@ def _close(directory: str | None, names: tuple[str, ...], state: str, reason: st
         known = {node.name for node in broker.nodes()}
         for name in names:
             if name not in known:
-                raise InvalidInput(f"there is no node {name!r} here: {', '.join(sorted(known)) or 'none has joined'}")
+                raise InvalidInput(
+                    f"there is no node {name!r} in this pilot: {', '.join(sorted(known)) or 'none has joined'}"
+                )
         broker.close_nodes(names, state, reason)

@@ -1,4 +1,4 @@
-"""`pilotq report`: sums up the journal, or draws it. Also for a pilot that has ended."""
+"""`pilotq report`: summarises the journal of a pilot, running or ended, or draws it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import click
 from pilotq.broker.client.statistics import Spread, Statistics, statistics
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot, find
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line, parse_allocation
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.resources import parse_allocation
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 
 COLOURS = {"finished": "tab:green", "failed": "tab:red", "stopped": "tab:orange", "canceled": "tab:orange"}
-ROWS_MAX = 512  # cores in one picture: more cannot be told apart
+ROWS_MAX = 512  # rows of one chart: more could not be distinguished
 
 
 @click.command("report")
@@ -25,9 +25,9 @@ ROWS_MAX = 512  # cores in one picture: more cannot be told apart
 @dir_option
 @json_option
 def report_command(kind: str, file: str | None, directory: str | None, as_json: bool) -> None:
-    """Sum up what the journal tells (stats), or draw which core ran what into FILE: .png, .svg or .pdf (gantt).
+    """Summarise the journal (stats), or draw which core ran what into FILE: .png, .svg or .pdf (gantt).
 
-    Stats are the use of the cores, waits, run times, failures by reason, and the longest executions. To draw needs
+    Stats are the use of the cores, waits, run times, failures by reason, and the longest executions. Drawing needs
     matplotlib: `pip install 'pilotq[report]'`.
 
     \b
@@ -42,7 +42,7 @@ def report_command(kind: str, file: str | None, directory: str | None, as_json: 
         number = _draw(pilot, file)
         click.echo(f"pilotq: {number:,} executions are in {file}", err=True)
         return
-    found = statistics(Journal(pilot.journal).lines())
+    found = statistics(Journal(pilot.journal).entries())
     click.echo(formatting.to_json(_as_json(found)) if as_json else _as_text(found))
 
 
@@ -55,7 +55,7 @@ def _as_text(found: Statistics) -> str:
     use = "" if found.use is None else f", in use {100 * found.use:.0f} % of the time"
     facts = [
         ("tasks", ", ".join(f"{n:,} {status}" for status, n in sorted(found.tasks.items())) or "none has ended"),
-        ("executions", f"{found.executions:,} on {len(found.nodes):,} nodes"),
+        ("executions", f"{found.executions:,} on {len(found.nodes):,} node" + ("" if len(found.nodes) == 1 else "s")),
         ("time", f"{formatting.seconds(found.seconds)} from the first start to the last end"),
         ("cores", f"{found.cores:,}{use}"),
         ("CPU time", formatting.seconds(found.cpu_seconds)),
@@ -76,7 +76,7 @@ def _as_text(found: Statistics) -> str:
     return "\n".join(out)
 
 
-def _ran(line: Line) -> float:
+def _ran(line: JournalEntry) -> float:
     return max((line.ended or 0.0) - (line.started or 0.0), 0.0)
 
 
@@ -98,7 +98,7 @@ def _draw(pilot: Pilot, file: str) -> int:
 
     bars: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
     number = 0
-    for line in Journal(pilot.journal).lines():
+    for line in Journal(pilot.journal).entries():
         if line.started is None or line.ended is None or not line.cpus:
             continue
         number += 1
@@ -107,9 +107,9 @@ def _draw(pilot: Pilot, file: str) -> int:
             for core in part.cores:
                 bars.setdefault((part.node, core), []).append(bar)
     if not number:
-        raise InvalidInput(f"the journal of {pilot.directory} tells of no execution that ran: there is nothing to draw")
+        raise InvalidInput(f"the journal of {pilot.directory} has no execution that ran: there is nothing to draw")
     if len(bars) > ROWS_MAX:
-        raise InvalidInput(f"{len(bars)} cores are too many for one picture: at most {ROWS_MAX} can be told apart")
+        raise InvalidInput(f"{len(bars)} cores are too many for one chart: it has room for {ROWS_MAX}")
     begin = min(start for row in bars.values() for start, _, _ in row)
     figure, axes = plt.subplots(figsize=(12, 1.5 + 0.2 * len(bars)), layout="constrained")
     for place, name in enumerate(sorted(bars)):

@@ -1,4 +1,4 @@
-"""`pilotq retry`: what ended and did not finish runs again."""
+"""`pilotq retry`: runs tasks again that ended and did not finish."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from pilotq.cli.options import dir_option, json_option
 from pilotq.cli.task_selection import ids_of
 
 AGAIN: Final = frozenset({"queued", "deferred"})
-# The words of Broker.retry that are no status of a task that has nothing to run again.
+# The answers of Broker.retry, except statuses of tasks that have nothing to run again.
 SENTENCES: Final = {
     "queued": "runs again",
     "deferred": "runs again when what it depends on has finished",
     "dependency": "waits for a task that has not finished: retry that one, too",
     "ending": "was canceled, and still runs: try again when it has ended",
-    "gone": "is known to the journal only: submit it again",
-    "changed": "changes all the time: try again",
-    "unknown": "is known to the journal only: submit it again",
+    "gone": "is only in the journal: submit it again",
+    "changed": "was changing meanwhile: try again",
+    "unknown": "is only in the journal: submit it again",
     "finished": "has finished: there is nothing to run again",
 }
 
 
 @click.command("retry", no_args_is_help=True)
 @click.argument("words", nargs=-1, metavar="ID...")
-@click.option("--all", "everything", is_flag=True, help="All that failed, was stopped, canceled or omitted.")
+@click.option("--all", "everything", is_flag=True, help="All tasks that failed, were stopped, canceled or omitted.")
 @dir_option
 @json_option
 def retry_command(words: tuple[str, ...], everything: bool, directory: str | None, as_json: bool) -> int:
     """Run tasks again that failed, were stopped or canceled; of an array the elements that did not finish.
 
-    They keep their ids; each gets one more execution, with a number of its own. What was omitted because of a task is
-    not run again with it: name it too, or use --all. Ends with 1 when one of those named cannot run again.
+    They keep their ids; each gets one more execution, with a new number. Tasks that were omitted because of one of them
+    do not run again with it: name them too, or use --all. Exits with 1 when one of those named cannot run again.
 
     \b
     Example: pilotq retry 1f 1g_7

@@ -1,4 +1,4 @@
-"""`pilotq run`: a pilot of its own for one file of tasks, or for one command."""
+"""`pilotq run`: starts a pilot for one file of tasks, or for one command, and ends it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 import click
 
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.client.output import of_line
+from pilotq.broker.client.output import output_of_entry
 from pilotq.broker.client.submit import check
 from pilotq.broker.errors import InvalidInput, UnknownTask
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.tasks.dependencies import Batch
+from pilotq.broker.store.journal import Journal
+from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task, description
-from pilotq.broker.tasks.submit_context import capture
+from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.cli import exit_codes, formatting, progress, summary
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.lifetime import Lifetime
 from pilotq.cli.options import (
-    TASK_WORDS,
+    TASK_OPTIONS,
     file_of_tasks,
     file_options,
     json_option,
@@ -35,11 +35,11 @@ from pilotq.cli.options import (
     task_of,
     task_options,
 )
-from pilotq.cli.pilot_options import NODE_WORDS, cores_of, node_info, pilot_options, start, supervisor_options
+from pilotq.cli.pilot_options import CLUSTER_OPTIONS, cores_of, node_info, pilot_options, start, supervisor_options
 
 
 class FileOrCommand(click.Command):
-    """A command whose words after ``--`` are the user's own command line, and taken as they are."""
+    """A command that takes the words after ``--`` unchanged, as the user's own command line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         here = args.index("--") if "--" in args else len(args)
@@ -60,10 +60,10 @@ class FileOrCommand(click.Command):
 def run_command(
     ctx: click.Context, /, files: tuple[str, ...], command: tuple[str, ...], as_json: bool, **values: Any
 ) -> int:
-    """Start a pilot, run the tasks of FILE or one CMD in it, wait, sum up, end.
+    """Start a pilot, run the tasks of FILE or one CMD in it, wait, print a summary, end the pilot.
 
-    CMD takes the options of `pilotq enqueue` that describe a task, too, and the pilot all those of `pilotq start`.
-    Ctrl-C starts nothing more and lets running tasks end; once more ends them. --resume goes on later.
+    CMD also takes the options of `pilotq enqueue` that describe a task, and the pilot all those of `pilotq start`.
+    After Ctrl-C nothing more starts and running tasks go on; a second one ends them. --resume continues later.
 
     \b
     Example: pilotq run tasks.txt
@@ -77,20 +77,20 @@ def run_command(
     single = bool(command) and len(batch.tasks) == 1 and not batch.tasks[0].is_array
     with Interrupts(allocation=options.remote is not None) as interrupts:
         pilot = start(values, options)
-        run = Run(pilot, interrupts, progress.shown(quiet=single or as_json), batch.tasks, values["env_policy"])
-        run.live()
-        found = _summary(run, options.planned)
+        run = Run(pilot, interrupts, progress.display(quiet=single or as_json), batch.tasks, values["env_policy"])
+        run.run_to_end()
+        found = _summary(run, options.expected_nodes)
         found.commands = run.commands({line.array or line.id for line in found.failed})
         code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
     if run.cut_short:
         code = exit_codes.ALL_FINISHED
-        _say(f"the allocation ends: go on in the next one with `{_again(pilot, files)}`")
+        _say(f"the allocation is ending: go on in the next one with `{_again(pilot, files)}`")
     if as_json:
         click.echo(formatting.to_json(summary.as_json(found, code)))
     elif single:
-        _tell_one(found, run.ids[0], batch.tasks[0])
+        _print_task(found, run.ids[0], batch.tasks[0])
     else:
-        _tell(found)
+        _print_summary(found)
     return code
 
 
@@ -105,16 +105,16 @@ def _play(requests: Sequence[Any], file: str, values: dict[str, Any], options: S
     from pilotq.cli.qcg.plan import Plan
     from pilotq.cli.qcg.play import Play
 
-    if values["replies"] is None:  # who wants replies gets them
-        check_submits(requests, file, cores_of(options.planned), len(options.planned))
+    if values["replies"] is None:  # with --replies each refusal is a reply
+        check_submits(requests, file, cores_of(options.expected_nodes), len(options.expected_nodes))
     with ExitStack() as stack:
         replies = open_replies(values["replies"], stack)
         plan = Plan(requests, os.getcwd(), options, replies=replies, env_policy=values["env_policy"])
         interrupts = stack.enter_context(Interrupts(allocation=options.remote is not None))
         pilot = start(values, options)
-        play = Play(pilot, interrupts, progress.shown(quiet=as_json or values["replies"] == "-"), plan)
-        play.live()
-    found = _summary(play, options.planned)
+        play = Play(pilot, interrupts, progress.display(quiet=as_json or values["replies"] == "-"), plan)
+        play.run_to_end()
+    found = _summary(play, options.expected_nodes)
     found.omitted, found.refused = play.omitted(), play.played.refused
     code = play.code
     if found.refused and not found.counts.total and not found.omitted:
@@ -124,7 +124,7 @@ def _play(requests: Sequence[Any], file: str, values: dict[str, Any], options: S
     else:
         for sentence in found.refused:
             _say(sentence)
-        _tell(found)
+        _print_summary(found)
     return code
 
 
@@ -149,22 +149,22 @@ def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], val
         raise InvalidInput(("give one FILE" if len(files) > 1 else f"there is no file {files[0]}") + hint)
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
-        if given and parameter.name in TASK_WORDS:
-            raise InvalidInput(f"{parameter.opts[0]} is for a command after `--`: for a FILE write it into the file")
+        if given and parameter.name in TASK_OPTIONS:
+            raise InvalidInput(f"{parameter.opts[0]} is for a command after `--`: with a FILE, set it in the file")
     return file_of_tasks(files[0], values["format"], values["shell"], values["replies"])
 
 
 def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool) -> None:
     """Refuse what the pilot would refuse, before there is one: nothing is left behind then."""
     plan = check(tasks, [node_info(node) for node in options.nodes], set())
-    for parent in (p for parents in plan.parents for p in parents):
-        if fresh and isinstance(parent, str) and not parent.startswith("@"):  # "@" is an element of this submission
+    for parent in (p for parents in plan.parents.after.values() for p in parents):
+        if fresh and isinstance(parent, str):  # the id of a task submitted before
             raise UnknownTask(f"after: there is no task {parent!r}: a new pilot has no tasks yet")
 
 
 for option in run_command.params:
-    if isinstance(option, click.Option) and (option.name in TASK_WORDS or option.name in NODE_WORDS):
-        option.hidden = True  # the help of enqueue, or of start, has them; twice they would not fit a screen
+    if isinstance(option, click.Option) and (option.name in TASK_OPTIONS or option.name in CLUSTER_OPTIONS):
+        option.hidden = True  # the help of enqueue, or of start, shows them; here they would not fit a screen
 
 
 class Run(Lifetime):
@@ -181,18 +181,18 @@ class Run(Lifetime):
     def begin(self, broker: Broker) -> None:
         # The key makes a resumed run of the same file submit nothing twice.
         key = "run-" + hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:24]
-        self.ids = broker.enqueue_many(self.tasks, key=key, shared=capture(self.policy))
+        self.ids = broker.enqueue_many(self.tasks, key=key, context=capture_context(self.policy))
 
     def commands(self, ids: set[str]) -> dict[str, str]:
-        """What some of the tasks are, by id."""
+        """The command lines of some of the tasks, by id."""
         return {name: description(task) for name, task in zip(self.ids, self.tasks, strict=True) if name in ids}
 
 
 def _summary(life: Lifetime, nodes: Sequence[LocalNode]) -> summary.Summary:
     """Sum up from the journal of a pilot that has ended, which is complete then."""
     return summary.summarise(
-        Journal(life.pilot.journal).lines(), counts=life.counts, cores=life.cores or cores_of(nodes), begin=life.began,
-        end=life.ended, directory=life.pilot.directory,
+        Journal(life.pilot.journal).entries(), counts=life.counts, cores=life.cores or cores_of(nodes),
+        begin=life.began, end=life.ended, directory=life.pilot.directory,
     )  # fmt: skip
 
 
@@ -200,18 +200,18 @@ def _say(text: str) -> None:
     click.echo(f"pilotq: {text}", err=True)
 
 
-def _tell(found: summary.Summary) -> None:
+def _print_summary(found: summary.Summary) -> None:
     pilot = Pilot(found.directory)
-    ends = {line.id: b"".join(of_line(pilot, line, "stderr"))[-4096:] for line in found.failed}
+    ends = {line.id: b"".join(output_of_entry(pilot, line, "stderr"))[-4096:] for line in found.failed}
     click.echo(summary.as_text(found, {name: end.decode("utf-8", "replace") for name, end in ends.items()}))
 
 
-def _tell_one(found: summary.Summary, task_id: str, task: Task) -> None:
-    """What the one task wrote goes where ours goes; what there is to say about it goes to stderr."""
+def _print_task(found: summary.Summary, task_id: str, task: Task) -> None:
+    """Pass the output of the one task through; everything about it goes to stderr."""
     pilot = Pilot(found.directory)
     for line in Journal(pilot.journal).find(task_id)[:1]:
         for stream, file, out in (("stdout", task.stdout, sys.stdout), ("stderr", task.stderr, sys.stderr)):
-            for piece in of_line(pilot, line, stream) if file is None else ():
+            for piece in output_of_entry(pilot, line, stream) if file is None else ():
                 out.buffer.write(piece)
             out.flush()
     for line in found.failed:

@@ -1,4 +1,4 @@
-"""`pilotq top`: how far a pilot is, its nodes and what runs longest, again and again."""
+"""`pilotq top`: progress, nodes and the longest running tasks of a pilot, again and again."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import click
 import msgspec
 
 from pilotq.broker.client.archive import Archive
-from pilotq.broker.client.broker import Broker, reach
+from pilotq.broker.client.broker import Broker, open_pilot
 from pilotq.broker.client.views import Counts, NodeView, TaskView
 from pilotq.broker.errors import ServerUnavailable
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 
-LOOKED_AT = 500  # running tasks that are read to find those that run longest
+READ_MAX = 500  # running tasks that are read to find those that run longest
 OTHER_LINES = 6  # of a frame: counts, heads, blanks
 
 
 class Frame(msgspec.Struct, kw_only=True):
-    """One look at a pilot. ``rate`` is tasks ended in a second since the look before."""
+    """The state of a pilot at one moment. ``rate`` is tasks ended per second since the frame before."""
 
     at: float
     counts: Counts
@@ -34,20 +34,20 @@ class Frame(msgspec.Struct, kw_only=True):
 
 
 @click.command("top")
-@click.option("--once", is_flag=True, help="Show it once, and end.")
+@click.option("--once", is_flag=True, help="Show one frame, and end.")
 @click.option("--every", type=click.FloatRange(0.1), default=1.0, show_default=True, metavar="S",
-              help="Seconds between two looks.")  # fmt: skip
+              help="Seconds between two frames.")  # fmt: skip
 @dir_option
 @json_option
 def top_command(once: bool, every: float, directory: str | None, as_json: bool) -> None:
-    """Watch the pilot: tasks, nodes, and what runs longest; until Ctrl-C, or the pilot ends.
+    """Watch the pilot: tasks, nodes, and the tasks that run longest; until Ctrl-C or the pilot's end.
 
-    Where stdout is no terminal, and with --json, it is shown once.
+    Without a terminal, and with --json, one frame is shown.
 
     \b
     Example: pilotq top
     """
-    frame = look(directory, None)
+    frame = take_frame(directory, None)
     if as_json:
         click.echo(formatting.to_json(_as_json(frame)))
     elif once or not sys.stdout.isatty():
@@ -65,23 +65,23 @@ def _live(directory: str | None, frame: Frame, every: float) -> None:
             while not frame.ended:
                 time.sleep(every)
                 try:
-                    frame = look(directory, frame)
+                    frame = take_frame(directory, frame)
                 except ServerUnavailable:
-                    continue  # it is started again, or the pilot ends: the next look tells
+                    continue  # it is being started again, or the pilot ends: the next frame shows which
                 live.update(Text.from_ansi(text(frame)), refresh=True)
     except KeyboardInterrupt:
         pass  # the usual way to end it
     click.echo(text(frame))
 
 
-def look(directory: str | None, before: Frame | None) -> Frame:
+def take_frame(directory: str | None, before: Frame | None) -> Frame:
     """One frame; raises as `reach`."""
-    with reach(directory) as pilot:
+    with open_pilot(directory) as pilot:
         now = time.time()
         frame = Frame(at=now, counts=pilot.counts(), ended=isinstance(pilot, Archive))
         if isinstance(pilot, Broker):
             frame.running, frame.nodes = pilot.running(), pilot.nodes()
-            frame.tasks = list(pilot.tasks(status="started", limit=LOOKED_AT))
+            frame.tasks = list(pilot.tasks(status="started", limit=READ_MAX))
     frame.tasks = sorted((t for t in frame.tasks if not t.array_size), key=lambda t: t.times.get("started") or now)
     if before is not None and now > before.at:
         frame.rate = max(frame.counts.ended - before.counts.ended, 0) / (now - before.at)

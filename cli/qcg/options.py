@@ -1,4 +1,4 @@
-"""The options of `pilotq-qcg-service`: those of QCG-PilotJob's service, and what has become of each."""
+"""The options of `pilotq-qcg-service`: those of QCG-PilotJob's service, and what each means here."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LEVELS = ("critical", "error", "warning", "info", "debug", "notset")
 _NET = "no port is opened: programs reach the pilot by its directory, which PILOTQ_DIR names in every task"
 _DIVIDED = "one dispatcher serves all nodes, so nothing is divided among managers"
 _ALLOCATION = "it chooses among the nodes of a Slurm allocation, and this is none, or --nodes names them"
-_STATS = "times, CPU time and memory of every task stand in the journal anyway: see `pilotq show` and `pilotq report`"
+_STATS = "times, CPU time and memory of every task are in the journal anyway: see `pilotq show` and `pilotq report`"
 _JOINS = "there are no node launchers: the worker of a node joins by itself when it is ready"
 # option -> (its type; bool is a flag), what there is instead
-_WITHOUT_MEANING: Final[dict[str, tuple[type, str]]] = {
+_IGNORED: Final[dict[str, tuple[type, str]]] = {
     "--net-port": (int, _NET),
     "--net-pub-port": (int, _NET),
     "--net-port-min": (int, _NET),
@@ -46,11 +46,11 @@ _WITHOUT_MEANING: Final[dict[str, tuple[type, str]]] = {
     "--enable-proc-stats": (bool, _STATS),
     "--enable-rt-stats": (bool, _STATS),
     "--wrapper-rt-stats": (str, _STATS),
-    "--log": (str, "what is logged does not depend on a level: service.log has requests and replies, logs/ the rest"),
+    "--log": (str, "logging has no levels: service.log has requests and replies, logs/ the rest"),
 }
 
 _METHODS: Final = {"slurm": "srun", "ssh": "ssh"}
-_OF_NET: Final = [name for name, (_, instead) in _WITHOUT_MEANING.items() if instead == _NET]
+_OF_NET: Final = [name for name, (_, instead) in _IGNORED.items() if instead == _NET]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """What reads the options; it raises InvalidInput."""
+    """The parser of the options; it raises InvalidInput."""
     found = _Parser(
         prog=PROGRAM,
         description="Run a request file of QCG-PilotJob on a pilot of its own. Takes the options of qcg-pm-service.",
@@ -78,14 +78,14 @@ def parser() -> argparse.ArgumentParser:
     add("--report-format", choices=REPORT_FORMATS, default="json", help="form of the report [default: json]")
     add("--report-file", default="jobs.report", metavar="FILE", help="below the service's directory [%(default)s]")
     add("--system-core", action="store_true", help="leave one core to the pilot itself")
-    add("--show-progress", action="store_true", help="tell on standard error how far it is")
+    add("--show-progress", action="store_true", help="show the progress on standard error")
     add("--id", metavar="NAME", help="what the service's directory is called: .qcgpjm-service-NAME")
     add("--resume", metavar="DIR", help="go on in that service's directory, or the latest one in DIR")
-    add("--replies", metavar="FILE", help="write the reply to each request there, one a line (-: standard output)")
+    add("--replies", metavar="FILE", help="write the reply to each request to FILE, one per line (-: standard output)")
     add("--qcg-exit-codes", action="store_true", help="exit with 0 however the jobs end, as qcg-pm-service does")
     add("--owner", type=int, default=0, help=argparse.SUPPRESS)  # ends with this process; says when it is ready
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    for name, (kind, _) in _WITHOUT_MEANING.items():
+    for name, (kind, _) in _IGNORED.items():
         if kind is bool:
             add(name, action="store_true", default=None, help=argparse.SUPPRESS)
         else:
@@ -121,12 +121,12 @@ def _check(options: argparse.Namespace) -> None:
         raise InvalidInput(f"--id {options.id}: it is a part of a file name, so it must not be empty or have a /")
 
 
-def without_meaning(options: argparse.Namespace) -> Iterator[str]:
-    """A sentence for each option that was given and does nothing here."""
+def ignored_options(options: argparse.Namespace) -> Iterator[str]:
+    """A sentence for each given option that has no effect here."""
     if options.net:
         yield f"--net: {_NET}"
     silent = {_NET, _ALLOCATION} if in_allocation(options) else {_NET}
-    for name, (_, instead) in _WITHOUT_MEANING.items():
+    for name, (_, instead) in _IGNORED.items():
         if instead not in silent and getattr(options, _key(name)) is not None:
             yield f"{name}: {instead}"
 
@@ -153,7 +153,7 @@ def _auxiliary(path: str) -> bool:
 
 
 def pilot_arguments(options: argparse.Namespace) -> list[Any]:
-    """The same wishes as arguments of `pilotq start`."""
+    """The options as arguments of `pilotq start`."""
     names = schemas(options)
     schema = "slurm" if "slurm" in names else "auto" if "auto" in names else "common"
     found = ["--envschema", schema, *(["--system-core"] if options.system_core else [])]

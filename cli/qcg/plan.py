@@ -1,4 +1,4 @@
-"""What cli/qcg/play.py is to do; apart from it, as that takes long to load."""
+"""The requests to play, and how; apart from cli/qcg/play.py, which takes long to import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pilotq.broker.pilot.start import SupervisorOptions
 
 
 class Plan(NamedTuple):
-    """What is to be played, and how. ``wd`` is the directory of the jobs, ``report_file`` stands below the pilot's.
+    """The input of cli/qcg/play.py. ``wd`` is the directory of the jobs, ``report_file`` stands below the pilot's.
 
     ``net``: programs may send requests, too; with ``stays`` until one asks to finish. ``owner``: when this process ends
     the pilot ends at once (0: nobody's).

@@ -1,7 +1,7 @@
-"""Requests of QCG-PilotJob on a pilot of their own: each is handled, and the pilot ends when all jobs have.
+"""Handles requests of QCG-PilotJob on a pilot of their own, which ends when all jobs have.
 
-What it leaves in the pilot's directory has QCG-PilotJob's names: ``service.log``, the report (``jobs.report``),
-``final_status.json``, and while programs may come to it (``net``) ``address``.
+The files that it leaves in the pilot's directory have QCG-PilotJob's names: ``service.log``, the report
+(``jobs.report``), ``final_status.json``, and, while programs may send requests (``net``), ``address``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pilotq.broker.pilot.directory import write_private
 from pilotq.broker.pilot.lock import start_time
 from pilotq.broker.pilot.start import StartedPilot
 from pilotq.broker.qcg.service.address import address_of
-from pilotq.broker.qcg.service.play import Played, play, teller
+from pilotq.broker.qcg.service.play import PlayResult, play, reply_writer
 from pilotq.broker.qcg.service.report import NAMED_MAX, Report
 from pilotq.broker.qcg.service.requests import Reply, Requests, begin
-from pilotq.broker.qcg.service.states import CANCELED, QUEUED, SUCCEED, stamp
+from pilotq.broker.qcg.service.states import CANCELED, QUEUED, SUCCEED, timestamp
 from pilotq.cli import exit_codes, progress
 from pilotq.cli.interrupts import Interrupts
-from pilotq.cli.lifetime import LOOK_S, Lifetime
+from pilotq.cli.lifetime import POLL_S, Lifetime
 from pilotq.cli.pilot_options import await_nodes
 from pilotq.cli.qcg.plan import Plan
 
@@ -35,8 +35,8 @@ LOGGED_MAX = 10_000  # characters of a request: the jobs of a submit stand in qc
 
 
 @contextmanager
-def _held(broker: Broker) -> Iterator[None]:
-    """Nothing starts meanwhile: in QCG-PilotJob no job runs that a later request of the same file cancels."""
+def _paused(broker: Broker) -> Iterator[None]:
+    """Start nothing meanwhile: in QCG-PilotJob no job runs that a later request of the same file cancels."""
     broker.pause(True)
     try:
         yield
@@ -52,7 +52,7 @@ class Play(Lifetime):
     def __init__(self, pilot: StartedPilot, interrupts: Interrupts, shown: progress.Silent, plan: Plan) -> None:
         super().__init__(pilot, interrupts, shown)
         self.plan = plan
-        self.played = Played([], {})
+        self.played = PlayResult([], {})
         self.report_path = os.path.join(pilot.directory, plan.report_file)
         self._owner_start = start_time(plan.owner) if plan.owner else None
         self._files = ExitStack()
@@ -72,42 +72,42 @@ class Play(Lifetime):
         )
         if plan.net:
             write_private(self.pilot.path("address"), address_of(self.pilot.directory).encode())
-        with _held(broker) if _cancels(plan.bodies) else nullcontext():
-            self.played = play(self.requests, plan.bodies, self._tell)
+        with _paused(broker) if _cancels(plan.bodies) else nullcontext():
+            self.played = play(self.requests, plan.bodies, self._log_reply)
         if plan.owner:
-            print(self.pilot.directory, flush=True)  # its owner waits for this line: it is ready
+            print(self.pilot.directory, flush=True)  # its owner waits for this line: the service is ready
 
-    def _tell(self, request: Any, reply: Reply) -> None:
+    def _log_reply(self, request: Any, reply: Reply) -> None:
         for line in (f"request {_text(request)[:LOGGED_MAX]}", f"reply {json.dumps(reply)}"):
-            print(f"{stamp(time.time())}: {line}", file=self._log, flush=True)
-        teller(self.plan.replies)(request, reply)
+            print(f"{timestamp(time.time())}: {line}", file=self._log, flush=True)
+        reply_writer(self.plan.replies)(request, reply)
 
     def done(self, broker: Broker) -> bool:
         assert self.requests is not None and self.report is not None
         if self.plan.owner and start_time(self.plan.owner) != self._owner_start:
-            self.interrupts.count = 2  # nobody is there any more to ask it to end
+            self.interrupts.count = 2  # its owner, which would ask it to end, is gone
             return True
-        self.report.pump()
+        self.report.write_ended()
         super().done(broker)
         self.requests.registry.refresh()
         if not self.plan.stays or self.requests.registry.finish:
-            self.requests.settle()
+            self.requests.omit_unmet()
             if self.requests.all_finished:
                 return True
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
         return False
 
     def complete(self) -> None:
-        """The journal is complete: so is the report now, and what has not ended is known by that."""
+        """Complete the report from the journal, which is complete; everything else has not ended."""
         assert self.requests is not None and self.report is not None
         report, known = self.report, self.requests.registry.jobs
-        report.pump()
+        report.write_ended()
         jobs = Counter(report.jobs)
         jobs[QUEUED] += max(len(known) - sum(jobs.values()), 0)
         tasks = Counter(report.tasks)
         every = sum(len(job.indices or (None,)) for job in known.values())
         tasks[QUEUED] += max(every - sum(tasks.values()), 0)
-        nodes = self.plan.options.planned
+        nodes = self.plan.options.expected_nodes
         cores = sum(len(node.cores) for node in nodes)
         status = self.requests.status_of((len(nodes), cores, 0), +jobs, +tasks)
         write_private(self.pilot.path("final_status.json"), msgspec.json.format(msgspec.json.encode(status), indent=2))
@@ -134,13 +134,13 @@ class Play(Lifetime):
         """Jobs and elements that could never run and are no tasks, with a sentence why."""
         assert self.requests is not None
         registry = self.requests.registry
-        found = {job.name: job.why for job in registry.over if job.state != CANCELED}
+        found = {job.name: job.why for job in registry.never_ran if job.state != CANCELED}
         for job in registry.jobs.values():
-            found |= {f"{job.name}:{index}": why for index, why in job.lost.items()}
+            found |= {f"{job.name}:{index}": why for index, why in job.omitted.items()}
         return found
 
-    def complain(self) -> None:
-        """Say what was refused, and what did not succeed."""
+    def print_failures(self) -> None:
+        """Print what was refused, and what did not succeed."""
         assert self.report is not None
         for sentence in self.played.refused:
             self.say(sentence)

@@ -17,15 +17,15 @@ from pilotq.broker.errors import InvalidInput, PilotqError
 from pilotq.broker.pilot.start import SupervisorOptions, start_pilot
 from pilotq.cli import exit_codes, formatting, progress
 from pilotq.cli.interrupts import Interrupts
-from pilotq.cli.main import stand_in
+from pilotq.cli.main import open_closed_streams
 from pilotq.cli.options import file_of_tasks, open_replies
 from pilotq.cli.pilot_options import pilot_options, supervisor_options
-from pilotq.cli.qcg.options import PROGRAM, directory, parse, pilot_arguments, without_meaning
+from pilotq.cli.qcg.options import PROGRAM, directory, ignored_options, parse, pilot_arguments
 from pilotq.cli.qcg.plan import Plan
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    stand_in()
+    open_closed_streams()
     sys.exit(call(argv))
 
 
@@ -44,7 +44,7 @@ def call(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """The whole life of a service; raises PilotqError."""
-    for sentence in without_meaning(options):
+    for sentence in ignored_options(options):
         _say(sentence)
     bodies = _bodies(options.file_path)
     supervisor = _supervisor(options)
@@ -66,10 +66,10 @@ def run(options: argparse.Namespace) -> int:
             loading.join()
         from pilotq.cli.qcg.play import Play
 
-        service = Play(pilot, interrupts, progress.shown(quiet=not options.show_progress), plan)
+        service = Play(pilot, interrupts, progress.display(quiet=not options.show_progress), plan)
         service.program = PROGRAM
-        service.live()
-    service.complain()
+        service.run_to_end()
+    service.print_failures()
     quiet = options.qcg_exit_codes and service.code == exit_codes.TASKS_FAILED
     return exit_codes.ALL_FINISHED if quiet else service.code
 

@@ -1,4 +1,4 @@
-"""`python -m pilotq.selfcheck`: submits the tasks, waits, reads what they wrote, has it judged, and says so."""
+"""`python -m pilotq.selfcheck`: submits the tasks, waits, reads what they wrote, and prints the verdicts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from typing import NamedTuple
 import click
 
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.client.output import of_line
+from pilotq.broker.client.output import output_of_entry
 from pilotq.broker.client.views import Counts
 from pilotq.broker.errors import PilotFailed, WaitTimedOut
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.start import LocalNode, SupervisorOptions, start_pilot
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
-from pilotq.broker.tasks.submit_context import capture
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.cli import exit_codes, formatting, progress
-from pilotq.cli.pilot_options import failure, plural
+from pilotq.cli.pilot_options import pilot_failure, plural
 from pilotq.cli.selfcheck.judge import Node, Outcome, Run, Verdict, judge
 from pilotq.cli.selfcheck.ledger import Ledger, read
 from pilotq.cli.selfcheck.plan import Batch, Expected, Place, batches
@@ -32,10 +31,10 @@ from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
 from pilotq.workers.process_tree import kill_marked
 
 NODES = "n1:2,n2:2"
-LOOK_S = 0.25
+POLL_S = 0.25
 FIRST_S, EACH_S = 120.0, 0.3  # how long the tasks may take: ten times as long as on a small machine
 JOURNAL_S = 30.0  # how long the last lines may take to arrive
-SHOWN = 5  # things that are wrong, of each check
+SHOWN = 5  # findings that are printed for each check
 
 
 class Target(NamedTuple):
@@ -46,14 +45,15 @@ class Target(NamedTuple):
 
 
 @click.command("selfcheck", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tasks", "count", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="So many.")
+@click.option(
+    "--tasks", "count", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="How many tasks."
+)
 @click.option("--nodes", default=NODES, show_default=True, metavar="SPEC", help="The nodes of a pilot of its own.")
 @click.option("--dir", "directory", metavar="DIR", help="Check the pilot that runs in DIR, instead of one of its own.")
 def selfcheck_command(count: int, nodes: str, directory: str | None) -> int:
-    """Run tasks that look from inside whether they have what they asked for, and judge by what they wrote.
+    """Run tasks that check from inside whether they have what they requested, and judge by what they wrote.
 
-    Prints a table of checks. The exit code is 0 when everything is as promised, else 1: what the tasks wrote is kept
-    then.
+    Prints a table of checks. The exit code is 0 when all is as promised; else 1, and what the tasks wrote is kept.
     """
     with _running(directory) if directory else _private(nodes) as target:
         home = target.pilot.path(f"selfcheck-{secrets.token_hex(4)}")
@@ -62,7 +62,7 @@ def selfcheck_command(count: int, nodes: str, directory: str | None) -> int:
             os.mkdir(folder, 0o700)
         run = check(target, place, count)
         verdicts = judge(run)
-        _tell(run, verdicts)
+        _print_verdicts(run, verdicts)
         if any(verdict.wrong for verdict in verdicts):
             raise SelfcheckFailedError(f"not everything is as promised; what the tasks wrote is kept in {home}")
         shutil.rmtree(home)
@@ -86,7 +86,7 @@ def _private(spec: str) -> Iterator[Target]:
         pilot.process.terminate()
         pilot.process.wait()
     if pilot.process.returncode:
-        raise failure(pilot)
+        raise pilot_failure(pilot)
     shutil.rmtree(directory)
 
 
@@ -100,13 +100,13 @@ def _running(directory: str) -> Iterator[Target]:
 def check(target: Target, place: Place, count: int) -> Run:
     """Everything but the judgement. Raises WaitTimedOut."""
     begin = time.time()
-    base = capture("clean")
+    base = capture_context("clean")
     planned = batches(count, {name: node.cores for name, node in target.nodes.items()}, place, base)
     expected = [e for batch in planned for elements in batch.expected for e in elements]
     with Broker.connect(target.pilot.directory) as broker:
         submissions = [_submit(broker, batch) for batch in planned]
         _follow(broker, submissions, FIRST_S + EACH_S * count)
-    lines: dict[str, list[Line]] = {}
+    lines: dict[str, list[JournalEntry]] = {}
 
     def complete() -> bool:
         nonlocal lines
@@ -117,19 +117,19 @@ def check(target: Target, place: Place, count: int) -> Run:
     while not complete():
         if time.monotonic() > deadline:
             raise WaitTimedOut(f"the journal does not have all tasks after {JOURNAL_S:g} s")
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     end = time.time()
     ledgers = read(place.ledgers)
     outcomes = [_outcome(target.pilot, e, ledgers.pop(e.name, Ledger()), lines.pop(e.id)) for e in expected]
-    strangers = [f"ledger {name}" for name in ledgers] + [f"task {task_id} of the journal" for task_id in lines]
-    return Run(outcomes, target.nodes, begin, end, strangers, _left(target.pilot, {e.id for e in expected}))
+    unexpected = [f"ledger {name}" for name in ledgers] + [f"task {task_id} of the journal" for task_id in lines]
+    return Run(outcomes, target.nodes, begin, end, unexpected, _left(target.pilot, {e.id for e in expected}))
 
 
 def _submit(broker: Broker, batch: Batch) -> str:
     """Returns the key of the submission, and fills in the ids."""
     key = f"selfcheck-{secrets.token_hex(8)}"
     for task_id, elements in zip(
-        broker.enqueue_many(batch.tasks, key=key, shared=batch.shared), batch.expected, strict=True
+        broker.enqueue_many(batch.tasks, key=key, context=batch.shared), batch.expected, strict=True
     ):
         for e in elements:
             e.id = task_id if e.index is None else f"{task_id}_{e.index}"
@@ -137,15 +137,15 @@ def _submit(broker: Broker, batch: Batch) -> str:
 
 
 def _follow(broker: Broker, submissions: list[str], timeout: float) -> None:
-    """Until all have ended. Other tasks of the pilot are not ours."""
-    shown = progress.shown(quiet=False)
+    """Until all have ended. Other tasks of the pilot do not count."""
+    shown = progress.display(quiet=False)
     try:
         deadline = time.monotonic() + timeout
         while (counts := _sum(broker.counts(key) for key in submissions)).left > 0:
             if time.monotonic() > deadline:
                 raise WaitTimedOut(f"{counts.left} of {counts.total} tasks had not ended after {timeout:g} s")
             shown.update(counts, sum(node.running for node in broker.nodes()))
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
     finally:
         shown.close()
 
@@ -160,17 +160,17 @@ def _sum(each: Iterator[Counts]) -> Counts:
     )
 
 
-def _lines(pilot: Pilot, submissions: list[str]) -> dict[str, list[Line]]:
+def _lines(pilot: Pilot, submissions: list[str]) -> dict[str, list[JournalEntry]]:
     """Id -> the lines of its executions; the lines of arrays as a whole are left out."""
-    found: dict[str, list[Line]] = {}
-    for line in Journal(pilot.journal).lines():
+    found: dict[str, list[JournalEntry]] = {}
+    for line in Journal(pilot.journal).entries():
         if line.submission in submissions and not line.elements:
             found.setdefault(line.id, []).append(line)
     return found
 
 
-def _outcome(pilot: Pilot, expected: Expected, ledger: Ledger, lines: list[Line]) -> Outcome:
-    output = {stream: b"".join(of_line(pilot, lines[-1], stream)) for stream in ("stdout", "stderr")}
+def _outcome(pilot: Pilot, expected: Expected, ledger: Ledger, lines: list[JournalEntry]) -> Outcome:
+    output = {stream: b"".join(output_of_entry(pilot, lines[-1], stream)) for stream in ("stdout", "stderr")}
     return Outcome(expected=expected, ledger=ledger, lines=lines, output=output)
 
 
@@ -181,7 +181,7 @@ def _left(pilot: Pilot, ids: set[str]) -> list[int]:
     )
 
 
-def _tell(run: Run, verdicts: list[Verdict]) -> None:
+def _print_verdicts(run: Run, verdicts: list[Verdict]) -> None:
     rows = [(v.check, f"{v.judged}", f"{len(v.wrong)}" if v.wrong else "none", v.promise) for v in verdicts]
     click.echo(formatting.table(("CHECK", "JUDGED", "WRONG", "WHAT IS PROMISED"), rows))
     for verdict in verdicts:

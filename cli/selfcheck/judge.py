@@ -1,4 +1,4 @@
-"""Whether what the tasks saw is what was promised. Pure: it is given ledgers, the journal's lines, and the nodes."""
+"""Judges whether the tasks observed what is promised. Pure: ledgers, journal lines and nodes are arguments."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker.store.messages import Line, Part, parse_allocation
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.resources import NodeShare, parse_allocation
 from pilotq.cli.selfcheck.ledger import Ledger, Start
 from pilotq.cli.selfcheck.plan import Expected
 from pilotq.cli.selfcheck.probe import output
 
-# Between hosts clocks differ a little; and a launcher may be held up between a start and its look at the clock.
+# Clocks of hosts differ a little; and a launcher may be delayed between a start and reading the clock.
 SLACK_S = 1.0
-# The last three: for launchers of MPI that a task calls.
-OURS = ("PILOTQ_", "QCG_PM_", "OMP_NUM_THREADS", "OMPI_MCA_", "HYDRA_", "I_MPI_HYDRA_")
-SHELLS_OWN = {"_", "OLDPWD", "PWD", "SHLVL"}  # what a shell sets in the environment of what it runs
-# The C library ignores its own two signals in what it spawns, and Python two more; neither is anybody else's doing.
-LIBRARYS = {32, 33}
-PYTHONS = {signal.SIGPIPE.value, signal.SIGXFSZ.value}
+# The last three are for MPI launchers that a task calls.
+OWN_PREFIXES = ("PILOTQ_", "QCG_PM_", "OMP_NUM_THREADS", "OMPI_MCA_", "HYDRA_", "I_MPI_HYDRA_")
+SHELL_VARIABLES = {"_", "OLDPWD", "PWD", "SHLVL"}  # what a shell sets in the environment of what it runs
+# The C library ignores its own two signals in what it spawns, and Python two more; pilotq is not the cause of either.
+LIBRARY_SIGNALS = {32, 33}
+PYTHON_SIGNALS = {signal.SIGPIPE.value, signal.SIGXFSZ.value}
 
 
 class Node(NamedTuple):
@@ -41,19 +42,19 @@ class Outcome(msgspec.Struct, kw_only=True):
 
     expected: Expected
     ledger: Ledger
-    lines: list[Line]
+    lines: list[JournalEntry]
     output: dict[str, bytes]
 
 
 class Run(NamedTuple):
-    """``begin`` and ``end`` are unix seconds; ``strangers`` are ledgers and lines of no task of ours, and ``left``
+    """``begin`` and ``end`` are unix seconds; ``unexpected`` are ledgers and lines of other tasks, and ``left``
     numbers of processes that outlived their tasks."""
 
     outcomes: list[Outcome]
     nodes: Mapping[str, Node]
     begin: float
     end: float
-    strangers: list[str]
+    unexpected: list[str]
     left: list[int]
 
 
@@ -78,9 +79,9 @@ def judge(run: Run) -> list[Verdict]:
         pairs = [(o, start) for o in run.outcomes for start in o.ledger.starts]
         wrong = [f"{o.expected.name}: {text}" for o, start in pairs for text in look(o.expected, start)]
         found.append(Verdict(name, promise, len(pairs), wrong))
-    found[0].wrong.extend(f"{name}: nobody has submitted it" for name in run.strangers)
+    found[0].wrong.extend(f"{name}: it was not submitted" for name in run.unexpected)
     found += [_masks(run), _overlaps(run), _times(run)]
-    left = [f"process {pid} lives on" for pid in run.left]
+    left = [f"process {pid} is still alive" for pid in run.left]
     found.append(Verdict("processes", "none outlives its task", len(run.outcomes), left))
     return found
 
@@ -89,7 +90,7 @@ def judge(run: Run) -> list[Verdict]:
 
 
 def _once(o: Outcome) -> Iterator[str]:
-    """Numbers of executions may be left out: one that was handed to a node and taken back did not begin."""
+    """Numbers of executions may be missing: one that was handed to a node and taken back did not begin."""
     begun = [start.execution for start in o.ledger.starts]
     if len(begun) != o.expected.executions or begun != sorted(set(begun)):
         yield f"executions {begun} began, there should be {o.expected.executions}"
@@ -114,9 +115,9 @@ def _journal(o: Outcome) -> Iterator[str]:
             yield f"execution {line.execution}: the journal says {said}{more}; not {wanted}"
         parts = parse_allocation(line.cpus)
         said_of = (line.node, list(parts[0].cores), [part.node for part in parts], sum(len(p.cores) for p in parts))
-        told = (_node(start), _cores(start), _nodes(start), int(start.env.get("PILOTQ_CORES", 0)))
-        if said_of != told:
-            yield f"execution {line.execution}: it has (node, cores there, nodes, all cores) {told}, not {said_of}"
+        seen = (_node(start), _cores(start), _nodes(start), int(start.env.get("PILOTQ_CORES", 0)))
+        if said_of != seen:
+            yield f"execution {line.execution}: it has (node, cores there, nodes, all cores) {seen}, not {said_of}"
 
 
 def _output(o: Outcome) -> Iterator[str]:
@@ -165,7 +166,7 @@ def _limits(expected: Expected, start: Start) -> Iterator[str]:
 
 def _signals(_: Expected, start: Start) -> Iterator[str]:
     blocked, ignored = map(_numbers, start.signals)
-    ignored -= LIBRARYS if start.by_shell else LIBRARYS | PYTHONS
+    ignored -= LIBRARY_SIGNALS if start.by_shell else LIBRARY_SIGNALS | PYTHON_SIGNALS
     if blocked or ignored:
         yield f"signals {sorted(blocked)} are blocked and {sorted(ignored)} ignored"
     if not start.leads:
@@ -195,8 +196,8 @@ def _environment(expected: Expected, start: Start) -> Iterator[str]:
         ids.update(PILOTQ_ARRAY_ID=expected.id.rpartition("_")[0], PILOTQ_INDEX=str(expected.index))
     wanted = {**expected.env, **ids}
     for name in wanted.keys() | start.env.keys():
-        known = name.startswith(OURS) or (expected.shell and name in SHELLS_OWN)
-        if name in wanted and start.env.get(name) != wanted[name] and name not in SHELLS_OWN:
+        known = name.startswith(OWN_PREFIXES) or (expected.shell and name in SHELL_VARIABLES)
+        if name in wanted and start.env.get(name) != wanted[name] and name not in SHELL_VARIABLES:
             yield f"{name} is {start.env.get(name)!r}, not {wanted[name]!r}"
         elif name not in wanted and not known:
             yield f"{name} is set, to {start.env[name]!r}"
@@ -206,7 +207,7 @@ def _environment(expected: Expected, start: Start) -> Iterator[str]:
 
 
 def _masks(run: Run) -> Verdict:
-    """The CPUs of a core are known, or learned from the tasks that have one core."""
+    """The CPUs of a core are known, or learned from tasks of one core."""
     wrong = []
     starts = [(o.expected.name, start) for o in run.outcomes for start in o.ledger.starts]
     real = {(name, core): cpu for name, node in run.nodes.items() for core, cpu in (node.real or {}).items()}
@@ -225,13 +226,13 @@ def _masks(run: Run) -> Verdict:
 
 
 def _overlaps(run: Run) -> Verdict:
-    """Nobody shares a core with somebody else at any time; and an entire node has all cores there are."""
+    """No core has two tasks at any time; and a task with an entire node has all of its cores."""
     wrong = []
     uses: dict[tuple[str, str, int], list[tuple[float, float, str]]] = {}
     for o in run.outcomes:
         ends = {(end.execution, end.pid): end.ended for end in o.ledger.ends}
         for start in o.ledger.starts:
-            # What was killed has at least begun.
+            # A killed execution has at least begun.
             span = (
                 start.begun,
                 ends.get((start.execution, start.pid), start.begun),
@@ -273,10 +274,10 @@ def _times(run: Run) -> Verdict:
     return Verdict("times", "the journal's times enclose what the task saw", lines, wrong)
 
 
-def _parts(o: Outcome, start: Start) -> Iterable[Part]:
-    """What the execution held, by its own words; of other nodes than its first only the journal tells."""
+def _parts(o: Outcome, start: Start) -> Iterable[NodeShare]:
+    """What the execution held as it saw it; the parts on other nodes than its first are only in the journal."""
     lines = (parse_allocation(line.cpus)[1:] for line in o.lines if line.execution == start.execution and line.cpus)
-    return (Part(_node(start), tuple(_cores(start))), *next(lines, ()))
+    return (NodeShare(_node(start), tuple(_cores(start))), *next(lines, ()))
 
 
 def _nodes(start: Start) -> list[str]:

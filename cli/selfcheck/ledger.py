@@ -1,4 +1,4 @@
-"""Reading what the tasks have written about themselves."""
+"""Reads the ledgers: what the tasks of the selfcheck have written about themselves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ledger(msgspec.Struct):
 
 
 def read(directory: str) -> dict[str, Ledger]:
-    """The ledgers of a directory by name. A line that is no whole one raises ValueError: writing it is one step."""
+    """The ledgers of a directory by name. An incomplete line raises ValueError: each is written in one step."""
     found = {}
     for name in os.listdir(directory):
         ledger = found[name] = Ledger()

@@ -1,7 +1,7 @@
-"""Which tasks the selfcheck submits, and how each of them must find itself.
+"""Plans the tasks that the selfcheck submits, and what each of them must observe.
 
-Everything that can differ between tasks goes round with a length of its own, and no two lengths have a common
-divisor, so that in some thousand tasks all meet each other.
+Everything that can differ between tasks repeats with a period of its own, and no two periods have a common divisor,
+so that in some thousand tasks all combinations occur.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker.tasks.model import ArrayRange, Request, Shared, Task
+from pilotq.broker.tasks.model import ArrayRange, Request, Task
+from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.cli.selfcheck import probe
 
 PROBE = [sys.executable, "-I", "-S", os.path.abspath(probe.__file__)]
 MARK = "SELFCHECK"  # a variable of the submitter, different in each batch
 OVERRIDE = "SELFCHECK_OWN"  # a variable of the task
 ODD = "a 'quoted' \"value\",\n two lines, ünïcödé"
-LIMIT_S = 1.0  # enough to begin on a busy machine
+LIMIT_S = 1.0  # enough to start on a busy machine
 ARRAY = 50  # elements
-ARRAY_SHARE = 5  # every so many-th task is an element
+ARRAY_SHARE = 5  # every fifth task is an element
 # What a submitter may have: umask, and soft limits that differ from those of the worker.
-SURROUNDINGS: tuple[tuple[int, dict[int, int]], ...] = (
+SUBMIT_CONTEXTS: tuple[tuple[int, dict[int, int]], ...] = (
     (0o022, {}),
     (0o077, {resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0}),
     (0o002, {resource.RLIMIT_STACK: 4 << 20, resource.RLIMIT_AS: 4 << 30}),
@@ -34,7 +35,7 @@ SURROUNDINGS: tuple[tuple[int, dict[int, int]], ...] = (
 
 
 class Expected(msgspec.Struct, kw_only=True):
-    """How one task, or one element of an array, must find itself. ``id`` is known when it was submitted."""
+    """What one task, or one element of an array, must observe. ``id`` is known once it is submitted."""
 
     name: str  # of the task and of its ledger
     id: str = ""
@@ -44,14 +45,14 @@ class Expected(msgspec.Struct, kw_only=True):
     cwd: str
     umask: int
     limits: dict[int, int]
-    env: dict[str, str]  # what the submitter and the task have set; nothing else may be there but what pilotq sets
+    env: dict[str, str]  # what the submitter and the task set; nothing else may be there except what pilotq sets
     stdin: str = ""
     stdout: str = ""  # a file; empty: captured
     stderr: str = ""
     size: int = 0  # bytes written to each of the two
     shell: bool = False
     executions: int = 1
-    ends: bool = True  # it comes to its second line
+    ends: bool = True  # it reaches its second line
     exit_codes: tuple[int | None, ...] = (0,)  # of each execution; None: a signal
     signal: int | None = None
     reason: str = ""
@@ -64,32 +65,32 @@ class Expected(msgspec.Struct, kw_only=True):
 class Batch(NamedTuple):
     """One submission: ``expected`` has a list for each task, with an entry for each of its elements."""
 
-    shared: Shared
+    shared: SubmitContext
     tasks: list[Task]
     expected: list[list[Expected]]
 
 
 class Place(NamedTuple):
-    """Where tasks may leave something: both directories exist."""
+    """Where tasks may write: both directories exist."""
 
     ledgers: str
     work: str
 
 
-def batches(count: int, nodes: Mapping[str, int], place: Place, base: Shared) -> list[Batch]:
-    """``count`` tasks, an element counts one, for nodes of so many cores each, in surroundings like ``base``."""
+def batches(count: int, nodes: Mapping[str, int], place: Place, base: SubmitContext) -> list[Batch]:
+    """``count`` tasks, where an element counts as one, for nodes of so many cores each, in contexts like ``base``."""
     arrays = count // ARRAY_SHARE // ARRAY
     single = count - arrays * ARRAY
     found = []
-    for number, (umask, limits) in enumerate(SURROUNDINGS):
+    for number, (umask, limits) in enumerate(SUBMIT_CONTEXTS):
         cwd = os.path.join(place.work, f"batch {number}")
         os.makedirs(os.path.join(cwd, "below"), exist_ok=True)
         env = {**base.env, MARK: f"{number} {ODD}"}
-        shared = Shared(env, cwd, umask, {**base.limits, **limits})
+        shared = SubmitContext(env, cwd, umask, {**base.limits, **limits})
         batch = Batch(shared, [], [])
-        for n in range(number, single, len(SURROUNDINGS)):
+        for n in range(number, single, len(SUBMIT_CONTEXTS)):
             _add(batch, _single(n, nodes, place, shared))
-        for n in range(number, arrays, len(SURROUNDINGS)):
+        for n in range(number, arrays, len(SUBMIT_CONTEXTS)):
             _add(batch, _array(n, place, shared))
         found.append(batch)
     return found
@@ -100,7 +101,7 @@ def _add(batch: Batch, made: tuple[Task, list[Expected]]) -> None:
     batch.expected.append(made[1])
 
 
-def _single(n: int, nodes: Mapping[str, int], place: Place, shared: Shared) -> tuple[Task, list[Expected]]:
+def _single(n: int, nodes: Mapping[str, int], place: Place, shared: SubmitContext) -> tuple[Task, list[Expected]]:
     name = f"t{n}"
     expected = Expected(name=name, cwd=shared.cwd, umask=shared.umask, limits=shared.limits, env=dict(shared.env))
     task = Task(name=name)
@@ -144,7 +145,7 @@ def _resources(kind: int, task: Task, expected: Expected, nodes: Mapping[str, in
 
 
 def _ending(kind: int, task: Task, expected: Expected) -> str:
-    """How the probe ends; mostly well."""
+    """How the probe ends; mostly with 0."""
     if kind % 20 == 1:
         expected.exit_codes, expected.reason = (kind,), "exit"
         return str(kind)
@@ -182,7 +183,7 @@ def _directory(kind: int, task: Task, expected: Expected, place: Place) -> None:
         task.cwd = expected.cwd = place.work
 
 
-def _array(n: int, place: Place, shared: Shared) -> tuple[Task, list[Expected]]:
+def _array(n: int, place: Place, shared: SubmitContext) -> tuple[Task, list[Expected]]:
     """By range, or by values; each element has its own ledger."""
     name = f"a{n}"
     values = [f"{name}.{number} {ODD}" for number in range(ARRAY)]

@@ -1,6 +1,6 @@
-"""What every task of the selfcheck runs: it writes down how it finds itself.
+"""The program of every task of the selfcheck: writes down the state of its own process.
 
-It needs no installed package, and imports little: most of its time is Python's start.
+It needs no installed package, and imports little: most of its time is the start of Python.
 
     python -I -S probe.py LEDGER SECONDS END BYTES [STATUS]
 
@@ -48,8 +48,8 @@ def read(path: str) -> str:
         return file.read()
 
 
-def look(before: str) -> dict[str, object]:
-    """How this process finds itself. Descriptors come first: the rest opens files."""
+def observe(before: str) -> dict[str, object]:
+    """The state of this process. Descriptors come first: the rest opens files."""
     opened = descriptors()
     umask = os.umask(0)
     os.umask(umask)
@@ -76,7 +76,7 @@ def write(ledger: str, line: dict[str, object]) -> None:
 
 
 def end(how: str, first: bool) -> int:
-    """The exit code, unless ``how`` says that there shall be none."""
+    """The exit code, unless ``how`` says that there is to be none."""
     if how == "retry":
         return RETRIED if first else 0
     code = int(how)
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     begun, at = time.monotonic(), time.time()
     ledger, seconds, how, size = argv[:4]
     first = not os.path.exists(ledger)
-    found = look("".join(argv[4:]))
+    found = observe("".join(argv[4:]))
     execution = int(os.environ["PILOTQ_EXECUTION"])
     same: dict[str, object] = {"execution": execution, "pid": os.getpid()}
     write(ledger, {**same, "begun": begun, "at": at, **found})

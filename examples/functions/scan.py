@@ -1,4 +1,4 @@
-"""Where does the logistic map become chaotic? A Python function for each parameter, on all cores.
+"""Finds where the logistic map becomes chaotic: a Python function for each parameter, on all cores.
 
     python examples/functions/scan.py [--points 2000] [--nodes SPEC]
 

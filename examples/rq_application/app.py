@@ -1,4 +1,4 @@
-"""An application that knows RQ, and nothing of pilotq: `pilotq exec -- python app.py`."""
+"""An application that uses RQ and does not know pilotq: `pilotq exec -- python app.py`."""
 
 from __future__ import annotations
 

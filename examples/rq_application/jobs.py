@@ -1,4 +1,4 @@
-"""What the application lets its workers do: plain functions, as for any worker of RQ."""
+"""The jobs of the application: plain functions, as for any worker of RQ."""
 
 from __future__ import annotations
 

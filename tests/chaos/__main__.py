@@ -25,18 +25,17 @@ from pathlib import Path
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.errors import PilotqError
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import Journal, JournalEntry
 from tests.chaos.judge import FINISHED, Expected, History, judge
 from tests.support.fault_rig import HELD, Rig, Work
-from tests.support.network_namespace import CUT, Far, possible
+from tests.support.network_namespace import CUT, FarNode, possible
 from tests.support.waiting import wait_until
 
 # Chance may strike an innocent task more than three times. It must strike while that runs: once a task was lost nothing
 # begins behind it before its end is known.
 CRASH_LIMIT = 8
 SETTINGS = {
-    "contact_margin_s": 1.0, "connect_s": 0.5, "reply_s": 1.0, "crash_limit": CRASH_LIMIT, "keep_records": 1000,
+    "node_timeout_margin_s": 1.0, "connect_s": 0.5, "reply_s": 1.0, "crash_limit": CRASH_LIMIT, "keep_records": 1000,
     "stop_wait_s": 10.0,
 }  # fmt: skip
 CONTACT_S = 3.0
@@ -64,7 +63,7 @@ class Chaos:
         self.producing = random.Random(seed + 1)
         apart = possible()
         self.rig = Rig(folder, "n1:1,n2:1,n3:1" if apart else "n1:1,n2:1,n3:1,n4:1", **SETTINGS)
-        self.far = Far(self.rig) if apart else None
+        self.far = FarNode(self.rig) if apart else None
         self.done: Counter[str] = Counter()
         self.work: list[tuple[Work, list[Expected]]] = []
         self.over = threading.Event()
@@ -128,7 +127,7 @@ class Chaos:
             direction, length = self.random.choice(list(CUT)), self.random.uniform(0.3, 2.5 * CONTACT_S)
             self.far.cut(direction)
             self.over.wait(length)
-            self.far.mend()
+            self.far.reconnect()
             self.note(f"network cut ({direction})")
         elif pids := self.rig.processes(part):
             pid = self.random.choice(pids)
@@ -146,7 +145,7 @@ class Chaos:
 
     def tend(self) -> None:
         """What a job step or a user would do: start again what nobody else starts."""
-        self.rig.mend()
+        self.rig.restart()
         if self.far is not None and self.far.worker is not None and self.far.worker.poll() is not None:
             self.far.start(wait=False)
 
@@ -187,8 +186,8 @@ class Chaos:
             for task_id, task, one in zip(work.ids, work.tasks, expected, strict=True):
                 names = [f"{task_id}_{n}" for n in range(task.size)] if task.is_array else [task_id]
                 accepted.update(dict.fromkeys(names, one))
-        lines: dict[str, list[Line]] = {}
-        for line in Journal(self.rig.pilot.journal).lines():
+        lines: dict[str, list[JournalEntry]] = {}
+        for line in Journal(self.rig.pilot.journal).entries():
             if not line.elements:
                 lines.setdefault(line.id, []).append(line)
         return History(accepted, lines, list(self.rig.ledger()), self.faults, 4, self.rig.of_tasks())
@@ -227,7 +226,7 @@ def main() -> int:
         wrong += judge(history)
     finally:
         chaos.end()
-    executions = sum(words[2] == "begin" for words in history.ledger)
+    executions = sum(line[2] == "begin" for line in history.ledger)
     for what, number in sorted(chaos.done.items()):
         print(f"{number:6}  {what}")
     print(

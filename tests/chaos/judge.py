@@ -1,6 +1,6 @@
-"""Whether a history is as promised. Pure: it is given what was accepted, what tasks wrote, the journal, and what lives.
+"""Checks a history of a pilot against what is guaranteed: what was accepted, what tasks wrote, the journal, what lives.
 
-It believes nobody but the ledgers: the words of `tests/support/fault_probe.py`, written by the tasks themselves.
+It is pure, and believes only the ledgers: the events of `tests/support/fault_probe.py`, written by the tasks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import JournalEntry
 
 FINISHED = frozenset({("finished", "")})
 
 
 class Expected(NamedTuple):
-    """Of one accepted task. ``most``: how often it may run without any fault; ``endings``: the (status, reason) it may
-    have; ``writes``: it keeps a ledger."""
+    """What is expected of one accepted task.
+
+    ``most``: how often it may run without any fault; ``endings``: the (status, reason) it may have; ``writes``: it
+    keeps a ledger.
+    """
 
     most: int = 1
     endings: frozenset[tuple[str, str]] = FINISHED
@@ -24,12 +27,15 @@ class Expected(NamedTuple):
 
 
 class History(NamedTuple):
-    """``lines``: of the journal, by task, in their order. ``ledger``: the words of each line. ``faults``: how many were
-    done; each may cost as many tasks as there are ``cores`` one more execution, times ``held`` where those that were
-    handed to a core one after another are lost together. ``left``: processes of tasks."""
+    """What happened to a pilot.
+
+    ``lines``: of the journal, by task, in their order. ``ledger``: the fields of each line.
+    ``faults``: how many were injected; each may cost as many tasks as there are ``cores`` one more execution, times
+    ``held`` where those that a core has prefetched are lost together. ``left``: processes of tasks.
+    """
 
     accepted: Mapping[str, Expected]
-    lines: Mapping[str, Sequence[Line]]
+    lines: Mapping[str, Sequence[JournalEntry]]
     ledger: Iterable[Sequence[str]]
     faults: int
     cores: int
@@ -38,27 +44,27 @@ class History(NamedTuple):
 
 
 def judge(history: History) -> list[str]:
-    """What is wrong, one sentence each."""
+    """The violations, one sentence each."""
     begins, ended = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     wrong: list[str] = []
-    for me, execution, word, _, *more in history.ledger:
-        begins[me, execution] += word == "begin"
-        ended[me, execution] += word == "end"
-        if word == "core":
+    for me, execution, event, _, *more in history.ledger:
+        begins[me, execution] += event == "begin"
+        ended[me, execution] += event == "end"
+        if event == "core":
             wrong.append(f"{me}.{execution}: core used twice: {' '.join(more)}")
-        elif word == "again":
+        elif event == "again":
             wrong.append(f"{me}.{execution}: two executions at one time: {' '.join(more)}")
     begun = Counter[str]()
     for (me, execution), times in begins.items():
         begun[me] += times
-        # One number, one process: whatever a fault costs, it costs under a new number.
+        # One number, one process: after a fault a task runs under a new number.
         if times > 1:
             wrong.append(f"{me}.{execution}: it began {times} times")
     for me, expected in history.accepted.items():
-        said = history.lines.get(me, ())
-        wrong += [f"{me}: {text}" for text in _task(expected, said)]
+        entries = history.lines.get(me, ())
+        wrong += [f"{me}: {text}" for text in _task(expected, entries)]
         if expected.writes:
-            wrong += [f"{me}: {text}" for text in _ledger(me, expected, said, begun, ended, history.faults)]
+            wrong += [f"{me}: {text}" for text in _ledger(me, expected, entries, begun, ended, history.faults)]
     known = set(history.accepted)
     wrong += [f"{me}: nobody has submitted it" for me in sorted((set(history.lines) | set(begun)) - known)]
     extra = sum(begun.values()) - sum(e.most for e in history.accepted.values() if e.writes)
@@ -67,24 +73,25 @@ def judge(history: History) -> list[str]:
     return wrong + [f"process {pid} of a task lives on" for pid in history.left]
 
 
-def _task(expected: Expected, said: Sequence[Line]) -> Iterator[str]:
-    finals = [line for line in said if line.final]
+def _task(expected: Expected, entries: Sequence[JournalEntry]) -> Iterator[str]:
+    finals = [line for line in entries if line.final]
     if not finals:
-        yield f"lost: it has not ended, the journal has {[line.execution for line in said]}"
+        yield f"lost: it has not ended, the journal has {[line.execution for line in entries]}"
         return
-    if len(finals) > 1 or not said[-1].final:
-        yield f"counted {len(finals)} times: {[(line.execution, line.status, line.final) for line in said]}"
+    if len(finals) > 1 or not entries[-1].final:
+        yield f"counted {len(finals)} times: {[(line.execution, line.status, line.final) for line in entries]}"
     if (finals[0].status, finals[0].reason) not in expected.endings:
         yield f"it is {finals[0].status} ({finals[0].reason or 'no reason'}): {finals[0].message}"
-    numbers = [line.execution for line in said]
+    numbers = [line.execution for line in entries]
     if numbers != sorted(set(numbers)):
         yield f"executions counted {numbers}"
 
 
 def _ledger(
-    me: str, expected: Expected, said: Sequence[Line], begun: Counter[str], ended: Counter[tuple[str, str]], faults: int
-) -> Iterator[str]:
-    final = next((line for line in said if line.final), None)
+    me: str, expected: Expected, entries: Sequence[JournalEntry], begun: Counter[str], ended: Counter[tuple[str, str]],
+    faults: int,
+) -> Iterator[str]:  # fmt: skip
+    final = next((line for line in entries if line.final), None)
     if final is not None and final.status == "finished" and ended[me, str(final.execution)] != 1:
         yield f"finished by execution {final.execution}, which has not come to its end"
     if final is not None and final.status == "finished" and not 1 <= begun[me] <= expected.most + faults:

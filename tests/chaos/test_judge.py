@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import JournalEntry
 from tests.chaos.judge import Expected, History, judge
 
 
@@ -19,16 +19,16 @@ def fine() -> dict[str, Any]:
             "d": Expected(endings=frozenset({("failed", "time limit")}), writes=False),
         },
         "lines": {
-            "a": [Line("a", status="finished", execution=1)],
+            "a": [JournalEntry("a", status="finished", execution=1)],
             "b": [
-                Line("b", status="failed", reason="worker lost", execution=1, final=False),
-                Line("b", status="finished", execution=2),
+                JournalEntry("b", status="failed", reason="worker lost", execution=1, final=False),
+                JournalEntry("b", status="finished", execution=2),
             ],
             "c": [
-                Line("c", status="failed", reason="exit", execution=1, final=False),
-                Line("c", status="finished", execution=2),
+                JournalEntry("c", status="failed", reason="exit", execution=1, final=False),
+                JournalEntry("c", status="finished", execution=2),
             ],
-            "d": [Line("d", status="failed", reason="time limit", execution=1)],
+            "d": [JournalEntry("d", status="failed", reason="time limit", execution=1)],
         },
         "ledger": [
             "a 1 begin 1.0 10 n1 0", "a 1 end 2.0 0", "b 1 begin 1.0 11 n1 1", "b 2 begin 3.0 12 n1 1", "b 2 end 4.0 0",
@@ -46,7 +46,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "lost": (lambda h: h["lines"].pop("a"), "a: lost"),
     "never final": (lambda h: setattr(h["lines"]["a"][0], "final", False), "a: lost"),
     "counted twice": (
-        lambda h: h["lines"]["a"].append(Line("a", status="finished", execution=2)),
+        lambda h: h["lines"]["a"].append(JournalEntry("a", status="finished", execution=2)),
         "a: counted 2 times",
     ),
     "ended, and went on": (lambda h: h["lines"]["b"].reverse(), "b: counted 1 times"),
@@ -58,7 +58,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another's outcome": (lambda h: setattr(h["lines"]["b"][1], "execution", 3), "b: finished by execution 3"),
     "began too often": (lambda h: h["ledger"].extend(["b 3 begin 9.0 1 n1 0"]), "b: it began 3 times"),
     "one number twice": (lambda h: h["ledger"].append("b 2 begin 3.5 13 n1 1"), "b.2: it began 2 times"),
-    "a stranger in the journal": (lambda h: h["lines"].update(x=[Line("x", status="finished")]), "x: nobody"),
+    "a stranger in the journal": (lambda h: h["lines"].update(x=[JournalEntry("x", status="finished")]), "x: nobody"),
     "a stranger's ledger": (lambda h: h["ledger"].append("x 1 begin 9.0 1 n1 0"), "x: nobody has submitted it"),
     "a core used twice": (lambda h: h["ledger"].append("a 1 core 1.5 n1.0 b.1"), "a.1: core used twice"),
     "two at one time": (lambda h: h["ledger"].append("b 2 again 3.1 b b.1"), "b.2: two executions at one time"),
@@ -72,15 +72,15 @@ def test_a_history_as_promised_is_not_blamed() -> None:
 
 @pytest.mark.parametrize("lie", LIES)
 def test_each_lie_is_found(lie: str) -> None:
-    told = fine()
-    LIES[lie][0](told)
-    wrong = judge(history(told))
+    case = fine()
+    LIES[lie][0](case)
+    wrong = judge(history(case))
     assert any(text.startswith(LIES[lie][1]) for text in wrong), wrong
 
 
 def test_executions_that_no_fault_explains_are_found() -> None:
-    told = fine()
-    told["faults"] = 0
-    assert judge(history(told)) == [
+    case = fine()
+    case["faults"] = 0
+    assert judge(history(case)) == [
         "b: it began 2 times, with 0 faults", "1 executions more than tasks, with 0 faults on 2 cores",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`pilotq dashboard`: who gets in, what it says, and how it ends."""
+"""`pilotq dashboard`: its password, what it prints, and how it ends."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_it_lets_in_whoever_knows_the_password_and_nobody_else(cli: Cli, tmp_pat
     with served(tmp_path, directory) as page:
         assert page.url.startswith("http://127.0.0.1:")
         port = page.url.rpartition(":")[2].strip("/")
-        assert f"ssh -N -L {port}:127.0.0.1:{port} " in page.said
+        assert f"ssh -N -L {port}:127.0.0.1:{port} " in page.stderr
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-        assert page.password in page.said and len(page.password) >= 20
+        assert page.password in page.stderr and len(page.password) >= 20
         assert [page.ask(password=word)[0] for word in ("", "wrong", page.password)] == [401, 401, 200]
         assert page.ask("0/data/workers.json", password="")[0] == 401
         assert [worker["name"] for worker in page.data("workers")["workers"]] == ["n1"]
@@ -50,7 +50,7 @@ def test_it_lets_in_whoever_knows_the_password_and_nobody_else(cli: Cli, tmp_pat
         assert secret not in page.ask()[1]
     with served(tmp_path, directory) as again:
         assert again.password == page.password
-        assert page.password not in again.said and str(kept) in again.said
+        assert page.password not in again.stderr and str(kept) in again.stderr
 
 
 @needs_dashboard
@@ -103,7 +103,7 @@ def test_a_password_of_ones_own(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "word").write_text("open sesame\n")
     with served(tmp_path, home(tmp_path), "--password-file", "word") as page:
         assert page.ask(password="open sesame")[0] == 200
-        assert "sesame" not in page.said
+        assert "sesame" not in page.stderr
         assert not (home(tmp_path) / "dashboard-password").exists()
     (tmp_path / "empty").write_text("\n")
     refused = cli("dashboard", "--password-file", "empty")

@@ -1,4 +1,4 @@
-"""`pilotq doctor`: a machine and a pilot that are well, and what it finds where they are not."""
+"""`pilotq doctor`: a machine and a pilot without faults, and what it finds where there are some."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_what_is_wrong_with_a_pilot(tmp_path: Path) -> None:
     with live_pilot(tmp_path, "n1:1") as live:
         pilot = Pilot(live.pilot.directory)
         live.broker.pause(True)
-        live.broker.store.write("HSET", keys.WISH, "journal", "no space left")
+        live.broker.store.write("HSET", keys.STATUS, "journal", "no space left")
         checks = doctor_checks.examine(pilot, pilot.directory)
         assert named(checks, "journal") == [
-            Check("journal", "bad", "no space left", "nothing is handed out meanwhile"),
+            Check("journal", "bad", "no space left", "no task starts until that is solved"),
         ]
-        assert "it is paused: nothing is handed out" in [check.text for check in named(checks, "pilot")]
-        live.broker.store.write("HDEL", keys.WISH, "journal")
+        assert "it is paused: no task starts" in [check.text for check in named(checks, "pilot")]
+        live.broker.store.write("HDEL", keys.STATUS, "journal")
         live.broker.pause(False)
         Path(pilot.journal).chmod(0o644)
         (bad,) = named(doctor_checks.examine(pilot, pilot.directory), "permissions")
@@ -93,7 +93,7 @@ def test_what_is_wrong_with_a_pilot(tmp_path: Path) -> None:
         Path(pilot.journal).chmod(0o600)
     folder = Path(pilot.path("server", "appendonlydir"))
     lost = next(folder.glob("*.incr.aof"))
-    lost.rename(tmp_path / "aside")
+    lost.rename(tmp_path / "moved")
     (bad,) = named(doctor_checks.examine(pilot, pilot.directory), "data")
     assert bad.level == "bad" and lost.name in bad.text
 

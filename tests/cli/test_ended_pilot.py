@@ -1,4 +1,4 @@
-"""What the looking commands answer when the pilot has ended: its journal tells."""
+"""What the inspecting commands answer from the journal of a pilot that has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables, JSON, and that what users' programs wrote cannot reach the terminal."""
+"""Tables and JSON; control sequences from users' programs do not reach the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pilotq.broker.client.views import Counts, NodeView, TaskView
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import JournalEntry
 from pilotq.cli import formatting, summary
 
 HOSTILE = [
@@ -104,9 +104,9 @@ def test_nodes_with_shared_cores_are_marked() -> None:
     assert "4*" in formatting.nodes_table([node])
 
 
-def line(number: int, **facts: object) -> Line:
+def line(number: int, **facts: object) -> JournalEntry:
     base: dict[str, object] = {"status": "finished", "execution": 1, "cpus": "n1[0:1]", "started": 10.0, "ended": 12.0}
-    return Line(id=str(number), **{**base, **facts})  # type: ignore[arg-type]
+    return JournalEntry(id=str(number), **{**base, **facts})  # type: ignore[arg-type]
 
 
 def test_the_summary_counts_core_seconds_of_all_executions_of_this_run() -> None:

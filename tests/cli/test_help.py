@@ -1,4 +1,4 @@
-"""`pilotq help`, `--help` of each verb, completion in real shells, words that are nearly right, and colours."""
+"""`pilotq help`, `--help` of each command, completion in real shells, near misses, and colours."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from pilotq.broker import env_vars
 from pilotq.broker.tasks.states import REASONS, STATUSES
 from pilotq.cli import exit_codes
-from pilotq.cli.commands.help import SHELLS
-from pilotq.cli.main import HIDDEN, VERBS
+from pilotq.cli.commands.completion import SHELLS
+from pilotq.cli.main import COMMANDS, HIDDEN
 from pilotq.cli.topics import TOPICS
 from tests.support.command_line import Cli, command, environment, prompt
 from tests.support.paths import ROOT
@@ -46,7 +46,7 @@ def test_topics_say_what_the_code_says(cli: Cli) -> None:
     assert all(re.search(rf"^  {re.escape(word)} ", states, re.MULTILINE) for word in {*STATUSES, *REASONS} - {""})
     codes = cli("help", "exit-codes").stdout
     assert all(re.search(rf"^  {code} ", codes, re.MULTILINE) for code in exit_codes.MEANINGS)
-    assert all(name in cli("help", "environment").stdout for name in env_vars.known() - env_vars.OF_PARTS)
+    assert all(name in cli("help", "environment").stdout for name in env_vars.KNOWN - env_vars.OF_PARTS)
     assert json.loads(cli("help", "schema").stdout)["$defs"]["Entry"]["properties"]["cores"]
     assert cli("help", "list").stdout == cli("list", "--help").stdout
     assert all(topic in cli("help").stdout for topic in TOPICS)
@@ -55,7 +55,7 @@ def test_topics_say_what_the_code_says(cli: Cli) -> None:
 def test_every_variable_in_the_code_is_told() -> None:
     code = [path for room in ("broker", "workers", "cli") for path in (ROOT / room).rglob("*.py")]
     named = {name for path in code for name in re.findall(r"\bPILOTQ_[A-Z][A-Z_]+[A-Z]\b", path.read_text())}
-    assert named == {name for name in env_vars.known() if name.startswith("PILOTQ_")}
+    assert named == {name for name in env_vars.KNOWN if name.startswith("PILOTQ_")}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def completions(folder: Path, *words: str) -> set[str]:
 
 def test_bash_completes_verbs_options_and_values(tmp_path: Path) -> None:
     assert completions(tmp_path, "re") >= {"retry"}
-    assert completions(tmp_path, "") >= {verb for verb in VERBS if verb not in HIDDEN}
+    assert completions(tmp_path, "") >= {command for command in COMMANDS if command not in HIDDEN}
     assert completions(tmp_path, "list", "--st") == {"--status"}
     assert completions(tmp_path, "list", "--status", "fin") == {"finished"}
     assert "supervisor" not in completions(tmp_path, "")

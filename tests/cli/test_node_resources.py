@@ -10,7 +10,7 @@ import pytest
 
 from pilotq.broker import Broker
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import NodeInfo
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.cli import pilot_options
 from tests.support.command_line import in_background, prompt
 

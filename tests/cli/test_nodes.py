@@ -1,4 +1,4 @@
-"""`pilotq nodes drain`, `retire` and `resume` have effect: on what is placed, on what was handed ahead, on workers."""
+"""`pilotq nodes drain`, `retire` and `resume` have effect: on what is placed, on prefetched tasks, on workers."""
 
 from __future__ import annotations
 

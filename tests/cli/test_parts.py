@@ -96,7 +96,7 @@ def test_a_dispatcher_with_journal_makes_a_pilot_on_a_server_of_the_users_own(st
         url = f"redis://{address.user}@{address.host}:{address.port}/0"
         for task in ("1", "2"):  # a stopped pilot goes on with what it had, under the same directory
             begin = ("dispatcher", "--journal", "--dir", "d")
-            keeper = start(*begin, PILOTQ_REDIS_URL=url, PILOTQ_PASSWORD_FILE="secret")
+            dispatcher = start(*begin, PILOTQ_REDIS_URL=url, PILOTQ_PASSWORD_FILE="secret")
             wait_until((tmp_path / "d" / "connection.json").exists, seconds=TIMEOUT)
             worker = start("worker", "--dir", "d", "--node", "n1", "--virtual", "4")
             made = pilotq("enqueue", "--dir", "d", "--cores", "4", "--", "echo", "$PILOTQ_CPUS", cwd=tmp_path)
@@ -107,7 +107,7 @@ def test_a_dispatcher_with_journal_makes_a_pilot_on_a_server_of_the_users_own(st
             assert (node["name"], node["cores"], node["shared_cores"]) == ("n1", 4, True)
             # It ends the workers, too, and what has ended is answered from the journal.
             assert pilotq("stop", "--dir", "d", cwd=tmp_path).returncode == 0
-            assert (keeper.wait(TIMEOUT), worker.wait(TIMEOUT)) == (0, 0)
+            assert (dispatcher.wait(TIMEOUT), worker.wait(TIMEOUT)) == (0, 0)
             assert (
                 json.loads(pilotq("show", task, "--dir", "d", "--json", cwd=tmp_path).stdout)[0]["status"] == "finished"
             )

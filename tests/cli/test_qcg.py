@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pilotq.broker.store.messages import parse_allocation
+from pilotq.broker.store.resources import parse_allocation
 from tests.support.command_line import command, environment, in_background, prompt
 from tests.support.live_pilot import left_of
 from tests.support.paths import QCG_CASES

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker.client.statistics import Spread, statistics
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import JournalEntry
 from tests.support.command_line import Cli, command, environment, in_background, prompt
 from tests.support.waiting import wait_until
 
 
-def line(task_id: str, started: float, ended: float, cpus: str = "n1[0]", **fields: object) -> Line:
+def line(task_id: str, started: float, ended: float, cpus: str = "n1[0]", **fields: object) -> JournalEntry:
     values = {"status": "finished", "execution": 1, "node": "n1", "queued": 0.0, "cpu": 0.5, **fields}
-    return Line(id=task_id, started=started, ended=ended, cpus=cpus, **values)  # type: ignore[arg-type]
+    return JournalEntry(id=task_id, started=started, ended=ended, cpus=cpus, **values)  # type: ignore[arg-type]
 
 
 def test_statistics_of_known_lines() -> None:
@@ -31,8 +31,8 @@ def test_statistics_of_known_lines() -> None:
             line("2", 1, 3, "n1[1],n2[0]", status="failed", reason="exit", final=False),
             line("2", 4, 5, "n1[1],n2[0]", execution=2),
             line("3", 5, 11, "n2[0]", status="failed", reason="signal", node="n2"),
-            Line(id="4", status="canceled", reason="dependency"),
-            Line(id="5", status="failed", elements={"finished": "0-1"}),
+            JournalEntry(id="4", status="canceled", reason="dependency"),
+            JournalEntry(id="5", status="failed", elements={"finished": "0-1"}),
         ],
         longest=2,
     )

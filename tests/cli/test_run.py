@@ -1,4 +1,4 @@
-"""`pilotq` end to end: a real pilot, driven as a person drives it."""
+"""`pilotq` end to end: a real pilot, used as a person uses it."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def start_run(tmp_path: Path, *args: str) -> subprocess.Popen[str]:
 
 
 def line_with(process: subprocess.Popen[str], text: str) -> str:
-    """The line of standard error that holds the text; progress may have been told before."""
+    """The line of standard error that holds the text; progress may have been printed before."""
     assert process.stderr is not None
     for line in process.stderr:
         if text in line:
@@ -303,7 +303,7 @@ def test_cancel_a_running_and_a_waiting_task(pilot: Cli, tmp_path: Path) -> None
     assert not (tmp_path / "never").exists()
     (done,) = pilot("enqueue", "--", "true").stdout.split()
     assert pilot("wait", done).returncode == 0
-    assert f"{done}: had ended before: finished" in pilot("cancel", done).stdout
+    assert f"{done}: had already ended: finished" in pilot("cancel", done).stdout
 
 
 def test_an_unknown_task_is_a_sentence(pilot: Cli) -> None:
@@ -353,7 +353,7 @@ def test_logs_follow_a_task_until_it_ends(pilot: Cli, tmp_path: Path) -> None:
     assert follower.returncode == 0
 
 
-def test_the_submitters_surroundings_reach_the_task(pilot: Cli, tmp_path: Path) -> None:
+def test_the_submit_context_reaches_the_task(pilot: Cli, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     script = "umask; pwd; echo $COLOUR $PILOTQ_TASK_ID"
     args = command("enqueue", "--dir", str(tmp_path / ".pilotq" / "current"), "--", "sh", "-c", script)

@@ -1,4 +1,4 @@
-"""The selfcheck: a real run finds nothing wrong, and its judge believes no lie."""
+"""The selfcheck: a real run finds nothing wrong, and its judge detects every false ledger."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.store.messages import Line
-from pilotq.broker.tasks.model import Shared
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.cli.selfcheck.judge import Node, Outcome, Run, judge
 from pilotq.cli.selfcheck.ledger import End, Ledger, Start, read
 from pilotq.cli.selfcheck.plan import Expected, Place, batches
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said_and_kept(tmp_path: Path) -> None:
 
 def test_the_plan_has_every_variety(tmp_path: Path) -> None:
     place = Place(str(tmp_path), str(tmp_path))
-    planned = batches(2000, {"n1": 2, "n2": 2}, place, Shared({"PATH": "/bin"}, "/", 0o022, {}))
+    planned = batches(2000, {"n1": 2, "n2": 2}, place, SubmitContext({"PATH": "/bin"}, "/", 0o022, {}))
     tasks = [task for batch in planned for task in batch.tasks]
     expected = [e for batch in planned for elements in batch.expected for e in elements]
     assert len(expected) == len({e.name for e in expected}) == sum(task.size for task in tasks) == 2000
@@ -122,7 +122,7 @@ def outcome(name: str, node: str, core: int, begun: float, *, pid: int, **more: 
         descriptors={0: "/dev/null", 1: "/p/n1.1.pool", 2: "/p/n1.2.pool"}, limits={LIMIT: (100, 500)}, signals=(0, 0),
         by_shell=True, leads=True, stdin="", clock="this host",
     )  # fmt: skip
-    line = Line(
+    line = JournalEntry(
         f"id-{name}", name, "finished", execution=1, node=node, cpus=f"{node}[{core}]", exit_code=0,
         queued=BEGIN, handed=BEGIN + begun, started=BEGIN + begun, ended=BEGIN + begun + 1,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def start_of(run: Run, number: int = 0) -> Start:
     return run.outcomes[number].ledger.starts[0]
 
 
-def line_of(run: Run, number: int = 0) -> Line:
+def line_of(run: Run, number: int = 0) -> JournalEntry:
     return run.outcomes[number].lines[0]
 
 

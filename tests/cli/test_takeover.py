@@ -1,4 +1,4 @@
-"""A pilot goes on where one on another machine was, as soon as it is known that this one is dead."""
+"""A pilot takes over from one on another machine, as soon as that one is proved dead."""
 
 from __future__ import annotations
 

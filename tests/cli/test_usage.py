@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.cli.main import HIDDEN, VERBS
+from pilotq.cli.main import COMMANDS, HIDDEN
 
-SHOWN = sorted(set(VERBS) - set(HIDDEN))
+SHOWN = sorted(set(COMMANDS) - set(HIDDEN))
 LIGHT = {
     "enqueue": ["enqueue", "--", "true"],
     "submit": ["submit", "tasks.txt"],
@@ -44,8 +44,8 @@ def test_the_help_names_every_command(tmp_path: Path) -> None:
     result = pilotq("--help", cwd=tmp_path)
     assert result.returncode == 0
     words = result.stdout.split()
-    assert [verb for verb in SHOWN if verb not in words] == []
-    assert not [verb for verb in HIDDEN if verb in words]
+    assert [command for command in SHOWN if command not in words] == []
+    assert not [command for command in HIDDEN if command in words]
     assert len(result.stdout.splitlines()) <= 56
 
 
@@ -84,7 +84,7 @@ WRONG = [
     (["run", "empty.txt"], "empty.txt: there is no task in it"),
     (["run", "--server", "./no-such-server", "--", "true"], "./no-such-server"),
     (["run", "--server", "/bin/false", "--", "true"], "/bin/false is no Redis"),
-    (["start", "--resume", "nope"], "--resume nope: there has been no pilot"),
+    (["start", "--resume", "nope"], "--resume nope: there was never a pilot"),
     (["start", "--dir", "tasks.txt"], "tasks.txt cannot be the pilot's directory"),
     (["start", "--counter", "lic"], "NAME=N"),
     (["run", "--time-limit", "soon", "--", "true"], "(1:30:00). See `pilotq run --help`"),

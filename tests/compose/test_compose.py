@@ -1,4 +1,4 @@
-"""docker-compose.yml for real: its containers are built and brought up, lose a worker, are stopped, and go on.
+"""docker-compose.yml for real: its containers are built and started, lose a worker, are stopped, and go on.
 
 The tests run in order, on one set of containers. PILOTQ_TEST_COMPOSE=1 asks for them (`make compose-test`).
 """
@@ -29,7 +29,7 @@ ASKED = "PILOTQ_TEST_COMPOSE"
 USER = 12345  # nobody's in the images: whoever runs the containers needs no name there
 BUILD_S, UP_S, CALL_S, SWEEP_S = 900, 300, 120, 600
 # A worker that was killed is given up after 10 + 2 + 5 s, and not after 120 + 10 + 5 s.
-SETTINGS = {"contact_s": 10, "kill_grace_s": 2}
+SETTINGS = {"node_timeout_s": 10, "kill_grace_s": 2}
 IMAGE = "pilotq-test"
 OWN_MB = 40  # what the image may add to the one that it begins from
 pytestmark = pytest.mark.timeout(1800)
@@ -148,7 +148,7 @@ def test_the_sweep_is_complete_though_a_worker_is_killed(stack: Stack) -> None:
     docker("kill", victim)
     assert len(list(results.glob("fit-*.csv"))) < 900, "it was to be killed in the middle"
     stack.cli("wait", "--timeout", f"{SWEEP_S}s", seconds=SWEEP_S + CALL_S)
-    # Complete: each number once, the same as without a pilot, and the picture of all of them.
+    # Complete: each number once, the same as without a pilot, and the plot of all of them.
     assert {path.name for path in results.glob("fit-*")} == {f"fit-{number}.csv" for number in range(1000)}
     check = subprocess.run(
         ["python3", "-B", str(ROOT / "examples/sweep/fit.py"), "990", "20"], cwd=stack.project.parent, check=True

@@ -15,9 +15,6 @@ HEAD = """
 import os, subprocess, sys
 import pytest
 
-from tests.support.paths import TESTS
-
-from tests.support.paths import TESTS
 
 def start(*arguments, **options):
     return subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", *arguments], **options)

@@ -1,4 +1,4 @@
-"""The books say what is: pages are fresh, commands run as shown, tables are complete, links lead somewhere.
+"""The documents are true: generated pages are fresh, commands run as shown, tables are complete, links lead somewhere.
 
 In a document a fence whose head names a file (``toml tasks.toml``) is that file. In a ``console`` fence lines that
 begin with ``$ `` are commands; they run in order, in one folder for each document. A command exits with 0, or with N
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from docs.generate import PAGES, PARTS, with_parts
+from docs.generate import NOT_DRAWN, PAGES, PARTS, node, package_diagram, packages_of_code, with_parts
 
 from pilotq.broker import ArrayRange, Broker, Request, Task
 from pilotq.broker.client.views import Counts, Explanation, NodeView, TaskView
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.taskfiles import qcg
 from pilotq.broker.taskfiles.native import Entry
 from tests.support.command_line import TIMEOUT, environment, prompt
@@ -60,6 +60,26 @@ def test_a_generated_page_is_fresh(page: str) -> None:
 @pytest.mark.parametrize("page", PARTS)
 def test_a_generated_part_is_fresh(page: str) -> None:
     assert book(f"docs/{page}") == with_parts(page), "run `python docs/generate.py`"
+
+
+def reachable(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The arrows, and those that follow from several of them."""
+    found = set(arrows)
+    while more := {(a, d) for a, b in found for c, d in arrows if b == c} - found:
+        found |= more
+    return found
+
+
+def test_the_diagram_of_packages_shows_what_the_table_says() -> None:
+    drawn = set(re.findall(r"^    (\w+) --> (\w+)$", package_diagram(), re.MULTILINE))
+    table = {
+        (node(package), node(name))
+        for package, (_, imports) in packages_of_code().items()
+        for name in imports
+        if package not in NOT_DRAWN and name not in NOT_DRAWN
+    }
+    assert reachable(drawn) == reachable(table)
+    assert all(arrow not in reachable(drawn - {arrow}) for arrow in drawn), "an arrow that follows from others"
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
@@ -108,7 +128,7 @@ def test_commands_in_tables_are_found_in_their_place() -> None:
     assert [step.text for step in shown(text)] == ["one", "pilotq a", "pilotq b 'c'", "two"]
 
 
-def test_commands_codes_and_outputs_are_told_apart() -> None:
+def test_commands_codes_and_outputs_are_distinguished() -> None:
     console = "```console\n$ one\n$ two --x  # exit 4\nout\n\nmore\n$ three\n```\n"
     text = f"```toml a.toml\nx = 1\n```\n{console}```sh\n$ not\n```\n"
     assert shown(text) == [
@@ -150,22 +170,32 @@ def words(text: str) -> set[str]:
     "kind",
     [Entry, qcg.Job, qcg.Execution, qcg.Resources, qcg.Amount, qcg.Iteration, qcg.Dependencies, qcg.Scheduler],
 )
-def test_every_key_of_files_is_told(kind: Any) -> None:
+def test_every_key_of_files_is_documented(kind: Any) -> None:
     assert set(kind.__struct_fields__) - words(book("docs/files.md")) == set()
 
 
 @pytest.mark.parametrize("kind", [Task, Request, ArrayRange, TaskView, NodeView, Counts, Explanation])
-def test_every_field_of_python_is_told(kind: Any) -> None:
+def test_every_field_of_python_is_documented(kind: Any) -> None:
     assert set(kind.__struct_fields__) - words(book("docs/python.md")) == set()
 
 
-def test_every_key_of_the_journal_is_told() -> None:
-    assert set(Line.__struct_fields__) - words(book("docs/concepts.md")) == set()
+def test_every_key_of_the_journal_is_documented() -> None:
+    assert set(JournalEntry.__struct_fields__) - words(book("docs/concepts.md")) == set()
 
 
-def test_every_method_of_broker_is_told() -> None:
+def test_every_method_of_broker_is_documented() -> None:
     names = {n for n, _ in inspect.getmembers(Broker) if not n.startswith("_")}
     assert names - words(book("docs/python.md")) == set()
+
+
+def test_make_faults_runs_every_file_of_the_table_of_faults() -> None:
+    named = {
+        file
+        for row in tomllib.loads(book("docs/faults.toml"))["fault"]
+        for file in re.findall(r"test_\w+\.py", row["tests"])
+    }
+    run = re.findall(r"^  (tests/\S+\.py)", book("Makefile"), re.MULTILINE)
+    assert sorted(Path(path).name for path in run) == sorted(named)
 
 
 def test_every_dependency_has_its_line() -> None:
@@ -175,16 +205,17 @@ def test_every_dependency_has_its_line() -> None:
     assert set(re.findall(r"^\| `([\w-]+)`", book("docs/design/0002-dependencies.md"), re.MULTILINE)) == wanted
 
 
-def test_every_key_field_and_script_in_redis_is_told() -> None:
+def test_every_key_field_and_script_in_redis_is_documented() -> None:
     text = book("docs/design/0004-data-in-redis.md")
     names = {value for key, value in vars(keys).items() if key.isupper() and isinstance(value, str)}
     names |= {f"{pattern.removesuffix('*')}" for pattern in keys.PERMANENT if pattern.endswith("*")}
     assert {n for n in names if f"`{n}" not in text} == set()
-    scripts = sorted((ROOT / "broker" / "scripts").glob("*.lua"))
+    scripts = sorted((ROOT / "broker" / "store" / "scripts").glob("*.lua"))
+    assert scripts
     assert {p.name for p in scripts if f"`{p.name}`" not in text} == set()
-    code = "".join(p.read_text() for p in [*scripts, *(ROOT / "broker").glob("*.py")])
-    told = set(re.findall(r"pq_\w+", text))
-    assert set(re.findall(r"\bpq_\w+", code)) == told, "fields of hashes, told and used"
+    code = "".join(p.read_text() for p in [*scripts, *(ROOT / "broker").rglob("*.py")])
+    documented = set(re.findall(r"pq_\w+", text))
+    assert set(re.findall(r"\bpq_\w+", code)) == documented, "fields of hashes, documented and used"
 
 
 @pytest.mark.parametrize("path", [*BOOKS, *(ROOT / n for n in ("CONTRIBUTING.md", "SECURITY.md"))], ids=name)

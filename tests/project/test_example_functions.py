@@ -1,4 +1,4 @@
-"""examples/functions: what it prints is true, on a private pilot."""
+"""examples/functions on a private pilot: what it prints is true."""
 
 from __future__ import annotations
 

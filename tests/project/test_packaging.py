@@ -87,7 +87,7 @@ def test_the_wheel_holds_every_module_and_script_and_nothing_else(source: Path, 
         names = archive.namelist()
     info = f"pilotq-{version()}.dist-info/"
     assert {n for n in names if not n.startswith(info)} == expected
-    assert any(n.startswith("pilotq/broker/scripts/") and n.endswith(".lua") for n in names)
+    assert any(n.startswith("pilotq/broker/store/scripts/") and n.endswith(".lua") for n in names)
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
 
 

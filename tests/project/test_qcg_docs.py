@@ -1,4 +1,4 @@
-"""docs/from-qcg-pilotjob.md tells of everything that the code has: its tables against the code's own."""
+"""docs/from-qcg-pilotjob.md describes everything that the code has: its tables against the code's own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pilotq.broker.qcg.service.address import ADDRESS
 from pilotq.broker.qcg.service.requests import _HANDLERS
 from pilotq.broker.slurm.step_environment import step_environment
 from pilotq.broker.taskfiles import qcg
-from pilotq.broker.taskfiles.qcg_variables import REQUEST_WORDS, RUN_WORDS
-from pilotq.cli.qcg.options import parse, parser, pilot_arguments, without_meaning
+from pilotq.broker.taskfiles.qcg_variables import LAUNCH_VARIABLES, REQUEST_VARIABLES
+from pilotq.cli.qcg.options import ignored_options, parse, parser, pilot_arguments
 from tests.support.paths import ROOT
 
 BOOK = (ROOT / "docs" / "from-qcg-pilotjob.md").read_text(encoding="utf-8")
@@ -65,8 +65,8 @@ def test_options_in_an_allocation(words: str, pilot: str, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     options = parse(["--file-path", "f", *words.split()])
     assert pilot_arguments(options) == ["--envschema", "auto", *pilot.split()]
-    told = list(without_meaning(options))
-    assert bool(told) == ("local" in pilot), told
+    ignored = list(ignored_options(options))
+    assert bool(ignored) == ("local" in pilot), ignored
 
 
 def test_requests() -> None:
@@ -79,10 +79,10 @@ def test_keys_of_jobs() -> None:
 
 def test_words_and_variables() -> None:
     words = set(re.findall(r"`(\w+)`", section("Variables in jobs")))
-    assert words == REQUEST_WORDS | RUN_WORDS
-    told = first_cells("Environment of tasks")
+    assert words == REQUEST_VARIABLES | LAUNCH_VARIABLES
+    documented = first_cells("Environment of tasks")
     of_worker = set(re.findall(r'"(QCG_PM_\w+)"', (ROOT / "workers" / "execution" / "launch_builder.py").read_text()))
-    assert told == set(step_environment(("a",), (1,))) | of_worker | {
+    assert documented == set(step_environment(("a",), (1,))) | of_worker | {
         ADDRESS,
         executor.JOB_ID,
         "OMP_NUM_THREADS",
@@ -107,9 +107,9 @@ def public(kind: Any) -> set[str]:
     executor.BasicTemplate, executor.QCGPJTemplate,
 ])  # fmt: skip
 def test_calls(kind: Any) -> None:
-    told = first_cells("Python")
-    assert kind.__name__ in told
-    assert public(kind) - told == set()
+    documented = first_cells("Python")
+    assert kind.__name__ in documented
+    assert public(kind) - documented == set()
 
 
 def test_errors() -> None:

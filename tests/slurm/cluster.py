@@ -1,4 +1,4 @@
-"""A real Slurm cluster for tests: jobs are submitted, watched and cleared away; nodes are broken and mended.
+"""A real Slurm cluster for tests: jobs are submitted, watched and removed; nodes are broken and repaired.
 
 `slurm-cluster` beside this file starts it: one machine, a network namespace for each node. A test gets `Cluster` from
 the fixture `cluster` (conftest.py), and everything in its folder is seen by all nodes.
@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent  # where `pilotq` is
 NODES, CPUS = 4, 4
 STATE = Path(os.environ.get("SLURM_TESTBED_DIR", "/tmp/slurm-testbed"))
 # Short, but not so short that a busy machine makes another story of them.
-SETTINGS = {"kill_grace_s": 1.0, "journal_fsync_s": 0.05, "beat_s": 0.5}
+SETTINGS = {"kill_grace_s": 1.0, "journal_fsync_s": 0.05, "heartbeat_s": 0.5}
 SCRIPT = """\
 #!/bin/bash
 export PATH={bin}:$PATH PILOTQ_SETTINGS='{settings}'
@@ -46,7 +46,7 @@ def processes_of(node: str, folder: Path, word: str) -> list[int]:
     return [int(pid) for pid in run("pgrep", "-f", f"{word}.*{folder}").stdout.split() if pid in there]
 
 
-def keeper_and_worker(node: str, folder: Path) -> tuple[int, int] | None:
+def supervisor_and_worker(node: str, folder: Path) -> tuple[int, int] | None:
     """The two processes `pilotq worker` of a node; None while there are not just these two."""
     found = processes_of(node, folder, "pilotq worker")
     if len(found) != 2:
@@ -105,8 +105,8 @@ class Cluster:
         """A batch job of these lines, in the test's folder, with `pilotq` on PATH."""
         number = len(self.jobs)
         script, out = self.folder / f"job{number}.sh", self.folder / f"job{number}.out"
-        told = msgspec.json.encode({**SETTINGS, **settings}).decode()
-        script.write_text(SCRIPT.format(bin=BIN, settings=told, folder=self.folder, lines="\n".join(lines)))
+        overrides = msgspec.json.encode({**SETTINGS, **settings}).decode()
+        script.write_text(SCRIPT.format(bin=BIN, settings=overrides, folder=self.folder, lines="\n".join(lines)))
         done = run("sbatch", "--parsable", "-o", str(out), *options.split(), str(script))
         assert done.returncode == 0, done.stderr
         self.jobs.append(Job(done.stdout.strip(), out))

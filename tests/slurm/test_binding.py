@@ -1,4 +1,4 @@
-"""On a cluster that confines jobs to their cores: what a worker may really use is what counts."""
+"""A cluster that confines jobs to their cores: a node has the cores that its worker may really use."""
 
 from __future__ import annotations
 

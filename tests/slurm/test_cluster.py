@@ -1,4 +1,4 @@
-"""The cluster that the other tests of this folder stand on."""
+"""The cluster itself, which the other tests of this folder need."""
 
 from __future__ import annotations
 

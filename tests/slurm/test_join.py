@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.journal import Journal
 from tests.slurm.cluster import Cluster, run
 from tests.support.waiting import wait_until
 
@@ -18,7 +18,7 @@ def states(pilot: str) -> dict[str, str]:
 
 def test_a_second_allocation_joins_and_leaves(cluster: Cluster) -> None:
     first = cluster.submit("pilotq start --dir p", options="-N2 --exclusive -t5")
-    first.await_text("it stays until")
+    first.await_text("staying until")
     pilot = str(cluster.folder / "p")
     own = list(states(pilot))
     second = cluster.submit(WORKER, "echo left with $?", options="-N2 --exclusive -t5")
@@ -40,7 +40,7 @@ def test_a_second_allocation_joins_and_leaves(cluster: Cluster) -> None:
 
 def test_a_node_of_the_allocation_is_retired_and_comes_back(cluster: Cluster) -> None:
     job = cluster.submit("pilotq start --dir p", options="-N2 --exclusive -t5")
-    job.await_text("it stays until")
+    job.await_text("staying until")
     pilot = str(cluster.folder / "p")
     first, other = sorted(states(pilot))
     assert run("pilotq", "nodes", "retire", first, "--dir", pilot).returncode == 0
@@ -57,14 +57,16 @@ HOLD = "echo $PILOTQ_NODELIST >>at; until [ -e go ]; do sleep 0.1; done"
 def test_a_joined_allocation_has_an_end_of_its_own(cluster: Cluster) -> None:
     """Nothing is begun there that cannot end in time, until it is extended; and it leaves before it ends."""
     first = cluster.submit("pilotq start --dir p", options="-N1 --exclusive -t30")
-    first.await_text("it stays until")
+    first.await_text("staying until")
     pilot = str(cluster.folder / "p")
     (own,) = states(pilot)
     assert run("pilotq", "nodes", "drain", own, "--dir", pilot).returncode == 0
     task = ("pilotq", "enqueue", "--dir", pilot, "--cwd", str(cluster.folder))
     long = run(*task, "--time-request", "10m", "--", "bash", "-c", HOLD).stdout.strip()
     short = run(*task, "--time-request", "10s", "--", "true").stdout.strip()
-    second = cluster.submit(WORKER + " --grace 50s", "echo left with $?", options="-N2 --exclusive -t5", deadline_s=0.5)
+    second = cluster.submit(
+        WORKER + " --grace 50s", "echo left with $?", options="-N2 --exclusive -t5", allocation_poll_s=0.5
+    )
     assert run("pilotq", "wait", "--dir", pilot, short).returncode == 0, second.said()
     assert json.loads(run("pilotq", "show", "--dir", pilot, long, "--json").stdout)[0]["status"] == "queued"
     run("scontrol", "update", f"JobId={second.number}", "TimeLimit=30")
@@ -81,5 +83,5 @@ def test_a_joined_allocation_has_an_end_of_its_own(cluster: Cluster) -> None:
     assert (there.rpartition("-")[2], here) == (second.number, own)
     assert run("pilotq", "stop", "--dir", pilot).returncode == 0
     assert first.await_end() == "COMPLETED"
-    (cut,) = [line for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).lines() if not line.final]
+    (cut,) = [line for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).entries() if not line.final]
     assert (cut.id, cut.reason) == (long, "walltime")

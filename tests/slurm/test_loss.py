@@ -1,4 +1,4 @@
-"""Nodes and workers that die: nothing is lost, the wait is bounded, and it is said what happened."""
+"""Nodes and workers that die: nothing is lost, the wait is bounded, and messages say what happened."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from pilotq.broker.store.journal_writer import Journal
-from tests.slurm.cluster import Cluster, keeper_and_worker
+from pilotq.broker.store.journal import Journal
+from tests.slurm.cluster import Cluster, supervisor_and_worker
 from tests.support.waiting import wait_until
 
 # Two long tasks on each node; then each says where it was, and ends when it may.
@@ -31,7 +31,7 @@ def log(folder: Path, part: str) -> str:
 
 def all_end_once(folder: Path) -> None:
     last: dict[int, str] = {}
-    for line in Journal(str(folder / "p" / "journal.jsonl")).lines():
+    for line in Journal(str(folder / "p" / "journal.jsonl")).entries():
         if line.array and line.final:
             assert line.index is not None and line.index not in last, f"element {line.index} ended twice"
             last[line.index] = line.status
@@ -39,14 +39,14 @@ def all_end_once(folder: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_its_tasks_run_again(cluster: Cluster) -> None:
-    """First the worker: whoever keeps it starts the next one. Then the whole step task: srun says that it is dead."""
+    """First the worker: its supervisor starts the next one. Then the whole step task: srun says that it is dead."""
     job = cluster.submit(START)
     wait_until(lambda: len(begun(cluster.folder)) == 8, seconds=60, what=job.said())
-    keeper, worker = wait_until(lambda: keeper_and_worker("node2", cluster.folder))
+    supervisor, worker = wait_until(lambda: supervisor_and_worker("node2", cluster.folder))
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: len(on(cluster.folder, "node2")) == 4, seconds=30, what=log(cluster.folder, "step-1"))
     assert "node node2 is lost (its worker was killed by signal 9)" in log(cluster.folder, "dispatcher")
-    os.kill(keeper, signal.SIGKILL)
+    os.kill(supervisor, signal.SIGKILL)
     begin = time.monotonic()
     wait_until(lambda: "node node2 is lost (srun: Killed)" in log(cluster.folder, "dispatcher"), seconds=30)
     assert time.monotonic() - begin < 15  # the aim is 5 s on a quiet machine

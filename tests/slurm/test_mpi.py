@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line, parse_allocation
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.resources import parse_allocation
 from tests.mpi.programs import AS_ROOT, KINDS, build, ranks
 from tests.slurm.cluster import Cluster
 
 ENV = " ".join(f"--env {name}={value}" for name, value in AS_ROOT.items())
 
 
-def lines_of(folder: Path) -> dict[str, Line]:
+def lines_of(folder: Path) -> dict[str, JournalEntry]:
     """The last line of each task, by its name."""
-    return {line.name: line for line in Journal(str(folder / "p" / "journal.jsonl")).lines() if line.final}
+    return {line.name: line for line in Journal(str(folder / "p" / "journal.jsonl")).entries() if line.final}
 
 
-def assert_placed(line: Line, nodes: int) -> None:
+def assert_placed(line: JournalEntry, nodes: int) -> None:
     """One rank for each core of the reservation, in its order, on that node and alone on that CPU."""
     assert line.status == "finished", line
     parts = parse_allocation(line.cpus)
@@ -57,7 +57,7 @@ def test_every_rank_is_on_its_node_and_core(cluster: Cluster, kind: str) -> None
     assert (late.status, late.reason, len(ranks(str(late.stdout)))) == ("failed", "time limit", 8)
 
 
-# Says that it was told, takes its time to write down how far it is, and ends.
+# Prints that it got the signal, takes its time to save its state, and ends.
 NOTICED = "trap 'sleep 1; echo saved $SLURM_PROCID >>notes; exit 3' USR1; echo up >>notes; while :; do sleep 0.1; done"
 
 
@@ -72,12 +72,12 @@ def test_ranks_have_their_time_at_the_end_of_the_allocation(cluster: Cluster) ->
     notes = (cluster.folder / "notes").read_text().split("\n")
     assert sorted(notes) == ["", "saved 0", "saved 1", "up", "up"]
     assert "code 0" in job.said()
-    (cut,) = [line for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).lines() if line.name == "long"]
+    (cut,) = [line for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).entries() if line.name == "long"]
     assert (cut.reason, cut.final) == ("walltime", False)
 
 
 def test_requests_of_qcg_pilotjob_over_two_nodes(cluster: Cluster) -> None:
-    """One process that is told of all nodes where no launcher is named; a rank for each core where one is."""
+    """One process that gets all nodes where no launcher is named; a rank for each core where one is."""
     say = "echo $(hostname) $QCG_PM_NODELIST $QCG_PM_TASKS_PER_NODE"
 
     def job(name: str, **execution: object) -> dict[str, object]:

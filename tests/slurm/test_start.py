@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import parse_allocation
+from pilotq.broker.store.journal import Journal
+from pilotq.broker.store.resources import parse_allocation
 from tests.slurm.cluster import Cluster, run
 
 NODES = ["node1", "node2", "node3", "node4"]
@@ -40,7 +40,7 @@ def test_a_thousand_tasks_run_where_the_journal_says(cluster: Cluster) -> None:
     usable = cpus((cluster.folder / "mask").read_text().split()[1])
     hosts: Counter[str] = Counter()
     indices = set()
-    for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).lines():
+    for line in Journal(str(cluster.folder / "p" / "journal.jsonl")).entries():
         if line.array:
             host, mask = str(line.stdout).split()
             (part,) = parse_allocation(line.cpus)
@@ -62,7 +62,7 @@ def test_nothing_of_a_pilot_is_left_on_the_nodes(cluster: Cluster) -> None:
 
 def test_a_pilot_in_the_last_line_of_a_script_stays_and_is_used_from_outside(cluster: Cluster) -> None:
     job = cluster.submit("pilotq start --dir p")
-    said = job.await_text("it stays until")
+    said = job.await_text("staying until")
     assert "ready, with" in said
     pilot = str(cluster.folder / "p")
     assert (cluster.folder / "p" / "connection.json").stat().st_mode & 0o777 == 0o600
@@ -94,7 +94,7 @@ def test_nodes_chooses_among_those_of_the_allocation(cluster: Cluster) -> None:
 def test_uneven_nodes_and_parts_of_nodes(cluster: Cluster) -> None:
     """2 tasks of 2 CPUs need not be spread evenly; what each node gives is at most what was granted there."""
     job = cluster.submit("env | grep CPUS_PER_NODE", "pilotq start --dir p", options="-N2 -n3 -t5 -m plane=2")
-    job.await_text("it stays until")
+    job.await_text("staying until")
     nodes = json.loads(run("pilotq", "nodes", "--dir", str(cluster.folder / "p"), "--json").stdout)
     assert "SLURM_JOB_CPUS_PER_NODE=2,1" in job.said()
     assert [node["cores"] for node in nodes] == [2, 1]

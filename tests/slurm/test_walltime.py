@@ -1,4 +1,4 @@
-"""The end of the allocation: nothing is begun that cannot end, what runs is told, and the next allocation goes on."""
+"""The end of the allocation: nothing starts that cannot end, tasks get a signal, the next allocation goes on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import Journal, JournalEntry
 from tests.slurm.cluster import Cluster, run
 from tests.support.waiting import wait_until
 
-# Writes down that it was told, and ends; else it goes on for ever.
+# Writes down that it got the signal, and ends; else it goes on for ever.
 NOTICED = "trap 'echo noticed >>notes; exit 3' USR1; echo up >>notes; while :; do sleep 0.1; done"
 
 
-def lines(folder: Path) -> list[Line]:
-    return list(Journal(str(folder / "p" / "journal.jsonl")).lines())
+def lines(folder: Path) -> list[JournalEntry]:
+    return list(Journal(str(folder / "p" / "journal.jsonl")).entries())
 
 
 def test_a_pilot_ends_before_its_allocation_and_the_next_one_goes_on(cluster: Cluster) -> None:
@@ -31,7 +30,7 @@ def test_a_pilot_ends_before_its_allocation_and_the_next_one_goes_on(cluster: Cl
     )
     assert job.await_end() == "COMPLETED", job.said()
     said = job.said()
-    assert "pilotq: the allocation ends: go on in the next one with `pilotq run --resume" in said
+    assert "pilotq: the allocation is ending: go on in the next one with `pilotq run --resume" in said
     assert "code 0" in said and "1 of 2 tasks ended" in said
     assert (cluster.folder / "notes").read_text() == "up\nnoticed\n"
     (cut,) = [line for line in lines(cluster.folder) if not line.final]
@@ -58,7 +57,7 @@ def test_what_cannot_end_in_time_is_not_begun(cluster: Cluster) -> None:
         "pilotq wait --dir p; echo code $?",
         "pilotq stop --dir p",
         options="-N1 --exclusive -t5",
-        deadline_s=0.5,
+        allocation_poll_s=0.5,
     )
     pilot = str(cluster.folder / "p")
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by tests through a pipe (the Chrome DevTools Protocol) without a library for it."""
+"""Drives a headless Chromium for tests, through a pipe (the Chrome DevTools Protocol) and without a library."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Browser:
 
         wait_until(answered, what=f"an answer from {path}")
 
-    def picture(self, path: Path) -> None:
+    def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:

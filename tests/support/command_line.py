@@ -1,4 +1,4 @@
-"""`pilotq` as a person types it, for tests: real processes in a folder of the test."""
+"""Runs `pilotq` for tests as a person types it: real processes, in a folder of the test."""
 
 from __future__ import annotations
 

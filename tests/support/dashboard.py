@@ -1,4 +1,4 @@
-"""`pilotq dashboard` for tests: a process that serves a pilot's pages, and questions to it."""
+"""Runs `pilotq dashboard` for tests, and sends requests to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Served(NamedTuple):
     process: subprocess.Popen[bytes]
     url: str
     password: str
-    said: str  # what it printed to stderr
+    stderr: str  # what it printed to stderr
 
     def ask(
         self, path: str = "", *, post: bool = False, password: str | None = None, **headers: str

@@ -21,26 +21,27 @@ from pilotq.broker.pilot.server import RunningServer, start_server
 from pilotq.broker.scheduling.dispatcher import Dispatcher
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import (
-    End,
     EndReport,
-    Handed,
-    Hello,
+    ExecutionEnd,
     Leave,
-    Line,
-    NodeInfo,
-    NodeState,
-    Recall,
+    RetractTasks,
+    Run,
+    StateReport,
+    StateRequest,
     Stop,
     ToWorker,
-)  # fmt: skip
-from pilotq.broker.store.store import Slot, Store
-from pilotq.broker.tasks.model import ArrayRange, Request, Shared, Task
-from pilotq.workers.session import NodeLink, iso
+)
+from pilotq.broker.store.resources import NodeInfo
+from pilotq.broker.store.store import ClaimTarget, Store
+from pilotq.broker.tasks.model import ArrayRange, Request, Task
+from pilotq.broker.tasks.submit_context import SubmitContext
+from pilotq.workers.session import Session, iso
 
-EPOCH = "epoch-of-tests"
-SHARED = Shared({}, "/", 0o022, {})
+QUEUE_ID = "queue-of-tests"
+SHARED = SubmitContext({}, "/", 0o022, {})
 ONE = "default.p0.1c"  # the class of a task that asks for nothing
 NODE = "n1:1"
 _messages = msgspec.msgpack.Decoder(list[ToWorker])
@@ -59,7 +60,7 @@ def wide(cores: int, **fields: Any) -> Task:
     return task(request=Request(cores=(cores, cores)), **fields)
 
 
-def ids(handed: Sequence[Handed]) -> list[str]:
+def ids(handed: Sequence[Run]) -> list[str]:
     return [h.id for h in handed]
 
 
@@ -68,17 +69,17 @@ class Engine:
 
     def __init__(self, running: RunningServer) -> None:
         self.running = running
-        self.admin = Link(running.admin)
-        self.link = Link(running.address)
+        self.admin = Connection(running.admin)
+        self.link = Connection(running.address)
         self.calls = 0
         self.reset()
 
     def reset(self, **settings: Any) -> None:
         """An empty queue."""
         self.admin.call("FLUSHALL")
-        self.admin.call("SET", keys.EPOCH, EPOCH)
+        self.admin.call("SET", keys.QUEUE_ID, QUEUE_ID)
         self.settings = Settings(**settings)
-        self.store = Store(self.link, EPOCH, self.settings)
+        self.store = Store(self.link, QUEUE_ID, self.settings)
         self.store.take_term()
 
     def close(self) -> None:
@@ -93,45 +94,45 @@ class Engine:
     def register(self, name: str = "n1", incarnation: int = 1, cores: int = 4) -> None:
         """A node as its worker registers it, without the worker."""
         record = msgspec.json.encode(NodeInfo(name, incarnation, "here", 1, list(range(cores))))
-        self.store.run("register", name, incarnation, record, b"mail", 480, "birth", iso(time.time()))
+        self.store.run("register", name, incarnation, record, b"event", 480, "birth", iso(time.time()))
 
-    def claim(self, count: int = 1, class_name: str = ONE, *, node: str = NODE, lane: int = 1) -> list[Handed]:
-        """Claim for ``count`` slots (lane 0: ahead), and take what was handed out of the inbox."""
-        slots = [Slot(node, lane and lane + n, "n1[0]" if lane else "") for n in range(count)]
+    def claim(self, count: int = 1, class_name: str = ONE, *, node: str = NODE, slot: int = 1) -> list[Run]:
+        """Claim for ``count`` targets (slot 0: prefetched), and take what was handed out of the inbox."""
+        slots = [ClaimTarget(node, slot and slot + n, "n1[0]" if slot else "") for n in range(count)]
         self.store.claim([(class_name, slots)])
-        return [m for m in self.inbox(node) if isinstance(m, Handed)]
+        return [m for m in self.inbox(node) if isinstance(m, Run)]
 
-    def end(
-        self, tasks: Sequence[Handed], wish: str = "finished", reason: str = "", *, call: int | None = None,
-        text: str = "", mail: bytes = b"mail", node: str = NODE,
+    def complete(
+        self, tasks: Sequence[Run], outcome: str = "finished", reason: str = "", *, call: int | None = None,
+        text: str = "", message: bytes = b"event", node: str = NODE,
     ) -> list[str]:  # fmt: skip
-        """Report the end of executions, as a worker does; returns the verdicts."""
-        reports = [end_report(h, wish, reason) for h in tasks]
+        """Report the end of executions, as a worker does; returns the answers."""
+        reports = [end_report(h, outcome, reason) for h in tasks]
         for report in reports:
             report.text = text
-        arguments = self.store.end_arguments(node, call or self.next_call(), mail, reports)
-        return [v.decode() for v in self.store.run("end", *arguments)]
+        arguments = self.store.complete_arguments(node, call or self.next_call(), message, reports)
+        return [v.decode() for v in self.store.run("complete", *arguments)]
 
-    def lose(self, tasks: Sequence[Handed]) -> list[str]:
+    def report_lost(self, tasks: Sequence[Run]) -> list[str]:
         """End executions of a dead node, as the dispatcher does."""
         now = iso(time.time())
         words = ("lost", "worker lost", now, "", "", "")
-        return self.store.lose([EndReport(h.id, h.execution, *words, end_line(h)) for h in tasks])
+        return self.store.report_lost([EndReport(h.id, h.execution, *words, end_entry(h)) for h in tasks])
 
-    def give_back(self, tasks: Sequence[Handed], *, call: int | None = None) -> int:
+    def return_unstarted(self, tasks: Sequence[Run], *, call: int | None = None) -> int:
         now = time.time()
         packed = msgspec.msgpack.encode([(h.id, h.execution) for h in tasks])
         late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
-        return int(self.store.run("give_back", NODE, call or self.next_call(), b"mail", packed, *late))
+        return int(self.store.run("return_unstarted", NODE, call or self.next_call(), b"event", packed, *late))
 
     def cancel(self, *ids: str) -> list[str]:
         return self.store.cancel(ids)
 
-    def release(self) -> int:
+    def release_dependents(self) -> int:
         """Until nothing is left; returns the number of calls."""
         calls = 0
         while self.link.call("LLEN", keys.RELEASE):
-            self.store.release(200)
+            self.store.release_dependents(200)
             calls += 1
         return calls
 
@@ -139,12 +140,12 @@ class Engine:
         self.calls += 1
         return self.calls
 
-    def run_all(self, class_name: str = ONE, wish: str = "finished") -> list[str]:
+    def run_all(self, class_name: str = ONE, outcome: str = "finished") -> list[str]:
         """Claim and end until the list is empty; returns the ids in the order they ran."""
         ran: list[str] = []
         while handed := self.claim(10, class_name):
-            self.end(handed, wish)
-            self.release()
+            self.complete(handed, outcome)
+            self.release_dependents()
             ran += [h.id for h in handed]
         return ran
 
@@ -182,16 +183,16 @@ class Engine:
         return {n: int(v) for n, v in zip(names, values, strict=True) if v is not None and int(v)}
 
     def journal(self) -> list[dict[str, Any]]:
-        """Lines with the script's verdict laid over them, oldest first."""
+        """Entries with what the script decided laid over them, oldest first."""
         entries = self.link.call("XRANGE", keys.JOURNAL, "-", "+")
-        # Lua packs bytes as text: two bits an element need not be UTF-8.
+        # Lua packs bytes as text: the outcomes of elements need not be UTF-8.
         items = [item for _, (_, packed) in entries for item in _loose(packed)]
-        return [{**line, **verdict} for line, verdict in items]
+        return [{**entry, **ending} for entry, ending in items]
 
-    def final_line(self, task_id: str) -> dict[str, Any]:
-        """The one final line of the journal about a task."""
-        (line,) = (line for line in self.journal() if line["id"] == task_id and line["final"])
-        return line
+    def final_entry(self, task_id: str) -> dict[str, Any]:
+        """The one final entry of the journal about a task."""
+        (entry,) = (entry for entry in self.journal() if entry["id"] == task_id and entry["final"])
+        return entry
 
     def nothing_left(self) -> bool:
         """No list, no registry of what has not ended, nothing to release; and everything was counted."""
@@ -199,12 +200,12 @@ class Engine:
         lists = [k for k in self.all_keys() if k.startswith(("rq:queue:", "rq:wip:", "rq:deferred:", keys.RELEASE))]
         return not lists and sum(self.counts().values()) == 2 * total
 
-    def mail(self) -> list[bytes]:
-        return list(self.link.call("LRANGE", keys.MAIL, 0, -1))
+    def events(self) -> list[bytes]:
+        return list(self.link.call("LRANGE", keys.EVENTS, 0, -1))
 
-    def bits(self, array_id: str, count: int) -> str:
+    def outcomes(self, array_id: str, count: int) -> str:
         """The outcomes of an array's elements, a digit each."""
-        data = self.link.call("GET", keys.bits(array_id)) or b""
+        data = self.link.call("GET", keys.outcomes(array_id)) or b""
         text = "".join(f"{byte >> 6 & 3}{byte >> 4 & 3}{byte >> 2 & 3}{byte & 3}" for byte in data)
         return text.ljust(count, "0")[:count]
 
@@ -230,32 +231,31 @@ class Engine:
         return found
 
 
-def end_line(h: Handed) -> bytes:
-    return msgspec.msgpack.encode(Line(id=h.id, execution=h.execution, node="n1", array=h.array))
+def end_entry(h: Run) -> bytes:
+    return msgspec.msgpack.encode(JournalEntry(id=h.id, execution=h.execution, node="n1", array=h.array))
 
 
-def end_report(h: Handed, wish: str, reason: str) -> EndReport:
+def end_report(h: Run, outcome: str, reason: str) -> EndReport:
     now = iso(time.time())
     return EndReport(
-        h.id, h.execution, wish, reason, now, "0" if wish == "finished" else "1", now, h.allocation or "n1[0]",
-        end_line(h), array=h.array, position=h.position, class_name=h.class_name, submission=h.submission,
+        h.id, h.execution, outcome, reason, now, "0" if outcome == "finished" else "1", now, h.allocation or "n1[0]",
+        end_entry(h), array=h.array, position=h.position, class_name=h.class_name, submission=h.submission,
         retries=h.retries,
     )  # fmt: skip
 
 
 def _loose(packed: bytes) -> list[Any]:
     """Msgpack whose strings need not be UTF-8 (they become bytes then)."""
-    from pilotq.broker.store.journal_writer import _items
+    from pilotq.broker.store.journal_writer import _bytes_of, _items
+    from pilotq.broker.tasks.array_outcomes import element_ranges
 
     decoded = []
-    for line, verdict in _items.decode(packed):
-        found = {n: getattr(verdict, n) for n in ("status", "reason", "final")}
-        if verdict.bits is not msgspec.UNSET:
-            from pilotq.broker.store.journal_writer import _bytes_of, _elements
-
-            found["elements"] = _elements(_bytes_of(verdict.bits), verdict.start, verdict.step)
+    for entry, ending in _items.decode(packed):
+        found = {n: getattr(ending, n) for n in ("status", "reason", "final")}
+        if ending.outcomes is not msgspec.UNSET:
+            found["elements"] = element_ranges(_bytes_of(ending.outcomes), ending.array)
         decoded.append(
-            ({"id": line.id, "name": line.name, "execution": line.execution, "submission": line.submission}, found)
+            ({"id": entry.id, "name": entry.name, "execution": entry.execution, "submission": entry.submission}, found)
         )
     return decoded
 
@@ -267,19 +267,19 @@ class FakeNode:
     """A worker without processes: what it is handed runs until `finish`, or ends at once with ``quick``."""
 
     def __init__(self, engine: Engine, name: str = "n1", cores: int = 2, *, quick: bool = False, job: str = "") -> None:
-        self.link = NodeLink(engine.running.address, EPOCH, engine.settings)
+        self.link = Session(engine.running.address, QUEUE_ID, engine.settings)
         self.info = NodeInfo(name, 0, "here", 1, list(range(cores)), job=job)
         self.quick = quick
-        self.running: dict[str, tuple[Handed, int, str]] = {}  # id -> task, lane, allocation
-        self.ahead: dict[str, deque[Handed]] = defaultdict(deque)
-        self.started: list[str] = []  # ids in the order they got a lane
-        self.most_ahead = 0
+        self.running: dict[str, tuple[Run, int, str]] = {}  # id -> task, slot, allocation
+        self.prefetched: dict[str, deque[Run]] = defaultdict(deque)
+        self.started: list[str] = []  # ids in the order they got a slot
+        self.most_prefetched = 0
         self.stops: list[Stop] = []
-        self.recalls: list[Recall] = []
+        self.retractions: list[RetractTasks] = []
         self.verdicts: list[tuple[str, int, str]] = []
         self.left = False
         self._reports: list[EndReport] = []
-        self._ends: list[End] = []
+        self._ends: list[ExecutionEnd] = []
 
     def register(self) -> FakeNode:
         self.link.register(self.info)
@@ -298,12 +298,12 @@ class FakeNode:
                 self.report()
         self.report()
 
-    def finish(self, task_id: str, wish: str = "finished", *, report: bool = True) -> None:
-        handed, lane, allocation = self.running.pop(task_id)
-        row = self.ahead[handed.class_name]
-        self._end(handed, lane, wish, kept=bool(row))
-        if row:
-            self._start(row.popleft(), lane, allocation)
+    def finish(self, task_id: str, outcome: str = "finished", *, report: bool = True) -> None:
+        handed, slot, allocation = self.running.pop(task_id)
+        waiting = self.prefetched[handed.class_name]
+        self._end(handed, slot, outcome, kept=bool(waiting))
+        if waiting:
+            self._start(waiting.popleft(), slot, allocation)
         if report:
             self.report()
 
@@ -316,22 +316,22 @@ class FakeNode:
         self.link.close()
 
     def _receive(self, message: ToWorker) -> None:
-        if isinstance(message, Handed):
-            if message.lane:
-                self._start(message, message.lane, message.allocation)
+        if isinstance(message, Run):
+            if message.slot:
+                self._start(message, message.slot, message.allocation)
             else:
-                self.ahead[message.class_name].append(message)
-                self.most_ahead = max(self.most_ahead, sum(map(len, self.ahead.values())))
-        elif isinstance(message, Hello):
+                self.prefetched[message.class_name].append(message)
+                self.most_prefetched = max(self.most_prefetched, sum(map(len, self.prefetched.values())))
+        elif isinstance(message, StateRequest):
             self.report()
-            lanes = [(lane, allocation, h.class_name) for h, lane, allocation in self.running.values()]
-            ahead = {name: len(row) for name, row in self.ahead.items() if row}
-            self.link.post_state(NodeState(self.info.name, self.info.incarnation, message.term, lanes, ahead))
-        elif isinstance(message, Recall):
-            self.recalls.append(message)
-            row = self.ahead[message.class_name]
-            back = [row.pop() for _ in range(min(len(row), message.count))][::-1]
-            self.link.post_give_back([(h.id, h.execution) for h in back], {message.class_name: len(back)})
+            slots = [(slot, allocation, h.class_name) for h, slot, allocation in self.running.values()]
+            prefetched = {name: len(waiting) for name, waiting in self.prefetched.items() if waiting}
+            self.link.post_state(StateReport(self.info.name, self.info.incarnation, message.term, slots, prefetched))
+        elif isinstance(message, RetractTasks):
+            self.retractions.append(message)
+            waiting = self.prefetched[message.class_name]
+            back = [waiting.pop() for _ in range(min(len(waiting), message.count))][::-1]
+            self.link.post_returned([(h.id, h.execution) for h in back], {message.class_name: len(back)})
         elif isinstance(message, Stop):
             self._stop(message)
         elif isinstance(message, Leave):
@@ -341,26 +341,26 @@ class FakeNode:
         self.stops.append(stop)
         if stop.id in self.running:
             self.finish(stop.id, stop.reason)
-        for row in self.ahead.values():
-            for handed in [h for h in row if h.id == stop.id]:
-                row.remove(handed)
+        for waiting in self.prefetched.values():
+            for handed in [h for h in waiting if h.id == stop.id]:
+                waiting.remove(handed)
                 self._end(handed, 0, stop.reason, kept=False)
 
-    def _start(self, handed: Handed, lane: int, allocation: str) -> None:
-        self.running[handed.id] = (handed, lane, allocation)
+    def _start(self, handed: Run, slot: int, allocation: str) -> None:
+        self.running[handed.id] = (handed, slot, allocation)
         self.started.append(handed.id)
 
-    def _end(self, h: Handed, lane: int, wish: str, *, kept: bool) -> None:
-        reason = {"finished": "", "failed": "exit"}.get(wish, wish)
-        self._reports.append(end_report(h, wish, reason))
-        self._ends.append(End(lane, h.class_name, 0.001 if lane else -1.0, kept))
+    def _end(self, h: Run, slot: int, outcome: str, *, kept: bool) -> None:
+        reason = {"finished": "", "failed": "exit"}.get(outcome, outcome)
+        self._reports.append(end_report(h, outcome, reason))
+        self._ends.append(ExecutionEnd(slot, h.class_name, 0.001 if slot else -1.0, kept))
 
 
 class RunningDispatcher:
     """The real dispatcher, in a thread; ``error`` is what ended it."""
 
     def __init__(self, engine: Engine) -> None:
-        self.dispatcher = Dispatcher(engine.running.address, EPOCH, engine.settings)
+        self.dispatcher = Dispatcher(engine.running.address, QUEUE_ID, engine.settings)
         self.error: Exception | None = None
         self._engine = engine
         self._thread = threading.Thread(target=self._run)

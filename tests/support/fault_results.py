@@ -1,4 +1,4 @@
-"""Writes what became of the tests of docs/faults.toml to docs/faults.json: `make faults` loads it into pytest.
+"""Writes the results of the tests in docs/faults.toml to docs/faults.json: `make faults` loads it into pytest.
 
 Rows of which no test was run keep what they had.
 """

@@ -1,4 +1,4 @@
-"""A pilot that faults are done to: steps are armed, work is submitted, and it is judged by what the tasks wrote."""
+"""A pilot into which faults are injected: points are armed, work is submitted, and judged by what the tasks wrote."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError, ServerUnavai
 from pilotq.broker.failpoints import Fault
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
 from pilotq.broker.settings import Settings
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
 from pilotq.workers.process_tree import environment, processes
 from tests.chaos.judge import Expected, History, judge
@@ -32,15 +31,15 @@ from tests.support.waiting import SHARED, wait_until
 PROBE = str(Path(__file__).with_name("fault_probe.py"))
 NODES = "n1:2,n2:2"
 END_S = 60.0
-# What one core may have been handed when all that know of it die at once: the task that runs, and those ahead of it, a
-# fifth of a second's worth of tasks that take at least 10 ms (ahead_s). Of these any number may have ended without the
-# server having been told: launchers go from one to the next by themselves, and ends travel in company (report_s).
-# What was not handed out cannot run twice.
-HELD = 1 + round(Settings().ahead_s / 0.01)
+# The tasks that one core may hold when all processes that know of it die at once: one that runs, and those that were
+# prefetched, a fifth of a second's worth of tasks of at least 10 ms (prefetch_s). Any number of them may have ended
+# without a report to the server: launchers go through chains by themselves, and ends are reported in batches
+# (report_batch_s). What was not sent to a node cannot run twice.
+HELD = 1 + round(Settings().prefetch_s / 0.01)
 STOPPED_S = 1.0  # how long what was stopped stays so
 SETTINGS = {
-    "kill_grace_s": 0.3, "journal_fsync_s": 0.05, "beat_s": 0.2, "reconcile_s": 0.1, "restart_limit": 1000,
-    "keep_records": 10, "gather_s": 1.0,
+    "kill_grace_s": 0.3, "journal_fsync_s": 0.05, "heartbeat_s": 0.2, "reconcile_s": 0.1, "restart_limit": 1000,
+    "keep_records": 10, "initial_nodes_wait_s": 1.0,
 }  # fmt: skip
 
 
@@ -57,19 +56,19 @@ class Work(NamedTuple):
 
 
 class Rig:
-    """``folder`` holds pilot/, steps/, ledger and locks/. Settings as in PILOTQ_SETTINGS."""
+    """``folder`` holds pilot/, points/, ledger and locks/. Settings as in PILOTQ_SETTINGS."""
 
     def __init__(self, folder: Path, nodes: str = NODES, **settings: float) -> None:
         self.folder = folder
-        self.steps = folder / "steps"
+        self.points = folder / "points"
         self.plans = virtual_nodes(nodes, usable_cpus(), "here")
         self.settings = {**SETTINGS, **settings}
-        for name in ("steps", "locks"):
+        for name in ("points", "locks"):
             (folder / name).mkdir()
         self.pilot: StartedPilot | None = None
         self.broken = False
-        self._mending = threading.Lock()
-        self._over = threading.Event()
+        self._restarting = threading.Lock()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._wake_stopped)
         self._thread.start()
 
@@ -80,12 +79,12 @@ class Rig:
         made = SupervisorOptions(nodes=[LocalNode(*plan) for plan in self.plans], **options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PILOTQ_SETTINGS", msgspec.json.encode(self.settings).decode())
-            patch.setenv("PILOTQ_POINTS", str(self.steps))
+            patch.setenv("PILOTQ_FAILPOINTS", str(self.points))
             self.pilot = start_pilot(str(self.folder / "pilot"), made)
         SHARED.add(str(self.pilot.process.pid))
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopping.set()
         self._thread.join()
         if self.pilot is not None:
             self.pilot.process.terminate()
@@ -97,10 +96,10 @@ class Rig:
         assert self.pilot is not None
         return Broker.connect(self.pilot.directory)
 
-    def mend(self) -> None:
+    def restart(self) -> None:
         """Start the pilot again if its supervisor is dead; that may fail once more, by the next fault."""
         assert self.pilot is not None
-        with self._mending:  # who submits mends, too: the second of two starts would be refused
+        with self._restarting:  # submitting restarts it, too: the second of two starts would be refused
             if self.pilot.process.poll() is not None:
                 with suppress(PilotFailed):
                     self.start()
@@ -120,12 +119,12 @@ class Rig:
                 fits = word in command and (part[0] != "n" or "pilotq worker" in command)
                 if process.alive and fits and self.pilot.directory in command:
                     found[pid] = process.parent
-        # A task that its launcher has just forked has the launcher's words until it is itself.
+        # A task that its launcher has just forked has the launcher's command line until its exec.
         return sorted(pid for pid, parent in found.items() if part != "launcher" or parent not in found)
 
     def kill_supervisor(self) -> None:
         assert self.pilot is not None
-        with self._mending:
+        with self._restarting:
             self.pilot.process.kill()
             self.pilot.process.wait()
 
@@ -133,7 +132,7 @@ class Rig:
         """SIGKILL to every part at one moment: none can end what the others leave."""
         assert self.pilot is not None
         parts = ("server", "dispatcher", "worker", "launcher")
-        with self._mending:
+        with self._restarting:
             pids = [self.pilot.process.pid, *(pid for part in parts for pid in self.processes(part))]
             for number in (signal.SIGSTOP, signal.SIGKILL):
                 for pid in pids:
@@ -143,30 +142,30 @@ class Rig:
 
     # -- faults -----------------------------------------------------------------------------------------------------
 
-    def arm(self, role: str, step: str, kind: str, **fields: Any) -> Callable[[], bool]:
-        """Arm a step; what is returned tells whether it has struck."""
-        for old in self.steps.glob(f"{role}.{step}.*"):
+    def arm(self, role: str, point: str, kind: str, **fields: Any) -> Callable[[], bool]:
+        """Arm a point; the returned function tells whether the fault has struck."""
+        for old in self.points.glob(f"{role}.{point}.*"):
             if old.suffix in (".fired", ".struck", ".woken"):
                 old.unlink()
         fault = Fault(kind, token=secrets.token_hex(4), **fields)
-        fresh = self.steps / "fresh"
+        fresh = self.points / "fresh"
         fresh.write_bytes(msgspec.json.encode(fault))
-        fresh.rename(self.steps / f"{role}.{step}")
-        return (self.steps / f"{role}.{step}.fired").exists
+        fresh.rename(self.points / f"{role}.{point}")
+        return (self.points / f"{role}.{point}.fired").exists
 
     def disarm(self) -> None:
-        for path in self.steps.iterdir():
+        for path in self.points.iterdir():
             if path.suffix not in (".seen", ".fired", ".struck", ".woken"):
                 path.unlink(missing_ok=True)
 
     def seen(self) -> set[str]:
-        return {path.stem for path in self.steps.glob("*.seen")}
+        return {path.stem for path in self.points.glob("*.seen")}
 
     def _wake_stopped(self) -> None:
-        """SIGCONT to whatever a step has stopped, after STOPPED_S."""
+        """SIGCONT to whatever a point has stopped, after STOPPED_S."""
         since: dict[Path, float] = {}
-        while not self._over.wait(0.05):
-            for path in self.steps.glob("*.fired"):
+        while not self._stopping.wait(0.05):
+            for path in self.points.glob("*.fired"):
                 struck = path.with_suffix(".struck")
                 if path.with_suffix(".woken").exists():
                     continue
@@ -199,7 +198,7 @@ class Rig:
         key = secrets.token_hex(8)
 
         def accepted() -> list[str]:
-            self.mend()
+            self.restart()
             with suppress(ServerUnavailable, NoPilot), self.broker() as broker:
                 return broker.enqueue_many(tasks, key=key)
             return []
@@ -207,8 +206,8 @@ class Rig:
         return Work(key, wait_until(accepted, seconds=END_S, what="a server that accepts"), tasks)
 
     def ended(self, work: Work, *, free: bool = True) -> bool:
-        """Whether all of it has ended, and all nodes are ``free`` again; the pilot is mended on the way."""
-        self.mend()
+        """Whether all of it has ended, and all nodes are ``free`` again; restarts the pilot if need be."""
+        self.restart()
         try:
             with self.broker() as broker:
                 counts, nodes = broker.counts(work.key), broker.nodes()
@@ -223,11 +222,11 @@ class Rig:
             return (counts.total, counts.finished) == (number, number)
         return False
 
-    def lines(self, work: Work) -> dict[str, list[Line]]:
+    def lines(self, work: Work) -> dict[str, list[JournalEntry]]:
         """The journal's lines of the tasks of a submission, those of arrays as a whole left out."""
         assert self.pilot is not None
-        found: dict[str, list[Line]] = {}
-        for line in Journal(self.pilot.journal).lines():
+        found: dict[str, list[JournalEntry]] = {}
+        for line in Journal(self.pilot.journal).entries():
             if line.submission == work.key and not line.elements:
                 found.setdefault(line.id, []).append(line)
         return found
@@ -255,12 +254,12 @@ class Rig:
         """Wait until a submission has ended and stands in the journal, and all nodes are ``free``."""
         expected = self.expected(work)
 
-        def told() -> bool:
+        def recorded() -> bool:
             lines = self.lines(work)
             return all(any(line.final for line in lines.get(i, ())) for i in expected)
 
         wait_until(lambda: self.ended(work, free=free), seconds=seconds, what="all ended and no core in use")
-        wait_until(told, seconds=END_S, what="all in the journal")
+        wait_until(recorded, seconds=END_S, what="all in the journal")
 
     def judge(self, work: Work, faults: int = 0, *, alone: bool = True, held: int = 1) -> list[str]:
         """What is wrong with a submission that has settled, one sentence each; ``faults`` were done to it (``held`` as

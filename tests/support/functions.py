@@ -1,4 +1,4 @@
-"""Functions that tests run in interpreters. Little is imported here: each interpreter imports it, too."""
+"""Functions that tests run in interpreters. Few imports: each interpreter imports this module, too."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def shout(text: str, count: int) -> None:
     subprocess.run(["echo", "child"], check=True)
 
 
-def surroundings() -> dict[str, Any]:
+def observe() -> dict[str, Any]:
     return {
         "cpus": os.sched_getaffinity(0),
         "cwd": os.getcwd(),

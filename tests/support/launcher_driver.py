@@ -1,4 +1,4 @@
-"""A launcher process as a worker's control process has it: three pipes, records down, records up, the bell."""
+"""Drives a launcher process as a worker's control process does: over its three pipes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pilotq.workers.protocol import (
-    Base,
     Begun,
     Exited,
-    Frames,
+    FrameDecoder,
+    FromLauncher,
+    GroupSwept,
     Launch,
-    Place,
+    LaunchBase,
+    LaunchSlot,
     Refused,
+    Retracted,
     Signal,
     Started,
-    Swept,
-    Up,
-    Withdrawn,
-    frame,
+    encode_frame,
 )
 
 WAIT_S = 20.0
-HERE = sorted(os.sched_getaffinity(0))
-R = TypeVar("R", Begun, Started, Withdrawn, Refused, Exited, Swept)
+CPUS = sorted(os.sched_getaffinity(0))
+R = TypeVar("R", Begun, Started, Retracted, Refused, Exited, GroupSwept)
 
 
 class Driver:
@@ -44,74 +44,74 @@ class Driver:
         self.output.mkdir(exist_ok=True)
         down, self.down = os.pipe()
         self.up, up = os.pipe()
-        self.bell, bell = os.pipe()
-        stray, other = os.pipe()  # something that the launcher inherits and its tasks must not
+        self.wake, wake = os.pipe()
+        stray, other = os.pipe()  # descriptors that the launcher inherits and its tasks must not
         os.set_inheritable(stray, True)
         arguments = ("--dir", str(self.output), "--node", "n1", "--calls", "1000")
-        pipes = ("--down", str(down), "--up", str(up), "--bell", str(bell))
+        pipes = ("--down", str(down), "--up", str(up), "--wake", str(wake))
         self.process = subprocess.Popen(
             [sys.executable, *program, *arguments, *pipes],
-            pass_fds=(down, up, bell, stray),
+            pass_fds=(down, up, wake, stray),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        for fd in (down, up, bell, stray, other):
+        for fd in (down, up, wake, stray, other):
             os.close(fd)
         os.set_blocking(self.down, False)
-        self._frames: Frames[Up] = Frames(Up)  # type: ignore[arg-type]
+        self._decoder: FrameDecoder[FromLauncher] = FrameDecoder(FromLauncher)  # type: ignore[arg-type]
         self._keys = count(1)
-        self.seen: list[Up] = []
+        self.seen: list[FromLauncher] = []
         self.base()
 
     def base(self, name: str = "base", *, umask: int = 0o022, limits: dict[int, int] | None = None, **env: str) -> str:
-        surroundings = {"PATH": os.environ["PATH"], "PILOTQ_DIR": str(self.folder), **env}
-        self.send(Base(name, surroundings, umask, limits or {}))
+        variables = {"PATH": os.environ["PATH"], "PILOTQ_DIR": str(self.folder), **env}
+        self.send(LaunchBase(name, variables, umask, limits or {}))
         return name
 
-    def send(self, *records: Any) -> None:
-        data = frame(list(records))
+    def send(self, *messages: Any) -> None:
+        data = encode_frame(list(messages))
         while data:
             _, ready, _ = select.select([], [self.down], [], WAIT_S)
             assert ready, "the launcher does not read"
             data = data[os.write(self.down, data) :]
 
     def launch(self, *argv: str | bytes, **fields: Any) -> int:
-        """Ask for a launch; returns its key. Field names are those of the record."""
-        record = self.prepare(*argv, **fields)
-        self.send(record)
-        return record.key
+        """Ask for a launch; returns its key. Field names are those of the message."""
+        message = self.prepare(*argv, **fields)
+        self.send(message)
+        return message.key
 
-    def prepare(self, *argv: str | bytes, cpus: Sequence[int] = HERE[:1], **fields: Any) -> Launch:
-        """The record of a launch, to be sent; the place it names has been sent."""
+    def prepare(self, *argv: str | bytes, cpus: Sequence[int] = CPUS[:1], **fields: Any) -> Launch:
+        """The message of a launch, to be sent; the slot it names was sent."""
         key = next(self._keys)
         words = [word.encode() if isinstance(word, str) else word for word in argv]
-        place = str(cpus)
-        self.send(Place(place, {}, {}, list(cpus)))
-        settings = {"id": f"t{key}", "execution": 1, "base": "base", "env": {}, "cwd": str(self.folder), **fields}
-        return Launch(key=key, place=place, argv=words, **settings)
+        slot = str(cpus)
+        self.send(LaunchSlot(slot, {}, {}, list(cpus)))
+        settings = {"id": f"t{key}", "attempt": 1, "base": "base", "env": {}, "cwd": str(self.folder), **fields}
+        return Launch(key=key, slot=slot, argv=words, **settings)
 
     def get(self, kind: type[R], key: int) -> R:
-        """Wait for that record."""
+        """Wait for that message."""
         while (found := self.find(kind, key)) is None:
             ready, _, _ = select.select([self.up], [], [], WAIT_S)
             assert ready, f"no {kind.__name__} for {key}; seen: {self.seen}"
             data = os.read(self.up, 1 << 16)
             assert data, "the launcher ended"
-            self.seen += self._frames.feed(data)
+            self.seen += self._decoder.feed(data)
         return found
 
     def drain(self) -> None:
-        """Take in what a dead launcher has left."""
+        """Read the messages that a dead launcher has left in the pipe."""
         while data := os.read(self.up, 1 << 16):
-            self.seen += self._frames.feed(data)
+            self.seen += self._decoder.feed(data)
 
     def find(self, kind: type[R], key: int) -> R | None:
-        return next((r for r in self.seen if isinstance(r, kind) and r.key == key), None)
+        return next((m for m in self.seen if isinstance(m, kind) and m.key == key), None)
 
     def run(self, *argv: str | bytes, **fields: Any) -> Exited:
-        """Launch and wait for the end; nothing may be left of it."""
+        """Launch and wait for the end; no process of it may remain."""
         exited = self.get(Exited, self.launch(*argv, **fields))
-        assert exited.left == 0
+        assert exited.remaining == 0
         return exited
 
     def signal(self, key: int, number: int) -> None:
@@ -130,15 +130,15 @@ class Driver:
             self.process.kill()
             self.process.wait()
             os.close(self.up)
-            os.close(self.bell)
+            os.close(self.wake)
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[Path]:
-    """A program whose start hangs as if its file system did: whoever opens it waits for its lease to be given back."""
+def hanging_program(path: Path) -> Iterator[Path]:
+    """A program whose start hangs as if its file system did: to open it waits until its lease is returned."""
     path.write_text("#!/bin/sh\n")
     path.chmod(0o755)
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # how the kernel asks for it
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel sends it to ask for the lease
     fd = os.open(path, os.O_RDONLY)
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     try:

@@ -1,4 +1,4 @@
-"""A real pilot on this machine for tests: server, dispatcher, workers and launchers, in a directory of its own."""
+"""Starts a real pilot on this machine for tests: server, dispatcher, workers and launchers, in its own directory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ import pytest
 from pilotq.broker import Broker, Request, Task
 from pilotq.broker.client.views import TaskView
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Line
+from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
 from pilotq.workers.process_tree import environment, processes
 from tests.support.waiting import wait_until
 
 WAIT_S = 60.0
-# Short, but not so short that a busy machine makes another story of them.
-SETTINGS = {"kill_grace_s": 0.3, "journal_fsync_s": 0.05, "beat_s": 0.2}
+# Short, but not so short that a busy machine changes what happens.
+SETTINGS = {"kill_grace_s": 0.3, "journal_fsync_s": 0.05, "heartbeat_s": 0.2}
 
 
 class LivePilot:
@@ -47,7 +46,7 @@ class LivePilot:
         wait_until(lambda: any(line.final for line in self.lines(task_id)), what=f"{task_id} in the journal")
         return self.broker.task(task_id)
 
-    def lines(self, task_id: str) -> list[Line]:
+    def lines(self, task_id: str) -> list[JournalEntry]:
         """Its executions as the journal has them, newest first."""
         return Journal(self.pilot.journal).find(task_id)
 

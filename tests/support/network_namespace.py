@@ -26,7 +26,7 @@ def possible() -> bool:
     return os.geteuid() == 0 and all(map(shutil.which, ("ip", "nft")))
 
 
-class Far:
+class FarNode:
     """A node ``far`` behind a cable of its own."""
 
     def __init__(self, r: Rig) -> None:
@@ -66,7 +66,7 @@ class Far:
         for hook in CUT[direction]:
             self.inside("nft", f"add chain inet cut {hook} {{ type filter hook {hook} priority 0; policy drop; }}")
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         self.inside("nft", "delete table inet cut")
 
     def remove(self) -> None:

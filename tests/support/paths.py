@@ -1,4 +1,4 @@
-"""Folders of the repository, wherever the test that needs them stands."""
+"""Folders of the repository, independent of the folder that a test is in."""
 
 from __future__ import annotations
 

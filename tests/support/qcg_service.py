@@ -1,4 +1,4 @@
-"""Runs `pilotq-qcg-service` for tests, as QCG-PilotJob's users run theirs, and reads what it leaves behind."""
+"""Runs `pilotq-qcg-service` for tests, as users of QCG-PilotJob run theirs, and reads the files that it leaves."""
 
 from __future__ import annotations
 

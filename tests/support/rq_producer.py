@@ -1,6 +1,6 @@
 """Jobs of RQ's own producers, for tests: a client that knows only RQ, and the dispatcher's side without a dispatcher.
 
-A test module takes `client` and `inbound` from `producing`, as it takes `engine` from `tests.support.engine.fixtures`.
+A test module takes `client` and `ingest` from `producing`, as it takes `engine` from `tests.support.engine.fixtures`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import pytest
 import redis
 from rq.job import Job
 
-from pilotq.broker.rq.ingest import Inbound
+from pilotq.broker.rq.ingest import RqIngest
 from tests.support.engine import SHARED, Engine
 
 CLASS = "default.p0.1c-t300"  # RQ's time limit is 180 s
 
 
 def work(*args: object) -> object:
-    """What jobs are to call; nobody does so here."""
+    """The function of jobs; nobody calls it here."""
     return args
 
 
@@ -30,18 +30,18 @@ def client(engine: Engine) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def inbound(engine: Engine) -> Iterator[Inbound]:
-    """The dispatcher's, without a dispatcher."""
-    found = Inbound(engine.running.address, engine.store, SHARED)
-    found.begin(engine.store.term)
+def ingest(engine: Engine) -> Iterator[RqIngest]:
+    """The dispatcher's ingest, without a dispatcher."""
+    found = RqIngest(engine.running.address, engine.store, SHARED)
+    found.start(engine.store.term)
     yield found
     found.close()
 
 
-def route(inbound: Inbound) -> int:
-    """As the dispatcher does after a word or a look."""
-    inbound.look(time.monotonic())
-    return inbound.route(lambda _: None)
+def route(ingest: RqIngest) -> int:
+    """As the dispatcher does after a notification or a poll."""
+    ingest.refresh(time.monotonic())
+    return ingest.route(lambda _: None)
 
 
 def text_of(client: redis.Redis, job: Job) -> str:
@@ -50,4 +50,4 @@ def text_of(client: redis.Redis, job: Job) -> str:
     return result.exc_string
 
 
-producing = (client, inbound)
+producing = (client, ingest)

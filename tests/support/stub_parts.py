@@ -1,11 +1,11 @@
-"""Parts of a pilot that do nothing but live, so that the supervisor's tests are about the supervisor.
+"""Stubs of a pilot's parts that only live, so that the supervisor's tests are about the supervisor.
 
     python tests/support/stub_parts.py [BEHAVIOUR...] VERB ARGUMENTS
 
-SupervisorOptions.program names all before the verb.
+SupervisorOptions.program is all before the verb.
 
-``broken-dispatcher`` ends with exit code 7 at once; ``stubborn-worker`` ignores SIGTERM and what it is told.
-The sweep appends the node's name to the file ``swept`` in the pilot's directory.
+``broken-dispatcher`` ends with exit code 7 at once; ``stubborn-worker`` ignores SIGTERM and messages.
+`clean_node` appends the node's name to the file ``swept`` in the pilot's directory.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.start import read_options
 from pilotq.broker.pilot.supervisor import run_supervisor
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
-from pilotq.broker.store.messages import NodeInfo
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.resources import NodeInfo
 
 VERBS = ("supervisor", "dispatcher", "worker")
 
 
-def sweep(directory: str, node: str) -> None:
+def clean_node(directory: str, node: str) -> None:
     with open(os.path.join(directory, "swept"), "a") as file:
         file.write(f"{node}\n")
 
@@ -41,8 +41,8 @@ def dispatcher(behaviour: list[str]) -> int:
 
 
 def worker(behaviour: list[str], directory: str, node: str) -> int:
-    link = Link(Pilot(directory).await_connection(20).address)
-    incarnation = int(link.call("INCR", keys.BORN))
+    link = Connection(Pilot(directory).await_connection(20).address)
+    incarnation = int(link.call("INCR", keys.NEXT_INCARNATION))
     info = NodeInfo(node, incarnation, "here", os.getpid(), [0])
     link.call("HSET", keys.NODES, node, msgspec.json.encode(info))
     if "stubborn-worker" in behaviour:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     place = next(i for i, word in enumerate(argv) if word in VERBS)
     behaviour, verb, rest = argv[:place], argv[place], argv[place + 1 :]
     if verb == "supervisor":
-        return run_supervisor(read_options(rest[rest.index("--options") + 1]), sweep)
+        return run_supervisor(read_options(rest[rest.index("--options") + 1]), clean_node)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if verb == "dispatcher":
         return dispatcher(behaviour)

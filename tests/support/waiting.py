@@ -1,4 +1,4 @@
-"""The two waits that tests may use: a condition with a deadline, and a process's end. No test sleeps."""
+"""The wait that tests use: for a condition, with a deadline. No test sleeps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A worker under test: its process, with a link that speaks to the test over a socket instead of to a server.
+"""A worker under test: its process, with a session that speaks to the test over a socket, not to a server.
 
-`SocketLink` implements the interface of workers/session.py; `Host` is the test's end. Everything else in the worker's
+`SocketSession` implements the interface of workers/session.py; `Host` is the test's end. All else in the worker's
 process, and its launchers, is the real thing.
 """
 
@@ -20,8 +20,11 @@ import msgspec
 
 from pilotq.broker import errors
 from pilotq.broker.settings import Settings
-from pilotq.broker.store.messages import End, EndReport, Handed, Line, NodeInfo, NodeState, Stop, ToWorker
-from pilotq.broker.tasks.model import Shared, Spec
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.messages import EndReport, ExecutionEnd, Run, StateReport, Stop, ToWorker
+from pilotq.broker.store.resources import NodeInfo
+from pilotq.broker.tasks.spec import Spec
+from pilotq.broker.tasks.submit_context import SubmitContext
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -59,15 +62,20 @@ class Channel:
         return found
 
 
-class SocketLink:
+class SocketSession:
     """The worker's end. Every call is told to the test; the test sends messages, records to fetch, and answers."""
 
     contact_s = 0.0
 
+    @property
+    def shared_data(self) -> SocketSession:
+        """It serves what launches fetch, too."""
+        return self
+
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel(sock)
         self._decode = msgspec.msgpack.Decoder(ToWorker).decode
-        self._shared: dict[str, Shared] = {}
+        self._shared: dict[str, SubmitContext] = {}
         self._values: dict[str, list[str]] = {}
         self._jobs: dict[str, dict[bytes, bytes]] = {}
         self._away = False
@@ -108,7 +116,7 @@ class SocketLink:
                 raise getattr(errors, args[0])("the test wants it")
         return messages
 
-    def post_ends(self, reports: list[EndReport], ends: list[End]) -> None:
+    def post_ends(self, reports: list[EndReport], ends: list[ExecutionEnd]) -> None:
         self._unanswered += 1
         self._channel.send(("ends", reports, ends))
 
@@ -119,14 +127,14 @@ class SocketLink:
     def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
         self._channel.send(("starts", starts))
 
-    def post_give_back(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
+    def post_returned(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
         self._channel.send(("back", tasks, counts))
 
-    def post_state(self, state: NodeState) -> None:
+    def post_state(self, state: StateReport) -> None:
         self._channel.send(("state", state))
 
-    def tell(self, address: str, message: ToWorker) -> None:
-        self._channel.send(("tell", address, message))
+    def send(self, address: str, message: ToWorker) -> None:
+        self._channel.send(("send", address, message))
         self._told.append((address, message))
 
     def undelivered(self) -> list[tuple[str, ToWorker]]:
@@ -134,22 +142,22 @@ class SocketLink:
         found, self._told = self._told, []
         return found
 
-    def post_leaving(self) -> None:
-        self._channel.send(("leaving",))
+    def post_draining(self) -> None:
+        self._channel.send(("draining",))
 
-    def post_mail(self, message: object) -> None:
-        self._channel.send(("mail", message))
+    def post_event(self, message: object) -> None:
+        self._channel.send(("event", message))
 
     def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
         return {name: NodeInfo(name, 7, "here", 1, [0, 1]) for name in names}
 
-    def post_beat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
-        self._channel.send(("beat", fields))
+    def post_heartbeat(self, fields: dict[str, str], running: Sequence[tuple[str, int, float, str]] = ()) -> None:
+        self._channel.send(("heartbeat", fields))
 
     def unsent(self) -> int:
         return self._unanswered
 
-    def fetch_shared(self, key: str) -> Shared:
+    def fetch_shared(self, key: str) -> SubmitContext:
         if self._away:
             raise errors.ServerUnavailable("the test has taken the server away")
         return self._shared[key]
@@ -160,8 +168,8 @@ class SocketLink:
     def fetch_value(self, array: str, position: int) -> str:
         return self._values[array][position]
 
-    def unregister(self) -> None:
-        self._channel.send(("unregister",))
+    def deregister(self) -> None:
+        self._channel.send(("deregister",))
 
     def close(self) -> None:
         self._channel.sock.close()
@@ -171,8 +179,8 @@ class Ending(msgspec.Struct):
     """One reported end: the report, the journal's line in it, and what was said of the lane (None: nothing)."""
 
     report: EndReport
-    line: Line
-    end: End | None
+    line: JournalEntry
+    end: ExecutionEnd | None
 
 
 class Host:
@@ -219,18 +227,18 @@ class Host:
 
     def shared(self, key: str, **env: str) -> None:
         path = os.environ["PATH"]
-        self._channel.send(("shared", key, Shared({"PATH": path, **env}, str(self.directory), 0o022, {})))
+        self._channel.send(("shared", key, SubmitContext({"PATH": path, **env}, str(self.directory), 0o022, {})))
 
     def hand(
-        self, task_id: str, *argv: str, lane: int = 0, allocation: str = "n1[0]", execution: int = 1,
+        self, task_id: str, *argv: str, slot: int = 0, allocation: str = "n1[0]", execution: int = 1,
         shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0,
         crashes: int = 0, **spec: Any,
     ) -> None:  # fmt: skip
         packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **spec))
-        allocation = allocation if lane else ""
+        allocation = allocation if slot else ""
         self.say(
-            Handed(
-                task_id, execution, lane, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
+            Run(
+                task_id, execution, slot, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
                 msgspec.Raw(packed), crashes,
             )
         )  # fmt: skip
@@ -249,7 +257,7 @@ class Host:
             _, reports, ends = call
             said = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
             for report in reports:
-                line = Line(**msgspec.msgpack.decode(report.line))
+                line = JournalEntry(**msgspec.msgpack.decode(report.entry))
                 self.endings[report.id] = Ending(report, line, said.get(report.id))
             if self.answering:
                 self.answer(reports)
@@ -319,9 +327,9 @@ def main(argv: list[str]) -> int:
     from pilotq.workers import worker
 
     fd, directory, cores, settings = argv
-    link = SocketLink(socket.socket(fileno=int(fd)))
+    session = SocketSession(socket.socket(fileno=int(fd)))
     info = NodeInfo("n1", 0, "here", os.getpid(), [int(c) for c in cores.split(",")])
-    return worker.serve(link, directory, info, {}, msgspec.json.decode(settings, type=Settings))  # type: ignore[arg-type]
+    return worker.serve(session, directory, info, {}, msgspec.json.decode(settings, type=Settings))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Every process dies, stops, dawdles, or misses a reply, at every step of every transition; then nothing is wrong.
+"""Every process is killed, stopped, delayed, or misses a reply at every failpoint; nothing is wrong afterwards.
 
-`make test` strikes with a kill at each step, `make sweep` with everything (docs/guarantees.md has its result).
+`make test` kills at each point, `make sweep` does everything (docs/guarantees.md has its result).
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ from rq import Queue
 from pilotq.broker import ArrayRange, Task
 from pilotq.broker.failpoints import POINTS
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
+from pilotq.broker.store.connection import Connection
 from pilotq.broker.tasks.states import EVENT_SCRIPTS
 from tests.support.fault_rig import Rig, Work, rig
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
 WHOLE = os.environ.get("PILOTQ_SWEEP") == "whole"
-LOST = (":after", "inbox read", "mail taken", "journal read", "journal trimmed")  # steps at which a reply was awaited
+LOST = (":after", "inbox read", "events taken", "journal read", "journal trimmed")  # points behind a read
+OFTEN_LOST = ("claim", "complete", "commit", "events", "inbox")  # ... of them `make test` goes through these
 BOOT = ("part started", "server ready", "connection written")
-SERVER = ("claim", "end", "launched", "release", "commit")
+SERVER = ("claim", "complete", "report_started", "release_dependents", "commit")
 Cell = tuple[str, str, str]
 
 
 def cells() -> Iterator[Cell]:
-    for role, steps in POINTS.items():
-        for step in steps:
+    for role, points in POINTS.items():
+        for point in points:
             kinds = ["kill", "stop", "delay"] if WHOLE else ["kill"]
-            lost = step.endswith(LOST) and (WHOLE or step.startswith(("claim", "end", "commit", "mail", "inbox")))
+            lost = point.endswith(LOST) and (WHOLE or point.startswith(OFTEN_LOST))
             for kind in [*kinds, *(["lose"] if lost else [])]:
-                yield role, step, kind
-    for script in SERVER if WHOLE else ("claim", "end"):
+                yield role, point, kind
+    for script in SERVER if WHOLE else ("claim", "complete"):
         for moment in ("before", "after"):
             for kind in ("kill", "stop") if WHOLE else ("kill",):
                 yield "server", f"{script}:{moment}", kind
 
 
-# -- what must happen for a step to be come to ------------------------------------------------------------------------
+# -- what must happen for a point to be reached ------------------------------------------------------------------------
 
 
 def kill(part: str) -> Callable[[Rig, Work], None]:
@@ -54,7 +55,7 @@ def kill(part: str) -> Callable[[Rig, Work], None]:
 
 
 def leave(r: Rig, _: Work) -> None:
-    """The signal, to a worker that hears it: before it has registered it may die of it like any process."""
+    """Send SIGTERM to a registered worker: before that it may die of the signal like any process."""
 
     def there() -> bool:
         with r.broker() as broker:
@@ -64,8 +65,8 @@ def leave(r: Rig, _: Work) -> None:
     os.kill(r.process("n1"), signal.SIGTERM)
 
 
-def recall(r: Rig, _: Work) -> None:
-    """What was handed ahead is recalled."""
+def retract(r: Rig, _: Work) -> None:
+    """What was prefetched is retracted."""
     more = r.submit([r.probe(array=ArrayRange(0, 100))])
     with r.broker() as broker:
         while not r.ended(more):
@@ -74,10 +75,10 @@ def recall(r: Rig, _: Work) -> None:
 
 
 def cancel_by_rq(r: Rig, work: Work) -> None:
-    """RQ's way to cancel sets the status and tells nobody. What is canceled has ended already: it changes nothing."""
+    """Cancel as RQ does, which sets the status and notifies nobody. The job has ended already: nothing changes."""
     with r.broker() as broker:
         assert broker.pilot is not None
-        link = Link(broker.pilot.connection().address)
+        link = Connection(broker.pilot.connection().address)
         name = os.urandom(4).hex()
         link.call("HSET", keys.job(name), "status", "canceled", "pq_cancel", "canceled", "origin", "default")
         link.call("EXPIRE", keys.job(name), 60)
@@ -91,25 +92,25 @@ def enqueue_by_rq(r: Rig, _: Work) -> None:
 
 
 def only_work(_: Rig, __: Work) -> None:
-    """What the work of the cell brings about by itself, though maybe only once: when all had ended before the look."""
+    """The work of the cell reaches the point by itself, though maybe only once: when all had ended before the poll."""
 
 
 TRIGGERS: dict[str, Callable[[Rig, Work], None]] = {
     "supervisor.part ended": kill("dispatcher"),
     "supervisor.worker swept": kill("n1"),
     "supervisor.loss announced": kill("n1"),
-    "dispatcher.limits": kill("dispatcher"),
-    "dispatcher.route": enqueue_by_rq,
+    "dispatcher.free_rate_slots": kill("dispatcher"),
+    "dispatcher.route_rq": enqueue_by_rq,
     "dispatcher.term taken": kill("dispatcher"),
     "dispatcher.nodes asked": kill("dispatcher"),
-    "dispatcher.end": kill("n1"),
-    "dispatcher.leave": kill("n1"),
+    "dispatcher.complete": kill("n1"),
+    "dispatcher.deregister": kill("n1"),
     "dispatcher.cancel": cancel_by_rq,
     "dispatcher.trim": only_work,
     "worker.register": kill("n1"),
-    "worker.leave": leave,
-    "worker.give_back": recall,
-    "worker.write": kill("dispatcher"),
+    "worker.deregister": leave,
+    "worker.return_unstarted": retract,
+    "worker.guarded_write": kill("dispatcher"),
 }
 CLIENT = """
 import sys
@@ -143,50 +144,51 @@ def common(shared: list[Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
     return shared[0]
 
 
-def strike(r: Rig, role: str, step: str, kind: str) -> None:
+def strike(r: Rig, role: str, point: str, kind: str) -> None:
     """One cell: work, a fault in the middle of it, and the judgement."""
     server = role == "server"
-    actor = {"commit": "client", "claim": "dispatcher", "release": "dispatcher"}.get(step.partition(":")[0], "worker")
+    callers = {"commit": "client", "claim": "dispatcher", "release_dependents": "dispatcher"}
+    actor = callers.get(point.partition(":")[0], "worker")
     fired = r.arm(
-        actor if server else role, step, kind, pid=r.process("server") if server else 0, nth=1 if server else 2,
+        actor if server else role, point, kind, pid=r.process("server") if server else 0, nth=1 if server else 2,
         seconds=0.5,
     )  # fmt: skip
     work = r.submit(r.mixed())
-    name = f"{role}.{step}"
+    name = f"{role}.{point}"
     trigger = TRIGGERS.get(name) or TRIGGERS.get(name.partition(":")[0])
     if trigger is not None:
-        r.arm(role, step, kind, seconds=0.5)  # it may have been come to only once
+        r.arm(role, point, kind, seconds=0.5)  # it may have been reached only once
         trigger(r, work)
     elif not server and not fired():
         more = [r.submit(r.mixed(4))]
         wait_until(lambda: fired() or r.ended(more[0]), seconds=60)
-    wait_until(fired, seconds=60, what=f"{name} was come to")
+    wait_until(fired, seconds=60, what=f"{name} was reached")
     r.settle(work)
     assert not r.judge(work, faults=1 + (trigger is not None))
 
 
-@pytest.mark.parametrize(("role", "step", "kind"), list(cells()), ids=lambda word: word.replace(" ", "_"))
-def test_a_fault_at_a_step(role: str, step: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if role == "server" and step.startswith("commit"):
-        server_commit_cell(request.getfixturevalue("common"), step, kind)
+@pytest.mark.parametrize(("role", "point", "kind"), list(cells()), ids=lambda word: word.replace(" ", "_"))
+def test_a_fault_at_a_point(role: str, point: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if role == "server" and point.startswith("commit"):
+        server_commit_cell(request.getfixturevalue("common"), point, kind)
     elif role == "client":
-        client_cell(request.getfixturevalue("common"), step, kind)
+        client_cell(request.getfixturevalue("common"), point, kind)
     elif role == "supervisor":
         with rig(tmp_path) as r:
-            supervisor_cell(r, step, kind)
+            supervisor_cell(r, point, kind)
         return
     else:
-        strike(request.getfixturevalue("common"), role, step, kind)
+        strike(request.getfixturevalue("common"), role, point, kind)
     request.getfixturevalue("common").broken = False
 
 
-def supervisor_cell(r: Rig, step: str, kind: str) -> None:
-    if step not in BOOT:
-        strike(r, "supervisor", step, kind)
+def supervisor_cell(r: Rig, point: str, kind: str) -> None:
+    if point not in BOOT:
+        strike(r, "supervisor", point, kind)
         return
     work = r.submit(r.mixed())
     assert r.pilot is not None
-    fired = r.arm("supervisor", step, kind, seconds=0.5)
+    fired = r.arm("supervisor", point, kind, seconds=0.5)
     r.pilot.process.kill()
     r.pilot.process.wait()
     wait_until(lambda: r.ended(work), seconds=60, what="all ended")
@@ -195,13 +197,13 @@ def supervisor_cell(r: Rig, step: str, kind: str) -> None:
     assert not r.judge(work, faults=2)
 
 
-def server_commit_cell(r: Rig, step: str, kind: str) -> None:
+def server_commit_cell(r: Rig, point: str, kind: str) -> None:
     """The server goes while a client submits; the same key submits what is missing."""
     assert r.pilot is not None
     key = os.urandom(8).hex()
-    fired = r.arm("client", step, kind, pid=r.process("server"))
+    fired = r.arm("client", point, kind, pid=r.process("server"))
     command = [sys.executable, "-c", CLIENT, r.pilot.directory, key, "submit"]
-    env = {**os.environ, "PILOTQ_POINTS": str(r.steps)}
+    env = {**os.environ, "PILOTQ_FAILPOINTS": str(r.points)}
     subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert fired()
 
@@ -213,16 +215,16 @@ def server_commit_cell(r: Rig, step: str, kind: str) -> None:
     wait_until(lambda: r.all_finished(key, 600), seconds=60, what="all finished")
 
 
-def client_cell(r: Rig, step: str, kind: str) -> None:
+def client_cell(r: Rig, point: str, kind: str) -> None:
     """The client dies or fails; the same key submits the rest of it, or finds that it was whole."""
     assert r.pilot is not None
-    key, verb = os.urandom(8).hex(), step.partition(":")[0]
+    key, verb = os.urandom(8).hex(), point.partition(":")[0]
     with r.broker() as broker:
         bad = broker.enqueue(Task(command=["false"]))
         broker.wait([bad], timeout=60)
-    fired = r.arm("client", step, kind, seconds=0.5)
-    command = [sys.executable, "-c", CLIENT, r.pilot.directory, key, verb, *([bad] if verb == "retry" else [])]
-    env = {**os.environ, "PILOTQ_POINTS": str(r.steps)}
+    fired = r.arm("client", point, kind, seconds=0.5)
+    command = [sys.executable, "-c", CLIENT, r.pilot.directory, key, verb, *([bad] if verb == "requeue" else [])]
+    env = {**os.environ, "PILOTQ_FAILPOINTS": str(r.points)}
     first = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert fired()
     assert (first.returncode == 0) == (kind in ("stop", "delay")), first.stderr
@@ -234,12 +236,12 @@ def client_cell(r: Rig, step: str, kind: str) -> None:
         assert (counts.total, counts.finished + counts.canceled) == (600, 600)
         assert counts.canceled <= (verb == "cancel")
         broker.wait([bad], timeout=60)
-        assert broker.task(bad).execution in ((2, 3) if verb == "retry" else (1,))
+        assert broker.task(bad).execution in ((2, 3) if verb == "requeue" else (1,))
 
 
-def test_every_transition_has_steps() -> None:
-    """A script, or an event of the table, that no step stands around would be swept by nobody."""
-    swept = {step.partition(":")[0] for steps in POINTS.values() for step in steps if ":" in step}
+def test_every_transition_has_points() -> None:
+    """A script, or an event of the table, without points around it would have no fault."""
+    swept = {point.partition(":")[0] for points in POINTS.values() for point in points if ":" in point}
     code = "".join(path.read_text() for path in (ROOT / "broker").rglob("*.py"))
     there = {
         path.name.removesuffix(".lua") for path in files("pilotq.broker.store.scripts").iterdir() if ".lua" in path.name
@@ -248,18 +250,18 @@ def test_every_transition_has_steps() -> None:
     assert set(EVENT_SCRIPTS.values()) <= swept
     assert there == swept - {"inbox trim"}
     named = {word for room in ("broker", "workers") for word in _named(room)}
-    assert named == {step for steps in POINTS.values() for step in steps if ":" not in step}
+    assert named == {point for points in POINTS.values() for point in points if ":" not in point}
 
 
 def _named(room: str) -> Iterator[str]:
-    """Steps that the code names."""
+    """Points that the code names."""
     for path in (ROOT / room).rglob("*.py"):
-        for piece in path.read_text().split('failpoints.at("')[1:]:
+        for piece in path.read_text().split('failpoints.hit("')[1:]:
             yield piece.partition('"')[0]
 
 
-def test_steps_cost_nothing_where_nobody_asked_for_them() -> None:
-    code = "from pilotq.broker import failpoints; print(failpoints.at('x'), type(failpoints.at).__name__)"
-    env = {k: v for k, v in os.environ.items() if k != "PILOTQ_POINTS"}
+def test_failpoints_cost_nothing_where_nobody_asked_for_them() -> None:
+    code = "from pilotq.broker import failpoints; print(failpoints.hit('x'), type(failpoints.hit).__name__)"
+    env = {k: v for k, v in os.environ.items() if k != "PILOTQ_FAILPOINTS"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "None function\n"

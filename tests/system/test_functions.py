@@ -17,7 +17,7 @@ from rq.job import Job
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput
 from pilotq.broker.tasks.functions import RESULT_BYTES
-from pilotq.broker.tasks.submit_context import capture
+from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.workers.process_tree import processes
 from tests.support import functions
 from tests.support.live_pilot import LivePilot, live_pilot
@@ -142,7 +142,7 @@ def test_a_function_finds_its_job_and_notes_something_there(pilot: LivePilot) ->
 
 def test_a_function_runs_pinned_in_the_surroundings_of_its_task(pilot: LivePilot, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("input")
-    task = Task(function=functions.surroundings, cwd=str(tmp_path), env={"MINE": "yes"}, stdin="in")
+    task = Task(function=functions.observe, cwd=str(tmp_path), env={"MINE": "yes"}, stdin="in")
     number = pilot.broker.enqueue(task)
     found = pilot.broker.result(number, timeout=60)
     view = pilot.ended(number)
@@ -150,7 +150,7 @@ def test_a_function_runs_pinned_in_the_surroundings_of_its_task(pilot: LivePilot
     assert found == {**found, "cwd": str(tmp_path), "task": number, "execution": "1", "mine": "yes", "stdin": "input"}
     [line] = pilot.lines(number)
     assert line.pid == found["pid"] and line.cpu is not None and line.max_rss and line.started and line.ended
-    assert call(pilot, functions.surroundings, request=Request(cores=(2, 2)))["mine"] is None
+    assert call(pilot, functions.observe, request=Request(cores=(2, 2)))["mine"] is None
 
 
 def test_modules_are_found_in_the_directory_of_the_submitter(tmp_path: Path, pilot: LivePilot) -> None:
@@ -204,7 +204,7 @@ def test_what_a_call_does_to_its_files_and_surroundings_does_not_reach_the_next(
     second = pilot.broker.enqueue(Task(function=functions.shout, args=("x", 1), request=whole))
     pilot.broker.result(second, timeout=60)
     assert b"x\n" in pilot.output(second) and pilot.output(second, "stderr") == b"X\n"
-    assert call(pilot, functions.surroundings, request=whole)["mine"] is None
+    assert call(pilot, functions.observe, request=whole)["mine"] is None
 
 
 # -- interpreters ----------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_cancel_interrupts_the_function_and_kills_what_does_not_end(
     )
     behind = pilot.broker.enqueue_many([Task(function=functions.product, args=(n,)) for n in range(10)])
     wait_until(lambda: mark.exists() and mark.read_text(), what="start of the function")
-    assert pilot.broker.cancel([task]) == {task: "told"}
+    assert pilot.broker.cancel([task]) == {task: "stopping"}
     with pytest.raises(FunctionCanceled):
         pilot.broker.result(task, timeout=60)
     assert pilot.ended(task).status == "canceled"
@@ -359,16 +359,16 @@ def test_a_call_can_be_canceled_while_its_interpreter_loads(pilot: LivePilot, tm
         f"import os, time\nwhile not os.path.exists({str(mark)!r}): time.sleep(0.01)\n"
     )
     # The worker's own parts do not see this: it is the environment of the submission.
-    shared = capture(functions=True)
+    shared = capture_context(functions=True)
     shared.env["PYTHONPATH"] = str(tmp_path)
     whole = Request(cores=(2, 2))
-    [loads] = pilot.broker.enqueue_many([Task(function=functions.product, args=(1,), request=whole)], shared=shared)
+    [loads] = pilot.broker.enqueue_many([Task(function=functions.product, args=(1,), request=whole)], context=shared)
     wait_until(lambda: pilot.broker.task(loads).status == "started", what="start of the task")
     pilot.broker.cancel([loads])
     view = pilot.ended(loads)
     assert (view.status, view.reason) == ("canceled", "canceled")
     mark.touch()
-    [after] = pilot.broker.enqueue_many([Task(function=functions.product, args=(2,), request=whole)], shared=shared)
+    [after] = pilot.broker.enqueue_many([Task(function=functions.product, args=(2,), request=whole)], context=shared)
     assert pilot.broker.result(after, timeout=60) == 2
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker import ArrayRange
-from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.journal import Journal
 from tests.support.fault_rig import HELD, Rig, rig
 from tests.support.waiting import wait_until
 
@@ -19,7 +19,7 @@ TURNS = ("dispatcher", "n1", "launcher", "server")
 
 
 def begun(r: Rig) -> int:
-    return sum(word == "begin" for _, _, word, *_ in r.ledger())
+    return sum(event == "begin" for _, _, event, *_ in r.ledger())
 
 
 def test_parts_that_are_killed_one_after_another_lose_nothing(tmp_path: Path) -> None:
@@ -32,13 +32,13 @@ def test_parts_that_are_killed_one_after_another_lose_nothing(tmp_path: Path) ->
             os.kill(r.process(part), signal.SIGKILL)
         r.settle(work, seconds=max(until - time.monotonic(), 0.0))
         assert not r.judge(work, faults=len(TURNS) * 2, held=HELD)
-        # Of the two cores of node n1 its worker takes along what they hold. A launcher has told the worker of each that
-        # had ended, but for the last one, and one may have begun behind that.
+        # With the worker of node n1 all is lost that its two cores hold. A launcher has reported to it each that had
+        # ended, except the last one, and one may have begun after that.
         assert begun(r) <= 2000 + 2 * 2 * (HELD + 2)
 
 
 def test_a_pilot_that_was_killed_as_a_whole_goes_on(tmp_path: Path) -> None:
-    """Its tasks live on without anybody; the next pilot ends them before it starts the same ones again."""
+    """Its tasks live on as orphans; the next pilot ends them before it starts the same ones again."""
     with rig(tmp_path) as r:
         long = r.submit([r.probe(60.0)])
         wait_until(lambda: begun(r) == 1, seconds=60, what="the long one has begun")
@@ -69,5 +69,5 @@ def test_a_journal_has_one_line_for_each_counted_execution(tmp_path: Path, times
         r.settle(work)
         assert not r.judge(work, faults=times, held=HELD)  # all parts end with their supervisor
         assert r.pilot is not None
-        places = [line.at for line in Journal(r.pilot.journal).lines()]
-        assert len(places) == len(set(places))
+        positions = [line.at for line in Journal(r.pilot.journal).entries()]
+        assert len(positions) == len(set(positions))

@@ -12,10 +12,10 @@ import pytest
 from pilotq.broker import ArrayRange, Task
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
-from pilotq.broker.store.messages import Line
-from pilotq.broker.tasks.model import validate
-from pilotq.broker.tasks.retry_policy import chosen, pause
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
+from pilotq.broker.tasks.validation import validate
 from tests.support.fault_rig import Rig, Work, rig
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.waiting import wait_until
@@ -41,13 +41,13 @@ def executions(pilot: LivePilot, task_id: str) -> list[tuple[int, str, bool]]:
     ],
 )  # fmt: skip
 def test_which_failures_are_tried_again(retry_on: str, reason: str, code: int | None, again: bool) -> None:
-    assert chosen(retry_on, reason, code) is again
+    assert is_retried(retry_on, reason, code) is again
 
 
 def test_pauses_double_up_to_an_hour() -> None:
-    assert [pause(30.0, n) for n in (1, 2, 3, 8, 900)] == [30.0, 60.0, 120.0, 3600.0, 3600.0]
-    assert [pause(7200.0, n) for n in (1, 2)] == [7200.0, 7200.0]
-    assert pause(0.0, 5) == 0.0
+    assert [retry_delay(30.0, n) for n in (1, 2, 3, 8, 900)] == [30.0, 60.0, 120.0, 3600.0, 3600.0]
+    assert [retry_delay(7200.0, n) for n in (1, 2)] == [7200.0, 7200.0]
+    assert retry_delay(0.0, 5) == 0.0
 
 
 @pytest.mark.parametrize("wrong", ["0", "256", "5-3", "x", "1,,2", "-1", "9-", "Signal"])
@@ -98,7 +98,7 @@ def test_what_waits_for_its_pause_can_be_canceled(pilot: LivePilot) -> None:
     wait_until(lambda: all(pilot.broker.task(f"{array}_{n}").status == "scheduled" for n in range(4)))
     pilot.broker.cancel([one, array])
     assert pilot.ended(one).status == pilot.ended(array).status == "canceled"
-    with closing(Link(pilot.broker.store.link.address)) as link:
+    with closing(Connection(pilot.broker.store.link.address)) as link:
         assert link.call("ZCARD", keys.registry("scheduled", "default")) == 0
 
 
@@ -116,10 +116,10 @@ def test_a_poisonous_task_ends_by_the_crash_limit_and_costs_its_neighbours_nothi
 
 
 def test_a_quick_poison_costs_the_short_tasks_before_it_nothing(tmp_path: Path) -> None:
-    """It is lined up behind them, so that it kills the worker before that has said that they have ended, and that it
-    has begun itself. Nobody but a poison may come to the crash limit."""
+    """It is chained after them, so that it kills the worker before that has reported their ends, and its own start.
+    Only a poisonous task may reach the crash limit."""
     poison, short = Task(script="kill -9 $(cut -d' ' -f4 /proc/$PPID/stat); sleep 5"), Task(command=["true"])
-    with rig(tmp_path, nodes="n1:1", report_s=0.3) as r:
+    with rig(tmp_path, nodes="n1:1", report_batch_s=0.3) as r:
         settled(r, r.submit([short] * 10).key)  # they are known to be short
         work = r.submit([short, short, poison, short, poison, short])
         settled(r, work.key)
@@ -137,6 +137,6 @@ def settled(r: Rig, key: str) -> None:
     wait_until(over, seconds=90, what="all have ended")
 
 
-def full(r: Rig, work: Work) -> dict[str, list[Line]]:
+def full(r: Rig, work: Work) -> dict[str, list[JournalEntry]]:
     lines = r.lines(work)
     return lines if all(any(x.final for x in lines.get(i, ())) for i in work.ids) else {}

@@ -58,22 +58,22 @@ def careless(open_place: Path) -> Iterator[LivePilot]:
 # -- strangers --------------------------------------------------------------------------------------------------------
 
 
-class Words(NamedTuple):
-    """What a stranger says to the server, and the word with which it is answered."""
+class Exchange(NamedTuple):
+    """What a stranger sends to the server, and the beginning of the answer."""
 
-    said: bytes
+    sent: bytes
     answer: bytes
 
 
 STRANGERS = {
-    "nothing": Words(b"PING\r\n", b"-NOAUTH"),
-    "no user": Words(b"AUTH x\r\n", b"-WRONGPASS"),
-    "default": Words(b"AUTH default x\r\n", b"-WRONGPASS"),
-    "wrong": Words(b"AUTH pilotq 0123456789abcdef\r\n", b"-WRONGPASS"),
-    "empty": Words(b'AUTH pilotq ""\r\n', b"-WRONGPASS"),
-    "hello": Words(b"HELLO 3 AUTH admin admin\r\n", b"-WRONGPASS"),
-    "script": Words(b"EVAL 'return 1' 0\r\n", b"-NOAUTH"),
-    "http": Words(b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),  # a web page of somebody: it is hung up on
+    "nothing": Exchange(b"PING\r\n", b"-NOAUTH"),
+    "no user": Exchange(b"AUTH x\r\n", b"-WRONGPASS"),
+    "default": Exchange(b"AUTH default x\r\n", b"-WRONGPASS"),
+    "wrong": Exchange(b"AUTH pilotq 0123456789abcdef\r\n", b"-WRONGPASS"),
+    "empty": Exchange(b'AUTH pilotq ""\r\n', b"-WRONGPASS"),
+    "hello": Exchange(b"HELLO 3 AUTH admin admin\r\n", b"-WRONGPASS"),
+    "script": Exchange(b"EVAL 'return 1' 0\r\n", b"-NOAUTH"),
+    "http": Exchange(b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),  # a web page of somebody: it is hung up on
 }
 
 
@@ -89,13 +89,13 @@ def test_strangers_get_nothing(tmp_path: Path, who: str, bind: tuple[str, ...]) 
             with socket.socket(family) as stranger:
                 stranger.settimeout(30)
                 stranger.connect((address.host, address.port) if bind else address.path)
-                stranger.sendall(STRANGERS[who].said)
+                stranger.sendall(STRANGERS[who].sent)
                 assert stranger.recv(4096).startswith(STRANGERS[who].answer)
         finally:
             server.terminate()
 
 
-LOOK = """
+PROBE = """
 import json, os, socket, sys
 directory, path, pid = sys.argv[1:]
 def refused(call):
@@ -128,7 +128,7 @@ def test_another_user_of_the_machine_can_neither_look_nor_act(careless: LivePilo
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     assert python is not None, "another user needs a Python outside of the home of this one"
     address = Pilot(careless.pilot.directory).connection().address
-    nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", python, "-I", "-S", "-c", LOOK]
+    nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", python, "-I", "-S", "-c", PROBE]
     done = subprocess.run(
         [*nobody, careless.pilot.directory, address.path, str(careless.pilot.process.pid)], cwd="/",
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60,

@@ -64,8 +64,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
             (pytest.fail if asked else pytest.skip)(f"{what} is not installed")
     folder = tmp_path_factory.mktemp("pages")
     with (
-        # What is handed to the worker ahead counts as started: here it shall wait in its list.
-        in_background(folder, "--nodes", "n1:1", PILOTQ_SETTINGS='{"ahead_after_ends": 1000000}'),
+        # Prefetched tasks count as started: here they shall wait in their list.
+        in_background(folder, "--nodes", "n1:1", PILOTQ_SETTINGS='{"prefetch_after": 1000000}'),
         served(folder, (folder / ".pilotq" / "current").resolve()) as shown,
         Broker.connect(str(folder / ".pilotq" / "current")) as broker,
         browser(folder, "pilotq", shown.password) as found,

@@ -39,7 +39,7 @@ def test_it_counts_tasks_and_workers(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
-        in_background(tmp_path, "--nodes", "n1:1", PILOTQ_SETTINGS='{"ahead_after_ends": 1000000}'),
+        in_background(tmp_path, "--nodes", "n1:1", PILOTQ_SETTINGS='{"prefetch_after": 1000000}'),
         Broker.connect(str(tmp_path / ".pilotq" / "current")) as broker,
     ):
         good = broker.enqueue_many([Task(command=["true"]) for _ in range(3)])

@@ -2,7 +2,7 @@
 
     python campaign.py FOLDER [RESOURCES]
 
-EasyVVUQ imports QCG-PilotJob, and is told nothing: `install` stands before its import. RESOURCES is what QCGPJExecutor
+EasyVVUQ imports QCG-PilotJob, and is not changed: `install` stands before its import. RESOURCES is what QCGPJExecutor
 takes (default: 2 cores).
 """
 

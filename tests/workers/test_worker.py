@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.store.messages import Hello, Leave, Recall
-from tests.support.launcher_driver import hold
+from pilotq.broker.store.messages import Leave, RetractTasks, StateRequest
+from tests.support.launcher_driver import hanging_program
 from tests.support.waiting import wait_until
 from tests.support.worker_host import Host, alive, children
 
@@ -26,7 +26,7 @@ def pid_of(host: Host, task_id: str) -> int:
     return int(host.until(lambda: path.exists() and path.read_text().strip(), f"pid of {task_id}"))
 
 
-# -- lanes and reports ------------------------------------------------------------------------------------------------
+# -- slots and reports ------------------------------------------------------------------------------------------------
 
 
 def test_a_lane_goes_from_task_to_task_of_its_class(tmp_path: Path) -> None:
@@ -34,69 +34,71 @@ def test_a_lane_goes_from_task_to_task_of_its_class(tmp_path: Path) -> None:
         for name in ("b", "c"):
             host.hand(name, "sh", "-c", f"echo {name} >> order")
         host.hand("other", "sh", "-c", "echo never >> order", class_name="other")
-        host.hand("a", "sh", "-c", "echo a >> order", lane=4, allocation="n1[1]")
+        host.hand("a", "sh", "-c", "echo a >> order", slot=4, allocation="n1[1]")
         ends = [host.end_of(name) for name in "abc"]
     assert (tmp_path / "order").read_text() == "a\nb\nc\n"
-    assert [(e.end.lane, e.end.class_name, e.end.kept) for e in ends if e.end] == [
+    assert [(e.end.slot, e.end.class_name, e.end.kept) for e in ends if e.end] == [
         (4, "c", True), (4, "c", True), (4, "c", False),
     ]  # fmt: skip
-    assert all(e.report.allocation == "n1[1]" and e.report.wish == "finished" and e.line.exit_code == 0 for e in ends)
+    assert all(
+        e.report.allocation == "n1[1]" and e.report.outcome == "finished" and e.line.exit_code == 0 for e in ends
+    )
     assert "other" not in host.endings
 
 
 def test_a_lane_ends_with_a_task_that_was_lost_before(tmp_path: Path) -> None:
-    """What comes next could kill this worker before the end is known. Nothing is lined up behind it either."""
-    with Host(tmp_path, ahead_after_ends=1, line_s=3600.0, report_s=3600.0) as host:
-        host.hand("warm", "true", lane=1)
+    """What comes next could kill this worker before the end is known. Nothing is chained behind it either."""
+    with Host(tmp_path, prefetch_after=1, chain_s=3600.0, report_batch_s=3600.0) as host:
+        host.hand("warm", "true", slot=1)
         host.end_of("warm")
         for name in ("b", "c"):
             host.hand(name, "touch", "never")
-        host.hand("a", "true", lane=2, crashes=1)
+        host.hand("a", "true", slot=2, crashes=1)
         ending = host.end_of("a")
         assert ending.end is not None and not ending.end.kept
-        host.say(Hello(5))
+        host.say(StateRequest(5))
         ((state,),) = host.until(lambda: host.said("state"))
-        assert (state.lanes, state.ahead) == ([], {"c": 2})
+        assert (state.slots, state.prefetched) == ([], {"c": 2})
         assert not (tmp_path / "never").exists()
 
 
 def test_one_report_at_a_time_and_the_next_takes_all_that_ended_meanwhile(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         host.answering = False
-        host.hand("first", "true", lane=1)
+        host.hand("first", "true", slot=1)
         host.end_of("first")
         for number in range(2, 7):
-            host.hand(str(number), "touch", f"ran{number}", lane=number)
+            host.hand(str(number), "touch", f"ran{number}", slot=number)
         host.until(lambda: all((tmp_path / f"ran{n}").exists() for n in range(2, 7)))
         # All have ended when the worker answers: it takes its own turn for everything it was sent before.
-        host.say(Recall("none", 1))
+        host.say(RetractTasks("none", 1))
         host.until(lambda: host.said("back"))
         assert len(host.said("ends")) == 1
         host.answering = True
         host.answer(host.said("ends")[0][0])
         for number in range(2, 7):
-            assert host.end_of(str(number)).report.wish == "finished"
+            assert host.end_of(str(number)).report.outcome == "finished"
 
 
 def test_a_worker_tells_what_it_holds_after_what_has_ended(tmp_path: Path) -> None:
-    with Host(tmp_path, report_s=3600.0) as host:
-        host.hand("runs", "bash", "-c", WAITER, lane=1)
-        host.hand("short", "true", lane=2, allocation="n1[1]", class_name="d")
+    with Host(tmp_path, report_batch_s=3600.0) as host:
+        host.hand("runs", "bash", "-c", WAITER, slot=1)
+        host.hand("short", "true", slot=2, allocation="n1[1]", class_name="d")
         host.hand("next", "bash", "-c", WAITER, class_name="d")
         host.hand("ahead", "true")
         pid_of(host, "next")
-        host.say(Hello(5))
+        host.say(StateRequest(5))
         ((state,),) = host.until(lambda: host.said("state"))
         assert host.endings["short"].end is not None and host.endings["short"].end.kept
     assert (state.node, state.incarnation, state.term) == ("n1", 7, 5)
-    assert sorted(state.lanes) == [(1, "n1[0]", "c"), (2, "n1[1]", "d")]
-    assert state.ahead == {"c": 1}
+    assert sorted(state.slots) == [(1, "n1[0]", "c"), (2, "n1[1]", "d")]
+    assert state.prefetched == {"c": 1}
 
 
 def test_only_launches_that_live_are_announced(tmp_path: Path) -> None:
     with Host(tmp_path, started_after_s=0.2) as host:
-        host.hand("long", "bash", "-c", "echo so far; sleep 100", lane=1)
-        host.hand("short", "true", lane=2, allocation="n1[1]")
+        host.hand("long", "bash", "-c", "echo so far; sleep 100", slot=1)
+        host.hand("short", "true", slot=2, allocation="n1[1]")
         ((starts,),) = host.until(lambda: host.said("starts"))
         ((task_id, execution, allocation, started, out, _),) = starts
         wait_until(lambda: Path(out).read_text() == "so far\n")
@@ -105,10 +107,10 @@ def test_only_launches_that_live_are_announced(tmp_path: Path) -> None:
 
 
 def test_it_beats(tmp_path: Path) -> None:
-    with Host(tmp_path, beat_s=0.05) as host:
-        host.until(lambda: any(beat["state"] == "idle" for (beat,) in host.said("beat")))
-        host.hand("a", "bash", "-c", WAITER, lane=1)
-        host.until(lambda: any(beat["state"] == "busy" for (beat,) in host.said("beat")))
+    with Host(tmp_path, heartbeat_s=0.05) as host:
+        host.until(lambda: any(beat["state"] == "idle" for (beat,) in host.said("heartbeat")))
+        host.hand("a", "bash", "-c", WAITER, slot=1)
+        host.until(lambda: any(beat["state"] == "busy" for (beat,) in host.said("heartbeat")))
 
 
 # -- what a task finds ------------------------------------------------------------------------------------------------
@@ -118,8 +120,8 @@ def test_a_task_finds_its_cores_and_its_surroundings(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         host.shared("threads", OMP_NUM_THREADS="7", MINE="yes")
         script = "grep Cpus_allowed_list /proc/self/status; env"
-        host.hand("a", lane=1, allocation="n1[1],n2[0:1]", script=script, env={"TWO": "2"}, array="arr", index=5)
-        host.hand("b", lane=2, shared="threads", script="env", execution=3)
+        host.hand("a", slot=1, allocation="n1[1],n2[0:1]", script=script, env={"TWO": "2"}, array="arr", index=5)
+        host.hand("b", slot=2, shared="threads", script="env", execution=3)
         found = str(host.end_of("a").line.stdout).splitlines()
         threads = str(host.end_of("b").line.stdout).splitlines()
     assert found[0].split() == ["Cpus_allowed_list:", "1"]
@@ -140,11 +142,11 @@ def test_words_are_filled_in_and_paths_are_of_the_working_directory(tmp_path: Pa
     with Host(tmp_path) as host:
         host.tell("values", "arr", ["x", "y"])
         element = {"array": "arr", "index": 1, "position": 1}
-        host.hand("arr_1", "echo", "{index}{value}", lane=1, flags=9, stdout="{index}.txt", **element)
-        host.hand("range_1", "echo", "{value}", lane=2, flags=1, array="range", index=7)
+        host.hand("arr_1", "echo", "{index}{value}", slot=1, flags=9, stdout="{index}.txt", **element)
+        host.hand("range_1", "echo", "{value}", slot=2, flags=1, array="range", index=7)
         qcg = "sub/${it}"
-        host.hand("q", "sh", "-c", "pwd; echo ${itval}", lane=3, flags=11, cwd=qcg, stdout="${it}.out", **element)
-        host.hand("login", lane=4, flags=4, script="shopt -q login_shell && echo login")
+        host.hand("q", "sh", "-c", "pwd; echo ${itval}", slot=3, flags=11, cwd=qcg, stdout="${it}.out", **element)
+        host.hand("login", slot=4, flags=4, script="shopt -q login_shell && echo login")
         assert host.end_of("arr_1").line.stdout_at == [str(tmp_path / "1.txt")]
         assert host.end_of("range_1").line.stdout == "7\n"
         assert host.end_of("login").line.stdout == "login\n"
@@ -155,15 +157,15 @@ def test_words_are_filled_in_and_paths_are_of_the_working_directory(tmp_path: Pa
 
 def test_output_goes_into_the_line_or_beside_it(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
-        host.hand("bytes", "printf", r"\377\376", lane=1)
-        host.hand("long", "head", "-c", "5000", "/dev/zero", lane=2)
-        host.hand("bad", "sh", "-c", "echo on stderr >&2; exit 9", lane=3)
+        host.hand("bytes", "printf", r"\377\376", slot=1)
+        host.hand("long", "head", "-c", "5000", "/dev/zero", slot=2)
+        host.hand("bad", "sh", "-c", "echo on stderr >&2; exit 9", slot=3)
         assert host.end_of("bytes").line.stdout == b"\xff\xfe"
         path, offset, length = host.end_of("long").line.stdout_at
         bad = host.end_of("bad")
     assert str(path).startswith("output/") and length == 5000
     assert (tmp_path / str(path)).read_bytes()[int(offset) :][:5000] == bytes(5000)
-    assert (bad.report.wish, bad.report.reason, bad.report.exit) == ("failed", "exit", "9")
+    assert (bad.report.outcome, bad.report.reason, bad.report.exit) == ("failed", "exit", "9")
     text = zlib.decompress(base64.b64decode(bad.report.text)).decode()
     assert "bad ended with a non-zero exit code." in text and "exit code 9" in text and text.endswith("on stderr\n")
 
@@ -173,11 +175,11 @@ def test_output_of_a_rerun_takes_its_name_when_it_counts(tmp_path: Path, verdict
     out = tmp_path / "out"
     with Host(tmp_path) as host:
         host.verdict = verdict
-        host.hand("a", "echo", "first", lane=1, stdout="out")
+        host.hand("a", "echo", "first", slot=1, stdout="out")
         host.end_of("a")
         assert out.read_text() == "first\n"
         host.answering = False
-        host.hand("b", "echo", "second", lane=2, stdout="out", execution=2)
+        host.hand("b", "echo", "second", slot=2, stdout="out", execution=2)
         ending = host.end_of("b")
         assert out.read_text() == "first\n" and (tmp_path / "out.2").read_text() == "second\n"
         host.answer([ending.report])
@@ -188,11 +190,11 @@ def test_output_of_a_rerun_takes_its_name_when_it_counts(tmp_path: Path, verdict
 def test_a_fifo_as_input_stops_nobody_else(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with Host(tmp_path, started_after_s=0.05) as host:
-        host.hand("nobody writes", "cat", lane=3, stdin="fifo")
-        host.hand("other", "true", lane=2)
-        assert host.end_of("other").report.wish == "finished"
+        host.hand("nobody writes", "cat", slot=3, stdin="fifo")
+        host.hand("other", "true", slot=2)
+        assert host.end_of("other").report.outcome == "finished"
         fifo = os.open(tmp_path / "fifo", os.O_RDWR)
-        host.hand("reader", "cat", lane=1, stdin="fifo")
+        host.hand("reader", "cat", slot=1, stdin="fifo")
         host.until(lambda: host.said("starts"))
         os.write(fifo, b"through")
         os.close(fifo)
@@ -204,11 +206,11 @@ def test_what_cannot_be_started_says_why_and_its_lane_goes_on(tmp_path: Path) ->
         for number in range(1500):  # deeper than Python's stack
             host.hand(f"ahead{number}", "no-such-program")
         host.hand("good", "true")
-        host.hand("first", "no-such-program", lane=1)
+        host.hand("first", "no-such-program", slot=1)
         good, first = host.end_of("good"), host.end_of("first")
-    assert good.report.wish == "finished"
+    assert good.report.outcome == "finished"
     # So many failures in a row are told as what may be the node's fault.
-    assert (first.report.wish, first.report.reason) == ("doubted", "not found")
+    assert (first.report.outcome, first.report.reason) == ("suspect", "not found")
     assert first.end is not None and first.end.seconds < 0 and first.end.kept
     assert "no-such-program" in first.line.message
 
@@ -218,51 +220,51 @@ def test_what_cannot_be_started_says_why_and_its_lane_goes_on(tmp_path: Path) ->
 
 def test_a_time_limit_is_a_request_then_an_order(tmp_path: Path) -> None:
     with Host(tmp_path, kill_grace_s=0.3) as host:
-        host.hand("kind", "bash", "-c", "trap 'echo bye; exit 0' TERM; sleep 100 & wait", lane=1, time_limit=0.2)
-        host.hand("deaf", "bash", "-c", DEAF, lane=2, time_limit=0.2)
+        host.hand("kind", "bash", "-c", "trap 'echo bye; exit 0' TERM; sleep 100 & wait", slot=1, time_limit=0.2)
+        host.hand("deaf", "bash", "-c", DEAF, slot=2, time_limit=0.2)
         kind, deaf = host.end_of("kind"), host.end_of("deaf")
         assert not alive(pid_of(host, "deaf"))
-    assert (kind.report.wish, kind.report.reason, kind.line.stdout) == ("failed", "time limit", "bye\n")
-    assert (deaf.report.wish, deaf.report.reason, deaf.line.signal) == ("failed", "time limit", signal.SIGKILL)
+    assert (kind.report.outcome, kind.report.reason, kind.line.stdout) == ("failed", "time limit", "bye\n")
+    assert (deaf.report.outcome, deaf.report.reason, deaf.line.signal) == ("failed", "time limit", signal.SIGKILL)
     assert deaf.end is not None and deaf.end.seconds >= 0.5
 
 
 def test_cancel_finds_a_task_wherever_it_is(tmp_path: Path) -> None:
     with Host(tmp_path, kill_grace_s=0.2) as host:
-        host.hand("runs", "bash", "-c", WAITER, lane=1)
+        host.hand("runs", "bash", "-c", WAITER, slot=1)
         host.hand("ahead", "touch", "never")
         host.hand("next", "true")
         host.stop("ahead")
         ahead = host.end_of("ahead")
-        assert (ahead.report.wish, ahead.report.started) == ("canceled", "")
-        assert ahead.end is not None and (ahead.end.lane, ahead.end.seconds, ahead.end.kept) == (0, -1.0, False)
+        assert (ahead.report.outcome, ahead.report.started) == ("canceled", "")
+        assert ahead.end is not None and (ahead.end.slot, ahead.end.seconds, ahead.end.kept) == (0, -1.0, False)
         pid = pid_of(host, "runs")
         host.stop("runs", execution=2)  # not the one that is here
         host.stop("unknown")
         host.stop("runs", "stopped", execution=1)
-        assert host.end_of("runs").report.wish == "stopped"
+        assert host.end_of("runs").report.outcome == "stopped"
         assert not alive(pid)
-        assert host.end_of("next").report.wish == "finished"
+        assert host.end_of("next").report.outcome == "finished"
     assert not (tmp_path / "never").exists()
 
 
 def test_a_task_has_ended_when_none_of_its_processes_lives(tmp_path: Path) -> None:
     with Host(tmp_path, kill_grace_s=0.2) as host:
-        host.hand("a", "bash", "-c", f"setsid bash -c '{DEAF}' & sleep 0.3; exit 0", lane=1)
+        host.hand("a", "bash", "-c", f"setsid bash -c '{DEAF}' & sleep 0.3; exit 0", slot=1)
         ending = host.end_of("a")
         assert not alive(pid_of(host, "a"))
-    assert ending.report.wish == "finished"
+    assert ending.report.outcome == "finished"
     assert ending.end is not None and ending.end.seconds >= 0.4
 
 
-def test_recall_gives_back_the_newest_and_is_always_answered(tmp_path: Path) -> None:
+def test_retract_returns_the_newest_and_is_always_answered(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
-        host.hand("runs", "bash", "-c", WAITER, lane=1)
+        host.hand("runs", "bash", "-c", WAITER, slot=1)
         for name in "abc":
             host.hand(name, "true")
-        host.say(Recall("c", 2))
-        host.say(Recall("c", 5))
-        host.say(Recall("c", 5))
+        host.say(RetractTasks("c", 2))
+        host.say(RetractTasks("c", 5))
+        host.say(RetractTasks("c", 5))
         host.until(lambda: len(host.said("back")) == 3)
     assert host.said("back") == [
         ([("b", 1), ("c", 1)], {"c": 2}), ([("a", 1)], {"c": 1}), ([], {"c": 0}),
@@ -274,9 +276,9 @@ def test_recall_gives_back_the_newest_and_is_always_answered(tmp_path: Path) -> 
 
 def test_a_dead_launcher_takes_its_tasks_with_it_and_is_replaced(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
-        host.hand("a", "bash", "-c", DEAF, lane=1)
+        host.hand("a", "bash", "-c", DEAF, slot=1)
         host.hand(
-            "b", "bash", "-c", f"setsid -w env -i PILOTQ_DIR=$PILOTQ_DIR PILOTQ_TASK_ID=b bash -c '{DEAF}'", lane=2
+            "b", "bash", "-c", f"setsid -w env -i PILOTQ_DIR=$PILOTQ_DIR PILOTQ_TASK_ID=b bash -c '{DEAF}'", slot=2
         )
         host.hand("next", "true", class_name="c")
         pids = [pid_of(host, "a"), pid_of(host, "b")]
@@ -284,16 +286,16 @@ def test_a_dead_launcher_takes_its_tasks_with_it_and_is_replaced(tmp_path: Path)
         os.kill(launcher, signal.SIGKILL)
         ends = [host.end_of("a"), host.end_of("b")]
         assert not any(map(alive, pids))
-        assert [(e.report.wish, e.report.reason) for e in ends] == [("lost", "worker lost")] * 2
+        assert [(e.report.outcome, e.report.reason) for e in ends] == [("lost", "worker lost")] * 2
         assert sorted(e.end.kept for e in ends if e.end) == [False, True]
-        assert host.end_of("next").report.wish == "finished"
+        assert host.end_of("next").report.outcome == "finished"
         assert host.launchers() != [launcher]
 
 
 def test_launchers_that_keep_dying_end_the_worker(tmp_path: Path) -> None:
     with Host(tmp_path, restart_limit=1, kill_grace_s=0.2) as host:
-        host.until(lambda: host.said("beat"))
-        host.hand("a", "bash", "-c", DEAF, lane=1)
+        host.until(lambda: host.said("heartbeat"))
+        host.hand("a", "bash", "-c", DEAF, slot=1)
         pid = pid_of(host, "a")
         for _ in range(2):
             (launcher,) = host.until(host.launchers)
@@ -301,57 +303,58 @@ def test_launchers_that_keep_dying_end_the_worker(tmp_path: Path) -> None:
             host.until(lambda gone=launcher: gone not in children(host.process.pid))
         assert host.wait() == 3
         assert not alive(pid)
-        assert host.endings["a"].report.wish == "lost"
+        assert host.endings["a"].report.outcome == "lost"
     assert "died more than 1 times" in host.log.read_text()
 
 
 def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Path) -> None:
-    settings = {"launch_confirm_s": 0.5, "beat_s": 0.1, "ahead_after_ends": 1, "line_s": 3600.0}
-    with hold(tmp_path / "held") as held, Host(tmp_path, **settings) as host:
-        host.hand("warm", "true", lane=3, class_name="d")
+    settings = {"launch_confirm_s": 0.5, "heartbeat_s": 0.1, "prefetch_after": 1, "chain_s": 3600.0}
+    with hanging_program(tmp_path / "held") as held, Host(tmp_path, **settings) as host:
+        host.hand("warm", "true", slot=3, class_name="d")
         host.end_of("warm")
-        host.hand("runs", "bash", "-c", DEAF, lane=1)
+        host.hand("runs", "bash", "-c", DEAF, slot=1)
         pid = pid_of(host, "runs")
         # The launcher comes to it by itself, and to the next one never.
         host.hand("hangs", str(held), class_name="d")
         host.hand("behind", "true", class_name="d")
-        host.hand("short", "true", lane=2, class_name="d")
-        assert host.end_of("short").report.wish == "finished"
-        host.hand("late", "true", lane=4)
+        host.hand("short", "true", slot=2, class_name="d")
+        assert host.end_of("short").report.outcome == "finished"
+        host.hand("late", "true", slot=4)
         ends = {name: host.end_of(name) for name in ("hangs", "runs", "behind", "late")}
-        assert {name: (e.report.wish, e.report.reason) for name, e in ends.items()} == {
+        assert {name: (e.report.outcome, e.report.reason) for name, e in ends.items()} == {
             "hangs": ("failed", "launch hangs"),
-            "runs": ("free", "worker lost"), "behind": ("free", "worker lost"), "late": ("free", "worker lost"),
+            "runs": ("requeue", "worker lost"), "behind": ("requeue", "worker lost"),
+            "late": ("requeue", "worker lost"),
         }  # fmt: skip
         assert not alive(pid)
-        host.hand("good", "true", lane=5)
-        assert host.end_of("good").report.wish == "finished"
+        host.hand("good", "true", slot=5)
+        assert host.end_of("good").report.outcome == "finished"
         reported = [report.id for reports, _ in host.said("ends") for report in reports]
         assert len(reported) == len(set(reported))
 
 
 @pytest.mark.parametrize("fate", [signal.SIGCONT, signal.SIGKILL], ids=["goes on", "is killed"])
 def test_what_could_not_be_killed_gives_its_lane_back_when_it_has_ended(tmp_path: Path, fate: int) -> None:
-    """A launcher that is stopped kills nothing. Its task has failed by then, and is reported once; the lane goes on."""
+    """A launcher that is stopped kills nothing. Its task has failed by then, and is reported once; the slot goes on."""
     with Host(tmp_path, kill_grace_s=0.1, unkillable_s=0.3, launch_confirm_s=60.0) as host:
-        host.hand("a", "bash", "-c", WAITER, lane=1)
+        host.hand("a", "bash", "-c", WAITER, slot=1)
         pid = pid_of(host, "a")
         host.until(lambda: host.said("starts"))
         (launcher,) = host.launchers()
         os.kill(launcher, signal.SIGSTOP)
         host.stop("a", "time limit")
         end = host.end_of("a")
-        assert (end.report.wish, end.report.reason, end.end) == ("failed", "unkillable", None)
+        assert (end.report.outcome, end.report.reason, end.end) == ("failed", "unkillable", None)
         assert alive(pid)
         host.hand("next", "true")
-        host.say(Hello(5))
+        host.say(StateRequest(5))
         ((state,),) = host.until(lambda: host.said("state"))
-        assert [lane[0] for lane in state.lanes] == [1] and state.ahead == {"c": 1}
+        assert [slot[0] for slot in state.slots] == [1] and state.prefetched == {"c": 1}
         os.kill(launcher, fate)
         ended = host.end_of("next")
         assert not alive(pid)
-        assert ended.report.wish == "finished" and ended.end is not None
-        said = [(e.lane, e.kept) for _, ends in host.said("ends") for e in ends]
+        assert ended.report.outcome == "finished" and ended.end is not None
+        said = [(e.slot, e.kept) for _, ends in host.said("ends") for e in ends]
         assert said == [(1, True), (1, False)]
         assert [r.id for reports, _ in host.said("ends") for r in reports] == ["a", "next"]
         assert "has ended after all: n1[0] is free again" in host.log.read_text()
@@ -360,29 +363,29 @@ def test_what_could_not_be_killed_gives_its_lane_back_when_it_has_ended(tmp_path
 def test_a_launch_waits_for_a_server_that_is_away(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         host.tell("away", True)
-        host.hand("a", "true", lane=1)
-        host.hand("b", "true", lane=2, class_name="d")
+        host.hand("a", "true", slot=1)
+        host.hand("b", "true", slot=2, class_name="d")
         host.stop("b")
-        assert host.end_of("b").report.wish == "canceled"
+        assert host.end_of("b").report.outcome == "canceled"
         assert "a" not in host.endings
         host.tell("away", False)
-        assert host.end_of("a").report.wish == "finished"
+        assert host.end_of("a").report.outcome == "finished"
 
 
 @pytest.mark.parametrize(("error", "grace"), [("ServerUnavailable", True), ("StateLost", False), ("Superseded", False)])
 def test_without_its_server_a_worker_ends_its_tasks(tmp_path: Path, error: str, grace: bool) -> None:
     with Host(tmp_path, kill_grace_s=5.0) as host:
-        host.hand("a", "bash", "-c", "trap 'touch asked; exit' TERM; echo $$ > a.pid; sleep 100 & wait", lane=1)
+        host.hand("a", "bash", "-c", "trap 'touch asked; exit' TERM; echo $$ > a.pid; sleep 100 & wait", slot=1)
         names = ["a"]
         if not grace:
-            host.hand("deaf", "bash", "-c", DEAF, lane=2)
+            host.hand("deaf", "bash", "-c", DEAF, slot=2)
             names.append("deaf")
         pids = [pid_of(host, name) for name in names]
         host.tell("raise", error)
         assert host.wait() == 3
         assert not any(map(alive, pids))
         assert "giving up: the test wants it" in host.log.read_text()
-        assert not host.said("unregister")
+        assert not host.said("deregister")
     if grace:
         assert (tmp_path / "asked").exists()
 
@@ -393,9 +396,9 @@ def test_without_its_server_a_worker_ends_its_tasks(tmp_path: Path, error: str, 
 @pytest.mark.parametrize("by", ["message", "signal"])
 def test_leaving_gives_everything_back(tmp_path: Path, by: str) -> None:
     with Host(tmp_path, kill_grace_s=1.0) as host:
-        host.hand("done", "true", lane=1, class_name="d")
-        host.hand("runs", "bash", "-c", WAITER, lane=2)
-        host.hand("deaf", "bash", "-c", DEAF, lane=3)
+        host.hand("done", "true", slot=1, class_name="d")
+        host.hand("runs", "bash", "-c", WAITER, slot=2)
+        host.hand("deaf", "bash", "-c", DEAF, slot=3)
         host.hand("ahead", "touch", "never")
         pids = [pid_of(host, "runs"), pid_of(host, "deaf")]
         host.end_of("done")
@@ -405,22 +408,22 @@ def test_leaving_gives_everything_back(tmp_path: Path, by: str) -> None:
         else:
             host.signal(signal.SIGTERM)
         host.until(lambda: "leaving" in host.log.read_text())
-        host.hand("late", "touch", "never", lane=4)
+        host.hand("late", "touch", "never", slot=4)
         host.hand("late ahead", "touch", "never")
         assert host.wait() == 0
         assert not any(map(alive, pids))
-    ends = {name: (e.report.wish, e.report.reason) for name, e in host.endings.items()}
+    ends = {name: (e.report.outcome, e.report.reason) for name, e in host.endings.items()}
     assert ends.pop("done") == ("finished", "")
-    assert ends == dict.fromkeys(("runs", "deaf", "late"), ("free", "pilot ended"))
+    assert ends == dict.fromkeys(("runs", "deaf", "late"), ("requeue", "pilot ended"))
     assert host.said("back") == [([("ahead", 1)], {"c": 1}), ([("late ahead", 1)], {"c": 1})]
-    assert len(host.said("unregister")) == 1
+    assert len(host.said("deregister")) == 1
     assert not (tmp_path / "never").exists()
 
 
 def test_leaving_does_not_wait_for_ever_for_a_confirmation(tmp_path: Path) -> None:
     with Host(tmp_path, stop_wait_s=0.5) as host:
         host.answering = False
-        host.hand("a", "true", lane=1)
+        host.hand("a", "true", slot=1)
         host.end_of("a")
         host.say(Leave(0.1))
         assert host.wait() == 3

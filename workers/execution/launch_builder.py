@@ -1,4 +1,4 @@
-"""From a handed task to the record a launcher starts it by: command, files, surroundings, CPUs."""
+"""Makes the record by which a launcher starts a task: command, files, submit context, CPUs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,22 @@ import msgspec
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
-from pilotq.broker.store.messages import Guest, Handed, Part, parse_allocation
-from pilotq.broker.tasks.model import (
-    FLAG_ARRAY,
-    FLAG_FUNCTION,
-    FLAG_LOGIN,
-    FLAG_QCG,
-    FLAG_STOCK,
-    FLAG_VALUES,
-    ONE_PROCESS_MODELS,
-    Spec,
-)
+from pilotq.broker.store.messages import Run, StartRemote
+from pilotq.broker.store.resources import NodeShare, parse_allocation
+from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
+from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_LOGIN, FLAG_QCG, FLAG_RQ_JOB, FLAG_VALUES, Spec
 from pilotq.broker.tasks.submit_context import environment
-from pilotq.workers.execution.escalation import Execution
-from pilotq.workers.execution.templating import Words, render
-from pilotq.workers.protocol import Base, Call, Launch, Place
-from pilotq.workers.session import NodeLink
+from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.templating import Variables, render
+from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
+from pilotq.workers.shared_data import SharedData
 
 # Values are fetched only for specs that could name one: they are the only words whose content is not at hand.
-VALUE_WORDS = (b"{value}", b"itval")
+VALUE_VARIABLES = (b"{value}", b"itval")
 
 
 # Variables that mean something else on each node of an execution.
-OF_NODE = frozenset({"PILOTQ_DIR", "PILOTQ_NODE", "PILOTQ_CPUS", "PILOTQ_AGENT", "CUDA_VISIBLE_DEVICES"})
+NODE_VARIABLES = frozenset({"PILOTQ_DIR", "PILOTQ_NODE", "PILOTQ_CPUS", "PILOTQ_AGENT", "CUDA_VISIBLE_DEVICES"})
 
 
 class UnlaunchableError(Exception):
@@ -49,54 +42,54 @@ class UnlaunchableError(Exception):
 class Reservation(NamedTuple):
     """What an allocation means for a task that is launched here."""
 
-    place: Place
-    parts: tuple[Part, ...]
+    slot: LaunchSlot
+    parts: tuple[NodeShare, ...]
     nodes: tuple[str, ...]
     cores: tuple[int, ...]  # how many on each node
 
 
-class Dresser(Protocol):
+class LaunchModel(Protocol):
     """Makes the launch of an execution that is more than one process on one node; see launch_models.py."""
 
-    def dress(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+    def apply(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
         """``env`` is what the task will find. Raises UnlaunchableError, ServerUnavailable."""
 
 
-class Surroundings(NamedTuple):
-    base: Base
+class ContextView(NamedTuple):
+    base: LaunchBase
     cwd: str
 
 
-class Preparer:
+class LaunchBuilder:
     """Makes launch records. ``directory`` is the pilot's, ``real`` maps core to CPU numbers where they differ.
 
-    ``address`` (name:incarnation) is this worker's. ``dresser`` makes launches of several processes.
+    ``address`` (name:incarnation) is this worker's. ``launch_model`` makes launches of several processes.
     """
 
-    def __init__(self, link: NodeLink, directory: str, real: Mapping[int, int], address: str) -> None:
-        self._link = link
+    def __init__(self, shared_data: SharedData, directory: str, real: Mapping[int, int], address: str) -> None:
+        self._shared_data = shared_data
         self._directory = directory
         self._real = real
         self._address = address
         self._node = address.rpartition(":")[0]
-        self.dresser: Dresser | None = None
+        self.launch_model: LaunchModel | None = None
         self._spec = msgspec.msgpack.Decoder(Spec)
-        self._surroundings = lru_cache(256)(self._fetch_surroundings)
+        self._context = lru_cache(256)(self._fetch_context)
         self._reservation = lru_cache(4096)(self._find_reservation)
 
-    def prepare(self, e: Execution, after: int) -> tuple[Base, Place, Launch | Call]:
+    def build(self, e: Execution, after: int) -> tuple[LaunchBase, LaunchSlot, Launch | Call]:
         """The launch or call of an execution that has an allocation, and what it names; sets its limit and its files.
 
-        ``after`` is the key of the one it is lined up behind, or 0. Raises UnlaunchableError, and ServerUnavailable
+        ``after`` is the key of the one it is chained behind, or 0. Raises UnlaunchableError, and ServerUnavailable
         when something must be fetched and the server is away.
         """
-        handed = e.handed
+        run = e.run
         try:
-            around = self._surroundings(handed.shared)
+            around = self._context(run.shared)
             here = self._reservation(e.allocation)
-            spec = self._spec.decode(handed.spec)
+            spec = self._spec.decode(run.spec)
             if spec.flags & (FLAG_ARRAY | FLAG_QCG):
-                spec = render(spec, self._words(handed, spec, here, around.cwd))
+                spec = render(spec, self._variables(run, spec, here, around.cwd))
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except (PilotqError, msgspec.MsgspecError) as error:
@@ -107,60 +100,60 @@ class Preparer:
         e.limit = spec.time_limit
         e.spec = spec
         e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
-        if handed.execution > 1 and (e.stdout or e.stderr):
-            e.suffix = f".{handed.execution}"
-        if spec.flags & (FLAG_FUNCTION | FLAG_STOCK):
+        if run.execution > 1 and (e.stdout or e.stderr):
+            e.suffix = f".{run.execution}"
+        if spec.flags & (FLAG_FUNCTION | FLAG_RQ_JOB):
             e.function = True
-            return around.base, here.place, self._call(e, spec, cwd, after)
-        env = _environment(handed, spec, here.place.env)
+            return around.base, here.slot, self._call(e, spec, cwd, after)
+        env = _environment(run, spec, here.slot.env)
         launch = Launch(
-            e.key, handed.id, handed.execution, handed.shared, e.allocation, _argv(spec), env, cwd,
+            e.key, run.id, run.execution, run.shared, e.allocation, _argv(spec), env, cwd,
             _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
-        if self.dresser is not None and (len(here.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
-            full = {**here.place.defaults, **around.base.env, **here.place.env, **env}
-            launch = self.dresser.dress(e, spec, here, full, launch)
-        return around.base, here.place, launch
+        if self.launch_model is not None and (len(here.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
+            full = {**here.slot.defaults, **around.base.env, **here.slot.env, **env}
+            launch = self.launch_model.apply(e, spec, here, full, launch)
+        return around.base, here.slot, launch
 
-    def prepare_guest(self, guest: Guest, key: int) -> tuple[Base, Place, Launch]:
+    def build_remote(self, start: StartRemote, key: int) -> tuple[LaunchBase, LaunchSlot, Launch]:
         """The launch of a process for another node's execution; raises as `prepare`."""
         try:
-            around = self._surroundings(guest.shared)
-            here = self._reservation(guest.allocation)
+            around = self._context(start.shared)
+            here = self._reservation(start.allocation)
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except PilotqError as error:
             raise UnlaunchableError("launch", str(error)) from None
-        env = {name: value for name, value in guest.env.items() if name not in OF_NODE}
-        env["PILOTQ_HOST"] = guest.host
+        env = {name: value for name, value in start.env.items() if name not in NODE_VARIABLES}
+        env["PILOTQ_HOST"] = start.host
         launch = Launch(
-            key, guest.id, guest.execution, guest.shared, guest.allocation, guest.argv, env, guest.cwd
+            key, start.id, start.execution, start.shared, start.allocation, start.argv, env, start.cwd
         )  # fmt: skip
-        return around.base, here.place, launch
+        return around.base, here.slot, launch
 
     def _call(self, e: Execution, spec: Spec, cwd: str, after: int) -> Call:
-        handed = e.handed
-        env = _array_environment(handed)
+        run = e.run
+        env = _array_environment(run)
         if spec.env:
             env.update(spec.env)
         call = Call(
-            e.key, handed.id, handed.execution, handed.shared, e.allocation, env, cwd, _below(cwd, spec.stdin),
+            e.key, run.id, run.execution, run.shared, e.allocation, env, cwd, _below(cwd, spec.stdin),
             e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
-        if spec.flags & FLAG_STOCK:
-            call.fields = self._link.fetch_job(handed.id)
+        if spec.flags & FLAG_RQ_JOB:
+            call.rq_fields = self._shared_data.fetch_job(run.id)
         else:
             call.payload = spec.argv[0]
         if spec.flags & FLAG_ARRAY:
             values = spec.flags & FLAG_VALUES
-            call.element = self._link.fetch_value(handed.array, handed.position) if values else handed.index
+            call.element = self._shared_data.fetch_value(run.array, run.position) if values else run.index
         return call
 
-    def _fetch_surroundings(self, key: str) -> Surroundings:
-        shared = self._link.fetch_shared(key)
+    def _fetch_context(self, key: str) -> ContextView:
+        shared = self._shared_data.fetch_shared(key)
         env = shared.env or environment(os.environ)  # none stands for the worker's own: --env-policy worker
         path = f"{shared.cwd}:{shared.path}" if shared.path else shared.cwd
-        return Surroundings(Base(key, env, shared.umask, shared.limits, path), shared.cwd)
+        return ContextView(LaunchBase(key, env, shared.umask, shared.limits, path), shared.cwd)
 
     def _find_reservation(self, allocation: str) -> Reservation:
         parts = parse_allocation(allocation)
@@ -190,7 +183,7 @@ class Preparer:
         cpus = [self._real.get(core, core) for core in here.cores]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
         defaults = {"OMP_NUM_THREADS": str(len(here.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
-        place = Place(allocation, env, defaults, cpus)
+        place = LaunchSlot(allocation, env, defaults, cpus)
         return Reservation(place, parts, nodes, cores)
 
     def _host_file(self, allocation: str, nodes: tuple[str, ...], cores: tuple[int, ...]) -> str:
@@ -205,16 +198,16 @@ class Preparer:
             raise UnlaunchableError("launch", f"its host file cannot be written: {error}") from None
         return path
 
-    def _words(self, handed: Handed, spec: Spec, here: Reservation, root: str) -> Words:
+    def _variables(self, run: Run, spec: Spec, here: Reservation, root: str) -> Variables:
         value = None
-        if spec.flags & FLAG_VALUES and any(word in bytes(handed.spec) for word in VALUE_WORDS):
-            value = self._link.fetch_value(handed.array, handed.position)
-        return Words(
-            task_id=handed.id,
-            name=handed.name,
-            index=handed.index,
+        if spec.flags & FLAG_VALUES and any(word in bytes(run.spec) for word in VALUE_VARIABLES):
+            value = self._shared_data.fetch_value(run.array, run.position)
+        return Variables(
+            task_id=run.id,
+            name=run.name,
+            index=run.index,
             value=value,
-            position=handed.position,
+            position=run.position,
             cores=sum(here.cores),
             nodes=here.nodes,
             cores_per_node=here.cores,
@@ -227,10 +220,10 @@ STEP_CLEAR = (0xF << 76) | (0x3 << 62)
 STEP_SET = (0x4 << 76) | (0x2 << 62)
 
 
-def _environment(handed: Handed, spec: Spec, placed: Mapping[str, str]) -> dict[str, str]:
+def _environment(run: Run, spec: Spec, placed: Mapping[str, str]) -> dict[str, str]:
     """What is this task's alone; the launcher adds its id and execution."""
     step = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"}
-    env = {**step, **_array_environment(handed)}
+    env = {**step, **_array_environment(run)}
     if spec.env and spec.flags & FLAG_QCG:
         # In QCG-PilotJob what the manager says of a job's place stands above what the job says of it.
         told = {name for name in placed if name.startswith(("QCG_PM_", "SLURM_"))} | step.keys()
@@ -240,8 +233,8 @@ def _environment(handed: Handed, spec: Spec, placed: Mapping[str, str]) -> dict[
     return env
 
 
-def _array_environment(handed: Handed) -> dict[str, str]:
-    return {"PILOTQ_ARRAY_ID": handed.array, "PILOTQ_INDEX": str(handed.index)} if handed.array else {}
+def _array_environment(run: Run) -> dict[str, str]:
+    return {"PILOTQ_ARRAY_ID": run.array, "PILOTQ_INDEX": str(run.index)} if run.array else {}
 
 
 def _argv(spec: Spec) -> list[bytes]:

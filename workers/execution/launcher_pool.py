@@ -1,4 +1,4 @@
-"""The launchers of a node as its control process sees them: child processes and their pipes, which never block it."""
+"""The launchers of a node as its worker process sees them: child processes and their pipes, which never block it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pilotq.broker.errors import PilotFailed
-from pilotq.broker.processes import Budget, log
+from pilotq.broker.log import log
+from pilotq.broker.processes import RestartBudget
 from pilotq.broker.settings import Settings
-from pilotq.workers.protocol import Base, Call, Down, Forget, Frames, Launch, Place, Quit, Signal, Up, Withdraw, frame
+from pilotq.workers.protocol import (
+    Call,
+    Forget,
+    FrameDecoder,
+    FromLauncher,
+    Launch,
+    LaunchBase,
+    LaunchSlot,
+    Quit,
+    Retract,
+    Signal,
+    ToLauncher,
+    encode_frame,
+)
 
-NO_SLOT = -1
-CORES_EACH = 32  # launches of one launcher scale to about so many cores of short tasks
+ISOLATED = -1
+CORES_PER_LAUNCHER = 32  # launches of one launcher scale to about so many cores of short tasks
 READ_BYTES = 1 << 16  # what its pipe holds
 PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
 KNOWN_MAX = 1000  # bases and places a launcher keeps
@@ -28,24 +42,24 @@ class LaunchersFailedError(PilotFailed):
     """Launchers die again and again."""
 
 
-class Launcher:
+class LauncherHandle:
     """One child process, which keeps captured output in ``directory``.
 
-    Records are collected by `launch` and `tell`, and written by `flush`. `hear` is to be called when ``bell`` is
+    Records are collected by `launch` and `send`, and written by `flush`. `receive` is to be called when ``wake`` is
     readable, and returns the records that have arrived.
     """
 
     def __init__(self, number: int, slot: int, directory: str, node: str, calls: int) -> None:
         self.number = number
-        self.slot = slot
-        self.aside = False  # gets no more work: it was killed, or told to quit
-        self.silent = False  # it has closed its end of the pipe
+        self.core_group = slot
+        self.stopping = False  # gets no more work: it was killed, or told to quit
+        self.closed = False  # it has closed its end of the pipe
         self.full = False  # the pipe takes no more for now
-        self.trying = 0  # key of the last launch it has come to
+        self.starting_key = 0  # key of the last launch it has come to
         down, self.down = os.pipe2(os.O_CLOEXEC)
         self.up, up = os.pipe2(os.O_CLOEXEC)
-        self.bell, bell = os.pipe2(os.O_CLOEXEC)
-        for end in (self.down, self.up, self.bell):
+        self.wake, wake = os.pipe2(os.O_CLOEXEC)
+        for end in (self.down, self.up, self.wake):
             os.set_blocking(end, False)
         try:
             fcntl.fcntl(self.down, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -53,45 +67,45 @@ class Launcher:
             pass  # the user's pages for pipes are used up: the usual 64 KiB do
         command = [
             sys.executable, "-m", "pilotq.workers.launcher.launcher", "--dir", directory, "--node", node,
-            "--calls", str(calls), "--down", str(down), "--up", str(up), "--bell", str(bell),
+            "--calls", str(calls), "--down", str(down), "--up", str(up), "--wake", str(wake),
         ]  # fmt: skip
         try:
             self._process = subprocess.Popen(
-                command, pass_fds=(down, up, bell), stdin=subprocess.DEVNULL, start_new_session=True, cwd=directory
+                command, pass_fds=(down, up, wake), stdin=subprocess.DEVNULL, start_new_session=True, cwd=directory
             )
         finally:
-            for end in (down, up, bell):
+            for end in (down, up, wake):
                 os.close(end)
-        self._bases: set[str] = set()
-        self._places: set[str] = set()
-        self._records: list[Down] = []
+        self._known_bases: set[str] = set()
+        self._known_slots: set[str] = set()
+        self._records: list[ToLauncher] = []
         self._outgoing = bytearray()
-        self._frames: Frames[Up] = Frames(Up)  # type: ignore[arg-type]
+        self._frames: FrameDecoder[FromLauncher] = FrameDecoder(FromLauncher)  # type: ignore[arg-type]
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def launch(self, base: Base, place: Place, launch: Launch | Call) -> None:
-        if len(self._bases) + len(self._places) >= KNOWN_MAX:
-            self._bases.clear()
-            self._places.clear()
+    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:
+        if len(self._known_bases) + len(self._known_slots) >= KNOWN_MAX:
+            self._known_bases.clear()
+            self._known_slots.clear()
             self._records.append(Forget())
-        if base.base not in self._bases:
-            self._bases.add(base.base)
+        if base.name not in self._known_bases:
+            self._known_bases.add(base.name)
             self._records.append(base)
-        if place.place not in self._places:
-            self._places.add(place.place)
-            self._records.append(place)
+        if slot.name not in self._known_slots:
+            self._known_slots.add(slot.name)
+            self._records.append(slot)
         self._records.append(launch)
 
-    def tell(self, record: Withdraw | Signal | Quit) -> None:
+    def send(self, record: Retract | Signal | Quit) -> None:
         self._records.append(record)
 
     def flush(self) -> None:
         """Write what the pipe takes; ``full`` says that something waits for the moment it is writable."""
         if self._records:
-            self._outgoing += frame(self._records)
+            self._outgoing += encode_frame(self._records)
             self._records.clear()
         self.full = False
         while self._outgoing:
@@ -106,12 +120,12 @@ class Launcher:
                 return
             del self._outgoing[:written]
 
-    def hear(self) -> list[Up]:
+    def receive(self) -> list[FromLauncher]:
         """All records that have arrived; none when nothing came or the launcher is ``silent``."""
-        records: list[Up] = []
+        records: list[FromLauncher] = []
         try:
             # Before the records: what comes after them rings again. When the launcher has ended it stays readable.
-            os.read(self.bell, READ_BYTES)
+            os.read(self.wake, READ_BYTES)
         except BlockingIOError:
             pass
         full = True
@@ -122,78 +136,80 @@ class Launcher:
                 break
             records += self._frames.feed(data)
             full = len(data) == READ_BYTES
-            self.silent = not data
+            self.closed = not data
         return records
 
     def kill(self) -> None:
         """SIGKILL; may be repeated until `reap`."""
-        self.aside = True
+        self.stopping = True
         # Not by way of Popen: it would take the exit status, and the death would never be seen among the children.
         os.kill(self.pid, signal.SIGKILL)
 
     def reap(self, seconds: float | None = None) -> None:
         """Wait until the process has ended and close the pipes; TimeoutExpired if it does not end in time."""
         self._process.wait(seconds)
-        for end in (self.down, self.up, self.bell):
+        for end in (self.down, self.up, self.wake):
             os.close(end)
 
 
-class Launchers:
+class LauncherPool:
     """All launchers of a node: which one serves a core, and replacements for those that die or hang."""
 
     def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings) -> None:
         self._directory = directory
         self._node = node
         self._settings = settings
-        self._slots = {core: place // CORES_EACH for place, core in enumerate(cores)}
-        self._budget = Budget(settings.restart_limit, settings.restart_window_s)
+        self._core_groups = {core: position // CORES_PER_LAUNCHER for position, core in enumerate(cores)}
+        self._budget = RestartBudget(settings.restart_limit, settings.restart_window_s)
         self._started = 0
-        self._serving: dict[int, Launcher] = {}  # by slot
-        self.living: dict[int, Launcher] = {}  # by number, with those put aside
-        for slot in range(max(1, -(-len(cores) // CORES_EACH))):
+        self._serving: dict[int, LauncherHandle] = {}  # by slot
+        self.living: dict[int, LauncherHandle] = {}  # by number, with those put aside
+        for slot in range(max(1, -(-len(cores) // CORES_PER_LAUNCHER))):
             self._start(slot)
 
-    def _start(self, slot: int) -> Launcher:
+    def _start(self, core_group: int) -> LauncherHandle:
         self._started += 1
-        launcher = Launcher(self._started, slot, self._directory, self._node, self._settings.interpreter_calls)
+        launcher = LauncherHandle(
+            self._started, core_group, self._directory, self._node, self._settings.interpreter_calls
+        )
         self.living[launcher.number] = launcher
-        if slot != NO_SLOT:
-            self._serving[slot] = launcher
+        if core_group != ISOLATED:
+            self._serving[core_group] = launcher
         return launcher
 
-    def serving(self, core: int) -> Launcher:
+    def serving(self, core: int) -> LauncherHandle:
         """The launcher that starts what begins at this core."""
-        return self._serving[self._slots.get(core, 0)]
+        return self._serving[self._core_groups.get(core, 0)]
 
-    def alone(self) -> Launcher:
+    def start_isolated(self) -> LauncherHandle:
         """A launcher for one task that may be what kills launchers; `dismiss` it afterwards."""
-        return self._start(NO_SLOT)
+        return self._start(ISOLATED)
 
-    def dismiss(self, launcher: Launcher) -> None:
+    def stop_isolated(self, launcher: LauncherHandle) -> None:
         """The task of a launcher has ended: one that was for this task alone ends, too."""
-        if launcher.slot == NO_SLOT:
-            launcher.aside = True
-            launcher.tell(Quit())
+        if launcher.core_group == ISOLATED:
+            launcher.stopping = True
+            launcher.send(Quit())
 
-    def with_pid(self, pid: int) -> Launcher | None:
+    def with_pid(self, pid: int) -> LauncherHandle | None:
         return next((launcher for launcher in self.living.values() if launcher.pid == pid), None)
 
-    def replace(self, launcher: Launcher) -> None:
+    def replace(self, launcher: LauncherHandle) -> None:
         """Kill a launcher that hangs, or has died already, and start another in its place.
 
         Raises LaunchersFailedError after ``restart_limit`` replacements in ``restart_window_s``.
         """
         launcher.kill()
-        if self._serving.get(launcher.slot) is not launcher:
+        if self._serving.get(launcher.core_group) is not launcher:
             return
         if not self._budget.take(time.monotonic()):
             raise LaunchersFailedError(
                 f"launchers of node {self._node} died more than {self._settings.restart_limit} times in "
                 f"{self._settings.restart_window_s:g} s: the log of this worker says more"
             )
-        self._start(launcher.slot)
+        self._start(launcher.core_group)
 
-    def reap(self, launcher: Launcher) -> None:
+    def reap(self, launcher: LauncherHandle) -> None:
         """Forget a launcher that has ended."""
         del self.living[launcher.number]
         launcher.reap()
@@ -201,7 +217,7 @@ class Launchers:
     def close(self) -> None:
         """End all: they kill what they still have; those that do not end in time are killed themselves."""
         for launcher in self.living.values():
-            launcher.tell(Quit())
+            launcher.send(Quit())
             launcher.flush()
         deadline = time.monotonic() + QUIT_S
         for launcher in self.living.values():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from pilotq.broker.processes import log
-from pilotq.workers.execution.escalation import Execution
+from pilotq.broker.log import log
+from pilotq.workers.execution.execution import Execution
 
 
-class Reruns:
+class PendingOutputs:
     """Reruns that have ended and that the server has not judged yet."""
 
     def __init__(self) -> None:
@@ -18,18 +18,18 @@ class Reruns:
         """An execution has ended; it may count, or it is clear that it does not."""
         files = [path for path in dict.fromkeys((e.stdout, e.stderr)) if path]
         if counts:
-            self._waiting[e.handed.id, e.handed.execution] = (files, e.suffix)
+            self._waiting[e.run.id, e.run.execution] = (files, e.suffix)
         else:
-            _settle(files, e.suffix, publish=False)
+            _publish_or_discard(files, e.suffix, publish=False)
 
     def answered(self, task_id: str, execution: int, *, counts: bool) -> None:
         """The server has judged an execution, of whatever kind."""
         if self._waiting and (found := self._waiting.pop((task_id, execution), None)):
-            _settle(*found, publish=counts)
+            _publish_or_discard(*found, publish=counts)
 
 
-def _settle(files: list[str], suffix: str, *, publish: bool) -> None:
-    """A rerun's output takes the place of the earlier one's when it counts, and goes away when it does not."""
+def _publish_or_discard(files: list[str], suffix: str, *, publish: bool) -> None:
+    """The output of a repeated execution replaces the earlier one when it counts, and is removed when it does not."""
     for path in files:
         try:
             if publish:

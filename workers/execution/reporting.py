@@ -1,4 +1,4 @@
-"""From what a launcher saw of an execution to what the broker is told of it, and how reports are collected."""
+"""Makes the end report of an execution from its launcher's records, and collects reports into batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import zlib
 import msgspec
 
 from pilotq.broker.settings import Settings
-from pilotq.broker.store.messages import DOUBTED, End, EndReport, Line
-from pilotq.broker.tasks.retry_policy import chosen, pause
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
+from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.states import REASONS
-from pilotq.workers.execution.escalation import Execution
-from pilotq.workers.execution.failure_streak import Doubts
+from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.failure_streak import FailureStreak
 from pilotq.workers.protocol import Captured, Exited, Returned, tail
-from pilotq.workers.session import NodeLink, iso
+from pilotq.workers.session import Session, iso
 
-# What ends an execution from our side, as a wish for its task; every other reason is a failure.
-WISHES = {
-    "canceled": "canceled", "stopped": "stopped", "pilot ended": "free", "walltime": "free", "worker lost": "lost",
+# What ends an execution from our side, as a outcome for its task; every other reason is a failure.
+OUTCOMES = {
+    "canceled": "canceled", "stopped": "stopped", "pilot ended": "requeue", "walltime": "requeue",
+    "worker lost": "lost",
 }  # fmt: skip
-LEAVING = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
+LEAVE_REASONS = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
 STATUSES = {"finished": "finished", "canceled": "canceled", "stopped": "stopped"}
 CALL_MAX = 500  # ends in one script call: it stops the server for so long
 CALL_BYTES = 32 << 20  # of results in it, but for a single larger one: the server takes no message of any size
@@ -41,53 +43,53 @@ class Reporter:
 
     def report(self, e: Execution, ended: float) -> EndReport:
         """The report of an execution that has ended, or never began, at ``ended`` (unix seconds)."""
-        handed, exited = e.handed, e.exited
+        run, exited = e.run, e.exited
         code: int | None = None
         number: int | None = None
         if isinstance(exited, Exited):
             ending = os.waitstatus_to_exitcode(exited.status)
             code, number = (ending, None) if ending >= 0 else (None, -ending)
-        wish, reason, message = _judge(e, code, number)
-        line = Line(
-            id=handed.id,
-            name=handed.name,
-            status=STATUSES.get(wish, "failed"),
+        outcome, reason, message = _outcome(e, code, number)
+        line = JournalEntry(
+            id=run.id,
+            name=run.name,
+            status=STATUSES.get(outcome, "failed"),
             reason=reason,
-            execution=handed.execution,
+            execution=run.execution,
             node=self._node,
             cpus=e.allocation,
-            queued=handed.queued,
-            handed=handed.handed,
+            queued=run.queued,
+            handed=run.handed,
             started=e.started or None,
             ended=ended,
             exit_code=code,
             signal=number,
             pid=e.pid or None,
-            array=handed.array,
-            index=handed.index if handed.array else None,
+            array=run.array,
+            index=run.index if run.array else None,
             message=message,
-            submission=handed.submission,
+            submission=run.submission,
         )
         if exited is not None:
             line.max_rss, line.cpu = exited.max_rss, exited.cpu
             line.stdout, line.stdout_at = self._output(exited.stdout, e.stdout)
             line.stderr, line.stderr_at = self._output(exited.stderr, e.stderr)
-        retries, delay = _again(e, wish, reason, code)
+        retries, delay = _retry(e, outcome, reason, code)
         return EndReport(
-            id=handed.id,
-            execution=handed.execution,
-            wish=wish,
+            id=run.id,
+            execution=run.execution,
+            outcome=outcome,
             reason=reason,
             ended=iso(ended),
             exit="" if code is None else str(code),
             started=iso(e.started) if e.started else "",
             allocation=e.allocation,
-            line=_pack(line),
-            text=self._text(e, wish, reason, message, code),
-            array=handed.array,
-            position=handed.position,
-            class_name=handed.class_name,
-            submission=handed.submission,
+            entry=_pack(line),
+            text=self._text(e, outcome, reason, message, code),
+            array=run.array,
+            position=run.position,
+            class_name=run.class_name,
+            submission=run.submission,
             retries=retries,
             delay=delay,
         )
@@ -104,14 +106,14 @@ class Reporter:
         except UnicodeDecodeError:
             return captured.data, []
 
-    def _text(self, e: Execution, wish: str, reason: str, message: str, code: int | None) -> str:
+    def _text(self, e: Execution, outcome: str, reason: str, message: str, code: int | None) -> str:
         """What a function has returned, or what RQ's tools show of a failure, in RQ's encoding."""
         if isinstance(e.exited, Returned) and e.exited.text and e.reason in ("", "time limit"):
             return e.exited.text
-        if wish not in ("failed", "stopped"):
+        if outcome not in ("failed", "stopped"):
             return ""
-        what = e.handed.name or e.handed.id
-        lines = [f"{what} {REASONS[reason]}.", f"node {self._node}, execution {e.handed.execution}"]
+        what = e.run.name or e.run.id
+        lines = [f"{what} {REASONS[reason]}.", f"node {self._node}, execution {e.run.execution}"]
         if code is not None:
             lines[1] += f", exit code {code}"
         if message:
@@ -121,10 +123,10 @@ class Reporter:
         return base64.b64encode(zlib.compress("\n".join(lines).encode())).decode()
 
 
-def _judge(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:
+def _outcome(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:
     """Wish, reason and message. What we ended keeps our reason, whatever its exit code says."""
     if e.reason:
-        return e.wish or WISHES.get(e.reason, "failed"), e.reason, e.message
+        return e.outcome or OUTCOMES.get(e.reason, "failed"), e.reason, e.message
     if isinstance(e.exited, Returned):
         return e.exited.outcome, e.exited.reason, e.exited.message
     if number is not None:
@@ -140,57 +142,57 @@ def _judge(e: Execution, code: int | None, number: int | None) -> tuple[str, str
     return "finished", "", e.message
 
 
-def _again(e: Execution, wish: str, reason: str, code: int | None) -> tuple[int, float]:
+def _retry(e: Execution, outcome: str, reason: str, code: int | None) -> tuple[int, float]:
     """Retries that are left to this failure, and the seconds before the next."""
-    left, spec = e.handed.retries, e.spec
-    if wish != "failed" or spec is None or not left:
+    left, spec = e.run.retries, e.spec
+    if outcome != "failed" or spec is None or not left:
         return left, 0.0
-    if not chosen(spec.retry_on, reason, code):
+    if not is_retried(spec.retry_on, reason, code):
         return 0, 0.0
     # It may have been given more than it was submitted with: `pilotq retry`.
-    return left, pause(spec.backoff, max(spec.retries - left, 0) + 1)
+    return left, retry_delay(spec.backoff, max(spec.retries - left, 0) + 1)
 
 
 class Outbox:
     """Ends that wait for company before they are reported.
 
-    While lanes go on by themselves nobody is in a hurry; a released lane is reported at once. At most one call is on
+    While slots go on by themselves nobody is in a hurry; a released slot is reported at once. At most one call is on
     its way: what ends meanwhile rides in the next one, so a busy server makes batches larger, not queues longer.
     """
 
-    def __init__(self, link: NodeLink, settings: Settings) -> None:
-        self._link = link
+    def __init__(self, session: Session, settings: Settings) -> None:
+        self._session = session
         self._settings = settings
-        self.doubts = Doubts(settings)
-        self._waiting: list[tuple[EndReport, End | None]] = []
+        self.streak = FailureStreak(settings)
+        self._waiting: list[tuple[EndReport, ExecutionEnd | None]] = []
         self._since = 0.0
         self._urgent = False
 
-    def add(self, e: Execution, report: EndReport, end: End | None, now: float) -> None:
-        """``end`` is None when the lane stays taken."""
+    def add(self, e: Execution, report: EndReport, end: ExecutionEnd | None, now: float) -> None:
+        """``end`` is None when the slot stays taken."""
         if end is not None:
-            end = self.doubts.weigh(e, report, end)
-            if end.said == DOUBTED:
-                self._doubt()
+            end = self.streak.classify(e, report, end)
+            if end.health == SUSPECT:
+                self._mark_suspect()
         if not self._waiting:
             self._since = now
         self._waiting.append((report, end))
         if end is None or not end.kept:
             self._urgent = True
 
-    def _doubt(self) -> None:
-        """The node is doubted: those of the row that have not been reported yet are no more to blame than the last."""
+    def _mark_suspect(self) -> None:
+        """The node is suspect: those of the streak not yet reported are no more to blame than the last."""
         for report, _ in self._waiting:
-            if report.wish == "failed" and report.id in self.doubts.failed:
-                report.wish = "doubted"
+            if report.outcome == "failed" and report.id in self.streak.failed:
+                report.outcome = "suspect"
 
     def due(self, now: float) -> float | None:
         """Monotonic time at which `flush` wants to be called; None: not before something else happens."""
-        if not self._waiting or self._link.unsent():
+        if not self._waiting or self._session.unsent():
             return None
-        if self._urgent or len(self._waiting) >= self._settings.report_max:
+        if self._urgent or len(self._waiting) >= self._settings.report_batch_max:
             return now
-        return self._since + self._settings.report_s
+        return self._since + self._settings.report_batch_s
 
     def flush(self, now: float, *, all_now: bool = False) -> bool:
         """Post what is due; with ``all_now`` everything. True if something was posted."""
@@ -198,15 +200,15 @@ class Outbox:
         if due is None or due > now:
             return False
         while self._waiting:
-            call = self._waiting[: self._fitting()]
+            call = self._waiting[: self._batch_size()]
             del self._waiting[: len(call)]
-            self._link.post_ends([report for report, _ in call], [end for _, end in call if end is not None])
+            self._session.post_ends([report for report, _ in call], [end for _, end in call if end is not None])
             if not all_now:
                 break
         self._urgent = bool(self._waiting)
         return True
 
-    def _fitting(self) -> int:
+    def _batch_size(self) -> int:
         """How many of those that wait go into one call."""
         size = 0
         for number, (report, _) in enumerate(self._waiting[:CALL_MAX]):

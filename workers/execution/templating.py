@@ -14,13 +14,13 @@ from functools import lru_cache
 import msgspec
 
 from pilotq.broker.taskfiles.qcg_variables import fill
-from pilotq.broker.tasks.model import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec, os_encode
+from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec, os_encode
 
 # `${index}` is a variable of the shell, not ours.
 _BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
 
 
-class Words(msgspec.Struct):
+class Variables(msgspec.Struct):
     """What one execution knows of itself."""
 
     task_id: str
@@ -34,14 +34,14 @@ class Words(msgspec.Struct):
     root: str = ""  # the directory of the submitter
 
 
-def render(spec: Spec, words: Words) -> Spec:
+def render(spec: Spec, words: Variables) -> Spec:
     """``spec`` with the words of its kind filled in; ``spec`` itself when it has no such words by its flags.
 
     Words stand in arguments, script, values of variables, and the four paths. In a task of a QCG-PilotJob file that
     is no element ``${it}`` and ``${itval}`` stay as they are, and ``{index}`` and ``{value}`` always do.
     """
     if spec.flags & FLAG_QCG:
-        known = _qcg_words(words)
+        known = _qcg_variables(words)
         if any("$" in name for name in spec.env):
             # Only there names of variables have words, too.
             spec = msgspec.structs.replace(spec, env={fill(name, known): text for name, text in spec.env.items()})
@@ -57,7 +57,7 @@ def render(spec: Spec, words: Words) -> Spec:
     return spec
 
 
-def _qcg_words(words: Words) -> dict[str, str]:
+def _qcg_variables(words: Variables) -> dict[str, str]:
     known = {
         "root_wd": words.root,
         "ncores": str(words.cores),

@@ -1,18 +1,18 @@
-"""Output that tasks did not send to a file of their own.
+"""Captures the output of tasks that do not name a file for it.
 
 Each stream of a running task is a plain file of a pool, opened once and used by one task after the other, so a task
-that prints nothing costs two system calls. What was printed leaves the file when the task has ended: up to
-INLINE_BYTES ride in the record, more is copied to the pack file of this launcher, and what is too large to copy
-keeps the file, under a name of its own, and the pool gets a new one.
+that prints nothing costs two system calls. When the task has ended its output is taken from the file: up to
+INLINE_BYTES travel in the message, more is copied to the pack file of this launcher, and output that is too large to
+copy keeps the file, under a name of its own, and the pool gets a new one.
 """
 
 from __future__ import annotations
 
 import os
 
-from pilotq.workers.protocol import INLINE_BYTES, NOTHING, Captured
+from pilotq.workers.protocol import INLINE_BYTES, NO_OUTPUT, Captured
 
-PACK_BYTES = 1 << 20  # copying so much takes about 0.5 ms, in which nothing else is launched; more is renamed
+PACK_BYTES = 1 << 20  # copying so much takes about 0.5 ms, in which no other task is launched; larger files are renamed
 
 
 class PoolFile:
@@ -35,7 +35,7 @@ class Capture:
         self._taken: set[PoolFile] = set()
         self._made = 0
         self._pack = -1
-        self._packed = 0  # bytes of the pack that records point to
+        self._packed = 0  # bytes of the pack that messages point to
 
     def take(self) -> PoolFile:
         """An empty file for one stream. Raises OSError when no new one can be made."""
@@ -43,18 +43,18 @@ class Capture:
         self._taken.add(file)
         return file
 
-    def give_back(self, file: PoolFile) -> None:
-        """For a file that nothing was started with."""
+    def release(self, file: PoolFile) -> None:
+        """Return a file that no process was started with."""
         self._taken.discard(file)
         self._free.append(file)
 
     def collect(self, file: PoolFile, name: str) -> Captured:
-        """What the task has written, when none of its processes lives any more; the file goes back to the pool.
+        """The output of a task of which no process lives any more; the file returns to the pool.
 
-        ``name`` is the file's in the output directory if it is kept. ``length`` counts all that was written: when
-        the disk refuses to keep it, ``path`` is empty and ``data`` is the beginning.
+        ``name`` is the name of the file in the output directory if it is kept. ``length`` counts all that was written:
+        when the disk refuses to keep it, ``path`` is empty and ``data`` is the beginning.
         """
-        captured = NOTHING
+        captured = NO_OUTPUT
         try:
             size = os.lseek(file.fd, 0, os.SEEK_END)
             if size:
@@ -62,16 +62,16 @@ class Capture:
                 if captured.path and captured.path != self._pack_path:
                     return captured  # it is no file of the pool any more
                 os.ftruncate(file.fd, 0)
-                # Appending does not look at the position, but the next task could see it.
+                # Appending ignores the position, but the next task could see it.
                 os.lseek(file.fd, 0, os.SEEK_SET)
-            self.give_back(file)
+            self.release(file)
         except OSError:
             # Its file system fails: this file is never used again; at worst this output is lost, but no other.
             self._drop(file)
         return captured
 
     def close(self) -> None:
-        """Remove the files of the pool, those in use too; what records point to stays."""
+        """Remove the files of the pool, those in use too; files that messages point to stay."""
         for file in [*self._free, *self._taken]:
             self._drop(file)
         self._free.clear()
@@ -131,19 +131,19 @@ class Capture:
             os.close(file.fd)
             os.unlink(file.path)
         except OSError:
-            pass  # the directory is gone or fails: nothing can be removed there
+            pass  # the directory was removed or fails: nothing can be removed there
 
 
-def open_again(file: PoolFile) -> int:
-    """A descriptor of the file that has its name by now; an empty one is made if there is none."""
+def open_current(file: PoolFile) -> int:
+    """A descriptor of the file that has this name by now; an empty one is made if there is none."""
     return os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
 def reopen(file: PoolFile) -> None:
-    """An interpreter may have put a new file in the place of one that became an output of its own."""
+    """Open the file anew by its name: an interpreter may have replaced it, after it kept the old one as an output."""
     try:
-        fd = open_again(file)
+        fd = open_current(file)
     except OSError:
-        return  # the directory fails: so will whoever reads it
+        return  # the directory fails: reading the output will fail, too
     os.dup2(fd, file.fd, inheritable=False)
     os.close(fd)

@@ -1,46 +1,48 @@
-"""What a launcher keeps of launches and calls: those that are lined up, and those of which something lives."""
+"""Launches that are to be started one after the other, and those of which a process lives."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
 from pilotq.workers.launcher.capture import PoolFile
-from pilotq.workers.launcher.spawn import Surroundings
+from pilotq.workers.launcher.spawn import LaunchContext
 from pilotq.workers.protocol import Call, Launch
 
-if TYPE_CHECKING:
-    from pilotq.workers.launcher.interpreter_process import Interpreter
 
+class Chain(deque[tuple[Launch | Call, LaunchContext | None]]):
+    """Launches and calls that are to be started one after the other.
 
-class Line(deque[tuple[Launch | Call, Surroundings | None]]):
-    """Launches and calls that are to be started one after the other. ``serving`` has calls of it."""
+    ``interpreter`` is the number of the interpreter that has calls of this chain, or 0: the chain goes on when these
+    have returned.
+    """
 
-    __slots__ = ("serving",)
+    __slots__ = ("interpreter",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.serving: Interpreter | None = None
+        self.interpreter = 0
 
 
 class Running:
-    """One launch that was started and of which something lives; or a call that an interpreter was given.
+    """One launch that was started and of which a process lives; or a call that an interpreter was given.
 
-    ``stdout`` and ``stderr`` are None where they go to named files. ``family`` is the key of its processes.
+    ``stdout`` and ``stderr`` are None where they go to named files. ``tracker_key`` is the key of its processes in the
+    ProcessTracker: of a call that is its interpreter's.
     """
 
-    __slots__ = ("key", "family", "name", "pid", "began", "started", "stdout", "stderr", "killed", "line")
+    __slots__ = ("key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "chain")
 
     def __init__(
-        self, launch: Launch | Call, family: int, pid: int, files: tuple[PoolFile | None, PoolFile | None], line: Line
-    ) -> None:
+        self, launch: Launch | Call, tracker_key: int, pid: int, files: tuple[PoolFile | None, PoolFile | None],
+        chain: Chain,
+    ) -> None:  # fmt: skip
         self.key = launch.key
-        self.family = family
-        self.name = f"{launch.id}.{launch.execution}"  # of output files that are kept
+        self.tracker_key = tracker_key
+        self.name = f"{launch.id}.{launch.attempt}"  # of output files that are kept
         self.pid = pid
         self.began = time.monotonic()
         self.started = time.time()
         self.stdout, self.stderr = files
-        self.killed = False  # SIGKILL was sent: what appears later gets it too
-        self.line = line
+        self.killed = False  # SIGKILL was sent: a process that appears later gets it too
+        self.chain = chain

@@ -1,11 +1,11 @@
-"""An interpreter: the process that runs Python functions, one after the other. A child of a launcher.
+"""The process that runs Python functions, one after the other: an interpreter, a child of a launcher.
 
     python -m pilotq.workers.launcher.interpreter --dir <output directory> --node <name> [--rq now]
 
-It is started with a reservation's CPUs and a submission's surroundings, as any task is; its standard input is its
-socket to the launcher, its output goes to two files of the launcher's pool. It knows nothing of Redis: results and
-failures go up as records. What a call leaves in this process (modules, global names) is there for the next one; what it
-leaves running (processes, threads) ends it: then it is not used again.
+It is started with the CPUs of a slot and the environment and limits of a submission, as any task is; its standard input
+is its socket to the launcher, its output goes to two files of the launcher's pool. It knows nothing of Redis: results
+and failures are messages to the launcher. Modules and global names that a call leaves in this process are there for the
+next one; processes and threads that it leaves running end the interpreter: it is not used again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import Any
 
 import msgspec
 
-from pilotq.broker.processes import become_subreaper, die_with_parent
-from pilotq.broker.rq.jobs import CurrentJob, StockJob, preload, time_is_over
+from pilotq.broker.processes import become_subreaper, kill_with_parent
+from pilotq.broker.rq.jobs import CurrentJob, RqJob, preload, time_is_over
 from pilotq.broker.tasks.functions import RESULT_BYTES, decode_payload, dumps, failure_text, result_text
 from pilotq.workers.launcher import message_socket
-from pilotq.workers.launcher.capture import Capture, PoolFile, open_again
+from pilotq.workers.launcher.capture import Capture, PoolFile, open_current
 from pilotq.workers.launcher.spawn import Refusal, open_input, open_output
 from pilotq.workers.process_tree import CALL_MARK
-from pilotq.workers.protocol import NOTHING, Call, Captured, Interrupt, Ready, Returned
+from pilotq.workers.protocol import NO_OUTPUT, Call, Captured, Interrupt, Ready, Returned
 
-FUNCTIONS_MAX = 1000  # that are kept ready
+FUNCTIONS_MAX = 1000  # so many imported functions are kept
 MESSAGE_CHARS = 500  # of an exception, in listings
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Call | Interrupt).decode
@@ -43,6 +43,8 @@ Outcome = tuple[str, str, str, str]  # outcome, reason, message, text
 
 
 class Interpreter:
+    """Runs the calls that arrive on ``sock``; ``out`` and ``err`` are the files of its output."""
+
     def __init__(self, sock: socket.socket, capture: Capture, out: PoolFile, err: PoolFile) -> None:
         self._sock = sock
         self._capture = capture
@@ -50,56 +52,56 @@ class Interpreter:
         self._pid = os.getpid()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._running = 0  # key of the call whose function may be interrupted
-        self._signaled = False  # no function was running that the signal could be for
-        self._env: dict[str, str | None] = {}  # what the last call's environment had laid over: name -> what was there
+        self._signaled = False  # a signal arrived while no function was running
+        self._env: dict[str, str | None] = {}  # variables that the last call has set: name -> value before
         self._functions: dict[str | bytes, Callable[..., Any]] = {}
         self._cpu, _ = _usage()
         self._reason = ""  # why the running function was interrupted
         self._current = CurrentJob()
-        self._interrupts = _Handler(self)
-        # One that is there from the beginning (of a debugger, of coverage) is not the call's.
+        self._interrupts = _InterruptHandler(self)
+        # A thread that is there from the beginning (of a debugger, of coverage) is not the call's.
         self._threads = _threads()
 
     def serve(self) -> None:
-        """Until the launcher closes its end, or something was left running."""
+        """Run calls until the launcher closes its end, or a call has left a process or thread running."""
         message_socket.send(self._sock, _encode(Ready()))
         while data := message_socket.receive(self._sock):
-            record = _decode(data)
-            if isinstance(record, Interrupt):
+            message = _decode(data)
+            if isinstance(message, Interrupt):
                 continue  # that call had come to its end
-            returned = self._call(record)
+            returned = self._call(message)
             message_socket.send(self._sock, _encode(returned))
-            if returned.left or _threads() > self._threads:
+            if returned.remaining or _threads() > self._threads:
                 os._exit(0)
 
     def _call(self, call: Call) -> Returned:
         began, started = time.monotonic(), time.time()
         try:
             with self._files_of(call):
-                self._surround(call)
+                self._enter_environment(call)
                 outcome = self._perform(call)
                 _flush()
         except Refusal as error:
             outcome = ("failed", error.reason, str(error), "")
-        left = _left()
+        remaining = _remaining()
         self._interrupts.renew()
         before = self._cpu
         self._cpu, max_rss = _usage()
-        out = err = NOTHING
-        if not left:
-            name = f"{call.id}.{call.execution}"
+        out = err = NO_OUTPUT
+        if not remaining:
+            name = f"{call.id}.{call.attempt}"
             out, err = self._collect(self._files[0], name + ".out"), self._collect(self._files[1], name + ".err")
         seconds = time.monotonic() - began
         return Returned(
             call.key, self._pid, *outcome, started, time.time(), seconds, self._cpu - before, max_rss,
-            left, out, err,
+            remaining, out, err,
         )  # fmt: skip
 
-    # -- what is around a call -------------------------------------------------------------------------------------
+    # -- files and environment of a call ---------------------------------------------------------------------------
 
     @contextmanager
     def _files_of(self, call: Call) -> Iterator[None]:
-        """0, 1 and 2 for the time of a call, whatever the last one has made of them."""
+        """Set 0, 1 and 2 while a call runs, whatever the one before has done to them."""
         opened: list[int] = []
         try:
             stdin, out, err = self._null, self._files[0].fd, self._files[1].fd
@@ -119,56 +121,57 @@ class Interpreter:
             for fd in opened:
                 os.close(fd)
 
-    def _surround(self, call: Call) -> None:
+    def _enter_environment(self, call: Call) -> None:
+        """Working directory and environment variables of a call; those of the one before are set back."""
         try:
             os.chdir(call.cwd)
         except OSError as error:
             raise Refusal("not found", f"{error.strerror}: {call.cwd!r}, its working directory.") from None
-        wanted = {**call.env, "PILOTQ_TASK_ID": call.id, "PILOTQ_EXECUTION": str(call.execution)}
-        for name in self._env.keys() - wanted.keys():
+        variables = {**call.env, "PILOTQ_TASK_ID": call.id, "PILOTQ_EXECUTION": str(call.attempt)}
+        for name in self._env.keys() - variables.keys():
             value = self._env.pop(name)
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        for name, value in wanted.items():
+        for name, value in variables.items():
             if name not in self._env:
                 self._env[name] = os.environ.get(name)
             os.environ[name] = value
 
     def _collect(self, file: PoolFile, name: str) -> Captured:
-        """As of a process; the file stays ours."""
+        """Take the output of a call from a file of ours, as the launcher does for a process; the file stays ours."""
         captured = self._capture.collect(file, name)
         if captured.path and not os.path.exists(file.path):
-            file.fd = open_again(file)
+            file.fd = open_current(file)
         return captured
 
     # -- the function ----------------------------------------------------------------------------------------------
 
     def _perform(self, call: Call) -> Outcome:
-        if call.fields:
-            return self._perform_stock(call)
+        if call.rq_fields:
+            return self._perform_rq(call)
         try:
             with self._interruptible(call):
                 self._current.begin(call.id)
                 data = _pickled(self._run(call))
         except Refusal:
             raise
-        except BaseException as error:  # noqa: BLE001  # whatever a function raises is its outcome; SystemExit, too
+        except BaseException as error:  # noqa: BLE001  # whatever a function raises is its outcome, SystemExit too
             return failure(error)
         finally:
             self._running = 0  # it may have been interrupted on its way out
             self._current.end()
         return "finished", "", "", result_text(data)
 
-    def _perform_stock(self, call: Call) -> Outcome:
-        """A job of RQ's own producers; its callbacks are not interrupted, they have timeouts of their own."""
+    def _perform_rq(self, call: Call) -> Outcome:
+        """Run an RQ job; its callbacks are not interrupted, they have timeouts of their own."""
         self._reason = ""
         try:
-            job = StockJob(call.id, call.fields)
+            job = RqJob(call.id, call.rq_fields)
         except Exception as error:  # noqa: BLE001  # its fields are its producer's
             return failure(error)
-        if call.epilogue:
+        if call.callback_only:
             return job.stopped()
         try:
             with self._interruptible(call):
@@ -183,7 +186,7 @@ class Interpreter:
         try:
             self._running = call.key
             if self._signaled:
-                self.interrupted()  # it was meant for this call, and came too early
+                self.on_interrupt()  # it was meant for this call, and arrived too early
             yield
         finally:
             self._running = 0
@@ -206,27 +209,27 @@ class Interpreter:
             return asyncio.run(value)
         return value
 
-    def interrupted(self) -> None:
-        """The signal of an Interrupt has come: raise it in the function that it is meant for."""
+    def on_interrupt(self) -> None:
+        """The signal of an Interrupt has arrived: raise it in the function that it is meant for."""
         self._signaled = not self._running
         try:
             data = message_socket.receive(self._sock, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-            record = _decode(data) if data else None
-            if not isinstance(record, Interrupt) or record.key != self._running:
+            message = _decode(data) if data else None
+            if not isinstance(message, Interrupt) or message.key != self._running:
                 return
             message_socket.receive(self._sock, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
-        self._reason = record.reason
-        if record.reason != "time limit":
-            raise KeyboardInterrupt(record.reason)
+        self._reason = message.reason
+        if message.reason != "time limit":
+            raise KeyboardInterrupt(message.reason)
         if "rq.timeouts" in sys.modules:
-            raise time_is_over()  # whoever knows that exception has imported it
+            raise time_is_over()  # a function that expects this exception has imported it
         raise TimeoutError("the function has run as long as its time limit allows")
 
 
-class _Handler:
-    """The handler of the signal behind an Interrupt; a function may have put its own in its place."""
+class _InterruptHandler:
+    """The handler of the signal that follows an Interrupt; a function may have put its own in its place."""
 
     def __init__(self, interpreter: Interpreter) -> None:
         self._interpreter = interpreter
@@ -237,9 +240,10 @@ class _Handler:
             # A child that a function has forked: it ends as any process does.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        self._interpreter.interrupted()
+        self._interpreter.on_interrupt()
 
     def renew(self) -> None:
+        """Install it again if a function has replaced it."""
         if signal.getsignal(signal.SIGTERM) != self._handle:
             signal.signal(signal.SIGTERM, self._handle)
 
@@ -275,7 +279,7 @@ def failure(error: BaseException) -> Outcome:
     """The outcome of a function that raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next  # our own frames say nothing to the function's author
+        trace = trace.tb_next  # our own frames do not help the author of the function
     try:
         text = "".join(traceback.format_exception(type(error), error, trace))
         message = traceback.format_exception_only(type(error), error)[-1].strip()
@@ -298,7 +302,7 @@ def _flush() -> None:
 
 
 def _end_child(error: BaseException | None) -> None:
-    """For a child that the function has forked, and that came back out of it."""
+    """End a child that the function has forked, and that has returned from it."""
     _flush()
     if isinstance(error, SystemExit):
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
@@ -308,8 +312,8 @@ def _end_child(error: BaseException | None) -> None:
     os._exit(int(error is not None))
 
 
-def _left() -> int:
-    """1 when a process lives that the call has started: as a subreaper this one has them all. The launcher counts."""
+def _remaining() -> int:
+    """1 when a process that the call has started lives: a subreaper has them all as children. The launcher counts."""
     while True:
         try:
             if not os.waitpid(-1, os.WNOHANG)[0]:
@@ -331,14 +335,14 @@ def _usage() -> tuple[float, int]:
 
 def main(argv: list[str]) -> None:
     options = dict(zip(argv[::2], argv[1::2], strict=True))
-    die_with_parent()
+    kill_with_parent()
     become_subreaper()
     sock = socket.socket(fileno=os.dup(0))
     os.set_inheritable(sock.fileno(), False)
     files = [PoolFile(os.dup(number), os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2)]
     for file in files:
         os.set_inheritable(file.fd, False)
-    # What this module is started from is no place to import from; what the user's program is, is.
+    # The directory that this module is started from is no place to import from; that of the user's program is.
     sys.path[:1] = [folder for folder in os.environ.pop(CALL_MARK, "").split(":") if folder]
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["pilotq-interpreter"]

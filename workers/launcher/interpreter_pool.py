@@ -1,7 +1,7 @@
-"""The interpreters of one launcher: which one serves a reservation, the calls they are given, and their ends.
+"""The interpreters of one launcher: which one serves a slot, the calls they are given, and their ends.
 
-An interpreter is given several calls at once, so that it need not wait for us between them. What it has not read can be
-taken back (`workers/launcher/message_socket.py`): exactly the calls that it has not begun.
+An interpreter is given several calls at once, so that it need not wait for the launcher between them. Those that it has
+not read can be retracted (`workers/launcher/message_socket.py`): exactly the calls that it has not begun.
 """
 
 from __future__ import annotations
@@ -9,351 +9,336 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 
 import msgspec
 
 from pilotq.workers.launcher import message_socket
 from pilotq.workers.launcher.capture import Capture, reopen
-from pilotq.workers.launcher.chain import Line, Running
-from pilotq.workers.launcher.interpreter_process import Interpreter, Options
-from pilotq.workers.launcher.report_pipe import Uplink
-from pilotq.workers.launcher.spawn import Refusal, Spawner, Surroundings
-from pilotq.workers.process_tree import Family
-from pilotq.workers.protocol import NOTHING, Begun, Call, Exited, Interrupt, Ready, Refused, Returned, Signal
+from pilotq.workers.launcher.chain import Chain, Running
+from pilotq.workers.launcher.interpreter_process import InterpreterProcess, LauncherOptions
+from pilotq.workers.launcher.report_pipe import ReportPipe
+from pilotq.workers.launcher.spawn import LaunchContext, Refusal, Spawner
+from pilotq.workers.process_tree import ProcessTracker
+from pilotq.workers.protocol import NO_OUTPUT, Begun, Call, Exited, Interrupt, Ready, Refused, Returned, Signal
 
-FEED_MAX = 16  # calls that an interpreter has at most, with the one that runs
+CALLS_MAX = 16  # that an interpreter has at most, with the one that runs
 IDLE_S = 60.0  # an interpreter that has no call for so long ends
-EPILOGUE_S = 25.0  # a stopped job's callback is not killed before; see rq_jobs.EPILOGUE_S
-LOOK_S = 0.02  # between two looks at what an interpreter without a call has left
-LOAD_S = 5.0  # an interpreter that is not ready after this is said to have started all the same
+CALLBACK_S = 25.0  # a stopped job's callback is not killed before; see STOPPED_CALLBACK_S in broker/rq/jobs.py
+POLL_S = 0.02  # how often processes that an interpreter without a call has left are killed, until none lives
+LOAD_S = 5.0  # a call of an interpreter that is not ready after this is reported as started all the same
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Returned | Ready).decode
-_decode_call = msgspec.msgpack.Decoder(Call | Interrupt).decode
 
 
-class Interpreters:
-    """``leave(key, line)`` is called when nothing of a call is left, ``go(line)`` when its first one may start."""
+class InterpreterPool:
+    """Starts interpreters, feeds them with the calls of chains, and replaces those that end.
+
+    ``complete(key, chain)`` is called when no process of a call is left, ``set_startable(chain)`` when the first launch
+    of a chain may start.
+    """
 
     def __init__(
-        self, options: Options, spawner: Spawner, capture: Capture, family: Family, uplink: Uplink, poll: select.epoll,
-        leave: Callable[[int, Line], None], go: Callable[[Line], None],
+        self, options: LauncherOptions, spawner: Spawner, capture: Capture, tracker: ProcessTracker,
+        reports: ReportPipe, poll: select.epoll, complete: Callable[[int, Chain], None],
+        set_startable: Callable[[Chain], None],
     ) -> None:  # fmt: skip
         self._options = options
         self._spawner = spawner
         self._capture = capture
-        self._family = family
-        self._uplink = uplink
+        self._tracker = tracker
+        self._reports = reports
         self._poll = poll
-        self._leave = leave
-        self._go = go
+        self._complete = complete
+        self._set_startable = set_startable
         self._numbers = count(1)
-        self.living: dict[int, Interpreter] = {}  # by number, with those that are ending
-        self._by_fd: dict[int, Interpreter] = {}
-        self._idle: dict[str, Interpreter] = {}  # by place, longest idle first
-        self._orphaned: list[int] = []  # interpreters that have ended without a call, and left something
-        self._loading: dict[int, Interpreter] = {}  # not ready, and their call not said to have started
-        self.young: dict[int, Running] = {}  # the launcher's: not said to have started, oldest first
+        self.living: dict[int, InterpreterProcess] = {}  # by number, with those that are ending
+        self._by_fd: dict[int, InterpreterProcess] = {}
+        self._idle: dict[str, InterpreterProcess] = {}  # by slot, longest idle first
+        self._unswept: list[int] = []  # interpreters that have ended without a call, and left processes
+        self._loading: dict[int, InterpreterProcess] = {}  # not ready, and their call not reported as started
+        self.unannounced: dict[int, Running] = {}  # the launcher's: not reported as started, oldest first
 
     # -- giving calls ----------------------------------------------------------------------------------------------
 
-    def feed(self, line: Line) -> bool:
-        """Give the calls at the head of a line to its interpreter; False when the pipe up must take more first."""
-        interpreter = line.serving
-        if interpreter is not None and interpreter.alone:
+    def feed(self, chain: Chain) -> bool:
+        """Give the calls at the head of a chain to its interpreter; False when the report pipe must take more first."""
+        interpreter = self.living.get(chain.interpreter)
+        if interpreter is not None and interpreter.draining:
             return True
         if interpreter is None:
-            call, around = line[0]
+            call, context = chain[0]
             assert isinstance(call, Call)
-            interpreter = self._find(call, around)
+            interpreter = self._acquire(call, context)
             if interpreter is None:
-                line.popleft()
-                self._leave(call.key, line)
+                chain.popleft()
+                self._complete(call.key, chain)
                 return True
-        room = min(FEED_MAX, self._options.calls - interpreter.done) - len(interpreter.calls)
+        room = min(CALLS_MAX, self._options.calls - interpreter.calls_done) - len(interpreter.calls)
         batch: list[Call] = []
-        while line and len(batch) < room:
-            call, around = line[0]
-            if not isinstance(call, Call) or (call.base, call.place) != interpreter.kind:
+        while chain and len(batch) < room:
+            call, context = chain[0]
+            if not isinstance(call, Call) or (call.base, call.slot) != interpreter.context_key:
                 break
             batch.append(call)
-            line.popleft()
-            self._uplink.report(Begun(call.key))
+            chain.popleft()
+            self._reports.report(Begun(call.key))
         if batch:
-            self._uplink.flush()
-            if self._uplink.waiting:
-                # Not before who reads the pipe after our death can know of them.
-                line.extendleft((call, around) for call in reversed(batch))
-                if line.serving is None:
-                    self._rest(interpreter, line)
+            self._reports.flush()
+            if self._reports.full:
+                # No call may start that the reader of the pipe would not know of after our death.
+                chain.extendleft((call, context) for call in reversed(batch))
+                if not chain.interpreter:
+                    self._set_idle(interpreter, chain)
                 return False
-            self._give(interpreter, batch, around, line)
+            self._give(interpreter, batch, context, chain)
         return True
 
-    def _give(self, interpreter: Interpreter, batch: list[Call], around: Surroundings | None, line: Line) -> None:
+    def _give(
+        self, interpreter: InterpreterProcess, batch: list[Call], context: LaunchContext | None, chain: Chain
+    ) -> None:
         was_empty = not interpreter.calls
-        for number, call in enumerate(batch):
+        for position, call in enumerate(batch):
             try:
                 message_socket.send(interpreter.sock, _encode(call))
             except OSError:
-                # It is full of large calls: the rest comes after them. Or it has ended, and is reaped in a moment.
-                line.extendleft((call, around) for call in reversed(batch[number:]))
+                # Full of large calls: the rest follows later. Or the interpreter has ended, and is reaped soon.
+                chain.extendleft((call, context) for call in reversed(batch[position:]))
                 break
             out, err = interpreter.files
             files = None if call.stdout else out, None if call.stderr else err
-            running = Running(call, interpreter.number, interpreter.pid, files, line)
-            interpreter.calls.append((running, call, around))
-        line.serving, interpreter.line = interpreter, line
+            running = Running(call, interpreter.number, interpreter.pid, files, chain)
+            interpreter.calls.append((running, call, context))
+        chain.interpreter, interpreter.chain = interpreter.number, chain
         if was_empty and interpreter.calls and interpreter.ready:
             self._begin(interpreter)
 
-    def _begin(self, interpreter: Interpreter) -> None:
-        """Its first call runs."""
+    def _begin(self, interpreter: InterpreterProcess) -> None:
+        """Its first call runs from now on."""
         running = interpreter.calls[0][0]
         running.began = time.monotonic()
         running.started = time.time()
-        self.young[running.key] = running
+        self.unannounced[running.key] = running
 
-    def _find(self, call: Call, around: Surroundings | None) -> Interpreter | None:
-        """The interpreter that is there for this place, else one that is started; None when the call was refused."""
-        found = self._idle.pop(call.place, None)
-        if found is not None and found.kind == (call.base, call.place) and found.done < self._options.calls:
+    def _acquire(self, call: Call, context: LaunchContext | None) -> InterpreterProcess | None:
+        """The idle interpreter of this slot, else one that is started; None when the call was refused."""
+        found = self._idle.pop(call.slot, None)
+        if found is not None and found.context_key == (call.base, call.slot) and found.calls_done < self._options.calls:
             return found
         if found is not None:
             self._retire(found)
         try:
-            if around is None:
-                raise Refusal("launch", f"Surroundings {call.base!r} or place {call.place!r} were not sent.")
+            if context is None:
+                raise Refusal("launch", f"Base {call.base!r} or slot {call.slot!r} was not sent.")
             began = time.monotonic()
-            interpreter = Interpreter(-next(self._numbers), call, around, self._spawner, self._options)
+            interpreter = InterpreterProcess(-next(self._numbers), call, context, self._spawner, self._options)
         except (Refusal, OSError) as error:
             reason = error.reason if isinstance(error, Refusal) else "launch"
-            self._uplink.report(Refused(call.key, reason, f"Its Python interpreter could not be started: {error}"))
-            self._uplink.urge()
+            self._reports.report(Refused(call.key, reason, f"Its Python interpreter could not be started: {error}"))
+            self._reports.request_wake()
             return None
-        self._family.born(interpreter.number, interpreter.pid, {}, began)  # no marks: each call has its own
+        self._tracker.add(interpreter.number, interpreter.pid, {}, began)  # no marks: each call has its own
         self.living[interpreter.number] = interpreter
         self._by_fd[interpreter.sock.fileno()] = interpreter
         self._loading[interpreter.number] = interpreter
         self._poll.register(interpreter.sock.fileno(), select.EPOLLIN)
         return interpreter
 
-    def _retire(self, interpreter: Interpreter) -> None:
-        """It has no call and gets none: it ends when it sees that nobody writes to it."""
+    def _retire(self, interpreter: InterpreterProcess) -> None:
+        """It has no call and gets none: it ends when it sees that its socket is closed."""
         self._poll.unregister(interpreter.sock.fileno())
         del self._by_fd[interpreter.sock.fileno()]
         interpreter.close()
 
-    # -- what they say ---------------------------------------------------------------------------------------------
+    # -- messages from interpreters --------------------------------------------------------------------------------
 
-    def hear(self, fd: int) -> None:
-        """Something has come from an interpreter."""
+    def receive(self, fd: int) -> None:
+        """The socket of an interpreter has become readable."""
         interpreter = self._by_fd.get(fd)
         if interpreter is None:
             return
-        for record in self._heard(interpreter):
-            if isinstance(record, Ready):
+        for message in interpreter.received():
+            if isinstance(message, Ready):
                 interpreter.ready = True
                 if self._loading.pop(interpreter.number, None) is not None and interpreter.calls:
                     self._begin(interpreter)
             else:
-                self._returned(interpreter, record)
+                self._returned(interpreter, message)
 
-    def _heard(self, interpreter: Interpreter) -> Iterator[Returned | Ready]:
-        while True:
-            try:
-                data = message_socket.receive(interpreter.sock)
-            except (BlockingIOError, ConnectionResetError):
-                return
-            if not data:
-                return
-            yield _decode(data)
-
-    def _returned(self, interpreter: Interpreter, record: Returned) -> None:
+    def _returned(self, interpreter: InterpreterProcess, returned: Returned) -> None:
         running = interpreter.calls[0][0]
-        interpreter.done += 1
-        interpreter.cpu += record.cpu
-        if record.left:
-            self._take_back(interpreter)
+        interpreter.calls_done += 1
+        interpreter.cpu += returned.cpu
+        if returned.remaining:
+            self._retract_unread(interpreter)
             interpreter.calls.popleft()
-            interpreter.last = (running, record)  # it ends, and then it is seen what lives
-            interpreter.alone = True
+            interpreter.last_return = (running, returned)  # it exits: then its remaining processes are counted
+            interpreter.draining = True
             return
         interpreter.calls.popleft()
-        self.young.pop(running.key, None)
-        line = running.line
+        self.unannounced.pop(running.key, None)
+        chain = running.chain
         if interpreter.calls:
             self._begin(interpreter)
         else:
-            self._rest(interpreter, line)
-        self._leave(running.key, line)
-        self._uplink.report(record)
+            self._set_idle(interpreter, chain)
+        self._complete(running.key, chain)
+        self._reports.report(returned)
 
-    def _rest(self, interpreter: Interpreter, line: Line) -> None:
-        interpreter.alone = False
-        line.serving = None
-        place = interpreter.kind[1]
-        other = self._idle.pop(place, None)
+    def _set_idle(self, interpreter: InterpreterProcess, chain: Chain) -> None:
+        interpreter.draining = False
+        chain.interpreter = 0
+        slot = interpreter.context_key[1]
+        other = self._idle.pop(slot, None)
         if other is not None:
             self._retire(other)
         interpreter.idle_since = time.monotonic()
-        self._idle[place] = interpreter
+        self._idle[slot] = interpreter
 
-    # -- taking back, ending ---------------------------------------------------------------------------------------
+    # -- retracting, ending ----------------------------------------------------------------------------------------
 
-    def _take_back(self, interpreter: Interpreter) -> None:
-        """What it has not begun goes back to the head of its line."""
-        unread = set()
-        while True:
-            try:
-                data = message_socket.receive(interpreter.theirs, socket.MSG_DONTWAIT)
-            except (BlockingIOError, OSError):
-                break
-            if not data:
-                break
-            record = _decode_call(data)
-            if isinstance(record, Call):
-                unread.add(record.key)
-        back = [item for item in interpreter.calls if item[1].key in unread]
-        if back:
-            line = back[0][0].line
+    def retract(self, key: int, chain: Chain) -> None:
+        """If a call of a chain was given to its interpreter, and has not begun: put it into the chain again."""
+        interpreter = self.living.get(chain.interpreter)
+        if interpreter is not None and any(item[1].key == key for item in interpreter.calls):
+            self._retract_unread(interpreter)
+
+    def _retract_unread(self, interpreter: InterpreterProcess) -> None:
+        """The calls that it has not begun return to the head of its chain."""
+        unread = interpreter.take_unread()
+        retracted = [item for item in interpreter.calls if item[1].key in unread]
+        if retracted:
+            chain = retracted[0][0].chain
             interpreter.calls = deque(item for item in interpreter.calls if item[1].key not in unread)
-            line.extendleft((call, around) for _, call, around in reversed(back))
-            for running, _, _ in back:
-                self.young.pop(running.key, None)
+            chain.extendleft((call, context) for _, call, context in reversed(retracted))
+            for running, _, _ in retracted:
+                self.unannounced.pop(running.key, None)
             if not interpreter.calls:
-                self._rest(interpreter, line)
-                self._go(line)
+                self._set_idle(interpreter, chain)
+                self._set_startable(chain)
 
-    def take_back(self, key: int, line: Line) -> None:
-        """If a call of a line was given to its interpreter, and has not begun: put it into the line again."""
-        if line.serving is not None and any(item[1].key == key for item in line.serving.calls):
-            self._take_back(line.serving)
-
-    def signal(self, record: Signal, line: Line) -> None:
+    def signal(self, message: Signal, chain: Chain) -> None:
         """Interrupt the function of a call, or kill its interpreter."""
-        interpreter, key = line.serving, record.key
+        interpreter, key = self.living.get(chain.interpreter), message.key
         if interpreter is None or not interpreter.calls or interpreter.calls[0][0].key != key:
             return
         running, call, _ = interpreter.calls[0]
-        if call.epilogue and time.monotonic() < running.began + EPILOGUE_S:
+        if call.callback_only and time.monotonic() < running.began + CALLBACK_S:
             return
-        # Nothing may begin behind it that would be hit in its place.
-        self._take_back(interpreter)
+        # No other call may begin behind it: the signal would hit that one.
+        self._retract_unread(interpreter)
         if not interpreter.calls:
-            line.popleft()  # it had not begun
-            self._uplink.report(Refused(key, "launch", "It was ended before its interpreter was ready."))
-            self._leave(key, line)
+            chain.popleft()  # it had not begun
+            self._reports.report(Refused(key, "launch", "It was ended before its interpreter was ready."))
+            self._complete(key, chain)
             return
-        interpreter.alone = True
-        self.hear(interpreter.sock.fileno())
+        interpreter.draining = True
+        self.receive(interpreter.sock.fileno())
         if not interpreter.calls or interpreter.calls[0][0].key != key:
             return
-        if record.signal != signal.SIGKILL:
+        if message.signal != signal.SIGKILL:
             try:
-                message_socket.send(interpreter.sock, _encode(Interrupt(key, record.reason)))
+                message_socket.send(interpreter.sock, _encode(Interrupt(key, message.reason)))
                 os.kill(interpreter.pid, signal.SIGTERM)
             except OSError:
                 pass  # it is ending
         else:
             running.killed = True
-            interpreter.stopped = record.reason == "stopped"
-            self._family.send(interpreter.number, signal.SIGKILL)
+            interpreter.job_stopped = message.reason == "stopped"
+            self._tracker.send_signal(interpreter.number, signal.SIGKILL)
 
-    def died(self, number: int, status: int, cpu: float, max_rss: int) -> tuple[Running, Exited | Returned] | None:
-        """An interpreter has been reaped: the call that ended with it, with what is to be reported of that."""
+    def reaped(self, number: int, status: int, cpu: float, max_rss: int) -> tuple[Running, Exited | Returned] | None:
+        """An interpreter has ended and was waited for: the call that ended with it, and the report of that."""
         interpreter = self.living.pop(number)
         if self._by_fd.get(interpreter.sock.fileno()) is interpreter:
-            self.hear(interpreter.sock.fileno())
-            self._take_back(interpreter)
+            self.receive(interpreter.sock.fileno())
+            self._retract_unread(interpreter)
             self._retire(interpreter)
         loaded = self._loading.pop(number, None) is None
-        place = interpreter.kind[1]
-        if self._idle.get(place) is interpreter:
-            del self._idle[place]
+        slot = interpreter.context_key[1]
+        if self._idle.get(slot) is interpreter:
+            del self._idle[slot]
         for file in interpreter.files:
             reopen(file)
-        ended: tuple[Running, Exited | Returned] | None = interpreter.last
-        if ended is None and not self._go_on_after(interpreter):
-            running = self._victim(interpreter, loaded)
+        ended: tuple[Running, Exited | Returned] | None = interpreter.last_return
+        if ended is None and not self._requeue_callback(interpreter):
+            running = self._failed_call(interpreter, loaded)
             if running is not None:
                 now = time.monotonic()
-                record = Exited(
+                exited = Exited(
                     running.key, interpreter.pid, status, running.started, time.time(), now - running.began,
-                    max(cpu - interpreter.cpu, 0.0), max_rss, 0, NOTHING, NOTHING,
+                    max(cpu - interpreter.cpu, 0.0), max_rss, 0, NO_OUTPUT, NO_OUTPUT,
                 )  # fmt: skip
-                ended = (running, record)
+                ended = (running, exited)
         kept = (ended[0].stdout, ended[0].stderr) if ended is not None else ()
         for file in interpreter.files:
             if file not in kept:
                 self._capture.collect(file, f"interpreter.{interpreter.pid}")
-        line = interpreter.line
-        if line is not None and line.serving is interpreter:
-            line.serving = None
-            if ended is None and line:
-                self._go(line)
+        chain = interpreter.chain
+        if chain is not None and chain.interpreter == number:
+            chain.interpreter = 0
+            if ended is None and chain:
+                self._set_startable(chain)
         if ended is not None:
-            task, _, execution = ended[0].name.rpartition(".")
-            marks = {b"PILOTQ_TASK_ID": task.encode(), b"PILOTQ_EXECUTION": execution.encode()}
-            self._family.mark(number, {**marks, b"PILOTQ_DIR": interpreter.env[b"PILOTQ_DIR"]})
-        elif self._family.lives(number):
-            self._family.send(number, signal.SIGKILL)
-            self._orphaned.append(number)
+            task, _, attempt = ended[0].name.rpartition(".")
+            marks = {b"PILOTQ_TASK_ID": task.encode(), b"PILOTQ_EXECUTION": attempt.encode()}
+            self._tracker.set_marks(number, {**marks, b"PILOTQ_DIR": interpreter.env[b"PILOTQ_DIR"]})
+        elif self._tracker.has_living(number):
+            self._tracker.send_signal(number, signal.SIGKILL)
+            self._unswept.append(number)
         return ended
 
-    def _go_on_after(self, interpreter: Interpreter) -> bool:
+    def _requeue_callback(self, interpreter: InterpreterProcess) -> bool:
         """The callback of a stopped job that had to be killed is run, in another interpreter, before the job ends."""
-        if not interpreter.stopped or not interpreter.calls:
+        if not interpreter.job_stopped or not interpreter.calls:
             return False
-        running, call, around = interpreter.calls[0]
-        if call.epilogue or not call.fields.get(b"stopped_callback_name"):
+        running, call, context = interpreter.calls[0]
+        if call.callback_only or not call.rq_fields.get(b"stopped_callback_name"):
             return False
-        self.young.pop(running.key, None)
-        running.line.appendleft((msgspec.structs.replace(call, epilogue=True), around))
+        self.unannounced.pop(running.key, None)
+        running.chain.appendleft((msgspec.structs.replace(call, callback_only=True), context))
         return True
 
-    def _victim(self, interpreter: Interpreter, loaded: bool) -> Running | None:
+    def _failed_call(self, interpreter: InterpreterProcess, loaded: bool) -> Running | None:
         """The call that its end is charged to: what it had begun, or the first one if it could not even load."""
         if interpreter.calls:
             return interpreter.calls[0][0]
-        line = interpreter.line
-        if loaded or line is None or not line:
+        chain = interpreter.chain
+        if loaded or chain is None or not chain:
             return None
-        call, _ = line.popleft()
-        return Running(call, interpreter.number, interpreter.pid, interpreter.files, line)
+        call, _ = chain.popleft()
+        return Running(call, interpreter.number, interpreter.pid, interpreter.files, chain)
 
     # -- time ------------------------------------------------------------------------------------------------------
 
-    def next(self) -> float | None:
-        """Monotonic time at which `tick` wants to be called."""
-        if not self.living and not self._orphaned:
+    def next_tick(self) -> float | None:
+        """Monotonic time at which `tick` is to be called; None when nothing waits for it."""
+        if not self.living and not self._unswept:
             return None
         moments = [interpreter.began + LOAD_S for interpreter in self._loading.values()]
         if self._idle:
             moments.append(next(iter(self._idle.values())).idle_since + IDLE_S)
-        if self._orphaned:
-            moments.append(time.monotonic() + LOOK_S)
+        if self._unswept:
+            moments.append(time.monotonic() + POLL_S)
         return min(moments, default=None)
 
     def tick(self, now: float) -> None:
-        if not self.living and not self._orphaned:
+        if not self.living and not self._unswept:
             return
         for interpreter in [i for i in self._loading.values() if now >= i.began + LOAD_S]:
             del self._loading[interpreter.number]
             if interpreter.calls:
                 self._begin(interpreter)
         while self._idle:
-            place, interpreter = next(iter(self._idle.items()))
+            slot, interpreter = next(iter(self._idle.items()))
             if now < interpreter.idle_since + IDLE_S:
                 break
-            del self._idle[place]
+            del self._idle[slot]
             self._retire(interpreter)
-        for number in list(self._orphaned):
-            if self._family.lives(number):
-                self._family.send(number, signal.SIGKILL)
+        for number in list(self._unswept):
+            if self._tracker.has_living(number):
+                self._tracker.send_signal(number, signal.SIGKILL)
             else:
-                self._orphaned.remove(number)
+                self._unswept.remove(number)

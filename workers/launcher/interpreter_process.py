@@ -1,49 +1,58 @@
-"""The start of one interpreter, and what its launcher keeps of it."""
+"""One interpreter as its launcher sees it: its start, its socket, and the calls it was given."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
+
+import msgspec
 
 from pilotq.workers.launcher import message_socket
 from pilotq.workers.launcher.capture import PoolFile
-from pilotq.workers.launcher.chain import Line, Running
-from pilotq.workers.launcher.spawn import Refusal, Spawner, Surroundings
+from pilotq.workers.launcher.chain import Chain, Running
+from pilotq.workers.launcher.spawn import LaunchContext, Refusal, Spawner
 from pilotq.workers.process_tree import CALL_MARK
-from pilotq.workers.protocol import Call, Launch, Returned
+from pilotq.workers.protocol import Call, Interrupt, Launch, Ready, Returned
+
+_decode = msgspec.msgpack.Decoder(Returned | Ready).decode
+_decode_call = msgspec.msgpack.Decoder(Call | Interrupt).decode
 
 
-class Options(NamedTuple):
+class LauncherOptions(NamedTuple):
     directory: str
     node: str
     calls: int  # after so many an interpreter is replaced
 
 
-class Interpreter:
-    """One interpreter process; ``number`` (negative) is the key of its family."""
+class InterpreterProcess:
+    """``number`` (negative) is the key of its processes; raises Refusal when it cannot be started."""
 
-    def __init__(self, number: int, call: Call, around: Surroundings, spawner: Spawner, options: Options) -> None:
+    def __init__(
+        self, number: int, call: Call, context: LaunchContext, spawner: Spawner, options: LauncherOptions
+    ) -> None:
         self.number = number
-        self.kind = (call.base, call.place)
-        self.sock, self.theirs = message_socket.pair()
+        self.context_key = (call.base, call.slot)
+        self.sock, self.peer = message_socket.pair()
         self.sock.setblocking(False)
-        self.theirs.set_inheritable(False)
+        self.peer.set_inheritable(False)
         argv = [
             sys.executable, "-m", "pilotq.workers.launcher.interpreter",
             "--dir", options.directory, "--node", options.node,
         ]  # fmt: skip
-        if call.fields:
+        if call.rq_fields:
             argv += ["--rq", "now"]
         # Not started in the user's directory: there a folder called pilotq would be imported instead of us.
         launch = Launch(
-            number, "interpreter", 0, call.base, call.place, [os.fsencode(word) for word in argv],
-            {CALL_MARK: around.path}, options.directory,
+            number, "interpreter", 0, call.base, call.slot, [os.fsencode(word) for word in argv],
+            {CALL_MARK: context.path}, options.directory,
         )  # fmt: skip
         try:
-            spawned = spawner.spawn(launch, around, self.theirs.fileno())
+            spawned = spawner.spawn(launch, context, self.peer.fileno())
         except Refusal:
             self.close()
             raise
@@ -53,15 +62,41 @@ class Interpreter:
         self.files: tuple[PoolFile, PoolFile] = (spawned.stdout, spawned.stderr)
         self.began = time.monotonic()
         self.ready = False
-        self.calls: deque[tuple[Running, Call, Surroundings | None]] = deque()  # that it has; the first one runs
-        self.done = 0
+        self.calls: deque[tuple[Running, Call, LaunchContext | None]] = deque()  # that it has; the first one runs
+        self.calls_done = 0
         self.cpu = 0.0  # seconds, of calls that have returned
-        self.alone = False  # it is to get no more than it has: its call is interrupted, or it leaves something
-        self.last: tuple[Running, Returned] | None = None  # it has returned this, left something, and is ending
-        self.stopped = False  # it was killed because somebody has stopped its job
+        self.draining = False  # it gets no more calls: its call is interrupted, or has left processes
+        self.last_return: tuple[Running, Returned] | None = None  # of a call that has left processes: it is ending
+        self.job_stopped = False  # it was killed because somebody has stopped its job
         self.idle_since = 0.0
-        self.line: Line | None = None  # the last one it had calls of
+        self.chain: Chain | None = None  # the last one it had calls of
+
+    def received(self) -> Iterator[Returned | Ready]:
+        """The messages that have arrived from it."""
+        while True:
+            try:
+                data = message_socket.receive(self.sock)
+            except (BlockingIOError, ConnectionResetError):
+                return
+            if not data:
+                return
+            yield _decode(data)
+
+    def take_unread(self) -> set[int]:
+        """Keys of the calls that it has not begun: they are read from its own end of the socket, before it can."""
+        keys = set()
+        while True:
+            try:
+                data = message_socket.receive(self.peer, socket.MSG_DONTWAIT)
+            except OSError:  # nothing is left to read, or the socket is closed
+                break
+            if not data:
+                break
+            message = _decode_call(data)
+            if isinstance(message, Call):
+                keys.add(message.key)
+        return keys
 
     def close(self) -> None:
         self.sock.close()
-        self.theirs.close()
+        self.peer.close()

@@ -1,11 +1,11 @@
 """The launcher: a child of a worker's control process that starts and reaps task processes.
 
     python -m pilotq.workers.launcher.launcher --dir <output directory> --node <name> --calls <number>
-        --down <fd> --up <fd> --bell <fd>
+        --down <fd> --up <fd> --wake <fd>
 
-One thread and one loop over the pipe from the control process and the ends of children. It knows nothing of Redis,
-time limits or grace: it does what records say (`workers/protocol.py`) and tells what it saw. It lives as long as the
-pipe: when that closes, whatever the reason, everything below this process is killed.
+One thread runs one loop over the pipe from the control process and the ends of children. It knows nothing of Redis,
+time limits or grace: it does what messages ask for (`workers/protocol.py`) and reports what happened. It lives as long
+as the pipe: when that closes, for whatever reason, every process below this one is killed.
 """
 
 from __future__ import annotations
@@ -17,41 +17,42 @@ import signal
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 
 from pilotq.broker import failpoints
+from pilotq.broker.processes import become_subreaper
 from pilotq.workers.launcher.capture import Capture
-from pilotq.workers.launcher.chain import Line, Running
-from pilotq.workers.launcher.interpreter_pool import Interpreters
-from pilotq.workers.launcher.interpreter_process import Options
-from pilotq.workers.launcher.report_pipe import Uplink
+from pilotq.workers.launcher.chain import Chain, Running
+from pilotq.workers.launcher.interpreter_pool import InterpreterPool
+from pilotq.workers.launcher.interpreter_process import LauncherOptions
+from pilotq.workers.launcher.report_pipe import ReportPipe
 from pilotq.workers.launcher.spawn import Refusal, Spawner
-from pilotq.workers.process_tree import PAUSE_S, Family
+from pilotq.workers.process_tree import KILL_POLL_S, ProcessTracker
 from pilotq.workers.protocol import (
-    NOTHING,
-    Base,
+    NO_OUTPUT,
     Begun,
     Call,
     Captured,
-    Down,
     Exited,
     Forget,
-    Frames,
+    FrameDecoder,
+    GroupSwept,
     Launch,
-    Place,
+    LaunchBase,
+    LaunchSlot,
     Refused,
+    Retract,
+    Retracted,
     Returned,
     Signal,
     Started,
-    Swept,
-    Withdraw,
-    Withdrawn,
+    ToLauncher,
 )
 
-POLL_S = 0.02  # between two looks at leftovers; the end of one that is our child wakes us sooner
-YOUNG_S = 0.02  # what has ended by then, and left nothing, is not said to have started: its end says it
+POLL_S = 0.02  # how often ended launches with living processes are checked; the end of a child of ours wakes us sooner
+ANNOUNCE_S = 0.02  # a process that has ended by then, and left nothing, gets no Started: its Exited says enough
 READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped for each read
-END_S = 5.0  # how long the last sweep may take; what lives then hangs in the kernel
-PR_SET_CHILD_SUBREAPER = 36
+SHUTDOWN_S = 5.0  # how long the last kill may take; a process that lives then hangs in the kernel
 # They may be sent to a whole process group or job step (Ctrl-C, scancel, srun --signal): our end is the pipe's.
 IGNORED = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
@@ -60,41 +61,41 @@ IGNORED = (
 
 
 class Launcher:
-    """``down``, ``up`` and ``bell`` are the ends of the pipes that are ours; ``directory`` is absolute."""
+    """``down``, ``up`` and ``wake`` are our ends of the pipes; the directory of ``options`` is absolute."""
 
-    def __init__(self, options: Options, down: int, up: int, bell: int) -> None:
+    def __init__(self, options: LauncherOptions, down: int, up: int, wake: int) -> None:
         self._down = down
         self._up = up
-        self._frames: Frames[Down] = Frames(Down)  # type: ignore[arg-type]
+        self._decoder: FrameDecoder[ToLauncher] = FrameDecoder(ToLauncher)  # type: ignore[arg-type]
         self._capture = Capture(options.directory, options.node)
         self._spawner = Spawner(self._capture)
-        self._family = Family()
+        self._tracker = ProcessTracker()
         self._running: dict[int, Running] = {}
         self._ended: dict[int, Running] = {}  # their main process ended, others live
-        self._lines: dict[int, Line] = {}  # behind all that run or ended, and with all that are lined up
-        self._going: deque[Line] = deque()  # their first one may start
-        self._look_at = 0.0  # monotonic: when what is left of ended launches is looked at again
+        self._chains: dict[int, Chain] = {}  # by key of each launch that waits, runs, or has living processes
+        self._startable: deque[Chain] = deque()  # their first launch may start
+        self._check_at = 0.0  # monotonic: when the ended launches are checked again
         self._children = _child_signals()
         self._poll = select.epoll()
         self._poll.register(down, select.EPOLLIN)
         self._poll.register(self._children, select.EPOLLIN)
-        self._uplink = Uplink(up, bell, self._poll)
-        self._calls = Interpreters(
-            options, self._spawner, self._capture, self._family, self._uplink, self._poll, self._leave,
-            self._going.append,
+        self._reports = ReportPipe(up, wake, self._poll)
+        self._interpreters = InterpreterPool(
+            options, self._spawner, self._capture, self._tracker, self._reports, self._poll, self._complete,
+            self._startable.append,
         )  # fmt: skip
-        self._young = self._calls.young  # not said to have started, oldest first
+        self._unannounced = self._interpreters.unannounced  # not reported as started, oldest first
 
     def run(self) -> None:
-        """Returns when the control process says so or is gone; nothing that was started lives then."""
+        """Returns when the control process sends Quit or has ended; no process that was started lives then."""
         try:
             while self._turn():
                 pass
         finally:
-            self._end()
+            self._shut_down()
 
     def _turn(self) -> bool:
-        """Wait for something, do what it asks for; False when the pipe has closed or Quit came."""
+        """Wait for an event and handle it; False when the pipe has closed or Quit arrived."""
         for fd, _ in self._poll.poll(self._pause()):
             if fd == self._down:
                 if not self._receive():
@@ -103,142 +104,144 @@ class Launcher:
                 os.read(self._children, 128)
                 self._reap()
             elif fd == self._up:
-                self._uplink.flush()
+                self._reports.flush()
             else:
-                self._calls.hear(fd)
+                self._interpreters.receive(fd)
         now = time.monotonic()
-        if self._ended and now >= self._look_at:
-            self._look()
-        if self._young:
-            self._confirm(now)
-        self._calls.tick(now)
-        while self._going and not self._uplink.waiting:
-            self._go_on(self._going.popleft())
-        self._uplink.flush()
-        self._uplink.ring_if_due(now)
-        return not self._uplink.deaf
+        if self._ended and now >= self._check_at:
+            self._check_ended()
+        if self._unannounced:
+            self._announce(now)
+        self._interpreters.tick(now)
+        while self._startable and not self._reports.full:
+            self._start_next(self._startable.popleft())
+        self._reports.flush()
+        self._reports.wake_if_due(now)
+        return not self._reports.peer_closed
 
     def _pause(self) -> float:
-        """Seconds until something is to be done though nothing happens; -1: for ever."""
-        if self._going and not self._uplink.waiting:
+        """Seconds until something is to be done though no event arrives; -1: for ever."""
+        if self._startable and not self._reports.full:
             return 0.0  # the pipe was full a moment ago
-        moments = [self._look_at] if self._ended else []
-        if self._young:
-            moments.append(next(iter(self._young.values())).began + YOUNG_S)
-        moments += [moment for moment in (self._uplink.ring_at(), self._calls.next()) if moment is not None]
+        moments = [self._check_at] if self._ended else []
+        if self._unannounced:
+            moments.append(next(iter(self._unannounced.values())).began + ANNOUNCE_S)
+        pending = (self._reports.wake_at(), self._interpreters.next_tick())
+        moments += [moment for moment in pending if moment is not None]
         return max(min(moments) - time.monotonic(), 0.0) if moments else -1
 
     def _receive(self) -> bool:
         data = os.read(self._down, READ_BYTES)
-        for record in self._frames.feed(data):
-            if isinstance(record, (Launch, Call)):
-                self._launch(record)
-            elif isinstance(record, Withdraw):
-                self._withdraw(record.key)
-            elif isinstance(record, Signal):
-                self._signal(record)
-            elif isinstance(record, (Base, Place)):
-                self._spawner.add(record)
-            elif isinstance(record, Forget):
+        for message in self._decoder.feed(data):
+            if isinstance(message, (Launch, Call)):
+                self._enqueue(message)
+            elif isinstance(message, Retract):
+                self._retract(message.key)
+            elif isinstance(message, Signal):
+                self._signal(message)
+            elif isinstance(message, (LaunchBase, LaunchSlot)):
+                self._spawner.add(message)
+            elif isinstance(message, Forget):
                 self._spawner.forget()
             else:
                 return False  # Quit
         return bool(data)
 
-    def _launch(self, launch: Launch | Call) -> None:
-        failpoints.at("launch received")
-        line = self._lines.get(launch.after)
-        if line is None:
-            line = Line()
-            self._going.append(line)
-        elif line.serving is not None and not line:
-            self._going.append(line)  # its interpreter may take one more
-        self._lines[launch.key] = line
-        line.append((launch, self._spawner.surroundings(launch)))
+    def _enqueue(self, launch: Launch | Call) -> None:
+        """Put it at the end of the chain it names, or of a new one."""
+        failpoints.hit("launch received")
+        chain = self._chains.get(launch.after)
+        if chain is None:
+            chain = Chain()
+            self._startable.append(chain)
+        elif chain.interpreter and not chain:
+            self._startable.append(chain)  # its interpreter may take one more
+        self._chains[launch.key] = chain
+        chain.append((launch, self._spawner.context(launch)))
 
-    def _go_on(self, line: Line) -> None:
-        """Start the first one of a line."""
-        if not line:
+    def _start_next(self, chain: Chain) -> None:
+        """Start the first launch of a chain."""
+        if not chain:
             return
-        launch, around = line[0]
+        launch, context = chain[0]
         if isinstance(launch, Call):
-            if not self._calls.feed(line):
-                self._going.appendleft(line)
+            if not self._interpreters.feed(chain):
+                self._startable.appendleft(chain)
             return
-        if line.serving is not None:
+        if chain.interpreter:
             return  # calls before it have not returned
         key = launch.key
-        self._uplink.report(Begun(key))
-        self._uplink.flush()
-        if self._uplink.waiting:
-            self._going.appendleft(line)  # not before who reads the pipe after our death can know of it
+        self._reports.report(Begun(key))
+        self._reports.flush()
+        if self._reports.full:
+            self._startable.appendleft(chain)  # else the reader of the pipe could not know of it after our death
             return
-        failpoints.at("begun said")
-        line.popleft()
+        failpoints.hit("begun sent")
+        chain.popleft()
         began = time.monotonic()
         try:
-            spawned = self._spawner.spawn(launch, around)
+            spawned = self._spawner.spawn(launch, context)
         except Refusal as refusal:
-            self._uplink.report(Refused(key, refusal.reason, str(refusal)))
-            self._leave(key, line)
-            self._uplink.urge()
+            self._reports.report(Refused(key, refusal.reason, str(refusal)))
+            self._complete(key, chain)
+            self._reports.request_wake()
             return
-        failpoints.at("spawned")
-        self._family.born(key, spawned.pid, spawned.env, began)
+        failpoints.hit("spawned")
+        self._tracker.add(key, spawned.pid, spawned.env, began)
         files = spawned.stdout, spawned.stderr
-        self._running[key] = self._young[key] = Running(launch, key, spawned.pid, files, line)
-        failpoints.at("born")
+        self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain)
+        failpoints.hit("tracked")
 
-    def _leave(self, key: int, line: Line) -> None:
-        """Nothing is left of a launch: its line goes on."""
-        del self._lines[key]
-        if line:
-            self._going.append(line)
-            self._uplink.mention()
-        elif line.serving is not None:
-            self._uplink.mention()
+    def _complete(self, key: int, chain: Chain) -> None:
+        """No process of a launch is left: its chain goes on."""
+        del self._chains[key]
+        if chain:
+            self._startable.append(chain)
+            self._reports.defer_wake()
+        elif chain.interpreter:
+            self._reports.defer_wake()
         else:
-            self._uplink.urge()
+            self._reports.request_wake()
 
-    def _withdraw(self, key: int) -> None:
-        line = self._lines.get(key)
-        if line is None:
+    def _retract(self, key: int) -> None:
+        chain = self._chains.get(key)
+        if chain is None:
             return
-        self._calls.take_back(key, line)
-        for item in line:
+        self._interpreters.retract(key, chain)
+        for item in chain:
             if item[0].key == key:
-                self._lines.pop(key).remove(item)
-                self._uplink.report(Withdrawn(key))
-                self._uplink.urge()
+                self._chains.pop(key).remove(item)
+                self._reports.report(Retracted(key))
+                self._reports.request_wake()
                 return
 
-    def _confirm(self, now: float) -> None:
-        """Say of what has lived for a moment that it has started."""
-        for running in list(self._young.values()):
-            if now < running.began + YOUNG_S:
+    def _announce(self, now: float) -> None:
+        """Report the start of those that have lived for a moment."""
+        for running in list(self._unannounced.values()):
+            if now < running.began + ANNOUNCE_S:
                 break
-            self._say_started(running, now)
+            self._report_started(running, now)
 
-    def _say_started(self, running: Running, now: float) -> None:
-        del self._young[running.key]
+    def _report_started(self, running: Running, now: float) -> None:
+        del self._unannounced[running.key]
         out, err = running.stdout, running.stderr
         paths = out.path if out else "", err.path if err else ""
-        self._uplink.report(Started(running.key, running.pid, running.started, now - running.began, *paths))
-        self._uplink.urge()
+        self._reports.report(Started(running.key, running.pid, running.started, now - running.began, *paths))
+        self._reports.request_wake()
 
-    def _signal(self, record: Signal) -> None:
-        key, number = record.key, record.signal
+    def _signal(self, message: Signal) -> None:
+        key, number = message.key, message.signal
         running = self._running.get(key) or self._ended.get(key)
         if running is not None:
             running.killed |= number == signal.SIGKILL
-            self._family.send(running.family, number)
-        elif (line := self._lines.get(key)) is not None:
-            self._calls.signal(record, line)
+            self._tracker.send_signal(running.tracker_key, number)
+        elif (chain := self._chains.get(key)) is not None:
+            self._interpreters.signal(message, chain)
 
     def _reap(self) -> None:
-        """Wait for every child that has ended, then see what is left of those that were main processes."""
-        # First all, then the judgement: what a main process leaves as a zombie must not count as alive.
-        records: list[tuple[Running, Exited | Returned]] = []
+        """Wait for every child that has ended, then report those that were main processes."""
+        # First all, then the reports: a zombie that a main process leaves must not count as alive.
+        reports: list[tuple[Running, Exited | Returned]] = []
         now = 0.0
         while True:
             try:
@@ -247,71 +250,73 @@ class Launcher:
                 break
             if not pid:
                 break
-            key = self._family.reaped(pid)
+            key = self._tracker.reaped(pid)
             if key is None:
-                self._look_at = 0.0  # it may have been the last one of its launch
+                self._check_at = 0.0  # it may have been the last one of its launch
                 continue
             now = time.monotonic()
             cpu = usage.ru_utime + usage.ru_stime
             rss = usage.ru_maxrss * 1024
             if key < 0:
-                if (ended := self._calls.died(key, status, cpu, rss)) is not None:
-                    records.append(ended)
+                if (ended := self._interpreters.reaped(key, status, cpu, rss)) is not None:
+                    reports.append(ended)
             else:
-                failpoints.at("reaped")
+                failpoints.hit("reaped")
                 running = self._running.pop(key)
                 seconds = now - running.began
-                exited = Exited(key, pid, status, running.started, time.time(), seconds, cpu, rss, 0, NOTHING, NOTHING)
-                records.append((running, exited))
-        for running, record in records:
+                exited = Exited(
+                    key, pid, status, running.started, time.time(), seconds, cpu, rss, 0, NO_OUTPUT, NO_OUTPUT
+                )
+                reports.append((running, exited))
+        for running, report in reports:
             key = running.key
-            if self._family.lives(running.family):
-                if key in self._young:
-                    self._say_started(running, now)
-                record.left = self._family.count(running.family)
+            if self._tracker.has_living(running.tracker_key):
+                if key in self._unannounced:
+                    self._report_started(running, now)
+                report.remaining = self._tracker.count_living(running.tracker_key)
                 self._ended[key] = running
-                self._uplink.urge()
+                self._reports.request_wake()
             else:
-                self._young.pop(key, None)
-                record.left = 0
-                record.stdout, record.stderr = self._collect(running)
-                failpoints.at("collected")
-                self._leave(key, running.line)
-            self._uplink.report(record)
-            failpoints.at("reported")
+                self._unannounced.pop(key, None)
+                report.remaining = 0
+                report.stdout, report.stderr = self._collect(running)
+                failpoints.hit("collected")
+                self._complete(key, running.chain)
+            self._reports.report(report)
+            failpoints.hit("reported")
 
-    def _look(self) -> None:
-        """See which ended launches are swept by now; what appeared since a SIGKILL gets it too."""
+    def _check_ended(self) -> None:
+        """Report the ended launches of which no process lives by now; what appeared since a SIGKILL gets it too."""
         began = time.monotonic()
         for running in list(self._ended.values()):
-            if not self._family.lives(running.family):
+            if not self._tracker.has_living(running.tracker_key):
                 del self._ended[running.key]
-                self._uplink.report(Swept(running.key, time.time(), *self._collect(running)))
-                self._leave(running.key, running.line)
+                self._reports.report(GroupSwept(running.key, time.time(), *self._collect(running)))
+                self._complete(running.key, running.chain)
             elif running.killed:
-                self._family.send(running.family, signal.SIGKILL)
+                self._tracker.send_signal(running.tracker_key, signal.SIGKILL)
         now = time.monotonic()
         # Reading /proc takes long on a full node: at most a tenth of our time goes into it.
-        self._look_at = now + max(POLL_S, 10 * (now - began))
+        self._check_at = now + max(POLL_S, 10 * (now - began))
 
     def _collect(self, running: Running) -> tuple[Captured, Captured]:
         out, err = running.stdout, running.stderr
         return (
-            self._capture.collect(out, running.name + ".out") if out else NOTHING,
-            self._capture.collect(err, running.name + ".err") if err else NOTHING,
+            self._capture.collect(out, running.name + ".out") if out else NO_OUTPUT,
+            self._capture.collect(err, running.name + ".err") if err else NO_OUTPUT,
         )
 
-    def _end(self) -> None:
-        """Kill everything below this process, wait for it, remove the files of the pool."""
-        deadline = time.monotonic() + END_S
+    def _shut_down(self) -> None:
+        """Kill every process below this one, wait for it, remove the files of the pool."""
+        deadline = time.monotonic() + SHUTDOWN_S
         while time.monotonic() < deadline:
-            self._family.kill_all()
+            self._tracker.kill_all()
             try:
                 while os.wait4(-1, os.WNOHANG)[0]:
                     pass
             except ChildProcessError:
-                break  # no child is left, and what had lost its parent had come home
-            time.sleep(PAUSE_S)
+                break  # no child is left, and every orphan had become a child
+            time.sleep(KILL_POLL_S)
         self._capture.close()
 
 
@@ -327,28 +332,21 @@ def _child_signals() -> int:
     return int(fd)
 
 
-def _become_subreaper() -> None:
-    """Orphans below this process come home to it; without that (no Linux) their groups are all that is seen."""
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    except (OSError, AttributeError):
-        pass
-
-
 def main(argv: list[str]) -> None:
     options = dict(zip(argv[::2], argv[1::2], strict=True))
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    _become_subreaper()
-    # What this process has open beyond 0, 1 and 2 is nobody else's.
+    with suppress(OSError):  # without it the process groups of launches are all that is tracked
+        become_subreaper()
+    # Descriptors beyond 0, 1 and 2 are not for tasks.
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:
             try:
                 os.set_inheritable(int(name), False)
             except OSError:
                 pass  # the descriptor of the listing
-    pipes = [int(options[name]) for name in ("--down", "--up", "--bell")]
-    own = Options(os.path.abspath(options["--dir"]), options["--node"], int(options["--calls"]))
+    pipes = [int(options[name]) for name in ("--down", "--up", "--wake")]
+    own = LauncherOptions(os.path.abspath(options["--dir"]), options["--node"], int(options["--calls"]))
     Launcher(own, *pipes).run()
 
 

@@ -1,7 +1,7 @@
-"""What travels between a launcher and an interpreter: whole messages over a pair of sequenced-packet sockets.
+"""Messages between a launcher and an interpreter: whole messages over a pair of sequenced-packet sockets.
 
 A message is read by exactly one reader, whole or not at all. So the launcher, which keeps the interpreter's end open
-too, can take back what the interpreter has not read: a call that is read has begun, any other has not.
+too, can retract what the interpreter has not read: a call that was read has begun, any other has not.
 
 A message that is too large for the socket travels in a file in memory, whose descriptor is sent.
 """
@@ -13,11 +13,18 @@ import os
 import socket
 
 INLINE_BYTES = 48 << 10  # larger ones would fill the socket's buffer by twos and threes
-_READ = INLINE_BYTES + 1
-_SPACE = socket.CMSG_SPACE(4)
+_READ_BYTES = INLINE_BYTES + 1
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4)  # one descriptor
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets.
+
+    >>> ours, theirs = pair()
+    >>> send(ours, b"message")
+    >>> receive(theirs)
+    b'message'
+    """
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
@@ -38,8 +45,8 @@ def send(sock: socket.socket, data: bytes) -> None:
 
 
 def receive(sock: socket.socket, flags: int = 0) -> bytes:
-    """One message; empty when the other side has closed. Raises BlockingIOError when none has come."""
-    data, ancillary, _, _ = sock.recvmsg(_READ, _SPACE, flags)
+    """One message; empty when the other side has closed. Raises BlockingIOError when none has arrived."""
+    data, ancillary, _, _ = sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES, flags)
     if not ancillary:
         return data
     file = array.array("i", ancillary[0][2])[0]

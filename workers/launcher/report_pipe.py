@@ -1,4 +1,8 @@
-"""A launcher's way up: records are collected and written as far as the pipe takes them, and the bell is rung."""
+"""The writing end of the pipe on which a launcher reports, and of the pipe that wakes its reader.
+
+Messages are collected and written as far as the pipe takes them. The control process sleeps until a byte arrives on the
+wake pipe: reports that can wait a little share one.
+"""
 
 from __future__ import annotations
 
@@ -6,78 +10,86 @@ import os
 import select
 import time
 
-from pilotq.workers.protocol import Up, frame
+from pilotq.workers.protocol import FromLauncher, encode_frame
 
-REPORT_MAX = 64  # records in a frame; more of them would make the control process wait for the first
-BELL_S = 0.005  # how long the ends of lines that go on wait for company before the control process is woken
-BELL_ENDS = 16  # ... or until there are so many
+REPORT_MAX = 64  # messages in a frame; more of them would make the control process wait for the first
+WAKE_DELAY_S = 0.005  # how long the ends of chained launches are collected before the control process is woken
+WAKE_REPORTS = 16  # ... or until there are so many
 
 
-class Uplink:
-    """``up`` and ``bell`` are the writing ends of two pipes; ``poll`` is told when the first is to be watched."""
+class ReportPipe:
+    """``up`` and ``wake`` are the writing ends of two pipes; ``poll`` gets the first while it is ``full``.
 
-    def __init__(self, up: int, bell: int, poll: select.epoll) -> None:
+    The loop that owns it calls, once in each turn, `flush` and `wake_if_due`::
+
+        reports.report(Exited(...))
+        reports.defer_wake()    # or request_wake() where a core waits for an answer
+        reports.flush()
+        reports.wake_if_due(time.monotonic())
+    """
+
+    def __init__(self, up: int, wake: int, poll: select.epoll) -> None:
         self._up = up
-        self._bell = bell
+        self._wake = wake
         self._poll = poll
-        self._records: list[Up] = []
+        self._messages: list[FromLauncher] = []
         self._unsent = bytearray()
-        self.waiting = False  # for the pipe to take more
-        self.deaf = False  # nobody reads any more
-        self._news = 0  # ends that the bell was not rung for
-        self._ring_at = 0.0  # monotonic: when they are old enough
-        for end in (up, bell):
+        self.full = False  # the pipe takes no more for now
+        self.peer_closed = False  # nobody reads any more
+        self._unseen = 0  # reports since the reader was woken
+        self._wake_at = 0.0  # monotonic: when they are old enough
+        for end in (up, wake):
             os.set_blocking(end, False)
 
-    def report(self, record: Up) -> None:
-        self._records.append(record)
-        if len(self._records) >= REPORT_MAX:
+    def report(self, message: FromLauncher) -> None:
+        self._messages.append(message)
+        if len(self._messages) >= REPORT_MAX:
             self.flush()
 
     def flush(self) -> None:
         """Write what was reported, as far as the pipe takes it."""
         if self._unsent:
-            self.urge()  # the ring at the time was for what came before
-        if self._records:
-            self._unsent += frame(self._records)
-            self._records.clear()
-        waiting = False
-        while self._unsent and not waiting:
+            self.request_wake()  # the wake at that time was for earlier messages
+        if self._messages:
+            self._unsent += encode_frame(self._messages)
+            self._messages.clear()
+        full = False
+        while self._unsent and not full:
             try:
                 del self._unsent[: os.write(self._up, self._unsent)]
             except BlockingIOError:
-                waiting = True  # never wait here: the control process may be waiting for us to read
-                self.ring()
+                full = True  # never wait here: the control process may be waiting for us to read
+                self.wake()
             except OSError:
-                self.deaf = True
+                self.peer_closed = True
                 self._unsent.clear()
-        if waiting and not self.waiting:
+        if full and not self.full:
             self._poll.register(self._up, select.EPOLLOUT)
-        elif self.waiting and not waiting:
+        elif self.full and not full:
             self._poll.unregister(self._up)
-        self.waiting = waiting
+        self.full = full
 
-    def mention(self) -> None:
-        """What is reported in this turn can wait for company."""
-        if not self._news:
-            self._ring_at = time.monotonic() + BELL_S
-        self._news += 1
+    def defer_wake(self) -> None:
+        """The reports of this turn can wait for more: the reader is woken within WAKE_DELAY_S."""
+        if not self._unseen:
+            self._wake_at = time.monotonic() + WAKE_DELAY_S
+        self._unseen += 1
 
-    def urge(self) -> None:
-        """What is reported in this turn cannot wait."""
-        self._news += BELL_ENDS
+    def request_wake(self) -> None:
+        """The reports of this turn cannot wait: the reader is woken at the end of it."""
+        self._unseen += WAKE_REPORTS
 
-    def ring_at(self) -> float | None:
-        """When `ring_if_due` wants to be called; monotonic."""
-        return self._ring_at if self._news else None
+    def wake_at(self) -> float | None:
+        """Monotonic time at which `wake_if_due` is to be called; None when nothing waits for it."""
+        return self._wake_at if self._unseen else None
 
-    def ring_if_due(self, now: float) -> None:
-        if self._news and (self._news >= BELL_ENDS or now >= self._ring_at):
-            self.ring()
+    def wake_if_due(self, now: float) -> None:
+        if self._unseen and (self._unseen >= WAKE_REPORTS or now >= self._wake_at):
+            self.wake()
 
-    def ring(self) -> None:
-        self._news = 0
+    def wake(self) -> None:
+        self._unseen = 0
         try:
-            os.write(self._bell, b"!")
+            os.write(self._wake, b"!")
         except OSError:
-            pass  # it is full of rings, or nobody hears any more: then the other pipes have closed, too
+            pass  # it is full of unread bytes, or its reader has ended: then the other pipes have closed, too

@@ -1,7 +1,7 @@
-"""One spawn: from a Launch record to a process with the task's surroundings and nothing else.
+"""Starts one process from a Launch message: with the environment, CPUs and limits of its task and nothing else.
 
-posix_spawn can set little of what a task must find, so the launcher puts it on itself (mask, umask, directory, soft
-limits) and the child inherits it; no helper process stands between, and nothing runs between fork and exec.
+posix_spawn can set little of what a task needs, so the launcher changes its own CPU mask, umask, directory and soft
+limits, and the child inherits them; no helper process stands between, and nothing runs between fork and exec.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import time
 from typing import NamedTuple
 
 from pilotq.workers.launcher.capture import Capture, PoolFile
-from pilotq.workers.protocol import Base, Call, Launch, Place
+from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
-PROGRAM_S = 1.0  # a program found on PATH is looked for again after this: a newer one may stand in front
-PROGRAMS_MAX = 1000  # of such findings are kept
-READY_MAX = 1000  # surroundings that are kept made ready
-MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
+PROGRAM_CACHE_S = 1.0  # a program found on PATH is searched again after this: a newer one may stand in front
+PROGRAMS_MAX = 1000  # so many found programs are kept
+CONTEXTS_MAX = 1000  # so many contexts are kept
+MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 Limit = tuple[int, int, int]  # number of the limit, soft, hard
 
 
@@ -33,130 +33,132 @@ class Refusal(Exception):
 
 
 class Spawned(NamedTuple):
+    """A process that was started."""
+
     pid: int
     env: dict[bytes, bytes]  # what it was started with
     stdout: PoolFile | None  # None: it goes to a named file
     stderr: PoolFile | None
 
 
-class Surroundings:
-    """A Base and a Place made ready for use."""
+class LaunchContext:
+    """A LaunchBase and a LaunchSlot combined: what a process inherits or gets from both."""
 
-    __slots__ = ("env", "umask", "cpus", "path", "wanted", "limits", "ours")
+    __slots__ = ("env", "umask", "cpus", "path", "requested_limits", "limits", "own_limits")
 
-    def __init__(self, base: Base, place: Place) -> None:
-        env = {**place.defaults, **base.env, **place.env}
+    def __init__(self, base: LaunchBase, slot: LaunchSlot) -> None:
+        env = {**slot.defaults, **base.env, **slot.env}
         self.env = {name.encode(): value.encode() for name, value in env.items()}
         self.umask = base.umask
-        self.cpus = place.cpus
+        self.cpus = slot.cpus
         self.path = base.path
-        self.wanted: dict[int, int] | None = base.limits  # None: they are in the next two
+        self.requested_limits: dict[int, int] | None = base.limits  # None: they are in the next two
         self.limits: list[Limit] = []  # to be set for a spawn, only those that differ from ours
-        self.ours: list[Limit] = []  # to be set back after it
+        self.own_limits: list[Limit] = []  # to be set back after it
 
 
 class Spawner:
-    """Starts processes for one launcher, whose own mask, umask and directory it changes on the way."""
+    """Starts processes for one launcher, whose own mask, umask and directory it changes for that."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        # A child inherits 0, 1 and 2: here is what they are between spawns.
-        self._own = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), os.dup(1), os.dup(2)
-        os.dup2(self._own[0], 0)
+        # A child inherits 0, 1 and 2: these are the launcher's own, set back after each spawn.
+        self._own_stdio = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), os.dup(1), os.dup(2)
+        os.dup2(self._own_stdio[0], 0)
         # All signals are at their defaults in a child: exec resets those that are caught, the spawn those ignored.
         self._ignored = [s for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
-        self._bases: dict[str, Base] = {}
-        self._places: dict[str, Place] = {}
-        self._ready: dict[tuple[str, str], Surroundings] = {}
+        self._bases: dict[str, LaunchBase] = {}
+        self._slots: dict[str, LaunchSlot] = {}
+        self._contexts: dict[tuple[str, str], LaunchContext] = {}
         self._programs: dict[tuple[bytes, bytes], tuple[float, bytes]] = {}
-        self._home = sorted(os.sched_getaffinity(0))
-        self._cpus = self._home
+        self._all_cpus = sorted(os.sched_getaffinity(0))
+        self._cpus = self._all_cpus
         self._umask = os.umask(0o077)
         os.umask(self._umask)
 
-    def add(self, record: Base | Place) -> None:
-        """Launches may name this base or place from now on."""
-        if isinstance(record, Base):
-            self._bases[record.base] = record
+    def add(self, message: LaunchBase | LaunchSlot) -> None:
+        """Launches may name this base or slot from now on."""
+        if isinstance(message, LaunchBase):
+            self._bases[message.name] = message
         else:
-            self._places[record.place] = record
+            self._slots[message.name] = message
 
     def forget(self) -> None:
         """No launch names any of those that were added any more."""
         self._bases.clear()
-        self._places.clear()
-        self._ready.clear()
+        self._slots.clear()
+        self._contexts.clear()
 
-    def surroundings(self, launch: Launch | Call) -> Surroundings | None:
-        """What it names; None if that was not added."""
-        key = (launch.base, launch.place)
-        around = self._ready.get(key)
-        if around is None:
-            base, place = self._bases.get(launch.base), self._places.get(launch.place)
-            if base is None or place is None:
+    def context(self, launch: Launch | Call) -> LaunchContext | None:
+        """The base and slot that it names, combined; None if one was not added."""
+        key = (launch.base, launch.slot)
+        context = self._contexts.get(key)
+        if context is None:
+            base, slot = self._bases.get(launch.base), self._slots.get(launch.slot)
+            if base is None or slot is None:
                 return None
-            if len(self._ready) >= READY_MAX:
-                self._ready.clear()
-            around = self._ready[key] = Surroundings(base, place)
-        return around
+            if len(self._contexts) >= CONTEXTS_MAX:
+                self._contexts.clear()
+            context = self._contexts[key] = LaunchContext(base, slot)
+        return context
 
-    def spawn(self, launch: Launch, around: Surroundings | None, stdin: int = -1) -> Spawned:
-        """Start it in its `surroundings`, or raise Refusal; whatever is wrong with one launch comes out as that.
+    def spawn(self, launch: Launch, context: LaunchContext | None, stdin: int = -1) -> Spawned:
+        """Start it in its `context`, or raise Refusal: also for whatever else is wrong with this one launch.
 
-        With ``stdin`` an open descriptor is its standard input. An execution of 0 is no task: it gets no marks.
+        With ``stdin`` an open descriptor is its standard input. An attempt of 0 is no task: it gets no marks.
         """
         opened: list[int] = []
         pool: list[PoolFile] = []
         try:
-            if around is None:
-                raise Refusal("launch", f"Surroundings {launch.base!r} or place {launch.place!r} were not sent.")
-            self._enter(launch, around)
-            env = around.env.copy()
+            if context is None:
+                raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent.")
+            self._apply(launch, context)
+            env = context.env.copy()
             for name, value in launch.env.items():
                 env[name.encode()] = value.encode()
-            if launch.execution:
+            if launch.attempt:
                 env[b"PILOTQ_TASK_ID"] = launch.id.encode()
-                env[b"PILOTQ_EXECUTION"] = b"%d" % launch.execution
+                env[b"PILOTQ_EXECUTION"] = b"%d" % launch.attempt
             program = self._program(launch.argv, env)
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
-            pid = self._start(program, launch.argv, env, files, around)
+            pid = self._start(program, launch.argv, env, files, context)
             return Spawned(pid, env, stdout, stderr)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
-            self._return(pool)
-            raise Refusal("launch", f"Starting it failed: {_text(error)}.") from None
+            self._release(pool)
+            raise Refusal("launch", f"Starting it failed: {_error_text(error)}.") from None
         except Refusal:
-            self._return(pool)
+            self._release(pool)
             raise
         finally:
             for fd in opened:
                 os.close(fd)
 
-    def _return(self, pool: list[PoolFile]) -> None:
+    def _release(self, pool: list[PoolFile]) -> None:
         for file in pool:
-            self._capture.give_back(file)
+            self._capture.release(file)
 
-    def _enter(self, launch: Launch, around: Surroundings) -> None:
-        """Put on what the child inherits."""
-        if around.wanted is not None:
-            around.limits, around.ours = _find_limits(around.wanted)
-            around.wanted = None
-        cpus = around.cpus or self._home
+    def _apply(self, launch: Launch, context: LaunchContext) -> None:
+        """Give this process what the child is to inherit."""
+        if context.requested_limits is not None:
+            context.limits, context.own_limits = _find_limits(context.requested_limits)
+            context.requested_limits = None
+        cpus = context.cpus or self._all_cpus
         if cpus != self._cpus:
             try:
                 os.sched_setaffinity(0, cpus)
             except (OSError, ValueError, OverflowError) as error:
-                raise Refusal("launch", f"CPUs {cpus} cannot be used by this worker: {_text(error)}.") from None
+                raise Refusal("launch", f"CPUs {cpus} cannot be used by this worker: {_error_text(error)}.") from None
             self._cpus = cpus
-        if around.umask != self._umask:
-            os.umask(around.umask)
-            self._umask = around.umask
+        if context.umask != self._umask:
+            os.umask(context.umask)
+            self._umask = context.umask
         try:
             os.chdir(launch.cwd)
         except OSError as error:
             raise _refusal(error, launch.cwd, "its working directory cannot be used") from None
 
     def _program(self, argv: list[bytes], env: dict[bytes, bytes]) -> bytes:
-        """The file to execute: a name without ``/`` is looked for on the task's own PATH."""
+        """The file to execute: a name without ``/`` is searched on the task's own PATH."""
         if not argv or not argv[0]:
             raise Refusal("launch", "Its command is empty.")
         name = argv[0]
@@ -173,19 +175,19 @@ class Spawner:
         if all(folder.startswith(b"/") for folder in path.split(b":")):
             if len(self._programs) >= PROGRAMS_MAX:
                 self._programs.clear()
-            self._programs[name, path] = (now + PROGRAM_S, program)
+            self._programs[name, path] = (now + PROGRAM_CACHE_S, program)
         return program
 
     def _files(
         self, launch: Launch, opened: list[int], pool: list[PoolFile], stdin: int
     ) -> tuple[tuple[int, int, int], PoolFile | None, PoolFile | None]:
-        """What becomes 0, 1 and 2 of the child; fills ``opened`` (to be closed) and ``pool`` (to be given back)."""
+        """What becomes 0, 1 and 2 of the child; fills ``opened`` (to be closed) and ``pool`` (to be released)."""
         stdout = stderr = -1
         if launch.stdin:
             stdin = open_input(launch.stdin)
             opened.append(stdin)
         elif stdin < 0:
-            stdin = self._own[0]
+            stdin = self._own_stdio[0]
         if launch.stdout:
             stdout = open_output(launch.stdout, launch.suffix)
             opened.append(stdout)
@@ -205,7 +207,7 @@ class Spawner:
                 pool.append(err)
                 stderr = err.fd
         except OSError as error:
-            raise Refusal("output", f"Its output cannot be captured: {_text(error)}.") from None
+            raise Refusal("output", f"Its output cannot be captured: {_error_text(error)}.") from None
         return (stdin, stdout, stderr), out, err
 
     def _start(
@@ -214,24 +216,24 @@ class Spawner:
         argv: list[bytes],
         env: dict[bytes, bytes],
         files: tuple[int, int, int],
-        around: Surroundings,
+        context: LaunchContext,
     ) -> int:
         stdin, stdout, stderr = files
-        null, own_stdout, own_stderr = self._own
+        null, own_stdout, own_stderr = self._own_stdio
         try:
             # Not as actions of the spawn: these fail for descriptors above the child's limit of open files.
             if stdin != null:
                 os.dup2(stdin, 0)
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
-            for limit in around.limits:
+            for limit in context.limits:
                 resource.setrlimit(limit[0], limit[1:])
             return os.posix_spawn(program, argv, env, setsid=True, setsigmask=[], setsigdef=self._ignored)
         except OSError as error:
             raise _spawn_refusal(error, program) from None
         finally:
             # A low limit on memory or files would hit every later launch, and a file kept open here its readers.
-            for limit in around.ours:
+            for limit in context.own_limits:
                 resource.setrlimit(limit[0], limit[1:])
             if stdin != null:
                 os.dup2(null, 0)
@@ -239,16 +241,16 @@ class Spawner:
             os.dup2(own_stderr, 2)
 
 
-def _find_limits(wanted: dict[int, int]) -> tuple[list[Limit], list[Limit]]:
-    """The soft limits that differ from ours: as they are wanted, and as they are."""
-    limits, ours = [], []
-    for number, value in wanted.items():
+def _find_limits(requested: dict[int, int]) -> tuple[list[Limit], list[Limit]]:
+    """The soft limits that differ from ours: as they are requested, and as they are."""
+    limits, own = [], []
+    for number, value in requested.items():
         soft, hard = resource.getrlimit(number)
         new = _capped(value, hard)
         if new != soft:
             limits.append((number, new, hard))
-            ours.append((number, soft, hard))
-    return limits, ours
+            own.append((number, soft, hard))
+    return limits, own
 
 
 def _capped(soft: int, hard: int) -> int:
@@ -268,9 +270,9 @@ def _search(name: bytes, path: bytes) -> bytes:
                 return candidate
             denied = denied or candidate
     if denied:
-        raise Refusal("not found", f"Permission denied: {_shown(denied)} is not executable.")
+        raise Refusal("not found", f"Permission denied: {_quoted(denied)} is not executable.")
     raise Refusal(
-        "not found", f"No such file or directory: {_shown(name)} is in no directory of its PATH ({_shown(path)})."
+        "not found", f"No such file or directory: {_quoted(name)} is in no directory of its PATH ({_quoted(path)})."
     )
 
 
@@ -303,32 +305,34 @@ def open_output(path: str, suffix: str) -> int:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             return _open(path, flags)
     except (OSError, ValueError) as error:
-        raise Refusal("output", f"{_text(error)}: {_shown(path)} cannot be written.") from None
+        raise Refusal("output", f"{_error_text(error)}: {_quoted(path)} cannot be written.") from None
 
 
 def _refusal(error: OSError, path: str, what: str) -> Refusal:
-    reason = "not found" if error.errno in MISSING else "launch"
-    return Refusal(reason, f"{_text(error)}: {_shown(path)}, {what}.")
+    reason = "not found" if error.errno in MISSING_ERRNOS else "launch"
+    return Refusal(reason, f"{_error_text(error)}: {_quoted(path)}, {what}.")
 
 
 def _spawn_refusal(error: OSError, program: bytes) -> Refusal:
-    shown = _shown(program)
+    quoted = _quoted(program)
     if error.errno == errno.ENOEXEC:
         what = "is neither a binary for this machine nor a script that begins with '#!'"
-        return Refusal("launch", f"{_text(error)}: {shown} {what}.")
+        return Refusal("launch", f"{_error_text(error)}: {quoted} {what}.")
     if error.errno == errno.ENOENT and os.path.exists(program):
-        return Refusal("not found", f"{_text(error)}: the interpreter or loader that {shown} asks for does not exist.")
-    if error.errno in MISSING:
-        return Refusal("not found", f"{_text(error)}: {shown}.")
-    return Refusal("launch", f"{_text(error)}: {shown} could not be executed.")
+        return Refusal(
+            "not found", f"{_error_text(error)}: the interpreter or loader that {quoted} asks for does not exist."
+        )
+    if error.errno in MISSING_ERRNOS:
+        return Refusal("not found", f"{_error_text(error)}: {quoted}.")
+    return Refusal("launch", f"{_error_text(error)}: {quoted} could not be executed.")
 
 
-def _text(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
 
 
-def _shown(path: str | bytes) -> str:
+def _quoted(path: str | bytes) -> str:
     """A path in quotes, as text that can travel: what is no UTF-8 is escaped."""
     return repr(path.decode("utf-8", "backslashreplace") if isinstance(path, bytes) else path)

@@ -1,4 +1,4 @@
-"""What a dead worker leaves on its machine: launchers, and below them tasks."""
+"""Ends the processes that a dead worker leaves on its machine: launchers, and below them tasks."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-from pilotq.broker.processes import log
-from pilotq.workers.process_tree import PAUSE_S, Process, kill_marked, processes, send
+from pilotq.broker.log import log
+from pilotq.workers.process_tree import KILL_POLL_S, Process, kill_marked, processes, send_signal
 
-LAUNCHERS_S = 7.0  # longer than a launcher takes to kill what it has
+LAUNCHERS_END_S = 7.0  # longer than a launcher takes to kill what it has
 
 
-def sweep_node(directory: str, node: str) -> None:
-    """End what the dead worker of a node has left; takes until nothing of it lives, at most some seconds.
+def clean_node(directory: str, node: str) -> None:
+    """End the processes of a node whose worker is dead; returns when none of them lives, at most after some seconds.
 
-    First its launchers: they end by themselves, and know the tasks that hide their marks. A launcher may have been
-    stopped, and would go on with launches of the dead later. Then, by their marks, tasks whose first node it was, and
-    what it had started for others.
+    First its launchers: they end by themselves, and know the tasks that hide their marks. A launcher that was stopped
+    (SIGSTOP) is continued: else it would start tasks of the dead worker later. Then, by their marks, tasks whose first
+    node it was, and processes that it had started for other nodes.
     """
-    deadline = time.monotonic() + LAUNCHERS_S
+    deadline = time.monotonic() + LAUNCHERS_END_S
     while launchers := _launchers(directory, node):
         for launcher in launchers:
-            send(launcher, signal.SIGCONT)
+            send_signal(launcher, signal.SIGCONT)
             if time.monotonic() > deadline:
                 log(f"launcher process {launcher.pid} of node {node} does not end, and is killed")
-                send(launcher, signal.SIGKILL)
+                send_signal(launcher, signal.SIGKILL)
         if time.monotonic() > deadline + 1.0:
             break
-        time.sleep(PAUSE_S)
+        time.sleep(KILL_POLL_S)
 
-    def ours(env: Mapping[str, str]) -> bool:
+    def belongs(env: Mapping[str, str]) -> bool:
         first = env.get("PILOTQ_NODELIST", "").partition(",")[0]
         return env.get("PILOTQ_DIR") == directory and node in (first, env.get("PILOTQ_NODE"))
 
-    left = kill_marked(ours)
+    left = kill_marked(belongs)
     if left:
         log(f"processes of tasks of node {node} cannot be killed: {', '.join(map(str, left))}")
 
 
 def _launchers(directory: str, node: str) -> list[Process]:
-    """Launchers of that node that live."""
-    words = [
+    """The living launchers of that node, by their command line."""
+    arguments = [
         b"pilotq.workers.launcher.launcher",
         b"--dir",
         os.fsencode(os.path.join(directory, "output")),
@@ -54,6 +54,6 @@ def _launchers(directory: str, node: str) -> list[Process]:
     for process in processes().values():
         if process.alive:
             with suppress(OSError), open(f"/proc/{process.pid}/cmdline", "rb") as file:
-                if words == file.read().split(b"\0")[2:7]:
+                if arguments == file.read().split(b"\0")[2:7]:
                     found.append(process)
     return found

@@ -1,7 +1,7 @@
-"""What this node is to a pilot: its name, its cores, what Slurm has granted of it.
+"""Identifies this machine as a node of a pilot: its name, its cores, and what Slurm has granted of it.
 
-What counts in the end is what this process may really use: a mask or a cgroup may be smaller than what was granted,
-and larger too, where Slurm does not bind.
+What this process may really use decides in the end: a mask or a cgroup may be smaller than what was granted, and larger
+too, where Slurm does not bind.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from collections.abc import Mapping
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.slurm.allocation import job_id, read_allocation
-from pilotq.broker.store.messages import NodeInfo
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.workers.machine.topology import usable_cpus, without_siblings
 
 MIB = 1 << 20
 
 
-class Here:
-    """This node by the environment of a worker; ``pilot_job`` is the Slurm job of the pilot, or empty."""
+class NodeIdentity:
+    """This node by the environment of a worker; ``pilot_job`` is the Slurm job of the pilot, or empty.
+
+    >>> NodeIdentity({"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}, pilot_job="8").name
+    'n1-7'
+    """
 
     def __init__(self, env: Mapping[str, str], pilot_job: str) -> None:
         self.job = job_id(env)
         self._env = env
-        # In a step it is the name of the node; HOSTNAME is the batch node's, and hosts may be called otherwise.
+        # In a step SLURMD_NODENAME names the node; HOSTNAME is the batch node's, and hosts may have other names.
         host = env.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
         # Two allocations may share a node, and each has a part of it.
         self.name = f"{host}-{self.job}" if self.job and self.job != pilot_job else host
@@ -37,8 +41,8 @@ class Here:
             cpus = cpus[:granted]
         return without_siblings(cpus) if no_smt else cpus
 
-    def known(self, info: NodeInfo) -> NodeInfo:
-        """The record of this node, with what Slurm says of it."""
+    def complete(self, info: NodeInfo) -> NodeInfo:
+        """Fill in what Slurm has granted: the job, and a limit of memory."""
         info.job = self.job
         memory = self._memory(len(info.cores))
         if memory:
@@ -51,7 +55,7 @@ class Here:
         try:
             return read_allocation(self._env).granted(self._host)
         except InvalidInput:
-            return 0  # the mask alone says it
+            return 0  # the mask alone counts
 
     def _memory(self, cores: int) -> int:
         """Bytes that the job may use here; 0 where it may use all there is."""

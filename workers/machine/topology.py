@@ -1,6 +1,6 @@
-"""What this process may use: CPUs and memory under affinity masks and cgroup limits; and the nodes made of them.
+"""Finds the CPUs and memory that this process may use under affinity masks and cgroup limits, and makes nodes of them.
 
-``root`` is where /proc and /sys are looked for.
+``root`` is the directory that contains /proc and /sys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NodePlan(NamedTuple):
 
 
 def usable_cpus(root: str = "/") -> list[int]:
-    """Numbers of the CPUs that tasks may keep busy: the affinity mask, as many of it as a CPU quota pays for.
+    """Numbers of the CPUs that tasks may keep busy: the affinity mask, as many of it as a CPU quota allows.
 
     The quota is rounded down, but one CPU is always left.
     """
@@ -63,7 +63,7 @@ def memory_bytes(root: str = "/") -> int:
 
 
 def numa_groups(cpus: Sequence[int], root: str = "/") -> list[list[int]]:
-    """``cpus`` by NUMA node, in the nodes' order; one group where the kernel tells none."""
+    """``cpus`` by NUMA node, in the nodes' order; one group where the kernel lists no nodes."""
     folder = os.path.join(root, "sys/devices/system/node")
     try:
         nodes = sorted(int(name[4:]) for name in os.listdir(folder) if re.fullmatch(r"node\d+", name))
@@ -85,12 +85,16 @@ def check_node_name(name: str, where: str) -> None:
 
 
 def parse_nodes(spec: str) -> list[tuple[str, int]]:
-    """Names and cores of ``--nodes``: ``4``, ``4,2,2`` (n0, n1, n2), ``n1:2``, ``n1:4,n2:4``. Raises InvalidInput."""
+    """Names and cores of ``--nodes``: ``4``, ``4,2,2`` (n0, n1, n2), ``n1:2``, ``n1:4,n2:4``. Raises InvalidInput.
+
+    >>> parse_nodes("4,2")
+    [('n0', 4), ('n1', 2)]
+    """
     nodes: dict[str, int] = {}
-    for place, item in enumerate(spec.split(",")):
+    for position, item in enumerate(spec.split(",")):
         name, colon, count = item.strip().rpartition(":")
         if not colon:
-            name = f"n{place}"
+            name = f"n{position}"
         check_node_name(name, f"--nodes {spec}")
         if not re.fullmatch(r"[0-9]{1,4}", count) or not 1 <= int(count) <= CORES_MAX:
             raise InvalidInput(
@@ -103,7 +107,7 @@ def parse_nodes(spec: str) -> list[tuple[str, int]]:
 
 
 def virtual_nodes(spec: str | None, cpus: Sequence[int], hostname: str) -> list[NodePlan]:
-    """The nodes of ``spec`` on this machine's ``cpus``, or without it one node of them all, named by the host.
+    """The nodes of ``spec`` on this machine's ``cpus``, or without it one node of them all, with the host's name.
 
     The cores of a node of ``spec`` are numbered from 0 and take CPUs in turn, over again when these run out.
     """
@@ -150,11 +154,11 @@ def _cgroups(controller: str, root: str) -> Iterator[str]:
 
 def _quota(folder: str) -> float | None:
     """CPUs that the cgroup may keep busy; None without a limit."""
-    words = _read(os.path.join(folder, "cpu.max")).split()
-    if not words:
-        words = [_read(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period")]
-    if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
-        return int(words[0]) / int(words[1])
+    fields = _read(os.path.join(folder, "cpu.max")).split()
+    if not fields:
+        fields = [_read(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period")]
+    if len(fields) == 2 and fields[0].isdigit() and fields[1].isdigit() and int(fields[1]):
+        return int(fields[0]) / int(fields[1])
     return None  # "max" or -1
 
 

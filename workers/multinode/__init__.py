@@ -1,1 +1,1 @@
-"""multinode"""
+"""Tasks over several nodes: remote processes, launch agents and MPI launchers, and their common end."""

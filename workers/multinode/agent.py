@@ -1,13 +1,13 @@
-"""The launch agent of MPI launchers: what `mpirun` uses in the place of ssh. Its own program, which imports little.
+"""The launch agent of MPI launchers, which `mpirun` uses instead of ssh. A program of its own, which imports little.
 
     pilotq-agent [OPTIONS OF SSH] NODE COMMAND...
 
-Asks the worker of the task's first node to have COMMAND (for a shell, as with ssh) started on NODE as a part of the
-same execution: on its cores there, marked, ended with it. Waits for its end, writes what it wrote, and exits with its
-code; 255 when nothing was started.
+It asks the worker of the task's first node to have COMMAND (for a shell, as with ssh) started on NODE as a part of the
+same execution: on its cores there, marked, ended with it. It waits for its end, writes what it wrote, and exits with
+its code; 255 when nothing was started.
 
-The socket is abstract (no file is left behind, whatever dies), so both ends look at whose process the other is. Over
-it goes one request and one answer, each four bytes of length (little endian), then JSON.
+The socket is abstract (no file is left behind, whatever dies), so both ends check whose process the other is. Over it
+goes one request and one reply, each four bytes of length (little endian), then JSON.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ import struct
 import sys
 from typing import NoReturn
 
-SIZE = struct.Struct("<I")
+LENGTH = struct.Struct("<I")
 CREDENTIALS = struct.Struct("3i")  # pid, uid, gid, as SO_PEERCRED gives them
-WITH_VALUE = frozenset("BbcDEeFIiJLlmOopQRSWw")  # of ssh's options
+SSH_OPTIONS_WITH_VALUE = frozenset("BbcDEeFIiJLlmOopQRSWw")  # of ssh's options
 NOT_STARTED = 255
 
 
 def main() -> NoReturn:
     try:
         node, command = _arguments(sys.argv[1:])
-        answer = _ask(node, command)
+        reply = _request(node, command)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"pilotq-agent: {error}\n")
         sys.exit(NOT_STARTED)
-    sys.stdout.write(str(answer.get("stdout", "")))
-    sys.stderr.write(str(answer.get("stderr", "")))
-    sys.exit(int(str(answer["status"])))
+    sys.stdout.write(str(reply.get("stdout", "")))
+    sys.stderr.write(str(reply.get("stderr", "")))
+    sys.exit(int(str(reply["status"])))
 
 
 def _arguments(words: list[str]) -> tuple[str, str]:
-    """The node and the line for the shell; options of ssh mean nothing here."""
+    """The node and the line for the shell; options of ssh are skipped."""
     words = list(words)
     while words and words[0].startswith("-"):
         option = words.pop(0)
-        if len(option) == 2 and option[1] in WITH_VALUE and words:
+        if len(option) == 2 and option[1] in SSH_OPTIONS_WITH_VALUE and words:
             words.pop(0)
     if len(words) < 2:
         raise ValueError("give a node and a command: pilotq-agent NODE COMMAND...")
@@ -50,7 +50,7 @@ def _arguments(words: list[str]) -> tuple[str, str]:
     return node.rpartition("@")[2], " ".join(command)
 
 
-def _ask(node: str, command: str) -> dict[str, object]:
+def _request(node: str, command: str) -> dict[str, object]:
     name = os.environ.get("PILOTQ_AGENT", "")
     if not name:
         raise ValueError("it works on the first node of a task that has several nodes, and this is none")
@@ -69,23 +69,23 @@ def _ask(node: str, command: str) -> dict[str, object]:
             raise OSError(f"the worker of this node cannot be reached: {error.strerror}") from None
         peer = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
         if peer[1] != os.getuid():
-            raise OSError("another user listens in the place of this node's worker")
-        # Escaped as JSON has it, what is no UTF-8 would not be read: such variables stay here.
+            raise OSError("a process of another user listens in the place of this node's worker")
+        # What is no UTF-8 cannot be read by the other end: such variables are left out.
         request["env"] = {n: v for n, v in os.environ.items() if _is_text(n) and _is_text(v)}
         data = json.dumps(request).encode()
-        connection.sendall(SIZE.pack(len(data)) + data)
-        size = SIZE.unpack(_read(connection, SIZE.size))[0]
-        answer: dict[str, object] = json.loads(_read(connection, size))
-        return answer
+        connection.sendall(LENGTH.pack(len(data)) + data)
+        size = LENGTH.unpack(_read(connection, LENGTH.size))[0]
+        reply: dict[str, object] = json.loads(_read(connection, size))
+        return reply
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        part = connection.recv(size - len(data))
-        if not part:
+        chunk = connection.recv(size - len(data))
+        if not chunk:
             raise OSError("the worker of this node has ended the connection")
-        data += part
+        data += chunk
     return data
 
 

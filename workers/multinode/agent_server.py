@@ -1,4 +1,4 @@
-"""Where launch agents of tasks on this node ask their worker for processes on other nodes; see agent.py."""
+"""The socket on which the launch agents of this node's tasks ask for processes on other nodes; see agent.py."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import socket
 
 import msgspec
 
-from pilotq.broker.processes import log
-from pilotq.workers.multinode.agent import CREDENTIALS, SIZE
+from pilotq.broker.log import log
+from pilotq.workers.multinode.agent import CREDENTIALS, LENGTH
 
 REQUEST_MAX = 8 << 20  # an environment is at most a quarter of the stack's limit
-WAITING_MAX = 1024
+BACKLOG = 1024
 
 
-class Ask(msgspec.Struct):
-    """What an agent wants."""
+class AgentRequest(msgspec.Struct):
+    """The command that an agent is to have started, and where."""
 
     id: str
     execution: int
@@ -26,14 +26,16 @@ class Ask(msgspec.Struct):
     env: dict[str, str]
 
 
-class Answer(msgspec.Struct):
+class AgentReply(msgspec.Struct):
+    """How the command has ended, and the end of what it wrote."""
+
     status: int
     stdout: str = ""
     stderr: str = ""
 
 
-class Desk:
-    """Listens from the first time that somebody wants to know its ``name``. Nothing here waits."""
+class AgentServer:
+    """Serves launch agents over an abstract socket, from the first use of its `name`. It never waits."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
@@ -41,39 +43,39 @@ class Desk:
         self._connections: dict[int, tuple[socket.socket, bytearray]] = {}
 
     def name(self) -> str:
-        """What agents are to find in PILOTQ_AGENT."""
+        """The name of its socket, which agents find in PILOTQ_AGENT."""
         if self._listener is None:
             self._name = f"pilotq-{os.getpid()}-{secrets.token_hex(8)}"
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._listener.bind("\0" + self._name)
-            self._listener.listen(WAITING_MAX)
+            self._listener.listen(BACKLOG)
         return self._name
 
     def filenos(self) -> list[int]:
-        """To wait on for reading."""
+        """Descriptors to wait on for reading."""
         return ([self._listener.fileno()] if self._listener is not None else []) + list(self._connections)
 
-    def serve(self, ready: set[int]) -> tuple[list[tuple[int, Ask]], list[int]]:
-        """What was asked, and who has hung up, both by the number of the connection."""
-        asks: list[tuple[int, Ask]] = []
-        gone: list[int] = []
+    def serve(self, ready: set[int]) -> tuple[list[tuple[int, AgentRequest]], list[int]]:
+        """The requests that have come, and the connections that were closed, both by number of the connection."""
+        requests: list[tuple[int, AgentRequest]] = []
+        closed: list[int] = []
         if self._listener is not None and self._listener.fileno() in ready:
             self._accept(self._listener)
         for number in ready & self._connections.keys():
             connection, data = self._connections[number]
             try:
-                part = connection.recv(1 << 20)
+                chunk = connection.recv(1 << 20)
             except BlockingIOError:
                 continue
             except OSError:
-                part = b""
-            data += part
-            if not part or len(data) > REQUEST_MAX:
+                chunk = b""
+            data += chunk
+            if not chunk or len(data) > REQUEST_MAX:
                 self._close(number)
-                gone.append(number)
-            elif (ask := self._decode(number, data)) is not None:
-                asks.append((number, ask))
-        return asks, gone
+                closed.append(number)
+            elif (request := self._decode(number, data)) is not None:
+                requests.append((number, request))
+        return requests, closed
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -90,27 +92,27 @@ class Desk:
         except OSError as error:
             log(f"a launch agent cannot be served: {error}")
 
-    def _decode(self, number: int, data: bytearray) -> Ask | None:
-        if len(data) < SIZE.size or len(data) < SIZE.size + SIZE.unpack_from(data)[0]:
+    def _decode(self, number: int, data: bytearray) -> AgentRequest | None:
+        if len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack_from(data)[0]:
             return None
-        body = bytes(data[SIZE.size :])
+        body = bytes(data[LENGTH.size :])
         data.clear()
         try:
-            return msgspec.json.decode(body, type=Ask)
+            return msgspec.json.decode(body, type=AgentRequest)
         except msgspec.MsgspecError as error:
-            self.answer(number, Answer(255, "", f"pilotq-agent: the worker does not understand it: {error}\n"))
+            self.reply(number, AgentReply(255, "", f"pilotq-agent: the worker cannot read its request: {error}\n"))
             return None
 
-    def answer(self, number: int, answer: Answer) -> None:
-        """Say how it ended, and hang up. Who has gone is not told."""
-        held = self._connections.get(number)
-        if held is None:
+    def reply(self, number: int, reply: AgentReply) -> None:
+        """Send the reply and close the connection; nothing if it was closed meanwhile."""
+        found = self._connections.get(number)
+        if found is None:
             return
-        body = msgspec.json.encode(answer)
+        body = msgspec.json.encode(reply)
         try:
-            held[0].sendall(SIZE.pack(len(body)) + body)
+            found[0].sendall(LENGTH.pack(len(body)) + body)
         except OSError as error:
-            log(f"a launch agent did not hear its answer: {error}")
+            log(f"a launch agent did not get its reply: {error}")
         self._close(number)
 
     def _close(self, number: int) -> None:

@@ -1,6 +1,6 @@
 """The launch of an execution that is more than one process on one node: files, variables, and the command of its model.
 
-How launchers are told is in workers/multinode/mpi.py; here is what must be looked up: nodes, programs, files.
+The command lines of launchers are in mpi.py; here is what must be looked up for them: nodes, programs, files.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Protocol
 import msgspec
 
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA
-from pilotq.broker.tasks.model import FLAG_QCG, ONE_PROCESS_MODELS, Spec, os_encode
-from pilotq.workers.execution.escalation import Execution
+from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
+from pilotq.broker.tasks.spec import FLAG_QCG, Spec, os_encode
+from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.launch_builder import Reservation, UnlaunchableError
 from pilotq.workers.multinode import agent
-from pilotq.workers.multinode.mpi import STARTERS, Host, content_of, files_in, variables
+from pilotq.workers.multinode.mpi import PREFIXES, Host, file_contents, files_in, variables
 from pilotq.workers.protocol import Launch
-from pilotq.workers.session import NodeLink
+from pilotq.workers.session import Session
 
-FOLDER = "hosts"  # below the pilot's directory: a folder for each execution that needs one
+HOSTS_FOLDER = "hosts"  # below the pilot's directory: a folder for each execution that needs one
 AGENT = "pilotq-agent"
 # Names of launchers, the plain one first; and what the plain one must not lead to.
 LAUNCHERS = {
@@ -34,71 +35,77 @@ LAUNCHERS = {
     "intelmpi": (("mpirun",), ("openmpi", "orterun", "prun", "prterun", "mpich")),
     "srunmpi": (("srun",), ()),
 }
-# What a program is linked with, and what srun must then be told. Under any other --mpi MPICH starts n runs of size 1.
+# What a program is linked with, and the --mpi that srun then needs: under any other MPICH starts n runs of size 1.
 LIBRARIES = ((b"libmpi.so.40", "pmix"), (b"libmpich.so", "pmi2"), (b"libmpi.so.12", "pmi2"))
-LOOK_BYTES = 16 << 20  # the names of libraries stand near the beginning of a program
+SCAN_BYTES = 16 << 20  # the names of libraries stand near the beginning of a program
 
 
-class Begin(Protocol):
-    """Says that an execution begins, with the other nodes by address and its folder; returns the agents' socket."""
+class Register(Protocol):
+    """Enters an execution that is about to be launched; returns the name of its agents' socket."""
 
     def __call__(self, e: Execution, nodes: dict[str, str], folder: str) -> str: ...
 
 
-class Models:
-    """The dresser of workers/execution/launch_builder.py. ``real`` maps this node's cores to CPUs where they differ."""
+class ParallelLaunchModel:
+    """Makes launches by the models of MPI, and over several nodes.
 
-    def __init__(self, link: NodeLink, directory: str, address: str, real: Mapping[int, int], begin: Begin) -> None:
-        self._link = link
+    ``real`` maps core numbers to CPU numbers where they differ. ``register`` is called for each execution, with the
+    addresses of its nodes' workers and the folder of its files.
+    """
+
+    def __init__(
+        self, session: Session, directory: str, address: str, real: Mapping[int, int], register: Register
+    ) -> None:
+        self._session = session
         self._node = address.rpartition(":")[0]
         self._address = address
         self._real = real
-        self._begin = begin
-        self._folder = os.path.join(directory, FOLDER, self._node)
+        self._register = register
+        self._folder = os.path.join(directory, HOSTS_FOLDER, self._node)
         shutil.rmtree(self._folder, ignore_errors=True)  # what a killed worker of this node has left
 
-    def dress(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
-        several = len(here.nodes) > 1
+    def apply(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+        multinode = len(here.nodes) > 1
         ranked = spec.model not in ONE_PROCESS_MODELS and sum(here.cores) > 1
-        if spec.flags & FLAG_QCG and not several and "SLURM_JOB_ID" not in os.environ:
+        if spec.flags & FLAG_QCG and not multinode and "SLURM_JOB_ID" not in os.environ:
             ranked = False  # on one machine QCG-PilotJob starts one process, whatever the model
-        if not several and not ranked:
+        if not multinode and not ranked:
             return launch  # one core: the program itself, as with QCG-PilotJob
         addresses, hosts = self._hosts(here, "localhost" if spec.model != "srunmpi" else self._node)
-        folder = os.path.join(self._folder, f"{e.handed.id}.{e.handed.execution}")
+        folder = os.path.join(self._folder, f"{e.run.id}.{e.run.execution}")
         files = files_in(folder)
-        more = variables(files, _agent(self._folder) if several else "")
+        added = variables(files, _agent_path(self._folder) if multinode else "")
         if os.environ.get(ENV_SCHEMA) == "slurm":
-            more["SLURM_HOSTFILE"] = files.hosts
+            added["SLURM_HOSTFILE"] = files.hosts
         argv = launch.argv
         if ranked:
             opts = _options(spec, argv[0], launch.cwd, env)
             if spec.model == "srunmpi" and not opts.get("mpi") and "--mpi" not in opts.get("srun_args", ""):
-                e.message = "Its kind of MPI cannot be seen, so srun's default of --mpi stood: give the option mpi."
-            program = opts.get("mpirun") or _launcher(spec.model, env)
+                e.message = "Its kind of MPI cannot be seen, so srun's default of --mpi was used: give the option mpi."
+            program = opts.get("mpirun") or _find_launcher(spec.model, env)
             if spec.model == "srunmpi":
-                more |= _step(env)
-            start = STARTERS[spec.model](program, opts, hosts, files)
-            more |= start.env
-            argv = [*argv[: spec.launch_at], *map(os_encode, start.words), *argv[spec.launch_at :]]
+                added |= _step_variables(env)
+            prefix = PREFIXES[spec.model](program, opts, hosts, files)
+            added |= prefix.env
+            argv = [*argv[: spec.launch_at], *map(os_encode, prefix.argv), *argv[spec.launch_at :]]
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            for path, text in content_of(files, hosts).items():
+            for path, text in file_contents(files, hosts).items():
                 with open(path, "w", encoding="utf-8") as file:
                     file.write(text)
         except OSError as error:
             raise UnlaunchableError("launch", f"its host files cannot be written: {error}") from None
-        agents = self._begin(e, addresses, folder)
-        if several:
-            more["PILOTQ_AGENT"] = agents
-        return msgspec.structs.replace(launch, argv=argv, env={**more, **launch.env})
+        socket = self._register(e, addresses, folder)
+        if multinode:
+            added["PILOTQ_AGENT"] = socket
+        return msgspec.structs.replace(launch, argv=argv, env={**added, **launch.env})
 
     def _hosts(self, here: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
         """The workers of its nodes by name, and its nodes as launchers see them; a single one is called ``alone``."""
         if len(here.nodes) == 1:
             cpus = tuple(self._real.get(core, core) for core in here.parts[0].cores)
             return {self._node: self._address}, (Host(alone, cpus),)
-        infos = self._link.fetch_nodes(here.nodes)
+        infos = self._session.shared_data.fetch_nodes(here.nodes)
         hosts = []
         for part in here.parts:
             info = infos.get(part.node)
@@ -110,7 +117,7 @@ class Models:
 
 
 def _options(spec: Spec, program: bytes, cwd: str, env: Mapping[str, str]) -> dict[str, str]:
-    """The options of its model; how srun starts its kind of MPI is found out where they do not say it."""
+    """The options of its model; the --mpi of srun is found from the program where they do not give it."""
     opts = dict(spec.model_opts)
     if spec.model == "srunmpi" and "mpi" not in opts:
         name = os.fsdecode(program)
@@ -120,7 +127,7 @@ def _options(spec: Spec, program: bytes, cwd: str, env: Mapping[str, str]) -> di
     return opts
 
 
-def _agent(folder: str) -> str:
+def _agent_path(folder: str) -> str:
     """The path of the launch agent; where only the package is installed, without its programs, one is made there."""
     for path in (os.path.join(sysconfig.get_path("scripts"), AGENT), os.path.join(folder, AGENT)):
         if os.access(path, os.X_OK):
@@ -134,13 +141,13 @@ def _agent(folder: str) -> str:
     return path
 
 
-def _launcher(model: str, env: Mapping[str, str]) -> str:
+def _find_launcher(model: str, env: Mapping[str, str]) -> str:
     """The path of the launcher on the task's PATH. Several MPIs may be installed side by side."""
-    names, strangers = LAUNCHERS[model]
+    names, other_kinds = LAUNCHERS[model]
     path = env.get("PATH", os.defpath)
     for name in names:
         found = shutil.which(name, path=path)
-        if found is not None and not any(word in os.path.realpath(found) for word in strangers):
+        if found is not None and not any(word in os.path.realpath(found) for word in other_kinds):
             return found
     raise UnlaunchableError(
         "not found",
@@ -149,7 +156,7 @@ def _launcher(model: str, env: Mapping[str, str]) -> str:
     )
 
 
-def _step(env: Mapping[str, str]) -> dict[str, str]:
+def _step_variables(env: Mapping[str, str]) -> dict[str, str]:
     """Variables that let srun make a step in the allocation of this worker."""
     job = os.environ.get("SLURM_JOB_ID") or env.get("SLURM_JOB_ID")
     if not job:
@@ -158,11 +165,11 @@ def _step(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def linked_with(path: str) -> str:
-    """What ``srun --mpi`` must be for this program; empty when that cannot be seen."""
+    """What ``srun --mpi`` must be for this program; empty when its libraries do not tell."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"\x7fELF":
                 return ""
-            return next((kind for name, kind in LIBRARIES if data.find(name, 0, LOOK_BYTES) >= 0), "")
+            return next((kind for name, kind in LIBRARIES if data.find(name, 0, SCAN_BYTES) >= 0), "")
     except (OSError, ValueError):
         return ""

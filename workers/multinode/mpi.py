@@ -1,4 +1,4 @@
-"""How the launchers of MPI are told where ranks go: command lines, files and variables of each model. Pure.
+"""Command lines, files and variables that tell the launchers of MPI where ranks go, for each model. Pure.
 
 A rank is one core of the reservation; ranks are numbered node by node, in the order of the allocation. CPU numbers are
 those of each node's own machine.
@@ -18,7 +18,7 @@ class Host(NamedTuple):
     cpus: tuple[int, ...]
 
 
-class Files(NamedTuple):
+class LauncherFiles(NamedTuple):
     """Paths of the files that launchers read; ``content_of`` says what is in them."""
 
     hosts: str  # a line for each rank
@@ -27,10 +27,10 @@ class Files(NamedTuple):
     ranks: str  # Open MPI's rank file
 
 
-class Start(NamedTuple):
-    """Words to put in front of the task's command, and variables."""
+class LaunchPrefix(NamedTuple):
+    """What goes in front of the task's command, and variables."""
 
-    words: list[str]
+    argv: list[str]
     env: dict[str, str]
 
 
@@ -39,11 +39,11 @@ _PIN = 'exec taskset -c "$(printf %s "$PILOTQ_RANK_CPUS" | cut -d: -f$((${VARIAB
 RANK_CPUS = "PILOTQ_RANK_CPUS"
 
 
-def files_in(folder: str) -> Files:
-    return Files(*(f"{folder}/{name}" for name in Files._fields))
+def files_in(folder: str) -> LauncherFiles:
+    return LauncherFiles(*(f"{folder}/{name}" for name in LauncherFiles._fields))
 
 
-def content_of(files: Files, hosts: tuple[Host, ...]) -> dict[str, str]:
+def file_contents(files: LauncherFiles, hosts: tuple[Host, ...]) -> dict[str, str]:
     """The text of each file, by path."""
     ranks = [(host.name, cpu) for host in hosts for cpu in host.cpus]
     return {
@@ -54,7 +54,7 @@ def content_of(files: Files, hosts: tuple[Host, ...]) -> dict[str, str]:
     }
 
 
-def variables(files: Files, agent: str) -> dict[str, str]:
+def variables(files: LauncherFiles, agent: str) -> dict[str, str]:
     """What lets any launcher that the task itself calls reach the task's nodes, and nothing but them.
 
     Slurm's own start of daemons would not be a part of this execution, so it is switched off.
@@ -84,40 +84,40 @@ def variables(files: Files, agent: str) -> dict[str, str]:
     return env
 
 
-def openmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
-    words = [mpirun, "-np", str(_size(hosts)), "--hostfile", files.slots, "--rankfile", files.ranks]
+def openmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: LauncherFiles) -> LaunchPrefix:
+    argv = [mpirun, "-np", str(_size(hosts)), "--hostfile", files.slots, "--rankfile", files.ranks]
     env = {"OMPI_MCA_rmaps_rank_file_physical": "1", "OMPI_MCA_hwloc_base_binding_policy": "hwthread"}
-    return Start([*words, *shlex.split(opts.get("mpirun_args", ""))], env)
+    return LaunchPrefix([*argv, *shlex.split(opts.get("mpirun_args", ""))], env)
 
 
-def mpich(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
-    words = [mpirun, "-f", files.machines, "-n", str(_size(hosts))]
-    return Start([*words, *shlex.split(opts.get("mpirun_args", "")), *_pinned("PMI_RANK")], _rank_cpus(hosts))
+def mpich(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: LauncherFiles) -> LaunchPrefix:
+    argv = [mpirun, "-f", files.machines, "-n", str(_size(hosts))]
+    return LaunchPrefix([*argv, *shlex.split(opts.get("mpirun_args", "")), *_pin_ranks("PMI_RANK")], _rank_cpus(hosts))
 
 
-def intelmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
-    words = [mpirun, "-machinefile", files.machines, "-n", str(_size(hosts))]
-    words += shlex.split(opts.get("mpirun_args", ""))
+def intelmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: LauncherFiles) -> LaunchPrefix:
+    argv = [mpirun, "-machinefile", files.machines, "-n", str(_size(hosts))]
+    argv += shlex.split(opts.get("mpirun_args", ""))
     if len({host.cpus for host in hosts}) == 1:
         pins = ",".join(map(str, hosts[0].cpus))
-        return Start(words, {"I_MPI_PIN": "1", "I_MPI_PIN_PROCESSOR_LIST": pins})
-    return Start([*words, *_pinned("PMI_RANK")], {"I_MPI_PIN": "0", **_rank_cpus(hosts)})
+        return LaunchPrefix(argv, {"I_MPI_PIN": "1", "I_MPI_PIN_PROCESSOR_LIST": pins})
+    return LaunchPrefix([*argv, *_pin_ranks("PMI_RANK")], {"I_MPI_PIN": "0", **_rank_cpus(hosts)})
 
 
-def srunmpi(srun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: Files) -> Start:
+def srunmpi(srun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: LauncherFiles) -> LaunchPrefix:
     """``mpi`` of the options becomes ``--mpi``, unless ``srun_args`` has one."""
-    words = [
+    argv = [
         srun, "-N", str(len(hosts)), "-n", str(_size(hosts)), "-m", "arbitrary", "--overlap", "--overcommit",
         "--mem-per-cpu=0", "--cpu-bind=none",
     ]  # fmt: skip
     args = shlex.split(opts.get("srun_args", ""))
     if opts.get("mpi") and not any(word.startswith("--mpi") for word in args):
-        words.append(f"--mpi={opts['mpi']}")
+        argv.append(f"--mpi={opts['mpi']}")
     env = {"SLURM_HOSTFILE": files.hosts, **_rank_cpus(hosts)}
-    return Start([*words, *args, *_pinned("SLURM_PROCID", 'export PILOTQ_NODE="$SLURMD_NODENAME"; ')], env)
+    return LaunchPrefix([*argv, *args, *_pin_ranks("SLURM_PROCID", 'export PILOTQ_NODE="$SLURMD_NODENAME"; ')], env)
 
 
-STARTERS: dict[str, Callable[[str, Mapping[str, str], tuple[Host, ...], Files], Start]] = {
+PREFIXES: dict[str, Callable[[str, Mapping[str, str], tuple[Host, ...], LauncherFiles], LaunchPrefix]] = {
     "openmpi": openmpi, "mpich": mpich, "intelmpi": intelmpi, "srunmpi": srunmpi,
 }  # fmt: skip
 
@@ -130,5 +130,5 @@ def _rank_cpus(hosts: tuple[Host, ...]) -> dict[str, str]:
     return {RANK_CPUS: ":".join(str(cpu) for host in hosts for cpu in host.cpus)}
 
 
-def _pinned(variable: str, before: str = "") -> list[str]:
+def _pin_ranks(variable: str, before: str = "") -> list[str]:
     return ["sh", "-c", before + _PIN.replace("VARIABLE", variable), "pilotq-rank"]

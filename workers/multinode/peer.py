@@ -1,7 +1,8 @@
-"""What a node does for executions of other nodes: starts processes for them, and ends whatever is left of them.
+"""Processes that this node runs for executions of other nodes: started on request, and swept at the end.
 
-The worker of an execution's first node is its *host*. It asks for processes (``Guest``, by way of its launch agent),
-and for the sweep at the end, which is by marks too: a program may have come here by other ways (srun, ssh).
+The worker of an execution's first node, its *primary* node, asks for them (`StartRemote`, on behalf of a launch agent),
+and for the sweep at the end. The sweep finds processes by their marks too, as a program may have come here by other
+ways (srun, ssh).
 """
 
 from __future__ import annotations
@@ -14,103 +15,105 @@ from collections.abc import Callable, Mapping
 from signal import SIGKILL, SIGTERM
 
 from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
-from pilotq.broker.processes import log
+from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
-from pilotq.broker.store.messages import Guest, GuestEnded, GuestStop, Sweep, Swept, ToWorker
+from pilotq.broker.store.messages import RemoteEnded, StartRemote, StopRemote, Sweep, Swept, ToWorker
 from pilotq.workers import process_tree
-from pilotq.workers.execution.launch_builder import Preparer, UnlaunchableError
-from pilotq.workers.execution.launcher_pool import Launchers
-from pilotq.workers.protocol import Captured, Exited, Refused, Signal, Started, Up, tail
-from pilotq.workers.protocol import Swept as LeftoversSwept
+from pilotq.workers.execution.launch_builder import LaunchBuilder, UnlaunchableError
+from pilotq.workers.execution.launcher_pool import LauncherPool
+from pilotq.workers.protocol import Captured, Exited, FromLauncher, GroupSwept, Refused, Signal, Started, tail
 
-FIRST_KEY = 1 << 48  # of guests, for their launchers: they never meet those of this node's own executions
-LOOK_S = 0.02  # between two looks at what was killed
-CLEAN_LOOKS = 2  # a process in the middle of exec has no environment for a moment: one clean look is no proof
-TELL_BYTES = 4096  # of what a process wrote, in the word of its end
+# Of remote processes, for their launchers: they never meet the keys of this node's own executions.
+FIRST_KEY = 1 << 48
+SCAN_S = 0.02  # between two scans for what was killed
+OUTPUT_BYTES = 4096  # of what a process wrote, in the message of its end
 NOT_STARTED = 255  # the status that a shell's remote commands have when there was no connection
-Tell = Callable[[str, ToWorker], None]  # to a host by its address; "" is the dispatcher
+Send = Callable[[str, ToWorker], None]  # to a worker by its address; "" is the dispatcher
 
 
-class _Process:
-    """One process that was asked for. ``key`` names it for its launcher."""
+class _RemoteProcess:
+    """One process of another node's execution. ``key`` names it for its launcher."""
 
     __slots__ = (
-        "allocation", "execution", "exited", "host", "id", "key", "kill_at", "launcher", "live", "number", "told",
+        "allocation", "execution", "exited", "id", "key", "kill_at", "launcher", "number", "output_paths", "primary",
+        "reported",
     )  # fmt: skip
 
-    def __init__(self, key: int, guest: Guest) -> None:
+    def __init__(self, key: int, request: StartRemote) -> None:
         self.key = key
-        self.host = guest.host
-        self.number = guest.number
-        self.id = guest.id
-        self.execution = guest.execution
-        self.allocation = guest.allocation
+        self.primary = request.host  # its worker's address
+        self.number = request.number
+        self.id = request.id
+        self.execution = request.execution
+        self.allocation = request.allocation
         self.launcher = 0
         self.exited: Exited | None = None
-        self.live = ("", "")  # where its outputs can be read while something of it lives
-        self.kill_at: float | None = None  # monotonic: it was told to end
-        self.told = False  # the host knows of its end
+        self.output_paths = ("", "")  # where its outputs can be read while something of it lives
+        self.kill_at: float | None = None  # monotonic: it has got SIGTERM
+        self.reported = False  # its primary node knows of its end
 
 
-class _Sweeping:
-    """A sweep that was asked for and is not confirmed. Equal requests replace each other."""
+class _PendingSweep:
+    """A sweep that is not confirmed yet. A request replaces an earlier one for the same execution."""
 
-    __slots__ = ("asked", "clean", "give_up_at", "kill_at", "look_at", "termed")
+    __slots__ = ("clean_scans", "give_up_at", "kill_at", "request", "scan_at", "terminated")
 
-    def __init__(self, asked: Sweep, now: float, patience: float) -> None:
-        self.asked = asked
-        self.kill_at = now + asked.grace
+    def __init__(self, request: Sweep, now: float, patience: float) -> None:
+        self.request = request
+        self.kill_at = now + request.grace
         self.give_up_at = self.kill_at + patience
-        self.look_at = now
-        self.clean = 0
-        self.termed = False
+        self.scan_at = now
+        self.clean_scans = 0
+        self.terminated = False
 
 
-class Guests:
-    """``address`` is this worker's, ``tell`` sends a word to a host; ``directory`` is the pilot's.
+class RemoteProcesses:
+    """The processes of a node for executions of other nodes, and the sweeps that were asked of it.
 
-    A ``virtual`` node shares its machine with others of the pilot.
+    ``address`` is this worker's, ``send`` sends a message to another one; ``directory`` is the pilot's. A ``virtual``
+    node shares its machine with others of the pilot.
     """
 
     def __init__(
-        self, address: str, directory: str, launchers: Launchers, preparer: Preparer, tell: Tell, settings: Settings,
-        *, virtual: bool,
+        self, address: str, directory: str, launchers: LauncherPool, builder: LaunchBuilder, send: Send,
+        settings: Settings, *, virtual: bool,
     ) -> None:  # fmt: skip
         self._address = address
         self._directory = directory
         self._launchers = launchers
-        self._preparer = preparer
-        self._tell = tell
+        self._builder = builder
+        self._send = send
         self._settings = settings
         self._keys = FIRST_KEY
-        self._processes: dict[int, _Process] = {}
-        self._newest: dict[str, int] = {}  # by host: what is said again after a lost connection is known by its number
-        self._sweeps: dict[tuple[str, str, int], _Sweeping] = {}
+        self._processes: dict[int, _RemoteProcess] = {}
+        # By primary node: a request that is repeated after a lost connection is known by its number.
+        self._newest: dict[str, int] = {}
+        self._sweeps: dict[tuple[str, str, int], _PendingSweep] = {}
         self._scratch = _scratch_of(directory, address.rpartition(":")[0]) if virtual else ""
         self.close()  # what a killed worker of this node has left
 
     def __len__(self) -> int:
         return len(self._processes) + len(self._sweeps)
 
-    def held(self) -> list[tuple[str, str]]:
-        """Host and allocation of each execution that something was started for."""
-        return sorted({(p.host, p.allocation) for p in self._processes.values()})
+    def executions(self) -> list[tuple[str, str]]:
+        """Address of the primary worker, and allocation, of each execution that has a process here."""
+        return sorted({(p.primary, p.allocation) for p in self._processes.values()})
 
-    # -- what hosts say --------------------------------------------------------------------------------------------
+    # -- requests of primary nodes ---------------------------------------------------------------------------------
 
-    def start(self, guest: Guest) -> None:
-        if guest.number <= self._newest.get(guest.host, 0):
-            return  # said twice
-        self._newest[guest.host] = guest.number
+    def start(self, request: StartRemote) -> None:
+        if request.number <= self._newest.get(request.host, 0):
+            return  # sent twice
+        self._newest[request.host] = request.number
         self._keys += 1
-        process = _Process(self._keys, guest)
+        process = _RemoteProcess(self._keys, request)
         try:
-            base, place, launch = self._preparer.prepare_guest(guest, process.key)
+            base, place, launch = self._builder.build_remote(request, process.key)
         except UnlaunchableError as error:
-            self._answer(process, GuestEnded(guest.number, NOT_STARTED, b"", f"{error}\n".encode()))
+            self._report(process, RemoteEnded(request.number, NOT_STARTED, b"", f"{error}\n".encode()))
             return
         except (ServerUnavailable, StateLost, Superseded) as error:
-            self._answer(process, GuestEnded(guest.number, NOT_STARTED, b"", f"{error}\n".encode(), lost=True))
+            self._report(process, RemoteEnded(request.number, NOT_STARTED, b"", f"{error}\n".encode(), lost=True))
             return
         if self._scratch:
             # Open MPI names its files in shared memory by host and rank on it: two nodes of one machine would meet.
@@ -122,61 +125,66 @@ class Guests:
         self._processes[process.key] = process
         launcher.launch(base, place, launch)
 
-    def stop(self, message: GuestStop, now: float) -> None:
+    def stop(self, message: StopRemote, now: float) -> None:
         for process in self._processes.values():
-            if (process.host, process.number) == (message.host, message.number):
-                process.told = True  # nobody waits for its end
-                self._end(process, self._settings.kill_grace_s, now)
+            if (process.primary, process.number) == (message.host, message.number):
+                process.reported = True  # nobody waits for its end
+                self._terminate(process, self._settings.kill_grace_s, now)
 
-    def sweep(self, asked: Sweep, now: float) -> None:
-        key = (asked.host, asked.id, asked.execution)
-        self._sweeps[key] = _Sweeping(asked, now, self._settings.confirm_s)
+    def sweep(self, request: Sweep, now: float) -> None:
+        key = (request.host, request.id, request.execution)
+        self._sweeps[key] = _PendingSweep(request, now, self._settings.sweep_confirm_s)
         for process in self._processes.values():
-            if self._concerns(asked, process):
-                self._end(process, asked.grace, now)
+            if self._concerns(request, process):
+                self._terminate(process, request.grace, now)
 
-    def _concerns(self, asked: Sweep, process: _Process) -> bool:
-        same = (process.id, process.execution) == (asked.id, asked.execution)
-        return process.host == asked.host and (same or not asked.id)
+    @staticmethod
+    def _concerns(request: Sweep, process: _RemoteProcess) -> bool:
+        same = (process.id, process.execution) == (request.id, request.execution)
+        return process.primary == request.host and (same or not request.id)
 
-    # -- what launchers say ----------------------------------------------------------------------------------------
+    # -- records of launchers --------------------------------------------------------------------------------------
 
-    def heard(self, record: Up) -> None:
+    def receive_record(self, record: FromLauncher) -> bool:
+        """True if it is of a process that another node's execution has, or had, here."""
         process = self._processes.get(record.key)
         if process is None:
-            return  # it was taken from that launcher
+            return record.key > FIRST_KEY  # its launcher was given up
         if isinstance(record, Refused):
             del self._processes[record.key]
-            self._answer(process, GuestEnded(process.number, NOT_STARTED, b"", f"{record.message}\n".encode()))
+            self._report(process, RemoteEnded(process.number, NOT_STARTED, b"", f"{record.message}\n".encode()))
         elif isinstance(record, Started):
-            process.live = (record.stdout_path, record.stderr_path)
+            process.output_paths = (record.stdout_path, record.stderr_path)
         elif isinstance(record, Exited):
             process.exited = record
-            if not record.left:
+            if not record.remaining:
                 self._ended(process, record.stdout, record.stderr)
             else:
-                # It went into the background. Whoever asked for it goes on; it stays until the execution is swept.
-                out, err = (tail(Captured(path=path, length=_size(path)), TELL_BYTES) for path in process.live)
-                self._answer(process, GuestEnded(process.number, _status(record.status), out, err))
-        elif isinstance(record, LeftoversSwept):
+                # It went into the background. Its agent returns; it stays until the execution is swept.
+                files = (Captured(path=path, length=_size(path)) for path in process.output_paths)
+                out, err = (tail(file, OUTPUT_BYTES) for file in files)
+                self._report(process, RemoteEnded(process.number, _status(record.status), out, err))
+        elif isinstance(record, GroupSwept):
             self._ended(process, record.stdout, record.stderr)
+        return True
 
-    def _ended(self, process: _Process, stdout: Captured, stderr: Captured) -> None:
+    def _ended(self, process: _RemoteProcess, stdout: Captured, stderr: Captured) -> None:
         del self._processes[process.key]
         if not self._processes:
             self.close()
         status = _status(process.exited.status) if process.exited is not None else NOT_STARTED
-        self._answer(process, GuestEnded(process.number, status, tail(stdout, TELL_BYTES), tail(stderr, TELL_BYTES)))
+        out, err = tail(stdout, OUTPUT_BYTES), tail(stderr, OUTPUT_BYTES)
+        self._report(process, RemoteEnded(process.number, status, out, err))
 
     def launcher_ended(self, number: int) -> None:
-        """What it had started comes home to the control process, which kills all that comes home."""
+        """Its processes become children of this worker, which kills all such orphans."""
         for process in [p for p in self._processes.values() if p.launcher == number]:
             del self._processes[process.key]
-            words = b"Its launcher has died.\n"
-            self._answer(process, GuestEnded(process.number, NOT_STARTED, b"", words, lost=True))
+            text = b"Its launcher has died.\n"
+            self._report(process, RemoteEnded(process.number, NOT_STARTED, b"", text, lost=True))
 
     def leave(self, grace: float, now: float) -> None:
-        """Their hosts, which mostly leave with us, end them; what is left at the end of the grace is killed."""
+        """Their primary nodes, which mostly leave too, end them; what is left at the end of the grace is killed."""
         for process in self._processes.values():
             process.kill_at = min(now + grace, process.kill_at or now + grace)
 
@@ -184,16 +192,16 @@ class Guests:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _answer(self, process: _Process, message: GuestEnded) -> None:
-        if not process.told:
-            process.told = True
-            self._tell(process.host, message)
+    def _report(self, process: _RemoteProcess, message: RemoteEnded) -> None:
+        if not process.reported:
+            process.reported = True
+            self._send(process.primary, message)
 
     # -- time ------------------------------------------------------------------------------------------------------
 
     def next(self) -> float | None:
         moments = [p.kill_at for p in self._processes.values() if p.kill_at is not None]
-        moments += [s.look_at for s in self._sweeps.values()]
+        moments += [s.scan_at for s in self._sweeps.values()]
         return min(moments, default=None)
 
     def tick(self, now: float) -> None:
@@ -201,48 +209,49 @@ class Guests:
             if process.kill_at is not None and now >= process.kill_at:
                 process.kill_at = now + 1.0  # a process that was forking while it was killed is found by the next one
                 self._signal(process, SIGKILL)
-        for key, sweeping in list(self._sweeps.items()):
-            if now >= sweeping.look_at and self._look(sweeping, now):
+        for key, sweep in list(self._sweeps.items()):
+            if now >= sweep.scan_at and self._scan(sweep, now):
                 del self._sweeps[key]
                 node, _, incarnation = self._address.rpartition(":")
-                asked = sweeping.asked
-                self._tell(asked.host if asked.id else "", Swept(node, int(incarnation), asked.host, asked.round))
+                request = sweep.request
+                to = request.host if request.id else ""
+                self._send(to, Swept(node, int(incarnation), request.host, request.round))
 
-    def _look(self, sweeping: _Sweeping, now: float) -> bool:
+    def _scan(self, sweep: _PendingSweep, now: float) -> bool:
         """Signal what is there; True when nothing is left for sure."""
-        asked = sweeping.asked
-        ours = [p for p in self._processes.values() if self._concerns(asked, p)]
-        if now < sweeping.kill_at:
-            left = self._marked(asked, SIGTERM, tell=not sweeping.termed)
-            sweeping.termed = True
+        request = sweep.request
+        running = any(self._concerns(request, process) for process in self._processes.values())
+        if now < sweep.kill_at:
+            left = self._signal_marked(request, SIGTERM, send=not sweep.terminated)
+            sweep.terminated = True
         else:
-            left = self._marked(asked, SIGKILL, tell=True)
-        sweeping.clean = 0 if left or ours else sweeping.clean + 1
-        sweeping.look_at = now + (LOOK_S if now < sweeping.give_up_at else 1.0)
-        if not sweeping.clean and sweeping.give_up_at <= now < sweeping.give_up_at + 1.0:
-            log(f"of task {asked.id or asked.host} processes {left} cannot be killed: its cores here stay taken")
-        return sweeping.clean >= CLEAN_LOOKS
+            left = self._signal_marked(request, SIGKILL, send=True)
+        sweep.clean_scans = 0 if left or running else sweep.clean_scans + 1
+        sweep.scan_at = now + (SCAN_S if now < sweep.give_up_at else 1.0)
+        if not sweep.clean_scans and sweep.give_up_at <= now < sweep.give_up_at + 1.0:
+            log(f"of task {request.id or request.host} processes {left} cannot be killed: its cores here stay reserved")
+        return sweep.clean_scans >= process_tree.CLEAN_SCANS
 
-    def _marked(self, asked: Sweep, number: int, *, tell: bool) -> list[int]:
-        """Processes of it, by their marks. Those that launchers have are told by them."""
+    def _signal_marked(self, request: Sweep, number: int, *, send: bool) -> list[int]:
+        """The processes that bear its marks, signalled with ``send``. Those that launchers have are told by them."""
 
         def belongs(env: Mapping[str, str]) -> bool:
-            if env.get("PILOTQ_DIR") != self._directory or env.get("PILOTQ_HOST") != asked.host:
+            if env.get("PILOTQ_DIR") != self._directory or env.get("PILOTQ_HOST") != request.host:
                 return False
             name = (env.get("PILOTQ_TASK_ID", ""), env.get("PILOTQ_EXECUTION", ""))
-            return not asked.id or name == (asked.id, str(asked.execution))
+            return not request.id or name == (request.id, str(request.execution))
 
-        return process_tree.kill_marked(belongs, number if tell else 0, seconds=0)
+        return process_tree.kill_marked(belongs, number if send else 0, seconds=0)
 
-    def _end(self, process: _Process, grace: float, now: float) -> None:
+    def _terminate(self, process: _RemoteProcess, grace: float, now: float) -> None:
         if process.kill_at is None:
             self._signal(process, SIGTERM)
         process.kill_at = min(now + grace, process.kill_at or now + grace)
 
-    def _signal(self, process: _Process, number: int) -> None:
+    def _signal(self, process: _RemoteProcess, number: int) -> None:
         launcher = self._launchers.living.get(process.launcher)
         if launcher is not None:
-            launcher.tell(Signal(process.key, number))
+            launcher.send(Signal(process.key, number))
 
 
 def _scratch_of(directory: str, node: str) -> str:

@@ -1,10 +1,10 @@
-"""How a service is named: its directory, and the address that stands where QCG-PilotJob has one of ZMQ. Pure."""
+"""The address of a service: its directory, in the place where QCG-PilotJob has the address of a ZMQ socket. Pure."""
 
 from __future__ import annotations
 
 ADDRESS = "QCG_PM_ZMQ_ADDRESS"  # in tasks: the service that runs them, where it takes requests of programs
 SCHEME = "pilotq"
-AUXILIARY = ".qcgpjm-service-"  # what the directory of a service is called; its id follows
+AUXILIARY = ".qcgpjm-service-"  # the name of a service's directory begins so; its id follows
 
 
 def address_of(directory: str) -> str:

@@ -1,6 +1,6 @@
-"""What QCG-PilotJob says of a wrong submit, for programs and tests that look for its words. Pure.
+"""QCG-PilotJob's texts for wrong submits, for programs and tests that search for them. Pure.
 
-Ours, which say the place and what to do, stand behind them in brackets.
+Our own text, which says the place and what to do, follows in brackets.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from pilotq.broker.errors import InvalidInput
 
-WRONG: Final = "Wrong submit request"  # what its refusals begin with
+WRONG_SUBMIT: Final = "Wrong submit request"  # the beginning of its refusals
 
-# From the ends of our sentences to its own.
+# The ends of our texts -> its texts.
 _PHRASES: Final = tuple(
     (re.compile(pattern), phrase)
     for pattern, phrase in (
@@ -46,14 +46,14 @@ _PHRASES: Final = tuple(
     )
 )
 
-# Of a name it says so without the words that stand before all others.
+# For a name its text lacks the common beginning.
 _NAME: Final = re.compile(r"(\S+name): (Job identifier .* unknown variables)(.*)", re.DOTALL)
 
 
 def check_form(bodies: Sequence[Any]) -> None:
-    """The first look at a submit, in its order and words; raises InvalidInput."""
+    """The first check of a submit, in QCG-PilotJob's order and with its texts; raises InvalidInput."""
     if not bodies:
-        raise InvalidInput(f"Invalid request: {WRONG} - missing jobs data")
+        raise InvalidInput(f"Invalid request: {WRONG_SUBMIT} - missing jobs data")
     for number, body in enumerate(bodies):
         for problem in _problems(body):
             raise InvalidInput(f"Invalid request: {problem} (jobs[{number}])")
@@ -61,7 +61,7 @@ def check_form(bodies: Sequence[Any]) -> None:
 
 def _problems(body: Any) -> Sequence[str]:
     if not isinstance(body, dict):
-        return [f"{WRONG} - wrong job data"]
+        return [f"{WRONG_SUBMIT} - wrong job data"]
     if missing := [key for key in ("name", "execution") if key not in body]:
         what = {"name": "Missing name", "execution": "Missing execution element"}[missing[0]]
         return [f"{what} in job description"]
@@ -74,13 +74,13 @@ def _problems(body: Any) -> Sequence[str]:
     return []
 
 
-def in_old_words(error: InvalidInput) -> InvalidInput:
-    """The same refusal, its words first where it has some for that."""
+def with_original_text(error: InvalidInput) -> InvalidInput:
+    """The same refusal, with QCG-PilotJob's text first where it has one for that."""
     text = str(error)
-    detail = text.removeprefix(f"{WRONG}: ")
+    detail = text.removeprefix(f"{WRONG_SUBMIT}: ")
     if found := _NAME.match(detail):
         return type(error)(f"{found[2]} ({found[1]}{found[3]})")
     for pattern, phrase in _PHRASES:
         if detail != text and pattern.search(detail):
-            return type(error)(f"{WRONG}: {phrase} ({detail})")
+            return type(error)(f"{WRONG_SUBMIT}: {phrase} ({detail})")
     return error

@@ -1,4 +1,4 @@
-"""What `jobStatus`, `jobInfo`, `listJobs` and the report tell of jobs, in QCG-PilotJob's shapes."""
+"""`JobQueries`: the data of `jobStatus`, `jobInfo`, `listJobs` and the report, in QCG-PilotJob's forms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pilotq.broker.qcg.service.lookup import Look
+from pilotq.broker.qcg.service.lookup import JobLookup
 from pilotq.broker.qcg.service.registry import Job
 from pilotq.broker.qcg.service.states import (
     CANCELED,
@@ -15,23 +15,23 @@ from pilotq.broker.qcg.service.states import (
     OMITTED,
     QUEUED,
     SUCCEED,
-    Ended,
+    TaskRecord,
     history_of,
     message_of,
     runtime_of,
-    stamp,
+    timestamp,
 )
-from pilotq.broker.store.messages import parse_allocation
+from pilotq.broker.store.resources import parse_allocation
 
 Data = dict[str, Any]
 History = list[tuple[str, float]]
 
 
 class UnknownJob(Exception):
-    """There is no such job, or no such element of it; the text is QCG-PilotJob's."""
+    """Raised for a job, or an element of it, that does not exist; the text is QCG-PilotJob's."""
 
 
-class Named(NamedTuple):
+class JobReference(NamedTuple):
     """A job, or (``element``, as its user counts) one element of it."""
 
     job: Job
@@ -43,7 +43,7 @@ class Named(NamedTuple):
 
     @property
     def place(self) -> int:
-        """Where the element stands in its job."""
+        """The position of the element in its job."""
         assert self.element is not None and self.job.indices is not None
         return self.job.indices.index(self.element)
 
@@ -53,42 +53,43 @@ class Named(NamedTuple):
         if not self.job.ids:
             return ""
         if self.element is None:
-            return "" if self.job.single else self.job.ids[0]
-        return self.job.ids[self.place] if self.job.single else f"{self.job.ids[0]}_{self.element}"
+            return "" if self.job.per_element else self.job.ids[0]
+        return self.job.ids[self.place] if self.job.per_element else f"{self.job.ids[0]}_{self.element}"
 
 
-def named(jobs: Mapping[str, Job], text: str) -> Named:
+def find_job(jobs: Mapping[str, Job], text: str) -> JobReference:
     """The job, or ``job:it`` the element, of this name. Raises UnknownJob."""
     name, colon, number = text.partition(":")
     job = jobs.get(name)
     if job is None or (colon and not number.isdecimal()):
         raise UnknownJob(f"Job '{text}' doesn't exist")
     if not colon:
-        return Named(job, None)
+        return JobReference(job, None)
     if job.indices is None or int(number) not in job.indices:
         raise UnknownJob(f"Unknown iteration {number} for job {name}")
-    return Named(job, int(number))
+    return JobReference(job, int(number))
 
 
-def runtime(job: Job, index: int | None, line: Ended, root: str) -> dict[str, str]:
-    """Of a task that has ended all of it; of one that runs what is known: its cores and its directory."""
-    if not line.cpus:
+def runtime_facts(job: Job, index: int | None, record: TaskRecord, root: str) -> dict[str, str]:
+    """Where and how long a task ran; of one that runs only its cores and its directory."""
+    if not record.cpus:
         return {}
-    parts = parse_allocation(line.cpus)
+    parts = parse_allocation(record.cpus)
     nodes = [part.node for part in parts]
-    found = runtime_of(line, *job.place(root, index, sum(len(part.cores) for part in parts), nodes))
-    return found if line.ended is not None else {key: found[key] for key in ("allocation", "wd")}
+    found = runtime_of(record, *job.place(root, index, sum(len(part.cores) for part in parts), nodes))
+    return found if record.ended is not None else {key: found[key] for key in ("allocation", "wd")}
 
 
-class Info:
-    """Answers about the jobs of one service; ``root`` is its directory."""
+class JobQueries:
+    """Queries of the jobs of one service; ``root`` is its directory."""
 
-    def __init__(self, look: Look, root: str) -> None:
-        self._look = look
+    def __init__(self, lookup: JobLookup, root: str) -> None:
+        self._lookup = lookup
         self._root = root
 
-    def states(self, wanted: Sequence[Named]) -> list[str]:
-        found = self._look.states([item.job for item in wanted])
+    def states(self, wanted: Sequence[JobReference]) -> list[str]:
+        """The state of each job or element."""
+        found = self._lookup.states([item.job for item in wanted])
         elements: dict[str, list[str]] = {}
         for place, (job, index) in enumerate(wanted):
             if index is not None:
@@ -99,37 +100,42 @@ class Info:
 
     def _elements(self, job: Job) -> list[str]:
         if job.ids:
-            return self._look.elements(job)
+            return self._lookup.elements(job)
         return [job.state or QUEUED] * len(job.indices or ())
 
-    def listing(self, jobs: Sequence[Job]) -> dict[str, Data]:
-        states = self._look.states(jobs)
-        failed = [job.ids[0] for job, state in zip(jobs, states, strict=True) if _one_failed(job, state)]
-        lines = self._look.lines(failed, set(failed))
+    def list_jobs(self, jobs: Sequence[Job]) -> dict[str, Data]:
+        """`listJobs`'s data: the name of each job -> its state, its message, its place."""
+        states = self._lookup.states(jobs)
+        failed = [job.ids[0] for job, state in zip(jobs, states, strict=True) if _single_task_failed(job, state)]
+        records = self._lookup.records(failed, set(failed))
         found: dict[str, Data] = {}
         for place, (job, state) in enumerate(zip(jobs, states, strict=True)):
             data: Data = {"status": state}
-            message = message_of(lines[job.ids[0]]) if _one_failed(job, state) and job.ids[0] in lines else job.why
+            message = (
+                message_of(records[job.ids[0]])
+                if _single_task_failed(job, state) and job.ids[0] in records
+                else job.why
+            )
             if message:
                 data["messages"] = message
             found[job.name] = data | {"inQueue": place}
         return found
 
-    def details(self, wanted: Sequence[Named], *, childs: bool) -> list[Data]:
+    def details(self, wanted: Sequence[JobReference], *, childs: bool) -> list[Data]:
         """`jobInfo`'s data for each."""
         states = self.states(wanted)
         ended = {item.id for item, state in zip(wanted, states, strict=True) if item.id and state in FINAL}
-        # Elements that were canceled or omitted before they ran have no line of their own.
+        # Elements that were canceled or omitted before they ran have no entry of their own.
         surely = {
             item.id for item, state in zip(wanted, states, strict=True)
             if item.id in ended and (item.element is None or state in (SUCCEED, FAILED))
         }  # fmt: skip
-        lines = self._look.lines([item.id for item in wanted if item.id], surely)
+        records = self._lookup.records([item.id for item in wanted if item.id], surely)
         return [
-            self._detail(item, state, lines.get(item.id), childs) for item, state in zip(wanted, states, strict=True)
+            self._detail(item, state, records.get(item.id), childs) for item, state in zip(wanted, states, strict=True)
         ]
 
-    def _detail(self, item: Named, state: str, line: Ended | None, childs: bool) -> Data:
+    def _detail(self, item: JobReference, state: str, record: TaskRecord | None, childs: bool) -> Data:
         job, index = item
         data: Data = {"jobName": item.name, "status": state}
         history: History = []
@@ -140,61 +146,68 @@ class Info:
                 "start": job.indices.start,
                 "stop": job.indices.stop,
                 "total": len(elements),
-                "finished": sum(numbers[word] for word in FINAL),
-                "failed": sum(numbers[word] for word in (FAILED, CANCELED, OMITTED)),
+                "finished": sum(numbers[final] for final in FINAL),
+                "failed": sum(numbers[final] for final in (FAILED, CANCELED, OMITTED)),
             }
             if childs:
                 data["childs"] = self._childs(job, elements)
-            history = [(QUEUED, job.at)]
+            history = [(QUEUED, job.submitted_at)]
             if state in FINAL:
-                history.append((state, self._end(job, line)))
-        elif line is not None:
-            history = history_of(line, element=index is not None)
-            if found := runtime(job, index, line, self._root):
+                history.append((state, self._end(job, record)))
+        elif record is not None:
+            history = history_of(record, element=index is not None)
+            if found := runtime_facts(job, index, record, self._root):
                 data["runtime"] = found
         elif index is None:
-            history = [(QUEUED, job.at)] + ([(state, job.ended)] if state in FINAL else [])
-        if message := (message_of(line) if line is not None else job.why):
+            history = [(QUEUED, job.submitted_at)] + ([(state, job.ended_at)] if state in FINAL else [])
+        if message := (message_of(record) if record is not None else job.why):
             data["messages"] = message
         if history:
-            data["history"] = "".join(f"\n{stamp(at)}: {word}" for word, at in history)
+            data["history"] = "".join(f"\n{timestamp(at)}: {step}" for step, at in history)
         return data
 
-    def _end(self, job: Job, line: Ended | None) -> float:
-        """When an iteration ended: as its array's line says, or with its last element."""
-        if line is not None:
-            return line.ended or job.at
-        if job.single and job.ids:
+    def _end(self, job: Job, record: TaskRecord | None) -> float:
+        """When an iteration ended: as the entry of its array says, or with its last element."""
+        if record is not None:
+            return record.ended or job.submitted_at
+        if job.per_element and job.ids:
             ids = [task_id for task_id in job.ids if task_id]
-            return max((line.ended or job.at for line in self._look.lines(ids, set(ids)).values()), default=job.at)
-        return job.ended or job.at
+            return max(
+                (record.ended or job.submitted_at for record in self._lookup.records(ids, set(ids)).values()),
+                default=job.submitted_at,
+            )
+        return job.ended_at or job.submitted_at
 
     def _childs(self, job: Job, states: Sequence[str]) -> list[Data]:
-        items = [Named(job, index) for index in job.indices or ()]
+        items = [JobReference(job, index) for index in job.indices or ()]
         by_state = dict(zip([item.id for item in items], states, strict=True))
         ended = {task_id for task_id, state in by_state.items() if task_id and state in (SUCCEED, FAILED)}
-        lines: dict[str, Ended] = {}
+        records: dict[str, TaskRecord] = {}
         if job.ids:
-            lines = self._look.element_lines(job, ended) if not job.single else self._look.lines(list(ended), ended)
+            records = (
+                self._lookup.element_records(job, ended)
+                if not job.per_element
+                else self._lookup.records(list(ended), ended)
+            )
             active = [task_id for task_id, state in by_state.items() if task_id and state not in {*FINAL, QUEUED}]
-            lines |= self._look.lines(active, set())
+            records |= self._lookup.records(active, set())
         found = []
         for item, state in zip(items, states, strict=True):
             child: Data = {"iteration": item.element, "state": state}
-            line = lines.get(item.id) if item.id else None
-            if line is not None and (facts := runtime(job, item.element, line, self._root)):
+            record = records.get(item.id) if item.id else None
+            if record is not None and (facts := runtime_facts(job, item.element, record, self._root)):
                 child["runtime"] = facts
             found.append(child)
         return found
 
-    def numbers(self, jobs: Sequence[Job]) -> tuple[Counter[str], Counter[str]]:
+    def count_by_state(self, jobs: Sequence[Job]) -> tuple[Counter[str], Counter[str]]:
         """How many jobs, and how many tasks (elements, and jobs without), are in each state."""
-        states = self._look.states(jobs)
+        states = self._lookup.states(jobs)
         tasks: Counter[str] = Counter()
         for job, state in zip(jobs, states, strict=True):
             tasks.update([state] if job.indices is None else self._elements(job))
         return Counter(states), tasks
 
 
-def _one_failed(job: Job, state: str) -> bool:
+def _single_task_failed(job: Job, state: str) -> bool:
     return state == FAILED and job.indices is None and bool(job.ids)

@@ -1,4 +1,4 @@
-"""QCG-PilotJob's file interface: a JSON list of requests, handled one after the other."""
+"""QCG-PilotJob's file interface: the requests of a file are handled one after the other."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any, NamedTuple, TextIO
 
 from pilotq.broker.qcg.service.requests import Reply, Requests
 
-Tell = Callable[[Any, Reply], None]
+ReplyWriter = Callable[[Any, Reply], None]
 
 
-class Played(NamedTuple):
+class PlayResult(NamedTuple):
     """``refused``: a sentence for each submit that was refused; ``omitted``: name of a job -> why."""
 
     refused: list[str]
     omitted: Mapping[str, str]
 
 
-def teller(file: TextIO | None) -> Tell:
-    """What writes the replies to a file, one a line; nothing where there is none."""
+def reply_writer(file: TextIO | None) -> ReplyWriter:
+    """A function that writes the replies to a file, one a line; it does nothing where there is none."""
 
-    def tell(_request: Any, reply: Reply) -> None:
+    def write(_request: Any, reply: Reply) -> None:
         if file is not None:
             print(json.dumps(reply), file=file, flush=True)
 
-    return tell
+    return write
 
 
-def play(requests: Requests, bodies: Iterable[Any], tell: Tell | None = None) -> Played:
-    """Handle all requests of a file in their order, and settle: what they have brought runs, or waits for its turn.
+def play(requests: Requests, bodies: Iterable[Any], write_reply: ReplyWriter | None = None) -> PlayResult:
+    """Handle all requests of a file in their order, then omit jobs that wait for unknown ones.
 
-    ``tell`` gets each request with its reply.
+    ``write_reply`` gets each request with its reply.
     """
     refused: list[str] = []
     for number, body in enumerate(bodies):
         reply = requests.handle(body)
-        if tell is not None:
-            tell(body, reply)
+        if write_reply is not None:
+            write_reply(body, reply)
         if reply["code"] and isinstance(body, dict) and body.get("request") == "submit":
             refused.append(f"request {number + 1}: {reply['message']}")
-    return Played(refused, requests.settle())
+    return PlayResult(refused, requests.omit_unmet())

@@ -1,12 +1,11 @@
-"""The jobs of a service by name: which tasks they became, kept in the pilot's directory.
+"""`Registry`: the jobs of a service by name, and which tasks they became, in a file of the pilot's directory.
 
-Every change is one line of JSON at the end of a file, and what is known is what its lines say: a service that is
-started again, and another process of the same pilot, read them and know the same. Redis knows the tasks, this file
-which job they are.
+Every change is one line of JSON at the end of the file, and the state is what its lines say: a restarted service, and
+another process of the same pilot, read them and have the same state. Redis has the tasks, this file which job they are.
 
 A submit is three lines: the jobs, the plan (which of them become tasks now, in which order), and, when the tasks are
-there, the number of the first one. A plan without an end (the process was killed there) is settled by asking Redis
-whether its tasks were committed: they are there, all of them, or none is.
+there, the number of the first one. A plan without an end (the process was killed there) is completed by reading from
+Redis whether its tasks were committed: all of them, or none.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 import msgspec
 
 from pilotq.broker.taskfiles.qcg import draft_of, job_of
-from pilotq.broker.taskfiles.qcg_tasks import Draft, waits_for_same
+from pilotq.broker.taskfiles.qcg_tasks import JobDraft, waits_elementwise
 from pilotq.broker.taskfiles.qcg_variables import fill
 from pilotq.broker.tasks.model import id_of
 
@@ -29,9 +28,9 @@ FILE = "qcg-jobs.jsonl"
 
 
 class Submitted(msgspec.Struct, tag="submit", tag_field="is"):
-    """Jobs as they were given; ``words`` are those of the request.
+    """Jobs as they were given; ``words`` are the variables of the request.
 
-    ``total`` cores and ``nodes`` are what schedulers share out.
+    ``total`` cores and ``nodes`` are what schedulers distribute.
     """
 
     at: float
@@ -43,15 +42,17 @@ class Submitted(msgspec.Struct, tag="submit", tag_field="is"):
 
 
 class Planned(msgspec.Struct, tag="plan", tag_field="is"):
-    """``jobs`` are names, and whether each element is a task; ``lost`` are elements that are none:
-    name:index -> why."""
+    """The jobs that become tasks now: ``jobs`` are their names, and whether each element is a task of its own.
+
+    ``lost`` are elements that are omitted: name:index -> why.
+    """
 
     key: str
     jobs: list[tuple[str, bool]]
     lost: dict[str, str] = {}
 
 
-class Done(msgspec.Struct, tag="done", tag_field="is"):
+class Committed(msgspec.Struct, tag="done", tag_field="is"):
     """The plan was committed: its tasks have the numbers from ``first`` on."""
 
     key: str
@@ -65,11 +66,11 @@ class Refused(msgspec.Struct, tag="refused", tag_field="is"):
 
 
 class Counted(msgspec.Struct, tag="counted", tag_field="is"):
-    """A submit was refused; it has its number all the same."""
+    """A submit was refused; it counts as a submit all the same."""
 
 
-class Over(msgspec.Struct, tag="over", tag_field="is"):
-    """A job that has ended without ever being a task."""
+class NeverRan(msgspec.Struct, tag="over", tag_field="is"):
+    """A job has ended without ever being a task."""
 
     name: str
     state: str
@@ -85,107 +86,115 @@ class Canceled(msgspec.Struct, tag="canceled", tag_field="is"):
 
 
 class Removed(msgspec.Struct, tag="removed", tag_field="is"):
+    """A job was removed: its name is free again."""
+
     name: str
 
 
-class Began(msgspec.Struct, tag="began", tag_field="is"):
-    """A service begins, or begins again; ``wd`` is its directory, ``net``: programs may come to it."""
+class ServiceBegan(msgspec.Struct, tag="began", tag_field="is"):
+    """A service starts, or restarts; ``wd`` is its directory, ``net``: it takes requests of programs."""
 
     wd: str
     net: bool
 
 
-class Finish(msgspec.Struct, tag="finish", tag_field="is"):
+class FinishRequested(msgspec.Struct, tag="finish", tag_field="is"):
     """The service is asked to end when all jobs have."""
 
 
-Record = Submitted | Planned | Done | Refused | Counted | Over | Canceled | Removed | Began | Finish
+Record = (
+    Submitted | Planned | Committed | Refused | Counted | NeverRan | Canceled | Removed | ServiceBegan | FinishRequested
+)
 _decode = msgspec.json.Decoder(Record).decode
 _encode = msgspec.json.Encoder().encode
 
 
 class Job:
-    """A job. ``ids`` are its tasks: one, or (``single``) one for each element, empty where that is omitted."""
+    """One job of a service.
+
+    ``ids`` are its tasks: one, or (``per_element``) one for each element, empty where that is omitted.
+    """
 
     __slots__ = (
-        "at", "body", "canceled", "cwd", "draft", "dropped", "each", "ended", "ids", "indices", "key", "lost", "name",
-        "program", "single", "state", "values", "why", "words",
+        "body", "canceled", "canceled_elements", "cwd", "draft", "elementwise", "ended_at", "ids", "indices", "key",
+        "name", "omitted", "per_element", "program", "state", "submitted_at", "values", "variables", "why",
     )  # fmt: skip
 
-    def __init__(self, draft: Draft, body: dict[str, Any], at: float, key: str, words: dict[str, str]) -> None:
+    def __init__(self, draft: JobDraft, body: dict[str, Any], at: float, key: str, variables: dict[str, str]) -> None:
         task = draft.task
         self.name = draft.name
         self.body = _encode(body)
-        self.at = at  # unix seconds of the submit
+        self.submitted_at = at  # unix seconds of the submit
         self.key = key  # of the submission that brought it
-        self.draft: Draft | None = draft  # until it has become tasks
+        self.draft: JobDraft | None = draft  # until it has become tasks
         self.indices = draft.indices
-        self.words = words  # of the request
-        self.each = any(waits_for_same(text) for text in draft.after)  # it waits element by element
+        self.variables = variables  # of the request
+        self.elementwise = any(waits_elementwise(text) for text in draft.after)  # it waits element by element
         self.cwd = task.cwd or ""
-        self.program = fill(body["execution"].get("exec") or "bash", words | {"jname": draft.name})
+        self.program = fill(body["execution"].get("exec") or "bash", variables | {"jname": draft.name})
         # Kept only where a name needs them.
         self.values = task.values if "itval" in self.cwd + self.program else None
         self.ids: list[str] = []
-        self.single = False
-        self.lost: dict[int, str] = {}  # elements that are omitted, and why
+        self.per_element = False
+        self.omitted: dict[int, str] = {}  # elements that are omitted, and why
         self.state = ""  # once it has ended, as far as was seen
         self.why = ""
-        self.ended = 0.0
+        self.ended_at = 0.0
         self.canceled = False
-        self.dropped: set[int] = set()  # elements that were canceled one by one
+        self.canceled_elements: set[int] = set()  # elements that were canceled one by one
 
     def tasks(self) -> list[tuple[str, str, int]]:
         """Its tasks: id, name, and how many elements that stands for."""
-        if not self.single:
+        if not self.per_element:
             return [(task_id, self.name, len(self.indices or (None,))) for task_id in self.ids]
         pairs = zip(self.ids, self.indices or (), strict=True)
         return [(task_id, f"{self.name}:{index}", 1) for task_id, index in pairs if task_id]
 
     def place(self, root: str, index: int | None, cores: int, nodes: list[str]) -> tuple[str, str]:
         """The directory where its task runs, or that element of it, and the name of the program."""
-        words = {"root_wd": root, "ncores": str(cores), "nnodes": str(len(nodes)), "nlist": ",".join(nodes)}
+        variables = {"root_wd": root, "ncores": str(cores), "nnodes": str(len(nodes)), "nlist": ",".join(nodes)}
         if index is not None:
             value = self.values[index] if self.values is not None else str(index)
-            words |= {"it": str(index), "itval": value}
-        directory = os.path.join(root, fill(self.cwd, words)) if self.cwd else root
-        return directory, os.path.basename(fill(self.program, words))
+            variables |= {"it": str(index), "itval": value}
+        directory = os.path.join(root, fill(self.cwd, variables)) if self.cwd else root
+        return directory, os.path.basename(fill(self.program, variables))
 
     def description(self) -> dict[str, Any]:
-        """The job as it was given, with the words of its request filled in."""
-        words = self.words | {"jname": self.name}
-        found: dict[str, Any] = filled(msgspec.json.decode(self.body), words)
+        """The job as it was given, with the variables of its request filled in."""
+        variables = self.variables | {"jname": self.name}
+        found: dict[str, Any] = fill_json(msgspec.json.decode(self.body), variables)
         return found
 
 
-def filled(value: Any, words: dict[str, str]) -> Any:
-    """Decoded JSON with the words filled in wherever there is text."""
+def fill_json(value: Any, variables: dict[str, str]) -> Any:
+    """Decoded JSON with the variables filled in wherever there is text."""
     if isinstance(value, str):
-        return fill(value, words)
+        return fill(value, variables)
     if isinstance(value, list):
-        return [filled(item, words) for item in value]
+        return [fill_json(item, variables) for item in value]
     if isinstance(value, dict):
-        return {fill(key, words): filled(item, words) for key, item in value.items()}
+        return {fill(key, variables): fill_json(item, variables) for key, item in value.items()}
     return value
 
 
 def digest(jobs: list[Any]) -> bytes:
-    """By which the same jobs are known again."""
+    """The hash by which a repeated submit is recognised."""
     return hashlib.sha256(_encode(jobs)).digest()
 
 
 class Registry:
-    """``jobs`` by name, in the order of their submits. ``tasks`` has by the id of a task its job, removed ones too,
-    and the index of the element that it is.
+    """The state that the file describes.
 
-    ``committed`` tells the number of the first task of a submission, by its key; None when there is no such.
+    ``jobs`` are by name, in the order of their submits. ``tasks`` has by the id of a task its job, removed ones too,
+    and the index of the element that it is. ``committed`` returns the number of the first task of a submission, by its
+    key; None when it was not committed.
     """
 
     def __init__(self, path: str, committed: Callable[[str], int | None]) -> None:
         self.jobs: dict[str, Job] = {}
         self.tasks: dict[str, tuple[Job, int | None]] = {}
-        self.held: dict[str, Job] = {}  # wait for a job that nobody has submitted yet
-        self.over: list[Job] = []  # ended without ever being a task
+        self.held: dict[str, Job] = {}  # wait for a job that was not submitted yet
+        self.never_ran: list[Job] = []  # ended without ever being a task
         self.submissions: dict[str, tuple[bytes, list[str]]] = {}  # key -> digest of the jobs as given, their names
         self.open: set[str] = set()  # keys of submissions that have not ended, as far as was seen
         self.submits = 0
@@ -195,9 +204,9 @@ class Registry:
         self.finish = False
         self._committed = committed
         self._plans: dict[str, Planned] = {}
-        self._drafts: dict[str, Draft] = {}
+        self._drafts: dict[str, JobDraft] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._read = 0
+        self._read_bytes = 0
         with self.locked():
             pass
 
@@ -206,44 +215,44 @@ class Registry:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The only one who writes, and knowing all that was written."""
+        """Lock the file for writing, with all read that was written."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             self.refresh()
-            # Nobody is at it: who began these plans was killed, or did not hear what became of them.
+            # The process that began these plans was killed, or lost its connection before the reply.
             for key in list(self._plans):
                 first = self._committed(key)
                 if first is None:
                     del self._plans[key]
                 else:
-                    self.write(Done(key, first))
+                    self.write(Committed(key, first))
             yield
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def refresh(self) -> None:
-        """Take in what other processes have written."""
+        """Read what other processes have written."""
         size = os.fstat(self._file).st_size
-        if size == self._read:
+        if size == self._read_bytes:
             return
-        data = os.pread(self._file, size - self._read, self._read)
+        data = os.pread(self._file, size - self._read_bytes, self._read_bytes)
         whole = data[: data.rfind(b"\n") + 1]
         for line in whole.splitlines():
             try:
                 self._apply(_decode(line))
             except msgspec.DecodeError:
-                continue  # the torn end of a write that a kill has cut off, closed by the newline of the next one
-        self._read += len(whole)
+                continue  # the end of a write that a kill has cut off, closed by the newline of the next one
+        self._read_bytes += len(whole)
 
-    def write(self, *records: Record, drafts: list[Draft] | None = None) -> None:
-        """Append and take in; only while `locked`. ``drafts`` are those of a Submitted, at hand already."""
+    def write(self, *records: Record, drafts: list[JobDraft] | None = None) -> None:
+        """Append and apply records; only while `locked`. ``drafts`` are those of a Submitted, if read already."""
         data = b"".join(_encode(record) + b"\n" for record in records)
-        if os.fstat(self._file).st_size > self._read:
-            data = b"\n" + data  # a torn end: its writer is dead, as we have the lock
+        if os.fstat(self._file).st_size > self._read_bytes:
+            data = b"\n" + data  # an incomplete line: its writer is dead, as we have the lock
         written = 0
         while written < len(data):
             written += os.write(self._file, data[written:])
-        self._read = os.fstat(self._file).st_size
+        self._read_bytes = os.fstat(self._file).st_size
         self._drafts = {draft.name: draft for draft in drafts or ()}
         for record in records:
             self._apply(record)
@@ -251,37 +260,37 @@ class Registry:
 
     def _apply(self, record: Record) -> None:
         if isinstance(record, Submitted):
-            self._submitted(record)
+            self._apply_submit(record)
         elif isinstance(record, Counted):
             self.submits += 1
         elif isinstance(record, Planned):
             self._plans[record.key] = record
-        elif isinstance(record, Done):
-            self._done(self._plans.pop(record.key), record.first)
+        elif isinstance(record, Committed):
+            self._apply_commit(self._plans.pop(record.key), record.first)
         elif isinstance(record, Refused):
             self._plans.pop(record.key, None)
             del self.submissions[record.key]
             self.jobs = {name: job for name, job in self.jobs.items() if job.ids or job.key != record.key}
-            self.over = [job for job in self.over if job.key != record.key]
+            self.never_ran = [job for job in self.never_ran if job.key != record.key]
             self.held = {name: job for name, job in self.held.items() if job.key != record.key}
-        elif isinstance(record, Began):
+        elif isinstance(record, ServiceBegan):
             self.wd, self.net, self.finish = record.wd, record.net, False
             self.earlier = list(self.submissions.values())
-        elif isinstance(record, Finish):
+        elif isinstance(record, FinishRequested):
             self.finish = True
         elif (job := self.jobs.get(record.name)) is None:
             pass  # removed meanwhile
-        elif isinstance(record, Over):
-            job.state, job.why, job.ended, job.draft = record.state, record.why, record.at, None
-            self.over.append(self.held.pop(record.name))
+        elif isinstance(record, NeverRan):
+            job.state, job.why, job.ended_at, job.draft = record.state, record.why, record.at, None
+            self.never_ran.append(self.held.pop(record.name))
         elif isinstance(record, Removed):
             del self.jobs[record.name]
         elif record.index is None:
             job.canceled = True
         else:
-            job.dropped.add(record.index)
+            job.canceled_elements.add(record.index)
 
-    def _submitted(self, record: Submitted) -> None:
+    def _apply_submit(self, record: Submitted) -> None:
         self.submits += 1
         names: list[str] = []
         for number, body in enumerate(record.jobs):
@@ -293,14 +302,14 @@ class Registry:
             names.append(draft.name)
         self.submissions[record.key] = digest(record.jobs), names
 
-    def _done(self, plan: Planned, first: int) -> None:
+    def _apply_commit(self, plan: Planned, first: int) -> None:
         self.open.add(plan.key)
         for name, single in plan.jobs:
             job = self.held.pop(name)
-            job.single, job.draft = single, None
+            job.per_element, job.draft = single, None
             for index in (job.indices or ()) if single else (None,):
                 if index is not None and (why := plan.lost.get(f"{name}:{index}")) is not None:
-                    job.lost[index] = why
+                    job.omitted[index] = why
                     job.ids.append("")
                     continue
                 job.ids.append(id_of(first))

@@ -1,14 +1,14 @@
-"""Requests of QCG-PilotJob and their replies: `Requests.handle` is the whole interface.
+"""`Requests`: handles the requests of QCG-PilotJob, and returns their replies; `handle` is the whole interface.
 
     requests = Requests(broker, wd="/data/run")
     reply = requests.handle({"request": "submit", "jobs": [{"name": "a", "execution": {"exec": "date"}}]})
     # {"code": 0, "message": "1 jobs submitted", "data": {"submitted": 1, "jobs": ["a"]}}
-    requests.settle()       # jobs that wait for a name nobody has submitted are omitted
+    requests.omit_unmet()   # jobs that wait for unknown jobs are omitted
     requests.handle({"request": "status", "options": {"allJobsFinished": True}})
 
-Shapes of replies, states and messages are QCG-PilotJob's. Deliberately different: of several names of which some are
-unknown ``jobStatus`` and ``jobInfo`` tell of the others, as its documentation promises; a job that waits for an
-unknown one is held until `Requests.settle`.
+Forms of replies, states and messages are QCG-PilotJob's. Deliberately different: of several names of which some are
+unknown ``jobStatus`` and ``jobInfo`` return the others, as its documentation promises; a job that waits for an
+unknown one is held until `Requests.omit_unmet`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,23 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput, NoPilot
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.qcg.service.address import ADDRESS, AUXILIARY, address_of
-from pilotq.broker.qcg.service.error_texts import WRONG
-from pilotq.broker.qcg.service.job_info import Info, Named, UnknownJob, named
-from pilotq.broker.qcg.service.lookup import Look
-from pilotq.broker.qcg.service.registry import FILE, Began, Canceled, Finish, Over, Registry, Removed, digest
-from pilotq.broker.qcg.service.states import CANCELED, FINAL, GROUPS, duration, stamp
-from pilotq.broker.qcg.service.submissions import Submits
+from pilotq.broker.qcg.service.error_texts import WRONG_SUBMIT
+from pilotq.broker.qcg.service.job_info import JobQueries, JobReference, UnknownJob, find_job
+from pilotq.broker.qcg.service.lookup import JobLookup
+from pilotq.broker.qcg.service.registry import (
+    FILE,
+    Canceled,
+    FinishRequested,
+    NeverRan,
+    Registry,
+    Removed,
+    ServiceBegan,
+    digest,
+)
+from pilotq.broker.qcg.service.states import CANCELED, FINAL, GROUPS, duration, timestamp
+from pilotq.broker.qcg.service.submissions import Submissions
 from pilotq.broker.store import keys
-from pilotq.broker.tasks.submit_context import capture
+from pilotq.broker.tasks.submit_context import capture_context
 
 Reply = dict[str, Any]
 FINISH_WHEN_DONE = "finishAfterAllTasksDone"
@@ -44,10 +53,10 @@ FINISH_S = 2  # QCG-PilotJob's pause between the request to finish and the end
 class Requests:
     """The requests of one service. Not for several threads; several processes may serve the same pilot.
 
-    What jobs there are stands in the pilot's directory (``qcg-jobs.jsonl``), so a service that is started again
-    knows them all; a submit that is equal to one from before it began is answered as that was, and submits nothing.
+    The jobs are recorded in the pilot's directory (``qcg-jobs.jsonl``), so a restarted service has them all; a submit
+    that is equal to one from before the restart gets the same reply, and submits nothing.
     ``wd`` is the directory that jobs' relative paths are below (default: that of the service, else the current one),
-    ``env_policy`` as in `surroundings.capture`. All nodes must have joined.
+    ``env_policy`` as in `capture_context`. All nodes must have joined.
     """
 
     def __init__(self, broker: Broker, *, wd: str | None = None, env_policy: str = "submit") -> None:
@@ -56,19 +65,20 @@ class Requests:
         self.pilot = broker.pilot
         self.begin = time.time()
         self.broker = broker
-        self.look = Look(broker, broker.pilot.journal)
+        self.lookup = JobLookup(broker, broker.pilot.journal)
         self.registry = open_registry(broker, broker.pilot)
         self.wd = os.path.abspath(wd or self.registry.wd or os.getcwd())
-        self.info = Info(self.look, self.wd)
+        self.queries = JobQueries(self.lookup, self.wd)
         nodes = broker.nodes()
         totals = sum(node.cores for node in nodes), len(nodes)
-        around = capture(env_policy)
+        context = capture_context(env_policy)
         # An empty environment stands for the worker's own, and must stay empty.
-        env = around.env | ({ADDRESS: address_of(self.pilot.directory)} if self.registry.net and around.env else {})
-        shared = msgspec.structs.replace(around, cwd=self.wd, env=env)
-        self._submits = Submits(broker, self.registry, self.look, shared=shared, totals=totals)
+        env = context.env | ({ADDRESS: address_of(self.pilot.directory)} if self.registry.net and context.env else {})
+        context = msgspec.structs.replace(context, cwd=self.wd, env=env)
+        self._submissions = Submissions(broker, self.registry, self.lookup, context=context, totals=totals)
 
     def close(self) -> None:
+        """Close the file of the registry."""
         self.registry.close()
 
     def handle(self, request: Any) -> Reply:
@@ -89,17 +99,17 @@ class Requests:
         except RecursionError:
             return _refusal("Invalid request: lists and tables are nested too deeply")
 
-    def settle(self) -> Mapping[str, str]:
-        """No more submits come for now: omit jobs that wait for unknown ones; returns name -> why.
+    def omit_unmet(self) -> Mapping[str, str]:
+        """Omit jobs that wait for unknown ones: no more submits come for now. Returns name -> why.
 
         Until then such jobs are held (QUEUED): a job may be submitted before the one it waits for. An interactive
         service calls it after each submit, which is QCG-PilotJob's way (unknown is omitted).
         """
-        return self._submits.settle()
+        return self._submissions.omit_unmet()
 
     @property
     def all_finished(self) -> bool:
-        """Whether every job has ended. It costs a look at each submission that has not, however many jobs they have."""
+        """Whether every job has ended. It costs one read for each submission that has not, whatever its size."""
         registry = self.registry
         registry.open -= {key for key in registry.open if self.broker.counts(key).left <= 0}
         return not registry.open and not registry.held
@@ -109,12 +119,12 @@ class Requests:
     def _submit(self, request: Mapping[str, Any]) -> Reply:
         jobs = request.get("jobs")
         if not isinstance(jobs, list):
-            raise InvalidInput(f"Invalid request: {WRONG} - missing jobs data")
-        names = self._again(jobs) or self._submits.submit(jobs)
+            raise InvalidInput(f"Invalid request: {WRONG_SUBMIT} - missing jobs data")
+        names = self._names_of_equal_submit(jobs) or self._submissions.submit(jobs)
         return _answer(f"{len(names)} jobs submitted", submitted=len(names), jobs=names)
 
-    def _again(self, jobs: list[Any]) -> list[str]:
-        """The names that an equal submit of an earlier service has brought; each is found once."""
+    def _names_of_equal_submit(self, jobs: list[Any]) -> list[str]:
+        """The names of the jobs of an equal submit to an earlier service; each such submit is found once."""
         earlier = self.registry.earlier
         mark = digest(jobs) if earlier else b""
         for place, (known, names) in enumerate(earlier):
@@ -124,32 +134,32 @@ class Requests:
         return []
 
     def _list_jobs(self, _request: Mapping[str, Any]) -> Reply:
-        jobs = self.info.listing(list(self.registry.jobs.values()))
+        jobs = self.queries.list_jobs(list(self.registry.jobs.values()))
         return _answer(length=len(jobs), jobs=jobs)
 
     def _job_status(self, request: Mapping[str, Any]) -> Reply:
-        def tell(wanted: Sequence[Named]) -> list[Reply]:
-            states = self.info.states(wanted)
+        def states_of(wanted: Sequence[JobReference]) -> list[Reply]:
+            states = self.queries.states(wanted)
             return [{"jobName": item.name, "status": state} for item, state in zip(wanted, states, strict=True)]
 
-        return self._tell(_names(request, "job status"), tell)
+        return self._about_jobs(_names(request, "job status"), states_of)
 
     def _job_info(self, request: Mapping[str, Any]) -> Reply:
         params = request.get("params")
         childs = bool(params.get("withChilds")) if isinstance(params, dict) else False
-        return self._tell(_names(request, "job info"), lambda wanted: self.info.details(wanted, childs=childs))
+        return self._about_jobs(_names(request, "job info"), lambda wanted: self.queries.details(wanted, childs=childs))
 
-    def _tell(self, names: Sequence[str], tell: Callable[[Sequence[Named]], list[Reply]]) -> Reply:
-        found: dict[str, Named] = {}
+    def _about_jobs(self, names: Sequence[str], details: Callable[[Sequence[JobReference]], list[Reply]]) -> Reply:
+        found: dict[str, JobReference] = {}
         unknown: dict[str, str] = {}
         for name in names:
             try:
-                found[name] = named(self.registry.jobs, name)
+                found[name] = find_job(self.registry.jobs, name)
             except UnknownJob as error:
                 unknown[name] = str(error)
         if unknown and not found:
             return _refusal(next(iter(unknown.values())))
-        known = dict(zip(found, tell(list(found.values())), strict=True))
+        known = dict(zip(found, details(list(found.values())), strict=True))
         return _answer(jobs={
             name: {"status": 0, "data": known[name]} if name in known else {"status": 1, "message": unknown[name]}
             for name in names
@@ -170,19 +180,19 @@ class Requests:
         return _counted("canceled", canceled, errors)
 
     def _cancel(self, name: str) -> None:
-        item = named(self.registry.jobs, name)
+        item = find_job(self.registry.jobs, name)
         job, index = item
-        if self.info.states([item])[0] in FINAL:
+        if self.queries.states([item])[0] in FINAL:
             raise InvalidInput(f"Job/iteration {name} already finished - can not be canceled")
         with self.registry.locked():
             if job.canceled:
                 raise InvalidInput(f"Job {name} already canceled")
             self.registry.write(Canceled(job.name, index))
             if job.name in self.registry.held:
-                # Of one that is held back no element can be let go by itself.
-                self.registry.write(Over(job.name, CANCELED, "", time.time()))
+                # No single element of a held job can be canceled.
+                self.registry.write(NeverRan(job.name, CANCELED, "", time.time()))
         if job.ids:
-            self.broker.cancel([item.id] if index is not None or not job.single else filter(None, job.ids))
+            self.broker.cancel([item.id] if index is not None or not job.per_element else filter(None, job.ids))
 
     def _remove_job(self, request: Mapping[str, Any]) -> Reply:
         removed = 0
@@ -192,7 +202,7 @@ class Requests:
                 job = self.registry.jobs.get(name)
                 if job is None:
                     errors[name] = f"Job '{name}' doesn't exist"
-                elif self.look.states([job])[0] not in FINAL:
+                elif self.lookup.states([job])[0] not in FINAL:
                     errors[name] = f"Job '{name}' not finished - can not be removed"
                 else:
                     self.registry.write(Removed(name))
@@ -205,18 +215,18 @@ class Requests:
             raise InvalidInput("Invalid request: Wrong control request - missing command")
         if command != FINISH_WHEN_DONE:
             raise InvalidInput(f'Invalid request: Wrong control request - unknown command "{command}"')
-        self._want_finish()
+        self._request_finish()
         return _answer(f"{command} command accepted")
 
     def _finish(self, _request: Mapping[str, Any]) -> Reply:
-        self._want_finish()
+        self._request_finish()
         return _answer(when=f"{FINISH_S}s")
 
-    def _want_finish(self) -> None:
+    def _request_finish(self) -> None:
         with self.registry.locked():
             if self.registry.finish:
                 raise InvalidInput("Finish request already requested")
-            self.registry.write(Finish())
+            self.registry.write(FinishRequested())
 
     def _resources_info(self, _request: Mapping[str, Any]) -> Reply:
         total_nodes, total, used = self._resources()
@@ -230,7 +240,7 @@ class Requests:
         options = request.get("options")
         if isinstance(options, dict) and options.get("allJobsFinished"):
             return _answer(AllJobsFinished=self.all_finished)
-        jobs, tasks = self.info.numbers(list(self.registry.jobs.values()))
+        jobs, tasks = self.queries.count_by_state(list(self.registry.jobs.values()))
         return {"code": 0, "data": self.status_of(self._resources(), jobs, tasks)}
 
     def status_of(
@@ -242,8 +252,8 @@ class Requests:
         return {
             "System": {
                 "InstanceId": self.pilot.id.removeprefix(AUXILIARY),
-                "Started": stamp(self.begin),
-                "Generated": stamp(now),
+                "Started": timestamp(self.begin),
+                "Generated": timestamp(now),
                 "Uptime": duration(now - self.begin),
                 "Zmqaddress": address_of(self.pilot.directory) if self.registry.net else None,
                 "Ifaces": ["ZMQ"] if self.registry.net else ["FILE"],
@@ -260,8 +270,8 @@ class Requests:
             "IterationStats": _groups(tasks, "Iterations"),
         }
 
-    def _not_here(self, request: Mapping[str, Any]) -> Reply:
-        """Requests that managers of QCG-PilotJob send each other: they have no place here, right or wrong."""
+    def _unsupported(self, request: Mapping[str, Any]) -> Reply:
+        """Requests that managers of QCG-PilotJob send each other: they are not supported here, right or wrong."""
         name = request["request"]
         entity, wanted = _OF_MANAGERS[name]
         if request.get("entity") != entity:
@@ -290,8 +300,8 @@ _HANDLERS: dict[str, Callable[[Requests, Mapping[str, Any]], Reply]] = {
     "finish": Requests._finish,
     "resourcesInfo": Requests._resources_info,
     "status": Requests._status,
-    "register": Requests._not_here,
-    "notify": Requests._not_here,
+    "register": Requests._unsupported,
+    "notify": Requests._unsupported,
 }
 
 
@@ -306,11 +316,11 @@ def open_registry(broker: Broker, pilot: Pilot) -> Registry:
 
 
 def begin(broker: Broker, pilot: Pilot, wd: str, *, net: bool) -> None:
-    """A service begins on this pilot: what `Requests` of any process have to know of it is written down."""
+    """Record that a service starts on this pilot: `Requests` of any process read it."""
     registry = open_registry(broker, pilot)
     try:
         with registry.locked():
-            registry.write(Began(wd, net))
+            registry.write(ServiceBegan(wd, net))
     finally:
         registry.close()
 
@@ -346,8 +356,8 @@ def _answer(message: str | None = None, **data: Any) -> Reply:
     return reply
 
 
-def _counted(word: str, number: int, errors: dict[str, str]) -> Reply:
-    return {"code": 0, "data": {word: number} | ({"errors": errors} if errors else {})}
+def _counted(what: str, number: int, errors: dict[str, str]) -> Reply:
+    return {"code": 0, "data": {what: number} | ({"errors": errors} if errors else {})}
 
 
 def _refusal(message: str) -> Reply:

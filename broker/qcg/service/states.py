@@ -1,4 +1,4 @@
-"""QCG-PilotJob's words for what became of a task: states, histories, exit codes, all as the text it uses. Pure."""
+"""States, histories, exit codes and times of tasks, in the forms that QCG-PilotJob uses. Pure."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _STATES: Final[Mapping[str, str]] = {"finished": SUCCEED, "failed": FAILED, "sto
 NOT_STARTED: Final = "-1"  # exit code, and process, of what could not be launched
 
 
-class Ended(msgspec.Struct):
-    """The part of a line of the journal that is shown; field by field as in records.Line."""
+class TaskRecord(msgspec.Struct):
+    """What is shown of a task: the part of an entry of the journal with the same fields as `JournalEntry`."""
 
     id: str
     status: str = ""
@@ -52,7 +52,7 @@ class Ended(msgspec.Struct):
 
 
 def state_of(status: str, reason: str) -> str:
-    """The state of a task, or of an element, from RQ's word and the reason that views show."""
+    """The state of a task, or of an element, from its status in RQ and the reason that views show."""
     if status == "canceled":
         return OMITTED if reason == "dependency" else CANCELED
     if status == "started":
@@ -60,52 +60,52 @@ def state_of(status: str, reason: str) -> str:
     return _STATES.get(status, QUEUED)
 
 
-def whole(states: set[str], *, canceled: bool, each: bool = False) -> str:
+def job_state(states: set[str], *, canceled: bool, elementwise: bool = False) -> str:
     """The state of a job whose elements have ended so; ``canceled``: its user has canceled all of it.
 
     An iteration is OMITTED when it waits for another job; where its elements wait one by one (``each``) it has FAILED.
     """
     if canceled and states != {SUCCEED}:
         return CANCELED
-    if each and states == {OMITTED}:
+    if elementwise and states == {OMITTED}:
         return FAILED
     return next(iter(states)) if len(states) == 1 else FAILED
 
 
-def exit_code(line: Ended) -> str:
+def exit_code(task: TaskRecord) -> str:
     """``0``, ``3``, ``-9`` for a signal, ``-1`` for what could not be launched."""
-    if line.signal is not None:
-        return str(-line.signal)
-    return NOT_STARTED if line.exit_code is None else str(line.exit_code)
+    if task.signal is not None:
+        return str(-task.signal)
+    return NOT_STARTED if task.exit_code is None else str(task.exit_code)
 
 
-def message_of(line: Ended) -> str:
+def message_of(task: TaskRecord) -> str:
     """Why it ended so, where its exit code does not say it."""
-    if line.status not in ("failed", "stopped") or line.reason in ("", "exit", "signal", "elements"):
+    if task.status not in ("failed", "stopped") or task.reason in ("", "exit", "signal", "elements"):
         return ""
-    return line.message or REASONS.get(line.reason, line.reason)
+    return task.message or REASONS.get(task.reason, task.reason)
 
 
-def history_of(line: Ended, *, element: bool = False) -> list[tuple[str, float]]:
-    """States and when they began (unix seconds); an element's begins when it was handed out."""
-    state = state_of(line.status, line.reason)
-    # What could not be launched has passed through EXECUTING there.
-    began = line.started or (line.ended if line.handed and state == FAILED else None)
-    steps = [(QUEUED, None if element else line.queued), (SCHEDULED, line.handed), (EXECUTING, began)]
-    return [(word, at) for word, at in [*steps, (state, line.ended)] if at is not None]
+def history_of(task: TaskRecord, *, element: bool = False) -> list[tuple[str, float]]:
+    """States and when they began (unix seconds); an element's begins when it was assigned."""
+    state = state_of(task.status, task.reason)
+    # In QCG-PilotJob what could not be launched has passed through EXECUTING.
+    began = task.started or (task.ended if task.handed and state == FAILED else None)
+    steps = [(QUEUED, None if element else task.queued), (SCHEDULED, task.handed), (EXECUTING, began)]
+    return [(step, at) for step, at in [*steps, (state, task.ended)] if at is not None]
 
 
-def runtime_of(line: Ended, directory: str, program: str) -> dict[str, str]:
+def runtime_of(task: TaskRecord, directory: str, program: str) -> dict[str, str]:
     """Where it ran and how it ended; nothing for what never had cores."""
-    if not line.cpus:
+    if not task.cpus:
         return {}
-    seconds = max(line.ended - line.started, 0.0) if line.ended and line.started else 0.0
+    seconds = max(task.ended - task.started, 0.0) if task.ended and task.started else 0.0
     return {
-        "allocation": line.cpus,
+        "allocation": task.cpus,
         "wd": directory,
         "rtime": duration(seconds),
-        "exit_code": exit_code(line),
-        "pid": str(line.pid) if line.pid else NOT_STARTED,
+        "exit_code": exit_code(task),
+        "pid": str(task.pid) if task.pid else NOT_STARTED,
         "pname": program,
     }
 
@@ -116,11 +116,11 @@ def duration(seconds: float) -> str:
     return text if "." in text else f"{text}.000000"
 
 
-def moment(seconds: float) -> datetime:
+def local_time(seconds: float) -> datetime:
     """Local time without its zone, as QCG-PilotJob shows times."""
     return datetime.fromtimestamp(seconds, timezone.utc).astimezone().replace(tzinfo=None)
 
 
-def stamp(seconds: float) -> str:
+def timestamp(seconds: float) -> str:
     """``2026-01-31 12:00:00.000000``"""
-    return moment(seconds).isoformat(" ", "microseconds")
+    return local_time(seconds).isoformat(" ", "microseconds")

@@ -1,4 +1,4 @@
-"""From the jobs of a submit request to tasks: what is refused, what is held back, what becomes a task now."""
+"""`Submissions`: which jobs of a submit request are refused, which are held, and which become tasks now."""
 
 from __future__ import annotations
 
@@ -12,47 +12,56 @@ import msgspec
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.qcg.service.error_texts import WRONG, check_form, in_old_words
-from pilotq.broker.qcg.service.lookup import Look
-from pilotq.broker.qcg.service.registry import Counted, Done, Over, Planned, Record, Refused, Registry, Submitted
-from pilotq.broker.qcg.service.states import FAILED, OMITTED, moment
+from pilotq.broker.qcg.service.error_texts import WRONG_SUBMIT, check_form, with_original_text
+from pilotq.broker.qcg.service.lookup import JobLookup
+from pilotq.broker.qcg.service.registry import (
+    Committed,
+    Counted,
+    NeverRan,
+    Planned,
+    Record,
+    Refused,
+    Registry,
+    Submitted,
+)
+from pilotq.broker.qcg.service.states import FAILED, OMITTED, local_time
 from pilotq.broker.scheduling.cluster import Cluster
-from pilotq.broker.store import keys
-from pilotq.broker.store.messages import NodeInfo
-from pilotq.broker.taskfiles.qcg import draft_of, job_of, request_words
-from pilotq.broker.taskfiles.qcg_tasks import Draft, Known, Unmet, tasks_of
-from pilotq.broker.tasks.model import Request, Shared, order_of
+from pilotq.broker.store.registry import read_nodes
+from pilotq.broker.taskfiles.qcg import draft_of, job_of, request_variables
+from pilotq.broker.taskfiles.qcg_tasks import EarlierJob, JobDraft, UnmetDependency, tasks_of
+from pilotq.broker.tasks.model import Request, order_of
+from pilotq.broker.tasks.submit_context import SubmitContext
 
 
-class Never:
-    """A job that cannot run here, as what others wait for."""
+class UnrunnableJob:
+    """A job that cannot run here, in the form in which others may wait for it."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: JobDraft) -> None:
         self._name = draft.name
         self.indices = draft.indices
         self.array = None
 
     def parents(self, index: int | None) -> NoReturn:
         name = self._name if index is None else f"{self._name}:{index}"
-        raise Unmet(f"{name!r}, which is {FAILED}")
+        raise UnmetDependency(f"{name!r}, which is {FAILED}")
 
 
-class Submits:
-    """Submits of one service; ``totals`` are the cores and nodes that iteration schedulers share out."""
+class Submissions:
+    """Handles the submits of one service; ``totals`` are the cores and nodes that schedulers distribute."""
 
     def __init__(
-        self, broker: Broker, registry: Registry, look: Look, *, shared: Shared, totals: tuple[int, int]
+        self, broker: Broker, registry: Registry, lookup: JobLookup, *, context: SubmitContext, totals: tuple[int, int]
     ) -> None:
         self._broker = broker
         self._registry = registry
-        self._look = look
-        self._shared = shared
+        self._lookup = lookup
+        self._context = context
         self._totals = totals
 
     def submit(self, bodies: Sequence[Any]) -> list[str]:
-        """Take these jobs, all or none, and return their names; raises InvalidInput.
+        """Accept these jobs, all or none, and return their names; raises InvalidInput.
 
-        A job that waits for one which nobody has submitted yet is held until somebody does, or until `settle`.
+        A job that waits for one which was not submitted yet is held until it is, or until `omit_unmet`.
         """
         with self._registry.locked():
             number = self._registry.submits + 1
@@ -66,61 +75,61 @@ class Submits:
     def _take(self, bodies: Sequence[Any], number: int) -> list[str]:
         check_form(bodies)
         now = time.time()
-        words = request_words(number, moment(now))
-        drafts = self._drafts(bodies, words)
-        never = self._never(drafts)
-        ready = self._ready([*self._held(), *(draft for draft in drafts if draft.name not in never)], never)
+        variables = request_variables(number, local_time(now))
+        drafts = self._drafts(bodies, variables)
+        unrunnable = self._unrunnable(drafts)
+        ready = self._ready([*self._held(), *(draft for draft in drafts if draft.name not in unrunnable)], unrunnable)
         key = f"qcg-{secrets.token_hex(8)}"
-        submitted = Submitted(now, words, self._totals[0], list(bodies), key, self._totals[1])
-        overs = [Over(name, FAILED, why, now) for name, why in never.items()]
-        known = {draft.name: Never(draft) for draft in drafts if draft.name in never}
-        self._commit(key, ready, known, [submitted, *overs], drafts)
+        submitted = Submitted(now, variables, self._totals[0], list(bodies), key, self._totals[1])
+        never_ran = [NeverRan(name, FAILED, why, now) for name, why in unrunnable.items()]
+        known = {draft.name: UnrunnableJob(draft) for draft in drafts if draft.name in unrunnable}
+        self._commit(key, ready, known, [submitted, *never_ran], drafts)
         return [draft.name for draft in drafts]
 
-    def _drafts(self, bodies: Sequence[Any], words: Mapping[str, str]) -> list[Draft]:
-        drafts: dict[str, Draft] = {}
+    def _drafts(self, bodies: Sequence[Any], variables: Mapping[str, str]) -> list[JobDraft]:
+        drafts: dict[str, JobDraft] = {}
         for number, body in enumerate(bodies):
             path = f"jobs[{number}]"
             try:
-                draft = draft_of(job_of(body, WRONG, path), WRONG, path, words, *self._totals)
+                draft = draft_of(job_of(body, WRONG_SUBMIT, path), WRONG_SUBMIT, path, variables, *self._totals)
             except InvalidInput as error:
-                raise in_old_words(error) from None
+                raise with_original_text(error) from None
             if draft.name in self._registry.jobs or draft.name in drafts:
                 raise InvalidInput(f"Job {draft.name} already exist")
             drafts[draft.name] = draft
         return list(drafts.values())
 
-    def settle(self) -> dict[str, str]:
-        """Omit what waits for jobs that nobody has submitted; returns the names of those jobs, with the reason."""
+    def omit_unmet(self) -> dict[str, str]:
+        """Omit jobs that wait for unknown ones; returns their names, with the reason."""
         with self._registry.locked():
             held = self._held()
             if not held:
                 return {}
-            before = len(self._registry.over)
+            before = len(self._registry.never_ran)
             key = f"qcg-{secrets.token_hex(8)}"
             try:
                 self._commit(key, held, {}, [], [])
             except InvalidInput as error:
-                # The nodes have changed since they were submitted: nobody is there to be told but their report.
+                # The nodes have changed since the submit: only the report can say so.
                 now = time.time()
-                self._registry.write(*(Over(draft.name, FAILED, str(error), now) for draft in held))
-            return {job.name: job.why for job in self._registry.over[before:]}
+                self._registry.write(*(NeverRan(draft.name, FAILED, str(error), now) for draft in held))
+            return {job.name: job.why for job in self._registry.never_ran[before:]}
 
-    def _held(self) -> list[Draft]:
+    def _held(self) -> list[JobDraft]:
         return [job.draft for job in self._registry.held.values() if job.draft is not None]
 
-    def _never(self, drafts: Sequence[Draft]) -> dict[str, str]:
-        """Jobs that ask for a resource which no node has, with the reason; other requests that cannot be are refused.
+    def _unrunnable(self, drafts: Sequence[JobDraft]) -> dict[str, str]:
+        """Jobs that ask for a resource which no node has, with the reason; other impossible requests are refused.
 
-        QCG-PilotJob accepts them, too, when it looks at numbers of cores and nodes only: then they fail, and the
-        others that came with them run.
+        QCG-PilotJob accepts them, too, as it checks numbers of cores and nodes only: then they fail, and the others of
+        the submit run.
         """
         cluster: Cluster | None = None
-        never: dict[str, str] = {}
+        unrunnable: dict[str, str] = {}
         fits: dict[Request, str | None] = {}
         for draft in drafts:
-            if draft.never:
-                never[draft.name] = draft.never
+            if draft.unrunnable:
+                unrunnable[draft.name] = draft.unrunnable
                 continue
             for request in _requests(draft):
                 if request not in fits:
@@ -130,18 +139,18 @@ class Submits:
                         raise InvalidInput(f"Not enough resources for job {draft.name}: {why}")
                     fits[request] = cluster.never_fits(request)
                 if why := fits[request]:
-                    never[draft.name] = f"Not enough resources: {why}"
-        return never
+                    unrunnable[draft.name] = f"Not enough resources: {why}"
+        return unrunnable
 
     def _cluster(self) -> Cluster:
         cluster = Cluster()
-        for record in self._broker.link.call("HVALS", keys.NODES):
-            cluster.add_node(msgspec.json.decode(record, type=NodeInfo))
+        for info in read_nodes(self._broker.link):
+            cluster.add_node(info)
         return cluster
 
-    def _ready(self, drafts: Sequence[Draft], never: Mapping[str, str]) -> list[Draft]:
-        """Those that wait for nothing unknown, over any number of steps."""
-        found = {draft.name for draft in drafts} | never.keys()
+    def _ready(self, drafts: Sequence[JobDraft], unrunnable: Mapping[str, str]) -> list[JobDraft]:
+        """The drafts that do not depend on an unknown job, over any number of steps."""
+        found = {draft.name for draft in drafts} | unrunnable.keys()
         jobs, waiting = self._registry.jobs, self._registry.held
         users: dict[str, list[str]] = defaultdict(list)
         pending: list[str] = []
@@ -159,29 +168,36 @@ class Submits:
         return [draft for draft in drafts if draft.name not in held]
 
     def _commit(
-        self, key: str, ready: Sequence[Draft], never: Mapping[str, Known], records: list[Record], fresh: list[Draft]
+        self,
+        key: str,
+        ready: Sequence[JobDraft],
+        unrunnable: Mapping[str, EarlierJob],
+        records: list[Record],
+        fresh: list[JobDraft],
     ) -> None:
-        """Make tasks of what is ready, and write down all of it."""
+        """Turn the ready jobs into tasks, and record all of it."""
         wanted = {name for draft in ready for name in _parents(draft)} - {draft.name for draft in ready}
         jobs = self._registry.jobs
-        parents = self._look.parents(jobs[name] for name in sorted(wanted) if name in jobs)
-        tasks, lost = tasks_of(ready, WRONG, {**parents, **never})
+        parents = self._lookup.parents(jobs[name] for name in sorted(wanted) if name in jobs)
+        tasks, omitted = tasks_of(ready, WRONG_SUBMIT, {**parents, **unrunnable})
         planned = dict(_base_name(task.name or "") for task in tasks)
-        whys = {_base_name(name)[0]: why for name, why in lost.items()}
+        reasons = {_base_name(name)[0]: why for name, why in omitted.items()}
         now = time.time()
-        records += (Over(draft.name, OMITTED, whys[draft.name], now) for draft in ready if draft.name not in planned)
+        records += (
+            NeverRan(draft.name, OMITTED, reasons[draft.name], now) for draft in ready if draft.name not in planned
+        )
         if tasks:
-            gone = {name: why for name, why in lost.items() if planned.get(_base_name(name)[0])}
-            records.append(Planned(key, list(planned.items()), gone))
+            omitted_elements = {name: why for name, why in omitted.items() if planned.get(_base_name(name)[0])}
+            records.append(Planned(key, list(planned.items()), omitted_elements))
         self._registry.write(*records, drafts=fresh)
         if not tasks:
             return
         try:
-            ids = self._broker.enqueue_many(tasks, key=key, shared=self._shared)
+            ids = self._broker.enqueue_many(tasks, key=key, context=self._context)
         except InvalidInput:
             self._registry.write(Refused(key))
             raise
-        self._registry.write(Done(key, order_of(ids[0])))
+        self._registry.write(Committed(key, order_of(ids[0])))
 
 
 def _base_name(name: str) -> tuple[str, bool]:
@@ -190,9 +206,9 @@ def _base_name(name: str) -> tuple[str, bool]:
     return job, bool(colon)
 
 
-def _parents(draft: Draft) -> Iterable[str]:
+def _parents(draft: JobDraft) -> Iterable[str]:
     return {text.partition(":")[0] for text in draft.after}
 
 
-def _requests(draft: Draft) -> Iterable[Request]:
+def _requests(draft: JobDraft) -> Iterable[Request]:
     return [draft.task.request] if draft.requests is None else set(draft.requests)

@@ -1,21 +1,22 @@
 -- cancel: the user wants these tasks not to run (any more). Event cancel.
 --
--- ARGV: 1 epoch, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
--- Returns for each id 'canceled' (it was waiting), 'told' (it runs, or elements of it do: their workers were told),
+-- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
+-- Returns for each id 'canceled' (it was waiting), 'stopping' (it runs, or elements of it do: their workers have the
+-- message to stop it),
 -- its status when it has ended, or 'unknown'. Ids stay in the middle of their lists: claim drops them.
--- RQ's own job.cancel() sets the status and tells nobody: a task that it has met and we do not know of yet (no reason, no
+-- RQ's own job.cancel() sets the status and sends no message: a task that it has met and we do not know of yet (no reason, no
 -- pq_cancel) is treated like any other; the reconciler calls for that.
-if not epoch_ok() then return epoch_error() end
+if not queue_id_ok() then return queue_id_error() end
 local now, now_iso, ttl = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local changed = false
 
-local function tell(id, node, execution)
+local function send_stop(id, node, execution)
   redis.call('HSET', job_key(id), 'pq_cancel', 'canceled')
   send(node, 1, string.char(148) .. cmsgpack.pack('stop', id, tonumber(execution), 'canceled'))
 end
 
--- An array: elements that never had a record end here; those handed out are told one by one; what went back to its list,
--- or waits element by element, is found by release.lua in slices.
+-- An array: elements that never had a record end here; those handed out are stopped one by one; what went back to its list,
+-- or waits element by element, is found by release_dependents.lua in slices.
 local function cancel_array(id, v)
   local count, queue = tonumber(string.match(v[4], '(%d+)$')), queue_of(v[5])
   local handed = v[7] and count or tonumber(v[6])
@@ -24,7 +25,7 @@ local function cancel_array(id, v)
   for _, member in ipairs(running) do
     local element, execution = string.match(member, '^(.*):(%d+)$')
     local node = redis.call('HGET', job_key(element), 'pq_node')
-    if node then tell(element, node, execution) end
+    if node then send_stop(element, node, execution) end
   end
   redis.call('ZREM', registry('deferred', queue), id)
   if handed > 0 and v[1] ~= 'started' then
@@ -33,7 +34,7 @@ local function cancel_array(id, v)
   end
   if handed > 0 then redis.call('RPUSH', 'pilotq:release', string.format('c:%s:0:%d', id, handed - 1)) end
   if handed < count then end_elements(id, v[8], handed, count - 1, now, now_iso, ttl) end
-  return #running > 0 and 'told' or 'canceled'
+  return #running > 0 and 'stopping' or 'canceled'
 end
 
 -- An element without a record: one that waits to be handed out, or for another array's element, or whose record somebody
@@ -46,13 +47,13 @@ local function cancel_element(id)
   local start, step, count = string.match(v[1], '^(%d+):(%d+):(%d+)$')
   local position = (index - start) / step
   if position < 0 or position >= tonumber(count) or position % 1 ~= 0 then return 'unknown' end
-  local outcome = redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
+  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
-  if v[5] then return 'told' end
+  if v[5] then return 'stopping' end
   if redis.call('TTL', job_key(array)) >= 0 then return 'unknown' end -- staged
   -- Somebody deleted its record. If it ran by then its end is still to come, and counts it.
-  if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[6])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'told' end
-  redis.call('HSET', job_key(array), 'pq_holes', 1)
+  if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[6])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'stopping' end
+  redis.call('HSET', job_key(array), 'pq_has_gaps', 1)
   end_elements(array, v[4], position, position, now, now_iso, ttl)
   changed = true
   return 'canceled'
@@ -70,14 +71,14 @@ local function cancel(id)
   if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
   if status == 'canceled' and (v[10] or v[11]) then return status end
   changed = true
-  if v[4] then return v[10] and 'told' or cancel_array(id, v) end
+  if v[4] then return v[10] and 'stopping' or cancel_array(id, v) end
   local member = id .. ':' .. (v[2] or '')
   local wip = registry('wip', queue_of(v[5] or v[9]))
   if status == 'started' or status == 'canceled' and (v[3] or redis.call('ZSCORE', wip, member)) then
     -- RQ's cancel of what it sees running takes it out of there: its end is counted by that.
     redis.call('ZADD', wip, 'inf', member)
-    tell(id, v[3], v[2])
-    return 'told'
+    send_stop(id, v[3], v[2])
+    return 'stopping'
   end
   end_unrun(id, 'canceled', now, now_iso, ttl)
   return 'canceled'
@@ -87,5 +88,5 @@ local answer = {}
 for i = 5, #ARGV do answer[#answer + 1] = cancel(ARGV[i]) end
 flush_tally(ttl)
 flush_lines()
-if changed then ring() end
+if changed then wake() end
 return answer

@@ -1,24 +1,25 @@
 -- claim: waiting tasks are handed to nodes. Event claim.
 --
 -- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped, at most
--- GHOSTS of them in a call. An array stays at the head until its last element is handed out. The inbox gets
--- records.Handed, field by field.
--- ARGV: 1 epoch, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
---       7 msgpack [[class, [[node:incarnation, lane, allocation], ...]], ...]; lane 0 = handed ahead.
--- Returns for each class {number handed, length left, places of the first ids, elements left in the first one}: slots are filled in order.
-if not epoch_ok() then return epoch_error() end
+-- DROP_LIMIT of them in a call. An array stays at the head until its last element is handed out. The inbox gets
+-- messages.Run, field by field.
+-- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
+--       7 msgpack [[class, [[node:incarnation, slot, allocation], ...]], ...]; slot 0 = prefetched.
+-- Returns for each class {number handed, length left, places of the first ids, elements left in the first one}: targets are
+-- filled in order.
+if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, show, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local inboxes, wip, answer = {}, {}, {}
-local GHOSTS, dropped = 2000, 0
+local DROP_LIMIT, dropped = 2000, 0
 local pack = cmsgpack.pack
 
-local function hand(slot, class, id, execution, f)
-  local inbox = inboxes[slot[1]]
-  if not inbox then inbox = {}; inboxes[slot[1]] = inbox end
-  inbox[#inbox + 1] = string.char(220, 0, 18) .. pack('run', id, execution, slot[2], slot[3], class, f.name or '',
+local function hand(target, class, id, execution, f)
+  local inbox = inboxes[target[1]]
+  if not inbox then inbox = {}; inboxes[target[1]] = inbox end
+  inbox[#inbox + 1] = string.char(220, 0, 18) .. pack('run', id, execution, target[2], target[3], class, f.name or '',
     tonumber(f.queued) or 0, tonumber(now), f.shared or '', f.array or '', f.index or -1, f.position or 0,
-    tonumber(f.retries or 0), f.submission or '') .. f.spec .. pack(tonumber(f.crashes or 0), f.spared or '')
+    tonumber(f.retries or 0), f.submission or '') .. f.spec .. pack(tonumber(f.crashes or 0), f.suspect_node or '')
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
@@ -26,15 +27,15 @@ local function hand(slot, class, id, execution, f)
   members[#members + 1] = id .. ':' .. execution
 end
 
--- A lane is noted only when there is one: what was handed ahead has not run when its node dies. Of a task that was lost
--- before, the worker says when it begins (launched.lua): only that is charged.
-local function started(slot, class, execution, crashes)
-  local charged = slot[2] ~= 0 and tonumber(crashes or 0) == 0
-  return 'status', 'started', 'origin', queue_of(class), 'pq_exec', execution, 'pq_node', slot[1], 'worker_name',
-    string.match(slot[1], '^(.*):'), 'started_at', now_iso, charged and 'pq_lane' or 'pq_node', charged and slot[2] or slot[1]
+-- A slot is noted only when there is one: what was prefetched has not run when its node dies. Of a task that was lost
+-- before, the worker says when it begins (report_started.lua): only that is charged.
+local function started(target, class, execution, crashes)
+  local charged = target[2] ~= 0 and tonumber(crashes or 0) == 0
+  return 'status', 'started', 'origin', queue_of(class), 'pq_exec', execution, 'pq_node', target[1], 'worker_name',
+    string.match(target[1], '^(.*):'), 'started_at', now_iso, charged and 'pq_slot' or 'pq_node', charged and target[2] or target[1]
 end
 
--- A byte of the bits that holds an element which has not ended (00).
+-- A byte of the outcomes that holds an element which has not ended (00).
 local OPEN
 
 local function open_byte()
@@ -51,28 +52,28 @@ local function next_open(id, position, count)
   while position < count do
     if position % 4 == 0 then
       OPEN = OPEN or open_byte()
-      local chunk = redis.call('GETRANGE', bits_key(id), position / 4, position / 4 + 65535)
+      local chunk = redis.call('GETRANGE', outcomes_key(id), position / 4, position / 4 + 65535)
       local at = string.find(chunk, OPEN)
       position = position + 4 * (at and at - 1 or #chunk)
       if not at and #chunk == 65536 then position = position - 1 end -- look on from there
     end
-    if redis.call('BITFIELD', bits_key(id), 'GET', 'u2', '#' .. string.format('%d', position))[1] == 0 then break end
+    if redis.call('BITFIELD', outcomes_key(id), 'GET', 'u2', '#' .. string.format('%d', position))[1] == 0 then break end
     position = position + 1
   end
   return math.min(position, count)
 end
 
--- As many elements of an array as there are slots; returns how many, and whether some are left.
-local function claim_array(id, class, f, slots, from)
-  local count, execution = tonumber(string.match(f.array, '(%d+)$')), tonumber(f.first or 1)
+-- As many elements of an array as there are targets; returns how many, and whether some are left.
+local function claim_array(id, class, f, targets, from)
+  local count, execution = tonumber(string.match(f.array, '(%d+)$')), tonumber(f.first_attempt or 1)
   local position, used = tonumber(f.next), 0
-  while position < count and from + used <= #slots do
-    -- With holes: some have ended, canceled one by one or before a retry.
-    if f.holes then position = next_open(id, position, count) end
+  while position < count and from + used <= #targets do
+    -- With gaps: some have ended, canceled one by one or before a retry.
+    if f.gaps then position = next_open(id, position, count) end
     if position == count then break end
-    local slot = slots[from + used]
-    local element, index = make_element(id, position, f, {started(slot, class, execution)})
-    hand(slot, class, element, execution, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
+    local target = targets[from + used]
+    local element, index = make_element(id, position, f, {started(target, class, execution)})
+    hand(target, class, element, execution, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
       position = position, retries = f.retries, submission = f.submission, spec = f.spec})
     if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
     used = used + 1
@@ -86,63 +87,63 @@ local function claim_array(id, class, f, slots, from)
   return used, position < count
 end
 
--- A job of RQ's producers: its `ttl` was for the time it waits. One with a rate limit keeps its slot while it runs, also
--- after RQ's cancel or delete, only if RQ sees its execution.
-local function begin_stock(id, execution, slot)
+-- A job of RQ's producers: its `ttl` was for the time it waits. One with a rate limit keeps its rate-limit slot while it runs,
+-- also after RQ's cancel or delete, only if RQ sees its execution.
+local function begin_rq_job(id, execution, target)
   redis.call('PERSIST', job_key(id))
   if redis.call('HGET', job_key(id), 'rate_limit_key') then
-    show_execution(id, execution, string.match(slot[1], '^(.*):'), now, false, 86400)
+    show_execution(id, execution, string.match(target[1], '^(.*):'), now, false, 86400)
   end
 end
 
--- One popped id: returns slots used, and whether it must go back to the head of its list.
-local function claim_one(id, class, slots, from)
+-- One popped id: returns targets used, and whether it must go back to the head of its list.
+local function claim_one(id, class, targets, from)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
-    'pq_sub', 'pq_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_spared')
+    'pq_sub', 'pq_queued_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_suspect_node')
   if v[1] ~= 'queued' then return 0, false end
   local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9],
-    crashes = v[11], spared = v[12]}
+    crashes = v[11], suspect_node = v[12]}
   if v[9] then
-    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_holes',
-      'pq_first')
-    f.data, f.description, f.created, f.next, f.class, f.holes = more[1], more[2], more[3], more[4], class, more[5]
-    f.first = more[6]
-    return claim_array(id, class, f, slots, from)
+    local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_has_gaps',
+      'pq_first_attempt')
+    f.data, f.description, f.created, f.next, f.class, f.gaps = more[1], more[2], more[3], more[4], class, more[5]
+    f.first_attempt = more[6]
+    return claim_array(id, class, f, targets, from)
   end
   if v[10] then
     -- An element that had been given back, or released by another array's element: its array knows the rest.
-    local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_at', 'pq_array',
-      'pq_cancel', 'pq_most')
+    local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_array',
+      'pq_cancel', 'pq_last_attempt')
     local position = tonumber(redis.call('HGET', job_key(id), 'pq_pos'))
     if not a[1] then -- somebody deleted the array: what waits of it goes too
       count_end(redis.call('HGET', job_key(id), 'pq_sub'), 'canceled', 1)
       redis.call('DEL', job_key(id))
       return 0, false
     end
-    if a[7] then return 0, false end -- the array was canceled: release.lua ends what waits of it
+    if a[7] then return 0, false end -- the array was canceled: release_dependents.lua ends what waits of it
     f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
-      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], spared = v[12],
-      most = a[8]}
+      position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], suspect_node = v[12],
+      last_attempt = a[8]}
   end
-  local slot, execution = slots[from], tonumber(v[4] or 0) + 1
+  local target, execution = targets[from], tonumber(v[4] or 0) + 1
   -- Records of elements go: only so does a retry know which numbers of executions were used.
-  if v[10] and execution > tonumber(f.most or 1) then redis.call('HSET', job_key(v[10]), 'pq_most', execution) end
-  redis.call('HSET', job_key(id), started(slot, class, execution, f.crashes))
-  hand(slot, class, id, execution, f)
-  if f.submission == '' then begin_stock(id, execution, slot) end
+  if v[10] and execution > tonumber(f.last_attempt or 1) then redis.call('HSET', job_key(v[10]), 'pq_last_attempt', execution) end
+  redis.call('HSET', job_key(id), started(target, class, execution, f.crashes))
+  hand(target, class, id, execution, f)
+  if f.submission == '' then begin_rq_job(id, execution, target) end
   return 1, false
 end
 
 for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
-  local class, slots, from = group[1], group[2], 1
+  local class, targets, from = group[1], group[2], 1
   local list = list_key(class)
-  while from <= #slots and dropped < GHOSTS do
-    local ids = redis.call('LPOP', list, math.min(#slots - from + 1, PIECE))
+  while from <= #targets and dropped < DROP_LIMIT do
+    local ids = redis.call('LPOP', list, math.min(#targets - from + 1, PIECE))
     if not ids then break end
     for i, id in ipairs(ids) do
-      -- An array in front of it may have taken all slots.
-      local used, again = 0, from > #slots
-      if not again then used, again = claim_one(id, class, slots, from) end
+      -- An array in front of it may have taken all targets.
+      local used, again = 0, from > #targets
+      if not again then used, again = claim_one(id, class, targets, from) end
       from = from + used
       if used == 0 and not again then dropped = dropped + 1 end
       if again then

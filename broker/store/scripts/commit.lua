@@ -1,11 +1,11 @@
 -- commit: a staged submit becomes visible, whole or not at all. Events commit, commit_deferred, commit_omitted.
 --
 -- The client has written the hashes of all tasks (status queued or deferred) with a TTL; nothing refers to them yet.
--- ARGV: 1 epoch, 2 submission key, 3 now (unix s), 4 now (ISO), 5 first task number, 6 number of records,
+-- ARGV: 1 queue id, 2 submission key, 3 now (unix s), 4 now (ISO), 5 first task number, 6 number of records,
 --       7 number of tasks, 8 ttl of canceled records (s), 9 msgpack {
 --         groups = [[class, class record (JSON), [id, ...]], ...]      go straight to their lists
 --         waits  = [[id, class, class record, [parent, ...], number of tasks], ...]    wait for whole tasks
---         each   = [[array id, class, class record, [parent array, ...], number of tasks], ...] wait element by element
+--         elementwise = [[array id, class, class record, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
 --         shared = key of what all of them share
 --         past   = {parent = status}: parents that only the journal knows
@@ -14,7 +14,7 @@
 -- Returns {'ok'}; {'again', first number, number} when this key was committed before (nothing is written);
 --       {'gone'} when a staged key has expired; {'unknown', id} when a parent does not exist; {'unequal', id} when a
 --       parent to wait for element by element is no array of as many elements.
-if not epoch_ok() then return epoch_error() end
+if not queue_id_ok() then return queue_id_error() end
 local key, now, now_iso, first, records, total, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local known = redis.call('HMGET', submit_key(key), 'first', 'records')
 if known[1] then return {'again', known[1], known[2]} end
@@ -24,7 +24,7 @@ local work = cmsgpack.unpack(ARGV[9])
 local found, all = 0, {}
 for _, group in ipairs(work.groups) do for _, id in ipairs(group[3]) do all[#all + 1] = job_key(id) end end
 for _, item in ipairs(work.waits) do all[#all + 1] = job_key(item[1]) end
-for _, item in ipairs(work.each) do all[#all + 1] = job_key(item[1]) end
+for _, item in ipairs(work.elementwise) do all[#all + 1] = job_key(item[1]) end
 for _, name in ipairs(work.extra) do all[#all + 1] = name end
 all[#all + 1] = 'pilotq:shared:' .. work.shared
 for i = 1, #all, PIECE do found = found + redis.call('EXISTS', unpack(all, i, math.min(i + PIECE - 1, #all))) end
@@ -45,10 +45,10 @@ local function status_of(parent)
   local position = (index - start) / step
   if position < 0 or position >= tonumber(count) or position % 1 ~= 0 then return false end
   elements[parent] = array
-  local outcome = redis.call('BITFIELD', bits_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
+  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
 end
-for _, items in ipairs({work.waits, work.each}) do
+for _, items in ipairs({work.waits, work.elementwise}) do
   for _, item in ipairs(items) do
     for _, parent in ipairs(item[4]) do
       if parents[parent] == nil then
@@ -60,7 +60,7 @@ for _, items in ipairs({work.waits, work.each}) do
   end
 end
 
-for _, item in ipairs(work.each) do
+for _, item in ipairs(work.elementwise) do
   for _, parent in ipairs(item[4]) do
     if counts[parent] ~= item[5] then return {'unequal', parent} end
   end
@@ -70,7 +70,7 @@ end
 for _, name in ipairs(all) do redis.call('PERSIST', name) end
 redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total,
   'shared', work.shared)
-redis.call('HINCRBY', 'pilotq:shares', work.shared, 1)
+redis.call('HINCRBY', 'pilotq:shared-refs', work.shared, 1)
 redis.call('HINCRBY', 'pilotq:counts', 'total', total)
 local function know(class, record)
   redis.call('HSETNX', 'pilotq:classes', class, record)
@@ -99,12 +99,12 @@ for _, item in ipairs(work.waits) do
     for _, parent in ipairs(item[4]) do
       if parents[parent] ~= 'finished' then
         left = left + 1
-        redis.call('RPUSH', kids_key(parent), id)
-        watch(parent)
+        redis.call('RPUSH', dependents_key(parent), id)
+        track_parent(parent)
         if elements[parent] then
-          redis.call('HSET', job_key(elements[parent]), 'pq_each', '1')
+          redis.call('HSET', job_key(elements[parent]), 'pq_elementwise', '1')
         else
-          redis.call('HSET', job_key(parent), 'pq_kids', '1')
+          redis.call('HSET', job_key(parent), 'pq_has_dependents', '1')
         end
       end
     end
@@ -112,29 +112,29 @@ for _, item in ipairs(work.waits) do
       redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
       ready(class, {id})
     else
-      redis.call('HSET', job_key(id), 'pq_waits', left, 'origin', queue_of(class))
+      redis.call('HSET', job_key(id), 'pq_open_parents', left, 'origin', queue_of(class))
       redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
     end
   end
 end
-for _, item in ipairs(work.each) do
+for _, item in ipairs(work.elementwise) do
   local id, class = item[1], item[2]
   know(class, item[3])
   redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[4])
   redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
   for number, parent in ipairs(item[4]) do
-    redis.call('RPUSH', each_key(parent), (number - 1) .. ':' .. id)
-    watch(parent)
-    redis.call('HSET', job_key(parent), 'pq_each', '1')
+    redis.call('RPUSH', elementwise_key(parent), (number - 1) .. ':' .. id)
+    track_parent(parent)
+    redis.call('HSET', job_key(parent), 'pq_elementwise', '1')
     local status = parents[parent]
-    if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', each_key(parent), ttl) end
-    -- Elements of the parent that ended before this commit rang no bell for us: look at all of them once.
-    if redis.call('EXISTS', bits_key(parent)) == 1 then
+    if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', elementwise_key(parent), ttl) end
+    -- Elements of the parent that ended before this commit woke nobody for us: look at all of them once.
+    if redis.call('EXISTS', outcomes_key(parent)) == 1 then
       redis.call('RPUSH', 'pilotq:release', string.format('e:%s:0:%d', parent, item[5] - 1))
     end
   end
 end
 flush_tally(ttl)
 flush_lines()
-ring()
+wake()
 return {'ok'}

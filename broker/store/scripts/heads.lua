@@ -1,8 +1,9 @@
 -- heads: what waits. Changes nothing.
 --
--- ARGV: 1 epoch, 2 term, 3 how many ids of each list to show, 4... class names.
--- Returns for each class {length of its list, places of its first tasks in the order of all, elements left in the first one if it is an array (0)}.
-if not epoch_ok() then return epoch_error() end
+-- ARGV: 1 queue id, 2 term, 3 how many ids of each list to show, 4... class names.
+-- Returns for each class {length of its list, places of its first tasks in the order of all, elements left in the first one
+-- if it is an array (0)}.
+if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local found = {}
 for i = 4, #ARGV do

@@ -2,7 +2,7 @@
 --
 -- Keys are built here and not passed in KEYS: one private server, no cluster; who a task's dependents or its array are
 -- is only known after reading. All checks come before the first write: a script is not rolled back.
--- ARGV[1] is always the epoch of the queue; scripts of the dispatcher get its term in ARGV[2].
+-- ARGV[1] is always the id of the queue; scripts of the dispatcher get its term in ARGV[2].
 -- Lists of ours are cut into pieces for unpack(): Lua's stack holds fewer than 8,000 values.
 
 local PIECE = 4000
@@ -12,9 +12,9 @@ local function list_key(class) return 'rq:queue:' .. class end
 local function registry(kind, queue) return 'rq:' .. kind .. ':' .. queue end
 local function inbox_key(node) return 'pilotq:inbox:' .. node end
 local function submit_key(key) return 'pilotq:submit:' .. key end
-local function kids_key(id) return 'pilotq:kids:' .. id end
-local function each_key(id) return 'pilotq:each:' .. id end
-local function bits_key(id) return 'pilotq:bits:' .. id end
+local function dependents_key(id) return 'pilotq:dependents:' .. id end
+local function elementwise_key(id) return 'pilotq:elementwise:' .. id end
+local function outcomes_key(id) return 'pilotq:outcomes:' .. id end
 local function values_key(id) return 'pilotq:values:' .. id end
 
 -- The user's queue of a class list: default.p10.2c -> default. RQ's producers may have points in the names of theirs.
@@ -28,10 +28,10 @@ local function queue_of(class)
   return queue
 end
 
--- True unless the server lost its state (P11); then the script must return epoch_error().
-local function epoch_ok() return redis.call('GET', 'pilotq:epoch') == ARGV[1] end
+-- True unless the server lost its state; then the script must return queue_id_error().
+local function queue_id_ok() return redis.call('GET', 'pilotq:queue-id') == ARGV[1] end
 local function term_ok() return redis.call('GET', 'pilotq:term') == ARGV[2] end
-local function epoch_error() return redis.error_reply('EPOCH this server does not hold the queue you mean') end
+local function queue_id_error() return redis.error_reply('QUEUE_ID this server does not hold the queue you mean') end
 local function term_error() return redis.error_reply('TERM another dispatcher has taken over') end
 
 local function push(command, key, items)
@@ -52,17 +52,17 @@ local function enlist(command, worker)
   redis.call(command, 'rq:workers:default', worker)
 end
 
-local function ring()
-  if redis.call('LLEN', 'pilotq:bell') == 0 then redis.call('RPUSH', 'pilotq:bell', '1') end
+local function wake()
+  if redis.call('LLEN', 'pilotq:wakeup') == 0 then redis.call('RPUSH', 'pilotq:wakeup', '1') end
 end
 
--- The mail of a worker's call to the dispatcher, once for each number of call: a call that is repeated because its reply
--- was lost must not free a lane twice. Without a record (it expired) nothing is noted: that would make a ghost of it.
-local function deliver(node, call, mail, finished, failed)
+-- The message of a worker's call to the dispatcher, once for each number of call: a call that is repeated because its reply
+-- was lost must not free a slot twice. Without a record (it expired) nothing is noted: that would make a record again.
+local function deliver(node, call, message, finished, failed)
   local worker = 'rq:worker:' .. string.match(node, '^(.*):')
   local v = redis.call('HMGET', worker, 'pq_incarnation', 'pq_call:' .. node)
   if tonumber(v[2] or 0) >= tonumber(call) then return end
-  redis.call('RPUSH', 'pilotq:mail', mail)
+  redis.call('RPUSH', 'pilotq:events', message)
   if not v[1] then return end
   redis.call('HSET', worker, 'pq_call:' .. node, call)
   if finished > 0 then redis.call('HINCRBY', worker, 'successful_job_count', finished) end
@@ -80,8 +80,8 @@ end
 
 -- What the tasks of a submission share goes some time after the last submission that uses it.
 local function unshare(key, ttl)
-  if key and redis.call('HINCRBY', 'pilotq:shares', key, -1) <= 0 then
-    redis.call('HDEL', 'pilotq:shares', key)
+  if key and redis.call('HINCRBY', 'pilotq:shared-refs', key, -1) <= 0 then
+    redis.call('HDEL', 'pilotq:shared-refs', key)
     redis.call('EXPIRE', 'pilotq:shared:' .. key, ttl)
   end
 end
@@ -117,14 +117,14 @@ local function journal(line, changes)
 end
 
 -- Packed {status, reason, final} of an ended execution; most executions of a call end alike.
-local verdict_cache = {}
+local ending_cache = {}
 
-local function packed_verdict(status, reason, final)
+local function packed_ending(status, reason, final)
   local key = status .. '\n' .. reason .. (final and '\n1' or '')
-  local packed = verdict_cache[key]
+  local packed = ending_cache[key]
   if not packed then
     packed = cmsgpack.pack({status = status, reason = reason, final = final})
-    verdict_cache[key] = packed
+    ending_cache[key] = packed
   end
   return packed
 end
@@ -139,16 +139,16 @@ local function flush_lines()
   lines = {}
 end
 
--- Those that wait for a whole task are looked after by release.lua, in slices. How it ended stands in the entry: its
+-- Those that wait for a whole task are handled by release_dependents.lua, in slices. How it ended stands in the entry: its
 -- record may be gone by then.
-local function release_dependents(id, kids, status)
-  if not kids then return end
+local function request_release(id, dependents, status)
+  if not dependents then return end
   local kind = status == 'finished' and 'k:' or (status == 'failed' and 'f:' or 'o:')
   redis.call('RPUSH', 'pilotq:release', kind .. id)
 end
 
 -- What somebody waits for: the reconciler looks whether it is still there.
-local function watch(parent) redis.call('SADD', 'pilotq:parents', parent) end
+local function track_parent(parent) redis.call('SADD', 'pilotq:parents', parent) end
 
 -- Tasks that wait for others, as ours know it, have this added to the time in their score; RQ's producers have not.
 local ADOPTED = 1e12
@@ -157,31 +157,31 @@ local ADOPTED = 1e12
 local rq_ended, rq_count_in
 
 -- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
-local function set_bits(array, first, last, outcome)
+local function set_outcomes(array, first, last, outcome)
   local position = first
   while position <= last and position % 4 ~= 0 do
-    redis.call('BITFIELD', bits_key(array), 'SET', 'u2', '#' .. position, outcome)
+    redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', '#' .. position, outcome)
     position = position + 1
   end
   local whole = math.floor((last - position + 1) / 4)
   if whole > 0 then
-    redis.call('SETRANGE', bits_key(array), position / 4, string.rep(string.char(outcome * 85), whole))
+    redis.call('SETRANGE', outcomes_key(array), position / 4, string.rep(string.char(outcome * 85), whole))
     position = position + whole * 4
   end
   while position <= last do
-    redis.call('BITFIELD', bits_key(array), 'SET', 'u2', '#' .. position, outcome)
+    redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', '#' .. position, outcome)
     position = position + 1
   end
 end
 
 -- Elements of an array have ended: `number` of them, `bad` of these not finished. Ends the array with its last one.
--- An array whose record somebody deleted has nothing to count on: an HINCRBY would make a ghost of it.
+-- An array whose record somebody deleted has nothing to count on: an HINCRBY would make a record again.
 local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed)
   if redis.call('EXISTS', job_key(array)) == 0 then return end
-  if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_bad', bad) end
+  if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_unfinished', bad) end
   if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
-  local f = redis.call('HMGET', job_key(array), 'pq_bad', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_at', 'pq_kids',
-    'pq_class', 'status', 'pq_array', 'pq_reason')
+  local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
+    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason')
   if f[10] then return end
   local status, reason = 'finished', ''
   if f[2] then
@@ -197,38 +197,37 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   redis.call('ZREM', registry('wip', queue), array .. ':0')
   redis.call('ZREM', registry('deferred', queue), array)
   redis.call('ZADD', registry(status, queue), status == 'canceled' and now or now + ttl, array)
-  for _, key in ipairs({job_key(array), bits_key(array), values_key(array), each_key(array)}) do
+  for _, key in ipairs({job_key(array), outcomes_key(array), values_key(array), elementwise_key(array)}) do
     redis.call('EXPIRE', key, ttl)
   end
-  redis.call('DEL', each_key(array) .. ':seen')
+  redis.call('DEL', elementwise_key(array) .. ':seen')
   redis.call('SREM', 'pilotq:parents', array)
-  local start, step = string.match(f[9], '^(%d+):(%d+):')
   journal(cmsgpack.pack({id = array, name = f[3] or '', submission = f[4] or ''}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or now),
-      bits = redis.call('GET', bits_key(array)) or '', start = tonumber(start), step = tonumber(step)})
-  release_dependents(array, f[6], status)
+      outcomes = redis.call('GET', outcomes_key(array)) or '', array = f[9]})
+  request_release(array, f[6], status)
 end
 
 -- Elements first..last of an array, of which none runs or has ended, end as canceled.
 local function end_run(array, submission, first, last, now, now_iso, ttl)
   local number = last - first + 1
-  set_bits(array, first, last, 3)
+  set_outcomes(array, first, last, 3)
   count_end(submission, 'canceled', number)
-  if redis.call('HGET', job_key(array), 'pq_each') then
+  if redis.call('HGET', job_key(array), 'pq_elementwise') then
     redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, last))
   end
   array_ended(array, number, number, now, now_iso, ttl, ttl)
 end
 
--- The same where some may have been canceled one by one before (pq_holes): these have ended, and are passed over.
+-- The same where some may have been canceled one by one before (pq_has_gaps): these have ended, and are passed over.
 local function end_elements(array, submission, first, last, now, now_iso, ttl)
-  if first == last or not redis.call('HGET', job_key(array), 'pq_holes') then
+  if first == last or not redis.call('HGET', job_key(array), 'pq_has_gaps') then
     return end_run(array, submission, first, last, now, now_iso, ttl)
   end
   local base, run = math.floor(first / 4), nil
-  local bits = redis.call('GETRANGE', bits_key(array), base, math.floor(last / 4))
+  local outcomes = redis.call('GETRANGE', outcomes_key(array), base, math.floor(last / 4))
   for position = first, last + 1 do
-    local byte = string.byte(bits, math.floor(position / 4) - base + 1) or 0
+    local byte = string.byte(outcomes, math.floor(position / 4) - base + 1) or 0
     local waits = position <= last and bit.band(bit.rshift(byte, 6 - 2 * (position % 4)), 3) == 0
     if waits then
       run = run or position
@@ -241,7 +240,7 @@ end
 
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.
 local function end_unrun(id, reason, now, now_iso, ttl)
-  local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_at', 'pq_kids',
+  local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_has_dependents',
     'pq_array_of', 'pq_pos')
   -- A producer's job that was not routed yet has no class.
   local queue = v[1] and queue_of(v[1]) or v[2] or ''
@@ -262,7 +261,7 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   count_end(v[4], 'canceled', 1)
   journal(cmsgpack.pack({id = id, name = v[3] or '', submission = v[4] or ''}),
     {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or now)})
-  release_dependents(id, v[6], 'canceled')
+  request_release(id, v[6], 'canceled')
 end
 
 -- A task or array is not run because a task it depends on did not finish.

@@ -2,7 +2,7 @@
 -- what its tools show of running tasks.
 
 -- A job goes to the list that its producer would push it to; the dispatcher routes it from there.
-local function to_inbound(id, queue, front, now_iso)
+local function to_rq_list(id, queue, front, now_iso)
   redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', now_iso)
   redis.call('SADD', 'rq:queues', list_key(queue))
   redis.call(front and 'LPUSH' or 'RPUSH', list_key(queue), id)
@@ -18,13 +18,13 @@ local function promote(key, now, now_iso)
     local v = redis.call('HMGET', job_key(id), 'origin', 'status', 'enqueue_at_front')
     if v[1] and v[2] == 'rate_limited' then
       redis.call('ZADD', base .. ':allowed', now, id)
-      to_inbound(id, v[1], v[3] == '1', now_iso)
+      to_rq_list(id, v[1], v[3] == '1', now_iso)
       room = room - 1
     end
   end
 end
 
-local function free_slot(id, key, now, now_iso)
+local function free_rate_slot(id, key, now, now_iso)
   if key and redis.call('ZREM', 'rq:rl:' .. key .. ':allowed', id) == 1 then promote(key, now, now_iso) end
 end
 
@@ -44,14 +44,14 @@ rq_ended = function(id, queue, now, now_iso)
   redis.call('ZREM', registry('ready', queue), id)
   if key then
     redis.call('ZREM', 'rq:rl:' .. key .. ':rate_limited', id)
-    free_slot(id, key, now, now_iso)
+    free_rate_slot(id, key, now, now_iso)
   end
   forget_parents(id)
 end
 
 -- The job counts from now on; once.
 rq_count_in = function(id, now)
-  if redis.call('HSETNX', job_key(id), 'pq_at', now) == 0 then return end
+  if redis.call('HSETNX', job_key(id), 'pq_queued_at', now) == 0 then return end
   redis.call('HSET', job_key(id), 'pq_sub', '')
   redis.call('HINCRBY', 'pilotq:counts', 'total', 1)
 end
@@ -110,8 +110,8 @@ end
 
 -- The list of seconds in a field of a producer's; what is none is empty.
 local function intervals_of(text)
-  local fine, found = pcall(cjson.decode, text or '[]')
-  if not fine then return {} end
+  local valid, found = pcall(cjson.decode, text or '[]')
+  if not valid then return {} end
   if type(found) == 'number' then found = {found} end
   if type(found) ~= 'table' then return {} end
   for i, interval in ipairs(found) do found[i] = whole(interval, 0) end

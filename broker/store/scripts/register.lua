@@ -1,9 +1,9 @@
--- register: a worker says that its node is there. The newest incarnation of a node stands.
+-- register: a worker registers its node. The newest incarnation of a node stands.
 --
--- ARGV: 1 epoch, 2 node, 3 incarnation, 4 node record (JSON), 5 mail (packed NodeState), 6 ttl of the worker's record (s),
+-- ARGV: 1 queue id, 2 node, 3 incarnation, 4 node record (JSON), 5 message (packed StateReport), 6 ttl of the worker's record (s),
 --       7... fields and values of RQ's worker record.
 -- Returns 1, or 0 when a newer incarnation has registered.
-if not epoch_ok() then return epoch_error() end
+if not queue_id_ok() then return queue_id_error() end
 local key = 'rq:worker:' .. ARGV[2]
 if tonumber(redis.call('HGET', key, 'pq_incarnation') or 0) > tonumber(ARGV[3]) then return 0 end
 redis.call('DEL', key, key .. ':executions')
@@ -12,5 +12,5 @@ redis.call('EXPIRE', key, ARGV[6])
 enlist('SADD', key)
 redis.call('SADD', 'rq:queues', list_key('default'))
 redis.call('HSET', 'pilotq:nodes', ARGV[2], ARGV[4])
-redis.call('RPUSH', 'pilotq:mail', ARGV[5])
+redis.call('RPUSH', 'pilotq:events', ARGV[5])
 return 1

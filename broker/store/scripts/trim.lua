@@ -1,13 +1,13 @@
 -- trim: records of ended tasks leave the short memory; the journal keeps them.
 --
--- ARGV: 1 epoch, 2 term, 3 kind of registry (finished, failed, canceled), 4 queue, 5... ids.
+-- ARGV: 1 queue id, 2 term, 3 kind of registry (finished, failed, canceled), 4 queue, 5... ids.
 -- Returns the number removed. An id that left the registry meanwhile (requeued) is left alone.
-if not epoch_ok() then return epoch_error() end
+if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local removed = 0
 for i = 5, #ARGV do
   if redis.call('ZREM', registry(ARGV[3], ARGV[4]), ARGV[i]) == 1 then
-    redis.call('DEL', job_key(ARGV[i]), 'rq:results:' .. ARGV[i], bits_key(ARGV[i]), values_key(ARGV[i]))
+    redis.call('DEL', job_key(ARGV[i]), 'rq:results:' .. ARGV[i], outcomes_key(ARGV[i]), values_key(ARGV[i]))
     removed = removed + 1
   end
 end

@@ -16,7 +16,7 @@ from pilotq.broker import Executor
 from pilotq.broker.client import executor as executor_module
 from pilotq.broker.client import results
 from pilotq.broker.errors import FunctionFailed, InvalidInput, NoPilot, PilotFailed
-from pilotq.broker.store.connection import Link
+from pilotq.broker.store.connection import Connection
 from tests.support import functions
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.waiting import wait_until
@@ -55,7 +55,7 @@ def test_large_results_are_read_in_portions(executor: Executor, monkeypatch: pyt
     monkeypatch.setattr(results, "PORTION_BYTES", 400_000)
     read: list[list[int]] = []
 
-    def fetch(link: Link, ids: Sequence[str]) -> list[results.Outcome | None]:
+    def fetch(link: Connection, ids: Sequence[str]) -> list[results.Outcome | None]:
         found = results.fetch(link, ids)
         read.append([len(o.value) for o in found if o is not None])
         return found
@@ -114,7 +114,7 @@ def test_what_cannot_be_submitted_is_said_and_stops_nothing_else(
 
 def test_options_ask_for_resources(executor: Executor, pilot: LivePilot) -> None:
     wide = executor.options(cores=2, env={"MINE": "yes"}, name="wide")
-    future = wide.submit(functions.surroundings)
+    future = wide.submit(functions.observe)
     found = future.result(WAIT_S)
     assert found["mine"] == "yes"
     assert future.task_id is not None

@@ -13,9 +13,9 @@ import pytest
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.client.explain import Explainer, duration
-from pilotq.broker.client.queries import Listing
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.views import Explanation
-from pilotq.broker.scheduling.status import Held
+from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
 from tests.support.engine import ONE, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
 from tests.support.live_pilot import LivePilot, live_pilot
@@ -25,10 +25,10 @@ engine, server, node = fixtures
 
 
 def explain(engine: Engine, task_id: str) -> Explanation:
-    listing = Listing(engine.link, None)
-    view = listing.task(task_id)
+    queries = TaskQueries(engine.link, None)
+    view = queries.task(task_id)
     assert view is not None
-    return Explainer(engine.link, listing, "/pilot", time.time()).of(view)
+    return Explainer(engine.link, queries, "/pilot", time.time()).explain(view)
 
 
 def why(engine: Engine, task_id: str) -> str:
@@ -51,7 +51,7 @@ def running(engine: Engine, cores: str, class_name: str = ONE, since: float = 0.
 def test_no_node(engine: Engine) -> None:
     (a,) = engine.submit(task())
     assert "no node is there" in why(engine, a)
-    engine.link.call("SADD", keys.PLANNED, "n1", "n2")
+    engine.link.call("SADD", keys.EXPECTED_NODES, "n1", "n2")
     engine.register("n2")
     assert "not all nodes have joined yet: n1" in why(engine, a)
 
@@ -70,7 +70,7 @@ def test_cores_that_are_missing_and_when_they_come(engine: Engine) -> None:
         "there is room in 39 s" in found.why[1]
     )
     assert "1 task or array of higher priority may go first" in found.why
-    assert long in [v.id for v in Listing(engine.link, None).tasks("queued", 9)]
+    assert long in [v.id for v in TaskQueries(engine.link, None).tasks("queued", 9)]
 
 
 def test_what_has_no_limit_is_said(engine: Engine) -> None:
@@ -85,7 +85,7 @@ def test_what_has_no_limit_is_said(engine: Engine) -> None:
 
 def test_cores_of_what_has_just_begun_count_as_used(engine: Engine) -> None:
     engine.register("n1", cores=4)
-    engine.link.call("HSET", keys.USED, "n1", "3 3")
+    engine.link.call("HSET", keys.USAGE, "n1", "3 3")
     (a,) = engine.submit(wide(2))
     assert why(engine, a).startswith("needs 2 cores free on one node; the most free is 1 core, on n1")
 
@@ -121,8 +121,8 @@ def test_what_fits_on_no_node_any_more(engine: Engine) -> None:
 def test_nodes_that_get_nothing_new(engine: Engine) -> None:
     engine.register("n1", cores=4)
     engine.register("n2", cores=2)
-    engine.link.call("HSET", keys.CLOSED, "n1", "drained a new disk")
-    engine.link.call("HSET", keys.WISH, "least", 3)
+    engine.link.call("HSET", keys.DRAINED, "n1", "drained a new disk")
+    engine.link.call("HSET", keys.CONTROL, "min_nodes", 3)
     (a,) = engine.submit(wide(3))
     text = why(engine, a)
     assert "nothing begins before 3 nodes have joined: 2 have" in text
@@ -134,7 +134,7 @@ def test_the_end_of_the_allocation(engine: Engine) -> None:
     engine.register("n1", cores=4)
     info = msgspec.json.decode(engine.link.call("HGET", keys.NODES, "n1"))
     engine.link.call("HSET", keys.NODES, "n1", msgspec.json.encode({**info, "job": "77"}))
-    engine.link.call("HSET", keys.ENDS, "77", f"{time.time() + 300} 60 15")
+    engine.link.call("HSET", keys.ALLOCATION_ENDS, "77", f"{time.time() + 300} 60 15")
     long, short = engine.submit(task(time_request=3600), task(time_request=60))
     assert "it may take 3600 s, but the nodes that could hold it take nothing new in" in why(engine, long)
     assert why(engine, short).startswith("what it needs is free")
@@ -145,8 +145,8 @@ def test_held_cores(engine: Engine) -> None:
     first, big, small = engine.submit(wide(3), wide(4), task())
     running(engine, "n1[0:1:2]", "default.p0.3c")
     now = time.time()
-    held = Held("default.p0.4c", now - 5, "n1[0:1:2:3]", now + 30)
-    engine.link.call("HSET", keys.WISH, "hold", msgspec.json.encode(held))
+    held = HoldStatus("default.p0.4c", now - 5, "n1[0:1:2:3]", now + 30)
+    engine.link.call("HSET", keys.STATUS, "hold", msgspec.json.encode(held))
     assert "n1[0:1:2:3] is being kept free for the first task like it" in why(engine, big)
     assert explain(engine, big).until == pytest.approx(now + 30)
     assert "kept free for a task that has waited longer; with a --time-limit" in why(engine, small)
@@ -156,9 +156,9 @@ def test_held_cores(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        (("HSET", keys.WISH, "paused", 1), "the pilot is paused"),
-        (("HSET", keys.WISH, "stop", "stop"), "`pilotq start --resume /pilot`"),
-        (("HSET", keys.WISH, "journal", "disk full"), "while the journal cannot be written: disk full"),
+        (("HSET", keys.CONTROL, "paused", 1), "the pilot is paused"),
+        (("HSET", keys.CONTROL, "stop", "stop"), "`pilotq start --resume /pilot`"),
+        (("HSET", keys.STATUS, "journal", "disk full"), "while the journal cannot be written: disk full"),
         (("SET", keys.SUSPENDED, 1), "until `pilotq exec -- rq resume`"),
     ],
 )
@@ -178,8 +178,8 @@ def test_dependencies(engine: Engine) -> None:
     assert found.why == [*(f"it waits for task {p} (p{n}), which is queued" for n, p in enumerate(parents[:5])),
                          "and for 2 more"]  # fmt: skip
     (handed,) = engine.claim()
-    engine.end([handed], "failed", "exit")
-    engine.release()
+    engine.complete([handed], "failed", "exit")
+    engine.release_dependents()
     (grandchild,) = engine.submit(task(after=[child]))
     for task_id in (child, grandchild):
         found = explain(engine, task_id)
@@ -197,7 +197,7 @@ def test_elements_wait_for_elements(engine: Engine) -> None:
     assert explain(engine, a).why[0] == "elements waiting: 0-2"
 
 
-def test_words_of_rqs_own_producers(engine: Engine) -> None:
+def test_statuses_of_rqs_own_producers(engine: Engine) -> None:
     a, b, c, d = engine.submit(*[task()] * 4)
     for task_id, status in ((a, "scheduled"), (b, "rate_limited"), (c, "ready_to_enqueue"), (d, "deferred")):
         engine.link.call("HSET", keys.job(task_id), "status", status, "origin", "default", "rate_limit_key", "shop")
@@ -218,12 +218,12 @@ def test_what_the_dispatcher_tells(engine: Engine, node: Callable[..., FakeNode]
         engine.submit(task())
         pump([here], lambda: here.running)
         (big,) = engine.submit(wide(2))
-        wait_until(lambda: engine.link.call("HGET", keys.WISH, "hold") is None)
+        wait_until(lambda: engine.link.call("HGET", keys.STATUS, "hold") is None)
         engine.submit(*[task()] * 3)
-        pump([here], lambda: engine.link.call("HGET", keys.WISH, "hold") is not None)
+        pump([here], lambda: engine.link.call("HGET", keys.STATUS, "hold") is not None)
         assert "is being kept free for the first task like it" in why(engine, big)
         pump([here], lambda: here.finish(next(iter(here.running))) if here.running else engine.nothing_left())
-        pump([here], lambda: engine.link.call("HGET", keys.WISH, "hold") is None)
+        pump([here], lambda: engine.link.call("HGET", keys.STATUS, "hold") is None)
 
 
 # -- what runs, and what has ended ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What Redis forgets the journal knows: trimmed records are answered for, and depended on, as before."""
+"""Tasks whose records have expired: queries answer from the journal, and new tasks may depend on them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_submit_is_refused_when_memory_is_short(engine: Engine) -> None:
         engine.admin.call("CONFIG", "SET", "maxmemory", 1)
         with pytest.raises(ServerRefused):
             engine.submit(task())
-        assert engine.end(running) == ["ok"]
+        assert engine.complete(running) == ["ok"]
     finally:
         engine.admin.call("CONFIG", "SET", "maxmemory", before)
     assert engine.counts() == {"total": 1, "finished": 1}

@@ -1,4 +1,4 @@
-"""Files of the server that are torn, damaged, older or gone, and a disk that is full: said in a sentence, or mended."""
+"""Files of the server that are torn, damaged, older or gone, and a full disk: reported in a sentence, or repaired."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pilotq.broker import Task
 from pilotq.broker.errors import PilotFailed, PilotqError, StateLost
 from pilotq.broker.pilot.aof_repair import good_length, repair
 from pilotq.broker.pilot.directory import Pilot
-from pilotq.broker.store.journal_writer import Journal
+from pilotq.broker.store.journal import Journal
 from pilotq.cli import doctor_checks
 from tests.support.command_line import prompt
 from tests.support.fault_rig import Rig, Work, rig
@@ -66,9 +66,9 @@ def test_a_log_that_is_damaged_in_the_middle_is_refused_and_repaired(tmp_path: P
         path.write_bytes(data)
         with pytest.raises(PilotFailed, match=r"is damaged, .*: `pilotq doctor --repair --dir \S+` cuts"):
             r.start()
-        told = prompt(tmp_path)("doctor", "--repair", "--dir", str(tmp_path / "pilot"))
-        assert told.returncode == 0, told.stderr
-        assert "bytes are lost" in told.stdout and "the tasks" in told.stdout
+        done = prompt(tmp_path)("doctor", "--repair", "--dir", str(tmp_path / "pilot"))
+        assert done.returncode == 0, done.stderr
+        assert "bytes are lost" in done.stdout and "the tasks" in done.stdout
         assert path.stat().st_size <= middle
         assert next(path.parent.glob("*.cut-*")).stat().st_size == len(data) - path.stat().st_size
         assert good_length(str(path)) == path.stat().st_size
@@ -79,7 +79,7 @@ def test_a_log_that_is_damaged_in_the_middle_is_refused_and_repaired(tmp_path: P
 
 
 def test_the_same_tasks_are_not_counted_twice_after_a_repair(tmp_path: Path) -> None:
-    """What the server has forgotten runs again; the journal's lines of the first time are put aside."""
+    """What the server has forgotten runs again; the journal's lines of the first run are moved away."""
     with rig(tmp_path) as r:
         work = r.submit([r.probe() for _ in range(5)])
         r.settle(work)
@@ -89,10 +89,10 @@ def test_the_same_tasks_are_not_counted_twice_after_a_repair(tmp_path: Path) -> 
         path.write_bytes(data[: data.index(b"pilotq:journal") - 40])  # before the first end
         with pytest.raises(StateLost, match="the server is older than .*journal.jsonl"):
             r.start()
-        assert "put aside at the next start" in repair(Pilot(str(tmp_path / "pilot")))[-1]
+        assert "moved out of the journal" in repair(Pilot(str(tmp_path / "pilot")))[-1]
         r.start()
         r.settle(work)
-        lines = [line.id for line in Journal(str(tmp_path / "pilot" / "journal.jsonl")).lines() if line.final]
+        lines = [line.id for line in Journal(str(tmp_path / "pilot" / "journal.jsonl")).entries() if line.final]
         assert sorted(lines) == sorted(work.ids)
         assert len(list((tmp_path / "pilot").glob("journal.lost-*.jsonl"))) == 1
 
@@ -167,7 +167,7 @@ def complaints(place: Path) -> list[str]:
 
 
 def test_a_full_disk_of_the_server_is_a_pause(tmp_path: Path, disks: Path) -> None:
-    """Nothing is accepted or handed out, each part says why, and all goes on when there is room."""
+    """Nothing is accepted or started, each part logs why, and all goes on when there is room."""
     with rig(tmp_path) as r:
         work = r.submit([r.probe(0.3) for _ in range(30)])
         wait_until(lambda: len(r.lines(work)) > 2, what="some have ended")
@@ -181,8 +181,8 @@ def test_a_full_disk_of_the_server_is_a_pause(tmp_path: Path, disks: Path) -> No
                 return str(error)
             return ""
 
-        said = wait_until(refused, seconds=60, what="a submit is refused")
-        assert said.startswith("the server cannot take this now: MISCONF ")
+        text = wait_until(refused, seconds=60, what="a submit is refused")
+        assert text.startswith("the server cannot take this now: MISCONF ")
         says(disks, "dispatcher", "the server cannot take this now: MISCONF ")
         assert "waiting up to 60 s for it" in (disks / "logs" / "dispatcher.log").read_text()
         assert "the server cannot write (aof_last_write_status is err)" in complaints(disks)
@@ -228,9 +228,9 @@ def test_a_pilot_ends_in_good_order_on_a_full_disk(tmp_path: Path, disks: Path) 
         assert r.pilot is not None
         end(r)
         assert r.pilot.process.returncode == 0
-        said = (disks / "logs" / "supervisor.log").read_text()
-        assert "the journal is not complete; the rest stays in" in said
-        assert "how many tasks there were cannot be noted (No space left on device)" in said
+        text = (disks / "logs" / "supervisor.log").read_text()
+        assert "the journal is not complete; the rest stays in" in text
+        assert "the number of tasks cannot be written (No space left on device)" in text
         for path in filled:
             path.unlink()
         r.start()

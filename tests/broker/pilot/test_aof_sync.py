@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker.pilot import aof_sync
-from pilotq.broker.pilot.aof_sync import Flusher
+from pilotq.broker.pilot.aof_sync import AofSync
 from pilotq.broker.pilot.server import start_server, wait_ready
-from pilotq.broker.store.connection import Link
+from pilotq.broker.store.connection import Connection
 from tests.support.waiting import wait_until
 
 
@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 def test_a_disk_that_hangs_costs_nothing_when_the_server_is_killed(tmp_path: Path) -> None:
     """Each fsync of the server's own hangs for a while: what it has answered stands in its log all the same."""
     server = start_server(str(tmp_path))
-    link = Link(server.address)
+    link = Connection(server.address)
     trace = tmp_path / "trace"
     assert server.process is not None
     slow = ["strace", "-f", "-q", "-o", str(trace), "-e", "trace=fdatasync,fsync", "-e"]
@@ -40,7 +40,7 @@ def test_a_disk_that_hangs_costs_nothing_when_the_server_is_killed(tmp_path: Pat
         server.process.wait()
         server.start()
         wait_ready(server.address, server.part)
-        with_it = Link(server.address)
+        with_it = Connection(server.address)
         try:
             assert with_it.call("EXISTS", *(f"k{number}" for number in range(written))) == written
         finally:
@@ -59,9 +59,9 @@ def _traced(pid: int) -> bool:
 
 def test_the_log_is_put_onto_the_disk_while_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = recorded(monkeypatch)
-    monkeypatch.setattr(aof_sync, "EVERY_S", 0.01)
+    monkeypatch.setattr(aof_sync, "INTERVAL_S", 0.01)
     server = start_server(str(tmp_path))
-    link = Link(server.address)
+    link = Connection(server.address)
     log = "appendonly.aof.1.incr.aof"
     try:
         wait_until(lambda: log in synced and "appendonlydir" in synced)
@@ -77,17 +77,17 @@ def test_only_what_has_changed_is_put_there(tmp_path: Path, monkeypatch: pytest.
     synced = recorded(monkeypatch)
     for name in ("base", "incr"):
         (tmp_path / name).write_text("some")
-    made = Flusher(str(tmp_path))
-    made.flush()
+    made = AofSync(str(tmp_path))
+    made.sync()
     assert sorted(synced) == sorted(["base", "incr", tmp_path.name])
-    made.flush()
+    made.sync()
     assert len(synced) == 3
     (tmp_path / "incr").write_text("some more")
-    made.flush()
+    made.sync()
     assert synced[3:] == ["incr"]
     (tmp_path / "new").write_text("another log of the same size")
     (tmp_path / "new").rename(tmp_path / "base")
-    made.flush()
+    made.sync()
     assert synced[4:] == ["base"]
 
 
@@ -107,8 +107,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_disk_that_fails_is_said_once_and_its_end_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = Flusher(str(tmp_path / "log"))
-    made.flush()  # there is no log yet
+    made = AofSync(str(tmp_path / "log"))
+    made.sync()  # there is no log yet
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "file").write_text("x")
 
@@ -117,9 +117,9 @@ def test_a_disk_that_fails_is_said_once_and_its_end_too(
 
     with monkeypatch.context() as patch:
         patch.setattr(aof_sync.os, "fsync", fails)
-        made.flush()
-        made.flush()
+        made.sync()
+        made.sync()
     said = capfd.readouterr().err
     assert said.count("writing the server's log to the disk fails: Input/output error; until that is better") == 1, said
-    made.flush()
+    made.sync()
     assert "the server's log is on the disk again" in capfd.readouterr().err

@@ -16,11 +16,11 @@ import pytest
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotExists, PilotFailed, StateLost, Superseded
 from pilotq.broker.pilot import lock as lock_module
-from pilotq.broker.pilot.directory import Connection, Pilot, create, establish_epoch, find, write_private
+from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, create, establish_queue_id, find, write_private
 from pilotq.broker.pilot.lock import STALE_S, Holder, Lock, holder
 from pilotq.broker.pilot.server import start_server
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Link
+from pilotq.broker.store.connection import Address, Connection
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def connection(directory: str) -> Connection:
-    return Connection(
-        address=Address(path="/run/s.sock", user="pilotq", password="secret"), epoch="e", pilot="p", host="h", pid=1,
+def connection(directory: str) -> ConnectionInfo:
+    return ConnectionInfo(
+        address=Address(path="/run/s.sock", user="pilotq", password="secret"), queue_id="e", pilot="p", host="h", pid=1,
         version="0", directory=directory, started=1.5,
     )  # fmt: skip
 
@@ -220,7 +220,7 @@ def test_a_lock_is_held_by_one_and_given_back(here: Path) -> None:
     assert (who.pid, path.stat().st_mode & 0o777) == (os.getpid(), 0o600)
     with pytest.raises(PilotExists, match=rf"process {os.getpid()} on {who.host}.*`pilotq stop --dir {here}`"):
         Lock.take(str(path))
-    lock.beat()
+    lock.heartbeat()
     lock.release()
     assert os.listdir(here) == []
     assert holder(str(path)) is None
@@ -250,7 +250,7 @@ def test_a_zombie_holds_nothing_and_a_reused_number_neither(here: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [msgspec.json.encode(Holder("far", "another boot", 1, 1, "t")), b""])
-def test_a_holder_elsewhere_is_judged_by_its_beat(here: Path, content: bytes) -> None:
+def test_a_holder_elsewhere_is_judged_by_its_heartbeat(here: Path, content: bytes) -> None:
     path = here / "lock"
     path.write_bytes(content)
     now = path.stat().st_mtime
@@ -268,7 +268,7 @@ def test_beats_show_in_the_time_of_the_file(here: Path) -> None:
     path = here / "lock"
     lock = Lock.take(str(path))
     os.utime(path, (0, 0))
-    lock.beat()
+    lock.heartbeat()
     assert path.stat().st_mtime > 0
     lock.release()
 
@@ -279,9 +279,9 @@ def test_a_holder_that_was_taken_for_dead_learns_it(here: Path) -> None:
     path.unlink()
     second = Lock.take(str(path))
     with pytest.raises(Superseded, match="taken over by another pilot"):
-        first.beat()
+        first.heartbeat()
     first.close()
-    second.beat()
+    second.heartbeat()
     second.release()
 
 
@@ -300,11 +300,11 @@ def test_a_lock_taken_between_look_and_removal_is_put_back(here: Path, monkeypat
     path = here / "lock"
     path.write_bytes(msgspec.json.encode(Holder("dead", Holder.here().machine, 1, None, "t")))
     others: list[Lock] = []
-    look = lock_module._living
+    living = lock_module._living
 
     def slow_look(*seen: Any) -> Holder | None:
-        found = look(*seen)
-        if not others:  # while we look, another one removes the dead lock and takes it
+        found = living(*seen)
+        if not others:  # meanwhile another one removes the dead lock and takes it
             path.unlink()
             others.append(Lock.take(str(path)))
         return found
@@ -312,7 +312,7 @@ def test_a_lock_taken_between_look_and_removal_is_put_back(here: Path, monkeypat
     monkeypatch.setattr(lock_module, "_living", slow_look)
     with pytest.raises(PilotExists):
         Lock.take(str(path))
-    others[0].beat()
+    others[0].heartbeat()
     others[0].release()
     assert os.listdir(here) == []
 
@@ -321,37 +321,63 @@ def test_a_lock_taken_between_look_and_removal_is_put_back(here: Path, monkeypat
 
 
 @pytest.fixture
-def link(here: Path) -> Iterator[Link]:
+def link(here: Path) -> Iterator[Connection]:
     server = start_server(create("one").directory)
-    with closing(Link(server.admin)) as link:
+    with closing(Connection(server.admin)) as link:
         yield link
     server.stop()
 
 
-def test_an_empty_server_gets_an_epoch_once(here: Path, link: Link) -> None:
+def test_an_empty_server_gets_a_queue_id_once(here: Path, link: Connection) -> None:
     pilot = create("one")
-    epoch = establish_epoch(pilot, link)
-    assert len(epoch) == 16
-    assert link.call("MGET", keys.EPOCH, keys.SCHEMA) == [epoch.encode(), b"1"]
-    assert establish_epoch(pilot, link) == epoch
+    queue_id = establish_queue_id(pilot, link)
+    assert len(queue_id) == 16
+    assert link.call("MGET", keys.QUEUE_ID, keys.SCHEMA) == [queue_id.encode(), b"2"]
+    assert establish_queue_id(pilot, link) == queue_id
     # Died between the server's answer and its own note: the queue is the same.
-    os.unlink(pilot.path("server", "epoch"))
-    assert establish_epoch(pilot, link) == epoch
+    os.unlink(pilot.path("server", "queue-id"))
+    assert establish_queue_id(pilot, link) == queue_id
 
 
-def test_a_server_that_lost_its_state_is_noticed(here: Path, link: Link) -> None:
+def test_a_server_that_lost_its_state_is_noticed(here: Path, link: Connection) -> None:
     pilot = create("one")
-    establish_epoch(pilot, link)
-    link.call("SET", keys.EPOCH, "another")
+    establish_queue_id(pilot, link)
+    link.call("SET", keys.QUEUE_ID, "another")
     with pytest.raises(StateLost, match=f"does not hold the tasks of {pilot.directory}.*it holds another queue"):
-        establish_epoch(pilot, link)
+        establish_queue_id(pilot, link)
     link.call("FLUSHALL")
     with pytest.raises(StateLost, match="it is empty"):
-        establish_epoch(pilot, link)
+        establish_queue_id(pilot, link)
     assert link.call("DBSIZE") == 0
 
 
-def test_data_of_another_version_is_refused(here: Path, link: Link) -> None:
-    link.call("MSET", keys.SCHEMA, "99", keys.EPOCH, "e")
-    with pytest.raises(PilotFailed, match="version '99', this pilotq knows '1'"):
-        establish_epoch(Pilot(str(here / "one")), link)
+def test_data_of_another_version_is_refused(here: Path, link: Connection) -> None:
+    link.call("MSET", keys.SCHEMA, "99", keys.QUEUE_ID, "e")
+    with pytest.raises(
+        PilotFailed, match="version 99, this pilotq knows version 2: use the pilotq that made it, or start"
+    ):
+        establish_queue_id(Pilot(str(here / "one")), link)
+
+
+def test_a_directory_of_an_older_pilot_is_refused_and_left_as_it_is(here: Path, link: Connection) -> None:
+    pilot = Pilot(str(here / "one"))
+    sentence = f"the data of {pilot.directory} is of version 1, .*: use the pilotq that made it, or start a new pilot"
+    link.call("MSET", keys.SCHEMA, "1", "pilotq:epoch", "e")
+    for _ in range(2):
+        with pytest.raises(PilotFailed, match=sentence):
+            establish_queue_id(pilot, link)
+        assert sorted(link.call("KEYS", "*")) == [b"pilotq:epoch", keys.SCHEMA.encode()]
+        Path(pilot.path("server", "epoch")).write_text("e")
+    link.call("FLUSHALL")
+    with pytest.raises(PilotFailed, match="version unknown, this pilotq knows version 2"):
+        establish_queue_id(pilot, link)
+    assert link.call("DBSIZE") == 0
+
+
+def test_a_connection_that_another_version_wrote_is_refused(here: Path) -> None:
+    pilot = create("one")
+    pilot.write_connection(connection(pilot.directory))
+    path = Path(pilot.directory) / "connection.json"
+    path.write_text(path.read_text().replace('"queue_id"', '"epoch"'))
+    with pytest.raises(PilotFailed, match="written by another version of pilotq: use the pilotq that started this"):
+        pilot.connection()

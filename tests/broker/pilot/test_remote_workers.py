@@ -1,5 +1,5 @@
-"""Workers on the nodes of an allocation, with programs that stand for srun, ssh and scontrol: what the real ones cannot
-be made to do at will. Each starts on this machine what it was told to start on a node."""
+"""Workers on the nodes of an allocation, with stubs of srun, ssh and scontrol, which do at will what the real ones do
+rarely. Each starts on this machine what it is to start on a node."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from tests.support.command_line import command, environment, prompt
 from tests.support.waiting import wait_until
 
-# Runs the worker once for each node, in the background, and tells of their ends as srun does. A file fail.NODE makes
-# the launch on that node fail, once; a file busy.NODE makes it wait, and say what srun says then; with a file down.NODE
-# it says that the node has failed, and removes the file.
+# Runs the worker once for each node, in the background, and reports their ends as srun does. A file fail.NODE makes
+# the launch on that node fail, once; a file busy.NODE makes it wait, and report that as srun does; for a file down.NODE
+# it reports that the node has failed, and removes the file.
 SRUN = """\
 #!/bin/bash
 nodes=$(printf '%s\\n' "$@" | sed -n 's/^--nodelist=//p' | tr , ' ')
@@ -73,7 +73,7 @@ def allocation(folder: Path, nodes: str, **programs: str) -> Iterator[dict[str, 
         (fakes / name).chmod(stat.S_IRWXU)
     yield {
         "PATH": f"{fakes}:{os.environ['PATH']}", "FAKES": str(fakes), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": nodes,
-        "PILOTQ_SETTINGS": json.dumps({"kill_grace_s": 0.5, "retry_node_s": 0.2, "nodes_wait_s": 6.0}),
+        "PILOTQ_SETTINGS": json.dumps({"kill_grace_s": 0.5, "worker_restart_s": 0.2, "nodes_wait_s": 6.0}),
     }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_a_node_on_which_srun_fails_is_tried_again_and_joins_late(tmp_path: Path
 
 
 def test_a_node_that_slurm_has_given_up_goes_on_if_it_can(tmp_path: Path) -> None:
-    """That its slurmd does not answer says nothing about the tasks, and they may not run twice at one time."""
+    """A slurmd that does not answer proves nothing about the tasks, and they may not run twice at one time."""
     with allocation(tmp_path, "n[1-2]", srun=SRUN) as env:
         script = "touch on.$PILOTQ_NODELIST.$PILOTQ_EXECUTION; until [ -e go ]; do sleep 0.05; done"
         words = ("--bind", "127.0.0.1", "--dir", "p", "--array", "0-3", "--", "sh", "-c", script)
@@ -161,7 +161,7 @@ def test_nothing_begins_before_slurm_has_said_when_the_allocation_ends(tmp_path:
     assert not (tmp_path / "long").exists()
 
 
-def test_an_scontrol_that_fails_is_told_once(tmp_path: Path) -> None:
+def test_an_scontrol_that_fails_is_logged_once(tmp_path: Path) -> None:
     with allocation(tmp_path, "n1", srun=SRUN, scontrol="#!/bin/sh\nexit 1\n") as env:
         ran = prompt(tmp_path)("run", "--bind", "127.0.0.1", "--dir", "p", "--", "true", **env)
     assert ran.returncode == 0, ran.stderr
@@ -205,19 +205,19 @@ def test_workers_are_started_by_ssh_and_end_with_the_pilot(tmp_path: Path) -> No
 
 
 def test_the_end_by_the_variables_of_the_job_ends_the_pilot_before_it(tmp_path: Path) -> None:
-    """The task is told by the signal that was asked for, and SIGTERM comes later; exit code 0 does not make it done."""
-    script = "trap 'echo told >>notes' USR1; trap 'echo term >>notes; exit 0' TERM; while :; do sleep 0.1; done"
+    """The task gets the signal that was asked for, and SIGTERM later; exit code 0 does not make it finished."""
+    script = "trap 'echo notice >>notes' USR1; trap 'echo term >>notes; exit 0' TERM; while :; do sleep 0.1; done"
     with allocation(tmp_path, "n1", srun=SRUN, scontrol="#!/bin/sh\nexit 1\n") as env:
         env["SLURM_JOB_END_TIME"] = str(int(time.time()) + 20)
         words = ("--bind", "127.0.0.1", "--dir", "p", "--grace", "8s", "--notice-signal", "USR1")
         ran = prompt(tmp_path)("run", *words, "--", "bash", "-c", script, **env)
     assert ran.returncode == 0, ran.stderr
-    assert "the allocation ends: go on in the next one with `pilotq run --resume" in ran.stderr
-    assert (tmp_path / "notes").read_text() == "told\nterm\n"
+    assert "the allocation is ending: go on in the next one with `pilotq run --resume" in ran.stderr
+    assert (tmp_path / "notes").read_text() == "notice\nterm\n"
     assert '"reason":"walltime"' in (tmp_path / "p" / "journal.jsonl").read_text()
 
 
-def test_sigusr1_is_slurms_word_that_the_end_is_near(tmp_path: Path) -> None:
+def test_sigusr1_is_slurms_notice_that_the_end_is_near(tmp_path: Path) -> None:
     with allocation(tmp_path, "n1", srun=SRUN, scontrol="#!/bin/sh\nexit 1\n") as env:
         words = ("--bind", "127.0.0.1", "--dir", "p", "--grace", "4s")
         with subprocess.Popen(
@@ -226,6 +226,6 @@ def test_sigusr1_is_slurms_word_that_the_end_is_near(tmp_path: Path) -> None:
         ) as run:  # fmt: skip
             wait_until((tmp_path / "up").exists, seconds=60)
             run.send_signal(signal.SIGUSR1)
-            said = run.communicate(timeout=60)[1]
-        assert run.returncode == 0, said
-    assert "the allocation ends" in said
+            stderr = run.communicate(timeout=60)[1]
+        assert run.returncode == 0, stderr
+    assert "the allocation is ending" in stderr

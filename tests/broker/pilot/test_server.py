@@ -19,7 +19,7 @@ import pytest
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused
 from pilotq.broker.pilot import server as module
 from pilotq.broker.pilot.server import RunningServer, find_server, memory_for_server, start_server, wait_ready
-from pilotq.broker.store.connection import Address, Link, ReplyError
+from pilotq.broker.store.connection import Address, Connection, ReplyError
 from tests.support.waiting import wait_until
 
 Start = Callable[..., RunningServer]
@@ -40,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def ask(address: Address, *command: str) -> Any:
-    with closing(Link(address)) as link:
+    with closing(Connection(address)) as link:
         return link.call(*command)
 
 
@@ -220,7 +220,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_loading_is_waited_for(start: Start, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     server = start()
-    with closing(Link(server.address)) as link:
+    with closing(Connection(server.address)) as link:
         for number in range(60):
             link.call("SET", f"key{number}", "x" * 300)
     ask(server.admin, "BGREWRITEAOF")

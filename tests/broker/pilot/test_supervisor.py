@@ -1,4 +1,4 @@
-"""The supervisor: a pilot starts, mends itself, and ends; nothing of it stays. Its parts stand in for real ones."""
+"""The supervisor: a pilot starts, restarts its parts, and ends without a trace. Its parts are stubs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ import pytest
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotExists, PilotFailed, StateLost
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.lock import holder
-from pilotq.broker.pilot.queue_client import SupervisorLink
+from pilotq.broker.pilot.queue_client import QueueClient
 from pilotq.broker.pilot.server import start_server
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Link
-from pilotq.broker.store.journal_writer import Journal, JournalWriter
-from pilotq.broker.store.messages import Leave, Line, NodeInfo, NodeLost, Nudge
+from pilotq.broker.store.connection import Address, Connection
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.journal_writer import JournalWriter
+from pilotq.broker.store.messages import ControlChanged, Leave, NodeLost
+from pilotq.broker.store.resources import NodeInfo
 from tests.support.paths import TESTS
 from tests.support.waiting import wait_until
 
@@ -52,18 +54,18 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 def ask(pilot: Pilot, *command: Any, admin: bool = False) -> Any:
     connection = pilot.connection()
-    with closing(Link(connection.admin or connection.address if admin else connection.address)) as link:
+    with closing(Connection(connection.admin or connection.address if admin else connection.address)) as link:
         return link.call(*command)
 
 
-def part(pilot: Pilot, word: str) -> int:
-    """The number of the process of the pilot in whose command line the word stands; 0 if there is none."""
+def part(pilot: Pilot, name: str) -> int:
+    """The number of the pilot's process with this in its command line; 0 if there is none."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(w.startswith(os.fsencode(pilot.directory)) for w in words) and word.encode() in b" ".join(words):
+        if any(w.startswith(os.fsencode(pilot.directory)) for w in words) and name.encode() in b" ".join(words):
             return int(entry.name)
     return 0
 
@@ -81,7 +83,7 @@ def assert_nothing_left(pilot: Pilot, where: Address) -> None:
     assert part(pilot, "") == 0
     assert not os.path.exists(os.path.dirname(where.path) or "/nowhere")
     assert not pilot.alive()
-    left = {"journal.jsonl", "logs", "output", "server", "submitted", "surroundings", "swept"}
+    left = {"journal.jsonl", "logs", "output", "server", "submitted", "submit-context", "swept"}
     assert set(os.listdir(pilot.directory)) <= left
 
 
@@ -92,13 +94,13 @@ def test_a_pilot_is_ready_when_start_returns_and_leaves_nothing_when_it_was_stop
     pilot = start()
     connection = pilot.connection()
     assert (connection.pilot, connection.directory, connection.pid) == ("pilot", pilot.directory, pilot.process.pid)
-    assert ask(pilot, "MGET", keys.EPOCH, keys.SCHEMA) == [connection.epoch.encode(), b"1"]
+    assert ask(pilot, "MGET", keys.QUEUE_ID, keys.SCHEMA) == [connection.queue_id.encode(), b"2"]
     wait_until(lambda: registered(pilot))
     assert part(pilot, "dispatcher")
     held = holder(pilot.path("lock"))
     assert held is not None
     assert held.pid == connection.pid
-    ask(pilot, "HSET", keys.WISH, "stop", "stop")
+    ask(pilot, "HSET", keys.CONTROL, "stop", "stop")
     assert pilot.process.wait(20) == 0
     assert_nothing_left(pilot, connection.address)
     assert not os.path.exists(pilot.path("swept"))  # its worker ended well by itself
@@ -128,23 +130,25 @@ def test_it_ends_with_the_process_it_was_started_for(start: Start) -> None:
 def test_drain_waits_until_nothing_is_busy(start: Start) -> None:
     pilot = start()
     wait_until(lambda: registered(pilot))
-    ask(pilot, "HSET", keys.WISH, "busy", "1", "stop", "drain")
-    wait_until(lambda: ask(pilot, "HGET", keys.WISH, "paused"))
-    assert ask(pilot, "LRANGE", keys.MAIL, 0, -1) == [msgspec.msgpack.encode(Nudge())]
+    ask(pilot, "HSET", keys.STATUS, "busy", "1")
+    ask(pilot, "HSET", keys.CONTROL, "stop", "drain")
+    wait_until(lambda: ask(pilot, "HGET", keys.CONTROL, "paused"))
+    assert ask(pilot, "LRANGE", keys.EVENTS, 0, -1) == [msgspec.msgpack.encode(ControlChanged())]
     # A part that dies meanwhile is still started again: the drain may take hours.
     first = part(pilot, "dispatcher")
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: part(pilot, "dispatcher") not in (0, first))
     assert pilot.process.poll() is None
-    ask(pilot, "HSET", keys.WISH, "busy", "0")
+    ask(pilot, "HSET", keys.STATUS, "busy", "0")
     assert pilot.process.wait(20) == 0
 
 
 def test_who_hurries_ends_a_drain(start: Start) -> None:
     pilot = start()
-    ask(pilot, "HSET", keys.WISH, "busy", "1", "stop", "drain")
-    wait_until(lambda: ask(pilot, "HGET", keys.WISH, "paused"))
-    ask(pilot, "HSET", keys.WISH, "stop", "now")
+    ask(pilot, "HSET", keys.STATUS, "busy", "1")
+    ask(pilot, "HSET", keys.CONTROL, "stop", "drain")
+    wait_until(lambda: ask(pilot, "HGET", keys.CONTROL, "paused"))
+    ask(pilot, "HSET", keys.CONTROL, "stop", "now")
     assert pilot.process.wait(20) == 0
 
 
@@ -152,7 +156,7 @@ def test_a_worker_that_does_not_end_is_killed_and_its_tasks_are_swept(start: Sta
     pilot = start("stubborn-worker")
     where = pilot.connection().address
     wait_until(lambda: registered(pilot))
-    ask(pilot, "HSET", keys.WISH, "stop", "stop")
+    ask(pilot, "HSET", keys.CONTROL, "stop", "stop")
     assert pilot.process.wait(20) == 0
     assert Path(pilot.path("swept")).read_text() == "n1\n"
     assert_nothing_left(pilot, where)
@@ -162,8 +166,8 @@ def test_workers_of_other_nodes_are_told_and_waited_for(start: Start) -> None:
     pilot = start()
     far = NodeInfo("far", 7, "elsewhere", 1, [0])
     ask(pilot, "HSET", keys.NODES, "far", msgspec.json.encode(far))
-    with closing(Link(pilot.connection().address)) as link:
-        link.call("HSET", keys.WISH, "stop", "now")
+    with closing(Connection(pilot.connection().address)) as link:
+        link.call("HSET", keys.CONTROL, "stop", "now")
         inbox = link.call("XREAD", "BLOCK", 20_000, "STREAMS", keys.inbox("far", 7), "0", timeout=30)[0][1]
         assert inbox[0][1] == [b"m", msgspec.msgpack.encode([Leave(0.0)])]
         link.call("HDEL", keys.NODES, "far")
@@ -228,7 +232,7 @@ def test_a_killed_server_comes_back_with_the_same_data(start: Start) -> None:
         wait_until(lambda first=first: part(pilot, "server.conf") not in (0, first))
         assert wait_until(lambda: answer(pilot, "GET", "kept")) == b"yes"
     assert pilot.connection() == connection
-    ask(pilot, "HSET", keys.WISH, "stop", "stop")
+    ask(pilot, "HSET", keys.CONTROL, "stop", "stop")
     assert pilot.process.wait(20) == 0
     assert "the server was killed by signal 9; it is started again" in log(pilot)
 
@@ -248,7 +252,7 @@ def test_a_killed_worker_is_swept_announced_and_started_again(start: Start) -> N
     assert second.incarnation > first.incarnation
     assert Path(pilot.path("swept")).read_text() == "n1\n"
     lost = NodeLost("n1", first.incarnation, "its worker was killed by signal 9")
-    assert ask(pilot, "LRANGE", keys.MAIL, 0, -1) == [msgspec.msgpack.encode(lost)]
+    assert ask(pilot, "LRANGE", keys.EVENTS, 0, -1) == [msgspec.msgpack.encode(lost)]
 
 
 def test_what_dies_too_often_ends_the_pilot_and_says_why(start: Start) -> None:
@@ -282,7 +286,7 @@ def test_when_the_supervisor_is_killed_all_end_and_the_next_one_takes_over(start
     wait_until(lambda: part(first, "") == 0, what="parts end with their supervisor")
     second = start()
     assert ask(second, "GET", "kept") == b"yes"
-    assert second.connection().epoch == connection.epoch
+    assert second.connection().queue_id == connection.queue_id
     assert second.connection().address.password != connection.address.password
     assert not os.path.exists(os.path.dirname(connection.address.path))
 
@@ -304,7 +308,7 @@ def test_a_pilot_whose_directory_was_taken_over_ends_without_touching_it(start: 
 
 def test_the_journal_is_written_as_things_end_and_to_the_last(start: Start) -> None:
     def end(task_id: str) -> None:
-        line = msgspec.msgpack.encode(Line(task_id))
+        line = msgspec.msgpack.encode(JournalEntry(task_id))
         verdict = msgspec.msgpack.encode({"status": "finished", "reason": "", "final": True})
         ask(pilot, "XADD", keys.JOURNAL, "*", "e", b"\x91\x92" + line + verdict)
 
@@ -315,27 +319,27 @@ def test_the_journal_is_written_as_things_end_and_to_the_last(start: Start) -> N
     wait_until(lambda: ask(pilot, "XLEN", keys.JOURNAL) == 0, what="the stream is trimmed")
     os.kill(pilot.process.pid, signal.SIGSTOP)
     end("b")
-    ask(pilot, "HSET", keys.WISH, "stop", "now")
+    ask(pilot, "HSET", keys.CONTROL, "stop", "now")
     os.kill(pilot.process.pid, signal.SIGCONT)
     assert pilot.process.wait(20) == 0
     pilot = start()
-    assert ask(pilot, "HGET", keys.WISH, "stop") is None  # the wish to end was for the pilot before
+    assert ask(pilot, "HGET", keys.CONTROL, "stop") is None  # it was for the pilot before
     end("c")
     pilot.process.terminate()
     assert pilot.process.wait(20) == 0
-    assert [line.id for line in journal.lines()] == ["a", "b", "c"]
+    assert [line.id for line in journal.entries()] == ["a", "b", "c"]
 
 
 def test_draining_the_journal_is_not_disturbed_by_answers_under_way(tmp_path: Path) -> None:
     server = start_server(str(tmp_path))
-    line = b"\x91\x92" + msgspec.msgpack.encode(Line("a")) + msgspec.msgpack.encode({"final": True})
+    line = b"\x91\x92" + msgspec.msgpack.encode(JournalEntry("a")) + msgspec.msgpack.encode({"final": True})
     try:
         with (
-            closing(Link(server.address)) as link,
+            closing(Connection(server.address)) as link,
             closing(JournalWriter(str(tmp_path / "journal.jsonl"), fsync_s=0.0)) as journal,
-            closing(SupervisorLink(server.address, "e", journal)) as side,
+            closing(QueueClient(server.address, "e", journal)) as side,
         ):
-            link.pipeline([("SET", keys.EPOCH, "e"), ("XADD", keys.JOURNAL, "*", "e", line)])
+            link.pipeline([("SET", keys.QUEUE_ID, "e"), ("XADD", keys.JOURNAL, "*", "e", line)])
             side.poll(1.0)
             assert side.fileno() is not None
             assert side.drain_journal(1.0)
@@ -344,7 +348,7 @@ def test_draining_the_journal_is_not_disturbed_by_answers_under_way(tmp_path: Pa
             assert side.fileno() is None
     finally:
         server.stop()
-    assert [line.id for line in Journal(str(tmp_path / "journal.jsonl")).lines()] == ["a"]
+    assert [line.id for line in Journal(str(tmp_path / "journal.jsonl")).entries()] == ["a"]
 
 
 def test_over_tcp(start: Start) -> None:
@@ -368,7 +372,7 @@ def test_on_a_server_of_the_users_own(start: Start, tmp_path: Path) -> None:
         pilot.process.terminate()
         assert pilot.process.wait(20) == 0
         assert part(pilot, "") == 0
-        with closing(Link(server.address)) as link:
-            assert link.call("GET", keys.EPOCH) == connection.epoch.encode()
+        with closing(Connection(server.address)) as link:
+            assert link.call("GET", keys.QUEUE_ID) == connection.queue_id.encode()
     finally:
         server.stop()

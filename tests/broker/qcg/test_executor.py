@@ -59,7 +59,7 @@ def test_a_basic_task(executor: QCGPJExecutor, wd: Path) -> None:
     assert "QCG_PM_EXEC_API_JOB_ID=env\n" in (wd / "env.out").read_text()
 
 
-def test_words_of_a_template(executor: QCGPJExecutor, wd: Path) -> None:
+def test_variables_of_a_template(executor: QCGPJExecutor, wd: Path) -> None:
     first = executor.submit(
         BasicTemplate.template, {"name": "no", "exec": "echo", "args": ["a"]}, None, {"args": ["b"]}, name="words"
     )

@@ -1,4 +1,4 @@
-"""QCG-PilotJob's Python interface, as far as it needs no pilot: lists of jobs, parsed replies, the old names."""
+"""QCG-PilotJob's Python interface, as far as it needs no pilot: lists of jobs, parsed replies, the original's names."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_short_forms(attrs: dict[str, Any], where: tuple[str, ...], value: Any) 
         ({"exec": "date", "iteration": MAX_ITERATIONS + 1}, "Wrong number of iterations"),
     ],
 )
-def test_the_simple_form_refuses_in_the_old_words(attrs: dict[str, Any], message: str) -> None:
+def test_the_simple_form_refuses_with_the_original_texts(attrs: dict[str, Any], message: str) -> None:
     jobs = Jobs()
     with pytest.raises(errors.InvalidJobDescriptionError, match=f".*{message}.*"):
         jobs.add({"name": "j1", **attrs})

@@ -1,4 +1,4 @@
-"""QCG-PilotJob's Python interface on a real pilot: every call, and what QCG-PilotJob's own answers wrongly."""
+"""QCG-PilotJob's Python interface on a real pilot: every call, also those that QCG-PilotJob answers wrongly."""
 
 from __future__ import annotations
 

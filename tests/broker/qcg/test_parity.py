@@ -19,7 +19,7 @@ def after(*names: str) -> dict[str, list[str]]:
     return {"after": list(names)}
 
 
-def test_the_report_shows_a_job_with_the_words_of_its_request(tmp_path: Path) -> None:
+def test_the_report_shows_a_job_with_the_variables_of_its_request(tmp_path: Path) -> None:
     execution = {
         "exec": "./${jname}.sh", "args": [1, 2.5, True, None, ["x"], "${rcnt}-${it}-${other}"], "model": "Threads",
         "env": {"J": "${jname}"}, "stdout": "${jname}.${it}.out", "wd": "w${rcnt}",
@@ -122,8 +122,8 @@ def test_cores_and_nodes(tmp_path: Path, resources: dict[str, Any], shown: str, 
 def test_schedulers(
     tmp_path: Path, name: str, params: dict[str, int], least: int, count: int, cores: list[int]
 ) -> None:
-    wish = {"min": least, "scheduler": {"name": name, "params": params}}
-    it = show("it", "${ncores}", iteration={"stop": count}, resources={"numCores": wish})
+    amount = {"min": least, "scheduler": {"name": name, "params": params}}
+    it = show("it", "${ncores}", iteration={"stop": count}, resources={"numCores": amount})
     ran = jobs(tmp_path, it, nodes="8")
     assert sorted(int(ran.text(f"o.{i}")) for i in range(count)) == cores
 
@@ -152,7 +152,7 @@ def test_values_of_all_kinds(tmp_path: Path) -> None:
     assert [ran.text(f"o.{i}") for i in range(len(values))] == [f"{i}={value}\n" for i, value in enumerate(values)]
 
 
-def test_words_of_a_request_stand_in_values_and_in_names_of_variables(tmp_path: Path) -> None:
+def test_variables_of_a_request_in_values_and_in_names_of_variables(tmp_path: Path) -> None:
     line = "echo '${itval}'; env | grep ^K_ | sort"
     env = {"K_${jname}": "${rcnt}", "K_$it": "it", "QCG_PM_NPROCS": "99", "QCG_PM_MINE": "mine"}
     execution = {"exec": "bash", "args": ["-c", f"{line}; echo $QCG_PM_NPROCS $QCG_PM_MINE"], "env": env}

@@ -1,4 +1,4 @@
-"""Files on which QCG-PilotJob hangs, loses tasks or says what is not so: here each ends as it should."""
+"""Files on which QCG-PilotJob hangs, loses tasks or reports what is wrong: here each ends as it should."""
 
 from __future__ import annotations
 

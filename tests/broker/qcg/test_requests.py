@@ -272,7 +272,7 @@ def test_a_submit_is_whole_or_absent(qcg: Served) -> None:
         ([job("a:1")], "Invalid job name"),
     ],
 )  # fmt: skip
-def test_refusals_in_the_old_words(shared: Served, body: Any, said: str) -> None:
+def test_refusals_with_the_original_texts(shared: Served, body: Any, said: str) -> None:
     reply = shared.ask("submit", jobs=body)
     said = said if said.startswith("Invalid request") else f"Wrong submit request: {said}"
     assert reply["code"] == 1 and reply["message"].startswith(said), reply
@@ -317,7 +317,7 @@ def test_names_that_look_like_ids(qcg: Served) -> None:
     assert (qcg.folder / "order").read_text() == "same\nfirst\nz\n"
 
 
-def test_what_waits_for_unknown_jobs_is_held_until_it_is_settled(qcg: Served) -> None:
+def test_what_waits_for_unknown_jobs_is_held_until_it_is_omitted(qcg: Served) -> None:
     qcg.submit(job("c", dependencies={"after": ["b"]}), job("d", dependencies={"after": ["c"]}))
     assert [qcg.state(name) for name in "cd"] == ["QUEUED", "QUEUED"] and not qcg.finished()
     qcg.submit(job("b"), job("e", iteration={"stop": 2}, dependencies={"after": ["x"]}))
@@ -327,7 +327,7 @@ def test_what_waits_for_unknown_jobs_is_held_until_it_is_settled(qcg: Served) ->
     )
     qcg.submit(job("f", dependencies={"after": ["y"]}))
     assert qcg.data("cancelJob", jobNames=["f"]) == {"canceled": 1}
-    assert dict(qcg.requests.settle()) == {"e": "it waits for 'x', which no request brings"}
+    assert dict(qcg.requests.omit_unmet()) == {"e": "it waits for 'x', which no request brings"}
     assert [qcg.state(name) for name in ("e", "e:1", "f")] == ["OMITTED", "OMITTED", "CANCELED"]
     assert qcg.info("e")["messages"] == "it waits for 'x', which no request brings"
 
@@ -400,7 +400,7 @@ def test_a_submit_that_was_cut_off_is_found_again(tmp_path: Path) -> None:
         path.write_text("".join(lines[:-1]) + later_submit.replace(key, "other").replace("echo a", "echo c"))
         later = Served(qcg.pilot, tmp_path)
         assert later.requests.registry.jobs["a"].ids == qcg.requests.registry.jobs["a"].ids
-        assert later.state("c") == "QUEUED" and later.requests.settle() == {}
+        assert later.state("c") == "QUEUED" and later.requests.omit_unmet() == {}
         later.wait()
         assert sorted((tmp_path / "out").read_text().split()) == ["a", "b", "b", "b", "b", "c"]
         later.requests.close()

@@ -14,12 +14,13 @@ import pytest
 from redis import Redis
 from rq.job import Callback, Job, Retry
 
-from pilotq.broker.pilot.directory import Connection, Pilot
+from pilotq.broker.pilot.directory import ConnectionInfo, Pilot
 from pilotq.broker.store.connection import Address
-from pilotq.broker.tasks.model import FLAG_STOCK
+from pilotq.broker.tasks.spec import FLAG_RQ_JOB
 from tests.support import functions
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
-from tests.support.worker_host import HERE, Host
+from tests.support.worker_host import Host
 
 GRACE_S = 1.0
 
@@ -28,13 +29,13 @@ GRACE_S = 1.0
 def host(tmp_path: Path) -> Iterator[Host]:
     (tmp_path / "server").mkdir()
     # Nobody listens there: a job connects only when it wants to.
-    nowhere = Connection(
-        address=Address(path=str(tmp_path / "nowhere")), epoch="", pilot="", host="", pid=0, version="",
+    nowhere = ConnectionInfo(
+        address=Address(path=str(tmp_path / "nowhere")), queue_id="", pilot="", host="", pid=0, version="",
         directory=str(tmp_path), started=0.0,
     )  # fmt: skip
     Pilot(str(tmp_path)).write_connection(nowhere)
     with Host(tmp_path, kill_grace_s=GRACE_S) as running:
-        running.shared("base", PYTHONPATH=str(HERE.parent.parent))
+        running.shared("base", PYTHONPATH=str(ROOT))
         yield running
 
 
@@ -45,7 +46,7 @@ def hand(host: Host, number: int, function: Any, *args: Any, serializer: str = "
     fields = {key: text if isinstance(text, (str, bytes)) else str(text) for key, text in job.to_dict().items()}
     fields = {key: text.encode() if isinstance(text, str) else text for key, text in fields.items()}
     host.tell("job", name, {key.encode(): value for key, value in fields.items()})
-    host.hand(name, lane=number, flags=FLAG_STOCK, time_limit=limit)
+    host.hand(name, slot=number, flags=FLAG_RQ_JOB, time_limit=limit)
     return name
 
 
@@ -55,17 +56,17 @@ def trace(text: str) -> str:
 
 def test_a_job_returns_its_value_in_the_producers_format(host: Host) -> None:
     report = host.end_of(hand(host, 1, functions.product, 6, 7)).report
-    assert (report.wish, pickle.loads(base64.b64decode(report.text))) == ("finished", 42)
+    assert (report.outcome, pickle.loads(base64.b64decode(report.text))) == ("finished", 42)
     report = host.end_of(hand(host, 2, functions.product, 6, 7, serializer="json")).report
-    assert (report.wish, json.loads(base64.b64decode(report.text))) == ("finished", 42)
-    assert host.end_of(hand(host, 3, functions.later, 5)).report.wish == "finished"
+    assert (report.outcome, json.loads(base64.b64decode(report.text))) == ("finished", 42)
+    assert host.end_of(hand(host, 3, functions.later, 5)).report.outcome == "finished"
     report = host.end_of(hand(host, 4, "threading.Lock")).report
-    assert (report.wish, pickle.loads(base64.b64decode(report.text))) == ("finished", "Unserializable return value")
+    assert (report.outcome, pickle.loads(base64.b64decode(report.text))) == ("finished", "Unserializable return value")
 
 
 def test_a_job_that_raises_or_cannot_be_read_fails_with_rqs_text(host: Host) -> None:
     report = host.end_of(hand(host, 1, functions.throw, ValueError("bad"))).report
-    assert (report.wish, report.reason) == ("failed", "exception")
+    assert (report.outcome, report.reason) == ("failed", "exception")
     assert trace(report.text).startswith("Traceback") and trace(report.text).endswith("ValueError: bad\n")
     report = host.end_of(hand(host, 2, "nowhere.at_all")).report
     assert "nowhere" in trace(report.text)
@@ -73,23 +74,23 @@ def test_a_job_that_raises_or_cannot_be_read_fails_with_rqs_text(host: Host) -> 
 
 def test_a_job_can_ask_to_be_run_again(host: Host) -> None:
     report = host.end_of(hand(host, 1, functions.give_back, Retry(max=3, interval=[5, 9]))).report
-    assert (report.wish, report.text) == ("retried", "3:5")
+    assert (report.outcome, report.text) == ("retried", "3:5")
     report = host.end_of(hand(host, 2, functions.give_back, Retry(max=3, enqueue_at_front=True))).report
-    assert (report.wish, report.text) == ("retried", "3:0:front")
+    assert (report.outcome, report.text) == ("retried", "3:0:front")
 
 
-@pytest.mark.parametrize(("error", "said", "wish"), [
+@pytest.mark.parametrize(("error", "said", "outcome"), [
     (None, "success 8", "finished"), (ValueError("bad"), "failure ValueError bad", "failed"),
 ])  # fmt: skip
 def test_callbacks_run_before_the_end_is_reported(
-    host: Host, tmp_path: Path, error: Exception | None, said: str, wish: str
+    host: Host, tmp_path: Path, error: Exception | None, said: str, outcome: str
 ) -> None:
     mark = tmp_path / "said"
     name = hand(
         host, 1, functions.throw_or_give, error, 8, meta={"mark": str(mark)}, on_success=Callback(functions.on_success),
         on_failure=Callback(functions.on_failure), on_stopped=Callback(functions.on_stopped),
     )  # fmt: skip
-    assert host.end_of(name).report.wish == wish
+    assert host.end_of(name).report.outcome == outcome
     assert mark.read_text() == said
 
 
@@ -100,14 +101,14 @@ def test_a_success_callback_that_raises_fails_the_job(host: Host, tmp_path: Path
         on_failure=Callback(functions.on_failure),
     )  # fmt: skip
     report = host.end_of(name).report
-    assert report.wish == "failed" and trace(report.text).endswith("RuntimeError: a callback\n")
+    assert report.outcome == "failed" and trace(report.text).endswith("RuntimeError: a callback\n")
     assert mark.read_text() == "failure RuntimeError a callback"
 
 
 def test_at_its_timeout_a_job_sees_rqs_own_exception(host: Host, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     report = host.end_of(hand(host, 1, functions.wait_for_ever, str(mark), limit=3.0)).report
-    assert (report.wish, report.reason) == ("failed", "time limit")
+    assert (report.outcome, report.reason) == ("failed", "time limit")
     assert "JobTimeoutException" in trace(report.text)
     assert mark.read_text() == "JobTimeoutException"
 
@@ -122,5 +123,5 @@ def test_a_stopped_job_has_its_callback_though_it_had_to_be_killed(host: Host, t
     wait_until(lambda: mark.exists() and mark.read_text().isdigit(), what="start of the job")
     host.stop(name, "stopped")
     report = host.end_of(name).report
-    assert (report.wish, report.reason) == ("stopped", "stopped")
+    assert (report.outcome, report.reason) == ("stopped", "stopped")
     assert said.read_text() == "stopped"

@@ -1,4 +1,4 @@
-"""What RQ's tools say to workers, and what they see of running tasks, on a real pilot."""
+"""Commands of RQ's tools to workers, and what they see of running tasks, on a real pilot."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_shutdown(live: LivePilot, client: redis.Redis, tmp_path: Path) -> None:
 
 def test_nonsense_is_ignored(live: LivePilot, client: redis.Redis) -> None:
     for text in ("", "[", "[]", '{"command": 3}', '{"command": "stop-execution", "execution_id": "x"}', "\xff"):
-        client.publish(keys.commands("n1"), text)
+        client.publish(keys.command_channel("n1"), text)
     task_id = sleeper(live)
     send_stop_job_command(client, task_id)
     assert live.ended(task_id).status == "stopped"

@@ -15,38 +15,38 @@ from rq.job import Dependency, Job
 from rq.rate_limit import RateLimitRegistry
 from rq.registry import ScheduledJobRegistry
 
-from pilotq.broker.rq.ingest import Inbound
-from pilotq.broker.rq.job_requests import shown
+from pilotq.broker.rq.ingest import RqIngest
+from pilotq.broker.rq.job_requests import rq_error_text
 from pilotq.broker.store import keys
 from tests.support.engine import ONE, Engine, fixtures, task
 from tests.support.rq_producer import CLASS, producing, route, text_of, work
 
 engine, server, node = fixtures
-client, inbound = producing
+client, ingest = producing
 RESULT = base64.b64encode(pickle.dumps(42)).decode()
-TEXT = shown("Traceback: it broke\n")
+TEXT = rq_error_text("Traceback: it broke\n")
 
 
 class Producer:
     """A script of a user, and the pilot around it."""
 
-    def __init__(self, engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
-        self.engine, self.client, self.inbound = engine, client, inbound
+    def __init__(self, engine: Engine, client: redis.Redis, ingest: RqIngest) -> None:
+        self.engine, self.client, self.ingest = engine, client, ingest
         self.queue = Queue(connection=client)
 
     def enqueue(self, **options: Any) -> Job:
         job = self.queue.enqueue(work, **options)
-        route(self.inbound)
+        route(self.ingest)
         return job
 
-    def run(self, job: Job, wish: str = "finished", text: str | None = None) -> Job:
+    def run(self, job: Job, outcome: str = "finished", text: str | None = None) -> Job:
         """Its execution ends so; returns what RQ knows of it then."""
         (handed,) = self.engine.claim(1, CLASS)
         assert handed.id == job.id
-        given = text if text is not None else {"finished": RESULT, "failed": TEXT}.get(wish, "")
-        self.engine.end([handed], wish, {"failed": "exit", "finished": ""}.get(wish, wish), text=given)
-        self.engine.release()
-        route(self.inbound)
+        given = text if text is not None else {"finished": RESULT, "failed": TEXT}.get(outcome, "")
+        self.engine.complete([handed], outcome, {"failed": "exit", "finished": ""}.get(outcome, outcome), text=given)
+        self.engine.release_dependents()
+        route(self.ingest)
         return self.of(job)
 
     def of(self, job: Job) -> Job:
@@ -59,12 +59,12 @@ class Producer:
         """What is scheduled is due."""
         assert self.of(job).is_scheduled
         self.client.zadd(keys.registry("scheduled", "default"), {job.id: 1})
-        route(self.inbound)
+        route(self.ingest)
 
 
 @pytest.fixture
-def producer(engine: Engine, client: redis.Redis, inbound: Inbound) -> Producer:
-    return Producer(engine, client, inbound)
+def producer(engine: Engine, client: redis.Redis, ingest: RqIngest) -> Producer:
+    return Producer(engine, client, ingest)
 
 
 # -- results and times ------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_result_and_its_time(engine: Engine, producer: Producer) -> None:
     assert (job.return_value(), engine.ttl(job.key), engine.ttl(keys.results(job.id))) == (42, -1, -1)
     job = producer.enqueue(result_ttl=0)
     (handed,) = engine.claim(1, CLASS)
-    engine.end([handed], text=RESULT)
+    engine.complete([handed], text=RESULT)
     assert engine.status(job.id) is None and job.id not in engine.registry("finished")
     assert engine.counts() == {"total": 3, "finished": 3}
 
@@ -98,8 +98,8 @@ def test_stopped_and_canceled(engine: Engine, producer: Producer) -> None:
     job = producer.enqueue(retry=Retry(3))
     (handed,) = engine.claim(1, CLASS)
     job.cancel()
-    assert engine.cancel(job.id) == ["told"]
-    engine.end([handed], "failed", "signal", text=TEXT)
+    assert engine.cancel(job.id) == ["stopping"]
+    engine.complete([handed], "failed", "signal", text=TEXT)
     assert producer.of(job).is_canceled and producer.waits() == []
     assert engine.counts() == {"total": 2, "failed": 1, "canceled": 1}
 
@@ -127,7 +127,7 @@ def test_numbers_of_a_stranger_break_nothing(engine: Engine, producer: Producer)
         "7",
     )
     engine.link.call("HSET", bad.key, *wrong)
-    engine.end(engine.claim(2, CLASS), text=RESULT)
+    engine.complete(engine.claim(2, CLASS), text=RESULT)
     assert engine.statuses(good.id, bad.id) == ["finished", "finished"]
 
 
@@ -159,7 +159,7 @@ def test_retries_with_intervals(producer: Producer, engine: Engine) -> None:
         producer.run(job, "failed")
         due = producer.client.zscore(keys.registry("scheduled", "default"), job.id)
         assert due is not None and before + interval - 2 <= due <= time.time() + interval
-        assert engine.store.run("settle", engine.store.term, "default") == 0
+        assert engine.store.run("count_vanished", engine.store.term, "default") == 0
         producer.pass_time(job)
         assert producer.waits() == [job.id]
     assert producer.run(job, "failed").is_failed
@@ -203,7 +203,7 @@ def test_repeat(producer: Producer, engine: Engine) -> None:
 def test_enqueue_in_and_at(producer: Producer, engine: Engine) -> None:
     soon = producer.queue.enqueue_in(dt.timedelta(seconds=-1), work)
     later = producer.queue.enqueue_at(dt.datetime(2099, 1, 1, tzinfo=dt.timezone.utc), work)
-    route(producer.inbound)
+    route(producer.ingest)
     assert producer.waits() == [soon.id] and producer.of(later).is_scheduled
     assert ScheduledJobRegistry(connection=producer.client).get_job_ids() == [later.id]
     assert engine.cancel(later.id) == ["canceled"]
@@ -213,7 +213,7 @@ def test_enqueue_in_and_at(producer: Producer, engine: Engine) -> None:
 def test_a_scheduler_of_rqs_own_is_left_alone(producer: Producer, engine: Engine) -> None:
     producer.client.set("rq:scheduler-lock:default", "somebody", ex=60)
     job = producer.queue.enqueue_in(dt.timedelta(seconds=-1), work)
-    route(producer.inbound)
+    route(producer.ingest)
     assert producer.of(job).is_scheduled and producer.waits() == []
 
 
@@ -222,7 +222,7 @@ def test_what_rq_left_between_two_steps(producer: Producer, engine: Engine) -> N
     producer.client.zrem(keys.registry("deferred", "default"), job.id)
     producer.client.hset(job.key, "status", "ready_to_enqueue")
     producer.client.zadd("rq:ready:default", {job.id: int(time.time()) - 60, "gone": 1})
-    route(producer.inbound)
+    route(producer.ingest)
     assert job.id in producer.waits() and engine.registry("ready") == []
 
 
@@ -233,7 +233,7 @@ def test_dependents_run_after_their_parents(producer: Producer, engine: Engine) 
     parents = [producer.enqueue() for _ in range(2)]
     child = producer.enqueue(depends_on=parents)
     front = producer.enqueue(depends_on=Dependency(parents, enqueue_at_front=True))
-    assert engine.hash(child.id)["pq_waits"] == "2"
+    assert engine.hash(child.id)["pq_open_parents"] == "2"
     producer.run(parents[0])
     assert producer.waits() == [parents[1].id]
     producer.run(parents[1])
@@ -250,7 +250,7 @@ def test_a_parent_that_does_not_finish(producer: Producer, engine: Engine, how: 
     grandchild = producer.enqueue(depends_on=child)
     if how == "canceled":
         engine.cancel(parent.id)
-        engine.release()
+        engine.release_dependents()
     else:
         producer.run(parent, "failed" if how == "allowed" else how)
     if how == "allowed":
@@ -258,7 +258,7 @@ def test_a_parent_that_does_not_finish(producer: Producer, engine: Engine, how: 
         producer.run(child), producer.run(grandchild)
         assert engine.counts() == {"total": 3, "failed": 1, "finished": 2}
     else:
-        engine.release()
+        engine.release_dependents()
         assert engine.statuses(child.id, grandchild.id) == ["canceled", "canceled"]
         assert engine.hash(child.id)["pq_reason"] == "dependency"
 
@@ -268,11 +268,11 @@ def test_parents_that_ended_before_we_saw_the_child(producer: Producer, engine: 
     parent = producer.enqueue()
     child = producer.queue.enqueue(work, depends_on=parent)  # deferred, and not seen yet
     (handed,) = engine.claim(1, CLASS)
-    engine.end([handed], "failed" if how == "failed" else "finished", text="")
+    engine.complete([handed], "failed" if how == "failed" else "finished", text="")
     if how == "gone":
         producer.client.delete(parent.key)
-    route(producer.inbound)
-    engine.release()
+    route(producer.ingest)
+    engine.release_dependents()
     assert engine.status(child.id) == ("canceled" if how == "failed" else "queued")
 
 
@@ -281,8 +281,8 @@ def test_jobs_and_tasks_wait_for_each_other(producer: Producer, engine: Engine) 
     child = producer.enqueue(depends_on=ours)
     (grandchild,) = engine.submit(task(after=[f"={child.id}"]))
     assert producer.waits() == [] and engine.registry("deferred") == [child.id, grandchild]
-    engine.end(engine.claim())
-    engine.release()
+    engine.complete(engine.claim())
+    engine.release_dependents()
     producer.run(child)
     assert engine.list(ONE) == [grandchild]
 
@@ -305,7 +305,7 @@ def test_rate_limits(producer: Producer, engine: Engine) -> None:
     assert producer.waits() == [second.id]
     producer.run(second, "failed")
     assert engine.cancel(third.id) == ["canceled"]
-    engine.store.run("limits", engine.store.term, 1, "x")
+    engine.store.run("free_rate_slots", engine.store.term, 1, "x")
     assert RateLimitRegistry.all(producer.client) == []
     assert engine.counts() == {"total": 3, "finished": 1, "failed": 1, "canceled": 1}
 
@@ -314,19 +314,19 @@ def test_a_slot_is_held_while_its_job_dies(producer: Producer, engine: Engine) -
     first, second = (producer.enqueue(rate_limit=RateLimit("api", 1)) for _ in range(2))
     (handed,) = engine.claim(1, CLASS)
     producer.of(first).cancel()
-    route(producer.inbound)
+    route(producer.ingest)
     assert producer.waits() == []
     engine.cancel(first.id)
-    engine.end([handed], "canceled", "canceled")
-    route(producer.inbound)
+    engine.complete([handed], "canceled", "canceled")
+    route(producer.ingest)
     assert producer.waits() == [second.id]
 
 
 def test_a_lost_slot_is_found(producer: Producer, engine: Engine) -> None:
     first, second = (producer.enqueue(rate_limit=RateLimit("api", 1)) for _ in range(2))
     producer.client.delete(first.key)
-    engine.store.run("limits", engine.store.term, f"{time.time()}", "2026-01-31T12:00:00.000000Z")
-    route(producer.inbound)
+    engine.store.run("free_rate_slots", engine.store.term, f"{time.time()}", "2026-01-31T12:00:00.000000Z")
+    route(producer.ingest)
     assert second.id in producer.waits()
 
 
@@ -337,7 +337,7 @@ def test_a_lost_slot_is_found(producer: Producer, engine: Engine) -> None:
 def test_requeue(producer: Producer, engine: Engine, how: str) -> None:
     job = producer.run(producer.enqueue(), how)
     job.requeue()
-    route(producer.inbound)
+    route(producer.ingest)
     assert producer.waits() == [job.id] and engine.counts() == {"total": 1}
     assert engine.ttl(job.key) == -1 and "pq_reason" not in engine.hash(job.id)
     assert producer.run(job).is_finished and engine.counts() == {"total": 1, "finished": 1}
@@ -349,5 +349,5 @@ def test_requeue_of_what_was_refused(producer: Producer, engine: Engine) -> None
     found.meta = {"cores": 1}
     found.save_meta()
     found.requeue()
-    route(producer.inbound)
+    route(producer.ingest)
     assert producer.waits() == [job.id]

@@ -67,11 +67,11 @@ class Scene:
         return self.enqueue(self.gated())[0]
 
     def handed(self) -> str:
-        """Behind one that runs, on the same node: short tasks before it make the dispatcher hand it ahead."""
+        """Behind one that runs, on the same node: short tasks before it let the node prefetch it."""
         self.live.broker.wait(self.enqueue(*[Task(command=["true"])] * 20), timeout=60)
         first, second = self.enqueue(self.gated(), self.gated())
         self.started(first)
-        wait_until(lambda: self.live.broker.task(second).reason == "handed", what="handed ahead")
+        wait_until(lambda: self.live.broker.task(second).reason == "handed", what="prefetched")
         return second
 
     def running(self) -> str:

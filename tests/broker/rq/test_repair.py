@@ -9,26 +9,26 @@ import redis
 from rq import Queue
 from rq.job import Job
 
-from pilotq.broker.client.queries import Listing
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.rq import repair
-from pilotq.broker.rq.ingest import Inbound
-from pilotq.broker.rq.repair import Leftovers
+from pilotq.broker.rq.ingest import RqIngest
+from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
 from pilotq.broker.tasks.model import ArrayRange
 from tests.support.engine import NODE, ONE, Engine, FakeNode, RunningDispatcher, end_report, fixtures, pump, task
 from tests.support.rq_producer import CLASS, producing, route, text_of, work
 
 engine, server, node = fixtures
-client, inbound = producing
+client, ingest = producing
 Make = Callable[..., FakeNode]
 
 
 def turns(engine: Engine, number: int = 3) -> None:
     """So many rounds of the reconciler's walk, seconds apart."""
-    walk = Leftovers(engine.store)
+    walk = RqRepair(engine.store)
     for n in range(number):
         walk.turn(["default"], 10.0 * n)
-    engine.release()
+    engine.release_dependents()
 
 
 def test_dependents_of_a_deleted_task_are_omitted(engine: Engine, client: redis.Redis) -> None:
@@ -46,7 +46,7 @@ def test_a_parent_that_ended_is_no_orphan_maker(engine: Engine) -> None:
     """Its record may be gone before its dependents have been released."""
     parent, child = engine.submit(task(name="p"), task(after=["p"]))
     (handed,) = engine.claim()
-    engine.end([handed])
+    engine.complete([handed])
     engine.link.call("DEL", keys.job(parent))
     turns(engine)
     assert engine.status(child) == "queued" and engine.list() == [child]
@@ -69,29 +69,29 @@ def test_an_array_does_not_wait_for_a_deleted_element(engine: Engine, client: re
         task(name="p", array=ArrayRange(2, 8, 2), retries=1), task(array=ArrayRange(2, 8, 2), after_each=["p"])
     )
     handed = engine.claim(4)
-    engine.end(handed[1:])
-    engine.release()
+    engine.complete(handed[1:])
+    engine.release_dependents()
     array, gone = (child, f"{child}_4") if each else (parent, f"{parent}_2")
     if state == "given back":
-        engine.give_back(handed[:1])
+        engine.return_unstarted(handed[:1])
     elif state == "scheduled":
         report = end_report(handed[0], "failed", "exit")
         report.retries, report.delay = 1, 60.0
-        engine.store.run("end", *engine.store.end_arguments(NODE, engine.next_call(), b"mail", [report]))
+        engine.store.run("complete", *engine.store.complete_arguments(NODE, engine.next_call(), b"mail", [report]))
     turns(engine)
     assert engine.status(gone) in ("queued", "scheduled", "started")
     Job.fetch(gone, connection=client).delete()
     turns(engine)
     if state == "running":
-        assert engine.bits(parent, 4) == "0111"  # it has not ended yet
-        engine.end(handed[:1])
+        assert engine.outcomes(parent, 4) == "0111"  # it has not ended yet
+        engine.complete(handed[:1])
     turns(engine)
-    assert engine.bits(array, 4) == ("0300" if each else "3111")
+    assert engine.outcomes(array, 4) == ("0300" if each else "3111")
     if each:
-        engine.end(engine.claim(3))
-        engine.end(handed[:1])
-        engine.release()
-        engine.end(engine.claim(3))
+        engine.complete(engine.claim(3))
+        engine.complete(handed[:1])
+        engine.release_dependents()
+        engine.complete(engine.claim(3))
     assert engine.status(array) == "failed"
     assert each or engine.hash(array)["pq_left"] == "0"
 
@@ -99,12 +99,12 @@ def test_an_array_does_not_wait_for_a_deleted_element(engine: Engine, client: re
 def test_elements_that_wait_for_others_are_not_taken_for_deleted(engine: Engine) -> None:
     engine.submit(task(name="p", array=ArrayRange(0, 9)), task(array=ArrayRange(0, 9), after_each=["p"], priority=1))
     first = engine.claim(10)
-    engine.end(first[:3])
+    engine.complete(first[:3])
     turns(engine)
-    engine.release()
-    engine.end(engine.claim(2, "default.p1.1c"))
+    engine.release_dependents()
+    engine.complete(engine.claim(2, "default.p1.1c"))
     turns(engine)
-    engine.end(first[3:])
+    engine.complete(first[3:])
     turns(engine)
     engine.run_all("default.p1.1c")
     assert engine.counts() == {"total": 20, "finished": 20}
@@ -117,18 +117,18 @@ def test_what_waits_and_has_no_record_is_dropped(engine: Engine, client: redis.R
     assert engine.registry("deferred") == []
 
 
-def test_a_compact_that_broke_off_is_put_back(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+def test_a_compact_that_broke_off_is_put_back(engine: Engine, client: redis.Redis, ingest: RqIngest) -> None:
     ids = engine.submit(task(), task())
     job = Queue(connection=client).enqueue(work)
     client.rename(keys.queue(ONE), "rq:queue:_compact:half")
     client.rename(keys.queue("default"), "rq:queue:_compact:other")
     client.rpush("rq:queue:_compact:other", "gone")
-    walk = Leftovers(engine.store)
+    walk = RqRepair(engine.store)
     walk.turn(["default"], 1.0)
-    walk.turn(["default"], 1.0 + repair.STILL_S / 2)
+    walk.turn(["default"], 1.0 + repair.UNCHANGED_S / 2)
     assert engine.list() == []  # it may still be at work
-    walk.turn(["default"], 2.0 + repair.STILL_S)
-    route(inbound)
+    walk.turn(["default"], 2.0 + repair.UNCHANGED_S)
+    route(ingest)
     assert engine.list() == ids and engine.list(CLASS) == [job.id]
     assert not [key for key in engine.all_keys() if "_compact" in key]
 
@@ -136,38 +136,38 @@ def test_a_compact_that_broke_off_is_put_back(engine: Engine, client: redis.Redi
 def test_a_class_that_was_tidied_away_meanwhile_comes_back(engine: Engine, client: redis.Redis, node: Make) -> None:
     (task_id,) = engine.submit(task())
     client.rename(keys.queue(ONE), "rq:queue:_compact:now")
-    engine.store.run("tidy", engine.store.term, 60, ONE)
+    engine.store.run("drop_idle_classes", engine.store.term, 60, ONE)
     assert engine.link.call("HLEN", keys.CLASSES) == 0
     client.rename("rq:queue:_compact:now", keys.queue(ONE))
-    engine.store.run("tidy", engine.store.term, 60, "default.p9.1c")
+    engine.store.run("drop_idle_classes", engine.store.term, 60, "default.p9.1c")
     with RunningDispatcher(engine):
         n1 = node(quick=True)
         pump([n1], lambda: engine.status(task_id) == "finished")
 
 
-def test_a_requeue_that_cannot_be_is_undone(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+def test_a_requeue_that_cannot_be_is_undone(engine: Engine, client: redis.Redis, ingest: RqIngest) -> None:
     (task_id,) = engine.submit(task(), key="k")
-    engine.end(engine.claim(), "failed", "exit")
+    engine.complete(engine.claim(), "failed", "exit")
     client.delete(keys.submission("k"))
     job = Job.fetch(task_id, connection=client)
     job.requeue()
-    route(inbound)
+    route(ingest)
     assert engine.status(task_id) == "failed" and engine.registry("failed") == [task_id]
     assert "cannot run again" in text_of(client, job)
     assert engine.ttl(keys.job(task_id)) > 0 and engine.list() == engine.list("default") == []
 
 
-def test_a_requeue_gives_the_retries_back(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+def test_a_requeue_gives_the_retries_back(engine: Engine, client: redis.Redis, ingest: RqIngest) -> None:
     (task_id,) = engine.submit(task(retries=2))
     for _ in range(3):
-        engine.end(engine.claim(), "failed", "exit")
+        engine.complete(engine.claim(), "failed", "exit")
     assert engine.status(task_id) == "failed"
     Job.fetch(task_id, connection=client).requeue()
-    route(inbound)
+    route(ingest)
     assert engine.hash(task_id)["pq_retries"] == "2" and engine.counts() == {"total": 1}
 
 
-def test_all_that_waits_is_listed_and_counted(engine: Engine, client: redis.Redis, inbound: Inbound) -> None:
+def test_all_that_waits_is_listed_and_counted(engine: Engine, client: redis.Redis, ingest: RqIngest) -> None:
     import datetime as dt
 
     from rq import RateLimit
@@ -176,10 +176,10 @@ def test_all_that_waits_is_listed_and_counted(engine: Engine, client: redis.Redi
     limited = [queue.enqueue(work, rate_limit=RateLimit("one", 1)) for _ in range(2)]
     later = queue.enqueue_in(dt.timedelta(hours=1), work)
     child = queue.enqueue(work, depends_on=later)
-    listing = Listing(engine.link, None)
+    listing = TaskQueries(engine.link, None)
     assert listing.uncounted() == 4
     assert {view.id for view in listing.tasks(None, 10)} == {later.id, child.id, *(job.id for job in limited)}
     assert [view.id for view in listing.tasks("scheduled", 10)] == [later.id]
     assert len(list(listing.tasks("rate_limited", 10))) == 1
-    route(inbound)
+    route(ingest)
     assert engine.counts() == {"total": 2}

@@ -1,4 +1,4 @@
-"""What stock RQ 3 sees of our tasks: its own classes and its command line, on a real server."""
+"""What RQ 3 sees of our tasks: its own classes and its command line, on a real server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rq.registry import (
 
 from pilotq.broker.rq.jobs import run
 from pilotq.broker.store.messages import EndReport
-from tests.support.engine import NODE, ONE, Engine, FakeNode, array, end_line, fixtures, pump, task
+from tests.support.engine import NODE, ONE, Engine, FakeNode, array, end_entry, fixtures, pump, task
 from tests.support.rq_producer import producing
 
 engine, server, node = fixtures
@@ -48,7 +48,7 @@ def test_a_task_through_its_life(engine: Engine, client: redis.Redis) -> None:
     job = Job.fetch(task_id, connection=client)
     assert (job.get_status(), job.origin, job.worker_name) == (JobStatus.STARTED, "default", "n1")
     assert job.started_at is not None and job.ended_at is None
-    engine.end([handed])
+    engine.complete([handed])
     job = Job.fetch(task_id, connection=client)
     assert job.is_finished and job.return_value() is None and job.latest_result() is None
     assert job.started_at is not None and job.ended_at is not None and job.ended_at >= job.created_at
@@ -58,7 +58,7 @@ def test_a_task_through_its_life(engine: Engine, client: redis.Redis) -> None:
 def test_a_failed_task_has_a_text(engine: Engine, client: redis.Redis) -> None:
     (task_id,) = engine.submit(task())
     text = base64.b64encode(zlib.compress(b"its exit code was 3")).decode()
-    engine.end(engine.claim(), "failed", "exit", text=text)
+    engine.complete(engine.claim(), "failed", "exit", text=text)
     job = Job.fetch(task_id, connection=client)
     assert job.is_failed
     result = job.latest_result()
@@ -71,8 +71,8 @@ def test_an_execution_that_never_began(engine: Engine, client: redis.Redis) -> N
     """No start, and times in a form that RQ reads."""
     (task_id,) = engine.submit(task())
     (handed,) = engine.claim()
-    report = EndReport(task_id, 1, "failed", "not found", "2026-01-31T12:00:00.000000Z", "", "", "", end_line(handed))
-    engine.store.run("end", *engine.store.end_arguments(NODE, 1, b"mail", [report]))
+    report = EndReport(task_id, 1, "failed", "not found", "2026-01-31T12:00:00.000000Z", "", "", "", end_entry(handed))
+    engine.store.run("complete", *engine.store.complete_arguments(NODE, 1, b"mail", [report]))
     job = Job.fetch(handed.id, connection=client)
     assert job.is_failed and job.started_at is None
     assert job.ended_at is not None and job.ended_at.isoformat().startswith("2026-01-31T12:00:00")
@@ -83,14 +83,14 @@ def test_arrays_and_elements(engine: Engine, client: redis.Redis) -> None:
     assert Job.fetch(a, connection=client).get_status() == JobStatus.QUEUED
     good, bad = engine.claim(2)
     assert Job.fetch(good.id, connection=client).is_started
-    engine.end([good])
-    engine.end([bad], "failed", "exit")
+    engine.complete([good])
+    engine.complete([bad], "failed", "exit")
     with pytest.raises(NoSuchJobError):
         Job.fetch(good.id, connection=client)
     assert Job.fetch(bad.id, connection=client).is_failed
     (last,) = engine.claim()
     assert Job.fetch(a, connection=client).is_started
-    engine.end([last])
+    engine.complete([last])
     job = Job.fetch(a, connection=client)
     assert job.is_failed and job.started_at is not None and job.ended_at is not None
     engine.submit(array(2, name="other"))
@@ -106,13 +106,13 @@ def test_every_way_to_end_leaves_times_that_rq_reads(engine: Engine, client: red
     )
     if how == "lost":
         for _ in range(3):
-            engine.end(engine.claim(), "lost")
+            engine.complete(engine.claim(), "lost")
         found = parent
     else:
         if how == "canceled":
             engine.cancel(child)
-        engine.end(engine.claim(), "failed", "exit")
-        engine.release()
+        engine.complete(engine.claim(), "failed", "exit")
+        engine.release_dependents()
         found = child
     job = Job.fetch(found, connection=client)
     assert job.get_status() == (JobStatus.FAILED if how == "lost" else JobStatus.CANCELED)
@@ -122,9 +122,9 @@ def test_every_way_to_end_leaves_times_that_rq_reads(engine: Engine, client: red
 def test_registries_and_queues_count(engine: Engine, client: redis.Redis) -> None:
     engine.submit(*[task()] * 9, task(name="p", priority=1), task(after=["p"]))
     handed = engine.claim(7)
-    engine.end(handed[:2])
-    engine.end(handed[2:4], "failed", "exit")
-    engine.end(handed[4:5], "stopped", "stopped")
+    engine.complete(handed[:2])
+    engine.complete(handed[2:4], "failed", "exit")
+    engine.complete(handed[4:5], "stopped", "stopped")
     engine.cancel(engine.list()[0])
     kinds = (FinishedJobRegistry, FailedJobRegistry, StartedJobRegistry, DeferredJobRegistry, CanceledJobRegistry)
     assert [kind("default", connection=client).count for kind in kinds] == [2, 3, 2, 1, 1]
@@ -138,16 +138,16 @@ def test_workers(engine: Engine, client: redis.Redis, node: Callable[..., FakeNo
     (worker,) = Worker.all(connection=client)
     assert (worker.name, worker.hostname, worker.get_state()) == ("n1", "here", "idle")
     assert Worker.all(queue=Queue("default", connection=client)) == [worker]
-    n1.link.post_beat({"last_heartbeat": "2026-01-31T12:00:00.000000Z", "state": "busy"})
+    n1.link.post_heartbeat({"last_heartbeat": "2026-01-31T12:00:00.000000Z", "state": "busy"})
     pump([n1], lambda: not n1.link.unsent())
     (worker,) = Worker.all(connection=client)
     assert (worker.get_state(), worker.successful_job_count) == ("busy", 0)
     engine.submit(*[task()] * 4)
-    engine.end(engine.claim(3))
-    engine.end(engine.claim(1), "failed", "exit")
+    engine.complete(engine.claim(3))
+    engine.complete(engine.claim(1), "failed", "exit")
     (worker,) = Worker.all(connection=client)
     assert (worker.successful_job_count, worker.failed_job_count) == (3, 1)
-    n1.link.unregister()
+    n1.link.deregister()
     assert Worker.all(connection=client) == []
 
 
@@ -161,7 +161,7 @@ def test_cleaning_up_harms_nothing(engine: Engine, client: redis.Redis) -> None:
         clean_registries(Queue(name, connection=client))
     assert StartedJobRegistry("default", connection=client).count == 4
     assert engine.dump(without=("rq:clean_registries",)) == before
-    engine.end(running)
+    engine.complete(running)
     assert engine.statuses(a, b) == ["finished", "finished"]
 
 
@@ -175,7 +175,7 @@ def test_rqs_cancel_and_delete_of_what_waits(engine: Engine, client: redis.Redis
     engine.run_all("default.p1.1c")
     assert engine.run_all() == [third]
     assert engine.counts() == {"total": 4, "finished": 2, "canceled": 1}
-    assert engine.store.run("settle", engine.store.term, "default") == 1
+    assert engine.store.run("count_vanished", engine.store.term, "default") == 1
     assert engine.counts()["canceled"] == 2
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from pilotq.broker.scheduling.cluster import Cluster
 from pilotq.broker.scheduling.placement import BackfillState, Waiting, drain, plan
-from pilotq.broker.store.messages import NodeInfo, Part, format_allocation, parse_allocation
+from pilotq.broker.store.resources import NodeInfo, NodeShare, format_allocation, parse_allocation
 from pilotq.broker.tasks.model import Request
 
 ONE, TWO, FOUR = Request(), Request(cores=(2, 2)), Request(cores=(4, 4))
-Running = list[tuple[tuple[Part, ...], float]]
+Running = list[tuple[tuple[NodeShare, ...], float]]
 
 
 def sized(*sizes: int, gpus: int = 0, memory: int = 0) -> Cluster:
@@ -36,9 +36,9 @@ def occupy(cluster: Cluster, **until: float) -> Running:
     running = []
     for text, end in until.items():
         name, *cores = text.split("_")
-        parts = (Part(name, tuple(map(int, cores))),)
-        cluster.take(parts)
-        running.append((parts, end))
+        shares = (NodeShare(name, tuple(map(int, cores))),)
+        cluster.take(shares)
+        running.append((shares, end))
     return running
 
 
@@ -53,17 +53,17 @@ class Passes:
 
     def __call__(self, now: float, *waiting: Waiting) -> list[str]:
         placed = plan(self.cluster, waiting, self.running, self.state, now, self.wait_s)
-        self.running += [(parts, math.inf) for _, parts in placed]
+        self.running += [(shares, math.inf) for _, shares in placed]
         return [name for name, _ in placed]
 
     def release(self, text: str) -> None:
-        parts = parse_allocation(text)
-        self.running.remove(next(item for item in self.running if item[0] == parts))
-        self.cluster.release(parts)
+        shares = parse_allocation(text)
+        self.running.remove(next(item for item in self.running if item[0] == shares))
+        self.cluster.release(shares)
 
     @property
     def held(self) -> str | None:
-        return format_allocation(self.state.hold.parts) if self.state.hold else None
+        return format_allocation(self.state.hold.shares) if self.state.hold else None
 
 
 BIG, SMALL = wait("big", FOUR, 1), wait("small", ONE, 2)
@@ -128,7 +128,7 @@ def test_what_lies_outside_the_hold_goes_on() -> None:
     assert passes(0.0, BIG, LATER) == []
     assert passes.held == "n1[0:1:6:7]"  # the node with most free cores
     assert passes(0.0, BIG, SMALL) == ["small"]
-    assert passes.running[-1][0] == (Part("n2", (3,)),)
+    assert passes.running[-1][0] == (NodeShare("n2", (3,)),)
     passes.release("n1[0:1:2:3:4:5]")
     assert passes(0.0, BIG, wait("small", ONE, 2, count=9)) == ["big"] + ["small"] * 4
 
@@ -173,8 +173,8 @@ def test_an_earlier_task_of_the_same_priority_respects_the_hold_until_its_own_wa
     assert passes(1.1, big, late) == []
     assert passes.state.hold is not None
     assert passes.state.hold.class_name == "big"
-    passes.running.append(((Part("n1", (1, 2)),), math.inf))
-    cluster.take((Part("n1", (1, 2)),))
+    passes.running.append(((NodeShare("n1", (1, 2)),), math.inf))
+    cluster.take((NodeShare("n1", (1, 2)),))
     assert passes(2.1, big, late) == []
     assert passes.state.hold.class_name == "late"
 
@@ -204,7 +204,7 @@ def test_a_hold_outlives_a_node_that_joins_before_it_in_order() -> None:
     passes(0.0, BIG, LATER)
     cluster.add_node(NodeInfo("a1", 1, "host", 1, [0]))
     assert passes(0.0, BIG, wait("small", ONE, 2, count=9)) == ["small"]
-    assert passes.running[-1][0] == (Part("a1", (0,)),)
+    assert passes.running[-1][0] == (NodeShare("a1", (0,)),)
 
 
 def test_a_hold_stays_on_its_node_when_another_joins_before_it() -> None:
@@ -215,7 +215,7 @@ def test_a_hold_stays_on_its_node_when_another_joins_before_it() -> None:
     assert passes(0.0, both, one) == []
     cluster.add_node(NodeInfo("a1", 1, "host", 1, [0], gpus=["x"]))
     assert passes(0.0, both, one) == ["one"]
-    assert passes.running[-1][0] == (Part("a1", (0,), ("x",)),)
+    assert passes.running[-1][0] == (NodeShare("a1", (0,), ("x",)),)
 
 
 def test_a_class_that_only_closed_nodes_could_hold_does_not_block() -> None:
@@ -290,14 +290,14 @@ def test_looking_for_a_hold_changes_nothing() -> None:
     cluster = Cluster()
     cluster.add_node(NodeInfo("n1", 1, "host", 1, [0, 1, 2, 3], counters={"x": 2}))
     request = Request(use=(("x", 2),))
-    parts = cluster.reserve(Request(use=(("x", 1),)))
-    assert parts is not None
-    assert drain(cluster, request, [(parts, 7.0)]) == ((Part("n1", (1,)),), 7.0)
+    shares = cluster.reserve(Request(use=(("x", 1),)))
+    assert shares is not None
+    assert drain(cluster, request, [(shares, 7.0)]) == ((NodeShare("n1", (1,)),), 7.0)
     assert cluster.reserve(request) is None
 
 
 def test_running_tasks_are_looked_at_only_when_a_hold_begins() -> None:
-    def never() -> Iterable[tuple[tuple[Part, ...], float]]:
+    def never() -> Iterable[tuple[tuple[NodeShare, ...], float]]:
         raise AssertionError("looked at")
         yield
 
@@ -331,7 +331,7 @@ def simulate(kind: str, limits: bool, luck: list[int], arrives: float, wait_s: f
         for n, c in enumerate([1, 2, 1, 2, 1, 2][: len(luck)])
     ]
     step = len(small)
-    ends: list[tuple[float, int, tuple[Part, ...], float]] = []
+    ends: list[tuple[float, int, tuple[NodeShare, ...], float]] = []
     now, order, seen, log = 0.0, 1000, math.inf, []
     while now < arrives + 1000:
         starts = range(order, order + step)
@@ -342,15 +342,15 @@ def simulate(kind: str, limits: bool, luck: list[int], arrives: float, wait_s: f
         if now >= arrives:
             seen = min(seen, now)
             waiting.append(Waiting("large", 0, LARGE[kind], [1], 1))
-        running = ((parts, by) for _, _, parts, by in ends)
-        for name, parts in plan(cluster, waiting, running, state, now, wait_s):
-            log.append(f"{now} {name} {format_allocation(parts)}")
+        running = ((shares, by) for _, _, shares, by in ends)
+        for name, shares in plan(cluster, waiting, running, state, now, wait_s):
+            log.append(f"{now} {name} {format_allocation(shares)}")
             if name == "large":
                 return seen, now, log
             n = int(name[1:])
             order += 1
             by = now + luck[n] if stated[n] else math.inf
-            heapq.heappush(ends, (now + luck[n], order, parts, by))
+            heapq.heappush(ends, (now + luck[n], order, shares, by))
         now = ends[0][0]
         while ends and ends[0][0] <= now:
             cluster.release(heapq.heappop(ends)[2])

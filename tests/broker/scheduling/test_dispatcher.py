@@ -16,15 +16,15 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import ServerRefused, StateLost, Superseded
 from pilotq.broker.pilot.server import RunningServer, start_server, wait_ready
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import NodeLost, NodeState, Nudge
+from pilotq.broker.store.messages import ControlChanged, NodeLost, StateReport
 from pilotq.broker.store.store import pack
 from pilotq.broker.tasks.model import Request
-from tests.support.engine import EPOCH, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
+from tests.support.engine import QUEUE_ID, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures
 Make = Callable[..., FakeNode]
-NEVER = 1_000_000  # ends before anything is handed ahead
+NEVER = 1_000_000  # ends before anything is prefetched
 
 
 def ended(engine: Engine, count: int) -> bool:
@@ -40,7 +40,7 @@ def executions(engine: Engine) -> Counter[str]:
 
 
 def say(engine: Engine, message: Any) -> None:
-    engine.link.call("RPUSH", keys.MAIL, pack(message))
+    engine.link.call("RPUSH", keys.EVENTS, pack(message))
 
 
 # -- order ------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_priorities_are_strict(engine: Engine, node: Make) -> None:
 
 
 def test_equal_priorities_go_in_the_order_of_submission_over_all_kinds(engine: Engine, node: Make) -> None:
-    engine.reset(ahead_after_ends=NEVER)
+    engine.reset(prefetch_after=NEVER)
     kinds = [{}, {"time_limit": 60}, {"queue": "other"}]
     ids = engine.submit(*[task(**kinds[n % 3]) for n in range(30)])
     with RunningDispatcher(engine):
@@ -82,33 +82,33 @@ def test_cores_are_never_given_twice(engine: Engine, node: Make) -> None:
     assert engine.counts() == {"total": 250, "finished": 250}
 
 
-def test_nothing_is_handed_ahead_before_five_ends_of_its_kind(engine: Engine, node: Make) -> None:
+def test_nothing_is_prefetched_before_five_ends_of_its_kind(engine: Engine, node: Make) -> None:
     engine.submit(*[task()] * 50)
     with RunningDispatcher(engine):
         n1 = node(cores=1)
         for end in range(5):
             pump([n1], lambda: n1.running)
-            assert n1.most_ahead == 0, f"after {end} ends"
+            assert n1.most_prefetched == 0, f"after {end} ends"
             n1.finish(*n1.running)
-        pump([n1], lambda: n1.most_ahead)
-        engine.submit(task(priority=3))  # another kind: it waits for a lane
+        pump([n1], lambda: n1.most_prefetched)
+        engine.submit(task(priority=3))  # another kind: it waits for a slot
         n1.quick = True
         pump([n1], lambda: ended(engine, 51))
     assert max(executions(engine).values()) == 1
 
 
-def test_what_is_handed_ahead_and_stuck_is_taken_back(engine: Engine, node: Make) -> None:
-    engine.reset(recall_s=0.2, reconcile_s=0.1)
+def test_what_is_prefetched_and_stuck_is_retracted(engine: Engine, node: Make) -> None:
+    engine.reset(retract_after_s=0.2, reconcile_s=0.1)
     ids = engine.submit(*[task()] * 40)
     with RunningDispatcher(engine):
         n1 = node(cores=1)
         for _ in range(6):
             pump([n1], lambda: n1.running)
             n1.finish(*n1.running)
-        pump([n1], lambda: n1.running and any(n1.ahead.values()))
+        pump([n1], lambda: n1.running and any(n1.prefetched.values()))
         n2 = node("n2", 2, quick=True)
         pump([n1, n2], lambda: len(n2.started) == 33)
-        assert n1.recalls and len(n1.running) == 1
+        assert n1.retractions and len(n1.running) == 1
         n1.finish(*n1.running)
         pump([n1, n2], lambda: ended(engine, 40))
     assert sorted(n1.started + n2.started) == sorted(ids)
@@ -127,7 +127,7 @@ def test_a_node_that_is_gone_gives_everything_back(engine: Engine, node: Make, h
         if how == "seen to die":
             say(engine, NodeLost("n1", n1.info.incarnation, "its process was killed"))
         elif how == "left":
-            n1.link.unregister()
+            n1.link.deregister()
         n2 = node("n1" if how == "started again" else "n2", 1, quick=True)
         pump([n2], lambda: ended(engine, 5))
         assert n2.started == ids  # they have kept their places
@@ -140,7 +140,7 @@ def test_a_node_that_is_gone_gives_everything_back(engine: Engine, node: Make, h
 
 
 def test_more_than_one_call_of_lost_tasks_keeps_their_order(engine: Engine, node: Make) -> None:
-    engine.reset(ahead_after_ends=NEVER)
+    engine.reset(prefetch_after=NEVER)
     ids = engine.submit(*[task()] * 600, array(600))
     with RunningDispatcher(engine):
         n1 = node("n1", 1200)
@@ -150,18 +150,18 @@ def test_more_than_one_call_of_lost_tasks_keeps_their_order(engine: Engine, node
     assert engine.list() == [*ids[:600], *(f"{ids[600]}_{n}" for n in range(600))]
 
 
-def test_a_state_that_is_said_again_does_not_free_what_is_taken(engine: Engine, node: Make) -> None:
+def test_a_state_that_is_reported_again_does_not_free_what_is_taken(engine: Engine, node: Make) -> None:
     """A worker sends again what had no answer when its connection broke; the dispatcher knows better by then."""
     engine.submit(*[task()] * 4)
     with RunningDispatcher(engine) as running:
         n1 = node(cores=2)
         pump([n1], lambda: len(n1.running) == 2)
         for term in (0, running.dispatcher.store.term):
-            n1.link.post_state(NodeState("n1", n1.info.incarnation, term, [], {}))
+            n1.link.post_state(StateReport("n1", n1.info.incarnation, term, [], {}))
         engine.submit(task(priority=9))
-        pump([n1], lambda: not n1.link.unsent() and not engine.link.call("EXISTS", keys.MAIL))
-        say(engine, Nudge())
-        wait_until(lambda: not engine.link.call("EXISTS", keys.MAIL))
+        pump([n1], lambda: not n1.link.unsent() and not engine.link.call("EXISTS", keys.EVENTS))
+        say(engine, ControlChanged())
+        wait_until(lambda: not engine.link.call("EXISTS", keys.EVENTS))
         n1.turn()
         assert len(n1.running) == 2
         n1.quick = True
@@ -172,13 +172,13 @@ def test_a_worker_record_that_expired_is_made_again(engine: Engine, node: Make) 
     n1 = node()
     engine.link.call("DEL", keys.worker("n1"))
     engine.link.call("SREM", keys.WORKERS, keys.worker("n1"))
-    n1.link.post_beat({"last_heartbeat": "now", "state": "busy"})
+    n1.link.post_heartbeat({"last_heartbeat": "now", "state": "busy"})
     pump([n1], lambda: not n1.link.unsent())
     record = engine.link.call("HGETALL", keys.worker("n1"))
     assert b"birth" in record and b"busy" in record and engine.ttl(keys.worker("n1")) > 0
     assert engine.link.call("SMEMBERS", keys.WORKERS) == [keys.worker("n1").encode()]
-    engine.store.run("leave", "n1", n1.info.incarnation, "")  # the dispatcher gave it up
-    n1.link.post_beat({"state": "busy"})
+    engine.store.run("deregister", "n1", n1.info.incarnation, "")  # the dispatcher gave it up
+    n1.link.post_heartbeat({"state": "busy"})
     with pytest.raises(Superseded):
         pump([n1], lambda: not n1.link.unsent())
 
@@ -193,12 +193,12 @@ def test_a_new_dispatcher_takes_over_what_runs(engine: Engine, node: Make) -> No
         for _ in range(6):
             pump([n1], lambda: n1.running)
             n1.finish(next(iter(n1.running)))
-        pump([n1], lambda: len(n1.running) == 2 and any(n1.ahead.values()))
+        pump([n1], lambda: len(n1.running) == 2 and any(n1.prefetched.values()))
         held = dict(n1.running)
         with RunningDispatcher(engine) as new:
-            pump([n1], lambda: old.ended and new.dispatcher.floor.lanes)
+            pump([n1], lambda: old.ended and new.dispatcher.inventory.slots)
             assert isinstance(old.error, Superseded)
-            assert set(new.dispatcher.floor.lanes) == {lane for _, lane, _ in held.values()}
+            assert set(new.dispatcher.inventory.slots) == {slot for _, slot, _ in held.values()}
             while not ended(engine, 60):
                 pump([n1], lambda: n1.running or ended(engine, 60))
                 assert len(n1.running) <= 2
@@ -213,7 +213,7 @@ def test_tasks_of_nodes_that_are_no_more_go_back_when_a_dispatcher_starts(engine
     with RunningDispatcher(engine):
         n1 = node(cores=2)
         pump([n1], lambda: len(n1.running) == 2)
-    engine.store.run("leave", "n1", n1.info.incarnation, "")  # nobody was there to hear of it
+    engine.store.run("deregister", "n1", n1.info.incarnation, "")  # nobody was there to hear of it
     with RunningDispatcher(engine):
         n2 = node("n2", 1, quick=True)
         pump([n2], lambda: ended(engine, 3))
@@ -274,27 +274,27 @@ def test_a_server_without_our_state_stops_everybody(engine: Engine, node: Make) 
         engine.admin.call("FLUSHALL")
         wait_until(lambda: running.ended)
         assert isinstance(running.error, StateLost)
-        n1.link.post_beat({"state": "idle"})
+        n1.link.post_heartbeat({"state": "idle"})
         with pytest.raises(StateLost):
             pump([n1], lambda: False)
 
 
-# -- wishes -----------------------------------------------------------------------------------------------------------
+# -- control ----------------------------------------------------------------------------------------------------------
 
 
-def test_pause_takes_back_what_is_ahead_and_hands_out_nothing(engine: Engine, node: Make) -> None:
+def test_pause_retracts_what_is_prefetched_and_starts_nothing(engine: Engine, node: Make) -> None:
     engine.submit(*[task()] * 50)
-    broker = Broker(engine.running.address, EPOCH, None)
+    broker = Broker(engine.running.address, QUEUE_ID, None)
     with RunningDispatcher(engine), contextlib.closing(broker):
         n1 = node(cores=1)
         for _ in range(6):
             pump([n1], lambda: n1.running)
             n1.finish(*n1.running)
-        pump([n1], lambda: n1.running and any(n1.ahead.values()))
+        pump([n1], lambda: n1.running and any(n1.prefetched.values()))
         broker.pause(True)
-        pump([n1], lambda: not any(n1.ahead.values()))
+        pump([n1], lambda: not any(n1.prefetched.values()))
         n1.finish(*n1.running)
-        pump([n1], lambda: engine.link.call("HGET", keys.WISH, "busy") == b"0")
+        pump([n1], lambda: engine.link.call("HGET", keys.STATUS, "busy") == b"0")
         assert not n1.running
         n1.quick = True
         broker.pause(False)
@@ -302,25 +302,28 @@ def test_pause_takes_back_what_is_ahead_and_hands_out_nothing(engine: Engine, no
     assert set(executions(engine).values()) == {1}
 
 
-def test_nothing_is_handed_out_before_the_planned_nodes_have_come(engine: Engine, node: Make) -> None:
+def test_nothing_starts_before_the_expected_nodes_are_there(engine: Engine, node: Make) -> None:
     """Two nodes of three must be n1 and n2, whichever worker was up first."""
-    engine.reset(gather_s=60)
-    engine.link.call("SADD", keys.PLANNED, "n1", "n2", "n3")
+    engine.reset(initial_nodes_wait_s=60)
+    engine.link.call("SADD", keys.EXPECTED_NODES, "n1", "n2", "n3")
     (task_id,) = engine.submit(task(request=Request(nodes=(2, 2))))
     with RunningDispatcher(engine) as running:
         n1, n3 = node("n1"), node("n3")
-        pump([n1, n3], lambda: len(running.dispatcher.floor.nodes) == 2)
+        pump([n1, n3], lambda: len(running.dispatcher.inventory.nodes) == 2)
         assert engine.status(task_id) == "queued"
         n2 = node("n2")
         pump([n1, n2, n3], lambda: n1.running)
-        assert [part.node for lane in running.dispatcher.floor.lanes.values() for part in lane.parts] == ["n1", "n2"]
+        assert [share.node for slot in running.dispatcher.inventory.slots.values() for share in slot.shares] == [
+            "n1",
+            "n2",
+        ]
 
 
-@pytest.mark.parametrize("planned", [(), ("n1", "n9")], ids=["nobody planned any", "one never comes"])
-def test_the_wait_for_planned_nodes_is_bounded(engine: Engine, node: Make, planned: tuple[str, ...]) -> None:
-    engine.reset(gather_s=0.1 if planned else 60)
-    if planned:
-        engine.link.call("SADD", keys.PLANNED, *planned)
+@pytest.mark.parametrize("expected", [(), ("n1", "n9")], ids=["none expected", "one never comes"])
+def test_the_wait_for_expected_nodes_is_bounded(engine: Engine, node: Make, expected: tuple[str, ...]) -> None:
+    engine.reset(initial_nodes_wait_s=0.1 if expected else 60)
+    if expected:
+        engine.link.call("SADD", keys.EXPECTED_NODES, *expected)
     engine.submit(task())
     with RunningDispatcher(engine):
         n1 = node("n1")
@@ -333,7 +336,7 @@ def test_rq_suspend_pauses(engine: Engine, node: Make) -> None:
     engine.submit(task())
     with RunningDispatcher(engine) as running:
         n1 = node(quick=True)
-        pump([n1], lambda: running.dispatcher.floor.nodes)
+        pump([n1], lambda: running.dispatcher.inventory.nodes)
         assert running.dispatcher.paused and not n1.started
         engine.link.call("DEL", keys.SUSPENDED)
         pump([n1], lambda: ended(engine, 1))
@@ -342,7 +345,7 @@ def test_rq_suspend_pauses(engine: Engine, node: Make) -> None:
 def test_all_goes_on_when_the_memory_is_full(engine: Engine, node: Make) -> None:
     """Nothing new is accepted; what was accepted runs, with a new dispatcher and a new worker, and can be paused."""
     engine.submit(*[task()] * 50, array(50))
-    broker = Broker(engine.running.address, EPOCH, None)
+    broker = Broker(engine.running.address, QUEUE_ID, None)
     engine.admin.call("CONFIG", "SET", "maxmemory", "1mb")
     try:
         with RunningDispatcher(engine) as running, contextlib.closing(broker):
@@ -350,7 +353,7 @@ def test_all_goes_on_when_the_memory_is_full(engine: Engine, node: Make) -> None
             broker.pause(True)
             pump([n1], lambda: running.dispatcher.paused)
             broker.pause(False)
-            n1.link.post_beat({"state": "busy"})
+            n1.link.post_heartbeat({"state": "busy"})
             pump([n1], lambda: ended(engine, 100))
             assert running.error is None
             with pytest.raises(ServerRefused):
@@ -362,30 +365,30 @@ def test_all_goes_on_when_the_memory_is_full(engine: Engine, node: Make) -> None
     assert set(executions(engine).values()) == {1}
 
 
-# -- RQ's buttons -----------------------------------------------------------------------------------------------------
+# -- RQ's tools -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("button", ["cancel", "delete"])
-def test_rqs_buttons_reach_what_runs_and_what_waits(engine: Engine, node: Make, button: str) -> None:
+@pytest.mark.parametrize("tool", ["cancel", "delete"])
+def test_rqs_cancel_and_delete_reach_what_runs_and_what_waits(engine: Engine, node: Make, tool: str) -> None:
     """Plain tasks, a whole array, one element; afterwards everything has ended and is counted."""
     engine.reset(reconcile_s=0.05)
     runs, keeps, waits, many, whole = engine.submit(task(), task(), task(), array(4), array(3))
-    broker = Broker(engine.running.address, EPOCH, None)
+    broker = Broker(engine.running.address, QUEUE_ID, None)
     with RunningDispatcher(engine), contextlib.closing(broker):
         n1 = node(cores=9)
         pump([n1], lambda: len(n1.running) == 9)
         for name in (runs, f"{many}_1", whole):
-            getattr(Job.fetch(name, connection=broker.redis), button)()
+            getattr(Job.fetch(name, connection=broker.redis), tool)()
         pump([n1], lambda: {s.id for s in n1.stops} >= {runs, f"{many}_1", f"{whole}_0", f"{whole}_1"})
         (late,) = engine.submit(task())
-        getattr(Job.fetch(late, connection=broker.redis), button)()
+        getattr(Job.fetch(late, connection=broker.redis), tool)()
         n1.quick = True
         pump([n1], lambda: ended(engine, 11))
     assert engine.counts()["total"] == 11
     assert engine.counts()["finished"] >= 5 and engine.counts()["canceled"] >= 4
-    gone = None if button == "delete" else "canceled"
+    gone = None if tool == "delete" else "canceled"
     assert engine.statuses(runs, late, keeps, waits) == [gone, gone, "finished", "finished"]
-    assert engine.bits(many, 4) == "1311" and engine.status(many) == "failed"
+    assert engine.outcomes(many, 4) == "1311" and engine.status(many) == "failed"
     assert (engine.registry("wip"), engine.list()) == ([], [])
 
 
@@ -397,13 +400,13 @@ def test_what_a_task_costs_the_server(engine: Engine, node: Make, monkeypatch: p
     count = 5000
     engine.submit(*[task(str(n)) for n in range(count)])
     sent: Counter[str] = Counter()
-    pack_command, send = link_module.hiredis.pack_command, link_module.Link._send
+    pack_command, send = link_module.hiredis.pack_command, link_module.Connection._send
 
     def packed(command: tuple[Any, ...]) -> bytes:
         sent["commands"] += 1
         return pack_command(command)
 
-    def sending(link: link_module.Link, data: bytes) -> None:
+    def sending(link: link_module.Connection, data: bytes) -> None:
         sent["round trips"] += 1
         send(link, data)
 
@@ -411,7 +414,7 @@ def test_what_a_task_costs_the_server(engine: Engine, node: Make, monkeypatch: p
     with RunningDispatcher(engine):
         engine.admin.call("CONFIG", "RESETSTAT")
         monkeypatch.setattr(link_module.hiredis, "pack_command", packed)
-        monkeypatch.setattr(link_module.Link, "_send", sending)
+        monkeypatch.setattr(link_module.Connection, "_send", sending)
         pump([n1], lambda: len(n1.verdicts) == count, seconds=60)
         monkeypatch.undo()
         stats = engine.admin.call("INFO", "commandstats").decode().splitlines()
@@ -422,12 +425,12 @@ def test_what_a_task_costs_the_server(engine: Engine, node: Make, monkeypatch: p
 
 
 def test_a_node_gets_nothing_that_does_not_fit_before_the_end_of_its_allocation(engine: Engine, node: Make) -> None:
-    """That is told before the node registers, but after the dispatcher has last looked for such words."""
-    engine.reset(reconcile_s=1000.0, ahead_after_ends=NEVER)
+    """That is told before the node registers, but after the dispatcher has last read such ends."""
+    engine.reset(reconcile_s=1000.0, prefetch_after=NEVER)
     long, short = engine.submit(task(time_request=600), task(time_request=10))
     with RunningDispatcher(engine) as running:
         wait_until(lambda: running.dispatcher.reconciler.next_turn)
-        engine.link.call("HSET", keys.ENDS, "77", f"{time.time() + 300} 60 15")
+        engine.link.call("HSET", keys.ALLOCATION_ENDS, "77", f"{time.time() + 300} 60 15")
         n1 = node("n1", job="77")
         pump([n1], lambda: n1.started)
         assert n1.started == [short] and engine.status(long) == "queued"

@@ -8,7 +8,7 @@ import pytest
 
 from pilotq.broker.scheduling.cluster import Cluster
 from pilotq.broker.scheduling.placement import BackfillState, Waiting, plan
-from pilotq.broker.store.messages import NodeInfo, format_allocation
+from pilotq.broker.store.resources import NodeInfo, format_allocation
 from pilotq.broker.tasks.model import Request
 
 
@@ -23,7 +23,7 @@ def cluster_of(**ends: float) -> Cluster:
 
 def placed(cluster: Cluster, request: Request, now: float, count: int = 1) -> list[str]:
     waiting = [Waiting("a", 0, request, list(range(count)), count)]
-    return [format_allocation(parts) for _, parts in plan(cluster, waiting, (), BackfillState(), now)]
+    return [format_allocation(shares) for _, shares in plan(cluster, waiting, (), BackfillState(), now)]
 
 
 SHORT = Request(limit=10)
@@ -58,13 +58,13 @@ def test_what_is_too_late_neither_blocks_nor_gets_a_hold() -> None:
 
 def test_a_hold_is_not_made_on_nodes_that_end_too_early() -> None:
     cluster, state = cluster_of(n1=150.0, n2=math.inf), BackfillState()
-    running = [(parts, 1000.0) for parts in cluster.reserve_many(Request(cores=(2, 2)), 2)]
+    running = [(shares, 1000.0) for shares in cluster.reserve_many(Request(cores=(2, 2)), 2)]
     large = Waiting("large", 0, Request(limit=60, cores=(2, 2)), [1], 1)
     others = Waiting("others", 0, Request(), [2], 1)
     for now in (100.0, 101.5):
         plan(cluster, [large, others], running, state, now)
     assert state.hold is not None
-    assert [part.node for part in state.hold.parts] == ["n2"]
+    assert [share.node for share in state.hold.shares] == ["n2"]
 
 
 def test_an_end_that_moves_opens_the_node_again() -> None:
@@ -76,7 +76,7 @@ def test_an_end_that_moves_opens_the_node_again() -> None:
 
 def test_it_is_said_why_it_waits() -> None:
     cluster = cluster_of(n1=130.0, n2=120.0)
-    cluster.at(100.0)
+    cluster.set_time(100.0)
     assert cluster.waits_for(Request(limit=60)) == (
         "it may take 60 s, but the nodes that could hold it take nothing new in 30 s, when their allocation ends: "
         "it starts in the next one"

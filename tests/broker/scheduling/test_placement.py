@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pilotq.broker.scheduling.cluster import Cluster, with_counted
 from pilotq.broker.scheduling.placement import BackfillState, Waiting, plan
-from pilotq.broker.store.messages import NodeInfo, Part, format_allocation, parse_allocation
+from pilotq.broker.store.resources import NodeInfo, NodeShare, format_allocation, parse_allocation
 from pilotq.broker.tasks.model import Request
 
 ALL = 1 << 30
@@ -30,15 +30,15 @@ def sized(*sizes: int) -> Cluster:
 
 
 def got(cluster: Cluster, request: Request) -> str | None:
-    parts = cluster.reserve(request)
-    return None if parts is None else format_allocation(parts)
+    shares = cluster.reserve(request)
+    return None if shares is None else format_allocation(shares)
 
 
 def wait(name: str, request: Request, *orders: int, priority: int = 0, count: int = 0) -> Waiting:
     return Waiting(name, priority, request, orders, count or len(orders))
 
 
-def names(placed: list[tuple[str, tuple[Part, ...]]]) -> list[str]:
+def names(placed: list[tuple[str, tuple[NodeShare, ...]]]) -> list[str]:
     return [name for name, _ in placed]
 
 
@@ -118,10 +118,10 @@ def test_gpus_memory_and_counters_are_of_the_node_and_come_back() -> None:
     two_gpus = Request(gpus=2)
     assert got(cluster, two_gpus) == "n2[0;0:1]"
     assert got(cluster, two_gpus) is None
-    assert cluster.reserve(Request(memory=6)) == (Part("n2", (1,), (), 6),)
+    assert cluster.reserve(Request(memory=6)) == (NodeShare("n2", (1,), (), 6),)
     assert got(cluster, Request(memory=6, use=(("licence", 1),))) is None
     licensed = cluster.reserve(Request(memory=4, use=(("licence", 2),)))
-    assert licensed == (Part("n2", (2,), (), 4, (("licence", 2),)),)
+    assert licensed == (NodeShare("n2", (2,), (), 4, (("licence", 2),)),)
     assert got(cluster, Request(use=(("licence", 1),))) is None
     cluster.release(licensed)
     cluster.release(parse_allocation("n2[0;0:1]"))
@@ -132,13 +132,13 @@ def test_gpus_memory_and_counters_are_of_the_node_and_come_back() -> None:
 def test_what_ran_before_is_adopted_with_what_its_text_leaves_out() -> None:
     cluster = cluster_of(node("n1", 4, memory=10, counters={"x": 1}))
     request = Request(cores=(2, 2), memory=8, use=(("x", 1),))
-    parts = with_counted(parse_allocation("n1[1:2],gone[0]"), request)
-    cluster.take(parts)
+    shares = with_counted(parse_allocation("n1[1:2],gone[0]"), request)
+    cluster.take(shares)
     assert (cluster.used("n1"), cluster.free("n1"), cluster.used_cores, cluster.total_cores) == (2, 2, 2, 4)
     assert got(cluster, Request(memory=3)) is None
     with pytest.raises(ValueError, match="n1 does not have all of cores"):
         cluster.take(parse_allocation("n1[2:3]"))
-    cluster.release(parts)
+    cluster.release(shares)
     assert cluster.free_cores == 4
     assert got(cluster, Request(memory=10, use=(("x", 1),))) == "n1[0]"
     with pytest.raises(ValueError, match="not reserved"):
@@ -203,7 +203,7 @@ def test_waits_for_says_what_is_missing() -> None:
         "needs 2 cores free on each of 2 nodes; only 1 node has that much free"
     )
     assert cluster.waits_for(Request(nodes=(2, 2), whole=True)) == "needs 2 unused nodes; there is 1"
-    cluster.hold((Part("n2", (0, 1)),), TWO)
+    cluster.hold((NodeShare("n2", (0, 1)),), TWO)
     assert "held" in cluster.waits_for(TWO)
     assert Cluster().waits_for(ONE) == "needs 1 core on one node; there is no node"
 
@@ -267,21 +267,21 @@ def build(shape: list[tuple[int, int, int, bool]]) -> Cluster:
     )  # fmt: skip
 
 
-def meets(parts: tuple[Part, ...], request: Request, shape: list[tuple[int, int, int, bool]]) -> None:
+def meets(shares: tuple[NodeShare, ...], request: Request, shape: list[tuple[int, int, int, bool]]) -> None:
     low, high = request.cores
-    counts = [len(part.cores) for part in parts]
-    assert len({part.node for part in parts}) == len(parts)
+    counts = [len(share.cores) for share in shares]
+    assert len({share.node for share in shares}) == len(shares)
     if request.whole:
-        assert counts == [shape[int(part.node[1:])][0] for part in parts]
+        assert counts == [shape[int(share.node[1:])][0] for share in shares]
     elif request.spread:
         assert low <= sum(counts) <= high
     else:
         assert all(low <= count <= high for count in counts)
     if not request.spread:
-        assert (request.nodes or (1, 1))[0] <= len(parts) <= (request.nodes or (1, 1))[1]
-    for part in parts:
-        assert request.whole or len(part.gpus) == request.gpus
-        assert (part.memory, part.use) == (request.memory, request.use)
+        assert (request.nodes or (1, 1))[0] <= len(shares) <= (request.nodes or (1, 1))[1]
+    for share in shares:
+        assert request.whole or len(share.gpus) == request.gpus
+        assert (share.memory, share.use) == (request.memory, request.use)
 
 
 @settings(max_examples=150, deadline=None, database=None)
@@ -289,30 +289,30 @@ def meets(parts: tuple[Part, ...], request: Request, shape: list[tuple[int, int,
 def test_nothing_is_given_twice_and_release_restores(shape, steps) -> None:  # type: ignore[no-untyped-def]
     """Requests are reserved, numbers release one of what is reserved; an empty cluster is what it was at first."""
     cluster, fresh = build(shape), build(shape)
-    live: list[tuple[Part, ...]] = []
+    live: list[tuple[NodeShare, ...]] = []
     for step in steps:
         if isinstance(step, int):
             if live:
                 cluster.release(live.pop(step % len(live)))
         else:
             assert isinstance(step, Request)
-            parts = cluster.reserve(step)
-            if parts is None:
+            shares = cluster.reserve(step)
+            if shares is None:
                 assert live or cluster.never_fits(step)
             else:
-                meets(parts, step, shape)
+                meets(shares, step, shape)
                 assert cluster.never_fits(step) is None
-                live.append(parts)
+                live.append(shares)
         for kind in ("cores", "gpus"):
-            taken = [(p.node, x) for parts in live for p in parts for x in getattr(p, kind)]
+            taken = [(p.node, x) for shares in live for p in shares for x in getattr(p, kind)]
             assert len(taken) == len(set(taken))
-        assert cluster.used_cores == sum(len(p.cores) for parts in live for p in parts)
+        assert cluster.used_cores == sum(len(p.cores) for shares in live for p in shares)
         for i, (_, _, memory, _) in enumerate(shape):
-            mine = [p for parts in live for p in parts if p.node == f"n{i}"]
+            mine = [p for shares in live for p in shares if p.node == f"n{i}"]
             assert sum(dict(p.use).get("x", 0) for p in mine) <= 1
             assert not memory or sum(p.memory for p in mine) <= memory
-    for parts in live:
-        cluster.release(parts)
+    for shares in live:
+        cluster.release(shares)
     for request in (r for r in steps if isinstance(r, Request)):
         assert cluster.reserve(request) == fresh.reserve(request)
 
@@ -341,10 +341,10 @@ def test_a_pass_equals_placing_one_after_the_other(shape, drawn, luck, random) -
     simple, blocked, expected = build(shape), set(), []
     for _, _, w in queue:
         if w.class_name not in blocked:
-            parts = simple.reserve(w.request)
-            if parts is None:
+            shares = simple.reserve(w.request)
+            if shares is None:
                 blocked.add(w.class_name)
             else:
-                expected.append((w.class_name, parts))
+                expected.append((w.class_name, shares))
     random.shuffle(waiting)
     assert plan(build(shape), waiting, (), BackfillState(), 0.0, limit=ALL) == expected

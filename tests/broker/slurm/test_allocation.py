@@ -7,11 +7,11 @@ import pytest
 from pilotq.broker.errors import InvalidInput, PilotFailed
 from pilotq.broker.slurm.allocation import (
     address_for,
-    choose,
-    end_of,
-    expand,
+    choose_nodes,
+    end_from_env,
+    end_from_job,
     expand_counts,
-    first_end,
+    expand_nodes,
     read_allocation,
 )
 
@@ -40,9 +40,9 @@ def test_the_variables_of_the_job_count_and_not_those_of_a_step() -> None:
 def test_lists_of_nodes(text: str, names: str | None) -> None:
     if names is None:
         with pytest.raises(InvalidInput, match="is no list of nodes"):
-            expand(text)
+            expand_nodes(text)
     else:
-        assert expand(text) == names.split()
+        assert expand_nodes(text) == names.split()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_without_counts_each_worker_finds_out() -> None:
     ("spec", "names"), [("2", "n1 n2"), ("2-3", "n2 n3"), ("3-3", "n3"), ("n[2-3]", "n2 n3"), ("n3,n1", "n1 n3")]
 )
 def test_nodes_are_chosen(spec: str, names: str) -> None:
-    assert choose(read_allocation(STEP), spec).names == names.split()
+    assert choose_nodes(read_allocation(STEP), spec).names == names.split()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_nodes_are_chosen(spec: str, names: str) -> None:
 )  # fmt: skip
 def test_what_is_not_there_is_refused(spec: str, why: str) -> None:
     with pytest.raises(InvalidInput, match=why):
-        choose(read_allocation(STEP), spec)
+        choose_nodes(read_allocation(STEP), spec)
 
 
 def test_outside_an_allocation_it_says_so() -> None:
@@ -80,12 +80,12 @@ def test_outside_an_allocation_it_says_so() -> None:
 
 
 def test_the_end_of_a_job() -> None:
-    assert end_of({"EndTime": "Unknown"}) is None
-    assert end_of({}) is None
-    first, second = end_of({"EndTime": "2026-11-22T20:35:21"}), end_of({"EndTime": "2026-11-22T20:36:21"})
+    assert end_from_job({"EndTime": "Unknown"}) is None
+    assert end_from_job({}) is None
+    first, second = end_from_job({"EndTime": "2026-11-22T20:35:21"}), end_from_job({"EndTime": "2026-11-22T20:36:21"})
     assert first is not None and second == first + 60
-    assert first_end({"SLURM_JOB_END_TIME": "1795380292"}) == 1795380292.0
-    assert first_end({"SLURM_JOB_END_TIME": "0"}) is None
+    assert end_from_env({"SLURM_JOB_END_TIME": "1795380292"}) == 1795380292.0
+    assert end_from_env({"SLURM_JOB_END_TIME": "0"}) is None
 
 
 def test_loopback_is_no_address_for_others(monkeypatch: pytest.MonkeyPatch) -> None:

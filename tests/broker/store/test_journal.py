@@ -18,9 +18,10 @@ import pytest
 
 from pilotq.broker.pilot.server import RunningServer, start_server
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
-from pilotq.broker.store.journal_writer import Journal, JournalWriter
-from pilotq.broker.store.messages import Line, Nudge
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.journal_writer import JournalWriter
+from pilotq.broker.store.messages import ControlChanged
 from tests.support.waiting import wait_until
 
 FINISHED = {"status": "finished", "reason": "", "final": True}
@@ -34,8 +35,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def link(server: RunningServer) -> Iterator[Link]:
-    with closing(Link(server.admin)) as link:
+def link(server: RunningServer) -> Iterator[Connection]:
+    with closing(Connection(server.admin)) as link:
         link.call("FLUSHALL")
         yield link
 
@@ -51,37 +52,37 @@ def writer(path: Path, **options: Any) -> Iterator[JournalWriter]:
         yield writer
 
 
-def item(line: Line, **verdict: Any) -> bytes:
-    """As lib.lua packs it: the line's bytes as they came, then a map."""
-    return b"\x92" + msgspec.msgpack.encode(line) + msgspec.msgpack.encode({**FINISHED, **verdict})
+def item(line: JournalEntry, **ending: Any) -> bytes:
+    """As lib.lua packs it: the entry's bytes as they came, then a map."""
+    return b"\x92" + msgspec.msgpack.encode(line) + msgspec.msgpack.encode({**FINISHED, **ending})
 
 
 def entry(*items: bytes) -> bytes:
     return b"\xdc" + len(items).to_bytes(2, "big") + b"".join(items)
 
 
-def add(link: Link, *lines: Line, **verdict: Any) -> str:
+def add(link: Connection, *lines: JournalEntry, **ending: Any) -> str:
     """One entry of the stream, as one script call makes it."""
-    data = entry(*(item(line, **verdict) for line in lines))
+    data = entry(*(item(line, **ending) for line in lines))
     return str(link.call("XADD", keys.JOURNAL, "*", "e", data).decode())
 
 
-def turn(writer: JournalWriter, link: Link) -> None:
+def turn(writer: JournalWriter, link: Connection) -> None:
     """One turn of the supervisor's loop."""
     commands = writer.commands(1.0)
     writer.feed(link.pipeline(commands) if commands else [])
 
 
 def ids(path: Path) -> list[str]:
-    return [line.id for line in Journal(str(path)).lines()]
+    return [line.id for line in Journal(str(path)).entries()]
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_lines_go_from_the_stream_to_the_file_and_the_stream_is_trimmed(link: Link, path: Path) -> None:
-    first = add(link, Line("a", name="x", node="n1", exit_code=0), Line("b", execution=2))
-    second = add(link, Line("c"), status="failed", reason="exit", final=False)
+def test_lines_go_from_the_stream_to_the_file_and_the_stream_is_trimmed(link: Connection, path: Path) -> None:
+    first = add(link, JournalEntry("a", name="x", node="n1", exit_code=0), JournalEntry("b", execution=2))
+    second = add(link, JournalEntry("c"), status="failed", reason="exit", final=False)
     with writer(path) as w:
         assert w.drain(link, 0.0)
     assert path.read_text() == (
@@ -94,47 +95,47 @@ def test_lines_go_from_the_stream_to_the_file_and_the_stream_is_trimmed(link: Li
     assert link.call("XLEN", keys.JOURNAL) == 0
 
 
-def test_more_entries_than_one_reading_takes(link: Link, path: Path) -> None:
+def test_more_entries_than_one_reading_takes(link: Connection, path: Path) -> None:
     expected = [f"t{n}" for n in range(450)]
     for task_id in expected:
-        add(link, Line(task_id))
+        add(link, JournalEntry(task_id))
     with writer(path) as w:
         assert w.drain(link, 0.0)
     assert ids(path) == expected
 
 
-def test_nothing_is_trimmed_before_it_is_on_disk(link: Link, path: Path) -> None:
+def test_nothing_is_trimmed_before_it_is_on_disk(link: Connection, path: Path) -> None:
     with closing(JournalWriter(str(path), fsync_s=10.0)) as w:
         for now, length in ((0.0, 1), (1.0, 1), (2.0, 1), (11.0, 0)):
             if now == 0.0:
-                add(link, Line("a"))
+                add(link, JournalEntry("a"))
             w.feed(link.pipeline(w.commands(now)))
             assert link.call("XLEN", keys.JOURNAL) == length
     assert ids(path) == ["a"]
 
 
-def test_output_that_is_no_text_comes_back_as_it_was(link: Link, path: Path) -> None:
-    add(link, Line("a", stdout=b"\xff\x00\n", stderr="läuft".encode()), Line("b", stdout=b"plain"))
+def test_output_that_is_no_text_comes_back_as_it_was(link: Connection, path: Path) -> None:
+    add(link, JournalEntry("a", stdout=b"\xff\x00\n", stderr="läuft".encode()), JournalEntry("b", stdout=b"plain"))
     with writer(path) as w:
         assert w.drain(link, 0.0)
     assert b'"stdout_b64":"/wAK"' in path.read_bytes()
-    a, b = Journal(str(path)).lines()
+    a, b = Journal(str(path)).entries()
     assert (a.stdout, a.stderr, b.stdout) == (b"\xff\x00\n", "läuft", "plain")
 
 
-def test_outcomes_of_an_array_become_ranges_of_indices(link: Link, path: Path) -> None:
+def test_outcomes_of_an_array_become_ranges_of_indices(link: Connection, path: Path) -> None:
     # As RQ's BITFIELD writes them: finished x5, failed, canceled x2, not ended, finished x8.
     for position, outcome in enumerate([1] * 5 + [2] + [3] * 2 + [0] + [1] * 8):
-        link.call("BITFIELD", keys.bits("a"), "SET", "u2", f"#{position}", outcome)
+        link.call("BITFIELD", keys.outcomes("a"), "SET", "u2", f"#{position}", outcome)
     script = """
         local line = cmsgpack.pack({id = 'a', name = 'n', submission = ''})
-        local bits = redis.call('GET', KEYS[2])
-        local changes = {status = 'failed', reason = 'elements', final = true, ended = 12.5, queued = 3, bits = bits}
-        if ARGV[1] == '2' then changes.start, changes.step = 10, 2 end
+        local outcomes = redis.call('GET', KEYS[2])
+        local changes = {status = 'failed', reason = 'elements', final = true, ended = 12.5, queued = 3,
+            outcomes = outcomes, array = ARGV[1] == '2' and '10:2:17' or '0:1:17'}
         redis.call('XADD', KEYS[1], '*', 'e', '\\220\\0\\1\\146' .. line .. cmsgpack.pack(changes))
     """
     for variant in "12":
-        link.call("EVAL", script, 2, keys.JOURNAL, keys.bits("a"), variant)
+        link.call("EVAL", script, 2, keys.JOURNAL, keys.outcomes("a"), variant)
     with writer(path) as w:
         assert w.drain(link, 0.0)
     plain, stepped = Journal(str(path)).find("a")[::-1]
@@ -143,10 +144,10 @@ def test_outcomes_of_an_array_become_ranges_of_indices(link: Link, path: Path) -
     assert stepped.elements == {"finished": "10-18:2,28-42:2", "failed": "20", "canceled": "22-24:2"}
 
 
-def test_an_entry_that_cannot_be_read_stops_no_other(link: Link, path: Path, capfd: Any) -> None:
-    add(link, Line("a"))
+def test_an_entry_that_cannot_be_read_stops_no_other(link: Connection, path: Path, capfd: Any) -> None:
+    add(link, JournalEntry("a"))
     broken = link.call("XADD", keys.JOURNAL, "*", "e", b"\xc1nonsense").decode()
-    add(link, Line("b"))
+    add(link, JournalEntry("b"))
     with writer(path) as w:
         assert w.drain(link, 0.0)
     assert ids(path) == ["a", "b"]
@@ -159,15 +160,15 @@ def test_an_entry_that_cannot_be_read_stops_no_other(link: Link, path: Path, cap
 WRITE = """
 import sys, time
 from pilotq.broker.store.journal_writer import JournalWriter
-from pilotq.broker.store.connection import Link, parse_url
-link = Link(parse_url(sys.stdin.readline().strip()))
+from pilotq.broker.store.connection import Connection, parse_url
+link = Connection(parse_url(sys.stdin.readline().strip()))
 writer = JournalWriter(sys.argv[1], fsync_s=0.001)
 while True:
     writer.feed(link.pipeline([("PING",), *writer.commands(time.monotonic())])[1:])
 """
 
 
-def test_killed_at_any_moment_no_line_is_lost_or_doubled(server: RunningServer, link: Link, path: Path) -> None:
+def test_killed_at_any_moment_no_line_is_lost_or_doubled(server: RunningServer, link: Connection, path: Path) -> None:
     expected: list[str] = []
     for kill in range(6):
         with subprocess.Popen([sys.executable, "-c", WRITE, str(path)], stdin=subprocess.PIPE, text=True) as process:
@@ -177,7 +178,7 @@ def test_killed_at_any_moment_no_line_is_lost_or_doubled(server: RunningServer, 
             size = path.stat().st_size if path.exists() else 0
             while len(expected) < 3000 * (kill + 1):
                 batch = [f"t{len(expected) + n}" for n in range(30)]
-                add(link, *(Line(task_id, stdout="x" * 50) for task_id in batch))
+                add(link, *(JournalEntry(task_id, stdout="x" * 50) for task_id in batch))
                 expected += batch
                 if len(expected) % 3000 == 1500:
                     wait_until(lambda size=size: path.exists() and path.stat().st_size > size)
@@ -188,9 +189,9 @@ def test_killed_at_any_moment_no_line_is_lost_or_doubled(server: RunningServer, 
     assert link.call("XLEN", keys.JOURNAL) == 0
 
 
-def test_a_torn_end_is_cut_and_written_again(link: Link, path: Path) -> None:
+def test_a_torn_end_is_cut_and_written_again(link: Connection, path: Path) -> None:
     for number in range(3):
-        add(link, *(Line(f"t{number}{letter}", name="n") for letter in "abc"))
+        add(link, *(JournalEntry(f"t{number}{letter}", name="n") for letter in "abc"))
     with writer(path) as w:  # its trims are never sent: so it looks when the machine dies before
         for _ in range(3):
             w.feed([link.call(*c) if c[0] == "XREAD" else None for c in w.commands(1.0)])
@@ -206,9 +207,9 @@ def test_a_torn_end_is_cut_and_written_again(link: Link, path: Path) -> None:
             assert path.read_bytes() == whole, (size, rest)
 
 
-def test_what_a_killed_writer_had_not_trimmed_is_trimmed_by_the_next(link: Link, path: Path) -> None:
-    add(link, Line("a"))
-    add(link, Line("b"))
+def test_what_a_killed_writer_had_not_trimmed_is_trimmed_by_the_next(link: Connection, path: Path) -> None:
+    add(link, JournalEntry("a"))
+    add(link, JournalEntry("b"))
     with writer(path) as w:
         for _ in range(2):
             w.feed([link.call(*c) if c[0] == "XREAD" else None for c in w.commands(1.0)])
@@ -216,7 +217,7 @@ def test_what_a_killed_writer_had_not_trimmed_is_trimmed_by_the_next(link: Link,
     with writer(path) as w:
         assert w.drain(link, 0.0)
         assert link.call("XLEN", keys.JOURNAL) == 1  # the last entry may have been written in part
-        add(link, Line("c"))
+        add(link, JournalEntry("c"))
         assert w.drain(link, 0.0)
     assert ids(path) == ["a", "b", "c"]
     assert link.call("XLEN", keys.JOURNAL) == 0
@@ -235,26 +236,26 @@ def no_file_longer_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def fill_up(w: JournalWriter, link: Link, expected: list[str]) -> None:
+def fill_up(w: JournalWriter, link: Connection, expected: list[str]) -> None:
     """1,200 lines of 2 KB into a file that takes 1 MB."""
     for start in range(0, 600, 50):
-        add(link, *(Line(task_id, stdout="x" * 2000) for task_id in expected[start : start + 50]))
+        add(link, *(JournalEntry(task_id, stdout="x" * 2000) for task_id in expected[start : start + 50]))
     for _ in range(5):
         turn(w, link)
     assert "cannot be written (File too large)" in w.trouble
     # The stream does not hold much yet: only then it would be a reason to pause.
-    assert link.call("HGET", keys.WISH, "journal") is None
+    assert link.call("HGET", keys.STATUS, "journal") is None
     for start in range(600, 1200, 50):
-        add(link, *(Line(task_id, stdout="x" * 2000) for task_id in expected[start : start + 50]))
+        add(link, *(JournalEntry(task_id, stdout="x" * 2000) for task_id in expected[start : start + 50]))
     turn(w, link)
     turn(w, link)
-    assert link.call("HGET", keys.WISH, "journal") == w.trouble.encode()
-    assert link.call("LPOP", keys.MAIL) == msgspec.msgpack.encode(Nudge())
+    assert link.call("HGET", keys.STATUS, "journal") == w.trouble.encode()
+    assert link.call("LPOP", keys.EVENTS) == msgspec.msgpack.encode(ControlChanged())
     assert link.call("XLEN", keys.JOURNAL) == 24
     assert not w.drain(link, 0.0)
 
 
-def test_while_it_cannot_be_written_nothing_is_lost_and_it_says_so(link: Link, path: Path, capfd: Any) -> None:
+def test_while_it_cannot_be_written_nothing_is_lost_and_it_says_so(link: Connection, path: Path, capfd: Any) -> None:
     expected = [f"t{n}" for n in range(1200)]
     with writer(path, pause_bytes=2_000_000) as w:
         with no_file_longer_than(1_000_000):
@@ -264,20 +265,20 @@ def test_while_it_cannot_be_written_nothing_is_lost_and_it_says_so(link: Link, p
         assert w.drain(link, 0.0)
         turn(w, link)
         turn(w, link)
-        assert link.call("HGET", keys.WISH, "journal") is None
-        assert link.call("LPOP", keys.MAIL) == msgspec.msgpack.encode(Nudge())
+        assert link.call("HGET", keys.STATUS, "journal") is None
+        assert link.call("LPOP", keys.EVENTS) == msgspec.msgpack.encode(ControlChanged())
     assert ids(path) == expected
-    assert capfd.readouterr().err.count("journal: ") == 2  # said once, and that it is over
+    assert capfd.readouterr().err.count("journal: ") == 2  # logged once, and that it is over
 
 
 def test_after_a_failed_fsync_everything_behind_the_last_one_is_written_again(
-    link: Link, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    link: Connection, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """The kernel may have dropped any of it, and will say so only once."""
     with writer(path) as w:
-        add(link, Line("a"))
+        add(link, JournalEntry("a"))
         assert w.drain(link, 0.0)
-        add(link, Line("b"))
+        add(link, JournalEntry("b"))
         turn(w, link)
         synced = path.stat().st_size
 
@@ -302,14 +303,14 @@ def test_after_a_failed_fsync_everything_behind_the_last_one_is_written_again(
 def test_no_journal_is_an_empty_one(path: Path) -> None:
     for _ in range(2):
         journal = Journal(str(path))
-        assert [list(journal.lines()), journal.find("a"), journal.last(5), journal.tasks_by_name("n")] == [[]] * 4
+        assert [list(journal.entries()), journal.find("a"), journal.last(5), journal.tasks_by_name("n")] == [[]] * 4
         path.touch()
 
 
-def test_finding_lines(link: Link, path: Path) -> None:
-    add(link, Line("a", execution=1, name="one"), status="failed", final=False)
-    add(link, Line("aa", execution=1, name='tw"o'), Line("b", stdout='\n{"id":"a","name":"one",'))
-    add(link, Line("a", execution=2, name="one"))
+def test_finding_lines(link: Connection, path: Path) -> None:
+    add(link, JournalEntry("a", execution=1, name="one"), status="failed", final=False)
+    add(link, JournalEntry("aa", execution=1, name='tw"o'), JournalEntry("b", stdout='\n{"id":"a","name":"one",'))
+    add(link, JournalEntry("a", execution=2, name="one"))
     with writer(path) as w:
         assert w.drain(link, 0.0)
     with path.open("ab") as file:
@@ -322,4 +323,4 @@ def test_finding_lines(link: Link, path: Path) -> None:
     assert [line.id for line in journal.tasks_by_name('tw"o')] == ["aa"]
     assert [line.id for line in journal.last(3)] == ["a", "b", "aa"]
     assert Counter(line.id for line in journal.last(99)) == Counter(a=2, aa=1, b=1)
-    assert [line.id for line in journal.lines()] == ["a", "aa", "b", "a"]
+    assert [line.id for line in journal.entries()] == ["a", "aa", "b", "a"]

@@ -21,11 +21,11 @@ from hypothesis.stateful import (
 
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import Handed
-from pilotq.broker.store.requeue import retry
+from pilotq.broker.store.messages import Run
+from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.states import ENDED
-from tests.support.engine import EPOCH, ONE, Engine, array, fixtures, task
+from tests.support.engine import ONE, QUEUE_ID, Engine, array, fixtures, task
 
 engine, server, node = fixtures
 CRASH_LIMIT = 3
@@ -74,7 +74,7 @@ class Model:
         return all(w in ENDED for w in words) and any(w in BAD for w in words)
 
     def settle(self) -> None:
-        """What release.lua does until nothing is left: tasks are omitted, transitively."""
+        """What release_dependents.lua does until nothing is left: tasks are omitted, transitively."""
         changed = True
         while changed:
             changed = False
@@ -96,20 +96,20 @@ class Model:
     def requeue(self, unit: Unit) -> None:
         unit.status = "canceled" if unit.cancel else "waiting"
 
-    def end(self, unit: Unit, wish: str, *, lane: bool) -> str:
-        """An execution that stands ends with this wish: the verdict."""
-        if unit.cancel and (wish != "finished" or unit.rq):
+    def end(self, unit: Unit, outcome: str, *, slot: bool) -> str:
+        """An execution that stands ends with this outcome: the verdict."""
+        if unit.cancel and (outcome != "finished" or unit.rq):
             unit.status = "canceled"
             return "ok"
-        if wish == "failed" and unit.retries:
+        if outcome == "failed" and unit.retries:
             unit.retries -= 1
-        elif wish == "lost":
-            unit.crashes += lane
-            if lane and unit.crashes >= CRASH_LIMIT:
+        elif outcome == "lost":
+            unit.crashes += slot
+            if slot and unit.crashes >= CRASH_LIMIT:
                 unit.status = "failed"
                 return "ok"
-        elif wish != "free":
-            unit.status = wish
+        elif outcome != "requeue":
+            unit.status = outcome
             return "ok"
         self.requeue(unit)
         return "retry"
@@ -122,8 +122,8 @@ class Machine(RuleBasedStateMachine):
     def empty(self) -> None:
         self.engine.reset()
         self.model = Model()
-        self.held: list[tuple[Handed, bool]] = []  # executions that stand, and whether they got a lane
-        self.past: list[Handed] = []
+        self.held: list[tuple[Run, bool]] = []  # executions that stand, and whether they got a slot
+        self.past: list[Run] = []
 
     # -- submitting -------------------------------------------------------------------------------------------------
 
@@ -160,11 +160,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    @rule(count=st.integers(1, 8), lane=st.booleans())
-    def claim(self, count: int, lane: bool) -> None:
+    @rule(count=st.integers(1, 8), slot=st.booleans())
+    def claim(self, count: int, slot: bool) -> None:
         pending = self.engine.link.call("EXISTS", keys.RELEASE)
         ready = self.model.ready()
-        handed = self.engine.claim(count, lane=int(lane))
+        handed = self.engine.claim(count, slot=int(slot))
         assert len(handed) == len({h.id for h in handed}) <= count
         if not pending:
             assert len(handed) == min(count, len(ready))
@@ -174,9 +174,9 @@ class Machine(RuleBasedStateMachine):
             unit.execution = max(unit.execution + 1, h.execution if unit.again else 0)
             unit.status, unit.met = "started", True
             assert (h.execution, h.retries, h.array) == (unit.execution, unit.retries, unit.array)
-            self.held.append((h, lane))
+            self.held.append((h, slot))
 
-    def _take(self, data: st.DataObject) -> tuple[Handed, bool]:
+    def _take(self, data: st.DataObject) -> tuple[Run, bool]:
         found = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.past.append(found[0])
         return found
@@ -184,12 +184,12 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(
         data=st.data(),
-        wish=st.sampled_from(["finished"] * 4 + ["failed", "failed", "stopped", "canceled", "free", "lost"]),
+        outcome=st.sampled_from(["finished"] * 4 + ["failed", "failed", "stopped", "canceled", "requeue", "lost"]),
     )
-    def end(self, data: st.DataObject, wish: str) -> None:
-        h, lane = self._take(data)
-        verdict = self.model.end(self.model.units[h.id], wish, lane=lane)
-        assert (self.engine.lose([h]) if wish == "lost" else self.engine.end([h], wish)) == [verdict]
+    def end(self, data: st.DataObject, outcome: str) -> None:
+        h, slot = self._take(data)
+        verdict = self.model.end(self.model.units[h.id], outcome, slot=slot)
+        assert (self.engine.report_lost([h]) if outcome == "lost" else self.engine.complete([h], outcome)) == [verdict]
         self.model.units[h.id].finals += verdict == "ok"
 
     @precondition(lambda self: self.held)
@@ -197,17 +197,17 @@ class Machine(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject) -> None:
         h, _ = self._take(data)
         self.model.requeue(self.model.units[h.id])
-        assert self.engine.give_back([h]) == (self.model.units[h.id].status == "waiting")
+        assert self.engine.return_unstarted([h]) == (self.model.units[h.id].status == "waiting")
 
     @precondition(lambda self: self.past)
-    @rule(data=st.data(), wish=st.sampled_from(["finished", "failed", "canceled", "lost", "free", "give back"]))
-    def say_it_again(self, data: st.DataObject, wish: str) -> None:
+    @rule(data=st.data(), outcome=st.sampled_from(["finished", "failed", "canceled", "lost", "requeue", "return"]))
+    def say_it_again(self, data: st.DataObject, outcome: str) -> None:
         h = data.draw(st.sampled_from(self.past))
         before = self._tasks()
-        if wish == "give back":
-            assert self.engine.give_back([h]) == 0
+        if outcome == "return":
+            assert self.engine.return_unstarted([h]) == 0
         else:
-            (verdict,) = self.engine.lose([h]) if wish == "lost" else self.engine.end([h], wish)
+            (verdict,) = self.engine.report_lost([h]) if outcome == "lost" else self.engine.complete([h], outcome)
             unit = self.model.units[h.id]
             if unit.execution > h.execution and unit.status not in ENDED:
                 assert verdict == "stale"
@@ -231,8 +231,8 @@ class Machine(RuleBasedStateMachine):
         (answer,) = self.engine.cancel(name)
         self.engine.inbox()
         if name in units and units[name].array and real is None and units[name].status != "waiting":
-            # An element that has ended, and its record with it; or release.lua has still to do that.
-            assert answer in (COUNTED[units[name].status], "told")
+            # An element that has ended, and its record with it; or release_dependents.lua has still to do that.
+            assert answer in (COUNTED[units[name].status], "stopping")
             return
         if pressed and (name in self.model.arrays or not units[name].array):
             self.model.doomed.add(name)
@@ -247,13 +247,13 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def retry(self, data: st.DataObject) -> None:
         """Of what has ended and been followed: what is still to be omitted is omitted."""
-        self.engine.release()
+        self.engine.release_dependents()
         self.model.settle()
         units = self.model.units
         name = data.draw(st.sampled_from([*units, *self.model.arrays]))
         members = [units[i] for i in self.model.arrays.get(name, [name])]
         over = all(m.status in ENDED for m in members)
-        (answer,) = retry(self.engine.store, [name]).values()
+        (answer,) = requeue(self.engine.store, [name]).values()
         wanted = [m for m in members if m.status in BAD]
         if answer not in ("queued", "deferred") or not wanted:
             unfinished = [p for m in members for p in m.parents if not self.model.good(p)]
@@ -273,25 +273,25 @@ class Machine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 5))
     def release(self, limit: int) -> None:
-        self.engine.store.release(limit)
+        self.engine.store.release_dependents(limit)
 
     @rule()
     def release_all(self) -> None:
-        self.engine.release()
+        self.engine.release_dependents()
 
     # -- others -----------------------------------------------------------------------------------------------------
 
     @rule()
     def another_dispatcher(self) -> None:
-        old = Store(self.engine.link, EPOCH, self.engine.settings, term=self.engine.store.term)
+        old = Store(self.engine.link, QUEUE_ID, self.engine.settings, term=self.engine.store.term)
         self.engine.store.take_term()
         before = self._tasks()
         with pytest.raises(Superseded):
-            old.release(5)
+            old.release_dependents(5)
         assert self._tasks() == before
 
     @rule()
-    def another_epoch(self) -> None:
+    def another_queue(self) -> None:
         before = self._tasks()
         with pytest.raises(StateLost):
             Store(self.engine.link, "other", self.engine.settings).cancel(list(self.model.units)[:3])
@@ -300,7 +300,7 @@ class Machine(RuleBasedStateMachine):
     # -- what holds after each step ---------------------------------------------------------------------------------
 
     def _tasks(self) -> dict[str, Any]:
-        return self.engine.dump(without=("rq:worker:", keys.MAIL, keys.BELL, keys.TERM))
+        return self.engine.dump(without=("rq:worker:", keys.EVENTS, keys.WAKEUP, keys.TERM))
 
     def _settled(self) -> bool:
         if not hasattr(self, "model") or self.engine.link.call("EXISTS", keys.RELEASE):
@@ -344,7 +344,7 @@ class Machine(RuleBasedStateMachine):
         self, name: str, units: list[Unit], places: dict[str, list[str]], listed: Counter[str], running: Counter[str]
     ) -> None:
         digits = {"finished": "1", "failed": "2", "stopped": "2", "canceled": "3"}
-        assert self.engine.bits(name, len(units)) == "".join(digits.get(u.status, "0") for u in units), units
+        assert self.engine.outcomes(name, len(units)) == "".join(digits.get(u.status, "0") for u in units), units
         over = all(u.status in ENDED for u in units)
         status = self.engine.status(name)
         assert (status in ENDED and f"{name}:0" not in running) == over or status == "canceled", (status, units)
@@ -354,7 +354,7 @@ class Machine(RuleBasedStateMachine):
             assert places[name] == [status]
         elif name not in self.model.each and status == "queued":
             assert listed[name] == 1 or self.model.ends[name]
-        assert all(self.engine.ttl(k) != -1 for k in (keys.bits(name), keys.each(name)) if over)
+        assert all(self.engine.ttl(k) != -1 for k in (keys.outcomes(name), keys.elementwise(name)) if over)
 
     @invariant()
     def all_counts_once(self) -> None:
@@ -365,7 +365,7 @@ class Machine(RuleBasedStateMachine):
         if units:
             expected["total"] = len(units)
         assert self.engine.counts() == expected
-        finals = Counter(line["id"] for line in self.engine.journal() if line["final"])
+        finals = Counter(entry["id"] for entry in self.engine.journal() if entry["final"])
         for unit in units:
             assert finals[unit.id] == (unit.finals if unit.array else unit.ends + (unit.status in ENDED)), unit
         for name, members in self.model.arrays.items():
@@ -389,19 +389,19 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         e = self.engine
-        e.release()
-        for h, lane in self.held:
+        e.release_dependents()
+        for h, slot in self.held:
             self.model.units[h.id].finals += 1
-            self.model.end(self.model.units[h.id], "finished", lane=lane)
-            assert e.end([h]) == ["ok"]
+            self.model.end(self.model.units[h.id], "finished", slot=slot)
+            assert e.complete([h]) == ["ok"]
         self.held = []
-        e.release()
+        e.release_dependents()
         while handed := e.claim(10):
-            e.end(handed)
-            e.release()
+            e.complete(handed)
+            e.release_dependents()
         counts = e.counts()
         assert counts.pop("total", 0) == sum(counts.values()) == len(self.model.units)
-        kinds = ("rq:wip:", "rq:deferred:", "rq:queue:", "pilotq:kids:", "pilotq:shares")
+        kinds = ("rq:wip:", "rq:deferred:", "rq:queue:", "pilotq:dependents:", "pilotq:shared-refs")
         assert [k for k in e.all_keys() if k.startswith(kinds)] == []
         assert [k for k in e.all_keys() if k.startswith(("rq:job:", "pilotq:shared:")) and e.ttl(k) < 0] == []
 

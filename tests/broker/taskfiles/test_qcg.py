@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.taskfiles.qcg import draft_of, job_of, request_words
+from pilotq.broker.taskfiles.qcg import draft_of, job_of, request_variables
 from pilotq.broker.taskfiles.qcg_schedulers import plan
 from pilotq.broker.taskfiles.qcg_tasks import tasks_of
 from pilotq.broker.taskfiles.reader import read_tasks
@@ -31,7 +31,7 @@ def of_file(path: Path, total_cores: int | None = None) -> Read:
     submits = [body for body in read_tasks(path, format="qcg").requests or () if body["request"] == "submit"]
     drafts = []
     for count, submit in enumerate(submits, 1):
-        words = request_words(count, NOW)
+        words = request_variables(count, NOW)
         for number, body in enumerate(submit["jobs"]):
             place = f"[{number}]"
             drafts.append(draft_of(job_of(body, "jobs", place), "jobs", place, words, total_cores))
@@ -68,7 +68,7 @@ def test_01_single_echo() -> None:
     assert batch.omitted == {}
 
 
-def test_02_working_directory_and_words_in_paths() -> None:
+def test_02_working_directory_and_variables_in_paths() -> None:
     (task,) = case("02_docs_submit_wd_vars").tasks
     assert task == Task(
         command=["/bin/sleep", "1s"], name="msleep2", request=Request(cores=(2, 2), spread=True), cwd="sleep.sandbox",
@@ -156,8 +156,8 @@ def test_resources(tmp_path: Path, resources: dict[str, Any], request_: Request)
 )
 def test_what_is_accepted_and_can_never_run_is_known(resources: dict[str, Any], why: str) -> None:
     body = job("a", resources=resources)
-    draft = draft_of(job_of(body, "jobs", "[0]"), "jobs", "[0]", request_words(1, NOW), 4)
-    assert draft.never.startswith(why) and bool(draft.never) == bool(why)
+    draft = draft_of(job_of(body, "jobs", "[0]"), "jobs", "[0]", request_variables(1, NOW), 4)
+    assert draft.unrunnable.startswith(why) and bool(draft.unrunnable) == bool(why)
 
 
 def test_walltime_is_what_the_job_asks_for(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_walltime_is_what_the_job_asks_for(tmp_path: Path) -> None:
         assert (task.time_request, task.time_limit) == (seconds, None)
 
 
-def test_words_of_a_request(tmp_path: Path) -> None:
+def test_variables_of_a_request(tmp_path: Path) -> None:
     words = "${rcnt} ${sname} ${date} $time ${dateTime} ${jname} ${it} $$ ${other}"
     execution = {
         "exec": "x",
@@ -304,7 +304,7 @@ def test_dependents_of_a_job_under_a_scheduler(tmp_path: Path) -> None:
         "b": ["a:0", "a:1"], "c": ["a:1"], "d:0": ["a:0"], "d:1": ["a:1"],
     }  # fmt: skip
     said = refusal(tmp_path, job("a", resources=resources, iteration={"values": ["${ncores}"]}), total_cores=9)
-    assert said == "[0].iteration.values[0]: '${ncores}' has a word in it"
+    assert said == "[0].iteration.values[0]: '${ncores}' has a variable in it"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_schedulers(arguments: tuple[Any, ...], cores: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("amount", "said"),
     [
         ({"scheduler": {"name": "best"}}, "scheduler.name: 'best' is unknown"),
         ({"min": 5, "scheduler": {"name": "maximum-iters"}}, "scheduler: min is 5, but the pilot has 4"),
@@ -336,8 +336,8 @@ def test_schedulers(arguments: tuple[Any, ...], cores: list[int]) -> None:
         ({"min": 1, "scheduler": "split-into"}, "scheduler: expected a table, got text"),
     ],
 )
-def test_schedulers_that_cannot_be(tmp_path: Path, wish: dict[str, Any], said: str) -> None:
-    bad = job("a", iteration={"stop": 3}, resources={"numCores": wish})
+def test_schedulers_that_cannot_be(tmp_path: Path, amount: dict[str, Any], said: str) -> None:
+    bad = job("a", iteration={"stop": 3}, resources={"numCores": amount})
     assert said in refusal(tmp_path, job("ok"), bad, total_cores=4)
 
 

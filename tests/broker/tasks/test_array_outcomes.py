@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotq.broker.tasks.array_outcomes import count_of, element_ranges, outcome_at, word_of
+from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
 
 OUTCOMES = st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=1, max_size=70)
 
@@ -25,9 +25,9 @@ def test_ranges_say_of_each_element_what_its_bits_do(
     bits = packed(outcomes)
     ranges = element_ranges(bits, f"{start}:{step}:{len(outcomes)}", following)
     for place in range(len(outcomes)):
-        assert word_of(ranges, start + place * step) == outcome_at(bits, place, following)
-    assert sum(map(count_of, ranges.values())) == len(outcomes)
-    assert word_of(ranges, start + len(outcomes) * step) is None
+        assert outcome_of(ranges, start + place * step) == outcome_at(bits, place, following)
+    assert sum(map(count_indices, ranges.values())) == len(outcomes)
+    assert outcome_of(ranges, start + len(outcomes) * step) is None
 
 
 def test_ranges_are_compact() -> None:
@@ -35,4 +35,4 @@ def test_ranges_are_compact() -> None:
         "finished": "0-3999", "started": "4000-4499", "waiting": "4500-4999",
     }  # fmt: skip
     assert element_ranges(b"\x55\x95", "10:5:8", 8) == {"finished": "10-25:5,35-45:5", "failed": "30"}
-    assert count_of("10-25:5,35-45:5") == 7 and count_of("") == 0
+    assert count_indices("10-25:5,35-45:5") == 7 and count_indices("") == 0

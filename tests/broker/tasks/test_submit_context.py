@@ -1,4 +1,4 @@
-"""What is captured of a submitter: environment, directory, umask and soft limits."""
+"""The context of a submission: environment, directory, umask and soft limits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ import msgspec
 import pytest
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.model import Shared
-from pilotq.broker.tasks.submit_context import capture, environment
+from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, environment
 
 SHOW = (
-    "import sys, msgspec; from pilotq.broker.tasks.submit_context import capture; "
-    "sys.stdout.buffer.write(msgspec.msgpack.encode(capture(sys.argv[1])))"
+    "import sys, msgspec; from pilotq.broker.tasks.submit_context import capture_context; "
+    "sys.stdout.buffer.write(msgspec.msgpack.encode(capture_context(sys.argv[1])))"
 )
 
 
-def captured(policy: str, cwd: Path, env: dict[bytes, bytes], umask: int = 0o022) -> Shared:
+def captured(policy: str, cwd: Path, env: dict[bytes, bytes], umask: int = 0o022) -> SubmitContext:
     done = subprocess.run(
         [sys.executable, "-c", SHOW, policy], cwd=cwd, env=env, umask=umask, stdout=subprocess.PIPE, check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])),
     )  # fmt: skip
-    return msgspec.msgpack.decode(done.stdout, type=Shared)
+    return msgspec.msgpack.decode(done.stdout, type=SubmitContext)
 
 
 def test_a_submitter_is_captured_with_all_that_tasks_inherit(tmp_path: Path) -> None:
@@ -46,10 +45,10 @@ def test_the_other_policies(tmp_path: Path) -> None:
     assert {"PATH": "/bin", "HOME": "/h", "LC_TIME": "C"}.items() <= clean.items()
     assert "COLOUR" not in clean
     with pytest.raises(InvalidInput, match="submit, worker, clean"):
-        capture("mine")
+        capture_context("mine")
 
 
-def test_a_task_that_submits_does_not_hand_its_own_variables_down() -> None:
+def test_a_task_that_submits_does_not_pass_on_its_own_variables() -> None:
     mine = {"PILOTQ_TASK_ID": "1", "PILOTQ_CPUS": "0,1", "QCG_PM_NPROCS": "2", "KEPT": "x"}
     assert environment({**mine, "OMP_NUM_THREADS": "2"}) == {"KEPT": "x"}
     assert environment({**mine, "OMP_NUM_THREADS": "1"}) == {"KEPT": "x", "OMP_NUM_THREADS": "1"}, "the user's own"
@@ -59,7 +58,7 @@ def test_a_task_that_submits_does_not_hand_its_own_variables_down() -> None:
 def test_the_umask_is_the_same_afterwards() -> None:
     before = os.umask(0o031)
     try:
-        assert capture().umask == 0o031
+        assert capture_context().umask == 0o031
         assert os.umask(0o031) == 0o031
     finally:
         os.umask(before)
@@ -73,6 +72,6 @@ def test_a_directory_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
     try:
         gone.rmdir()
         with pytest.raises(InvalidInput, match="does not exist any more"):
-            capture()
+            capture_context()
     finally:
         os.chdir(here)

@@ -1,4 +1,4 @@
-"""A Task whose fields hold what they cannot is refused in a sentence, before anything is submitted."""
+"""A Task with fields of wrong types is refused in a sentence, before anything is submitted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pilotq.broker import ArrayRange, Broker, Request, Task
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot
-from pilotq.broker.tasks.model import validate
+from pilotq.broker.tasks.validation import validate
 from tests.support.live_pilot import live_pilot
 
 WRONG: list[tuple[dict[str, Any], str]] = [

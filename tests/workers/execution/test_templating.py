@@ -6,12 +6,13 @@ import subprocess
 
 import pytest
 
-from pilotq.broker.taskfiles.qcg_variables import own_names
-from pilotq.broker.tasks.model import ArrayRange, Task, spec_of
-from pilotq.workers.execution.templating import Words, render
+from pilotq.broker.taskfiles.qcg_variables import names_set_by
+from pilotq.broker.tasks.model import ArrayRange, Task
+from pilotq.broker.tasks.spec import spec_of
+from pilotq.workers.execution.templating import Variables, render
 
-ELEMENT = Words(task_id="7_3", index=3, value="a {index} $it", position=1)
-QCG = Words(task_id="8_4", index=4, value='a"b', position=2, cores=4, nodes=("n1", "n2"), root="/root dir")
+ELEMENT = Variables(task_id="7_3", index=3, value="a {index} $it", position=1)
+QCG = Variables(task_id="8_4", index=4, value='a"b', position=2, cores=4, nodes=("n1", "n2"), root="/root dir")
 
 
 def test_without_words_the_spec_itself_comes_back() -> None:
@@ -35,14 +36,14 @@ def test_every_part_of_an_array_element() -> None:
 
 def test_the_script_of_an_array_keeps_its_own_variables() -> None:
     task = Task(script="index=9; echo {index} ${index} $value {value}", values=["v"])
-    words = Words(task_id="7_0", index=0, value="v")
+    words = Variables(task_id="7_0", index=0, value="v")
     assert render(spec_of(task), words).script == "index=9; echo 0 ${index} $value v"
 
 
 def test_the_value_in_an_array_without_values_is_the_index_and_an_empty_value_is_empty() -> None:
     spec = spec_of(Task(command=["{value}"], array=ArrayRange(0, 9)))
-    assert render(spec, Words(task_id="7_3", index=3)).argv == [b"3"]
-    assert render(spec, Words(task_id="7_3", index=3, value="")).argv == [b""]
+    assert render(spec, Variables(task_id="7_3", index=3)).argv == [b"3"]
+    assert render(spec, Variables(task_id="7_3", index=3, value="")).argv == [b""]
 
 
 def test_arguments_that_are_not_utf8_pass() -> None:
@@ -70,12 +71,12 @@ def test_words_of_qcg_files(text: str, filled: str) -> None:
 
 def test_a_value_with_words_is_not_filled_in_again() -> None:
     task = Task(command=["${itval}"], values=["${ncores}$it"], qcg=True)
-    assert render(spec_of(task), Words(task_id="8_0", index=0, value="${ncores}$it")).argv == [b"${ncores}$it"]
+    assert render(spec_of(task), Variables(task_id="8_0", index=0, value="${ncores}$it")).argv == [b"${ncores}$it"]
 
 
 def test_it_stays_where_there_is_no_iteration() -> None:
     spec = spec_of(Task(command=["${it} ${ncores}"], qcg=True))
-    assert render(spec, Words(task_id="8", cores=2)).argv == [b"${it} 2"]
+    assert render(spec, Variables(task_id="8", cores=2)).argv == [b"${it} 2"]
 
 
 @pytest.mark.parametrize(
@@ -108,4 +109,4 @@ def test_a_script_that_sets_our_words_prints_its_own() -> None:
 
 
 def test_names_in_other_places_are_not_set() -> None:
-    assert own_names("echo date=1; ./read it; --time=3; x --it=1; test $it = 3; [[ $it == 3 ]]") == frozenset()
+    assert names_set_by("echo date=1; ./read it; --time=3; x --it=1; test $it = 3; [[ $it == 3 ]]") == frozenset()

@@ -1,4 +1,4 @@
-"""Captured output: exact to the byte whatever its size, never mixed, and never the end of the launcher."""
+"""Captured output is exact to the byte whatever its size, never mixed, and never ends the launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.workers.launcher.capture import PACK_BYTES, Capture
-from pilotq.workers.protocol import INLINE_BYTES, Captured, Exited, Started, Swept
+from pilotq.workers.protocol import INLINE_BYTES, Captured, Exited, GroupSwept, Started
 from tests.support.launcher_driver import Driver
 from tests.support.waiting import wait_until
 
@@ -51,7 +51,7 @@ def content(captured: Captured) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, INLINE_BYTES, INLINE_BYTES + 1, PACK_BYTES, PACK_BYTES + 1, 2 << 20])
 def test_both_streams_are_captured_to_the_byte(driver: Driver, size: int) -> None:
-    key = driver.launch(sys.executable, "-c", WRITE, str(size), "out", "err", id="big", execution=2)
+    key = driver.launch(sys.executable, "-c", WRITE, str(size), "out", "err", id="big", attempt=2)
     exited = driver.get(Exited, key)
     assert content(exited.stdout) == (b"out" * size)[:size]
     assert content(exited.stderr) == (b"err" * size)[:size]
@@ -104,13 +104,13 @@ def test_what_a_leftover_writes_is_of_its_task_and_no_other(driver: Driver, tmp_
     os.mkfifo(tmp_path / "go")
     key = driver.launch("sh", "-c", "echo main; setsid sh -c 'read word <go; echo stray; exec sleep 1000' & exit 0")
     exited = driver.get(Exited, key)
-    assert (exited.left > 0, exited.stdout) == (True, Captured())
+    assert (exited.remaining > 0, exited.stdout) == (True, Captured())
     assert driver.run("echo", "other").stdout.data == b"other\n"
     (tmp_path / "go").write_text("now\n")
     path = Path(driver.get(Started, key).stdout_path)
     wait_until(lambda: path.read_bytes() == b"main\nstray\n")
     driver.signal(key, signal.SIGKILL)
-    assert driver.get(Swept, key).stdout.data == b"main\nstray\n"
+    assert driver.get(GroupSwept, key).stdout.data == b"main\nstray\n"
 
 
 def test_a_refused_launch_leaves_its_files_to_the_next_one(driver: Driver) -> None:
@@ -150,7 +150,7 @@ def test_what_can_be_kept_nowhere_is_cut(capture: Capture, tmp_path: Path) -> No
     assert capture.collect(again, "a.2.out") == Captured()
 
 
-def test_closing_removes_the_pool_and_keeps_what_records_point_to(tmp_path: Path) -> None:
+def test_closing_removes_the_pool_and_keeps_what_messages_point_to(tmp_path: Path) -> None:
     capture = Capture(str(tmp_path), "n1")
     files = [capture.take() for _ in range(3)]
     os.write(files[0].fd, b"p" * 5000)

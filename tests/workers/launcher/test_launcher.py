@@ -1,4 +1,4 @@
-"""The launcher process over its pipes: what a task finds, what is refused, and that nothing of a task survives."""
+"""The launcher process over its pipes: what a task inherits, what is refused, and that no process of a task is left."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.workers.process_tree import kill_marked, look
-from pilotq.workers.protocol import Exited, Quit, Refused, Started, Swept
-from tests.support.launcher_driver import HERE, Driver
+from pilotq.workers.process_tree import kill_marked, read_process
+from pilotq.workers.protocol import Exited, GroupSwept, Quit, Refused, Started
+from tests.support.launcher_driver import CPUS, Driver
 from tests.support.waiting import wait_until
 
 # The same launcher on a kernel that does not list the children of a process.
@@ -29,7 +29,7 @@ os.open = refuse
 from pilotq.workers.launcher.launcher import main
 main(sys.argv[1:])
 """
-LOOK = """
+SHOW_CONTEXT = """
 import json, os, resource, signal
 mask = os.umask(0)
 print(json.dumps({
@@ -48,36 +48,36 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
 
 
 @pytest.fixture(params=["list", "no list"])
-def sweeper(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Driver]:
+def each_driver(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Driver]:
     driver = Driver(tmp_path) if request.param == "list" else Driver(tmp_path, program=("-c", WITHOUT_LIST))
     yield driver
     driver.close()
 
 
-def gone(pid: int) -> bool:
-    process = look(pid)
+def has_ended(pid: int) -> bool:
+    process = read_process(pid)
     return process is None or not process.alive
 
 
 def pid_in(path: Path) -> int:
-    """The process number that a task writes into a file, whole with its newline."""
+    """The process number that a task writes into a file, complete with its newline."""
     return int(wait_until(lambda: path.exists() and path.read_text().endswith("\n") and path.read_text()))
 
 
 # -- what a task finds ------------------------------------------------------------------------------------------------
 
 
-def test_a_task_finds_its_surroundings_and_no_trace_of_the_launcher(driver: Driver, tmp_path: Path) -> None:
+def test_a_task_finds_its_context_and_no_trace_of_the_launcher(driver: Driver, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     key = driver.launch(
-        sys.executable, "-c", LOOK, cwd=str(folder), cpus=HERE[-1:], id="a-c", execution=3,
+        sys.executable, "-c", SHOW_CONTEXT, cwd=str(folder), cpus=CPUS[-1:], id="a-c", attempt=3,
         env={"ONE": "1", "TWO": "ä"},
         base=driver.base("own", umask=0o027, limits={resource.RLIMIT_NOFILE: 77}, ONE="base", THREE="3"),
     )  # fmt: skip
     exited = driver.get(Exited, key)
     found = json.loads(exited.stdout.data)
-    assert found["cpus"] == HERE[-1:]
+    assert found["cpus"] == CPUS[-1:]
     assert found["cwd"] == str(folder)
     assert found["umask"] == 0o027
     assert found["files"] == 77
@@ -90,20 +90,20 @@ def test_a_task_finds_its_surroundings_and_no_trace_of_the_launcher(driver: Driv
 
 def test_the_next_task_finds_nothing_of_the_one_before(driver: Driver) -> None:
     low = driver.base("low", umask=0o777, limits={resource.RLIMIT_NOFILE: 20, resource.RLIMIT_CORE: 0})
-    first = json.loads(driver.run(sys.executable, "-c", LOOK, base=low, cpus=HERE[-1:]).stdout.data)
-    second = json.loads(driver.run(sys.executable, "-c", LOOK, cpus=HERE[:1]).stdout.data)
+    first = json.loads(driver.run(sys.executable, "-c", SHOW_CONTEXT, base=low, cpus=CPUS[-1:]).stdout.data)
+    second = json.loads(driver.run(sys.executable, "-c", SHOW_CONTEXT, cpus=CPUS[:1]).stdout.data)
     assert (first["files"], first["core"]) == (20, 0)
     assert second["files"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert second["core"] == resource.getrlimit(resource.RLIMIT_CORE)[0]
     assert second["umask"] == 0o022
-    assert second["cpus"] == HERE[:1]
+    assert second["cpus"] == CPUS[:1]
 
 
 def test_limits_above_the_hard_limit_are_capped(driver: Driver) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for wanted in (-1, 1 << 40):
         base = driver.base(f"high{wanted}", limits={resource.RLIMIT_NOFILE: wanted})
-        assert json.loads(driver.run(sys.executable, "-c", LOOK, base=base).stdout.data)["files"] == hard
+        assert json.loads(driver.run(sys.executable, "-c", SHOW_CONTEXT, base=base).stdout.data)["files"] == hard
 
 
 def test_a_limit_of_open_files_may_be_below_what_the_launcher_has_open(driver: Driver) -> None:
@@ -291,7 +291,7 @@ def test_reports_that_nobody_reads_do_not_stop_the_launcher(driver: Driver) -> N
 # -- nothing survives -------------------------------------------------------------------------------------------------
 
 
-def test_a_daemon_is_counted_and_gone_before_swept(sweeper: Driver, tmp_path: Path) -> None:
+def test_a_daemon_is_counted_and_gone_before_swept(each_driver: Driver, tmp_path: Path) -> None:
     daemon = """
 import os, sys
 if os.fork(): os._exit(0 if os.wait()[1] == 0 else 1)
@@ -300,102 +300,109 @@ if os.fork(): os._exit(0)
 with open(sys.argv[1], "w") as file: print(os.getpid(), file=file)
 os.execvp("sleep", ["sleep", "1000"])
 """
-    key = sweeper.launch(sys.executable, "-c", daemon, str(tmp_path / "pid"))
-    exited = sweeper.get(Exited, key)
+    key = each_driver.launch(sys.executable, "-c", daemon, str(tmp_path / "pid"))
+    exited = each_driver.get(Exited, key)
     assert exited.status == 0
-    assert exited.left == 1
+    assert exited.remaining == 1
     pid = pid_in(tmp_path / "pid")
-    assert not gone(pid)
-    assert sweeper.run("true").status == 0
-    sweeper.signal(key, signal.SIGTERM)
-    sweeper.get(Swept, key)
-    assert gone(pid)
+    assert not has_ended(pid)
+    assert each_driver.run("true").status == 0
+    each_driver.signal(key, signal.SIGTERM)
+    each_driver.get(GroupSwept, key)
+    assert has_ended(pid)
 
 
-def test_a_daemon_that_hides_its_origin_belongs_to_the_task_that_just_ended(sweeper: Driver, tmp_path: Path) -> None:
+def test_a_daemon_that_hides_its_origin_belongs_to_the_task_that_just_ended(
+    each_driver: Driver, tmp_path: Path
+) -> None:
     hidden = "setsid env -i sh -c 'echo $$ >pid; exec sleep 1000' & while [ ! -s pid ]; do sleep 0.01; done"
-    older = sweeper.launch("sleep", "1000")
-    sweeper.get(Started, older)
-    key = sweeper.launch("sh", "-c", hidden)
-    assert sweeper.get(Exited, key).left == 1
-    sweeper.signal(key, signal.SIGKILL)
-    sweeper.get(Swept, key)
-    assert gone(pid_in(tmp_path / "pid"))
-    assert sweeper.find(Exited, older) is None
+    older = each_driver.launch("sleep", "1000")
+    each_driver.get(Started, older)
+    key = each_driver.launch("sh", "-c", hidden)
+    assert each_driver.get(Exited, key).remaining == 1
+    each_driver.signal(key, signal.SIGKILL)
+    each_driver.get(GroupSwept, key)
+    assert has_ended(pid_in(tmp_path / "pid"))
+    assert each_driver.find(Exited, older) is None
 
 
-def test_what_runs_behind_another_task_is_left_alone(sweeper: Driver, tmp_path: Path) -> None:
-    # The inner shell ends at once, so what it started comes home to the launcher while its task still runs.
+def test_what_runs_behind_another_task_is_left_alone(each_driver: Driver, tmp_path: Path) -> None:
+    # The inner shell ends at once, so what it started becomes a child of the launcher while its task still runs.
     behind = "(setsid sh -c 'echo $$ >{0}; exec {1} sleep 1000' &); exec sleep 1000"
-    keys = [sweeper.launch("sh", "-c", behind.format(name, wrap)) for name, wrap in (("one", ""), ("two", "env -i"))]
+    keys = [
+        each_driver.launch("sh", "-c", behind.format(name, wrap)) for name, wrap in (("one", ""), ("two", "env -i"))
+    ]
     one, two = pid_in(tmp_path / "one"), pid_in(tmp_path / "two")
     wait_until(lambda: all(Path(f"/proc/{pid}/cmdline").read_bytes() == b"sleep\x001000\0" for pid in (one, two)))
-    wait_until(lambda: {look(pid).parent for pid in (one, two)} == {sweeper.process.pid})
+    wait_until(lambda: {read_process(pid).parent for pid in (one, two)} == {each_driver.process.pid})
     for _ in range(3):
-        assert sweeper.run("true").left == 0
-    assert not gone(one)
-    assert not gone(two)
+        assert each_driver.run("true").remaining == 0
+    assert not has_ended(one)
+    assert not has_ended(two)
     for key, pid in zip(keys, (one, two), strict=True):
-        sweeper.signal(key, signal.SIGKILL)
-        # The one that hides is seen to be of its task only when the main process has ended: it is killed then.
-        if sweeper.get(Exited, key).left:
-            sweeper.get(Swept, key)
-        assert gone(pid)
+        each_driver.signal(key, signal.SIGKILL)
+        # The one that hides is assigned to its task only when the main process has ended: it is killed then.
+        if each_driver.get(Exited, key).remaining:
+            each_driver.get(GroupSwept, key)
+        assert has_ended(pid)
 
 
-def test_orphans_of_a_later_task_are_known_by_session_or_mark(sweeper: Driver, tmp_path: Path) -> None:
+def test_orphans_of_a_later_task_are_known_by_session_or_mark(each_driver: Driver, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "go")
-    earlier = sweeper.launch("sh", "-c", "read word <go")
+    earlier = each_driver.launch("sh", "-c", "read word <go")
     in_session = "(env -i sh -c 'echo $$ >one; exec sleep 1000' &)"
     with_mark = "(setsid sh -c 'echo $$ >two; exec sleep 1000' &)"
-    later = sweeper.launch("sh", "-c", f"{in_session}; {with_mark}; exec sleep 1000")
+    later = each_driver.launch("sh", "-c", f"{in_session}; {with_mark}; exec sleep 1000")
     one, two = pid_in(tmp_path / "one"), pid_in(tmp_path / "two")
-    wait_until(lambda: {look(pid).parent for pid in (one, two)} == {sweeper.process.pid})
+    wait_until(lambda: {read_process(pid).parent for pid in (one, two)} == {each_driver.process.pid})
     (tmp_path / "go").write_text("now\n")
-    assert sweeper.get(Exited, earlier).left == 0
-    sweeper.signal(later, signal.SIGKILL)
-    if sweeper.get(Exited, later).left:
-        sweeper.get(Swept, later)
-    assert gone(one)
-    assert gone(two)
+    assert each_driver.get(Exited, earlier).remaining == 0
+    each_driver.signal(later, signal.SIGKILL)
+    if each_driver.get(Exited, later).remaining:
+        each_driver.get(GroupSwept, later)
+    assert has_ended(one)
+    assert has_ended(two)
 
 
 def test_without_a_subreaper_the_group_is_still_swept(tmp_path: Path) -> None:
-    start = (
-        "import sys; from pilotq.workers import launcher; launcher._become_subreaper = int; launcher.main(sys.argv[1:])"
-    )
+    start = """
+import sys
+from pilotq.workers.launcher import launcher
+launcher.become_subreaper = int
+launcher.main(sys.argv[1:])
+"""
     driver = Driver(tmp_path, program=("-c", start))
     key = driver.launch("sh", "-c", "sleep 1000 & sleep 1000 & exit 0")
-    assert driver.get(Exited, key).left == 2
+    assert driver.get(Exited, key).remaining == 2
     driver.signal(key, signal.SIGTERM)
-    driver.get(Swept, key)
+    driver.get(GroupSwept, key)
     driver.close()
 
 
-def test_background_processes_of_the_same_group_are_swept(sweeper: Driver) -> None:
-    key = sweeper.launch("sh", "-c", "sleep 1000 & sleep 1000 & exit 3")
-    exited = sweeper.get(Exited, key)
+def test_background_processes_of_the_same_group_are_swept(each_driver: Driver) -> None:
+    key = each_driver.launch("sh", "-c", "sleep 1000 & sleep 1000 & exit 3")
+    exited = each_driver.get(Exited, key)
     assert os.waitstatus_to_exitcode(exited.status) == 3
-    assert exited.left == 2
-    sweeper.signal(key, signal.SIGTERM)
-    assert sweeper.get(Swept, key).ended >= exited.ended
+    assert exited.remaining == 2
+    each_driver.signal(key, signal.SIGTERM)
+    assert each_driver.get(GroupSwept, key).ended >= exited.ended
 
 
-def test_leftovers_that_end_by_themselves_are_swept_without_a_signal(sweeper: Driver, tmp_path: Path) -> None:
+def test_leftovers_that_end_by_themselves_are_swept_without_a_signal(each_driver: Driver, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "go")
-    key = sweeper.launch("sh", "-c", "setsid sh -c 'read word <go; echo late' & exit 0")
-    assert sweeper.get(Exited, key).left >= 1
+    key = each_driver.launch("sh", "-c", "setsid sh -c 'read word <go; echo late' & exit 0")
+    assert each_driver.get(Exited, key).remaining >= 1
     (tmp_path / "go").write_text("now\n")
-    assert sweeper.get(Swept, key).stdout.data == b"late\n"
+    assert each_driver.get(GroupSwept, key).stdout.data == b"late\n"
 
 
-def test_what_keeps_forking_into_new_sessions_is_killed(sweeper: Driver, tmp_path: Path) -> None:
+def test_what_keeps_forking_into_new_sessions_is_killed(each_driver: Driver, tmp_path: Path) -> None:
     forking = "while :; do setsid sh -c 'echo $$ >>pids; exec sleep 1000' & sleep 0.005; done"
-    key = sweeper.launch("sh", "-c", f'setsid sh -c "{forking}" & while [ ! -s pids ]; do sleep 0.01; done')
-    assert sweeper.get(Exited, key).left >= 2
-    sweeper.signal(key, signal.SIGKILL)
-    sweeper.get(Swept, key)
-    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+    key = each_driver.launch("sh", "-c", f'setsid sh -c "{forking}" & while [ ! -s pids ]; do sleep 0.01; done')
+    assert each_driver.get(Exited, key).remaining >= 2
+    each_driver.signal(key, signal.SIGKILL)
+    each_driver.get(GroupSwept, key)
+    assert all(has_ended(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_a_task_that_ignores_sigterm_ends_by_sigkill(driver: Driver) -> None:
@@ -408,8 +415,8 @@ def test_a_task_that_ignores_sigterm_ends_by_sigkill(driver: Driver) -> None:
     driver.signal(key, signal.SIGKILL)
     exited = driver.get(Exited, key)
     assert os.waitstatus_to_exitcode(exited.status) == -signal.SIGKILL
-    if exited.left:
-        exited = driver.get(Swept, key)
+    if exited.remaining:
+        exited = driver.get(GroupSwept, key)
     assert exited.stdout.data == b"ready\n"
 
 
@@ -424,7 +431,7 @@ def test_the_end_of_the_launcher_is_the_end_of_everything(tmp_path: Path, how: s
         driver.send(Quit())
         driver.process.wait(20)
     driver.close()
-    assert all(gone(pid) for pid in pids)
+    assert all(has_ended(pid) for pid in pids)
     assert list(driver.output.iterdir()) == []
 
 
@@ -436,11 +443,11 @@ def test_after_kill_9_of_the_launcher_its_tasks_are_found_by_their_marks(tmp_pat
     driver.process.kill()
     driver.process.wait()
     assert kill_marked({"PILOTQ_DIR": str(tmp_path), "PILOTQ_TASK_ID": "abc"}) == []
-    assert gone(one)
-    assert gone(two)
-    assert not gone(other)
+    assert has_ended(one)
+    assert has_ended(two)
+    assert not has_ended(other)
     assert kill_marked(lambda env: env.get("PILOTQ_DIR") == str(tmp_path), signal.SIGSTOP, 0.0) == [other]
     assert kill_marked({"PILOTQ_DIR": str(tmp_path)}) == []
-    assert gone(other)
-    for end in (driver.down, driver.up, driver.bell):
+    assert has_ended(other)
+    for end in (driver.down, driver.up, driver.wake):
         os.close(end)

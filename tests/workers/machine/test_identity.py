@@ -1,4 +1,4 @@
-"""What a worker says its node is: its name, its cores, its memory, by what it may really use and what was granted."""
+"""The name, cores and memory of a node: by what its worker may really use, and by what was granted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.store.messages import NodeInfo
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.cli.pilot_options import signal_number
-from pilotq.workers.machine.identity import Here
+from pilotq.workers.machine.identity import NodeIdentity
 from pilotq.workers.machine.topology import usable_cpus, without_siblings
 
 STEP = {
@@ -24,21 +24,21 @@ def info(cores: int = 2, memory: int = 0) -> NodeInfo:
 
 
 def test_the_name_is_that_of_the_step_and_tells_allocations_apart() -> None:
-    assert Here(STEP, "7").name == "n1"
-    assert Here(STEP, "8").name == "n1-7"
-    assert Here(STEP, "").name == "n1-7"
-    assert Here({}, "").name == os.uname().nodename.partition(".")[0]
+    assert NodeIdentity(STEP, "7").name == "n1"
+    assert NodeIdentity(STEP, "8").name == "n1-7"
+    assert NodeIdentity(STEP, "").name == "n1-7"
+    assert NodeIdentity({}, "").name == os.uname().nodename.partition(".")[0]
 
 
 def test_no_more_cores_than_were_granted_and_none_that_are_not_ours() -> None:
-    assert Here(STEP, "7").cores() == usable_cpus()
-    assert Here({**STEP, "SLURMD_NODENAME": "n2"}, "7").cores() == usable_cpus()[:1]
-    assert Here({**STEP, "SLURMD_NODENAME": "n3"}, "7").cores() == usable_cpus()  # nobody says
-    assert Here({}, "").cores(grant=1) == usable_cpus()[:1]
+    assert NodeIdentity(STEP, "7").cores() == usable_cpus()
+    assert NodeIdentity({**STEP, "SLURMD_NODENAME": "n2"}, "7").cores() == usable_cpus()[:1]
+    assert NodeIdentity({**STEP, "SLURMD_NODENAME": "n3"}, "7").cores() == usable_cpus()  # not in the list of nodes
+    assert NodeIdentity({}, "").cores(grant=1) == usable_cpus()[:1]
 
 
 @pytest.mark.parametrize(
-    ("words", "own", "memory"),
+    ("variables", "own", "memory"),
     [
         ({"SLURM_MEM_PER_NODE": "1000"}, 0, 1000 << 20),
         ({"SLURM_MEM_PER_NODE": "1000"}, 500 << 20, 500 << 20),
@@ -47,9 +47,9 @@ def test_no_more_cores_than_were_granted_and_none_that_are_not_ours() -> None:
         ({}, 123, 123),
     ],
 )
-def test_memory_is_what_was_granted(words: dict[str, str], own: int, memory: int) -> None:
-    known = Here({**STEP, **words}, "7").known(info(memory=own))
-    assert (known.job, known.memory) == ("7", memory)
+def test_memory_is_what_was_granted(variables: dict[str, str], own: int, memory: int) -> None:
+    completed = NodeIdentity({**STEP, **variables}, "7").complete(info(memory=own))
+    assert (completed.job, completed.memory) == ("7", memory)
 
 
 def test_one_hardware_thread_of_each_core(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a process may use, from trees of /proc and /sys as kernels show them, and the nodes of --nodes."""
+"""CPUs and memory that a process may use, from trees of /proc and /sys as kernels show them; the nodes of --nodes."""
 
 from __future__ import annotations
 

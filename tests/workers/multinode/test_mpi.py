@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker import Request
-from pilotq.broker.store.messages import Part, parse_allocation
+from pilotq.broker.store.resources import NodeShare, parse_allocation
 from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
 from pilotq.workers.multinode.launch_models import linked_with
 from tests.mpi.programs import AS_ROOT, KINDS, Rank, build, ranks
@@ -35,15 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("programs")
 
 
-def said(pilot: LivePilot, task: str) -> tuple[list[Rank], tuple[Part, ...]]:
-    """What the ranks of a task that finished have said, and its reservation by the journal."""
+def placed_ranks(pilot: LivePilot, task: str) -> tuple[list[Rank], tuple[NodeShare, ...]]:
+    """The ranks of a task that finished, as they have reported themselves, and its reservation by the journal."""
     ended = pilot.ended(task)
     output = pilot.output(task).decode()
     assert ended.status == "finished", f"{ended}\n{output}\n{pilot.output(task, 'stderr').decode()}"
     return ranks(output), parse_allocation(pilot.lines(task)[0].cpus)
 
 
-def assert_placed(found: list[Rank], parts: tuple[Part, ...]) -> None:
+def assert_placed(found: list[Rank], parts: tuple[NodeShare, ...]) -> None:
     """One rank for each core of the reservation, in its order, alone on that core."""
     expected = [(part.node, str(REAL[part.node][core])) for part in parts for core in part.cores]
     assert [(r.node, r.cpus) for r in found] == expected
@@ -56,7 +56,7 @@ def assert_placed(found: list[Rank], parts: tuple[Part, ...]) -> None:
 def test_every_rank_is_on_its_core(pilot: LivePilot, folder: Path, kind: str, nodes: int, cores: int) -> None:
     request = Request(nodes=(nodes, nodes), cores=(cores, cores))
     task = pilot.enqueue(build(kind, folder), model=kind, request=request, env=AS_ROOT)
-    found, parts = said(pilot, task)
+    found, parts = placed_ranks(pilot, task)
     assert len(parts) == nodes
     if nodes == 1:  # then nobody asks what the node is called
         found = [r._replace(node=parts[0].node) for r in found]
@@ -66,14 +66,14 @@ def test_every_rank_is_on_its_core(pilot: LivePilot, folder: Path, kind: str, no
 @pytest.mark.parametrize("kind", KINDS)
 def test_uneven_reservations(pilot: LivePilot, folder: Path, kind: str) -> None:
     request = Request(cores=(5, 5), spread=True)
-    found, parts = said(pilot, pilot.enqueue(build(kind, folder), model=kind, request=request, env=AS_ROOT))
+    found, parts = placed_ranks(pilot, pilot.enqueue(build(kind, folder), model=kind, request=request, env=AS_ROOT))
     assert len({len(part.cores) for part in parts}) == 2
     assert_placed(found, parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_core_is_the_program_itself(pilot: LivePilot, folder: Path, kind: str) -> None:
-    (only,), (part,) = said(pilot, pilot.enqueue(build(kind, folder), model=kind, env=AS_ROOT))
+    (only,), (part,) = placed_ranks(pilot, pilot.enqueue(build(kind, folder), model=kind, env=AS_ROOT))
     assert (only.size, only.cpus) == (1, str(REAL[part.node][part.cores[0]]))
 
 
@@ -82,7 +82,7 @@ def test_a_script_starts_its_own_mpirun(pilot: LivePilot, folder: Path, kind: st
     """In the model default any launcher finds the nodes of the task, and no others; ranks stay on the task's cores."""
     script = f"mpirun.{kind} -n 3 {shlex.quote(build(kind, folder))}"
     request = Request(nodes=(3, 3), cores=(1, 1))
-    found, parts = said(pilot, pilot.enqueue(script=script, request=request, env=AS_ROOT))
+    found, parts = placed_ranks(pilot, pilot.enqueue(script=script, request=request, env=AS_ROOT))
     assert [(r.rank, r.size) for r in found] == [(0, 3), (1, 3), (2, 3)]
     places = [(p.node, str(REAL[p.node][p.cores[0]])) for p in parts]
     assert sorted((r.node, r.cpus) for r in found) == sorted(places)
@@ -98,7 +98,7 @@ def test_two_launchers_on_one_node_do_not_share_cores(
     script = f"touch here$PILOTQ_TASK_ID; until [ $(ls here* | wc -l) = 2 ]; do :; done; mpirun.{kind} -n 1 {program}"
     tasks = [pilot.enqueue(script=script, cwd=str(tmp_path), env=AS_ROOT) for _ in range(2)]
     for task in tasks:
-        (rank,), (part,) = said(pilot, task)
+        (rank,), (part,) = placed_ranks(pilot, task)
         assert rank.cpus == str(REAL[part.node][part.cores[0]])
 
 
@@ -131,7 +131,7 @@ def test_qcg_requests_with_models(pilot: LivePilot, folder: Path, kind: str, tmp
     path.write_text(json.dumps([{"request": "submit", "jobs": [job]}]))
     done = pilot.cli("submit", str(path))
     assert done.returncode == 0, done.stderr
-    found, parts = said(pilot, done.stdout.decode().split()[0])
+    found, parts = placed_ranks(pilot, done.stdout.decode().split()[0])
     assert_placed(found, parts)
 
 
@@ -151,10 +151,10 @@ def test_a_lost_node_is_no_failure_of_the_program(folder: Path, kind: str, tmp_p
         assert (first.reason, first.final) == ("worker lost", False)
 
 
-@pytest.mark.parametrize(("kind", "word"), [("openmpi", "pmix"), ("mpich", "pmi2")])
-def test_what_srun_must_be_told_is_seen_from_the_program(folder: Path, kind: str, word: str) -> None:
+@pytest.mark.parametrize(("kind", "option"), [("openmpi", "pmix"), ("mpich", "pmi2")])
+def test_the_mpi_option_of_srun_follows_from_the_program(folder: Path, kind: str, option: str) -> None:
     """Under any other --mpi MPICH silently starts so many programs of one rank."""
-    assert linked_with(build(kind, folder)) == word
+    assert linked_with(build(kind, folder)) == option
     assert linked_with("/bin/sh") == ""
     assert linked_with(__file__) == ""
     assert linked_with("/no/such/file") == ""
@@ -191,5 +191,5 @@ def test_shown_commands_run(pilot: LivePilot, folder: Path, line: str, monkeypat
     words = [f"mpirun.{kind}" if word == "mpirun" else word for word in shlex.split(line)[1:]]
     done = pilot.cli(words[0], "--cwd", str(folder), *words[1:])
     assert done.returncode == 0, done.stderr
-    found, _ = said(pilot, done.stdout.decode().strip())
+    found, _ = placed_ranks(pilot, done.stdout.decode().strip())
     assert [(r.rank, r.size) for r in found] == [(n, 4) for n in range(4)]

@@ -1,11 +1,12 @@
-"""What launchers of MPI are told: command lines, files and variables of every model."""
+"""Command lines, files and variables for the launchers of MPI, of every model."""
 
 from __future__ import annotations
 
 import pytest
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS, Task, validate
+from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS, Task
+from pilotq.broker.tasks.validation import validate
 from pilotq.workers.multinode import mpi
 from pilotq.workers.multinode.mpi import Host
 
@@ -16,7 +17,7 @@ PIN = 'exec taskset -c "$(printf %s "$PILOTQ_RANK_CPUS" | cut -d: -f$((${PMI_RAN
 
 
 def test_files() -> None:
-    assert mpi.content_of(FILES, UNEVEN) == {
+    assert mpi.file_contents(FILES, UNEVEN) == {
         "/d/hosts": "n1\nn1\nn2\n",
         "/d/slots": "n1 slots=2\nn2 slots=1\n",
         "/d/machines": "n1:2\nn2:1\n",
@@ -25,28 +26,28 @@ def test_files() -> None:
 
 
 def test_openmpi() -> None:
-    words, env = mpi.openmpi("mpirun", {"mpirun_args": "--mca pml 'a b'"}, UNEVEN, FILES)
-    assert words == [
+    argv, env = mpi.openmpi("mpirun", {"mpirun_args": "--mca pml 'a b'"}, UNEVEN, FILES)
+    assert argv == [
         "mpirun", "-np", "3", "--hostfile", "/d/slots", "--rankfile", "/d/ranks", "--mca", "pml", "a b",
     ]  # fmt: skip
     assert env == {"OMPI_MCA_rmaps_rank_file_physical": "1", "OMPI_MCA_hwloc_base_binding_policy": "hwthread"}
 
 
 def test_mpich() -> None:
-    words, env = mpi.mpich("/x/mpirun", {"mpirun_args": "-l"}, UNEVEN, FILES)
-    assert words == [
+    argv, env = mpi.mpich("/x/mpirun", {"mpirun_args": "-l"}, UNEVEN, FILES)
+    assert argv == [
         "/x/mpirun", "-f", "/d/machines", "-n", "3", "-l", "sh", "-c", PIN, "pilotq-rank",
     ]  # fmt: skip
     assert env == {"PILOTQ_RANK_CPUS": "2:5:0"}
 
 
 def test_intelmpi() -> None:
-    words, env = mpi.intelmpi("mpirun", {}, EVEN, FILES)
-    assert words == ["mpirun", "-machinefile", "/d/machines", "-n", "4"]
+    argv, env = mpi.intelmpi("mpirun", {}, EVEN, FILES)
+    assert argv == ["mpirun", "-machinefile", "/d/machines", "-n", "4"]
     assert env == {"I_MPI_PIN": "1", "I_MPI_PIN_PROCESSOR_LIST": "0,1"}
     # One list holds for all nodes: where they differ each rank pins itself.
-    words, env = mpi.intelmpi("mpirun", {"mpirun_args": "-l"}, UNEVEN, FILES)
-    assert words == ["mpirun", "-machinefile", "/d/machines", "-n", "3", "-l", "sh", "-c", PIN, "pilotq-rank"]
+    argv, env = mpi.intelmpi("mpirun", {"mpirun_args": "-l"}, UNEVEN, FILES)
+    assert argv == ["mpirun", "-machinefile", "/d/machines", "-n", "3", "-l", "sh", "-c", PIN, "pilotq-rank"]
     assert env == {"I_MPI_PIN": "0", "PILOTQ_RANK_CPUS": "2:5:0"}
 
 
@@ -57,16 +58,16 @@ def test_srunmpi() -> None:
     ]  # fmt: skip
     pin = ["sh", "-c", PIN.replace("PMI_RANK", "SLURM_PROCID"), "pilotq-rank"]
     pin[2] = 'export PILOTQ_NODE="$SLURMD_NODENAME"; ' + pin[2]
-    words, env = mpi.srunmpi("srun", {}, UNEVEN, FILES)
-    assert words == [*plain, *pin]
+    argv, env = mpi.srunmpi("srun", {}, UNEVEN, FILES)
+    assert argv == [*plain, *pin]
     assert env == {"SLURM_HOSTFILE": "/d/hosts", "PILOTQ_RANK_CPUS": "2:5:0"}
-    assert mpi.srunmpi("srun", {"mpi": "pmix"}, UNEVEN, FILES).words == [*plain, "--mpi=pmix", *pin]
-    said = {"mpi": "pmix", "srun_args": "--mpi=pmi2 -l"}
-    assert mpi.srunmpi("srun", said, UNEVEN, FILES).words == [*plain, "--mpi=pmi2", "-l", *pin]
+    assert mpi.srunmpi("srun", {"mpi": "pmix"}, UNEVEN, FILES).argv == [*plain, "--mpi=pmix", *pin]
+    options = {"mpi": "pmix", "srun_args": "--mpi=pmi2 -l"}
+    assert mpi.srunmpi("srun", options, UNEVEN, FILES).argv == [*plain, "--mpi=pmi2", "-l", *pin]
 
 
 def test_every_model_but_the_plain_ones_has_a_starter() -> None:
-    assert set(mpi.STARTERS) == MODELS - ONE_PROCESS_MODELS
+    assert set(mpi.PREFIXES) == MODELS - ONE_PROCESS_MODELS
 
 
 def test_variables_of_launchers() -> None:

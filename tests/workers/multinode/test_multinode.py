@@ -25,12 +25,12 @@ AGENT = "$HYDRA_LAUNCHER_EXEC"
 def pilot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePilot]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENV_SCHEMA, "slurm")
-        with live_pilot(tmp_path_factory.mktemp("joints"), nodes="n1:1,n2:1") as found:
+        with live_pilot(tmp_path_factory.mktemp("multinode"), nodes="n1:1,n2:1") as found:
             yield found
 
 
-def guests_of(task_id: str, node: str) -> list[int]:
-    """Living processes of a task that were started on a node."""
+def processes_on(task_id: str, node: str) -> list[int]:
+    """Process ids of a task that live on a node."""
     marks = f"\0PILOTQ_TASK_ID={task_id}\0".encode(), f"\0PILOTQ_NODE={node}\0".encode()
     return [p.pid for p in processes().values() if p.alive and all(mark in environment(p.pid) for mark in marks)]
 
@@ -72,7 +72,7 @@ def test_what_is_left_on_another_node_is_gone_when_the_task_has_ended(pilot: Liv
     task = pilot.enqueue(script=f"{AGENT} n2 '{quiet}'; {AGENT} n2 '{hidden}'", request=TWO)
     assert pilot.ended(task).status == "finished"
     assert pilot.output(task).decode().strip().isdigit()
-    assert guests_of(task, "n2") == []
+    assert processes_on(task, "n2") == []
     pilot.assert_calm()
 
 
@@ -82,11 +82,11 @@ def test_an_end_from_outside_reaches_all_nodes(pilot: LivePilot, how: str) -> No
     limit = 0.5 if how == "time limit" else None
     task = pilot.enqueue(script=f"{AGENT} n2 bash -c '\"{deaf}\"'", request=TWO, time_limit=limit)
     if how == "cancel":
-        wait_until(lambda: guests_of(task, "n2"), what="a process on n2")
+        wait_until(lambda: processes_on(task, "n2"), what="a process on n2")
         pilot.broker.cancel([task])
     ended = pilot.ended(task)
     assert (ended.status, ended.reason) == (("canceled", "canceled") if how == "cancel" else ("failed", "time limit"))
-    assert guests_of(task, "n2") == []
+    assert processes_on(task, "n2") == []
     pilot.assert_calm()
 
 
@@ -98,12 +98,12 @@ def test_what_an_agent_is_refused(pilot: LivePilot) -> None:
     task = pilot.enqueue(script=f"{AGENT} n7 true; echo $?; {AGENT} n2; echo $?", request=TWO)
     assert pilot.ended(task).status == "finished"
     assert pilot.output(task) == b"255\n255\n"
-    told = pilot.output(task, "stderr").decode()
-    assert "node n7 is none of this task's, which are n1, n2" in told
-    assert "give a node and a command" in told
+    stderr = pilot.output(task, "stderr").decode()
+    assert "node n7 is none of this task's, which are n1, n2" in stderr
+    assert "give a node and a command" in stderr
 
 
-def test_lanes_over_several_nodes_go_from_task_to_task(pilot: LivePilot, tmp_path: Path) -> None:
+def test_slots_over_several_nodes_go_from_task_to_task(pilot: LivePilot, tmp_path: Path) -> None:
     """Between two of them all nodes have been swept: a task never meets the last one's leftovers."""
     remote = "[ -e last ] && kill -0 $(cat last) && echo met; sleep 1000 & echo $! > last"
     tasks = [pilot.enqueue(script=f"{AGENT} n2 '{remote}'", request=TWO, cwd=str(tmp_path)) for _ in range(8)]
@@ -142,7 +142,7 @@ def test_a_lost_first_node_gives_back_the_others(tmp_path: Path) -> None:
 
 
 def test_a_node_that_does_not_confirm_keeps_its_cores_until_it_does(tmp_path: Path) -> None:
-    with live_pilot(tmp_path, nodes="n1:1,n2:1", confirm_s=0.5) as pilot:
+    with live_pilot(tmp_path, nodes="n1:1,n2:1", sweep_confirm_s=0.5) as pilot:
         task = pilot.enqueue(script=f"{AGENT} n2 true; touch there; read line < fifo", request=TWO, cwd=str(tmp_path))
         os.mkfifo(tmp_path / "fifo")
         wait_until((tmp_path / "there").exists, what="the task")
@@ -151,7 +151,7 @@ def test_a_node_that_does_not_confirm_keeps_its_cores_until_it_does(tmp_path: Pa
         try:
             (tmp_path / "fifo").write_text("go on\n")
             assert pilot.ended(task).status == "finished"
-            assert "n2[0] stays taken" in pilot.lines(task)[0].message
+            assert "n2[0] stays reserved" in pilot.lines(task)[0].message
             wait_until(lambda: [n.used for n in pilot.broker.nodes()] == [0, 1], what="only n2's core in use")
             one = pilot.enqueue(script="echo $PILOTQ_NODELIST")
             pilot.ended(one)
@@ -163,14 +163,14 @@ def test_a_node_that_does_not_confirm_keeps_its_cores_until_it_does(tmp_path: Pa
 
 
 def test_the_pilot_ends_under_tasks_over_several_nodes(tmp_path: Path) -> None:
-    """Workers leave in any order; `live_pilot` looks whether all ended well, and whether anything is left."""
+    """Workers leave in any order; `live_pilot` checks whether all ended well, and whether anything is left."""
     with live_pilot(tmp_path, nodes="n1:2,n2:2") as pilot:
         tasks = [pilot.enqueue(script=f"{AGENT} n2 'trap : TERM; sleep 1000'", request=TWO) for _ in range(2)]
-        wait_until(lambda: all(guests_of(task, "n2") for task in tasks), what="processes on n2")
+        wait_until(lambda: all(processes_on(task, "n2") for task in tasks), what="processes on n2")
 
 
 def test_a_node_that_leaves_costs_the_task_nothing(tmp_path: Path) -> None:
-    """It left with a word: the task begins again, and its crash limit is not charged."""
+    """It has deregistered: the task begins again, and its crash limit is not charged."""
     with live_pilot(tmp_path, nodes="n1:1,n2:1", crash_limit=1) as pilot:
         task = pilot.enqueue(script=f"[ $PILOTQ_EXECUTION = 2 ] || exec sleep 1000; {AGENT} n2 echo again", request=TWO)
         wait_until(pilot.of_tasks, what="the task")

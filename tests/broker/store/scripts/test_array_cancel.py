@@ -18,8 +18,8 @@ HIGH = "default.p9.1c"
 def test_cancel_of_an_array_that_waits(engine: Engine) -> None:
     a, b = engine.submit(array(6, name="six"), task())
     assert engine.cancel(a) == ["canceled"]
-    assert (engine.status(a), engine.registry("canceled"), engine.bits(a, 6)) == ("canceled", [a], "333333")
-    assert engine.final_line(a)["elements"] == {"canceled": "0-5"}
+    assert (engine.status(a), engine.registry("canceled"), engine.outcomes(a, 6)) == ("canceled", [a], "333333")
+    assert engine.final_entry(a)["elements"] == {"canceled": "0-5"}
     assert ids(engine.claim(3)) == [b]
     assert engine.counts() == {"total": 7, "canceled": 6}
 
@@ -27,17 +27,17 @@ def test_cancel_of_an_array_that_waits(engine: Engine) -> None:
 def test_cancel_of_an_array_of_which_some_run(engine: Engine) -> None:
     (a,) = engine.submit(array(7))
     ended, runs, given_back, other = engine.claim(4)
-    engine.end([ended])
-    engine.give_back([given_back])
-    assert engine.cancel(a) == ["told"]
+    engine.complete([ended])
+    engine.return_unstarted([given_back])
+    assert engine.cancel(a) == ["stopping"]
     assert engine.inbox() == [Stop(runs.id, 1, "canceled"), Stop(other.id, 1, "canceled")]
-    engine.release()
-    assert engine.bits(a, 7) == "1030333"
+    engine.release_dependents()
+    assert engine.outcomes(a, 7) == "1030333"
     assert engine.status(a) == "started"
     assert engine.claim(5) == []
-    assert engine.end([runs], "canceled", "canceled") == ["ok"]
-    assert engine.end([other]) == ["ok"]  # it was faster than the word to stop it
-    assert engine.bits(a, 7) == "1331333"
+    assert engine.complete([runs], "canceled", "canceled") == ["ok"]
+    assert engine.complete([other]) == ["ok"]  # it was faster than the word to stop it
+    assert engine.outcomes(a, 7) == "1331333"
     assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("canceled", "canceled")
     assert engine.counts() == {"total": 7, "finished": 2, "canceled": 5}
     assert engine.cancel(a) == ["canceled"]
@@ -45,24 +45,24 @@ def test_cancel_of_an_array_of_which_some_run(engine: Engine) -> None:
 
 
 def test_cancel_of_an_array_passes_elements_on_their_way_back(engine: Engine) -> None:
-    """The workers were told, but what they held had not started and is given back after that."""
+    """The workers had the message, but what they held had not started and is returned after that."""
     (a,) = engine.submit(array(4, retries=3))
     handed = engine.claim(4)
     engine.cancel(a)
-    engine.release()
-    assert engine.give_back(handed[:2]) == 0
-    assert engine.end(handed[2:3], "failed", "exit") == ["ok"]
-    assert engine.lose(handed[3:]) == ["ok"]
-    assert (engine.bits(a, 4), engine.status(a)) == ("3333", "canceled")
+    engine.release_dependents()
+    assert engine.return_unstarted(handed[:2]) == 0
+    assert engine.complete(handed[2:3], "failed", "exit") == ["ok"]
+    assert engine.report_lost(handed[3:]) == ["ok"]
+    assert (engine.outcomes(a, 4), engine.status(a)) == ("3333", "canceled")
     assert engine.nothing_left()
 
 
 def test_given_back_elements_of_a_canceled_array_are_not_handed_out(engine: Engine) -> None:
     (a,) = engine.submit(array(2))
-    engine.give_back(engine.claim(2))
+    engine.return_unstarted(engine.claim(2))
     engine.cancel(a)
-    assert engine.claim(2) == []  # even before release.lua has ended them
-    engine.release()
+    assert engine.claim(2) == []  # even before release_dependents.lua has ended them
+    engine.release_dependents()
     assert (engine.status(a), engine.counts()) == ("canceled", {"total": 2, "canceled": 2})
     assert engine.nothing_left()
 
@@ -70,11 +70,11 @@ def test_given_back_elements_of_a_canceled_array_are_not_handed_out(engine: Engi
 def test_cancel_of_one_element(engine: Engine) -> None:
     (a,) = engine.submit(array(3))
     waits, runs, _ = handed = engine.claim(3)
-    engine.give_back([waits])
-    assert engine.cancel(waits.id, runs.id, f"{a}_9") == ["canceled", "told", "unknown"]
-    engine.end([runs], "failed", "signal")
-    engine.end([handed[2]])
-    assert (engine.bits(a, 3), engine.status(a)) == ("331", "failed")
+    engine.return_unstarted([waits])
+    assert engine.cancel(waits.id, runs.id, f"{a}_9") == ["canceled", "stopping", "unknown"]
+    engine.complete([runs], "failed", "signal")
+    engine.complete([handed[2]])
+    assert (engine.outcomes(a, 3), engine.status(a)) == ("331", "failed")
     engine.claim(5)
     assert engine.counts() == {"total": 3, "finished": 1, "canceled": 2}
     assert engine.nothing_left()
@@ -86,15 +86,15 @@ def test_elements_canceled_one_by_one_are_passed_over(engine: Engine) -> None:
     assert engine.counts() == {"total": 10, "canceled": 3}
     handed = engine.claim(3)
     assert [h.index for h in handed] == [0, 3, 4]
-    engine.end(handed)
+    engine.complete(handed)
     assert engine.cancel(f"{a}_0", f"{a}_5") == ["finished", "canceled"]
     runs = engine.claim(1)
     assert ids(runs) == [f"{a}_6"]
-    assert engine.cancel(a) == ["told"]  # what is left: 7, and 6 runs
-    engine.release()
-    assert engine.bits(a, 9) == "133113033"
-    engine.end(runs, "canceled", "canceled")
-    assert (engine.bits(a, 9), engine.status(a)) == ("133113333", "canceled")
+    assert engine.cancel(a) == ["stopping"]  # what is left: 7, and 6 runs
+    engine.release_dependents()
+    assert engine.outcomes(a, 9) == "133113033"
+    engine.complete(runs, "canceled", "canceled")
+    assert (engine.outcomes(a, 9), engine.status(a)) == ("133113333", "canceled")
     assert engine.counts() == {"total": 10, "finished": 3, "canceled": 6}
     assert ids(engine.claim(5)) == [b]
 
@@ -103,13 +103,13 @@ def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
     """RQ has set the status and taken the record out of its list; the elements follow when our script hears of it."""
     (a,) = engine.submit(array(5))
     runs, back = engine.claim(2)
-    engine.give_back([back])
+    engine.return_unstarted([back])
     engine.link.call("HSET", keys.job(a), "status", "canceled")
     engine.link.call("LREM", keys.queue(ONE), 0, a)
-    assert engine.cancel(a) == ["told"]
-    engine.release()
-    assert engine.bits(a, 5) == "03333"
-    assert engine.end([runs], "canceled", "canceled") == ["ok"]
+    assert engine.cancel(a) == ["stopping"]
+    engine.release_dependents()
+    assert engine.outcomes(a, 5) == "03333"
+    assert engine.complete([runs], "canceled", "canceled") == ["ok"]
     assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("canceled", "canceled")
     assert engine.counts() == {"total": 5, "canceled": 5}
     assert engine.claim(2) == []
@@ -122,14 +122,14 @@ def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
 def test_elements_of_a_deleted_array_make_no_ghost(engine: Engine) -> None:
     (a,) = engine.submit(array(4))
     good, bad, back = engine.claim(3)
-    engine.give_back([back])
+    engine.return_unstarted([back])
     engine.link.call("DEL", keys.job(a))
-    assert engine.end([good]) == ["ok"]
-    assert engine.end([bad], "failed", "exit") == ["ok"]
+    assert engine.complete([good]) == ["ok"]
+    assert engine.complete([bad], "failed", "exit") == ["ok"]
     assert engine.claim(2) == []
-    assert not [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:bits"))]
+    assert not [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:outcomes"))]
     assert engine.counts() == {"total": 4, "finished": 1, "failed": 1, "canceled": 1}
-    assert engine.store.run("settle", engine.store.term, "default") == 1
+    assert engine.store.run("count_vanished", engine.store.term, "default") == 1
     assert engine.nothing_left()
 
 
@@ -137,9 +137,9 @@ def test_a_deleted_element_does_not_hold_up_its_array(engine: Engine) -> None:
     (a,) = engine.submit(array(2))
     handed = engine.claim(2)
     engine.link.call("DEL", keys.job(handed[0].id))
-    assert engine.end(handed) == ["stale", "ok"]
-    assert engine.end(handed) == ["ok", "ok"]
-    assert (engine.bits(a, 2), engine.status(a)) == ("31", "failed")
+    assert engine.complete(handed) == ["stale", "ok"]
+    assert engine.complete(handed) == ["ok", "ok"]
+    assert (engine.outcomes(a, 2), engine.status(a)) == ("31", "failed")
     assert engine.counts() == {"total": 2, "finished": 1, "canceled": 1}
     assert engine.nothing_left()
 
@@ -150,17 +150,17 @@ def test_cancel_of_an_array_that_waits_element_by_element(engine: Engine, ended:
         array(5, name="a"), array(5, name="b", after_each=["a"], priority=9), array(5, after_each=["b"], priority=9)
     )
     parents = engine.claim(5)
-    engine.end(parents[:ended])
-    engine.release()
+    engine.complete(parents[:ended])
+    engine.release_dependents()
     running = engine.claim(1, HIGH)
-    assert engine.cancel(b) == ["told" if running else "canceled"]
+    assert engine.cancel(b) == ["stopping" if running else "canceled"]
     assert f"{b}:0" in engine.registry("wip") and b not in engine.registry("deferred")
-    while engine.store.release(2)[1]:  # in slices
+    while engine.store.release_dependents(2)[1]:  # in slices
         pass
-    assert engine.bits(b, 5) == ("03333" if running else "33333")
-    engine.end(running, "canceled", "canceled")
-    engine.end(parents[ended:])  # too late for b
-    engine.release()
+    assert engine.outcomes(b, 5) == ("03333" if running else "33333")
+    engine.complete(running, "canceled", "canceled")
+    engine.complete(parents[ended:])  # too late for b
+    engine.release_dependents()
     assert engine.statuses(b, c) == ["canceled", "canceled"]
     assert engine.claim(5, HIGH) == []
     assert engine.counts() == {"total": 15, "finished": 5, "canceled": 10}

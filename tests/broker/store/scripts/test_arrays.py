@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pilotq.broker.client.queries import Listing
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.errors import InvalidInput, UnknownTask
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Link
-from pilotq.broker.store.journal_writer import Journal
-from pilotq.broker.store.messages import Handed
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.journal import Journal
+from pilotq.broker.store.messages import Run
 from pilotq.broker.tasks.model import ArrayRange
 from tests.support.engine import ONE, Engine, array, fixtures, ids, task
 
@@ -33,12 +33,12 @@ def test_slices_of_a_stepped_range(engine: Engine) -> None:
     assert [h.index for h in second] == [20, 25, 30]
     assert (engine.status(a), engine.list()) == ("started", [])
     assert engine.registry("wip") == sorted([f"{a}:0", *(f"{h.id}:1" for h in first + second)])
-    assert engine.end(second) == ["ok"] * 3
-    assert (engine.bits(a, 5), engine.status(a)) == ("00111", "started")
-    assert engine.end(first) == ["ok"] * 2
+    assert engine.complete(second) == ["ok"] * 3
+    assert (engine.outcomes(a, 5), engine.status(a)) == ("00111", "started")
+    assert engine.complete(first) == ["ok"] * 2
     assert (engine.status(a), engine.registry("finished")) == ("finished", [a])
     assert engine.counts() == {"total": 5, "finished": 5}
-    assert engine.final_line(a)["elements"] == {"finished": "10-30:5"}
+    assert engine.final_entry(a)["elements"] == {"finished": "10-30:5"}
     assert engine.nothing_left()
 
 
@@ -60,7 +60,7 @@ def test_what_was_popped_behind_an_array_keeps_its_place(engine: Engine) -> None
 def test_elements_given_back_come_first_and_run_as_a_second_execution(engine: Engine) -> None:
     a, b = engine.submit(array(4), task())
     handed = engine.claim(3)
-    assert engine.give_back(handed[1:]) == 2
+    assert engine.return_unstarted(handed[1:]) == 2
     assert engine.list() == [f"{a}_1", f"{a}_2", a, b]
     (head,) = engine.store.heads([ONE])
     assert (head.places[0], head.elements) == (f"{a}_1", 0)
@@ -70,32 +70,32 @@ def test_elements_given_back_come_first_and_run_as_a_second_execution(engine: En
     ]  # fmt: skip
     assert again[0].spec == handed[0].spec
     assert ids(again[2:]) == [f"{a}_3", b]
-    assert engine.end(handed[1:2]) == ["stale"]
-    engine.end([handed[0], *again])
+    assert engine.complete(handed[1:2]) == ["stale"]
+    engine.complete([handed[0], *again])
     assert engine.counts() == {"total": 5, "finished": 5}
     assert engine.nothing_left()
 
 
-@pytest.mark.parametrize("wish", ["free", "lost"])
-def test_elements_that_are_requeued_count_once(engine: Engine, wish: str) -> None:
+@pytest.mark.parametrize("outcome", ["requeue", "lost"])
+def test_elements_that_are_requeued_count_once(engine: Engine, outcome: str) -> None:
     (a,) = engine.submit(array(3))
     handed = engine.claim(3)
-    assert (engine.lose(handed) if wish == "lost" else engine.end(handed, wish)) == ["retry"] * 3
+    assert (engine.report_lost(handed) if outcome == "lost" else engine.complete(handed, outcome)) == ["retry"] * 3
     assert engine.list() == ids(handed)
     engine.run_all()
-    assert (engine.bits(a, 3), engine.counts()) == ("111", {"total": 3, "finished": 3})
+    assert (engine.outcomes(a, 3), engine.counts()) == ("111", {"total": 3, "finished": 3})
     assert engine.nothing_left()
 
 
 def test_retries_count_for_each_element(engine: Engine) -> None:
     (a,) = engine.submit(array(2, retries=1))
     handed = engine.claim(2)
-    assert engine.end(handed, "failed", "exit") == ["retry", "retry"]
+    assert engine.complete(handed, "failed", "exit") == ["retry", "retry"]
     again = engine.claim(2)
     assert [(h.id, h.execution, h.retries) for h in again] == [(f"{a}_0", 2, 0), (f"{a}_1", 2, 0)]
-    assert engine.end(again[:1], "failed", "exit") == ["ok"]
-    assert engine.end(again[1:]) == ["ok"]
-    assert engine.bits(a, 2) == "21"
+    assert engine.complete(again[:1], "failed", "exit") == ["ok"]
+    assert engine.complete(again[1:]) == ["ok"]
+    assert engine.outcomes(a, 2) == "21"
     assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("failed", "elements")
 
 
@@ -105,21 +105,21 @@ def test_retries_count_for_each_element(engine: Engine) -> None:
 def test_a_finished_element_leaves_no_record_a_failed_one_does(engine: Engine) -> None:
     (a,) = engine.submit(array(3))
     good, bad, stopped = engine.claim(3)
-    engine.end([good])
-    engine.end([bad], "failed", "exit", text="dHJhY2U=")
-    engine.end([stopped], "stopped", "stopped")
+    engine.complete([good])
+    engine.complete([bad], "failed", "exit", text="dHJhY2U=")
+    engine.complete([stopped], "stopped", "stopped")
     assert engine.statuses(good.id, bad.id, stopped.id) == [None, "failed", "stopped"]
     assert engine.ttl(keys.job(bad.id)) > 0 and engine.ttl(keys.results(bad.id)) > 0
     assert sorted(engine.registry("failed")) == [a, bad.id, stopped.id]
-    assert (engine.bits(a, 3), engine.status(a)) == ("122", "failed")
+    assert (engine.outcomes(a, 3), engine.status(a)) == ("122", "failed")
     assert engine.counts() == {"total": 3, "finished": 1, "failed": 2}
-    assert engine.final_line(a)["elements"] == {"finished": "0", "failed": "1-2"}
+    assert engine.final_entry(a)["elements"] == {"finished": "0", "failed": "1-2"}
 
 
 def test_records_of_failed_elements_are_kept_up_to_a_bound(engine: Engine) -> None:
     (a,) = engine.submit(array(3))
     engine.link.call("HSET", keys.job(a), "pq_kept", 9999)
-    engine.end(engine.claim(3), "failed", "exit")
+    engine.complete(engine.claim(3), "failed", "exit")
     assert engine.statuses(f"{a}_0", f"{a}_1", f"{a}_2") == ["failed", None, None]
     assert engine.counts() == {"total": 3, "failed": 3}
 
@@ -127,10 +127,10 @@ def test_records_of_failed_elements_are_kept_up_to_a_bound(engine: Engine) -> No
 def test_a_repeated_end_of_an_element_is_known_by_its_bits(engine: Engine) -> None:
     (a,) = engine.submit(array(2))
     handed = engine.claim(2)
-    engine.end(handed)
-    before = engine.dump(without=("rq:worker:", keys.MAIL))
-    assert engine.end(handed) == ["ok", "ok"]
-    assert engine.dump(without=("rq:worker:", keys.MAIL)) == before
+    engine.complete(handed)
+    before = engine.dump(without=("rq:worker:", keys.EVENTS))
+    assert engine.complete(handed) == ["ok", "ok"]
+    assert engine.dump(without=("rq:worker:", keys.EVENTS)) == before
     assert engine.counts() == {"total": 2, "finished": 2}
     assert engine.hash(a)["pq_left"] == "0"
 
@@ -140,7 +140,11 @@ def test_every_key_of_an_ended_array_has_a_ttl(engine: Engine) -> None:
     engine.submit(task(values=["x", "y", "z"], after_each=[a]))
     engine.run_all()
     engine.run_all()
-    left = [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:bits", "pilotq:values", "pilotq:each"))]
+    left = [
+        k
+        for k in engine.all_keys()
+        if k.startswith(("rq:job:", "pilotq:outcomes", "pilotq:values", "pilotq:elementwise"))
+    ]
     assert left and [k for k in left if engine.ttl(k) < 0] == []
     assert not [k for k in left if k.endswith(":seen")]
     assert engine.nothing_left()
@@ -150,23 +154,23 @@ def test_a_hundred_thousand_elements_in_a_few_calls(engine: Engine) -> None:
     (a,) = engine.submit(array(100_000))
     for _ in range(2):
         handed = engine.claim(9_000)
-        engine.end(handed)
+        engine.complete(handed)
     assert len(handed) == 9_000
     assert engine.hash(a)["pq_left"] == "82000"
     assert engine.cancel(a) == ["canceled"]
-    engine.release()
+    engine.release_dependents()
     assert engine.counts() == {"total": 100_000, "finished": 18_000, "canceled": 82_000}
-    assert engine.final_line(a)["elements"] == {"finished": "0-17999", "canceled": "18000-99999"}
+    assert engine.final_entry(a)["elements"] == {"finished": "0-17999", "canceled": "18000-99999"}
     assert engine.claim() == []
     assert engine.nothing_left()
 
 
 def test_listing_tells_what_became_of_elements(engine: Engine) -> None:
     (a,) = engine.submit(array(5))
-    engine.end(engine.claim(1))
-    engine.end(engine.claim(1), "failed", "exit")
+    engine.complete(engine.claim(1))
+    engine.complete(engine.claim(1), "failed", "exit")
     engine.claim(1)
-    listing = Listing(Link(engine.running.address), None)
+    listing = TaskQueries(Connection(engine.running.address), None)
     view = listing.task(a)
     assert view is not None
     assert view.elements == {"finished": "0", "failed": "1", "started": "2", "waiting": "3-4"}
@@ -180,13 +184,13 @@ def test_listing_tells_what_became_of_elements(engine: Engine) -> None:
 
 def test_after_a_whole_array(engine: Engine) -> None:
     a, b, c = engine.submit(array(3, name="a"), task(after=["a"]), array(2, after=["a"]))
-    engine.end(engine.claim(2))
-    engine.release()
+    engine.complete(engine.claim(2))
+    engine.release_dependents()
     assert engine.statuses(b, c) == ["deferred", "deferred"]
     assert engine.claim(5)[0].index == 2 and engine.list() == []
-    engine.lose([Handed(f"{a}_2", 1, 1, "", ONE, "", 0, 0, "", a, 2, 2, 0, "", b"")])  # type: ignore[arg-type]
-    engine.end(engine.claim())
-    engine.release()
+    engine.report_lost([Run(f"{a}_2", 1, 1, "", ONE, "", 0, 0, "", a, 2, 2, 0, "", b"")])  # type: ignore[arg-type]
+    engine.complete(engine.claim())
+    engine.release_dependents()
     assert engine.list() == [b, c]
 
 
@@ -195,13 +199,13 @@ def test_an_array_that_failed_omits_what_waits_transitively(engine: Engine) -> N
         array(2, name="a"), array(3, name="b", after=["a"]), task(name="c", after=["b"]),
         array(3, name="d", after_each=["b"]), task(after=["b:1"]),
     )  # fmt: skip
-    engine.end(engine.claim(2), "failed", "exit")
-    engine.release()
+    engine.complete(engine.claim(2), "failed", "exit")
+    engine.release_dependents()
     assert engine.statuses(b, c, d, e) == ["canceled"] * 4
     assert {engine.hash(i)["pq_reason"] for i in (b, c, d, e)} == {"dependency"}
-    assert (engine.bits(b, 3), engine.bits(d, 3)) == ("333", "333")
+    assert (engine.outcomes(b, 3), engine.outcomes(d, 3)) == ("333", "333")
     assert engine.counts() == {"total": 10, "failed": 2, "canceled": 8}
-    assert engine.final_line(d)["elements"] == {"canceled": "0-2"}
+    assert engine.final_entry(d)["elements"] == {"canceled": "0-2"}
     assert a in engine.registry("failed")
     assert sorted(engine.registry("canceled")) == sorted([b, c, d, e])
     assert engine.nothing_left()
@@ -212,14 +216,14 @@ def test_after_one_element(engine: Engine) -> None:
         task(array=ArrayRange(10, 20, 5), name="a"), task(after=["a:15"]), task(after=["a:10", "a:20"]), task(name="d")
     )
     first, second, third, _ = engine.claim(4)
-    engine.end([second])
-    engine.release()
+    engine.complete([second])
+    engine.release_dependents()
     assert engine.list() == [b]
-    engine.end([first])
-    engine.release()
+    engine.complete([first])
+    engine.release_dependents()
     assert engine.status(c) == "deferred"
-    engine.end([third], "failed", "exit")
-    engine.release()
+    engine.complete([third], "failed", "exit")
+    engine.release_dependents()
     assert engine.status(c) == "canceled"
     # By id, of elements that have ended: finished, failed; and of what does not exist.
     e, f = engine.submit(task(after=[f"{a}_15"]), task(after=[f"{a}_20", d]))
@@ -231,11 +235,11 @@ def test_after_one_element(engine: Engine) -> None:
 
 def test_canceled_elements_omit_what_waits_for_them(engine: Engine) -> None:
     a, b, c = engine.submit(array(4, name="a"), task(after=["a:3"]), array(4, after_each=["a"]))
-    engine.end(engine.claim(1))
+    engine.complete(engine.claim(1))
     engine.cancel(a)
-    engine.release()
+    engine.release_dependents()
     assert engine.status(b) == "canceled"
-    assert engine.bits(c, 4) == "0333"
+    assert engine.outcomes(c, 4) == "0333"
     assert engine.list() == [a, f"{c}_0"]
     assert engine.run_all() == [f"{c}_0"]
     assert (engine.status(c), engine.counts()) == ("failed", {"total": 9, "finished": 2, "canceled": 7})
@@ -246,18 +250,18 @@ def test_after_each(engine: Engine) -> None:
     _, b = engine.submit(array(3, name="a"), array(3, name="b", after_each=["a"], retries=1, priority=9))
     one, two, three = engine.claim(3)
     assert (engine.status(b), engine.registry("deferred")) == ("deferred", [b])
-    engine.end([two])
-    engine.release()
+    engine.complete([two])
+    engine.release_dependents()
     assert (engine.status(b), engine.list(HIGH), engine.registry("deferred")) == ("started", [f"{b}_1"], [])
     assert f"{b}:0" in engine.registry("wip")
     (handed,) = engine.claim(5, HIGH)
     assert (handed.index, handed.position, handed.retries, handed.array, handed.execution) == (1, 1, 1, b, 1)
-    assert engine.end([handed], "failed", "exit") == ["retry"]
-    engine.end([one], "failed", "exit")
-    engine.end([three])
-    engine.release()
+    assert engine.complete([handed], "failed", "exit") == ["retry"]
+    engine.complete([one], "failed", "exit")
+    engine.complete([three])
+    engine.release_dependents()
     assert engine.run_all(HIGH) == [f"{b}_1", f"{b}_2"]
-    assert (engine.bits(b, 3), engine.status(b)) == ("311", "failed")
+    assert (engine.outcomes(b, 3), engine.status(b)) == ("311", "failed")
     assert engine.counts() == {"total": 6, "finished": 4, "failed": 1, "canceled": 1}
     assert engine.nothing_left()
 
@@ -267,51 +271,51 @@ def test_after_each_of_several_arrays_counts_every_one_once(engine: Engine) -> N
         array(2, name="a"), array(2, name="b"), array(2, name="c", after_each=["a", "b"], priority=9)
     )
     first = engine.claim(2)
-    engine.end(first)
-    engine.release()
+    engine.complete(first)
+    engine.release_dependents()
     engine.link.call("RPUSH", keys.RELEASE, f"e:{a}:0:1", f"e:{a}:1:1")  # seen again: it is one parent still
-    engine.release()
+    engine.release_dependents()
     assert engine.list(HIGH) == []
     second = engine.claim(2)
     assert {h.array for h in second} == {b}
-    engine.end(second[:1])
-    engine.release()
+    engine.complete(second[:1])
+    engine.release_dependents()
     assert engine.list(HIGH) == [f"{c}_0"]
     engine.link.call("RPUSH", keys.RELEASE, f"e:{a}:0:1", f"e:{b}:0:1")
-    engine.release()
+    engine.release_dependents()
     assert engine.list(HIGH) == [f"{c}_0"]
-    engine.end(second[1:], "failed", "exit")
-    engine.release()
-    assert keys.each(c) + ":seen" in engine.all_keys()
-    assert engine.link.call("HKEYS", keys.each(c) + ":seen") == [b"w1"]
+    engine.complete(second[1:], "failed", "exit")
+    engine.release_dependents()
+    assert keys.elementwise(c) + ":seen" in engine.all_keys()
+    assert engine.link.call("HKEYS", keys.elementwise(c) + ":seen") == [b"w1"]
     assert engine.run_all(HIGH) == [f"{c}_0"]
-    assert engine.bits(c, 2) == "13"
+    assert engine.outcomes(c, 2) == "13"
     assert engine.nothing_left()
 
 
 def test_after_each_of_what_ended_before_the_submit(engine: Engine) -> None:
     (a,) = engine.submit(array(4))
     handed = engine.claim(3)
-    engine.end(handed[:1])
-    engine.end(handed[1:2], "failed", "exit")
+    engine.complete(handed[:1])
+    engine.complete(handed[1:2], "failed", "exit")
     (b,) = engine.submit(array(4, after_each=[a], priority=9))
-    engine.release()
+    engine.release_dependents()
     assert engine.list(HIGH) == [f"{b}_0"]
-    assert engine.bits(b, 4) == "0300"
-    engine.end([*handed[2:], *engine.claim(1)])
+    assert engine.outcomes(b, 4) == "0300"
+    engine.complete([*handed[2:], *engine.claim(1)])
     assert engine.status(a) == "failed"
     (c,) = engine.submit(array(4, after_each=[a, b], priority=8))
-    engine.release()
+    engine.release_dependents()
     assert engine.run_all(HIGH) == [f"{b}_0", f"{b}_2", f"{b}_3"]
     assert engine.run_all("default.p8.1c") == [f"{c}_0", f"{c}_2", f"{c}_3"]
-    assert (engine.bits(c, 4), engine.status(c)) == ("1311", "failed")
+    assert (engine.outcomes(c, 4), engine.status(c)) == ("1311", "failed")
     assert engine.nothing_left()
 
 
 def test_after_each_of_all_failed_was_never_run(engine: Engine) -> None:
     _, b = engine.submit(array(2, name="a"), array(2, after_each=["a"]))
-    engine.end(engine.claim(2), "failed", "exit")
-    engine.release()
+    engine.complete(engine.claim(2), "failed", "exit")
+    engine.release_dependents()
     assert (engine.status(b), engine.hash(b)["pq_reason"]) == ("canceled", "dependency")
     assert engine.nothing_left()
 
@@ -342,8 +346,8 @@ def test_the_journal_file_tells_of_elements(engine: Engine, tmp_path: object) ->
     from pilotq.broker.store.journal_writer import JournalWriter
 
     (a,) = engine.submit(task(array=ArrayRange(5, 9, 2), name="odd"))
-    engine.end(engine.claim(2))
-    engine.end(engine.claim(1), "failed", "exit")
+    engine.complete(engine.claim(2))
+    engine.complete(engine.claim(1), "failed", "exit")
     path = f"{tmp_path}/journal.jsonl"
     writer = JournalWriter(path, fsync_s=0.0)
     assert writer.drain(engine.link, 0.0)

@@ -11,8 +11,10 @@ from pilotq.broker.client.submit import check, submit
 from pilotq.broker.errors import InvalidInput, NeverFits, PilotFailed, ServerRefused, UnknownTask
 from pilotq.broker.store import keys
 from pilotq.broker.store.store import Store
-from pilotq.broker.tasks.model import CLASS_LIMIT, Request, Shared, Spec, Task
-from tests.support.engine import EPOCH, ONE, SHARED, Engine, array, fixtures, task, wide
+from pilotq.broker.tasks.model import CLASS_LIMIT, Request, Task
+from pilotq.broker.tasks.spec import Spec
+from pilotq.broker.tasks.submit_context import SubmitContext
+from tests.support.engine import ONE, QUEUE_ID, SHARED, Engine, array, fixtures, task, wide
 
 engine, server, node = fixtures
 
@@ -26,7 +28,7 @@ class Meddler(Store):
     """Does something between the staging of a submit and its commit."""
 
     def __init__(self, engine: Engine, *commands: tuple[str, ...]) -> None:
-        super().__init__(engine.link, EPOCH, engine.settings)
+        super().__init__(engine.link, QUEUE_ID, engine.settings)
         self.commands = commands
         self.seen: dict[str, Any] = {}
         self.engine = engine
@@ -51,7 +53,7 @@ def test_what_is_staged_is_invisible_and_mortal(engine: Engine) -> None:
     assert [engine.ttl(keys.job(i)) for i in ids] == [-1] * 5
     assert engine.ttl(keys.values(ids[2])) == -1
     assert engine.counts() == {"total": 1 + 1 + 1 + 1 + 3 + 3}
-    assert engine.link.call("LRANGE", keys.BELL, 0, -1) == [b"1"]
+    assert engine.link.call("LRANGE", keys.WAKEUP, 0, -1) == [b"1"]
 
 
 @pytest.mark.parametrize("lost", ["job", "values"])
@@ -86,11 +88,11 @@ def test_an_oom_server_refuses_a_submit_and_takes_ends(engine: Engine) -> None:
         with pytest.raises(ServerRefused, match="OOM"):
             engine.store.commit("key", 1, 0, 0, {"groups": []})
         assert visible(engine) == before
-        assert engine.end(handed[:4]) == ["ok"] * 4
-        assert engine.give_back(handed[4:]) == 1
+        assert engine.complete(handed[:4]) == ["ok"] * 4
+        assert engine.return_unstarted(handed[4:]) == 1
         assert len(engine.claim(5)) == 2
-        assert engine.cancel(handed[4].id) == ["told"]
-        engine.release()
+        assert engine.cancel(handed[4].id) == ["stopping"]
+        engine.release_dependents()
     finally:
         engine.admin.call("CONFIG", "SET", "maxmemory", "0")
     assert engine.counts() == {"total": 7, "finished": 4}
@@ -129,13 +131,13 @@ def test_counts_of_a_submission(engine: Engine) -> None:
     ids = engine.submit(task(), task(), task(name="c"), task(after=["c"]), task(), key="k")
     a, b, c, e = engine.claim(4)
     assert [h.id for h in (a, b, c, e)] == [*ids[:3], ids[4]]
-    engine.end([a])
-    engine.end([b], "stopped", "stopped")
-    engine.end([c], "failed", "exit")
-    engine.release()
+    engine.complete([a])
+    engine.complete([b], "stopped", "stopped")
+    engine.complete([c], "failed", "exit")
+    engine.release_dependents()
     assert engine.counts(keys.submission("k")) == {"total": 5, "finished": 1, "failed": 2, "canceled": 1}
     assert engine.ttl(keys.submission("k")) == -1
-    engine.end([e])
+    engine.complete([e])
     assert engine.ttl(keys.submission("k")) > 0
 
 
@@ -166,7 +168,7 @@ def test_a_hundred_thousand_ids_in_one_commit(engine: Engine) -> None:
     for first in range(0, 100_000, 10_000):
         engine.link.pipeline([("HSET", keys.job(i), "status", "queued") for i in ids[first : first + 10_000]])
     engine.link.call("SET", keys.shared("x"), "x")
-    work = {"groups": [(ONE, "{}", ids)], "waits": [], "each": [], "extra": [], "shared": "x"}
+    work = {"groups": [(ONE, "{}", ids)], "waits": [], "elementwise": [], "extra": [], "shared": "x"}
     assert engine.store.commit("k", 1, 100_000, 100_000, work) == [b"ok"]
     assert engine.link.call("LLEN", keys.queue(ONE)) == 100_000
     assert engine.list()[:2] == ["x0", "x1"] and engine.list()[-1] == "x99999"
@@ -177,15 +179,15 @@ def test_what_tasks_share_is_stored_once_and_goes_after_the_last(engine: Engine)
     engine.submit(task(), task())
     engine.submit(task())
     assert [k for k in engine.all_keys() if k.startswith(keys.shared(""))] == [name]
-    assert msgspec.msgpack.decode(engine.link.call("GET", name), type=Shared) == SHARED
+    assert msgspec.msgpack.decode(engine.link.call("GET", name), type=SubmitContext) == SHARED
     first, *rest = engine.claim(5)
     assert first.shared == SHARED.key()
     assert msgspec.msgpack.decode(first.spec, type=Spec).argv == [b"true"]
-    engine.end(rest)
+    engine.complete(rest)
     assert engine.ttl(name) == -1
-    engine.end([first])
+    engine.complete([first])
     assert 0 < engine.ttl(name) <= engine.settings.failed_ttl_s
-    assert keys.SHARES not in engine.all_keys()
+    assert keys.SHARED_REFS not in engine.all_keys()
     engine.submit(task())  # it is used again
     assert engine.ttl(name) == -1
 
@@ -196,9 +198,9 @@ def test_what_tasks_share_is_stored_once_and_goes_after_the_last(engine: Engine)
 def test_dependents_of_what_has_ended(engine: Engine) -> None:
     good, bad, stopped, canceled, waits = engine.submit(task(), task(), task(), task(), task())
     a, b, c = engine.claim(3)
-    engine.end([a])
-    engine.end([b], "failed", "exit")
-    engine.end([c], "stopped", "stopped")
+    engine.complete([a])
+    engine.complete([b], "failed", "exit")
+    engine.complete([c], "stopped", "stopped")
     engine.cancel(canceled)
     ids = engine.submit(
         task(after=[good]), task(after=[bad]), task(after=[good, stopped]), task(after=[canceled, waits]),
@@ -218,9 +220,9 @@ def test_names_may_point_forward(engine: Engine) -> None:
 
 def test_an_omitted_chain_in_one_submit_in_any_order(engine: Engine) -> None:
     (bad,) = engine.submit(task())
-    engine.end(engine.claim(), "failed", "exit")
+    engine.complete(engine.claim(), "failed", "exit")
     ids = engine.submit(task(name="x", after=["y"]), task(name="y", after=["z"]), task(name="z", after=[bad]))
-    engine.release()
+    engine.release_dependents()
     assert engine.statuses(*ids) == ["canceled"] * 3
     assert engine.registry("deferred") == []
     assert engine.counts() == {"total": 4, "failed": 1, "canceled": 3}
@@ -228,35 +230,35 @@ def test_an_omitted_chain_in_one_submit_in_any_order(engine: Engine) -> None:
 
 def test_an_omitted_array_in_one_submit_with_what_waits_for_its_elements(engine: Engine) -> None:
     (bad,) = engine.submit(task())
-    engine.end(engine.claim(), "failed", "exit")
+    engine.complete(engine.claim(), "failed", "exit")
     ids = engine.submit(
         task(after=["a:1"]), array(2, name="a", after=[bad]), task(after=["a:1"]), array(2, after_each=["a"]),
     )  # fmt: skip
-    engine.release()
+    engine.release_dependents()
     assert engine.statuses(*ids) == ["canceled"] * 4
     assert engine.counts() == {"total": 7, "failed": 1, "canceled": 6}
     assert engine.nothing_left()
 
 
 def test_more_dependents_than_one_call_handles(engine: Engine) -> None:
-    (parent, *kids) = engine.submit(task(name="p"), *[task(after=["p"]) for _ in range(450)])
-    engine.end(engine.claim())
-    engine.link.call("DEL", keys.BELL)
-    handled, left = engine.store.release(200)
+    (parent, *dependents) = engine.submit(task(name="p"), *[task(after=["p"]) for _ in range(450)])
+    engine.complete(engine.claim())
+    engine.link.call("DEL", keys.WAKEUP)
+    handled, left = engine.store.release_dependents(200)
     assert (handled, left) == (201, 1)
-    assert engine.list() == kids[:200]
-    assert engine.link.call("LLEN", keys.BELL) == 1  # so that the dispatcher goes on at once
-    assert engine.release() == 2
-    assert engine.list() == kids
-    assert keys.kids(parent) not in engine.all_keys()
+    assert engine.list() == dependents[:200]
+    assert engine.link.call("LLEN", keys.WAKEUP) == 1  # so that the dispatcher goes on at once
+    assert engine.release_dependents() == 2
+    assert engine.list() == dependents
+    assert keys.dependents(parent) not in engine.all_keys()
 
 
 def test_a_parent_whose_record_is_gone_when_its_dependents_are_released(engine: Engine) -> None:
     """The short memory may have been trimmed meanwhile."""
     parent, kid = engine.submit(task(name="p"), task(after=["p"]))
-    engine.end(engine.claim())
+    engine.complete(engine.claim())
     engine.link.call("DEL", keys.job(parent))
-    engine.release()
+    engine.release_dependents()
     assert engine.status(kid) == "queued"
 
 
@@ -264,11 +266,11 @@ def test_many_parents(engine: Engine) -> None:
     names = [f"p{n}" for n in range(300)]
     *_, kid = engine.submit(*[task(name=n) for n in names], task(after=names))
     handed = engine.claim(300)
-    engine.end(handed[:299])
-    engine.release()
+    engine.complete(handed[:299])
+    engine.release_dependents()
     assert engine.status(kid) == "deferred"
-    engine.end(handed[299:])
-    engine.release()
+    engine.complete(handed[299:])
+    engine.release_dependents()
     assert engine.status(kid) == "queued"
 
 
@@ -293,10 +295,10 @@ def test_a_long_chain_is_no_cycle() -> None:
 @pytest.mark.parametrize(
     ("tasks", "why"),
     [
-        ([task(name="a"), task(name="a")], "'a' is given twice"),
-        ([task(after=["no such name"])], "there is no task 'no such name'"),
-        ([task(name="a"), array(2, after_each=["a"])], "must be an array of 2 elements"),
-        ([array(3, name="a"), array(2, after_each=["a"])], "must be an array of 2 elements"),
+        ([task(name="a"), task(name="a")], "'a' is the name of task 2 already"),
+        ([task(after=["no such name"])], "'no such name' is neither the name of a task here nor an id"),
+        ([task(name="a"), array(2, after_each=["a"])], "is not an array of 2 elements"),
+        ([array(3, name="a"), array(2, after_each=["a"])], "is not an array of 2 elements"),
         ([array(2, name="a"), array(2, after=["a"], after_each=["a"])], "not both"),
         ([Task()], "exactly one of command, script and function"),
     ],
@@ -332,14 +334,14 @@ def test_kinds_that_nothing_needs_make_room(engine: Engine) -> None:
     names = [f"default.p{n}.1c" for n in range(10)]
     engine.submit(*[task(priority=n) for n in range(10)])
     for name in names:
-        engine.end(engine.claim(1, name))
+        engine.complete(engine.claim(1, name))
     running = engine.claim(1, "default.p1000.1c")
     assert (
-        engine.store.run("tidy", engine.store.term, 9, *names, "default.p1000.1c") == 0
+        engine.store.run("drop_idle_classes", engine.store.term, 9, *names, "default.p1000.1c") == 0
     )  # something may still need them
     assert keys.queue(names[0]) not in {m.decode() for m in engine.link.call("SMEMBERS", keys.QUEUES)}
-    engine.give_back(running)
-    assert engine.store.run("tidy", engine.store.term, 9, *names, "default.p1000.1c") == 10
+    engine.return_unstarted(running)
+    assert engine.store.run("drop_idle_classes", engine.store.term, 9, *names, "default.p1000.1c") == 10
     assert [n.decode() for n in engine.link.call("HKEYS", keys.CLASSES)] == ["default.p1000.1c"]
     assert engine.list("default.p1000.1c") == [waits]
     (again,) = engine.submit(task(priority=3))

@@ -1,4 +1,4 @@
-"""What holds for every script: terms and epochs are respected, and headers say what is true."""
+"""What holds for every script: terms and queue ids are respected, and headers say what is true."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import pytest
 
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.store.connection import ReplyError
-from pilotq.broker.store.store import Slot, Store
+from pilotq.broker.store.store import ClaimTarget, Store
 from pilotq.broker.tasks.states import EVENT_SCRIPTS, STATUSES, TABLE
-from tests.support.engine import EPOCH, NODE, ONE, Engine, fixtures, task
+from tests.support.engine import NODE, ONE, QUEUE_ID, Engine, fixtures, task
 
 engine, server, node = fixtures
 LIBRARIES = {"lib", "lib_rq"}
 NO_TRANSITION = {
-    "beat",
+    "cancel_orphans",
+    "count_vanished",
+    "deregister",
+    "drop_idle_classes",
+    "guarded_write",
     "heads",
-    "inbound",
-    "launched",
-    "orphans",
-    "leave",
+    "heartbeat",
+    "read_rq",
     "register",
-    "settle",
-    "tell",
-    "tidy",
+    "report_started",
+    "send",
     "trim",
-    "write",
 }
 SCRIPTS = {
     f.name.removesuffix(".lua"): f.read_text()
@@ -37,27 +37,27 @@ SCRIPTS = {
 }
 
 
-# -- other terms and epochs -------------------------------------------------------------------------------------------
+# -- other terms and queues -------------------------------------------------------------------------------------------
 
 TERMED: dict[str, Callable[[Store], object]] = {
     "heads": lambda s: s.heads([ONE]),
-    "claim": lambda s: s.claim([(ONE, [Slot(NODE, 1, "n1[0]")])]),
-    "release": lambda s: s.release(10),
-    "tidy": lambda s: s.run("tidy", s.term, 9, ONE),
+    "claim": lambda s: s.claim([(ONE, [ClaimTarget(NODE, 1, "n1[0]")])]),
+    "release_dependents": lambda s: s.release_dependents(10),
+    "drop_idle_classes": lambda s: s.run("drop_idle_classes", s.term, 9, ONE),
     "trim": lambda s: s.run("trim", s.term, "finished", "default", "1"),
-    "inbound": lambda s: s.run("inbound", s.term, 10, 1, "default"),
-    "route": lambda s: s.run("route", s.term, 1, "x", 1, "k", 0, "default", "1", 1, 0, 0, "", ""),
-    "due": lambda s: s.run("due", s.term, 1, "x", 10, 1, "default"),
-    "limits": lambda s: s.run("limits", s.term, 1, "x"),
-    "orphans": lambda s: s.run("orphans", s.term, "1"),
-    "settle": lambda s: s.run("settle", s.term, "default"),
+    "read_rq": lambda s: s.run("read_rq", s.term, 10, 1, "default"),
+    "route_rq": lambda s: s.run("route_rq", s.term, 1, "x", 1, "k", 0, "default", "1", 1, 0, 0, "", ""),
+    "enqueue_due": lambda s: s.run("enqueue_due", s.term, 1, "x", 10, 1, "default"),
+    "free_rate_slots": lambda s: s.run("free_rate_slots", s.term, 1, "x"),
+    "cancel_orphans": lambda s: s.run("cancel_orphans", s.term, "1"),
+    "count_vanished": lambda s: s.run("count_vanished", s.term, "default"),
 }
 
 
 @pytest.mark.parametrize("name", TERMED)
 def test_an_older_term_may_nothing(engine: Engine, name: str) -> None:
     engine.submit(task())
-    old = Store(engine.link, EPOCH, engine.settings, term=engine.store.term)
+    old = Store(engine.link, QUEUE_ID, engine.settings, term=engine.store.term)
     engine.store.take_term()
     before = engine.dump()
     with pytest.raises(Superseded):
@@ -66,7 +66,7 @@ def test_an_older_term_may_nothing(engine: Engine, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(SCRIPTS) - LIBRARIES))
-def test_another_epoch_stops_every_script(engine: Engine, name: str) -> None:
+def test_another_queue_stops_every_script(engine: Engine, name: str) -> None:
     engine.submit(task())
     before = engine.dump()
     with pytest.raises(StateLost):
@@ -93,7 +93,7 @@ def test_headers_name_events_arguments_and_answers(name: str) -> None:
     if name in LIBRARIES:
         return
     assert text.startswith(f"{name}: ")
-    assert "ARGV: 1 epoch" in text
+    assert "ARGV: 1 queue id" in text
     arguments, answers = text.partition("ARGV:")[2].split("Returns", 1)
     used = {int(n) for n in re.findall(r"ARGV\[(\d+)\]", code)}
     assert used <= {int(n) for n in re.findall(r"\b(\d+)(?:\.\.\.)? \w", arguments)} | {1, 2}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from pilotq.broker.store import keys
-from pilotq.broker.store.requeue import retry
+from pilotq.broker.store.requeue import requeue
 from tests.support.engine import ONE, Engine, array, fixtures, ids, task, wide
 
 engine, server, node = fixtures
 
 
 def again(engine: Engine, *wanted: str) -> dict[str, str]:
-    return retry(engine.store, wanted)
+    return requeue(engine.store, wanted)
 
 
 def fail(engine: Engine, count: int = 1, class_name: str = ONE) -> list[str]:
     handed = engine.claim(count, class_name)
-    engine.end(handed, "failed", "exit", text="what RQ shows")
-    engine.release()
+    engine.complete(handed, "failed", "exit", text="what RQ shows")
+    engine.release_dependents()
     return ids(handed)
 
 
@@ -27,45 +27,45 @@ def test_a_failed_task_is_as_before_but_for_its_number(engine: Engine) -> None:
     before = engine.hash(a)
     fail(engine)
     assert engine.counts("pilotq:submit:s") == {"total": 1, "failed": 1}
-    assert engine.link.call("EXISTS", keys.SHARES) == 0
+    assert engine.link.call("EXISTS", keys.SHARED_REFS) == 0
     assert again(engine, a) == {a: "queued"}
     record = engine.hash(a)
-    assert {k: record[k] for k in before if k not in ("pq_at", "enqueued_at", "pq_exec")} == {
-        k: v for k, v in before.items() if k not in ("pq_at", "enqueued_at", "pq_exec")
+    assert {k: record[k] for k in before if k not in ("pq_queued_at", "enqueued_at", "pq_exec")} == {
+        k: v for k, v in before.items() if k not in ("pq_queued_at", "enqueued_at", "pq_exec")
     }
     assert set(record) == set(before)
     assert (engine.ttl(keys.job(a)), engine.registry("failed"), engine.list()) == (-1, [], [a])
     assert engine.counts() == {"total": 1} == engine.counts("pilotq:submit:s")
     assert [engine.ttl(k) for k in engine.all_keys() if k.startswith(("pilotq:shared:", "pilotq:submit:"))] == [-1, -1]
-    assert [(line["status"], line["final"]) for line in engine.journal()] == [("failed", True), ("queued", False)]
+    assert [(entry["status"], entry["final"]) for entry in engine.journal()] == [("failed", True), ("queued", False)]
     (handed,) = engine.claim()
     assert (handed.id, handed.execution, handed.name) == (a, 2, "a")
-    assert engine.end([handed]) == ["ok"]
+    assert engine.complete([handed]) == ["ok"]
     assert engine.nothing_left() and engine.counts() == {"total": 1, "finished": 1}
 
 
 def test_a_late_report_of_an_earlier_execution_counts_for_nothing(engine: Engine) -> None:
     (a,) = engine.submit(task())
     (first,) = engine.claim()
-    engine.end([first], "failed", "exit")
+    engine.complete([first], "failed", "exit")
     again(engine, a)
-    assert engine.end([first], "finished") == ["retry"]
+    assert engine.complete([first], "finished") == ["retry"]
     (second,) = engine.claim()
-    assert engine.end([first], "finished") == ["stale"]
+    assert engine.complete([first], "finished") == ["stale"]
     assert engine.status(a) == "started" and second.execution == 2
 
 
 def test_what_has_nothing_to_run_again(engine: Engine) -> None:
     done, runs, waits = engine.submit(*[task()] * 3)
     first, second = engine.claim(2)
-    engine.end([first])
+    engine.complete([first])
     assert again(engine, done, runs, waits, "nobody", f"{done}_3") == {
         done: "finished", runs: "started", waits: "queued", "nobody": "unknown", f"{done}_3": "unknown",
     }  # fmt: skip
     engine.link.call("HSET", keys.job(runs), "status", "canceled")  # by RQ's button
     assert again(engine, runs) == {runs: "ending"}
     engine.cancel(runs)
-    engine.end([second])
+    engine.complete([second])
     assert again(engine, runs) == {runs: "queued"}
 
 
@@ -85,11 +85,11 @@ def test_canceled_while_it_waited_it_waits_for_each_parent_once(engine: Engine) 
     engine.cancel(c)
     assert again(engine, c) == {c: "deferred"}
     first, second = engine.claim(2)
-    engine.end([first])
-    engine.release()
+    engine.complete([first])
+    engine.release_dependents()
     assert engine.status(c) == "deferred"
-    engine.end([second])
-    engine.release()
+    engine.complete([second])
+    engine.release_dependents()
     assert engine.status(c) == "queued"
     engine.run_all()
     assert engine.nothing_left()
@@ -100,8 +100,8 @@ def test_a_forgotten_class_is_known_again(engine: Engine) -> None:
     three = "default.p0.3c"
     fail(engine, class_name=three)
     record = engine.link.call("HGET", keys.CLASSES, three)
-    assert engine.store.run("tidy", engine.store.term, 100, three) == 1
-    assert engine.link.call("HGET", keys.CLASSES, three) is None and 0 < engine.ttl(keys.RETIRED) <= 100
+    assert engine.store.run("drop_idle_classes", engine.store.term, 100, three) == 1
+    assert engine.link.call("HGET", keys.CLASSES, three) is None and 0 < engine.ttl(keys.IDLE_CLASSES) <= 100
     assert again(engine, a) == {a: "queued"}
     assert engine.link.call("HGET", keys.CLASSES, three) == record
     engine.run_all(three)
@@ -114,9 +114,9 @@ def test_what_cannot_run_again_says_so_and_changes_nothing(engine: Engine, lost:
     fail(engine)
     (shared,) = (k for k in engine.all_keys() if k.startswith("pilotq:shared:"))
     engine.link.call("DEL", {"class": keys.CLASSES, "shared": shared, "submission": keys.submission("s")}[lost])
-    before = engine.dump(without=(keys.BELL,))
+    before = engine.dump(without=(keys.WAKEUP,))
     assert again(engine, a) == {a: "gone"}
-    assert engine.dump(without=(keys.BELL,)) == before
+    assert engine.dump(without=(keys.WAKEUP,)) == before
 
 
 def test_what_rq_has_requeued_is_taken_over(engine: Engine) -> None:
@@ -139,21 +139,21 @@ def test_what_rq_has_requeued_is_taken_over(engine: Engine) -> None:
 
 def test_of_an_array_that_has_ended_only_what_did_not_finish(engine: Engine) -> None:
     (a,) = engine.submit(array(11, retries=1, name="many"), key="s")
-    for count, wish in ((5, "finished"), (1, "stopped"), (3, "finished")):
-        engine.end(engine.claim(count), wish)
+    for count, outcome in ((5, "finished"), (1, "stopped"), (3, "finished")):
+        engine.complete(engine.claim(count), outcome)
     engine.cancel(a)
-    assert (engine.bits(a, 11), engine.status(a)) == ("11111211133", "canceled")
+    assert (engine.outcomes(a, 11), engine.status(a)) == ("11111211133", "canceled")
     assert again(engine, a) == {a: "queued"}
     # What was canceled in its list stands there still: the second entry is dropped when its turn comes.
-    assert (engine.bits(a, 11), engine.list(), engine.registry("failed")) == ("11111011100", [a, a], [])
+    assert (engine.outcomes(a, 11), engine.list(), engine.registry("failed")) == ("11111011100", [a, a], [])
     assert engine.counts() == {"total": 11, "finished": 8} == engine.counts(keys.submission("s"))
     handed = engine.claim(2)
     assert [(h.id, h.execution, h.retries) for h in handed] == [(f"{a}_5", 2, 1), (f"{a}_9", 2, 1)]
-    engine.end(handed)
+    engine.complete(handed)
     assert engine.run_all() == [f"{a}_10"]
     assert (engine.status(a), engine.hash(a)["pq_reason"]) == ("finished", "")
     assert engine.nothing_left() and engine.counts() == {"total": 11, "finished": 11}
-    assert engine.final_line(f"{a}_9")["execution"] == 2
+    assert engine.final_entry(f"{a}_9")["execution"] == 2
 
 
 @pytest.mark.parametrize("size", [4, 400_000])
@@ -163,7 +163,7 @@ def test_the_last_element_of_a_long_array_is_found(engine: Engine, size: int) ->
     bits = bytearray(b"\x55" * (size // 4))
     bits[-1] = 0x57  # all finished but the last but one, which failed... and one in the middle that was canceled
     bits[len(bits) // 2] = (bits[len(bits) // 2] & 0x3F) | 0xC0
-    engine.link.call("SET", keys.bits(a), bytes(bits), "KEEPTTL")
+    engine.link.call("SET", keys.outcomes(a), bytes(bits), "KEEPTTL")
     assert again(engine, a) == {a: "queued"}
     middle = len(bits) // 2 * 4
     assert [h.index for h in engine.claim(5)] == [middle, size - 1]
@@ -174,12 +174,12 @@ def test_one_element_opens_its_array_again(engine: Engine) -> None:
     (a,) = engine.submit(array(3))
     fail(engine, 3)
     assert again(engine, f"{a}_1") == {f"{a}_1": "queued"}
-    assert (engine.status(a), engine.bits(a, 3), engine.registry("wip")) == ("started", "202", [f"{a}:0"])
+    assert (engine.status(a), engine.outcomes(a, 3), engine.registry("wip")) == ("started", "202", [f"{a}:0"])
     assert again(engine, f"{a}_1") == {f"{a}_1": "queued"}
     (handed,) = engine.claim(5)
     assert (handed.id, handed.execution, handed.index, handed.array) == (f"{a}_1", 2, 1, a)
-    engine.end([handed])
-    assert (engine.status(a), engine.bits(a, 3)) == ("failed", "212")
+    engine.complete([handed])
+    assert (engine.status(a), engine.outcomes(a, 3)) == ("failed", "212")
     assert engine.counts() == {"total": 3, "finished": 1, "failed": 2}
     assert again(engine, a) == {a: "queued"}
     assert engine.run_all() == [f"{a}_0", f"{a}_2"]
@@ -191,7 +191,7 @@ def test_of_an_array_under_way_what_has_failed_so_far(engine: Engine) -> None:
     fail(engine, 2)
     engine.cancel(f"{a}_4")
     assert again(engine, a) == {a: "queued"}
-    assert engine.bits(a, 6) == "000000"
+    assert engine.outcomes(a, 6) == "000000"
     assert sorted(engine.run_all()) == [f"{a}_{n}" for n in range(6)]
     assert engine.nothing_left() and engine.status(a) == "finished"
 
@@ -199,14 +199,14 @@ def test_of_an_array_under_way_what_has_failed_so_far(engine: Engine) -> None:
 def test_an_array_that_is_being_canceled_must_end_first(engine: Engine) -> None:
     (a,) = engine.submit(array(3))
     (first, second) = engine.claim(2)
-    engine.end([first], "failed", "exit")
+    engine.complete([first], "failed", "exit")
     engine.cancel(a)
     assert again(engine, a) == {a: "ending"} and again(engine, f"{a}_0") == {f"{a}_0": "ending"}
-    engine.end([second])
+    engine.complete([second])
     # The canceled positions are still to be swept by the dispatcher: they must not end what runs again.
     assert engine.link.call("LLEN", keys.RELEASE) == 1
     assert again(engine, a) == {a: "queued"}
-    engine.release()
+    engine.release_dependents()
     assert engine.run_all() == [f"{a}_0", f"{a}_2"]
     assert engine.nothing_left()
 
@@ -214,15 +214,15 @@ def test_an_array_that_is_being_canceled_must_end_first(engine: Engine) -> None:
 def test_bits_that_changed_meanwhile_are_not_overwritten(engine: Engine) -> None:
     (a,) = engine.submit(array(2))
     fail(engine, 2)
-    before = engine.dump(without=(keys.BELL,))
-    assert engine.store.retry([[a, "0" * 40, 5, 2, 0, 0, []]], b"\0") == ["changed"]
-    assert engine.dump(without=(keys.BELL,)) == before
+    before = engine.dump(without=(keys.WAKEUP,))
+    assert engine.store.requeue([[a, "0" * 40, 5, 2, 0, 0, []]], b"\0") == ["changed"]
+    assert engine.dump(without=(keys.WAKEUP,)) == before
 
 
 def test_an_array_waits_for_a_task_again(engine: Engine) -> None:
     a, b = engine.submit(task(name="a"), array(4, after=["a"]))
     fail(engine)
-    assert engine.bits(b, 4) == "3333"
+    assert engine.outcomes(b, 4) == "3333"
     assert again(engine, b) == {b: "dependency"}
     assert again(engine, f"{b}_2") == {f"{b}_2": "dependency"}
     assert again(engine, a, b) == {a: "queued", b: "deferred"}
@@ -232,24 +232,24 @@ def test_an_array_waits_for_a_task_again(engine: Engine) -> None:
 
 def test_element_by_element(engine: Engine) -> None:
     a, b = engine.submit(array(4, name="a"), array(4, name="b", after_each=["a"]))
-    engine.end(engine.claim(2))
+    engine.complete(engine.claim(2))
     fail(engine, 2)
     assert engine.run_all() == [f"{b}_0", f"{b}_1"]
-    assert (engine.bits(b, 4), engine.status(b)) == ("1133", "failed")
+    assert (engine.outcomes(b, 4), engine.status(b)) == ("1133", "failed")
     assert again(engine, a, b) == {a: "queued", b: "deferred"}
-    engine.release()
+    engine.release_dependents()
     assert engine.run_all() == [*(f"{a}_{n}" for n in (2, 3)), *(f"{b}_{n}" for n in (2, 3))]
     assert engine.nothing_left() and engine.statuses(a, b) == ["finished", "finished"]
 
 
 def test_one_element_after_anothers(engine: Engine) -> None:
     a, b = engine.submit(array(2, name="a"), array(2, name="b", after_each=["a"]))
-    engine.end(engine.claim(2))
-    engine.release()
+    engine.complete(engine.claim(2))
+    engine.release_dependents()
     fail(engine, 2)
     assert again(engine, f"{b}_1") == {f"{b}_1": "queued"}
-    engine.release()
+    engine.release_dependents()
     assert engine.run_all() == [f"{b}_1"]
-    assert engine.bits(b, 2) == "21"
+    assert engine.outcomes(b, 2) == "21"
     engine.link.call("DEL", keys.job(a))
     assert again(engine, b) == {b: "gone"}

@@ -6,10 +6,10 @@ import pytest
 
 from pilotq.broker.client.submit import submit
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import Handed, Stop
+from pilotq.broker.store.messages import Run, Stop
 from pilotq.broker.store.store import Store, iso
 from pilotq.broker.tasks.states import ENDED, EVENT_SCRIPTS, RQ_EVENTS, STATUSES, TABLE
-from tests.support.engine import EPOCH, NODE, ONE, SHARED, Engine, fixtures, task
+from tests.support.engine import NODE, ONE, QUEUE_ID, SHARED, Engine, fixtures, task
 
 engine, server, node = fixtures
 EVENTS = tuple(event for event in EVENT_SCRIPTS if event not in RQ_EVENTS)  # the others: tests/test_stock_*.py
@@ -30,12 +30,12 @@ class Stager(Store):
 def stage(engine: Engine) -> str:
     """A task that was staged and not committed; returns its id."""
     with pytest.raises(NeverCommitted):
-        submit(engine.link, Stager(engine.link, EPOCH, engine.settings), [task()], SHARED, KEY)
+        submit(engine.link, Stager(engine.link, QUEUE_ID, engine.settings), [task()], SHARED, KEY)
     (name,) = (k for k in engine.all_keys() if k.startswith("rq:job:"))
     return name.removeprefix("rq:job:")
 
 
-def bring(engine: Engine, status: str, *, retries: int = 0) -> tuple[str, Handed | None]:
+def bring(engine: Engine, status: str, *, retries: int = 0) -> tuple[str, Run | None]:
     """A task in this status, and its execution if it has one. ``canceled-running`` is the work of RQ's button."""
     if status == "created":
         return stage(engine), None
@@ -52,44 +52,46 @@ def bring(engine: Engine, status: str, *, retries: int = 0) -> tuple[str, Handed
     (handed,) = engine.claim()
     assert handed.id == task_id
     if status in ENDED:
-        assert engine.end([handed], status, "exit" if status == "failed" else "") == ["ok"]
+        assert engine.complete([handed], status, "exit" if status == "failed" else "") == ["ok"]
         engine.link.call("DEL", keys.RELEASE)
     elif status == "canceled-running":
         engine.link.call("HSET", keys.job(task_id), "status", "canceled")
     return task_id, handed
 
 
-def do(engine: Engine, event: str, task_id: str, handed: Handed | None, status: str) -> None:
+def do(engine: Engine, event: str, task_id: str, handed: Run | None, status: str) -> None:
     """Let the event's script meet the task, wherever the task is."""
     script = EVENT_SCRIPTS[event]
     if script == "commit":
-        engine.store.commit(KEY, 1, 1, 1, {"groups": [(ONE, "{}", [task_id])], "waits": [], "each": [], "extra": []})
-    elif script == "release":
+        engine.store.commit(
+            KEY, 1, 1, 1, {"groups": [(ONE, "{}", [task_id])], "waits": [], "elementwise": [], "extra": []}
+        )
+    elif script == "release_dependents":
         if status not in ("created", "deferred"):
-            engine.link.call("RPUSH", keys.kids(PARENT), task_id)
+            engine.link.call("RPUSH", keys.dependents(PARENT), task_id)
             engine.link.call("RPUSH", keys.RELEASE, f"{'k' if event == 'release' else 'o'}:{PARENT}")
-        engine.release()
+        engine.release_dependents()
     elif script == "cancel":
         engine.cancel(task_id)
-    elif script == "retry":
-        engine.store.retry([[task_id]])
+    elif script == "requeue":
+        engine.store.requeue([[task_id]])
     elif script == "claim":
         if status not in ("created", "queued"):
             engine.link.call("RPUSH", keys.queue(ONE), task_id)
         engine.claim(5)
     else:
-        h = handed or Handed(task_id, 1, 1, "n1[0]", ONE, "", 0, 0, "", "", -1, 0, 0, KEY, b"")  # type: ignore[arg-type]
-        if script == "give_back":
-            engine.give_back([h])
+        h = handed or Run(task_id, 1, 1, "n1[0]", ONE, "", 0, 0, "", "", -1, 0, 0, KEY, b"")  # type: ignore[arg-type]
+        if script == "return_unstarted":
+            engine.return_unstarted([h])
         elif event in ("lost", "crash_limit"):
-            engine.lose([h])
+            engine.report_lost([h])
         else:
-            engine.end([h], {"end_retried": "failed"}.get(event, event.removeprefix("end_")))
+            engine.complete([h], {"end_retried": "failed"}.get(event, event.removeprefix("end_")))
 
 
 def without_mail(engine: Engine) -> dict[str, object]:
     """All that is known of tasks: without what a worker's call leaves for the dispatcher, and lists of ids."""
-    return engine.dump(without=(keys.MAIL, keys.BELL, "rq:worker:", "rq:queue:", keys.kids(""), keys.SEQ))
+    return engine.dump(without=(keys.EVENTS, keys.WAKEUP, "rq:worker:", "rq:queue:", keys.dependents(""), keys.SEQ))
 
 
 # -- transitions of the table -----------------------------------------------------------------------------------------
@@ -115,22 +117,22 @@ def test_commit_omitted(engine: Engine) -> None:
     assert engine.ttl(keys.job(child)) > 0
     assert engine.registry("canceled") == [child, grandchild]
     assert engine.counts() == {"total": 3, "failed": 1, "canceled": 2}
-    assert {line["id"] for line in engine.journal()} == {parent, child, grandchild}
+    assert {entry["id"] for entry in engine.journal()} == {parent, child, grandchild}
 
 
 def test_release(engine: Engine) -> None:
     child = bring(engine, "deferred")[0]
-    engine.end(engine.claim(class_name=PARENTS))
-    engine.release()
+    engine.complete(engine.claim(class_name=PARENTS))
+    engine.release_dependents()
     assert (engine.status(child), engine.list(), engine.registry("deferred")) == ("queued", [child], [])
     assert engine.hash(child)["origin"] == ONE
 
 
-@pytest.mark.parametrize("wish", ["failed", "stopped", "canceled"])
-def test_omit(engine: Engine, wish: str) -> None:
+@pytest.mark.parametrize("outcome", ["failed", "stopped", "canceled"])
+def test_omit(engine: Engine, outcome: str) -> None:
     child = bring(engine, "deferred")[0]
-    engine.end(engine.claim(class_name=PARENTS), wish)
-    engine.release()
+    engine.complete(engine.claim(class_name=PARENTS), outcome)
+    engine.release_dependents()
     assert (engine.status(child), engine.hash(child)["pq_reason"]) == ("canceled", "dependency")
     assert (engine.list(), engine.registry("deferred")) == ([], [])
     assert engine.registry("canceled")[-1] == child
@@ -153,7 +155,7 @@ def test_cancel_of_what_waits(engine: Engine, status: str) -> None:
 def test_claim(engine: Engine) -> None:
     task_id, handed = bring(engine, "started")
     assert handed is not None
-    assert (handed.id, handed.execution, handed.lane, handed.allocation, handed.class_name) == (
+    assert (handed.id, handed.execution, handed.slot, handed.allocation, handed.class_name) == (
         task_id,
         1,
         1,
@@ -174,10 +176,10 @@ def test_claim(engine: Engine) -> None:
 def test_cancel_of_what_runs(engine: Engine) -> None:
     task_id, handed = bring(engine, "started")
     assert handed is not None
-    assert engine.cancel(task_id) == ["told"]
+    assert engine.cancel(task_id) == ["stopping"]
     assert engine.inbox() == [Stop(task_id, 1, "canceled")]
     assert engine.status(task_id) == "started"
-    assert engine.end([handed], "failed", "signal") == ["ok"]  # whatever the worker calls it
+    assert engine.complete([handed], "failed", "signal") == ["ok"]  # whatever the worker calls it
     assert engine.status(task_id) == "canceled"
 
 
@@ -189,18 +191,18 @@ def test_cancel_by_rq_of_what_waits(engine: Engine, status: str) -> None:
     for _ in range(2):
         assert engine.cancel(task_id) == ["canceled"]
         assert engine.counts(keys.submission(KEY)) == {"total": 1, "canceled": 1}
-    assert [line["id"] for line in engine.journal()] == [task_id]
+    assert [entry["id"] for entry in engine.journal()] == [task_id]
     assert engine.ttl(keys.job(task_id)) > 0
 
 
 def test_cancel_by_rq_of_what_runs(engine: Engine) -> None:
     task_id, handed = bring(engine, "canceled-running")
     assert handed is not None
-    assert engine.cancel(task_id) == ["told"]
+    assert engine.cancel(task_id) == ["stopping"]
     assert engine.inbox() == [Stop(task_id, 1, "canceled")]
-    assert engine.cancel(task_id) == ["canceled"]  # known: nobody is told again
+    assert engine.cancel(task_id) == ["canceled"]  # known: no message is sent again
     assert engine.inbox() == []
-    assert engine.end([handed]) == ["ok"]
+    assert engine.complete([handed]) == ["ok"]
     assert (engine.status(task_id), engine.registry("wip"), engine.counts()) == (
         "canceled",
         [],
@@ -211,22 +213,22 @@ def test_cancel_by_rq_of_what_runs(engine: Engine) -> None:
 def test_give_back(engine: Engine) -> None:
     first, second, third = engine.submit(task(), task(), task())
     handed = engine.claim(2)
-    assert engine.give_back(handed) == 2
+    assert engine.return_unstarted(handed) == 2
     assert (engine.list(), engine.registry("wip")) == ([first, second, third], [])
     record = engine.hash(first)
     assert (record["status"], record["origin"]) == ("queued", ONE)
-    assert not {"worker_name", "pq_node", "pq_lane"} & set(record)
+    assert not {"worker_name", "pq_node", "pq_slot"} & set(record)
     assert engine.claim()[0].execution == 2
 
 
-@pytest.mark.parametrize("told", ["by us", "by RQ"])
-def test_give_back_of_what_was_canceled(engine: Engine, told: str) -> None:
-    task_id, handed = bring(engine, "started" if told == "by us" else "canceled-running")
+@pytest.mark.parametrize("canceled", ["by us", "by RQ"])
+def test_return_of_what_was_canceled(engine: Engine, canceled: str) -> None:
+    task_id, handed = bring(engine, "started" if canceled == "by us" else "canceled-running")
     assert handed is not None
-    if told == "by us":
+    if canceled == "by us":
         engine.cancel(task_id)
     for _ in range(2):
-        assert engine.give_back([handed]) == 0
+        assert engine.return_unstarted([handed]) == 0
         assert (engine.status(task_id), engine.list(), engine.registry("wip")) == ("canceled", [], [])
         assert engine.counts() == {"total": 1, "canceled": 1}
 
@@ -234,7 +236,7 @@ def test_give_back_of_what_was_canceled(engine: Engine, told: str) -> None:
 @pytest.mark.parametrize("status", ["failed", "stopped", "canceled"])
 def test_retry(engine: Engine, status: str) -> None:
     task_id = bring(engine, status)[0]
-    do(engine, "retry", task_id, None, status)
+    do(engine, "requeue", task_id, None, status)
     assert (engine.status(task_id), engine.list(), engine.counts()) == ("queued", [task_id], {"total": 1})
 
 
@@ -244,26 +246,26 @@ def test_retry_deferred(engine: Engine, status: str) -> None:
     task_id = bring(engine, status)[0]
     parent = engine.submit(task(priority=5))[0]
     engine.link.call("HSET", keys.job(task_id), "pq_after", parent)
-    do(engine, "retry_deferred", task_id, None, status)
+    do(engine, "requeue_deferred", task_id, None, status)
     assert (engine.status(task_id), engine.list(), engine.registry("deferred")) == ("deferred", [], [task_id])
 
 
-@pytest.mark.parametrize("wish", ["finished", "failed", "stopped", "canceled"])
-def test_end(engine: Engine, wish: str) -> None:
+@pytest.mark.parametrize("outcome", ["finished", "failed", "stopped", "canceled"])
+def test_end(engine: Engine, outcome: str) -> None:
     task_id, handed = bring(engine, "started")
     assert handed is not None
-    assert engine.end([handed], wish, "exit" if wish == "failed" else "") == ["ok"]
+    assert engine.complete([handed], outcome, "exit" if outcome == "failed" else "") == ["ok"]
     record = engine.hash(task_id)
     assert (record["status"], record["pq_cpus"], record["pq_exit"]) == (
-        wish,
+        outcome,
         "n1[0]",
-        "0" if wish == "finished" else "1",
+        "0" if outcome == "finished" else "1",
     )
-    assert engine.registry("failed" if wish == "stopped" else wish) == [task_id]
+    assert engine.registry("failed" if outcome == "stopped" else outcome) == [task_id]
     assert engine.registry("wip") == []
-    assert 0 < engine.ttl(keys.job(task_id)) <= (3600 if wish == "finished" else 7 * 86400)
-    assert engine.counts() == {"total": 1, "failed" if wish == "stopped" else wish: 1}
-    assert [(line["id"], line["status"], line["final"]) for line in engine.journal()] == [(task_id, wish, True)]
+    assert 0 < engine.ttl(keys.job(task_id)) <= (3600 if outcome == "finished" else 7 * 86400)
+    assert engine.counts() == {"total": 1, "failed" if outcome == "stopped" else outcome: 1}
+    assert [(entry["id"], entry["status"], entry["final"]) for entry in engine.journal()] == [(task_id, outcome, True)]
 
 
 def test_end_retried(engine: Engine) -> None:
@@ -271,21 +273,21 @@ def test_end_retried(engine: Engine) -> None:
     for execution in (1, 2):
         assert handed is not None
         assert handed.execution == execution
-        assert engine.end([handed], "failed", "exit") == ["retry"]
+        assert engine.complete([handed], "failed", "exit") == ["retry"]
         assert (engine.list(), engine.registry("wip")) == ([task_id], [])
         assert engine.hash(task_id)["pq_retries"] == str(2 - execution)
         (handed,) = engine.claim()
     assert handed.retries == 0
-    assert engine.end([handed], "failed", "exit") == ["ok"]
+    assert engine.complete([handed], "failed", "exit") == ["ok"]
     assert engine.counts() == {"total": 1, "failed": 1}
-    assert [line["final"] for line in engine.journal()] == [False, False, True]
+    assert [entry["final"] for entry in engine.journal()] == [False, False, True]
 
 
 def test_end_free(engine: Engine) -> None:
     task_id, handed = bring(engine, "started", retries=1)
     second = engine.submit(task())[0]
     assert handed is not None
-    assert engine.end([handed], "free", "pilot ended") == ["retry"]
+    assert engine.complete([handed], "requeue", "pilot ended") == ["retry"]
     assert engine.list() == [task_id, second]  # it keeps its place, and its retry
     assert engine.hash(task_id)["pq_retries"] == "1"
 
@@ -296,11 +298,11 @@ def test_lost_and_crash_limit(engine: Engine) -> None:
         assert handed is not None
         if crash > 1:  # from the second time on its worker says when it begins
             began = (handed.id, handed.execution, "n1[0]", iso(1.0), "", "")
-            assert engine.store.run("launched", *began) == 1
-        assert engine.lose([handed]) == (["retry"] if crash < 3 else ["ok"])
+            assert engine.store.run("report_started", *began) == 1
+        assert engine.report_lost([handed]) == (["retry"] if crash < 3 else ["ok"])
         if crash < 3:
             assert (engine.status(task_id), engine.list()) == ("queued", [task_id])
-            assert engine.lose([handed]) == ["retry"]  # said again: nothing more happens
+            assert engine.report_lost([handed]) == ["retry"]  # reported again: nothing more happens
             (handed,) = engine.claim()
     assert (engine.status(task_id), engine.hash(task_id)["pq_reason"]) == ("failed", "crash limit")
 
@@ -308,59 +310,59 @@ def test_lost_and_crash_limit(engine: Engine) -> None:
 def test_what_was_handed_ahead_did_not_kill_its_worker(engine: Engine) -> None:
     (task_id,) = engine.submit(task())
     for _ in range(5):
-        assert engine.lose(engine.claim(lane=0)) == ["retry"]
+        assert engine.report_lost(engine.claim(slot=0)) == ["retry"]
     assert "pq_crashes" not in engine.hash(task_id)
 
 
 def test_what_was_lost_before_is_charged_only_when_it_has_begun(engine: Engine) -> None:
-    """It may have waited for the end of another one's last trial, with a lane."""
+    """It may have waited for the end of another one's isolated run, with a slot."""
     task_id, handed = bring(engine, "started")
     for _ in range(5):
         assert handed is not None
-        assert engine.lose([handed]) == ["retry"]
+        assert engine.report_lost([handed]) == ["retry"]
         (handed,) = engine.claim()
     assert engine.hash(task_id)["pq_crashes"] == "1"
 
 
 def test_what_a_worker_calls_lost_had_begun(engine: Engine) -> None:
-    """Also when it had been handed ahead: a task that kills its launcher each time must come to its limit."""
+    """Also when it had been prefetched: a task that kills its launcher each time must come to its limit."""
     (task_id,) = engine.submit(task())
-    for verdict in ("retry", "retry", "ok"):
-        assert engine.end(engine.claim(lane=0), "lost") == [verdict]
+    for answer in ("retry", "retry", "ok"):
+        assert engine.complete(engine.claim(slot=0), "lost") == [answer]
     assert engine.hash(task_id)["pq_reason"] == "crash limit"
 
 
-@pytest.mark.parametrize("wish", ["failed", "free", "lost"])
-def test_a_reported_launch_is_forgotten_when_the_task_waits_again(engine: Engine, wish: str) -> None:
+@pytest.mark.parametrize("outcome", ["failed", "requeue", "lost"])
+def test_a_reported_launch_is_forgotten_when_the_task_waits_again(engine: Engine, outcome: str) -> None:
     (task_id,) = engine.submit(task(retries=1))
-    (handed,) = engine.claim(lane=0)
+    (handed,) = engine.claim(slot=0)
     launch = (task_id, 1, "n1[3]", "2026-01-31T12:00:00.000000Z", "/out", "/err")
-    assert engine.store.run("launched", *launch, task_id, 2, *launch[2:], "none", 1, *launch[2:]) == 1
+    assert engine.store.run("report_started", *launch, task_id, 2, *launch[2:], "none", 1, *launch[2:]) == 1
     record = engine.hash(task_id)
     assert (record["status"], record["pq_cpus"], record["started_at"]) == ("started", "n1[3]", launch[3])
-    assert engine.lose([handed]) if wish == "lost" else engine.end([handed], wish)
+    assert engine.report_lost([handed]) if outcome == "lost" else engine.complete([handed], outcome)
     record = engine.hash(task_id)
-    assert not {"worker_name", "pq_node", "pq_lane", "pq_running", "pq_out", "pq_err"} & set(record)
-    assert record.get("pq_crashes") == ("1" if wish == "lost" else None)  # it was ahead, but it ran
-    assert engine.store.run("launched", *launch) == 0
+    assert not {"worker_name", "pq_node", "pq_slot", "pq_running", "pq_out", "pq_err"} & set(record)
+    assert record.get("pq_crashes") == ("1" if outcome == "lost" else None)  # it was prefetched, but it ran
+    assert engine.store.run("report_started", *launch) == 0
 
 
-@pytest.mark.parametrize("event", ["end", "retry", "give back", "cancel"])
+@pytest.mark.parametrize("event", ["end", "retry", "return", "cancel"])
 def test_what_the_dispatcher_must_look_at_rings_its_bell(engine: Engine, event: str) -> None:
     parent, _ = engine.submit(task(name="p", retries=1), task(after=["p"]))
     handed = engine.claim() if event != "cancel" else []
-    engine.store.run("tidy", engine.store.term, 9, ONE)
-    engine.link.call("DEL", keys.BELL)
+    engine.store.run("drop_idle_classes", engine.store.term, 9, ONE)
+    engine.link.call("DEL", keys.WAKEUP)
     if event == "end":
-        engine.end(handed)
+        engine.complete(handed)
     elif event == "retry":
-        engine.end(handed, "failed", "exit")
-    elif event == "give back":
-        engine.give_back(handed)
+        engine.complete(handed, "failed", "exit")
+    elif event == "return":
+        engine.return_unstarted(handed)
     else:
         engine.cancel(parent)
-    assert engine.link.call("LLEN", keys.BELL) == 1
-    if event in ("retry", "give back"):  # the list is one of RQ's queues again
+    assert engine.link.call("LLEN", keys.WAKEUP) == 1
+    if event in ("retry", "return"):  # the list is one of RQ's queues again
         assert engine.link.call("SISMEMBER", keys.QUEUES, keys.queue(ONE)) == 1
 
 
@@ -368,11 +370,11 @@ def test_a_task_that_was_deleted_while_it_ran_counts_as_canceled_once(engine: En
     task_id, handed = bring(engine, "started")
     assert handed is not None
     engine.link.call("DEL", keys.job(task_id))
-    assert engine.lose([handed]) == ["stale"]  # a report that does not name the class: wip cannot be asked
+    assert engine.report_lost([handed]) == ["stale"]  # a report that does not name the class: wip cannot be asked
     for _ in range(2):
-        assert engine.end([handed]) == ["stale"]
+        assert engine.complete([handed]) == ["stale"]
         assert (engine.registry("wip"), engine.counts()) == ([], {"total": 1, "canceled": 1})
-    assert [(line["id"], line["status"]) for line in engine.journal()] == [(task_id, "canceled")]
+    assert [(entry["id"], entry["status"]) for entry in engine.journal()] == [(task_id, "canceled")]
 
 
 # -- everything else changes nothing ----------------------------------------------------------------------------------
@@ -406,38 +408,38 @@ def test_an_ended_task_stays_as_it_ended_for_every_execution_number(engine: Engi
     handed = bring(engine, status)[1]
     assert handed is not None
     before = without_mail(engine)
-    for execution, verdict in ((0, "stale"), (1, "ok"), (2, "stale")):
+    for execution, answer in ((0, "stale"), (1, "ok"), (2, "stale")):
         handed.execution = execution
-        for wish in ("finished", "failed", "stopped", "canceled", "lost", "free"):
-            assert engine.end([handed], wish) == [verdict]
-        assert engine.give_back([handed]) == 0
+        for outcome in ("finished", "failed", "stopped", "canceled", "lost", "requeue"):
+            assert engine.complete([handed], outcome) == [answer]
+        assert engine.return_unstarted([handed]) == 0
     assert without_mail(engine) == before
 
 
 def test_a_stale_execution_changes_nothing(engine: Engine) -> None:
     engine.submit(task())
     (old,) = engine.claim()
-    engine.give_back([old])
-    assert engine.end([old]) == ["retry"]
+    engine.return_unstarted([old])
+    assert engine.complete([old]) == ["retry"]
     (new,) = engine.claim()
     before = without_mail(engine)
-    assert engine.end([old]) == ["stale"]
-    assert engine.give_back([old]) == 0
+    assert engine.complete([old]) == ["stale"]
+    assert engine.return_unstarted([old]) == 0
     assert without_mail(engine) == before
-    assert engine.end([new]) == ["ok"]
+    assert engine.complete([new]) == ["ok"]
 
 
 # -- a call whose reply was lost --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wish", ["finished", "failed", "stopped", "canceled", "free", "lost"])
-def test_a_repeated_end_answers_the_same_and_writes_nothing(engine: Engine, wish: str) -> None:
+@pytest.mark.parametrize("outcome", ["finished", "failed", "stopped", "canceled", "requeue", "lost"])
+def test_a_repeated_end_answers_the_same_and_writes_nothing(engine: Engine, outcome: str) -> None:
     engine.register()
     engine.submit(task(), task(retries=1))
     handed = engine.claim(2)
-    answer = engine.end(handed, wish, call=7)
+    answer = engine.complete(handed, outcome, call=7)
     before = engine.dump()
-    assert engine.end(handed, wish, call=7) == answer
+    assert engine.complete(handed, outcome, call=7) == answer
     assert engine.dump() == before
 
 
@@ -447,9 +449,9 @@ def test_a_repeated_give_back_writes_nothing(engine: Engine) -> None:
     handed = engine.claim(2)
     engine.cancel(handed[0].id)
     engine.inbox()
-    assert engine.give_back(handed, call=7) == 1
+    assert engine.return_unstarted(handed, call=7) == 1
     before = engine.dump()
-    assert engine.give_back(handed, call=7) == 0
+    assert engine.return_unstarted(handed, call=7) == 0
     assert engine.dump() == before
 
 
@@ -457,10 +459,10 @@ def test_a_worker_without_a_record_leaves_no_ghost(engine: Engine) -> None:
     """Its record may have expired: what it reports counts, and makes no key that stays for ever."""
     engine.submit(task(), task())
     handed = engine.claim(2)
-    engine.end(handed[:1], call=1)
-    engine.give_back(handed[1:], call=2)
+    engine.complete(handed[:1], call=1)
+    engine.return_unstarted(handed[1:], call=2)
     assert keys.worker("n1") not in engine.all_keys()
-    assert engine.mail() == [b"mail", b"mail"]
+    assert engine.events() == [b"event", b"event"]
 
 
 @pytest.mark.parametrize("status", ["queued", "deferred", "started"])

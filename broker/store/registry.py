@@ -1,0 +1,59 @@
+"""The one reader of what Redis holds of nodes and classes: records, and the states of nodes that get no new tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.resources import ClassInfo, NodeInfo
+
+DRAINED, RETIRED, QUARANTINED = "drained", "retired", "quarantined"
+_decode_node = msgspec.json.Decoder(NodeInfo).decode
+_decode_class = msgspec.json.Decoder(ClassInfo).decode
+
+
+def decode_nodes(records: Iterable[bytes | None]) -> list[NodeInfo]:
+    """The nodes of these records (the reply to HVALS or HMGET of ``keys.NODES``); None stands for no node."""
+    return [_decode_node(record) for record in records if record]
+
+
+def read_nodes(connection: Connection) -> list[NodeInfo]:
+    """All nodes that are registered."""
+    return decode_nodes(connection.call("HVALS", keys.NODES))
+
+
+def read_node(connection: Connection, name: str) -> NodeInfo | None:
+    """The node with this name, None if none is registered."""
+    return next(iter(decode_nodes([connection.call("HGET", keys.NODES, name)])), None)
+
+
+def decode_classes(flat: Sequence[bytes]) -> dict[str, ClassInfo]:
+    """The classes, by name, of the reply to HGETALL of ``keys.CLASSES``."""
+    return {name.decode(): _decode_class(record) for name, record in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def read_classes(connection: Connection) -> dict[str, ClassInfo]:
+    """All classes, by name."""
+    return decode_classes(connection.call("HGETALL", keys.CLASSES))
+
+
+def read_class(connection: Connection, name: str) -> ClassInfo | None:
+    """The class with this name, None if there is none (any more)."""
+    record = connection.call("HGET", keys.CLASSES, name) if name else None
+    return _decode_class(record) if record else None
+
+
+def unavailable_nodes(connection: Connection) -> dict[str, str]:
+    """node -> "state reason"; what the user has said comes first."""
+    user, dispatcher = (
+        decode_texts(flat) for flat in connection.pipeline([("HGETALL", keys.DRAINED), ("HGETALL", keys.QUARANTINE)])
+    )
+    return {name: f"{QUARANTINED} {why}" for name, why in dispatcher.items()} | user
+
+
+def decode_texts(flat: list[bytes]) -> dict[str, str]:
+    """A hash, as the server gives it."""
+    return {k.decode(): text.decode("utf-8", "replace") for k, text in zip(flat[::2], flat[1::2], strict=True)}

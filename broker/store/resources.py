@@ -1,0 +1,73 @@
+"""The resources of nodes, reservations and classes of tasks, and the text of an allocation. Pure.
+
+>>> [(share.node, share.cores) for share in parse_allocation("n1[0:1],n2[0]")]
+[('n1', (0, 1)), ('n2', (0,))]
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+from pilotq.broker.tasks.model import Request
+
+
+class NodeInfo(msgspec.Struct):
+    """A node as its worker registers it. ``cores`` are core numbers as allocations name them."""
+
+    name: str
+    incarnation: int
+    host: str
+    pid: int
+    cores: list[int]
+    shared_cores: bool = False  # several virtual cores stand for one real one
+    cpus: list[int] = []  # the CPU number of each of ``cores``, where they differ
+    numa: list[list[int]] = []  # groups of ``cores``; empty: one group
+    gpus: list[str] = []
+    memory: int = 0  # bytes, 0 = not counted
+    counters: dict[str, int] = {}
+    job: str = ""  # the Slurm job whose allocation it is part of
+
+    @property
+    def address(self) -> str:
+        """Names this incarnation of the node among all."""
+        return f"{self.name}:{self.incarnation}"
+
+
+class ClassInfo(msgspec.Struct, frozen=True):
+    """What all tasks of a class have in common, as it is written in the hash of classes."""
+
+    queue: str
+    priority: int
+    request: Request
+
+
+class NodeShare(NamedTuple):
+    """What one node gives to a reservation."""
+
+    node: str
+    cores: tuple[int, ...]
+    gpus: tuple[str, ...] = ()
+    memory: int = 0  # bytes
+    use: tuple[tuple[str, int], ...] = ()  # named counters; like memory not part of the allocation text
+
+
+@lru_cache(maxsize=4096)
+def parse_allocation(text: str) -> tuple[NodeShare, ...]:
+    """``n1[0:1],n2[0]`` -> shares; the same text QCG-PilotJob reports. GPUs follow a semicolon: ``n1[0:1;g0:g1]``."""
+    shares = []
+    for piece in text.split("],"):
+        node, _, rest = piece.rstrip("]").partition("[")
+        cores, _, gpus = rest.partition(";")
+        numbers = tuple(int(c) for c in cores.split(":") if c)
+        shares.append(NodeShare(node, numbers, tuple(g for g in gpus.split(":") if g)))
+    return tuple(shares)
+
+
+def format_allocation(shares: tuple[NodeShare, ...]) -> str:
+    """The reverse of `parse_allocation`."""
+    return ",".join(
+        f"{s.node}[{':'.join(map(str, s.cores))}{';' + ':'.join(s.gpus) if s.gpus else ''}]" for s in shares
+    )

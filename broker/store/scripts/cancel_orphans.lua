@@ -1,0 +1,26 @@
+-- cancel_orphans: what waits for a record that somebody deleted waits no longer: release_dependents.lua omits it.
+--
+-- ARGV: 1 queue id, 2 term, 3... ids that something waited for.
+-- Returns the arrays that wait element by element for an array that is gone: they are to be canceled.
+if not queue_id_ok() then return queue_id_error() end
+if not term_ok() then return term_error() end
+local found = {}
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  local array = string.match(id, '^(.-)_%d+$')
+  local there = redis.call('HGET', job_key(id), 'status')
+    or (array and redis.call('HEXISTS', job_key(array), 'pq_array') == 1)
+  if redis.call('EXISTS', dependents_key(id), elementwise_key(id)) == 0 then
+    redis.call('SREM', 'pilotq:parents', id)
+  elseif not there then
+    redis.call('SREM', 'pilotq:parents', id)
+    -- Behind the entry of its own end, if that is still there: then nothing is left for this one.
+    if redis.call('EXISTS', dependents_key(id)) == 1 then redis.call('RPUSH', 'pilotq:release', 'o:' .. id) end
+    for _, entry in ipairs(redis.call('LRANGE', elementwise_key(id), 0, -1)) do
+      found[#found + 1] = string.match(entry, '^%d+:(.*)$')
+    end
+    redis.call('DEL', elementwise_key(id))
+  end
+end
+if redis.call('EXISTS', 'pilotq:release') == 1 then wake() end
+return found

@@ -1,0 +1,277 @@
+-- complete: executions have ended. Events end_finished, end_failed, end_retried, end_later, end_requeued, end_stopped,
+-- end_canceled, lost, crash_limit.
+--
+-- Idempotent: a report is judged by its execution number; of a task that has ended with that number it is answered
+-- 'ok' again, and nothing is written. The message to the dispatcher is sent once for each number of call.
+-- ARGV: 1 queue id, 2 node:incarnation ('' = the dispatcher, for a lost node), 3 number of the call, 4 message (packed, may be ''),
+--       5 now (unix s), 6 ttl of finished, 7 ttl of failed (s), 8 crash limit,
+--       9 msgpack [[id, execution, outcome, reason, ended ISO, exit, started ISO, allocation, array, position,
+--         class, submission, retries left, seconds until a retry], ...]; an empty class: all three are read from the record,
+--       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
+-- outcome: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), requeue (not counted),
+-- suspect
+-- (failed at once, like others before it on its node: requeued for another node to try, within EXCUSE_LIMIT), retried (a
+-- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...", with ":front" behind it if it is to
+-- go first).
+-- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or the record
+-- is gone).
+if not queue_id_ok() then return queue_id_error() end
+local node, call, message, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local worker = string.match(node, '^(.*):') or ''
+local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
+-- The failure of a task is excused by its node no oftener than this: another node counts OTHER_NODE, the same one again 1.
+local EXCUSE_LIMIT, OTHER_NODE = 12, 4
+local answers, done, wip, front, arrays, elementwise, completions = {}, {}, {}, {}, {}, {}, {}
+local requeued, last_ended = false, ''
+
+local function add(map, key, ...)
+  local items = map[key]
+  if not items then items = {}; map[key] = items end
+  for _, item in ipairs({...}) do items[#items + 1] = item end
+end
+
+-- Is the array's record there, and does anything wait for it element by element? Asked once a call.
+local function known(array)
+  if not elementwise[array] then
+    elementwise[array] = redis.call('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
+  end
+  return elementwise[array]
+end
+
+-- Returns the status of the element's record, or nil when it has none any more.
+local function end_element(f, id, status, text)
+  local array = f.array
+  if not known(array)[1] then -- somebody deleted the array
+    redis.call('DEL', job_key(id), outcomes_key(array))
+    return
+  end
+  local outcome = status == 'finished' and 1 or (status == 'canceled' and 3 or 2)
+  redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', '#' .. f.position, outcome)
+  local state = arrays[array]
+  if not state then state = {0, 0}; arrays[array] = state end
+  state[1] = state[1] + 1
+  if outcome ~= 1 then state[2] = state[2] + 1 end
+  local drop = outcome == 3 or (outcome == 1 and text == '')
+  if drop or (outcome == 2 and redis.call('HINCRBY', job_key(array), 'pq_kept', 1) > KEPT_ELEMENTS) then
+    redis.call('DEL', job_key(id))
+    status = nil
+  end
+  if known(array)[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, f.position, f.position)) end
+  return status
+end
+
+-- RQ's rules for the record of a producer's job.
+local function final_rq_job(r, f, id, status, reason, text, kind)
+  local queue, ttl = f.queue, rq_ttl(id, status, ttl_failed)
+  count_end('', status, 1)
+  rq_ended(id, queue, now, r[5])
+  if ttl == 0 then
+    redis.call('DEL', job_key(id), 'rq:results:' .. id)
+  else
+    redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
+      'pq_cpus', r[8], 'pq_reason', reason)
+    local score = ttl > 0 and now + ttl or (status == 'finished' and 'inf' or -1)
+    if ttl > 0 then redis.call('EXPIRE', job_key(id), ttl) end
+    add(done, registry(status == 'stopped' and 'failed' or status, queue), status == 'canceled' and now or score, id)
+    if status ~= 'canceled' then add_result(id, kind or (status == 'finished' and '1' or '2'), kind and '' or text, worker, ttl) end
+  end
+  request_release(id, f.dependents, status)
+end
+
+-- An executor submits with keys '@<its name>.<number>': it reads which of its tasks have ended from a list.
+local function notify_executor(f, id)
+  local name = string.match(f.submission, '^@(%w+)%.')
+  if name then add(completions, 'pilotq:completions:' .. name, id) end
+end
+
+local function final(r, f, id, status, reason, text, kind)
+  if f.submission == '' then return final_rq_job(r, f, id, status, reason, text, kind) end
+  local queue, ttl = f.queue, status == 'finished' and ttl_finished or ttl_failed
+  count_end(f.submission, status, 1)
+  local kept = status
+  if f.array then kept = end_element(f, id, status, text) end
+  if kept then
+    redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
+      'pq_cpus', r[8], 'pq_reason', reason)
+    redis.call('EXPIRE', job_key(id), ttl)
+    local kind = status == 'stopped' and 'failed' or status
+    add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)
+    if text ~= '' and status ~= 'canceled' then add_result(id, status == 'finished' and '1' or '2', text, worker, ttl) end
+  end
+  request_release(id, f.dependents, status)
+  notify_executor(f, id)
+end
+
+local function requeue(id, f, command)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
+  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
+  if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
+  redis.call('SADD', 'rq:queues', list_key(f.class))
+  requeued = true
+end
+
+-- A task goes on: at once, or after so many seconds by the mover. What waits for its time gives up its slot.
+local function again(id, f, seconds, front, r)
+  if (seconds or 0) <= 0 then return requeue(id, f, front and 'LPUSH' or 'RPUSH') end
+  redis.call('HSET', job_key(id), 'status', 'scheduled', 'origin', f.queue, 'ended_at', r[5])
+  redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
+  redis.call('ZADD', registry('scheduled', f.queue), f.submission == '' and math.floor(now + seconds) or now + seconds, id)
+  free_rate_slot(id, redis.call('HGET', job_key(id), 'rate_limit_key'), now, r[5])
+end
+
+-- The same as `decide` where RQ has rules of its own: Retry of an exception, a returned Retry, Repeat. Last: the type of
+-- the result that RQ keeps, if it is an unusual one.
+local function decide_rq_job(outcome, reason, f, id, r, text)
+  local v = redis.call('HMGET', job_key(id), 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
+    'number_of_retries', 'repeats_left', 'repeat_intervals')
+  if outcome == 'failed' and whole(v[1], 0) > 0 then
+    local left, intervals = whole(v[1], 0), intervals_of(v[2])
+    redis.call('HSET', job_key(id), 'retries_left', left - 1)
+    again(id, f, intervals[math.max(#intervals - left, 0) + 1], v[3] == '1', r)
+    return 'failed', reason, true
+  elseif outcome == 'retried' then
+    local most, list, front = string.match(text, '^(%d+):([%d,]*)(:?%l*)$')
+    local number, intervals = whole(v[4], 0), intervals_of('[' .. (list or '') .. ']')
+    if number >= whole(most, 0) then return 'failed', 'retries', false, '5' end
+    redis.call('HSET', job_key(id), 'number_of_retries', number + 1)
+    front = front == ':front' or v[3] == '1'
+    if front then redis.call('HSET', job_key(id), 'enqueue_at_front_on_retry', 1) end -- from now on, as in RQ
+    add_result(id, '4', '', worker, rq_ttl(id, 'failed', ttl_failed))
+    again(id, f, intervals[math.min(number + 1, #intervals)], front, r)
+    return 'failed', 'returned retry', true
+  elseif outcome == 'finished' and whole(v[5], 0) > 0 then
+    local intervals, ttl = intervals_of(v[6]), rq_ttl(id, 'finished', ttl_failed)
+    redis.call('HSET', job_key(id), 'repeats_left', whole(v[5], 0) - 1)
+    if #intervals > 1 then
+      redis.call('HSET', job_key(id), 'repeat_intervals', cjson.encode({unpack(intervals, 2)}))
+    end
+    if ttl ~= 0 then add_result(id, '1', text, worker, ttl) end
+    request_release(id, f.dependents, 'finished')
+    again(id, f, intervals[1], false, r)
+    return 'finished', '', true
+  end
+  return outcome, reason, false
+end
+
+-- Is there a node that could try what has failed on this one? Asked once a call.
+local elsewhere
+
+local function another_node()
+  if elsewhere == nil then
+    elsewhere = false
+    for _, name in ipairs(redis.call('HKEYS', 'pilotq:nodes')) do
+      if name ~= worker and redis.call('HEXISTS', 'pilotq:drained', name) + redis.call('HEXISTS', 'pilotq:quarantine', name) == 0 then
+        elsewhere = true
+        break
+      end
+    end
+  end
+  return elsewhere
+end
+
+-- The failure of a task is not counted yet: another node is to try it first.
+local function excuse(id, f)
+  local weight = redis.call('HGET', job_key(id), 'pq_suspect_node') == worker and 1 or OTHER_NODE
+  if not another_node() or redis.call('HINCRBY', job_key(id), 'pq_excuses', weight) > EXCUSE_LIMIT then return false end
+  redis.call('HSET', job_key(id), 'pq_suspect_node', worker)
+  requeue(id, f, 'LPUSH')
+  return true
+end
+
+-- What becomes of an execution that had this outcome: status, reason, and whether the task is queued again.
+local function decide(outcome, reason, f, id, r, text)
+  if f.status == 'canceled' then return 'canceled', 'canceled', false end
+  if outcome ~= 'finished' and f.cancel then return 'canceled', 'canceled', false end
+  if outcome == 'suspect' then
+    if excuse(id, f) then return 'failed', 'node', true end
+    outcome, r[3] = 'failed', 'failed'
+  end
+  if f.submission == '' and (outcome == 'finished' or outcome == 'failed' or outcome == 'retried') then
+    return decide_rq_job(outcome, reason, f, id, r, text)
+  end
+  if outcome == 'failed' and f.retries > 0 then
+    redis.call('HSETNX', job_key(id), 'pq_budget', f.retries)
+    redis.call('HSET', job_key(id), 'pq_retries', f.retries - 1)
+    again(id, f, r[14], false, r)
+    return 'failed', reason, true
+  elseif outcome == 'requeue' then
+    requeue(id, f, 'LPUSH')
+    return 'failed', reason, true
+  elseif outcome == 'lost' then
+    -- A worker says it of executions that had begun. Of a dead node we only know who had a slot of its own: a task
+    -- that was prefetched may not have begun, and is not charged.
+    local begun = node ~= '' or redis.call('HEXISTS', job_key(id), 'pq_slot') == 1
+    local crashes = begun and redis.call('HINCRBY', job_key(id), 'pq_crashes', 1) or 0
+    if crashes >= crash_limit then return 'failed', 'crash limit', false end
+    requeue(id, f, 'LPUSH')
+    return 'failed', reason, true
+  end
+  if outcome == 'retried' then return 'failed', 'retries', false end -- only RQ's own jobs have such retries
+  return outcome, reason, false
+end
+
+-- There is no record: an element that finished, or a task whose record expired, or was deleted while it ran. That
+-- counts as canceled, once: its place in wip tells.
+local function vanished(r, id, execution, line)
+  local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
+  -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
+  if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
+  if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
+  last_ended = r[5]
+  count_end(r[12], 'canceled', 1)
+  if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
+  journal(line, packed_ending('canceled', 'canceled', true))
+  return 'stale'
+end
+
+local function report(r, line, text)
+  local id, execution = r[1], tostring(r[2])
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
+  if not v[1] then return vanished(r, id, execution, line) end
+  if v[2] ~= execution then return 'stale' end
+  local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
+  local f = {status = v[1], cancel = v[3], dependents = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
+    submission = r[12], retries = r[13]}
+  if f.class == '' then
+    local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
+    f.class, f.submission, f.retries, f.array, f.position = more[1], more[2], tonumber(more[3] or 0), more[4], more[5]
+  end
+  f.queue = queue_of(f.class)
+  if v[1] == 'canceled' then again = redis.call('ZREM', registry('wip', f.queue), id .. ':' .. execution) == 0 end
+  if again then return 'ok' end
+  if v[1] ~= 'started' and v[1] ~= 'canceled' then return v[1] == 'queued' and 'retry' or 'stale' end
+  add(wip, f.queue, id .. ':' .. execution)
+  last_ended = r[5]
+  if v[5] then hide_execution(id, execution, v[5]) end
+  local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)
+  if not retried then final(r, f, id, status, reason, text, kind) end
+  journal(line, packed_ending(status, reason, not retried))
+  return retried and 'retry' or 'ok'
+end
+
+local finished, failed = 0, 0
+for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
+  answers[number] = report(r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
+  if answers[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
+  if answers[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
+end
+for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
+for key, members in pairs(done) do push('ZADD', key, members) end
+for key, members in pairs(completions) do
+  push('RPUSH', key, members)
+  redis.call('EXPIRE', key, ttl_finished)
+end
+for class, ids in pairs(front) do
+  local back = {}
+  for k = #ids, 1, -1 do back[#back + 1] = ids[k] end
+  push('LPUSH', list_key(class), back)
+end
+for array, state in pairs(arrays) do
+  array_ended(array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed)
+end
+flush_tally(ttl_failed)
+flush_lines()
+if node ~= '' then deliver(node, call, message, finished, failed) end
+if requeued or redis.call('EXISTS', 'pilotq:release') == 1 then wake() end
+return answers

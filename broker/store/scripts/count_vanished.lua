@@ -1,0 +1,23 @@
+-- count_vanished: tasks whose records somebody deleted while they waited count as canceled, as soon as nothing is left that
+-- waits or runs. Without that a wait for all tasks would never end.
+--
+-- ARGV: 1 queue id, 2 term, 3... queues.
+-- Returns the number of such tasks.
+if not queue_id_ok() then return queue_id_error() end
+if not term_ok() then return term_error() end
+local v = redis.call('HMGET', 'pilotq:counts', 'total', 'finished', 'failed', 'canceled')
+local left = tonumber(v[1] or 0) - tonumber(v[2] or 0) - tonumber(v[3] or 0) - tonumber(v[4] or 0)
+if left <= 0 or redis.call('EXISTS', 'pilotq:release') == 1 then return 0 end
+for i = 3, #ARGV do
+  local open = redis.call('EXISTS', list_key(ARGV[i]), registry('wip', ARGV[i]), registry('deferred', ARGV[i]),
+    registry('scheduled', ARGV[i]), registry('ready', ARGV[i]))
+  if open > 0 then return 0 end
+end
+for _, class in ipairs(redis.call('HKEYS', 'pilotq:classes')) do
+  if redis.call('EXISTS', list_key(class)) == 1 then return 0 end
+end
+for _, key in ipairs(redis.call('SMEMBERS', 'rq:rl-keys')) do
+  if redis.call('EXISTS', 'rq:rl:' .. key .. ':rate_limited') == 1 then return 0 end
+end
+redis.call('HINCRBY', 'pilotq:counts', 'canceled', left)
+return left

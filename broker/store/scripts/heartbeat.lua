@@ -1,0 +1,28 @@
+-- heartbeat: a worker is alive.
+--
+-- ARGV: 1 queue id, 2 node, 3 incarnation, 4 ttl of the worker's record (s),
+--       5 msgpack [[id, execution, started (unix s), class], ...] that RQ's tools are to show, 6... fields and values, all of RQ's record.
+-- Returns 1; 0 when a newer incarnation has registered, or this one was given up. A record that expired (a machine that
+-- was asleep) is made again.
+if not queue_id_ok() then return queue_id_error() end
+local key = 'rq:worker:' .. ARGV[2]
+local known = redis.call('HGET', key, 'pq_incarnation')
+if not known then
+  local record = redis.call('HGET', 'pilotq:nodes', ARGV[2])
+  known = record and tostring(cjson.decode(record).incarnation)
+end
+if known ~= ARGV[3] then return 0 end
+enlist('SADD', key)
+redis.call('HSET', key, 'pq_incarnation', ARGV[3], unpack(ARGV, 6))
+redis.call('EXPIRE', key, ARGV[4])
+for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
+  local v = redis.call('HMGET', job_key(item[1]), 'status', 'pq_exec', 'pq_sub')
+  -- In the index only what we made: RQ's pages of workers unpickle what they find there, and fail as a whole.
+  if v[1] == 'started' and v[2] == tostring(item[2]) then
+    show_execution(item[1], v[2], ARGV[2], item[3], (v[3] or '') ~= '', ARGV[4])
+  elseif not v[1] then
+    -- RQ's delete of what it sees running takes it out of there, too: only so does the reconciler find it.
+    redis.call('ZADD', registry('wip', queue_of(item[4])), 'inf', item[1] .. ':' .. item[2])
+  end
+end
+return 1

@@ -1,0 +1,158 @@
+-- release_dependents: dependents of ended tasks are queued, or omitted. Events release, omit, release_limited.
+--
+-- Takes entries from the front of pilotq:release until about `limit` dependents were handled; what is left of an entry
+-- goes back to the front.
+--   'k:<id>' a task or array has finished, 'f:<id>' it failed, 'o:<id>' it was stopped, canceled or deleted: what waits for
+--      all of it is in pilotq:dependents:<id>; jobs of RQ's producers may allow that it failed;
+--   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:elementwise:<array> wait for each of them, and
+--      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once;
+--   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends.
+-- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s).
+-- Returns {number handled, entries left}.
+if not queue_id_ok() then return queue_id_error() end
+if not term_ok() then return term_error() end
+local now, now_iso, limit, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local ready = {}
+
+local function queue_up(id, class)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+  ready[class] = ready[class] or {}
+  table.insert(ready[class], id)
+end
+
+-- A producer's job has nothing to wait for any more. With a rate limit it takes its turn there.
+local function release_rq_job(id, class)
+  local v = redis.call('HMGET', job_key(id), 'rate_limit_key', 'enqueue_at_front')
+  forget_parents(id)
+  if v[1] then
+    redis.call('HSET', job_key(id), 'status', 'rate_limited', 'origin', queue_of(class))
+    redis.call('ZADD', 'rq:rl:' .. v[1] .. ':rate_limited', now, id)
+    promote(v[1], now, now_iso)
+  elseif v[2] == '1' then
+    redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+    redis.call('SADD', 'rq:queues', list_key(class))
+    redis.call('LPUSH', list_key(class), id)
+  else
+    queue_up(id, class)
+  end
+end
+
+local function release_dependents_of(parent, kind)
+  local dependents = redis.call('LPOP', dependents_key(parent), limit) or {}
+  for _, id in ipairs(dependents) do
+    local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures')
+    if v[1] == 'deferred' then
+      if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then
+        omit(id, now, now_iso, ttl)
+      elseif redis.call('HINCRBY', job_key(id), 'pq_open_parents', -1) <= 0 then
+        redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
+        if v[3] == '' then release_rq_job(id, v[2]) else queue_up(id, v[2]) end
+      end
+    end
+  end
+  return #dependents, redis.call('EXISTS', dependents_key(parent)) == 1
+end
+
+-- Parent `number` of the child's element at `position` has ended with `outcome` (two bits).
+local function release_element(child, number, position, outcome)
+  local v = redis.call('HMGET', job_key(child), 'status', 'pq_class', 'pq_parents', 'pq_array', 'data', 'description',
+    'created_at', 'pq_sub', 'pq_retries', 'pq_cancel', 'pq_first_attempt')
+  if not v[1] or v[10] or position >= tonumber(string.match(v[4], '(%d+)$')) then return end
+  if redis.call('BITFIELD', outcomes_key(child), 'GET', 'u2', '#' .. position)[1] ~= 0 then return end
+  if outcome ~= 1 then
+    return end_elements(child, v[8], position, position, now, now_iso, ttl)
+  end
+  -- A bit for each parent, so that an element seen twice counts once.
+  local field = 'w' .. string.format('%d', position)
+  local seen = bit.bor(tonumber(redis.call('HGET', elementwise_key(child) .. ':seen', field) or 0), bit.lshift(1, number))
+  redis.call('HSET', elementwise_key(child) .. ':seen', field, seen)
+  if seen ~= bit.lshift(1, tonumber(v[3])) - 1 then return end
+  redis.call('HDEL', elementwise_key(child) .. ':seen', field)
+  if v[1] == 'deferred' then
+    redis.call('ZREM', registry('deferred', queue_of(v[2])), child)
+    redis.call('HSET', job_key(child), 'status', 'started', 'started_at', now_iso,
+      'pq_next', string.match(v[4], '(%d+)$'))
+    redis.call('ZADD', registry('wip', queue_of(v[2])), 'inf', child .. ':0')
+  end
+  local index = string.match(v[4], '^(%d+)') + position * string.match(v[4], ':(%d+):')
+  if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
+  local id = make_element(child, position,
+    {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
+    {'status', 'queued', 'pq_exec', (v[11] or 1) - 1, 'pq_retries', v[9] or '0'})
+  queue_up(id, v[2])
+end
+
+-- One ended element: returns how much was handled, and whether dependents of it are left.
+local function release_position(array, children, span, position)
+  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
+  if outcome == 0 then return 1, false end
+  for _, entry in ipairs(children) do
+    local number, child = string.match(entry, '^(%d+):(.*)$')
+    release_element(child, tonumber(number), position, outcome)
+  end
+  local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
+  local handled, more = release_dependents_of(element, ({'k', 'f', 'o'})[outcome])
+  return 1 + #children + handled, more
+end
+
+-- One element of a canceled array: a retried one, one that was given back, or one that waited for another array's.
+local function sweep_position(array, submission, span, position)
+  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1, false end
+  local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
+  local status = redis.call('HGET', job_key(element), 'status')
+  if status == 'queued' or status == 'scheduled' then
+    end_unrun(element, 'canceled', now, now_iso, ttl)
+  elseif not status then
+    end_elements(array, submission, position, position, now, now_iso, ttl)
+  end
+  return 1, false
+end
+
+-- The positions of an entry, as far as the limit goes.
+local function walk(kind, array, position, last, budget)
+  local v = redis.call('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel')
+  if not v[1] then return 0 end -- somebody deleted it
+  if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
+  local span = {string.match(v[1], '^(%d+):(%d+):')}
+  local children = kind == 'e' and redis.call('LRANGE', elementwise_key(array), 0, -1)
+  local handled = 0
+  while position <= last and handled < budget do
+    local number, more
+    if kind == 'e' then
+      number, more = release_position(array, children, span, position)
+    else
+      number, more = sweep_position(array, v[2], span, position)
+    end
+    handled = handled + number
+    if not more then position = position + 1 end
+  end
+  if position <= last then
+    redis.call('LPUSH', 'pilotq:release', string.format('%s:%s:%d:%d', kind, array, position, last))
+  end
+  return handled
+end
+
+local handled = 0
+while handled < limit do
+  local entry = redis.call('LPOP', 'pilotq:release')
+  if not entry then break end
+  local kind, rest = string.match(entry, '^(%a):(.*)$')
+  handled = handled + 1
+  if kind == 'k' or kind == 'f' or kind == 'o' then
+    local number, more = release_dependents_of(rest, kind)
+    if more then redis.call('LPUSH', 'pilotq:release', entry) end
+    handled = handled + number
+  else
+    local array, first, last = string.match(rest, '^(.-):(%d+):(%d+)$')
+    handled = handled + walk(kind, array, tonumber(first), tonumber(last), limit - handled)
+  end
+end
+for class, ids in pairs(ready) do
+  redis.call('SADD', 'rq:queues', list_key(class))
+  push('RPUSH', list_key(class), ids)
+end
+flush_tally(ttl)
+flush_lines()
+local left = redis.call('LLEN', 'pilotq:release')
+if left > 0 then wake() end
+return {math.floor(handled), left}

@@ -1,0 +1,267 @@
+-- requeue: tasks that have ended, and not finished, run again. Events requeue, requeue_deferred.
+--
+-- The next execution gets the next number, so that a late report of an earlier one counts for nothing. What RQ's own
+-- requeue has set to queued (its outcome still stands in pq_reason) is treated like any other.
+-- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO),
+--       4 msgpack [[id], ...]; of an array that has ended, as a whole: [id, sha1 of its outcomes, number of the argument
+--         that has its outcomes as they are to be, number failed, number canceled, position of the first to run, [elements that
+--         have a record]],
+--       5... outcomes of arrays.
+-- Returns for each 'queued', 'deferred' (what it depends on has not ended), 'dependency' (what it depends on has not
+--       finished), 'gone' (something that it needs was forgotten), 'ending' (it was canceled, and runs still), 'changed'
+--       (the outcomes are others: read them again), 'unknown', or its status when there is nothing to run again.
+if not queue_id_ok() then return queue_id_error() end
+local now, now_iso = ARGV[2], ARGV[3]
+local ready = {}
+
+local function bad(status) return status == 'failed' or status == 'stopped' or status == 'canceled' end
+
+-- A class that nothing needed was set aside by drop_idle_classes.lua.
+local function class_there(class)
+  if redis.call('HEXISTS', 'pilotq:classes', class) == 1 then return true end
+  local record = redis.call('HGET', 'pilotq:classes:idle', class)
+  return record and redis.call('HSETNX', 'pilotq:classes', class, record) == 1
+end
+
+-- Are the class, the submission's record and what its tasks share there?
+local function needs_there(class, submission)
+  local shared = redis.call('HGET', submit_key(submission or ''), 'shared')
+  return shared and redis.call('EXISTS', 'pilotq:shared:' .. shared) == 1 and class_there(class)
+end
+
+-- The reverse of count_end.
+local function uncount(submission, field, number)
+  if number == 0 then return end
+  redis.call('HINCRBY', 'pilotq:counts', field, -number)
+  redis.call('HINCRBY', submit_key(submission), field, -number)
+  if redis.call('HINCRBY', submit_key(submission), 'left', number) == number then
+    local shared = redis.call('HGET', submit_key(submission), 'shared')
+    redis.call('PERSIST', submit_key(submission))
+    redis.call('PERSIST', 'pilotq:shared:' .. shared)
+    redis.call('HINCRBY', 'pilotq:shared-refs', shared, 1)
+  end
+end
+
+local function note(id, name, submission, array)
+  journal(cmsgpack.pack({id = id, name = name or '', submission = submission or '', array = array or ''}),
+    {status = 'queued', reason = '', final = false})
+end
+
+-- What has no record any more had finished: what did not is kept longer than those that depend on it.
+local function status_of(parent)
+  local status = redis.call('HGET', job_key(parent), 'status')
+  local array, index = string.match(parent, '^(.-)_(%d+)$')
+  local range = array and redis.call('HGET', job_key(array), 'pq_array')
+  if not range then return status or 'finished' end
+  local start, step = string.match(range, '^(%d+):(%d+):')
+  local position = string.format('%d', (index - start) / step)
+  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
+  return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
+end
+
+-- Those of the parents that have not ended; nil when one ended, and did not finish.
+local function open_parents(after)
+  local open = {}
+  for parent in string.gmatch(after or '', '%S+') do
+    local status = status_of(parent)
+    if bad(status) then return nil end
+    if status ~= 'finished' then open[#open + 1] = parent end
+  end
+  return open
+end
+
+local function wait_for(id, class, parents)
+  redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue_of(class), 'pq_open_parents', #parents)
+  redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
+  for _, parent in ipairs(parents) do
+    redis.call('LREM', dependents_key(parent), 0, id) -- it may have been canceled while it waited: it counts once
+    redis.call('RPUSH', dependents_key(parent), id)
+    track_parent(parent)
+    local array = string.match(parent, '^(.-)_%d+$')
+    redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
+  end
+  return 'deferred'
+end
+
+local function queue_up(id, class)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+  ready[class] = ready[class] or {}
+  table.insert(ready[class], id)
+  return 'queued'
+end
+
+-- A record that has ended is one that waits again.
+local function revive(id, queue)
+  redis.call('PERSIST', job_key(id))
+  redis.call('HDEL', job_key(id), 'pq_reason', 'pq_exit', 'pq_cpus', 'pq_cancel', 'pq_crashes', 'pq_node', 'pq_slot',
+    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node')
+  local budget = redis.call('HGET', job_key(id), 'pq_budget')
+  if budget then redis.call('HSET', job_key(id), 'pq_retries', budget) end
+  redis.call('HSET', job_key(id), 'pq_queued_at', now, 'enqueued_at', now_iso)
+  redis.call('ZREM', registry('failed', queue), id)
+  redis.call('ZREM', registry('canceled', queue), id)
+end
+
+local function requeue_task(id, v)
+  local status, class, submission = v[1], v[2], v[3]
+  local requeued = status == 'queued' and v[7]
+  if not requeued and not bad(status) then return status end
+  if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
+  local parents = open_parents(v[5])
+  if not parents then return 'dependency' end
+  if not needs_there(class, submission) then return 'gone' end
+  local canceled = status == 'canceled' or requeued and (v[7] == 'canceled' or v[7] == 'dependency')
+  revive(id, queue_of(class))
+  uncount(submission, canceled and 'canceled' or 'failed', 1)
+  note(id, v[4], submission)
+  if #parents > 0 then return wait_for(id, class, parents) end
+  return queue_up(id, class)
+end
+
+-- Every element of an array (positions) whose parents' elements have ended is looked at by release_dependents.lua.
+local function look_again(id, parents, first, last)
+  for parent in string.gmatch(parents, '%S+') do
+    redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', parent, first, last))
+  end
+end
+
+local function all_there(parents)
+  for parent in string.gmatch(parents or '', '%S+') do
+    if redis.call('EXISTS', job_key(parent), elementwise_key(parent)) < 2 then return false end
+  end
+  return true
+end
+
+local ARRAY = {'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_array', 'pq_next', 'pq_parents', 'pq_cancel', 'data',
+  'description', 'created_at', 'pq_retries', 'pq_first_attempt', 'pq_last_attempt', 'pq_reason'}
+
+local function read_array(id)
+  local v, f = redis.call('HMGET', job_key(id), unpack(ARRAY)), {}
+  for i, name in ipairs(ARRAY) do f[string.match(name, '^p?q?_?(.*)$')] = v[i] end
+  if not f.array then return nil end
+  f.count = tonumber(string.match(f.array, '(%d+)$'))
+  f.ended = (bad(f.status) or f.status == 'finished') and redis.call('TTL', job_key(id)) >= 0
+    or f.status == 'queued' and f.reason and true
+  -- The highest number an execution of an element has had.
+  f.last = math.max(tonumber(f.first_attempt or 1), tonumber(f.last_attempt or 1))
+  return f
+end
+
+-- Why nothing of an array can run again; nil if it can.
+local function hindrance(f)
+  if (f.cancel or f.status == 'canceled') and not f.ended then return 'ending' end
+  if f.parents and not all_there(f.after) or not needs_there(f.class, f.sub) then return 'gone' end
+  if not f.parents and not open_parents(f.after) then return 'dependency' end
+end
+
+local function reopen(id, f)
+  revive(id, queue_of(f.class))
+  for _, key in ipairs({outcomes_key(id), values_key(id), elementwise_key(id)}) do redis.call('PERSIST', key) end
+end
+
+local function requeue_array(id, item)
+  local f = read_array(id)
+  if not f.ended or f.status == 'finished' then return f.status end
+  if redis.sha1hex(redis.call('GET', outcomes_key(id)) or '') ~= item[2] then return 'changed' end
+  local why = hindrance(f)
+  if why then return why end
+  reopen(id, f)
+  for _, element in ipairs(item[7]) do
+    redis.call('DEL', job_key(element))
+    redis.call('ZREM', registry('failed', queue_of(f.class)), element)
+  end
+  redis.call('SET', outcomes_key(id), ARGV[item[3]])
+  redis.call('HDEL', job_key(id), 'pq_kept')
+  redis.call('HSET', job_key(id), 'pq_left', item[4] + item[5], 'pq_unfinished', 0, 'pq_next', item[6],
+    'pq_has_gaps', 1, 'pq_first_attempt', f.last + 1)
+  uncount(f.sub, 'failed', item[4])
+  uncount(f.sub, 'canceled', item[5])
+  note(id, f.name, f.sub)
+  if not f.parents then
+    local parents = open_parents(f.after)
+    if #parents > 0 then return wait_for(id, f.class, parents) end
+    return queue_up(id, f.class)
+  end
+  redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue_of(f.class))
+  redis.call('ZADD', registry('deferred', queue_of(f.class)), ADOPTED + now, id)
+  look_again(id, f.after, 0, f.count - 1)
+  return 'deferred'
+end
+
+-- The element's own record, if it was kept, makes room; returns the number of its last execution.
+local function drop_record(id, array, f)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec')
+  if not v[1] then return f.last end
+  redis.call('DEL', job_key(id))
+  redis.call('ZREM', registry('failed', queue_of(f.class)), id)
+  redis.call('HINCRBY', job_key(array), 'pq_kept', -1)
+  return tonumber(v[2])
+end
+
+local function requeue_element(id, array, index)
+  local f = array and read_array(array)
+  if not f then return 'unknown' end
+  local start, step = string.match(f.array, '^(%d+):(%d+):')
+  local position = (index - start) / step
+  if position < 0 or position >= f.count or position % 1 ~= 0 then return 'unknown' end
+  local at = '#' .. string.format('%d', position)
+  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', at)[1]
+  if outcome == 1 then return 'finished' end
+  if outcome == 0 then return redis.call('HGET', job_key(id), 'status') or 'queued' end
+  local why = hindrance(f) or f.ended and not f.parents and #open_parents(f.after) > 0 and 'dependency'
+  if why then return why end
+  local execution = drop_record(id, array, f)
+  redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', at, 0)
+  redis.call('HINCRBY', job_key(array), 'pq_left', 1)
+  redis.call('HINCRBY', job_key(array), 'pq_unfinished', -1)
+  if f.ended then
+    reopen(array, f)
+    redis.call('HSET', job_key(array), 'status', 'started', 'origin', queue_of(f.class), 'started_at', now_iso, 'pq_next', f.count)
+    redis.call('ZADD', registry('wip', queue_of(f.class)), 'inf', array .. ':0')
+  end
+  uncount(f.sub, outcome == 2 and 'failed' or 'canceled', 1)
+  note(id, f.name, f.sub, array)
+  if f.parents then
+    redis.call('HDEL', elementwise_key(array) .. ':seen', 'w' .. string.format('%d', position))
+    look_again(array, f.after, position, position)
+  elseif f.ended or position < tonumber(f.next) then
+    f.submission = f.sub
+    f.created = f.created_at
+    make_element(array, position, f, {'status', 'queued', 'pq_exec', execution, 'pq_retries', f.retries or '0'})
+    queue_up(id, f.class)
+  end
+  return 'queued'
+end
+
+-- A job of RQ's producers: route_rq.lua does the rest, as after RQ's own requeue.
+local function requeue_rq_job(id, status, class)
+  if not bad(status) then return status end
+  if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
+  redis.call('ZREM', registry('failed', queue_of(class)), id)
+  redis.call('ZREM', registry('canceled', queue_of(class)), id)
+  to_rq_list(id, queue_of(class), false, now_iso)
+  return 'queued'
+end
+
+local function requeue(item)
+  local id = item[1]
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_array', 'pq_reason',
+    'pq_array_of')
+  -- What a submit has staged and not committed yet nobody can know.
+  if (v[1] == 'queued' and not v[7] or v[1] == 'deferred') and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
+  if not v[1] or v[8] then return requeue_element(id, string.match(id, '^(.-)_(%d+)$')) end
+  if v[6] then return item[2] and requeue_array(id, item) or v[1] end
+  if not v[2] then return v[1] end -- only RQ's own producers know it
+  if v[3] == '' then return requeue_rq_job(id, v[1], v[2]) end
+  return requeue_task(id, v)
+end
+
+local answer = {}
+for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do answer[number] = requeue(item) end
+for class, ids in pairs(ready) do
+  redis.call('SADD', 'rq:queues', list_key(class), list_key(queue_of(class)))
+  push('RPUSH', list_key(class), ids)
+end
+flush_lines()
+wake()
+return answer

@@ -1,0 +1,41 @@
+-- return_unstarted: handed tasks that were never launched return to the head of their lists. Events return,
+-- return_canceled.
+--
+-- ARGV: 1 queue id, 2 node:incarnation, 3 number of the call, 4 message (packed), 5 msgpack [[id, execution], ...] oldest first,
+--       6 now (unix s), 7 now (ISO), 8 ttl of canceled records (s).
+-- Returns the number of tasks that went back; ids with another execution or status are left alone. A task that was
+-- canceled meanwhile ends: the message to stop it passes the task that is on its way back.
+if not queue_id_ok() then return queue_id_error() end
+local node, call, message, now, now_iso, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[6], ARGV[7], ARGV[8]
+local lists, wip, number = {}, {}, 0
+for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
+  local id, execution = item[1], tostring(item[2])
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
+  local class = v[3]
+  if v[2] == execution and (v[1] == 'started' or v[1] == 'canceled') then
+    local member = id .. ':' .. execution
+    if v[1] == 'canceled' or v[4] then
+      if redis.call('ZREM', registry('wip', queue_of(class)), member) == 1 then
+        end_unrun(id, 'canceled', now, now_iso, ttl)
+      end
+    else
+      redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+      redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot')
+      lists[class] = lists[class] or {}
+      table.insert(lists[class], 1, id)
+      wip[class] = wip[class] or {}
+      table.insert(wip[class], member)
+      number = number + 1
+    end
+  end
+end
+for class, ids in pairs(lists) do
+  push('LPUSH', list_key(class), ids)
+  push('ZREM', registry('wip', queue_of(class)), wip[class])
+  redis.call('SADD', 'rq:queues', list_key(class))
+end
+flush_tally(ttl)
+flush_lines()
+deliver(node, call, message, 0, 0)
+if number > 0 or redis.call('EXISTS', 'pilotq:release') == 1 then wake() end
+return number

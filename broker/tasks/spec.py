@@ -1,0 +1,73 @@
+"""What a worker needs to know of one task: `Spec`, the form in which a `Task` is stored with its record. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pilotq.broker.tasks.functions import pack_call
+from pilotq.broker.tasks.model import Task
+
+# Spec.flags
+FLAG_ARRAY = 1  # {index} and {value} are filled in
+FLAG_QCG = 2  # ${it} and its like are filled in, QCG-PilotJob's rules
+FLAG_LOGIN = 4  # scripts run in `bash -l`
+FLAG_VALUES = 8  # elements have values, to be fetched by array and position
+FLAG_FUNCTION = 32  # a Python function: argv holds functions.pack_call
+FLAG_RQ_JOB = 64  # a job of RQ's own producers: its record says what to run
+
+
+class Spec(msgspec.Struct, array_like=True):
+    """What a worker needs to know of one task besides its `SubmitContext`: ``pq_spec``, packed with msgpack.
+
+    ``argv`` is bytes, as the kernel takes it. ``script`` wins over ``argv`` when not empty. Paths are absolute
+    unless they contain variables that are filled in at launch; then they are joined with ``cwd`` at launch.
+    """
+
+    argv: list[bytes]
+    script: str = ""
+    cwd: str = ""  # empty: that of the context
+    stdin: str = ""
+    stdout: str = ""  # empty: captured
+    stderr: str = ""
+    env: dict[str, str] = {}
+    time_limit: float = 0.0  # seconds from launch, 0 = none
+    model: str = "default"
+    model_opts: dict[str, str] = {}
+    flags: int = 0  # FLAG_* above
+    cores: int = 1
+    launch_at: int = 0
+    retries: int = 0  # these three as in Task
+    backoff: float = 0.0
+    retry_on: str = ""
+
+
+def spec_of(task: Task, payload: bytes | None = None) -> Spec:
+    """The specification of a task that was checked; ``payload`` is the packed call of its function, if made already."""
+    argv = [os_encode(a) for a in task.command or []]
+    flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
+    flags |= FLAG_VALUES if task.values is not None else 0
+    if task.function is not None:
+        argv = [payload if payload is not None else pack_call(task.function, task.args, task.kwargs)]
+        flags |= FLAG_FUNCTION
+    return Spec(
+        argv=argv,
+        script=task.script or "",
+        cwd=task.cwd or "",
+        stdin=task.stdin or "",
+        stdout=task.stdout or "",
+        stderr=task.stderr or "",
+        env=task.env,
+        time_limit=task.time_limit or 0.0,
+        model=task.model,
+        model_opts=task.model_opts,
+        flags=flags | (FLAG_LOGIN if task.login_shell else 0),
+        cores=task.request.cores[0],
+        launch_at=task.launch_at,
+        retries=task.retries,
+        backoff=task.backoff,
+        retry_on=task.retry_on,
+    )
+
+
+def os_encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

@@ -1,0 +1,34 @@
+"""`pilotq cancel`: waiting tasks never start, running ones are ended."""
+
+from __future__ import annotations
+
+import click
+
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.errors import InvalidInput
+from pilotq.cli import formatting
+from pilotq.cli.options import dir_option, json_option
+from pilotq.cli.task_selection import ids_of
+
+
+@click.command("cancel", no_args_is_help=True)
+@click.argument("words", nargs=-1, metavar="ID...")
+@click.option("--all", "everything", is_flag=True, help="All tasks that have not ended.")
+@dir_option
+@json_option
+def cancel_command(words: tuple[str, ...], everything: bool, directory: str | None, as_json: bool) -> None:
+    """Cancel tasks: waiting ones never start, running ones are ended.
+
+    \b
+    Example: pilotq cancel 1f 1g
+    """
+    if bool(words) == everything:
+        raise InvalidInput("say which tasks to cancel, or --all" + (", not both" if words else ""))
+    with Broker.connect(directory) as broker:
+        outcome = broker.cancel(broker.open_ids() if everything else ids_of(broker, words))
+    if as_json:
+        click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in outcome.items()]))
+        return
+    sentences = {"canceled": "canceled", "stopping": "is running, and is being ended", "unknown": "is not known"}
+    for task_id, word in outcome.items():
+        click.echo(f"{task_id}: {sentences.get(word, f'had already ended: {word}')}")

@@ -1,0 +1,90 @@
+"""`pilotq wait`: returns when tasks have ended, and says by its exit code how."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import click
+
+from pilotq.broker.client.archive import Archive
+from pilotq.broker.client.broker import open_pilot
+from pilotq.broker.client.views import Counts
+from pilotq.broker.errors import ServerUnavailable, UnknownTask
+from pilotq.broker.settings import Settings
+from pilotq.broker.tasks.dependencies import ID
+from pilotq.broker.tasks.quantities import parse_duration
+from pilotq.cli import exit_codes, formatting
+from pilotq.cli.options import dir_option, json_option, parsed
+from pilotq.cli.task_selection import ids_of
+
+RETRY_S = 0.2  # how often a wait tries a server that is away
+
+
+@click.command("wait")
+@click.argument("words", nargs=-1, metavar="[ID]...")
+@click.option("--timeout", metavar="TIME", callback=parsed(parse_duration),
+              help="Give up after: 90, 10m.  [default: never]")  # fmt: skip
+@dir_option
+@json_option
+def wait_command(words: tuple[str, ...], timeout: float | None, directory: str | None, as_json: bool) -> int:
+    """Wait until these tasks (default: all) have ended.
+
+    Exits with 0 when all of them finished, 1 when some did not, 4 when the time is over. For a pilot that has ended the
+    journal gives the answer at once.
+
+    \b
+    Example: pilotq wait --timeout 10m && echo all finished
+    """
+    begin, asked, away_since = time.monotonic(), timeout, None
+    while True:
+        try:
+            counts, sentence = _wait(words, timeout, directory)
+            break
+        except ServerUnavailable:
+            # It is being started again, or the pilot ends: then its journal has the answer.
+            now = time.monotonic()
+            away_since = away_since or now
+            if now - away_since > Settings().server_wait_s:
+                raise
+            timeout = None if asked is None else max(asked - (now - begin), 0.0)
+            time.sleep(RETRY_S)
+    if sentence:
+        click.echo(f"pilotq: {sentence}", err=True)
+    if as_json:
+        click.echo(formatting.to_json(formatting.counts_json(counts)))
+    elif sys.stderr.isatty() and not sentence:
+        click.echo(f"pilotq: {formatting.counts_text(counts)}", err=True)
+    return exit_codes.TASKS_FAILED if sentence else exit_codes.of_counts(counts)
+
+
+def _wait(words: Sequence[str], timeout: float | None, directory: str | None) -> tuple[Counts, str]:
+    """What became of the tasks, and a sentence about those that will never end. Raises WaitTimedOut."""
+    with open_pilot(directory) as pilot:
+        if not isinstance(pilot, Archive):
+            return pilot.wait(ids_of(pilot, words) if words else None, timeout=timeout), ""
+        counts = pilot.wait([_possible_id(pilot, word) for word in words] if words else None)
+        where = pilot.pilot.directory
+        if counts.left:
+            return counts, (
+                f"the pilot has ended, and {counts.left:,} of {counts.total:,} tasks had not: `pilotq start --resume "
+                f"{where}` goes on with them"
+            )
+        if not words and not pilot.complete:
+            return counts, (
+                f"the pilot was killed: {formatting.counts_text(counts)}, but its journal does not know what "
+                f"never ran; "
+                f"`pilotq start --resume {where}` goes on with it"
+            )
+        return counts, ""
+
+
+def _possible_id(pilot: Archive, word: str) -> str:
+    """The id of a task; a word that may be an id is taken for one of a task that never ran: no journal has those."""
+    try:
+        return ids_of(pilot, [word])[0]
+    except UnknownTask:
+        if not ID.fullmatch(word):
+            raise
+        return word

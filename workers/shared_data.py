@@ -1,0 +1,86 @@
+"""What launches need from the server beyond the task itself: what tasks of a submission share, values, jobs, nodes."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from pilotq.broker.errors import PilotFailed, ServerUnavailable
+from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Argument, Connection
+from pilotq.broker.store.registry import decode_nodes
+from pilotq.broker.store.resources import NodeInfo
+from pilotq.broker.tasks.submit_context import SubmitContext
+
+VALUES_BLOCK = 1000
+RETRY_S = 0.4  # no attempt for so long after one that failed
+_values = msgspec.msgpack.Decoder(list[str])
+_shared = msgspec.msgpack.Decoder(SubmitContext)
+
+
+class SharedData:
+    """Reads over ``connection``, which is the session's; ``limit_timeouts`` is called before each read.
+
+    Each `fetch` may wait for the server up to the timeout of the connection, and raises ServerUnavailable when it does
+    not answer::
+
+        session.shared_data.fetch_value(array, 17)
+    """
+
+    def __init__(self, connection: Connection, limit_timeouts: Callable[[], None]) -> None:
+        self._connection = connection
+        self._limit_timeouts = limit_timeouts
+        self._retry_at = 0.0  # monotonic
+        self._fetch_shared = lru_cache(maxsize=256)(self._read_shared)
+        self._fetch_block = lru_cache(maxsize=16)(self._read_block)
+
+    def end_pause(self) -> None:
+        """The server answers again: the next read needs not wait until the pause after a failure is over."""
+        self._retry_at = 0.0
+
+    def fetch_nodes(self, names: tuple[str, ...]) -> dict[str, NodeInfo]:
+        """Those of these nodes that are registered."""
+        return {info.name: info for info in decode_nodes(self._fetch("HMGET", keys.NODES, *names))}
+
+    def fetch_shared(self, key: str) -> SubmitContext:
+        """The context of a submission; cached."""
+        return self._fetch_shared(key)
+
+    def fetch_value(self, array: str, position: int) -> str:
+        """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
+        return self._fetch_block(array, position // VALUES_BLOCK)[position % VALUES_BLOCK]
+
+    def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
+        """The record of a job as it stands."""
+        flat = self._fetch("HGETALL", keys.job(task_id))
+        if not flat:
+            raise PilotFailed(f"the record of job {task_id} is gone")
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    def _fetch(self, *command: Argument) -> Any:
+        """Each attempt blocks the worker, and many launches may need one: after a failure there is a pause."""
+        if time.monotonic() < self._retry_at:
+            raise ServerUnavailable(f"the server at {self._connection.address} did not answer a moment ago")
+        self._limit_timeouts()
+        try:
+            return self._connection.call(*command)
+        except ServerUnavailable:
+            self._retry_at = time.monotonic() + RETRY_S
+            raise
+
+    def _read_shared(self, key: str) -> SubmitContext:
+        data = self._fetch("GET", keys.shared(key))
+        if data is None:
+            raise PilotFailed(f"the context {key} of a submission is gone")
+        return _shared.decode(data)
+
+    def _read_block(self, array: str, block: int) -> list[str]:
+        data = self._fetch("HGET", keys.values(array), block)
+        if data is None:
+            raise PilotFailed(f"the values of array {array} are gone")
+        return _values.decode(zlib.decompress(data))
