@@ -3,7 +3,7 @@
 A launcher is a child subreaper: whatever a task starts, in whatever session or group, stays below the task's main
 process, and a process that loses its parent (an orphan) becomes a child of the launcher. So the tree below a launch is
 complete, and only the orphans must be assigned to their launches: by their session, else by the mark in their
-environment. `ProcessTracker` does that. Once a launcher is dead its tree is lost: then the marks alone tell
+environment. `ProcessTracker` does that. Once a launcher is dead its tree is lost: then the marks alone identify it
 (`kill_marked`).
 """
 
@@ -26,7 +26,10 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Process(NamedTuple):
-    """From /proc/<pid>/stat. ``start`` is in clock ticks since boot; with ``pid`` it identifies a process for good."""
+    """A process as /proc/<pid>/stat shows it.
+
+    ``start`` is in clock ticks since boot; with ``pid`` it identifies a process for good.
+    """
 
     pid: int
     alive: bool
@@ -284,7 +287,7 @@ class ProcessTracker:
         # stays unassigned until one that is older still has ended.
         boot = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
         began = int((candidate.began + boot) * TICKS_PER_S)
-        # A tick is long: within one the numbers, which are given out in turn, tell which process is the older.
+        # A tick is long: within one the numbers, which are given out in turn, show which process is the older.
         younger = (process.start, process.pid) > (began, candidate.pid)
         return key if younger and not candidate.running else None
 
@@ -308,10 +311,10 @@ class _Children:
         """
         numbers: Iterable[int]
         if self._list >= 0:
-            words = self._read().split()
-            if len(words) == len(mains) + len(orphans):
+            children = self._read().split()
+            if len(children) == len(mains) + len(orphans):
                 return []  # each main process and orphan is a child until it is waited for
-            numbers = map(int, words)
+            numbers = map(int, children)
         else:
             numbers = self._recent(since)
         return [pid for pid in numbers if pid not in mains and pid not in orphans]

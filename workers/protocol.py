@@ -1,14 +1,14 @@
-"""Messages between the control process of a node and its launchers, and between a launcher and its interpreters.
+"""Defines the messages between a worker process and its launchers, and between a launcher and its interpreters.
 
 A launcher has three pipes. ``down`` carries messages to it (``ToLauncher``), ``up`` carries messages from it
 (``FromLauncher``). Both carry frames: four bytes of length (little endian), then one msgpack list of messages, so that
 many messages travel in one frame. Each launch or call has a ``key``, a number that is never used twice.
 
 Launches can be *chained*: one that names another one as ``after`` is started by the launcher itself as soon as no
-process of that one is left, so that no core waits for an answer of the control process.
+process of that one is left, so that no core waits for an answer of the worker process.
 
 A message from the launcher is written before the launcher does anything else that could end or stop it, so that the
-pipe tells how far it came. But the control process need not read each message when it arrives: a byte on the third
+pipe tells how far it came. But the worker process need not read each message when it arrives: a byte on the third
 pipe, ``wake``, means that one has arrived which is worth waking up for.
 """
 
@@ -54,7 +54,7 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
 
     ``env`` is laid over the base's and the slot's. Files are absolute paths; empty stdin is /dev/null, empty stdout
     or stderr is captured; the same path twice is one open file. With ``suffix`` output is written to the path with the
-    suffix (and published by rename by the control process).
+    suffix (and published by rename by the worker process).
     """
 
     key: int

@@ -1,4 +1,4 @@
-"""A worker's side of the broker: its inbox, its reports, its heartbeat. Nothing here blocks but `register`.
+"""Connects a worker to the server: its inbox, its reports, its heartbeat. Nothing here blocks but `register`.
 
 Two connections. One has an XREAD of the inbox outstanding at all times: what was read stays there until it is
 confirmed, so that nothing is lost with a reply that never arrives. The other carries reports, in order, any number
@@ -30,9 +30,9 @@ from pilotq.broker.store.messages import (
     NodeLost,
     NodeReport,
     PartlyReleased,
-    Returned,
     StateReport,
     Swept,
+    TasksReturned,
     ToWorker,
 )
 from pilotq.broker.store.resources import NodeInfo
@@ -41,8 +41,9 @@ from pilotq.workers.shared_data import SharedData
 
 __all__ = ["Session", "iso"]
 WORKER_TTL_S = 480  # as RQ's own workers
-BLOCK_S = 30  # for so long the server waits for a message; then it answers that there is none
-NUMBERED = ("complete", "return_unstarted")  # calls whose mail is delivered once for each number, their second argument
+BLOCK_S = 30  # for so long the server waits for a message; then it replies that there is none
+# Calls whose message is delivered once for each number, which is their second argument.
+NUMBERED = ("complete", "return_unstarted")
 LAST_TRY_S = 0.1  # an attempt to connect takes no less
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 _inbox = msgspec.msgpack.Decoder(list[ToWorker])
@@ -60,7 +61,7 @@ class _Call(NamedTuple):
 
 
 class Session:
-    """Wait on `filenos()`, then call `pump`.
+    """Receives messages for a worker and sends its reports: wait on `filenos()`, then call `pump`.
 
     Lost connections are made again by `pump`, with pauses; what had not been confirmed is sent again. `pump` raises
     StateLost when the server came back with another queue id; Superseded when a newer incarnation of this node has
@@ -119,9 +120,9 @@ class Session:
     def deregister(self) -> None:
         """Leave RQ's registry and the list of nodes: after a clean end."""
         info = self._registered()
-        mail = pack(NodeLost(info.name, info.incarnation, "it has left", clean=True))
+        message = pack(NodeLost(info.name, info.incarnation, "it has left", clean=True))
         store = Store(self._fetch_link, self._store.queue_id, self.settings)
-        store.run("deregister", info.name, info.incarnation, mail)
+        store.run("deregister", info.name, info.incarnation, message)
 
     def _registered(self) -> NodeInfo:
         if self._info is None:
@@ -141,9 +142,9 @@ class Session:
         return 60.0 if self._report_link.connected and self._inbox_link.connected else 0.0
 
     def out_of_touch(self, now: float) -> float:
-        """For how long it has not been known that the server hears us; ``now`` is monotonic.
+        """Seconds for which it has not been known that the server receives from this worker; ``now`` is monotonic.
 
-        Counted from when a call was sent that was answered: the dispatcher cannot have heard of us before that.
+        Counted from when a call was sent that was answered: the dispatcher counts from its receipt, never earlier.
         """
         return now - self._last_contact
 
@@ -191,18 +192,18 @@ class Session:
         for link in (self._inbox_link, self._report_link, self._commands.connection):
             link.close()
         self._down = True
-        # Trying takes time while nobody answers: at most half of ours goes into it.
+        # An attempt takes time while nobody answers: at most half of the worker's time goes into it.
         self._retry_at = now + max(0.1, time.monotonic() - now)
 
     def _check_replies(self, now: float) -> None:
-        """A network that was cut says nothing, and one that is mended need not bring back what was under way."""
+        """Raise when an answer is overdue: a cut network reports no error, and what was under way may be lost."""
         late = self.settings.reply_s
         if (self._sent and now - self._sent[0].at > late) or now - self._asked_at > BLOCK_S + late:
             raise ServerUnavailable(f"the server at {self._report_link.address} has not answered for {late:g} s")
 
     def _ask_inbox(self) -> None:
         info = self._registered()
-        # The bound only serves connections that died without a word; a reply comes as soon as there is one.
+        # The bound only serves connections that died without an error; a reply comes as soon as there is one.
         inbox = keys.inbox(info.name, info.incarnation)
         self._asked_at = time.monotonic()
         self._inbox_link.post("XREAD", "COUNT", 100, "BLOCK", BLOCK_S * 1000, "STREAMS", inbox, self._read_to)
@@ -258,7 +259,7 @@ class Session:
             self._last_contact = max(self._last_contact, call.at)
 
     def _load(self, name: str) -> None:
-        """A server that was started again does not know our scripts. Not on the report link: its order must stand."""
+        """A server that was started again does not have the scripts. Not on the report link: its order must stand."""
         self._fetch_link.call("SCRIPT", "LOAD", script(name).text)
 
     def _post(self, call: _Call) -> None:
@@ -278,8 +279,8 @@ class Session:
         """Report ended executions, and what became of their slots, in one script call."""
         info = self._registered()
         self._call_number += 1
-        mail = pack(NodeReport(info.name, info.incarnation, ends))
-        args = self._store.complete_arguments(self._address(), self._call_number, mail, reports)
+        message = pack(NodeReport(info.name, info.incarnation, ends))
+        args = self._store.complete_arguments(self._address(), self._call_number, message, reports)
         self._post(_Call("complete", tuple(args), tuple((r.id, r.execution) for r in reports)))
 
     def verdicts(self) -> list[tuple[str, int, str]]:
@@ -299,26 +300,26 @@ class Session:
         """Tasks that were not started go back to the head of their lists (oldest first); counts by class."""
         info = self._registered()
         self._call_number += 1
-        mail = pack(Returned(info.name, info.incarnation, counts))
+        message = pack(TasksReturned(info.name, info.incarnation, counts))
         now = time.time()
         late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
-        self._post(_Call("return_unstarted", (self._address(), self._call_number, mail, pack(tasks), *late)))
+        self._post(_Call("return_unstarted", (self._address(), self._call_number, message, pack(tasks), *late)))
 
     def post_state(self, state: StateReport) -> None:
         """Answer to StateRequest: all slots and prefetched tasks."""
         self._post(_Call("guarded_write", ("RPUSH", keys.EVENTS, pack(state))))
 
     def post_event(self, message: PartlyReleased | Swept | Draining) -> None:
-        """A message to the dispatcher; said again after a lost connection."""
+        """A message to the dispatcher; sent again after a lost connection."""
         self._post(_Call("guarded_write", ("RPUSH", keys.EVENTS, pack(message))))
 
     def post_draining(self) -> None:
-        """It takes nothing more, and signs off when all has ended."""
+        """Report that this node takes no more tasks, and deregisters when all has ended."""
         info = self._registered()
         self.post_event(Draining(info.name, info.incarnation))
 
     def send(self, address: str, message: ToWorker) -> None:
-        """A message to the worker ``address`` (name:incarnation); said again after a lost connection."""
+        """A message to the worker ``address`` (name:incarnation); sent again after a lost connection."""
         node, _, incarnation = address.rpartition(":")
         self._post(_Call("send", (node, incarnation, pack([message])), message=message))
 

@@ -1,4 +1,4 @@
-"""What launches need from the server beyond the task itself: what tasks of a submission share, values, jobs, nodes."""
+"""Reads what launches need from the server beyond the task itself: submit contexts, values, jobs, nodes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The worker: the process that stands for one node. Its loop waits for everything at once and blocks on nothing.
+"""Runs the worker process of one node. Its loop waits for everything at once and blocks on nothing.
 
     python -m pilotq.workers.worker --dir <pilot directory> --node <name> --cores 0,1 [--real 0:2,1:3]
 
-Exit code 0 after it was told to leave (by the dispatcher or by SIGTERM) and all was confirmed; 3 when it had to give
-up: no server, a server without our state, a newer worker of this node, launchers that keep dying.
+Exit code 0 after it was asked to leave (by the dispatcher or by SIGTERM) and all was confirmed; 3 when it had to give
+up: no server, a server with another state, a newer worker of this node, launchers that keep dying.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Descriptors = dict[int, int]  # number -> what is waited for
 def run_worker(
     directory: str, address: Address, queue_id: str, info: NodeInfo, real: Mapping[int, int], settings: Settings
 ) -> int:
-    """Be the worker of a node until it is told to leave; returns the exit code. For the main thread of a process.
+    """Be the worker of a node until it is asked to leave; returns the exit code. For the main thread of a process.
 
     ``directory`` is the pilot's, ``real`` maps core numbers to CPU numbers where they differ. The incarnation in
     ``info`` is set here.
@@ -102,7 +102,7 @@ class _Signals:
 
 
 def _ignore(_signal: int, _frame: object) -> None:
-    """What is not for us."""
+    """Ignores a signal that is for others."""
 
 
 def _wake(_signal: int, _frame: object) -> None:
@@ -110,6 +110,8 @@ def _wake(_signal: int, _frame: object) -> None:
 
 
 class _Loop:
+    """Waits for messages, launchers, signals and deadlines, and passes each to the node."""
+
     def __init__(
         self, session: Session, launchers: LauncherPool, node: Node, signals: _Signals, settings: Settings
     ) -> None:
@@ -135,14 +137,14 @@ class _Loop:
             try:
                 self._session.deregister()
             except ServerUnavailable as error:
-                log(f"this node could not be signed off: {error}")
+                log(f"this node could not be deregistered: {error}")
         return self._exit_code
 
     def _over(self) -> bool:
         if self._leave_by is None:
             return False
         if time.monotonic() >= self._leave_by:
-            # Cut off from the server nobody waits for the last word: what lives is killed with its launcher.
+            # Without the server there is no confirmation to wait for: what lives is killed with its launcher.
             if self._online:
                 log("not everything had ended and was confirmed in time")
                 self._exit_code = PilotFailed.exit_code
@@ -157,12 +159,12 @@ class _Loop:
             self._node.report(time.monotonic())
         ready = self._wait()
         now = time.monotonic()
-        beat = now >= self._heartbeat_at
-        if beat:
+        heartbeat_due = now >= self._heartbeat_at
+        if heartbeat_due:
             self._heartbeat_at = now + self._settings.heartbeat_s
         for launcher in list(self._launchers.living.values()):
-            # With each beat all of them: one that hangs does not ring for what it has done before.
-            if beat or launcher.wake in ready:
+            # With each heartbeat all of them: one that hangs does not wake this process for what it has done before.
+            if heartbeat_due or launcher.wake in ready:
                 for record in launcher.receive():
                     self._node.receive_record(record, now)
                 if launcher.closed:
@@ -172,7 +174,7 @@ class _Loop:
         self._node.serve(ready.keys() & self._node.filenos())
         self._node.tick(now)
         if self._online:
-            self._exchange(ready, beat, now)
+            self._exchange(ready, heartbeat_due, now)
             self._check_contact(now)
         self._node.launch(now)
 
@@ -201,12 +203,12 @@ class _Loop:
         first = min(moment for moment in moments if moment is not None)
         return dict(self._poll.poll(max(first - now, 0.0) * 1000))
 
-    def _exchange(self, ready: Descriptors, beat: bool, now: float) -> None:
-        if beat:
+    def _exchange(self, ready: Descriptors, heartbeat_due: bool, now: float) -> None:
+        if heartbeat_due:
             state = "busy" if self._node.busy else "idle"
             self._session.post_heartbeat({"last_heartbeat": iso(time.time()), "state": state}, self._longest())
-        # With each beat the session looks after connections that nothing arrives on any more.
-        if beat or self._session.pause(now) <= 0 or any(fd in ready for fd in self._session.filenos()):
+        # With each heartbeat the session checks connections on which nothing arrives any more.
+        if heartbeat_due or self._session.pause(now) <= 0 or any(fd in ready for fd in self._session.filenos()):
             for message in self._session.pump(now):
                 if isinstance(message, Leave):
                     self._leave(message, now)
@@ -227,7 +229,7 @@ class _Loop:
         needs this worker."""
         bound = self._contact_bound()
         if self._session.out_of_touch(now) >= bound:
-            raise ServerUnavailable(f"no word from the server for {bound:g} s")
+            raise ServerUnavailable(f"no answer from the server for {bound:g} s")
 
     def _contact_bound(self) -> float:
         return self._session.contact_s or math.inf if self._node.busy else self._settings.server_wait_s
@@ -247,13 +249,13 @@ class _Loop:
                 finally:
                     self._launchers.reap(launcher)
 
-    def _leave(self, word: Leave, now: float) -> None:
+    def _leave(self, message: Leave, now: float) -> None:
         if self._leave_by is None:
-            log(f"leaving ({word.reason}): tasks that run get {word.grace:g} s")
-            self._leave_by = now + word.grace + self._settings.stop_wait_s
+            log(f"leaving ({message.reason}): tasks that run get {message.grace:g} s")
+            self._leave_by = now + message.grace + self._settings.stop_wait_s
             if self._online:
                 self._session.post_draining()
-        self._node.leave(word, now)
+        self._node.leave(message, now)
 
     def _give_up(self, error: PilotFailed) -> None:
         """End all tasks; without grace when other executions of them may have begun."""

@@ -37,11 +37,11 @@ from pilotq.broker.store.messages import (
     NodeLost,
     NodeReport,
     PartlyReleased,
-    Returned,
     StateReport,
     StateRequest,
     Sweep,
     Swept,
+    TasksReturned,
     ToDispatcher,
     ToWorker,
 )
@@ -187,7 +187,7 @@ class Dispatcher:
             node = self.inventory.sender(message)
             if node is not None:
                 self._handle_ends(node, message.ends, now)
-        elif isinstance(message, Returned):
+        elif isinstance(message, TasksReturned):
             self.heads_current = False
             node = self.inventory.sender(message)
             if node is not None:

@@ -12,10 +12,10 @@ from pilotq.broker.store.messages import (
     Gone,
     NodeReport,
     PartlyReleased,
-    Returned,
     StateReport,
     Sweep,
     Swept,
+    TasksReturned,
     ToWorker,
 )
 from pilotq.broker.store.resources import ClassInfo, NodeInfo, NodeShare, parse_allocation
@@ -128,7 +128,7 @@ class Inventory:
             return None
         return self.cluster.never_fits(request)
 
-    def sender(self, message: NodeReport | Returned) -> NodeRecord | None:
+    def sender(self, message: NodeReport | TasksReturned) -> NodeRecord | None:
         """The node that sent a message; None when that incarnation was removed."""
         node = self.nodes.get(message.node)
         return node if node is not None and node.info.incarnation == message.incarnation else None

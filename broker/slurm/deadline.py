@@ -128,5 +128,5 @@ class Deadline:
         self._failures += 1
         self._answered = True
         if self._failures == 1:
-            known = "its end is not known" if self.end is None else "its end is taken as known before"
+            known = "its end is not known" if self.end is None else "the end known before stays"
             log(f"scontrol show job {self.job} {how}: {known}; it is asked again every {self._poll_s:.0f} s")

@@ -87,10 +87,10 @@ class JournalWriter:
         due = now >= self._due
         self._store(sync=due)
         found: dict[str, tuple[Argument, ...]] = {}
+        if self._trim is not None:  # before the read, whose reply may set the next mark
+            found["trim"] = ("XTRIM", keys.JOURNAL, "MINID", self._trim)
         if not self.trouble and len(self._tail) < PENDING_BYTES:
             found["read"] = ("XREAD", "COUNT", READ_COUNT, "STREAMS", keys.JOURNAL, self._read_from)
-        if self._trim is not None:
-            found["trim"] = ("XTRIM", keys.JOURNAL, "MINID", self._trim)
         if due:
             self._due = now + self._fsync_s
             if self.trouble or self._paused:
@@ -150,6 +150,9 @@ class JournalWriter:
                     self._tail += _render(entry, ending, f"{stream_id}:{number}")
                     self._last = (place, number)
             self._read_from = stream_id
+        if not self._tail:
+            # Nothing new: the last entry was read whole, and the writer before has put all of it on disk.
+            self._trim = _after(self._last[0])
 
     def _store(self, *, sync: bool) -> None:
         """Write the tail; fsync it too when ``sync``. On any failure all of it is written again the next time."""
@@ -179,8 +182,7 @@ class JournalWriter:
             self._synced += len(self._tail)
             self._tail.clear()
             self._written = 0
-            (milliseconds, sequence), _ = self._last
-            self._trim = f"{milliseconds}-{sequence + 1}"
+            self._trim = _after(self._last[0])
 
     def _pause_commands(self) -> dict[str, tuple[Argument, ...]]:
         """The commands that make the dispatcher pause or go on, by the size of the stream that was seen last."""
@@ -203,6 +205,12 @@ def _log(text: str) -> None:
 def _place(entry: str) -> tuple[int, int]:
     milliseconds, _, sequence = entry.partition("-")
     return int(milliseconds), int(sequence)
+
+
+def _after(place: tuple[int, int]) -> str:
+    """The stream id just above: trimming to it removes the entry at ``place`` too."""
+    milliseconds, sequence = place
+    return f"{milliseconds}-{sequence + 1}"
 
 
 def _before(place: tuple[int, int]) -> str:

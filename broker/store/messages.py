@@ -2,7 +2,7 @@
 
 Dispatcher to worker: a stream for each incarnation of a node (the inbox), each entry a list of ``Run`` (added by the
 claim script itself), ``Stop``, ``RetractTasks``, ``StateRequest``, ``Leave``. Worker to dispatcher: the list of events,
-each element one of ``NodeReport``, ``Returned``, ``StateReport``, ``NodeLost``, ``Draining``, ``PartlyReleased``,
+each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``, ``NodeLost``, ``Draining``, ``PartlyReleased``,
 ``Swept``; clients add ``ControlChanged``. Worker to worker, into the inbox too, about a multinode task:
 ``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others, ``RemoteEnded`` and ``Swept`` back.
 
@@ -49,7 +49,7 @@ class Stop(msgspec.Struct, array_like=True, tag="stop"):
 
 
 class RetractTasks(msgspec.Struct, array_like=True, tag="retract"):
-    """Return up to ``count`` prefetched tasks of a class that have not started. Answered by Returned."""
+    """Return up to ``count`` prefetched tasks of a class that have not started. Answered by TasksReturned."""
 
     class_name: str
     count: int
@@ -170,7 +170,7 @@ class NodeReport(msgspec.Struct, array_like=True, tag="node_report"):
     ends: list[ExecutionEnd]
 
 
-class Returned(msgspec.Struct, array_like=True, tag="returned"):
+class TasksReturned(msgspec.Struct, array_like=True, tag="returned"):
     """Prefetched tasks that went back to their class lists: how many, by class."""
 
     node: str
@@ -222,7 +222,7 @@ class PartlyReleased(msgspec.Struct, array_like=True, tag="partly_released"):
     allocation: str  # what stays reserved
 
 
-ToDispatcher = NodeReport | Returned | StateReport | NodeLost | Draining | ControlChanged | PartlyReleased | Swept
+ToDispatcher = NodeReport | TasksReturned | StateReport | NodeLost | Draining | ControlChanged | PartlyReleased | Swept
 
 
 class EndReport(msgspec.Struct):

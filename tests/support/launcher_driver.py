@@ -1,4 +1,4 @@
-"""Drives a launcher process as a worker's control process does: over its three pipes."""
+"""Drives a launcher process as a worker process does: over its three pipes."""
 
 from __future__ import annotations
 

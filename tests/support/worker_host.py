@@ -1,4 +1,4 @@
-"""A worker under test: its process, with a session that speaks to the test over a socket, not to a server.
+"""Runs a worker under test: its process, with a session that is connected to the test by a socket, not to a server.
 
 `SocketSession` implements the interface of workers/session.py; `Host` is the test's end. All else in the worker's
 process, and its launchers, is the real thing.
@@ -63,7 +63,7 @@ class Channel:
 
 
 class SocketSession:
-    """The worker's end. Every call is told to the test; the test sends messages, records to fetch, and answers."""
+    """The worker's end. Every call is passed on to the test; the test sends messages, records to fetch, and answers."""
 
     contact_s = 0.0
 
@@ -81,7 +81,7 @@ class SocketSession:
         self._away = False
         self._unanswered = 0
         self._verdicts: list[tuple[str, int, str]] = []
-        self._told: list[tuple[str, ToWorker]] = []
+        self._sent: list[tuple[str, ToWorker]] = []
 
     def register(self, info: NodeInfo) -> int:
         self._channel.send(("register", info))
@@ -135,11 +135,11 @@ class SocketSession:
 
     def send(self, address: str, message: ToWorker) -> None:
         self._channel.send(("send", address, message))
-        self._told.append((address, message))
+        self._sent.append((address, message))
 
     def undelivered(self) -> list[tuple[str, ToWorker]]:
         """There is no other node."""
-        found, self._told = self._told, []
+        found, self._sent = self._sent, []
         return found
 
     def post_draining(self) -> None:
@@ -176,10 +176,10 @@ class SocketSession:
 
 
 class Ending(msgspec.Struct):
-    """One reported end: the report, the journal's line in it, and what was said of the lane (None: nothing)."""
+    """One reported end: the report, the journal entry in it, and what was reported of the slot (None: nothing)."""
 
     report: EndReport
-    line: JournalEntry
+    entry: JournalEntry
     end: ExecutionEnd | None
 
 
@@ -213,30 +213,30 @@ class Host:
             self.process.kill()
         self.process.wait()
         self._channel.sock.close()
-        # They notice that they are alone, and kill what they have.
+        # Without the worker process they kill what they have, and end.
         wait_until(lambda: not any(map(alive, launchers)), what="end of the launchers")
 
-    # -- what the worker is told -----------------------------------------------------------------------------------
+    # -- messages to the worker -------------------------------------------------------------------------------------
 
-    def say(self, message: ToWorker) -> None:
+    def send(self, message: ToWorker) -> None:
         self._channel.send(("message", msgspec.msgpack.encode(message)))
 
-    def tell(self, kind: str, *args: object) -> None:
-        """A word to the link itself: values, away, raise."""
+    def to_session(self, kind: str, *args: object) -> None:
+        """Set up the `SocketSession` itself: values, away, raise, answer."""
         self._channel.send((kind, *args))
 
     def shared(self, key: str, **env: str) -> None:
         path = os.environ["PATH"]
         self._channel.send(("shared", key, SubmitContext({"PATH": path, **env}, str(self.directory), 0o022, {})))
 
-    def hand(
+    def run(
         self, task_id: str, *argv: str, slot: int = 0, allocation: str = "n1[0]", execution: int = 1,
         shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0,
         crashes: int = 0, **spec: Any,
     ) -> None:  # fmt: skip
         packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **spec))
         allocation = allocation if slot else ""
-        self.say(
+        self.send(
             Run(
                 task_id, execution, slot, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
                 msgspec.Raw(packed), crashes,
@@ -244,26 +244,26 @@ class Host:
         )  # fmt: skip
 
     def stop(self, task_id: str, reason: str = "canceled", execution: int = 0) -> None:
-        self.say(Stop(task_id, execution, reason))
+        self.send(Stop(task_id, execution, reason))
 
-    # -- what it says ----------------------------------------------------------------------------------------------
+    # -- calls of the worker -----------------------------------------------------------------------------------------
 
     def listen(self) -> None:
-        """Take in what the worker has said; ends are answered unless ``answering`` was switched off."""
+        """Read the calls that have arrived; ends are answered unless ``answering`` was switched off."""
         for call in self._channel.receive():
             self.calls.append(call)
             if call[0] != "ends":
                 continue
             _, reports, ends = call
-            said = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
+            end_by_id = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
             for report in reports:
                 line = JournalEntry(**msgspec.msgpack.decode(report.entry))
-                self.endings[report.id] = Ending(report, line, said.get(report.id))
+                self.endings[report.id] = Ending(report, line, end_by_id.get(report.id))
             if self.answering:
                 self.answer(reports)
 
     def answer(self, reports: list[EndReport]) -> None:
-        self.tell("answer", [(r.id, r.execution, self.verdict) for r in reports])
+        self.to_session("answer", [(r.id, r.execution, self.verdict) for r in reports])
 
     def until(self, condition: Callable[[], Any], what: str = "") -> Any:
         def seen() -> Any:
@@ -278,11 +278,11 @@ class Host:
     def end_of(self, task_id: str) -> Ending:
         return self.until(lambda: self.endings.get(task_id), f"end of {task_id}")
 
-    def said(self, kind: str) -> list[tuple[Any, ...]]:
+    def reported(self, kind: str) -> list[tuple[Any, ...]]:
         return [call[1:] for call in self.calls if call[0] == kind]
 
     def wait(self) -> int:
-        """The exit code of the worker; what it says until then is taken in."""
+        """The exit code of the worker; its calls until then are read."""
         self.until(lambda: self.process.poll() is not None, "end of the worker")
         self.listen()
         return self.process.returncode

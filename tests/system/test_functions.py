@@ -85,7 +85,7 @@ def test_an_exception_that_cannot_travel_is_told_by_its_text(pilot: LivePilot, f
 
 
 def test_a_system_exit_is_a_failure_and_the_interpreter_goes_on(pilot: LivePilot) -> None:
-    whole = Request(cores=(2, 2))  # so that there is one lane
+    whole = Request(cores=(2, 2))  # so that there is one slot
     pid = call(pilot, os.getpid, request=whole)
     with pytest.raises(SystemExit):
         call(pilot, sys.exit, 0, request=whole)
@@ -137,7 +137,7 @@ def test_a_function_finds_its_job_and_notes_something_there(pilot: LivePilot) ->
         assert Job.fetch(task, connection=pilot.broker.redis).get_meta() == {"word": word}
 
 
-# -- surroundings ----------------------------------------------------------------------------------------------------
+# -- submit context --------------------------------------------------------------------------------------------------
 
 
 def test_a_function_runs_pinned_in_the_surroundings_of_its_task(pilot: LivePilot, tmp_path: Path) -> None:

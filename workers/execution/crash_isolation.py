@@ -1,4 +1,4 @@
-"""Isolated launches of tasks under which a worker or launcher has died so often that the next death is their last.
+"""Decides which tasks are launched alone, because the next death of a worker or launcher under them is their last.
 
 Tasks that were lost together cannot be told apart: one of them may have killed what they ran in. So the last attempt
 before the crash limit is made alone: in a launcher of its own, and not beside another one on the same node.
@@ -15,7 +15,7 @@ SUSPECTED_S = 60.0  # what has lived so long is no longer suspected
 
 
 class CrashIsolation:
-    """``now`` is monotonic."""
+    """Decides for each execution of a node whether it is isolated, and whether it must wait. ``now`` is monotonic."""
 
     def __init__(self, settings: Settings) -> None:
         self._limit = settings.crash_limit
@@ -32,7 +32,7 @@ class CrashIsolation:
         return all(now - began > SUSPECTED_S for began in self._running.values())
 
     def start(self, key: int, run: Run, now: float) -> bool:
-        """It is about to be launched; whether it is isolated."""
+        """Record that an execution is about to be launched; returns whether it is isolated."""
         if self.is_needed(run):
             self._running[key] = now
         return self.is_needed(run)

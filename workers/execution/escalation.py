@@ -1,4 +1,4 @@
-"""Deadlines of launched executions and the escalation at their end: SIGTERM, grace, SIGKILL. Times are arguments.
+"""Tracks the deadlines of launched executions, and their escalation: SIGTERM, grace, SIGKILL. Times are arguments.
 
 `Escalation` keeps one deadline for each execution; what it means follows from the phase (see execution.py). `due` moves
 those whose deadline has come to the next phase and returns the action that the caller carries out.
@@ -15,7 +15,7 @@ KILL_AGAIN_S = 1.0  # a process that was forking while it was killed is found by
 
 
 class Deadlines:
-    """At most one deadline for each key, in a heap; what was moved or dropped stays in it until it shows up."""
+    """Keeps at most one deadline for each key, in a heap; a moved or dropped one stays in it until it is the first."""
 
     def __init__(self) -> None:
         self._at: dict[int, float] = {}
@@ -53,7 +53,7 @@ class Deadlines:
 
 
 class Escalation:
-    """The executions that are launched, and their deadlines. ``now`` is monotonic seconds everywhere."""
+    """Tracks launched executions and decides what is done with them when. ``now`` is monotonic seconds everywhere."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -61,7 +61,7 @@ class Escalation:
         self.executions: dict[int, Execution] = {}
 
     def chained(self, e: Execution) -> None:
-        """The launcher was told to start it after another one; that takes as long as it takes."""
+        """Its launcher is to start it after another one, whose runtime is not known: it has no deadline."""
         self.executions[e.key] = e
 
     def retract(self, e: Execution, now: float) -> Action | None:
@@ -79,7 +79,7 @@ class Escalation:
         return self._deadlines.get(e.key) is not None
 
     def launching(self, e: Execution, now: float) -> None:
-        """The launcher was told to start it now, or will have seen by now that it is its turn."""
+        """Its launcher is to start it now, or starts it now because it is the next of its chain."""
         e.phase = Phase.LAUNCHING
         self.executions[e.key] = e
         self._deadlines.set(e.key, now + self._settings.launch_confirm_s)
@@ -99,7 +99,7 @@ class Escalation:
     def stop(self, e: Execution, reason: str, grace: float, now: float, *, notice: bool = False) -> Action | None:
         """End an execution that a launcher knows of; the first reason stands, and the shortest grace.
 
-        With ``notice`` one that runs is told first, and gets SIGTERM when only the usual grace is left.
+        With ``notice`` one that runs gets the notice signal first, and SIGTERM when only the usual grace is left.
         """
         if e.phase is Phase.RUNNING and notice:
             e.reason = reason
@@ -125,17 +125,17 @@ class Escalation:
         return self._end(e, now + self._settings.kill_grace_s) if alive else None
 
     def mark_lost(self, launcher: int, starting_key: int) -> None:
-        """A launcher hangs, ``trying`` to start this: that is lost because of it, and so are its others."""
+        """A launcher hangs while it starts ``starting_key``: that launch fails, and its other executions are lost."""
         culprit = self.executions.get(starting_key)
         if culprit is not None and culprit.phase is Phase.LAUNCHING:
             culprit.reason = culprit.reason or "launch hangs"
         for e in self.executions.values():
             if e.launcher == launcher and not e.reason:
-                # It is known why they are lost, and that it is not their doing: their crash limit is not charged.
+                # They are lost because of another one: their crash limit is not charged.
                 e.reason, e.outcome = "worker lost", "requeue"
 
     def ended(self, e: Execution) -> None:
-        """Nothing of it lives, or nobody will ever know: out of the book."""
+        """Nothing of it lives, or nobody will ever know: it is forgotten."""
         del self.executions[e.key]
         self._deadlines.drop(e.key)
 

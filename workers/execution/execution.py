@@ -1,4 +1,4 @@
-"""The state of one execution on a node, from its arrival to its end; pure data.
+"""Defines the state of one execution on a node, from its arrival to its end; pure data.
 
     PREFETCHED ──► WAITING ──► LAUNCHING ──► RUNNING ──► (NOTICED) ──► ENDING ──► KILLED
     (no slot)      (a slot)        ▲            │      (own signal) (SIGTERM sent) (SIGKILL sent)
@@ -19,18 +19,22 @@ from pilotq.workers.protocol import Exited, Returned
 
 
 class Phase(Enum):
+    """How far an execution has come."""
+
     PREFETCHED = "prefetched"  # without a slot
     CHAINED = "chained"  # the launcher starts it when the one before it on its slot has ended
     WAITING = "waiting"  # has a slot, is not launched yet
-    LAUNCHING = "launching"  # the launcher was told
+    LAUNCHING = "launching"  # sent to the launcher, not confirmed yet
     RUNNING = "running"
-    NOTICED = "noticed"  # was told by a signal of the user's choice that it will be ended
-    ENDING = "ending"
-    KILLED = "killed"
-    SWEPT = "swept"  # nothing of it lives here: other nodes are to confirm the same
+    NOTICED = "noticed"  # a signal of the user's choice has announced its end
+    ENDING = "ending"  # SIGTERM was sent, or its main process has ended
+    KILLED = "killed"  # SIGKILL was sent
+    SWEPT = "swept"  # nothing of it lives here; other nodes are to confirm the same
 
 
 class Action(Enum):
+    """What is to be done with an execution when its deadline has come or its end is requested."""
+
     ANNOUNCE = "announce"  # it lives longer than a moment: report its start
     RETRACT = "retract"  # take it from its chain, unless it has been started
     NOTICE = "notice"
@@ -41,7 +45,7 @@ class Action(Enum):
 
 
 class Execution:
-    """What the worker knows of one execution. ``key`` names it here, ``slot`` 0 means none."""
+    """Holds what the worker knows of one execution. ``key`` names it on this node, ``slot`` 0 means none."""
 
     __slots__ = (
         "key", "run", "phase", "slot", "allocation", "launcher", "limit", "limit_at", "grace", "unkillable_at",
@@ -55,25 +59,25 @@ class Execution:
         self.phase = Phase.WAITING if run.slot else Phase.PREFETCHED
         self.slot = run.slot
         self.allocation = run.allocation
-        self.launcher = 0  # number of the launcher that was told
+        self.launcher = 0  # number of the launcher that it was sent to
         self.limit = 0.0  # seconds it may run, 0 = no limit
         self.limit_at = 0.0  # monotonic
-        self.grace = 0.0  # seconds, of what is to be ended as soon as it has started
+        self.grace = 0.0  # seconds, when it is to be ended as soon as it has started
         self.unkillable_at = 0.0  # monotonic: when it counts as unkillable
-        self.reason = ""  # why it is ended by us; of states.REASONS
+        self.reason = ""  # why the worker ends it; of states.REASONS
         self.outcome = ""  # where the reason alone does not decide what becomes of the task
         self.message = ""
         self.pid = 0  # of its main process, once it has started
         self.started = 0.0  # unix seconds, 0 = never
         self.exited: Exited | Returned | None = None
-        self.function = False  # a call: interpreters run it
+        self.function = False  # it is a call, which an interpreter runs
         self.stdout = ""  # files named by the user
         self.stderr = ""
         self.suffix = ""  # of these files until the execution counts
         self.live_outputs = ("", "")  # where both outputs can be read while it runs
-        self.launch_begun = False  # the launcher has come to it
+        self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
-        self.spec: Spec | None = None  # what it is, once it was prepared
+        self.spec: Spec | None = None  # its description, once its launch was built
 
     @property
     def first_core(self) -> int:

@@ -1,4 +1,4 @@
-"""The streak of quick failures of a node's tasks: the evidence that it may be the node that is at fault.
+"""Counts quick failures of a node's tasks in succession: the evidence that the node itself may be at fault.
 
 Only the count of failures is kept here, where nothing can come between an end and its report. The dispatcher compares
 nodes (broker/scheduling/quarantine.py), and answers with ``ClearSuspicion`` if it was not the node.
@@ -16,23 +16,25 @@ from pilotq.workers.protocol import tail
 OF_A_NODE = frozenset({"exit", "signal", "exception", "interpreter", "not found", "launch", "launch hangs", "output"})
 KEPT_IDS = 500  # beyond so many a task that fails a second time counts as another one
 MAX_FACTOR = 8  # however often it was wrong, suspicion begins after at most so many times ``quarantine_after``
-LINE_MAX = 120  # characters of the last line of stderr that are told
+LINE_MAX = 120  # characters of the last line of stderr that are reported
 
 
 class FailureStreak:
-    """Failures at once of different tasks in a row: nothing between them shows that the node can run tasks."""
+    """Counts quick failures of different tasks with nothing between them that shows that the node can run tasks."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._min_threshold = settings.quarantine_after  # so many failures make the node suspect ...
         self._threshold = self._min_threshold  # ... in this streak
         self._count = 0
-        self._since = 0.0  # unix seconds: what began later shows something
+        self._since = 0.0  # unix seconds: only what began later counts as a success
         self.failed: set[str] = set()  # ids of this streak
 
     def classify(self, e: Execution, report: EndReport, end: ExecutionEnd) -> ExecutionEnd:
-        """What the dispatcher is to be told of an execution that has ended. A failure that may be its node's makes the
-        report's outcome ``suspect``."""
+        """The end of an execution as it is reported to the dispatcher.
+
+        A failure that may be its node's makes the report's outcome ``suspect``.
+        """
         suspect_node = e.run.last_suspect_node
         if not self._settings.quarantine_after:
             return end
@@ -76,7 +78,7 @@ class FailureStreak:
         self.failed.clear()
 
     def _explain(self, e: Execution, report: EndReport) -> str:
-        """In words; only once in a streak, as it may have to be read from a file."""
+        """A sentence for users; only once in a streak, as the output may have to be read from a file."""
         if self._count > self._threshold:
             return ""
         code = f" ({report.exit})" if report.exit else ""

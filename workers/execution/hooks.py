@@ -1,6 +1,6 @@
-"""The interface between a node and the part of it that runs tasks over several nodes.
+"""Defines the interface between a node and the part of it that runs tasks over several nodes.
 
-`Node` knows nothing of other nodes. At well-named moments it calls a `NodeHooks`, which knows them (multinode/node.py);
+`Node` knows nothing of other nodes. It calls a `NodeHooks`, which knows them (multinode/node.py);
 the hooks change what the node does by `NodeActions` alone.
 """
 
@@ -27,7 +27,7 @@ class NodeActions(Protocol):
 
 
 class NodeHooks(Protocol):
-    """What a node asks of, and tells, the part that runs tasks over several nodes. Nothing here waits.
+    """What a node calls on the part that runs tasks over several nodes. No method waits.
 
     An execution over several nodes meets these moments on its first node::
 
@@ -80,7 +80,7 @@ class NodeHooks(Protocol):
         """The part of its allocation that stays reserved after its end, as nodes have not confirmed it; or empty."""
 
     def keep_reserved(self, e: Execution, allocation: str) -> None:
-        """It was reported; the dispatcher is told that this part of its slot stays reserved."""
+        """It was reported; the dispatcher must learn that this part of its slot stays reserved."""
 
     def may_go_on(self, e: Execution) -> bool:
         """Whether the slot may go to another task: not when a part of it is lost or not confirmed."""

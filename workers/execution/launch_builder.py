@@ -1,4 +1,4 @@
-"""Makes the record by which a launcher starts a task: command, files, submit context, CPUs."""
+"""Builds the record by which a launcher starts a task: command, files, submit context, CPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pilotq.workers.execution.templating import Variables, render
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
 
-# Values are fetched only for specs that could name one: they are the only words whose content is not at hand.
+# Values are fetched only for specs that could name one: theirs is the only content that is not at hand.
 VALUE_VARIABLES = (b"{value}", b"itval")
 
 
@@ -51,17 +51,19 @@ class Reservation(NamedTuple):
 class LaunchModel(Protocol):
     """Makes the launch of an execution that is more than one process on one node; see launch_models.py."""
 
-    def apply(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+    def apply(self, e: Execution, spec: Spec, reservation: Reservation, env: dict[str, str], launch: Launch) -> Launch:
         """``env`` is what the task will find. Raises UnlaunchableError, ServerUnavailable."""
 
 
 class ContextView(NamedTuple):
+    """A submit context as launches use it."""
+
     base: LaunchBase
     cwd: str
 
 
 class LaunchBuilder:
-    """Makes launch records. ``directory`` is the pilot's, ``real`` maps core to CPU numbers where they differ.
+    """Builds launch records. ``directory`` is the pilot's, ``real`` maps core to CPU numbers where they differ.
 
     ``address`` (name:incarnation) is this worker's. ``launch_model`` makes launches of several processes.
     """
@@ -85,18 +87,18 @@ class LaunchBuilder:
         """
         run = e.run
         try:
-            around = self._context(run.shared)
-            here = self._reservation(e.allocation)
+            context = self._context(run.shared)
+            reservation = self._reservation(e.allocation)
             spec = self._spec.decode(run.spec)
             if spec.flags & (FLAG_ARRAY | FLAG_QCG):
-                spec = render(spec, self._variables(run, spec, here, around.cwd))
+                spec = render(spec, self._variables(run, spec, reservation, context.cwd))
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except (PilotqError, msgspec.MsgspecError) as error:
             raise UnlaunchableError("launch", f"its description cannot be used: {error}") from None
-        cwd = os.path.join(around.cwd, spec.cwd) if spec.cwd else around.cwd
+        cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
         if spec.flags & FLAG_QCG:
-            _make_directory(cwd, around.base.umask)
+            _make_directory(cwd, context.base.umask)
         e.limit = spec.time_limit
         e.spec = spec
         e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
@@ -104,22 +106,22 @@ class LaunchBuilder:
             e.suffix = f".{run.execution}"
         if spec.flags & (FLAG_FUNCTION | FLAG_RQ_JOB):
             e.function = True
-            return around.base, here.slot, self._call(e, spec, cwd, after)
-        env = _environment(run, spec, here.slot.env)
+            return context.base, reservation.slot, self._call(e, spec, cwd, after)
+        env = _environment(run, spec, reservation.slot.env)
         launch = Launch(
             e.key, run.id, run.execution, run.shared, e.allocation, _argv(spec), env, cwd,
             _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
-        if self.launch_model is not None and (len(here.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
-            full = {**here.slot.defaults, **around.base.env, **here.slot.env, **env}
-            launch = self.launch_model.apply(e, spec, here, full, launch)
-        return around.base, here.slot, launch
+        if self.launch_model is not None and (len(reservation.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
+            full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
+            launch = self.launch_model.apply(e, spec, reservation, full, launch)
+        return context.base, reservation.slot, launch
 
     def build_remote(self, start: StartRemote, key: int) -> tuple[LaunchBase, LaunchSlot, Launch]:
-        """The launch of a process for another node's execution; raises as `prepare`."""
+        """The launch of a process for another node's execution; raises as `build`."""
         try:
-            around = self._context(start.shared)
-            here = self._reservation(start.allocation)
+            context = self._context(start.shared)
+            reservation = self._reservation(start.allocation)
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except PilotqError as error:
@@ -129,7 +131,7 @@ class LaunchBuilder:
         launch = Launch(
             key, start.id, start.execution, start.shared, start.allocation, start.argv, env, start.cwd
         )  # fmt: skip
-        return around.base, here.slot, launch
+        return context.base, reservation.slot, launch
 
     def _call(self, e: Execution, spec: Spec, cwd: str, after: int) -> Call:
         run = e.run
@@ -157,7 +159,7 @@ class LaunchBuilder:
 
     def _find_reservation(self, allocation: str) -> Reservation:
         parts = parse_allocation(allocation)
-        here = next((part for part in parts if part.node == self._node), parts[0])
+        share = next((part for part in parts if part.node == self._node), parts[0])
         nodes = tuple(p.node for p in parts)
         cores = tuple(len(p.cores) for p in parts)
         env = {
@@ -165,7 +167,7 @@ class LaunchBuilder:
             "PILOTQ_CORES": str(sum(cores)),
             "PILOTQ_NODES": str(len(nodes)),
             "PILOTQ_NODELIST": ",".join(nodes),
-            "PILOTQ_CPUS": ",".join(map(str, here.cores)),
+            "PILOTQ_CPUS": ",".join(map(str, share.cores)),
             "QCG_PM_NNODES": str(len(nodes)),
             "QCG_PM_NODELIST": ",".join(nodes),
             "QCG_PM_NPROCS": str(sum(cores)),
@@ -177,14 +179,14 @@ class LaunchBuilder:
             env["QCG_PM_CPU_SET"] = ",".join(str(core) for part in parts for core in part.cores)
             env["SLURM_HOSTFILE"] = self._host_file(allocation, nodes, cores)
         if len(parts) > 1:
-            env |= {"PILOTQ_NODE": here.node, "PILOTQ_HOST": self._address}
-        if here.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(here.gpus)
-        cpus = [self._real.get(core, core) for core in here.cores]
+            env |= {"PILOTQ_NODE": share.node, "PILOTQ_HOST": self._address}
+        if share.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+        cpus = [self._real.get(core, core) for core in share.cores]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
-        defaults = {"OMP_NUM_THREADS": str(len(here.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
-        place = LaunchSlot(allocation, env, defaults, cpus)
-        return Reservation(place, parts, nodes, cores)
+        defaults = {"OMP_NUM_THREADS": str(len(share.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
+        slot = LaunchSlot(allocation, env, defaults, cpus)
+        return Reservation(slot, parts, nodes, cores)
 
     def _host_file(self, allocation: str, nodes: tuple[str, ...], cores: tuple[int, ...]) -> str:
         """A file with the name of its node for each core; all tasks that get these cores have the same."""
@@ -198,9 +200,9 @@ class LaunchBuilder:
             raise UnlaunchableError("launch", f"its host file cannot be written: {error}") from None
         return path
 
-    def _variables(self, run: Run, spec: Spec, here: Reservation, root: str) -> Variables:
+    def _variables(self, run: Run, spec: Spec, reservation: Reservation, root: str) -> Variables:
         value = None
-        if spec.flags & FLAG_VALUES and any(word in bytes(run.spec) for word in VALUE_VARIABLES):
+        if spec.flags & FLAG_VALUES and any(name in bytes(run.spec) for name in VALUE_VARIABLES):
             value = self._shared_data.fetch_value(run.array, run.position)
         return Variables(
             task_id=run.id,
@@ -208,9 +210,9 @@ class LaunchBuilder:
             index=run.index,
             value=value,
             position=run.position,
-            cores=sum(here.cores),
-            nodes=here.nodes,
-            cores_per_node=here.cores,
+            cores=sum(reservation.cores),
+            nodes=reservation.nodes,
+            cores_per_node=reservation.cores,
             root=root,
         )
 
@@ -220,14 +222,14 @@ STEP_CLEAR = (0xF << 76) | (0x3 << 62)
 STEP_SET = (0x4 << 76) | (0x2 << 62)
 
 
-def _environment(run: Run, spec: Spec, placed: Mapping[str, str]) -> dict[str, str]:
-    """What is this task's alone; the launcher adds its id and execution."""
+def _environment(run: Run, spec: Spec, slot_env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of this task alone; the launcher adds its id and execution."""
     step = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"}
     env = {**step, **_array_environment(run)}
     if spec.env and spec.flags & FLAG_QCG:
-        # In QCG-PilotJob what the manager says of a job's place stands above what the job says of it.
-        told = {name for name in placed if name.startswith(("QCG_PM_", "SLURM_"))} | step.keys()
-        env.update((name, value) for name, value in spec.env.items() if name not in told)
+        # In QCG-PilotJob the manager's variables for a job's place override the job's own.
+        managed = {name for name in slot_env if name.startswith(("QCG_PM_", "SLURM_"))} | step.keys()
+        env.update((name, value) for name, value in spec.env.items() if name not in managed)
     elif spec.env:
         env.update(spec.env)
     return env

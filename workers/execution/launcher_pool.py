@@ -1,4 +1,4 @@
-"""The launchers of a node as its worker process sees them: child processes and their pipes, which never block it."""
+"""Starts, replaces and ends the launchers of a node; their pipes never block the worker process."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ ISOLATED = -1
 CORES_PER_LAUNCHER = 32  # launches of one launcher scale to about so many cores of short tasks
 READ_BYTES = 1 << 16  # what its pipe holds
 PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
-KNOWN_MAX = 1000  # bases and places a launcher keeps
+KNOWN_MAX = 1000  # bases and slots a launcher keeps
 QUIT_S = 8.0  # longer than a launcher takes to kill what it has
 KILLED_S = 1.0
 
 
 class LaunchersFailedError(PilotFailed):
-    """Launchers die again and again."""
+    """Launchers of this node died more often than the settings allow."""
 
 
 class LauncherHandle:
-    """One child process, which keeps captured output in ``directory``.
+    """Starts one launcher as a child process, which keeps captured output in ``directory``; exchanges records with it.
 
     Records are collected by `launch` and `send`, and written by `flush`. `receive` is to be called when ``wake`` is
     readable, and returns the records that have arrived.
     """
 
-    def __init__(self, number: int, slot: int, directory: str, node: str, calls: int) -> None:
+    def __init__(self, number: int, core_group: int, directory: str, node: str, calls: int) -> None:
         self.number = number
-        self.core_group = slot
-        self.stopping = False  # gets no more work: it was killed, or told to quit
+        self.core_group = core_group
+        self.stopping = False  # gets no more work: it was killed, or asked to quit
         self.closed = False  # it has closed its end of the pipe
         self.full = False  # the pipe takes no more for now
-        self.starting_key = 0  # key of the last launch it has come to
+        self.starting_key = 0  # key of the last launch that it has begun
         down, self.down = os.pipe2(os.O_CLOEXEC)
         self.up, up = os.pipe2(os.O_CLOEXEC)
         self.wake, wake = os.pipe2(os.O_CLOEXEC)
@@ -121,10 +121,11 @@ class LauncherHandle:
             del self._outgoing[:written]
 
     def receive(self) -> list[FromLauncher]:
-        """All records that have arrived; none when nothing came or the launcher is ``silent``."""
+        """All records that have arrived; none when nothing came or the launcher is ``closed``."""
         records: list[FromLauncher] = []
         try:
-            # Before the records: what comes after them rings again. When the launcher has ended it stays readable.
+            # Before the records: what comes after them writes to the wake pipe again. When the launcher has ended it
+            # stays readable.
             os.read(self.wake, READ_BYTES)
         except BlockingIOError:
             pass
@@ -153,7 +154,7 @@ class LauncherHandle:
 
 
 class LauncherPool:
-    """All launchers of a node: which one serves a core, and replacements for those that die or hang."""
+    """Keeps the launchers of a node: one for each group of cores, replaced when it dies or hangs."""
 
     def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings) -> None:
         self._directory = directory
@@ -162,10 +163,10 @@ class LauncherPool:
         self._core_groups = {core: position // CORES_PER_LAUNCHER for position, core in enumerate(cores)}
         self._budget = RestartBudget(settings.restart_limit, settings.restart_window_s)
         self._started = 0
-        self._serving: dict[int, LauncherHandle] = {}  # by slot
-        self.living: dict[int, LauncherHandle] = {}  # by number, with those put aside
-        for slot in range(max(1, -(-len(cores) // CORES_PER_LAUNCHER))):
-            self._start(slot)
+        self._serving: dict[int, LauncherHandle] = {}  # by core group
+        self.living: dict[int, LauncherHandle] = {}  # by number, with those that are stopping
+        for core_group in range(max(1, -(-len(cores) // CORES_PER_LAUNCHER))):
+            self._start(core_group)
 
     def _start(self, core_group: int) -> LauncherHandle:
         self._started += 1
@@ -182,7 +183,7 @@ class LauncherPool:
         return self._serving[self._core_groups.get(core, 0)]
 
     def start_isolated(self) -> LauncherHandle:
-        """A launcher for one task that may be what kills launchers; `dismiss` it afterwards."""
+        """A launcher for one task that may be what kills launchers; `stop_isolated` ends it."""
         return self._start(ISOLATED)
 
     def stop_isolated(self, launcher: LauncherHandle) -> None:
@@ -205,12 +206,12 @@ class LauncherPool:
         if not self._budget.take(time.monotonic()):
             raise LaunchersFailedError(
                 f"launchers of node {self._node} died more than {self._settings.restart_limit} times in "
-                f"{self._settings.restart_window_s:g} s: the log of this worker says more"
+                f"{self._settings.restart_window_s:g} s: the log of this worker has more"
             )
         self._start(launcher.core_group)
 
     def reap(self, launcher: LauncherHandle) -> None:
-        """Forget a launcher that has ended."""
+        """Remove a launcher that has ended."""
         del self.living[launcher.number]
         launcher.reap()
 

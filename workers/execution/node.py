@@ -1,4 +1,4 @@
-"""One node, as its control process runs it: what follows from each message, launcher's record and deadline.
+"""Runs the tasks of one node: decides what follows from each message, launcher's record and deadline.
 
 `Node` never waits: the loop in worker.py passes it what has happened, with the time. What concerns tasks over several
 nodes is left to its hooks (hooks.py).
@@ -59,7 +59,7 @@ RETRY_S = 0.5  # a launch that needs the server while it is away is tried again
 
 
 class Node:
-    """One node of the pilot in ``directory``, as the dispatcher knows it from ``info``.
+    """Runs the tasks of one node of the pilot in ``directory``; the dispatcher knows the node from ``info``.
 
     ``hooks`` makes the part that runs tasks over several nodes, which acts on this node by the `NodeActions` given.
     """
@@ -144,7 +144,7 @@ class Node:
             self._ready.append(e)
 
     def _return(self, tasks: list[Execution], asked: str = "") -> None:
-        """Return tasks to the dispatcher. For the class ``asked`` it gets an answer even when nothing is left."""
+        """Return tasks to the dispatcher. For the class ``asked`` it gets an answer even when there are none."""
         counts = {asked: 0} if asked else {}
         for e in tasks:
             counts[e.run.class_name] = counts.get(e.run.class_name, 0) + 1

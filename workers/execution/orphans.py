@@ -26,7 +26,10 @@ class _Orphans:
 
 
 class OrphanReaper:
-    """``directory`` is the pilot's: other pilots of this user may have tasks of the same name."""
+    """Kills the tasks of dead launchers, over several calls of `reap`.
+
+    ``directory`` is the pilot's: other pilots of this user may have tasks of the same name.
+    """
 
     def __init__(self, directory: str, settings: Settings) -> None:
         self._directory = directory
@@ -44,7 +47,7 @@ class OrphanReaper:
 
     def reap(self, now: float, launchers: dict[int, int]) -> tuple[list[Execution], list[Execution]]:
         """Kill what is there; returns the executions of which nothing lives any more, and those that cannot be killed:
-        each once, and it is looked after until it has ended.
+        each once, and it is polled until it has ended.
 
         Nothing before `next`. ``launchers`` are the pids of the launchers that live, by number.
         """

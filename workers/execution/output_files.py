@@ -1,4 +1,7 @@
-"""Output files of reruns: they have a name of their own until it is known whether the execution counts."""
+"""Publishes or discards the output files of reruns, once it is known whether the execution counts.
+
+Until then they have a name of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pilotq.workers.execution.execution import Execution
 
 
 class PendingOutputs:
-    """Reruns that have ended and that the server has not judged yet."""
+    """Holds the output files of reruns that have ended and that the server has not judged yet."""
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, int], tuple[list[str], str]] = {}  # files, suffix

@@ -19,7 +19,7 @@ from pilotq.workers.execution.failure_streak import FailureStreak
 from pilotq.workers.protocol import Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
 
-# What ends an execution from our side, as a outcome for its task; every other reason is a failure.
+# The outcome of a task whose execution the worker has ended, by reason; every other reason is a failure.
 OUTCOMES = {
     "canceled": "canceled", "stopped": "stopped", "pilot ended": "requeue", "walltime": "requeue",
     "worker lost": "lost",
@@ -34,7 +34,7 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 class Reporter:
-    """Makes the reports of one node; ``directory`` is the pilot's, paths in lines are relative to it."""
+    """Makes the reports of one node; ``directory`` is the pilot's, paths in journal entries are relative to it."""
 
     def __init__(self, node: str, directory: str) -> None:
         self._node = node
@@ -50,7 +50,7 @@ class Reporter:
             ending = os.waitstatus_to_exitcode(exited.status)
             code, number = (ending, None) if ending >= 0 else (None, -ending)
         outcome, reason, message = _outcome(e, code, number)
-        line = JournalEntry(
+        entry = JournalEntry(
             id=run.id,
             name=run.name,
             status=STATUSES.get(outcome, "failed"),
@@ -71,9 +71,9 @@ class Reporter:
             submission=run.submission,
         )
         if exited is not None:
-            line.max_rss, line.cpu = exited.max_rss, exited.cpu
-            line.stdout, line.stdout_at = self._output(exited.stdout, e.stdout)
-            line.stderr, line.stderr_at = self._output(exited.stderr, e.stderr)
+            entry.max_rss, entry.cpu = exited.max_rss, exited.cpu
+            entry.stdout, entry.stdout_at = self._output(exited.stdout, e.stdout)
+            entry.stderr, entry.stderr_at = self._output(exited.stderr, e.stderr)
         retries, delay = _retry(e, outcome, reason, code)
         return EndReport(
             id=run.id,
@@ -84,7 +84,7 @@ class Reporter:
             exit="" if code is None else str(code),
             started=iso(e.started) if e.started else "",
             allocation=e.allocation,
-            entry=_pack(line),
+            entry=_pack(entry),
             text=self._text(e, outcome, reason, message, code),
             array=run.array,
             position=run.position,
@@ -124,7 +124,7 @@ class Reporter:
 
 
 def _outcome(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:
-    """Wish, reason and message. What we ended keeps our reason, whatever its exit code says."""
+    """Outcome, reason and message. What the worker has ended keeps that reason, whatever its exit code is."""
     if e.reason:
         return e.outcome or OUTCOMES.get(e.reason, "failed"), e.reason, e.message
     if isinstance(e.exited, Returned):
@@ -149,15 +149,15 @@ def _retry(e: Execution, outcome: str, reason: str, code: int | None) -> tuple[i
         return left, 0.0
     if not is_retried(spec.retry_on, reason, code):
         return 0, 0.0
-    # It may have been given more than it was submitted with: `pilotq retry`.
+    # `pilotq retry` may have given it more than it was submitted with.
     return left, retry_delay(spec.backoff, max(spec.retries - left, 0) + 1)
 
 
 class Outbox:
-    """Ends that wait for company before they are reported.
+    """Collects end reports into batches and sends them when they are due.
 
-    While slots go on by themselves nobody is in a hurry; a released slot is reported at once. At most one call is on
-    its way: what ends meanwhile rides in the next one, so a busy server makes batches larger, not queues longer.
+    While slots go on by themselves a report can wait; a released slot is reported at once. At most one call is on its
+    way: what ends meanwhile goes into the next one, so a busy server makes batches larger, not queues longer.
     """
 
     def __init__(self, session: Session, settings: Settings) -> None:

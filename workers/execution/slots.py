@@ -1,9 +1,10 @@
-"""The slots of a node, and the prefetched tasks that get them next. Pure data, without input or output.
+"""Keeps the slots of a node, and the prefetched tasks that get them next. Pure data, without input or output.
 
 A slot is a reservation that dispatcher and worker both know. The dispatcher opens it by sending a task with its
 number; here it goes from task to task of one class, until none of that class is left. While a process of its last task
 cannot be killed it stays taken. Some of the prefetched tasks are *chained* to a slot: its launcher knows them
-already. For the dispatcher they are prefetched until the slot has come to them.
+already, and starts each when the one before it has ended. For the dispatcher they are prefetched until they have the
+slot.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pilotq.workers.execution.execution import Execution, Phase
 
 
 class Slot:
-    """``task`` is the one that has it now."""
+    """One reservation for tasks of one class. ``task`` is the one that has it now."""
 
     __slots__ = ("allocation", "class_name", "task", "chain")
 
@@ -32,6 +33,8 @@ class Slot:
 
 
 class SlotTable:
+    """Holds every task of a node that has not ended: in a slot, chained to one, or prefetched."""
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._runtimes: dict[str, RuntimeEstimate] = {}  # by class
@@ -55,7 +58,7 @@ class SlotTable:
         return e
 
     def find(self, task_id: str, execution: int) -> Execution | None:
-        """The execution of a task that is here; ``execution`` 0 means whichever."""
+        """The execution of a task that is here; ``execution`` 0 means any."""
         e = self._by_id.get(task_id)
         return e if e is not None and execution in (0, e.run.execution) else None
 
@@ -84,7 +87,7 @@ class SlotTable:
         return follower
 
     def keep_reserved(self, e: Execution) -> None:
-        """An execution that cannot be killed: it is gone from here, its slot stays taken until it has ended."""
+        """An execution that cannot be killed: it is no longer listed, its slot stays taken until it has ended."""
         self._forget(e)
         self.unkillable[e.key] = e
 
@@ -126,7 +129,7 @@ class SlotTable:
         return next(iter(queue.values())) if queue else None
 
     def chain(self, slot: Slot) -> Execution:
-        """Put the `next_prefetched` one, now CHAINED, at the end of a slot's chain."""
+        """Move the task that is `next_prefetched`, now CHAINED, to the end of a slot's chain."""
         e = self._take(slot.class_name, self._queues[slot.class_name])
         e.phase, e.slot, e.allocation = Phase.CHAINED, slot.task.slot, slot.allocation
         slot.chain.append(e)

@@ -1,8 +1,8 @@
-"""Filling in the words of a task at its launch. Pure.
+"""Fills in the variables of a task at its launch. Pure.
 
 In arrays ``{index}`` and ``{value}``; in tasks of QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``,
 ``${nnodes}``, ``${nlist}`` and ``${root_wd}`` (broker/taskfiles/qcg_variables.py has the rules). What was filled
-in is not looked at again: a value that contains ``{index}`` stays as it is.
+in is not filled in again: a value that contains ``{index}`` stays as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
 
 
 class Variables(msgspec.Struct):
-    """What one execution knows of itself."""
+    """Values of the variables of one execution."""
 
     task_id: str
     name: str = ""
@@ -34,21 +34,21 @@ class Variables(msgspec.Struct):
     root: str = ""  # the directory of the submitter
 
 
-def render(spec: Spec, words: Variables) -> Spec:
-    """``spec`` with the words of its kind filled in; ``spec`` itself when it has no such words by its flags.
+def render(spec: Spec, variables: Variables) -> Spec:
+    """``spec`` with the variables of its kind filled in; ``spec`` itself when it has none by its flags.
 
-    Words stand in arguments, script, values of variables, and the four paths. In a task of a QCG-PilotJob file that
+    They stand in arguments, script, environment values, and the four paths. In a task of a QCG-PilotJob file that
     is no element ``${it}`` and ``${itval}`` stay as they are, and ``{index}`` and ``{value}`` always do.
     """
     if spec.flags & FLAG_QCG:
-        known = _qcg_variables(words)
+        known = _qcg_variables(variables)
         if any("$" in name for name in spec.env):
-            # Only there names of variables have words, too.
+            # Only in these tasks names in the environment have them, too.
             spec = msgspec.structs.replace(spec, env={fill(name, known): text for name, text in spec.env.items()})
         return _render(spec, lambda text: fill(text, known), lambda text: fill(text, known, script=True), b"$")
     if spec.flags & FLAG_ARRAY:
-        index = str(words.index)
-        value = index if words.value is None else words.value
+        index = str(variables.index)
+        value = index if variables.value is None else variables.value
 
         def braces(text: str) -> str:
             return _fill_braces(text, index, value)
@@ -57,21 +57,21 @@ def render(spec: Spec, words: Variables) -> Spec:
     return spec
 
 
-def _qcg_variables(words: Variables) -> dict[str, str]:
+def _qcg_variables(variables: Variables) -> dict[str, str]:
     known = {
-        "root_wd": words.root,
-        "ncores": str(words.cores),
-        "nnodes": str(len(words.nodes)),
-        "nlist": ",".join(words.nodes),
+        "root_wd": variables.root,
+        "ncores": str(variables.cores),
+        "nnodes": str(len(variables.nodes)),
+        "nlist": ",".join(variables.nodes),
     }
-    if words.index >= 0:
-        known["it"] = str(words.index)
-        known["itval"] = known["it"] if words.value is None else words.value
+    if variables.index >= 0:
+        known["it"] = str(variables.index)
+        known["itval"] = known["it"] if variables.value is None else variables.value
     return known
 
 
 def _render(spec: Spec, text: Callable[[str], str], script: Callable[[str], str], sign: bytes) -> Spec:
-    """Every part that has the first character of a word in it goes through ``text``, the script through ``script``."""
+    """Apply ``text`` to each part that contains ``sign``, with which variables begin, and ``script`` to the script."""
     return msgspec.structs.replace(
         spec,
         argv=spec.argv
@@ -98,5 +98,5 @@ def _fill_braces(text: str, index: str, value: str) -> str:
 
 @lru_cache(maxsize=128)
 def _split_braces(text: str) -> tuple[str, ...]:
-    """Text and words by turns; the elements of an array share it."""
+    """Text and names of variables by turns; the elements of an array share it."""
     return tuple(_BRACES.split(text))

@@ -26,7 +26,7 @@ class PoolFile:
 
 
 class Capture:
-    """The pool and the pack of one launcher, in ``directory`` (absolute); all files carry ``node`` and our pid."""
+    """Keeps the pool and pack file of a launcher in ``directory`` (absolute); files are named by ``node`` and pid."""
 
     def __init__(self, directory: str, node: str) -> None:
         self._directory = directory

@@ -1,4 +1,4 @@
-"""Launches that are to be started one after the other, and those of which a process lives."""
+"""Holds launches that are to be started one after the other, and those of which a process lives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that runs Python functions, one after the other: an interpreter, a child of a launcher.
+"""Runs Python functions one after the other in a process of its own: an interpreter, a child of a launcher.
 
     python -m pilotq.workers.launcher.interpreter --dir <output directory> --node <name> [--rq now]
 

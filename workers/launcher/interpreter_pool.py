@@ -1,4 +1,4 @@
-"""The interpreters of one launcher: which one serves a slot, the calls they are given, and their ends.
+"""Keeps the interpreters of one launcher: which one serves a slot, the calls they are given, and their ends.
 
 An interpreter is given several calls at once, so that it need not wait for the launcher between them. Those that it has
 not read can be retracted (`workers/launcher/message_socket.py`): exactly the calls that it has not begun.

@@ -1,4 +1,4 @@
-"""One interpreter as its launcher sees it: its start, its socket, and the calls it was given."""
+"""Starts one interpreter for its launcher, and keeps its socket and the calls it was given."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ _decode_call = msgspec.msgpack.Decoder(Call | Interrupt).decode
 
 
 class LauncherOptions(NamedTuple):
+    """What interpreters take over from their launcher."""
+
     directory: str
     node: str
     calls: int  # after so many an interpreter is replaced
 
 
 class InterpreterProcess:
-    """``number`` (negative) is the key of its processes; raises Refusal when it cannot be started."""
+    """One interpreter and its calls.
+
+    ``number`` (negative) is the key of its processes; raises Refusal when it cannot be started.
+    """
 
     def __init__(
         self, number: int, call: Call, context: LaunchContext, spawner: Spawner, options: LauncherOptions

@@ -1,9 +1,9 @@
-"""The launcher: a child of a worker's control process that starts and reaps task processes.
+"""Starts and reaps the processes of tasks, as a child of a worker process: the launcher.
 
     python -m pilotq.workers.launcher.launcher --dir <output directory> --node <name> --calls <number>
         --down <fd> --up <fd> --wake <fd>
 
-One thread runs one loop over the pipe from the control process and the ends of children. It knows nothing of Redis,
+One thread runs one loop over the pipe from the worker process and the ends of children. It knows nothing of Redis,
 time limits or grace: it does what messages ask for (`workers/protocol.py`) and reports what happened. It lives as long
 as the pipe: when that closes, for whatever reason, every process below this one is killed.
 """
@@ -61,7 +61,10 @@ IGNORED = (
 
 
 class Launcher:
-    """``down``, ``up`` and ``wake`` are our ends of the pipes; the directory of ``options`` is absolute."""
+    """Does what messages ask for, and reports what happened.
+
+    ``down``, ``up`` and ``wake`` are our ends of the pipes; the directory of ``options`` is absolute.
+    """
 
     def __init__(self, options: LauncherOptions, down: int, up: int, wake: int) -> None:
         self._down = down
@@ -87,7 +90,7 @@ class Launcher:
         self._unannounced = self._interpreters.unannounced  # not reported as started, oldest first
 
     def run(self) -> None:
-        """Returns when the control process sends Quit or has ended; no process that was started lives then."""
+        """Returns when the worker process sends Quit or has ended; no process that was started lives then."""
         try:
             while self._turn():
                 pass

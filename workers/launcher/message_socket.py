@@ -1,4 +1,4 @@
-"""Messages between a launcher and an interpreter: whole messages over a pair of sequenced-packet sockets.
+"""Carries messages between a launcher and an interpreter over a pair of sequenced-packet sockets.
 
 A message is read by exactly one reader, whole or not at all. So the launcher, which keeps the interpreter's end open
 too, can retract what the interpreter has not read: a call that was read has begun, any other has not.

@@ -1,6 +1,6 @@
-"""The writing end of the pipe on which a launcher reports, and of the pipe that wakes its reader.
+"""Writes a launcher's reports to its pipe, and wakes the reader by another one.
 
-Messages are collected and written as far as the pipe takes them. The control process sleeps until a byte arrives on the
+Messages are collected and written as far as the pipe takes them. The worker process sleeps until a byte arrives on the
 wake pipe: reports that can wait a little share one.
 """
 
@@ -12,13 +12,15 @@ import time
 
 from pilotq.workers.protocol import FromLauncher, encode_frame
 
-REPORT_MAX = 64  # messages in a frame; more of them would make the control process wait for the first
-WAKE_DELAY_S = 0.005  # how long the ends of chained launches are collected before the control process is woken
+REPORT_MAX = 64  # messages in a frame; more of them would make the worker process wait for the first
+WAKE_DELAY_S = 0.005  # how long the ends of chained launches are collected before the worker process is woken
 WAKE_REPORTS = 16  # ... or until there are so many
 
 
 class ReportPipe:
-    """``up`` and ``wake`` are the writing ends of two pipes; ``poll`` gets the first while it is ``full``.
+    """Collects messages and writes them.
+
+    ``up`` and ``wake`` are the writing ends of two pipes; ``poll`` gets the first while it is ``full``.
 
     The loop that owns it calls, once in each turn, `flush` and `wake_if_due`::
 
@@ -58,7 +60,7 @@ class ReportPipe:
             try:
                 del self._unsent[: os.write(self._up, self._unsent)]
             except BlockingIOError:
-                full = True  # never wait here: the control process may be waiting for us to read
+                full = True  # never wait here: the worker process may be waiting for us to read
                 self.wake()
             except OSError:
                 self.peer_closed = True

@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 class NodeIdentity:
-    """This node by the environment of a worker; ``pilot_job`` is the Slurm job of the pilot, or empty.
+    """Identifies this node by the environment of a worker; ``pilot_job`` is the Slurm job of the pilot, or empty.
 
     >>> NodeIdentity({"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}, pilot_job="8").name
     'n1-7'

@@ -27,7 +27,10 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class NodeSupervisor:
-    """``work`` runs the worker, and returns its exit code; ``clean`` ends the processes that a dead one has left."""
+    """Starts the worker of a node, and starts it again when it has died.
+
+    ``work`` runs the worker, and returns its exit code; ``clean`` ends the processes that a dead one has left.
+    """
 
     def __init__(
         self, node: str, link: Connection, end_reporter: AllocationEndReporter, work: Callable[[], int],
@@ -135,7 +138,7 @@ class NodeSupervisor:
                 os.kill(self._pid, signal.SIGTERM)
 
     def _report_loss(self, why: str) -> None:
-        """Report that it is dead; without a server the registration of its next incarnation says so."""
+        """Report that it is dead; without a server the registration of its next incarnation shows it."""
         try:
             announce_loss(self._link, self._node, self._pid, why)
         except ServerUnavailable as error:

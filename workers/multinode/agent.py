@@ -1,4 +1,4 @@
-"""The launch agent of MPI launchers, which `mpirun` uses instead of ssh. A program of its own, which imports little.
+"""Starts a command on another node for `mpirun`, which uses this launch agent instead of ssh. It imports little.
 
     pilotq-agent [OPTIONS OF SSH] NODE COMMAND...
 

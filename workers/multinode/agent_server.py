@@ -1,4 +1,4 @@
-"""The socket on which the launch agents of this node's tasks ask for processes on other nodes; see agent.py."""
+"""Serves the launch agents of this node's tasks, which ask for processes on other nodes; see agent.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launch of an execution that is more than one process on one node: files, variables, and the command of its model.
+"""Builds the launch of an execution of several processes: files, variables, and the command of its model.
 
 The command lines of launchers are in mpi.py; here is what must be looked up for them: nodes, programs, files.
 """
@@ -64,14 +64,14 @@ class ParallelLaunchModel:
         self._folder = os.path.join(directory, HOSTS_FOLDER, self._node)
         shutil.rmtree(self._folder, ignore_errors=True)  # what a killed worker of this node has left
 
-    def apply(self, e: Execution, spec: Spec, here: Reservation, env: dict[str, str], launch: Launch) -> Launch:
-        multinode = len(here.nodes) > 1
-        ranked = spec.model not in ONE_PROCESS_MODELS and sum(here.cores) > 1
+    def apply(self, e: Execution, spec: Spec, reservation: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+        multinode = len(reservation.nodes) > 1
+        ranked = spec.model not in ONE_PROCESS_MODELS and sum(reservation.cores) > 1
         if spec.flags & FLAG_QCG and not multinode and "SLURM_JOB_ID" not in os.environ:
             ranked = False  # on one machine QCG-PilotJob starts one process, whatever the model
         if not multinode and not ranked:
             return launch  # one core: the program itself, as with QCG-PilotJob
-        addresses, hosts = self._hosts(here, "localhost" if spec.model != "srunmpi" else self._node)
+        addresses, hosts = self._hosts(reservation, "localhost" if spec.model != "srunmpi" else self._node)
         folder = os.path.join(self._folder, f"{e.run.id}.{e.run.execution}")
         files = files_in(folder)
         added = variables(files, _agent_path(self._folder) if multinode else "")
@@ -100,14 +100,14 @@ class ParallelLaunchModel:
             added["PILOTQ_AGENT"] = socket
         return msgspec.structs.replace(launch, argv=argv, env={**added, **launch.env})
 
-    def _hosts(self, here: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
+    def _hosts(self, reservation: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
         """The workers of its nodes by name, and its nodes as launchers see them; a single one is called ``alone``."""
-        if len(here.nodes) == 1:
-            cpus = tuple(self._real.get(core, core) for core in here.parts[0].cores)
+        if len(reservation.nodes) == 1:
+            cpus = tuple(self._real.get(core, core) for core in reservation.parts[0].cores)
             return {self._node: self._address}, (Host(alone, cpus),)
-        infos = self._session.shared_data.fetch_nodes(here.nodes)
+        infos = self._session.shared_data.fetch_nodes(reservation.nodes)
         hosts = []
-        for part in here.parts:
+        for part in reservation.parts:
             info = infos.get(part.node)
             if info is None:
                 raise UnlaunchableError("worker lost", f"node {part.node} of its reservation is gone")
@@ -165,7 +165,7 @@ def _step_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def linked_with(path: str) -> str:
-    """What ``srun --mpi`` must be for this program; empty when its libraries do not tell."""
+    """What ``srun --mpi`` must be for this program; empty when its libraries do not show it."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"\x7fELF":

@@ -1,4 +1,4 @@
-"""Command lines, files and variables that tell the launchers of MPI where ranks go, for each model. Pure.
+"""Makes the command lines, files and variables by which MPI launchers place ranks, for each model. Pure.
 
 A rank is one core of the reservation; ranks are numbered node by node, in the order of the allocation. CPU numbers are
 those of each node's own machine.
@@ -19,7 +19,7 @@ class Host(NamedTuple):
 
 
 class LauncherFiles(NamedTuple):
-    """Paths of the files that launchers read; ``content_of`` says what is in them."""
+    """Paths of the files that launchers read; ``content_of`` makes their content."""
 
     hosts: str  # a line for each rank
     slots: str  # Open MPI's form: a line for each node

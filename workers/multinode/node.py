@@ -1,4 +1,4 @@
-"""Tasks over several nodes, as one node takes part in them: as the first node of some, with processes for others.
+"""Takes part in tasks over several nodes: as the first node of some, with processes for others.
 
 What happens on one node alone is in execution/node.py, which calls these hooks; here is where the two meet.
 """
@@ -23,7 +23,10 @@ from pilotq.workers.session import Session
 
 
 class MultinodeHooks:
-    """The hooks of ``node``; ``real`` maps its core numbers to CPU numbers where they differ."""
+    """Implements the hooks of ``node`` for tasks over several nodes.
+
+    ``real`` maps its core numbers to CPU numbers where they differ.
+    """
 
     def __init__(
         self, node: NodeActions, session: Session, launchers: LauncherPool, builder: LaunchBuilder, directory: str,

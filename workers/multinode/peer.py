@@ -1,4 +1,4 @@
-"""Processes that this node runs for executions of other nodes: started on request, and swept at the end.
+"""Starts processes for executions of other nodes on request, and sweeps them at the end.
 
 The worker of an execution's first node, its *primary* node, asks for them (`StartRemote`, on behalf of a launch agent),
 and for the sweep at the end. The sweep finds processes by their marks too, as a program may have come here by other
@@ -68,7 +68,7 @@ class _PendingSweep:
 
 
 class RemoteProcesses:
-    """The processes of a node for executions of other nodes, and the sweeps that were asked of it.
+    """Keeps the processes of a node for executions of other nodes, and the sweeps that were asked of it.
 
     ``address`` is this worker's, ``send`` sends a message to another one; ``directory`` is the pilot's. A ``virtual``
     node shares its machine with others of the pilot.
@@ -233,7 +233,7 @@ class RemoteProcesses:
         return sweep.clean_scans >= process_tree.CLEAN_SCANS
 
     def _signal_marked(self, request: Sweep, number: int, *, send: bool) -> list[int]:
-        """The processes that bear its marks, signalled with ``send``. Those that launchers have are told by them."""
+        """The processes that bear its marks, signalled with ``send``. Those of launchers are reported by them."""
 
         def belongs(env: Mapping[str, str]) -> bool:
             if env.get("PILOTQ_DIR") != self._directory or env.get("PILOTQ_HOST") != request.host:

@@ -1,4 +1,4 @@
-"""Tasks over several nodes whose first node is this one: their launch agents, their lost nodes, and their end.
+"""Keeps the tasks over several nodes whose first node is this one: their launch agents, lost nodes, and end.
 
 When nothing of an execution lives here any more, every other node of it is asked to sweep, and only when all have
 confirmed does it count as ended. A node that does not confirm in time keeps its part of the reservation, until it does.
@@ -53,7 +53,10 @@ class MultinodeTask:
 
 
 class PrimaryNode:
-    """The executions of which this node is the first. ``address`` is this worker's, ``send`` sends to another one."""
+    """Keeps the executions of which this node is the first.
+
+    ``address`` is this worker's, ``send`` sends to another one.
+    """
 
     def __init__(self, session: Session, address: str, settings: Settings, send: Send, node: NodeActions) -> None:
         self._session = session
@@ -210,7 +213,7 @@ class PrimaryNode:
         task.swept = True
         e = task.e
         if task.lost_nodes and not e.reason and (e.exited is None or e.exited.status):
-            # Its launcher saw the loss before anybody told us, and failed because of it.
+            # Its launcher saw the loss before it was reported here, and failed because of it.
             e.reason, e.message = NODE_LOST, f"node {', '.join(sorted(task.lost_nodes))} was lost"
         self._node.finish_execution(e, task.ended)
 

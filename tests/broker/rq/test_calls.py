@@ -45,8 +45,8 @@ def hand(host: Host, number: int, function: Any, *args: Any, serializer: str = "
     job = Job.create(function, args, id=name, connection=Redis(), serializer=serializer, **options)
     fields = {key: text if isinstance(text, (str, bytes)) else str(text) for key, text in job.to_dict().items()}
     fields = {key: text.encode() if isinstance(text, str) else text for key, text in fields.items()}
-    host.tell("job", name, {key.encode(): value for key, value in fields.items()})
-    host.hand(name, slot=number, flags=FLAG_RQ_JOB, time_limit=limit)
+    host.to_session("job", name, {key.encode(): value for key, value in fields.items()})
+    host.run(name, slot=number, flags=FLAG_RQ_JOB, time_limit=limit)
     return name
 
 

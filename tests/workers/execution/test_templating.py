@@ -1,4 +1,4 @@
-"""Words that are filled in at launch."""
+"""Variables that are filled in at launch."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_every_part_of_an_array_element() -> None:
 
 def test_the_script_of_an_array_keeps_its_own_variables() -> None:
     task = Task(script="index=9; echo {index} ${index} $value {value}", values=["v"])
-    words = Variables(task_id="7_0", index=0, value="v")
-    assert render(spec_of(task), words).script == "index=9; echo 0 ${index} $value v"
+    variables = Variables(task_id="7_0", index=0, value="v")
+    assert render(spec_of(task), variables).script == "index=9; echo 0 ${index} $value v"
 
 
 def test_the_value_in_an_array_without_values_is_the_index_and_an_empty_value_is_empty() -> None:

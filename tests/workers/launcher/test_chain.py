@@ -152,11 +152,11 @@ def test_what_is_chained_keeps_the_context_that_is_forgotten(driver: Driver, tmp
 def begin(host: Host, *names: str, head: str = HEAD, **spec: float) -> None:
     """Slot 1 has a task that waits for `go`, and the named ones, which write their names, are chained behind it."""
     os.mkfifo(host.directory / "go")
-    host.hand("warm", "true", slot=1)
+    host.run("warm", "true", slot=1)
     host.end_of("warm")
     for name in names:
-        host.hand(name, "sh", "-c", f"echo {name} >>order")
-    host.hand("head", "sh", "-c", f"touch runs; {head}", slot=1, **spec)
+        host.run(name, "sh", "-c", f"echo {name} >>order")
+    host.run("head", "sh", "-c", f"touch runs; {head}", slot=1, **spec)
     host.until((host.directory / "runs").exists)
 
 
@@ -168,29 +168,29 @@ def test_chained_tasks_follow_in_order_on_the_cpu_of_their_slot(tmp_path: Path) 
     with Host(tmp_path, **CHAINED) as host:
         names = [f"t{n}" for n in range(40)]
         for name in names:
-            host.hand(name, "sh", "-c", f"echo {name} >>order; {MASK}")
-        host.hand("first", "true", slot=3, allocation="n1[1]")
+            host.run(name, "sh", "-c", f"echo {name} >>order; {MASK}")
+        host.run("first", "true", slot=3, allocation="n1[1]")
         ends = [host.end_of(name) for name in names]
     assert order(host) == names
-    assert {str(e.line.stdout).split()[1] for e in ends} == {"1"}
+    assert {str(e.entry.stdout).split()[1] for e in ends} == {"1"}
     assert [(e.end.slot, e.end.kept) for e in ends if e.end] == [(3, True)] * 39 + [(3, False)]
     assert {e.report.allocation for e in ends} == {"n1[1]"}
-    assert all(e.line.started and e.line.ended and e.line.started <= e.line.ended for e in ends)
+    assert all(e.entry.started and e.entry.ended and e.entry.started <= e.entry.ended for e in ends)
 
 
 def test_for_the_dispatcher_what_is_chained_is_prefetched(tmp_path: Path) -> None:
     with Host(tmp_path, **CHAINED) as host:
         begin(host, "a", "b", "c")
-        host.say(StateRequest(3))
-        ((state,),) = host.until(lambda: host.said("state"))
+        host.send(StateRequest(3))
+        ((state,),) = host.until(lambda: host.reported("state"))
         assert (state.slots, state.prefetched) == ([(1, "n1[0]", "c")], {"c": 3})
 
 
 def test_what_is_chained_behind_a_long_task_goes_elsewhere_in_its_order(tmp_path: Path) -> None:
     with Host(tmp_path, **{**CHAINED, "started_after_s": 0.1}) as host:
         begin(host, "a", "b", "c")
-        host.until(lambda: host.said("starts"))
-        host.hand("other", "true", slot=2, allocation="n1[1]")
+        host.until(lambda: host.reported("starts"))
+        host.run("other", "true", slot=2, allocation="n1[1]")
         assert {host.end_of(name).report.allocation for name in "abc"} == {"n1[1]"}
         assert order(host) == ["a", "b", "c"]
         assert "head" not in host.endings
@@ -201,11 +201,11 @@ def test_what_is_chained_behind_a_long_task_goes_elsewhere_in_its_order(tmp_path
 def test_a_retract_reaches_what_is_chained_the_newest_first(tmp_path: Path) -> None:
     with Host(tmp_path, **CHAINED, chain_max=3) as host:
         begin(host, "a", "b", "c", "d")
-        host.say(RetractTasks("c", 3))
-        host.until(lambda: len(host.said("back")) == 2)
+        host.send(RetractTasks("c", 3))
+        host.until(lambda: len(host.reported("back")) == 2)
         go(tmp_path)
         host.end_of("a")
-    assert host.said("back") == [([("d", 1)], {"c": 1}), ([("b", 1), ("c", 1)], {"c": 2})]
+    assert host.reported("back") == [([("d", 1)], {"c": 1}), ([("b", 1), ("c", 1)], {"c": 2})]
     assert order(host) == ["head", "a"]
 
 
@@ -233,9 +233,9 @@ def test_behind_a_task_that_is_over_its_limit_the_chain_goes_on(tmp_path: Path) 
 def test_leaving_returns_what_is_chained(tmp_path: Path) -> None:
     with Host(tmp_path, **CHAINED) as host:
         begin(host, "a", "b")
-        host.say(Leave(0.5))
+        host.send(Leave(0.5))
         assert host.wait() == 0
-    assert [task for tasks, _ in host.said("back") for task in tasks] == [("a", 1), ("b", 1)]
+    assert [task for tasks, _ in host.reported("back") for task in tasks] == [("a", 1), ("b", 1)]
     assert host.endings["head"].report.reason == "pilot ended"
     assert not (tmp_path / "order").exists()
 
@@ -255,12 +255,12 @@ def test_what_a_dead_launcher_had_not_begun_is_not_lost(tmp_path: Path) -> None:
 def test_a_launcher_that_dies_in_the_middle_of_a_start_has_lost_only_that_one(tmp_path: Path) -> None:
     # The child on its way to exec still has the launcher's ends of the pipes, so that they do not close.
     with hanging_program(tmp_path / "held") as held, Host(tmp_path, **CHAINED) as host:
-        host.hand("warm", "true", slot=1)
+        host.run("warm", "true", slot=1)
         host.end_of("warm")
-        host.hand("held", str(held))
+        host.run("held", str(held))
         for name in "ab":
-            host.hand(name, "sh", "-c", f"echo {name} >>order")
-        host.hand("head", "true", slot=1)
+            host.run(name, "sh", "-c", f"echo {name} >>order")
+        host.run("head", "true", slot=1)
         (launcher,) = host.launchers()
         host.until(lambda: host.endings.get("head") and children(launcher), "the start that hangs")
         os.kill(launcher, signal.SIGKILL)
@@ -272,22 +272,22 @@ def test_a_launcher_that_dies_in_the_middle_of_a_start_has_lost_only_that_one(tm
 def test_a_launcher_gets_slots_again_that_it_had_to_forget(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
         for number in range(2 * KNOWN_MAX + 10):
-            host.hand(f"t{number}", "no-such-program", slot=number + 1, allocation=f"n1[0;g{number}]")
-        host.hand("again", "true", slot=number + 2, allocation="n1[0;g0]")
+            host.run(f"t{number}", "no-such-program", slot=number + 1, allocation=f"n1[0;g{number}]")
+        host.run("again", "true", slot=number + 2, allocation="n1[0;g0]")
         assert host.end_of("again").report.outcome == "finished"
         assert host.end_of(f"t{number}").report.reason == "not found"
 
 
 def test_a_launch_that_a_dead_launcher_never_came_to_is_made_by_the_next_one(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
-        host.hand("warm", "true", slot=1)
+        host.run("warm", "true", slot=1)
         host.end_of("warm")
         (launcher,) = host.launchers()
         os.kill(launcher, signal.SIGSTOP)
-        host.hand("a", "echo", "here", slot=1)
-        host.say(StateRequest(1))
-        host.until(lambda: host.said("state"))
+        host.run("a", "echo", "here", slot=1)
+        host.send(StateRequest(1))
+        host.until(lambda: host.reported("state"))
         os.kill(launcher, signal.SIGKILL)
         a = host.end_of("a")
         assert not alive(launcher)
-    assert (a.report.outcome, a.line.stdout) == ("finished", "here\n")
+    assert (a.report.outcome, a.entry.stdout) == ("finished", "here\n")
