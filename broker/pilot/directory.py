@@ -229,7 +229,7 @@ def establish_queue_id(pilot: Pilot, connection: Connection) -> str:
         )
     if schema != SCHEMA_VERSION:
         raise PilotFailed(
-            f"the data of {pilot.directory} is of version {schema or 'unknown'}, this pilotq knows version "
+            f"the data of {pilot.directory} is of version {schema or '1'}, this pilotq knows version "
             f"{SCHEMA_VERSION}: use the pilotq that made it, or start a new pilot in another directory"
         )
     if not remembered:
