@@ -88,12 +88,7 @@ class Availability:
     @property
     def suspected(self) -> int:
         """How many nodes are suspected or quarantined."""
-        return len(self._quarantine.suspicions)
-
-    @property
-    def probes(self) -> int:
-        """How many slots run a probe."""
-        return len(self._quarantine.probes)
+        return len(self._quarantine.breakers)
 
     # -- what is observed ------------------------------------------------------------------------------------------
 
@@ -106,15 +101,18 @@ class Availability:
 
     def record_end(self, node: str, end: ExecutionEnd, now: float) -> bool:
         """An execution has ended; whether `update` may find something new."""
-        if not (end.health or end.last_suspect_node or end.slot in self._quarantine.probes):
-            return False
-        self._quarantine.record_end(node, end, now)
-        return bool(self._quarantine.suspicions)
+        return self._quarantine.record_end(node, end, now)
 
     def admits(self, shares: tuple[NodeShare, ...], slot: int) -> bool:
-        """Whether a task that was placed on these nodes may start there: on a node that is probed only one at a
-        time."""
-        return not self._quarantine.suspicions or self._quarantine.start_probe(shares, slot)
+        """Whether a task that was placed on these nodes may start there. A node that is probed gets nothing else."""
+        if not self._quarantine.breakers:
+            return True
+        if not self._quarantine.start_probe(shares, slot):
+            return False
+        for share in shares:
+            if share.node in self._quarantine.breakers:
+                self._inventory.cluster.set_open(share.node, False)
+        return True
 
     # -- what follows ----------------------------------------------------------------------------------------------
 
@@ -132,7 +130,7 @@ class Availability:
         for node in self._inventory.nodes.values():
             info = node.info
             incarnation = (info.name, info.incarnation)
-            is_open = incarnation not in self._draining and not self._quarantine.is_closed(info.name, now)
+            is_open = incarnation not in self._draining and not self._quarantine.is_blocked(info.name, now)
             self._limits.apply(self._inventory.cluster, info, is_open, now, clock)
             end = self._limits.end(info, clock)
             message = end.leave if end is not None else None
@@ -156,7 +154,7 @@ class Availability:
         inventory, quarantine = self._inventory, self._quarantine
         messages = self._follow_redis(now)
         # The nodes report to a new dispatcher one after the other: the first is not the only one.
-        if not quarantine.suspicions or any(name not in inventory.nodes for name in registered):
+        if not quarantine.breakers or any(name not in inventory.nodes for name in registered):
             return messages
         usable = [name for name, node in inventory.nodes.items() if self._is_usable(node.info, clock)]
 
@@ -171,19 +169,19 @@ class Availability:
             if not decision.quarantined and decision.healthy:
                 messages.append((inventory.nodes[decision.node].info, ClearSuspicion(healthy=True)))
             elif not decision.quarantined:  # it is the tasks: other nodes need not find that out by themselves
-                others = [name for name in quarantine.failing - quarantine.suspicions.keys() if name in inventory.nodes]
+                others = [name for name in quarantine.failing - quarantine.breakers.keys() if name in inventory.nodes]
                 messages += [(inventory.nodes[name].info, ClearSuspicion()) for name in others]
                 quarantine.failing.clear()
         return list({info.name: (info, message) for info, message in messages}.values())
 
     def _follow_redis(self, now: float) -> list[tuple[NodeInfo, ClearSuspicion]]:
         """Adopt what an earlier dispatcher has quarantined, and clear what the user has resumed."""
-        suspicions, messages = self._quarantine.suspicions, []
+        breakers, messages = self._quarantine.breakers, []
         for name, why in self._limits.quarantined.items():
-            if name not in suspicions:
+            if name not in breakers:
                 self._quarantine.adopt(name, why, now)
-        for name in [n for n, s in suspicions.items() if s.quarantined and n not in self._limits.quarantined]:
-            self._quarantine.clear(name)
+        for name in self._quarantine.quarantined - self._limits.quarantined.keys():
+            del breakers[name]
             log(f"node {name} is used again: its user has resumed it")
             if (node := self._inventory.nodes.get(name)) is not None:
                 messages.append((node.info, ClearSuspicion(healthy=True)))
@@ -196,7 +194,7 @@ class Availability:
                 log(f"node {node} is used again: {decision.why}")
                 self._store.write("HDEL", keys.QUARANTINE, node)
             return
-        pause = self._quarantine.suspicions[node].pause
+        pause = self._quarantine.breakers[node].pause
         at = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
         quarantined[node] = why = f"{decision.why}{at}"
         log(f"node {node} is quarantined: {why}")

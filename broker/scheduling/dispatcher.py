@@ -314,7 +314,6 @@ class Dispatcher:
     def _open_slots(self, placed: Iterable[tuple[str, Shares]], now: float) -> dict[str, list[ClaimTarget]]:
         """A slot for each reservation; returns what to claim for, by class."""
         targets: dict[str, list[ClaimTarget]] = {}
-        probes = self.availability.probes
         for class_name, shares in placed:
             self.next_slot += 1
             if not self.availability.admits(shares, self.next_slot):
@@ -324,8 +323,6 @@ class Dispatcher:
             self.inventory.open_slot(slot)
             node = self.inventory.nodes[shares[0].node]
             targets.setdefault(class_name, []).append(ClaimTarget(node.address, slot.number, format_allocation(shares)))
-        if self.availability.probes > probes:
-            self._update_availability(now)  # a node that is probed gets nothing else
         return targets
 
     def _claim(self, targets: dict[str, list[ClaimTarget]], now: float) -> bool:

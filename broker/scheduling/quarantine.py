@@ -2,28 +2,24 @@
 
 Pure: time is an argument.
 
-As with any circuit breaker, failures in a row open it, and a single probe closes it again. What is special is that a
-broken array of tasks must not open it, so successes elsewhere are asked for in between:
+As with any circuit breaker, failures in a row open it, and a probe closes it again. What is special is that a broken
+array of tasks must not open it: between closed and open a node is suspected until other nodes have run its tasks.
 
-1. *Suspected.* A worker has counted failures in a row of different tasks (workers/execution/failure_streak.py). Its
-   node gets no new tasks, and what it goes on failing is queued again, for other nodes to run.
-2. Other nodes run such tasks:
+    closed     nothing speaks against the node: it has no breaker
+    suspected  a worker has counted failures in a row of different tasks (workers/execution/failure_streak.py): no new
+               tasks; what it goes on failing is queued again, for other nodes to run
+    open       quarantined: such tasks run elsewhere, or none has ended there for some seconds
+    half-open  quarantined, and its pause is over: it runs one task, the probe. Fails that at once, the pause is doubled
 
-       they succeed there                     -> after three of these the node is *quarantined*
-       they fail at once there, too           -> it was the tasks: the node is used again, and is suspected more slowly
-       none has ended for some seconds        -> quarantined until one has
-       a task that began with the others still runs on the node -> the node can run tasks: it is used again
-
-3. *Quarantined.* After a pause the node gets one task as a *probe* (half-open), again after twice as long, and so on;
-   it is used again when a probe finishes, or does not fail at once.
-
-Where more than half of the nodes are suspected the tasks are to blame; the last node that can be used is never closed.
+Where the same tasks fail at once on other nodes, too, where more than half of the nodes are suspected, and where no
+other node could run them, the tasks are to blame: the node is used again, and is suspected more slowly.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from enum import Enum, auto
 from typing import NamedTuple
 
 import msgspec
@@ -37,35 +33,43 @@ NEXT_PROBE = "; it gets one task to try after "
 DECISIVE = 3  # so many ends on other nodes decide
 
 
-class Suspicion(msgspec.Struct):
-    """What speaks against one node, and for it. Times are monotonic."""
+class State(Enum):
+    """Of a breaker; see above."""
+
+    SUSPECTED = auto()
+    OPEN = auto()
+    HALF_OPEN = auto()
+    CLOSED = auto()  # its probe has finished: `decide` removes it
+
+
+class Breaker(msgspec.Struct):
+    """The circuit breaker of one node that fails tasks. Times are monotonic."""
 
     since: float
     class_name: str  # of the task that it failed last
     why: str = ""
-    tasks: int = 0  # that other nodes are to run
-    ran_elsewhere: int = 0  # ... and that ran there
-    failed_elsewhere: int = 0  # ... and that failed there, too
-    quarantined: bool = False
-    confirmed: bool = False  # one of its tasks ran elsewhere
+    state: State = State.SUSPECTED
+    excused: int = 0  # tasks that other nodes are to run
+    ran: int = 0  # ... and that ran there
+    failed: int = 0  # ... and that failed there, too
     pause: float = 0.0
-    probe_at: float = math.inf  # -inf: a probe has finished
-    probe_slot: int = 0  # where its probe runs, 0 while there is none
+    probe_at: float = math.inf
+    probe_slot: int = 0  # of the probe, if half-open
+    changed: bool = False  # it was opened, or stays open for longer
 
     @property
     def reason(self) -> str:
         """Why it is quarantined; the time of its next probe is still to be added."""
-        elsewhere = "such tasks run on other nodes" if self.confirmed else "no other node has ended them yet"
+        elsewhere = "such tasks run on other nodes" if self.ran else "no other node has ended them yet"
         return f"{self.why or 'task after task failed at once'}; {elsewhere}{NEXT_PROBE}"
 
     @property
     def is_decided(self) -> bool:
         """Whether other nodes have ended enough of its tasks."""
-        return self.ran_elsewhere + self.failed_elsewhere >= max(min(DECISIVE, self.tasks), 1)
+        return self.ran + self.failed >= max(min(DECISIVE, self.excused), 1)
 
-    def forget_opinions(self) -> None:
-        """What other nodes have ended so far does not count any more."""
-        self.tasks, self.ran_elsewhere, self.failed_elsewhere = 0, 0, 0
+    def open(self, pause: float, now: float) -> None:
+        self.state, self.pause, self.probe_at, self.changed = State.OPEN, pause, now + pause, True
 
 
 class Decision(NamedTuple):
@@ -80,93 +84,74 @@ class Decision(NamedTuple):
 class Quarantine:
     """Decides which nodes are suspected and quarantined.
 
-    `record_end` is told what ends, `start_probe` what is placed; `decide` says what follows, `is_closed` which nodes
+    `record_end` is told what ends, `start_probe` what is placed; `decide` says what follows, `is_blocked` which nodes
     get no new tasks meanwhile.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.suspicions: dict[str, Suspicion] = {}  # by node
-        self.probes: dict[int, list[str]] = {}  # slot -> the nodes that it probes
+        self.breakers: dict[str, Breaker] = {}  # by node
         self.failing: set[str] = set()  # nodes on which something has failed at once since the tasks were last blamed
-        self._changed: set[str] = set()  # quarantined nodes whose probe has failed
 
     # -- what is observed ------------------------------------------------------------------------------------------
 
-    def record_end(self, node: str, end: ExecutionEnd, now: float) -> None:
-        """An execution has ended whose end says more than that its node is healthy, or which may be a probe."""
-        probed = self.probes.pop(end.slot, ())
-        if end.health == HEALTHY and end.seconds < 0:  # nothing ran: a slot is free, or its end was reported before
-            end = end._replace(health=UNKNOWN)
-        if end.health >= FAILED:
+    def record_end(self, node: str, end: ExecutionEnd, now: float) -> bool:
+        """An execution has ended; whether `decide` may find something new."""
+        probed = [name for name, b in self.breakers.items() if b.state is State.HALF_OPEN and b.probe_slot == end.slot]
+        if not (probed or end.health or end.last_suspect_node):
+            return False
+        # Where nothing ran a slot is free, or its end was reported before.
+        health = UNKNOWN if end.health == HEALTHY and end.seconds < 0 else end.health
+        if health >= FAILED:
             self.failing.add(node)
-        if (
-            end.last_suspect_node not in ("", node)
-            and (other := self.suspicions.get(end.last_suspect_node)) is not None
-        ):
-            other.ran_elsewhere += end.health == HEALTHY
-            other.confirmed |= end.health == HEALTHY
-            # On a node that is suspected itself this means nothing.
-            other.failed_elsewhere += end.health == FAILED and node not in self.suspicions
+        if end.last_suspect_node != node and (other := self.breakers.get(end.last_suspect_node)) is not None:
+            other.ran += health == HEALTHY
+            if health == FAILED and node not in self.breakers:  # on a node that is suspected itself it means nothing
+                other.failed += 1
+                if other.state is State.OPEN and other.ran:
+                    other.probe_at = now  # its probe would have failed anywhere: that does not count, the next one does
         for name in probed:
-            self._end_probe(name, self.suspicions[name], end, now)
-        if end.health == SUSPECT and node not in probed:
-            suspicion = self.suspicions.setdefault(node, Suspicion(now, end.class_name))
-            suspicion.why = end.why or suspicion.why
-            suspicion.class_name = end.class_name
-            suspicion.tasks += end.last_suspect_node != node
+            self._end_probe(self.breakers[name], health, now)
+        if health == SUSPECT and node not in probed:
+            breaker = self.breakers.setdefault(node, Breaker(now, end.class_name))
+            breaker.why = end.why or breaker.why
+            breaker.class_name = end.class_name
+            breaker.excused += end.last_suspect_node != node
+        return bool(self.breakers)
 
-    def _end_probe(self, node: str, suspicion: Suspicion, end: ExecutionEnd, now: float) -> None:
-        suspicion.probe_slot = 0
-        if end.health == HEALTHY:
-            suspicion.probe_at = -math.inf
+    def _end_probe(self, breaker: Breaker, health: int, now: float) -> None:
+        if health == HEALTHY:
+            breaker.state = State.CLOSED
             return
-        if not suspicion.quarantined:
-            suspicion.tasks += end.health == SUSPECT and end.last_suspect_node != node
-            suspicion.probe_at = now if end.health == UNKNOWN else math.inf
-            return
-        if end.health in (FAILED, SUSPECT):
-            suspicion.pause = min(2 * suspicion.pause, self._settings.probe_after_max_s)
-            # This very task may be at fault: how it ends elsewhere decides when the next probe starts.
-            suspicion.forget_opinions()
-            self._changed.add(node)
-        suspicion.probe_at = now + suspicion.pause
+        pause = breaker.pause
+        if health != UNKNOWN:
+            pause = min(max(2 * pause, self._settings.probe_after_s), self._settings.probe_after_max_s)
+        breaker.open(pause, now)
 
     def adopt(self, node: str, why: str, now: float) -> None:
         """An earlier dispatcher has quarantined it."""
-        pause = self._settings.probe_after_s
-        why = why.partition(NEXT_PROBE)[0]
-        self.suspicions[node] = Suspicion(
-            now, "", why, quarantined=True, confirmed=True, pause=pause, probe_at=now + pause
-        )
-
-    def clear(self, node: str) -> None:
-        """Nothing speaks against the node any more."""
-        if (suspicion := self.suspicions.pop(node, None)) is not None:
-            self._drop_probe(node, suspicion)
-
-    def _drop_probe(self, node: str, suspicion: Suspicion) -> None:
-        if node in (probed := self.probes.get(suspicion.probe_slot, [])):
-            probed.remove(node)
-        if not probed:
-            self.probes.pop(suspicion.probe_slot, None)
-        suspicion.probe_slot = 0
+        breaker = self.breakers[node] = Breaker(now, "", why.partition(NEXT_PROBE)[0], ran=1)
+        breaker.open(self._settings.probe_after_s, now)
+        breaker.changed = False
 
     # -- what follows ----------------------------------------------------------------------------------------------
 
-    def is_closed(self, node: str, now: float) -> bool:
+    @property
+    def quarantined(self) -> set[str]:
+        return {name for name, breaker in self.breakers.items() if breaker.state is not State.SUSPECTED}
+
+    def is_blocked(self, node: str, now: float) -> bool:
         """Whether it gets no task now; a node that is due for a probe gets one until `start_probe`."""
-        suspicion = self.suspicions.get(node)
-        return suspicion is not None and (suspicion.probe_slot != 0 or now < suspicion.probe_at)
+        breaker = self.breakers.get(node)
+        return breaker is not None and (breaker.state is State.HALF_OPEN or now < breaker.probe_at)
 
     def start_probe(self, shares: tuple[NodeShare, ...], slot: int) -> bool:
         """A task was placed on these nodes; whether it may start: only one at a time on a node that is probed."""
-        probed = [share.node for share in shares if share.node in self.suspicions]
-        if any(self.suspicions[node].probe_slot for node in probed):
+        probed = [share.node for share in shares if share.node in self.breakers]
+        if any(self.breakers[node].state is State.HALF_OPEN for node in probed):
             return False
         for node in probed:
-            self.suspicions[node].probe_slot = slot
-            self.probes.setdefault(slot, []).append(node)
+            self.breakers[node].state, self.breakers[node].probe_slot = State.HALF_OPEN, slot
         return True
 
     def decide(
@@ -174,67 +159,52 @@ class Quarantine:
     ) -> list[Decision]:
         """What has become clear. ``usable``: nodes that are there, and that nothing else closes. ``elsewhere`` tells
         whether a class could run without a node."""
-        most = 2 * sum(name in self.suspicions for name in usable) > len(usable)
+        most = 2 * sum(name in self.breakers for name in usable) > len(usable)
         decisions = []
-        for node, suspicion in list(self.suspicions.items()):
-            if (
-                suspicion.probe_slot and suspicion.probe_slot not in slots
-            ):  # no task was left for it, or the node was lost
-                self._drop_probe(node, suspicion)
+        for node, breaker in list(self.breakers.items()):
+            if breaker.state is State.HALF_OPEN and breaker.probe_slot not in slots:
+                breaker.state = State.OPEN  # no task was left for its probe, or the node was lost
+            suspected = breaker.state is State.SUSPECTED
             if node not in usable:
-                if not suspicion.quarantined:
-                    self.clear(node)
+                if suspected:
+                    del self.breakers[node]
                 continue
-            healthy = self._is_healthy(node, suspicion, now, slots)
-            cleared = healthy or self._is_not_to_blame(suspicion, now)
-            if not any(name != node and not self._is_quarantined(name) for name in usable):
+            healthy = self._is_healthy(node, breaker, now, slots)
+            cleared = healthy
+            if breaker.is_decided and breaker.failed > breaker.ran and (suspected or not breaker.ran):
+                cleared = cleared or "its tasks failed at once on other nodes, too"
+            if self.quarantined.union([node]).issuperset(usable):
                 cleared = cleared or "no other node can be used"
-            if not suspicion.quarantined and not cleared:
-                cleared = "most nodes are suspected: it is the tasks" if most else ""
-                cleared = cleared or (
-                    "" if elsewhere(suspicion.class_name, node) else "such tasks can run on no other node"
-                )
+            if suspected and most:
+                cleared = cleared or "most nodes are suspected: it is the tasks"
+            if suspected and not cleared and not elsewhere(breaker.class_name, node):
+                cleared = "such tasks can run on no other node"
             if cleared:
-                self.clear(node)
+                del self.breakers[node]
                 decisions.append(Decision(node, False, cleared, bool(healthy)))
-            elif self._is_to_quarantine(node, suspicion, now):
-                decisions.append(Decision(node, True, suspicion.reason))
-        self._changed.clear()
+                continue
+            if suspected:
+                self._open_if_clear(breaker, now)
+            if breaker.changed:
+                breaker.changed = False
+                decisions.append(Decision(node, True, breaker.reason))
         return decisions
 
-    def _is_to_quarantine(self, node: str, suspicion: Suspicion, now: float) -> bool:
-        """Whether it is quarantined now, or stays so for longer."""
-        if suspicion.quarantined:
-            return node in self._changed
-        if suspicion.ran_elsewhere >= DECISIVE or now - suspicion.since > 2 * self._settings.quick_failure_s:
-            suspicion.quarantined, suspicion.pause = True, self._settings.probe_after_s
-            suspicion.probe_at = now + suspicion.pause
-        elif suspicion.is_decided and not suspicion.probe_slot:
-            suspicion.probe_at = min(suspicion.probe_at, now)  # one more task, to be sure
-        return suspicion.quarantined
+    def _open_if_clear(self, breaker: Breaker, now: float) -> None:
+        if breaker.ran >= DECISIVE or now - breaker.since > 2 * self._settings.quick_failure_s:
+            breaker.open(self._settings.probe_after_s, now)
+        elif breaker.is_decided:
+            breaker.open(0.0, now)  # by few: a probe at once, to be sure
 
-    def _is_quarantined(self, node: str) -> bool:
-        suspicion = self.suspicions.get(node)
-        return suspicion is not None and suspicion.quarantined
-
-    def _is_healthy(self, node: str, suspicion: Suspicion, now: float, slots: Mapping[int, Slot]) -> str:
+    def _is_healthy(self, node: str, breaker: Breaker, now: float, slots: Mapping[int, Slot]) -> str:
         """What shows that it can run tasks; empty if nothing does."""
         quick = self._settings.quick_failure_s
-        if suspicion.probe_at == -math.inf:
+        if breaker.state is State.CLOSED:
             return "a task ran there"
-        running = [slots[suspicion.probe_slot]] if suspicion.probe_slot else []
-        if not suspicion.quarantined:
+        running: list[Slot] = []
+        if breaker.state is State.HALF_OPEN:
+            running = [slots[breaker.probe_slot]]
+        elif breaker.state is State.SUSPECTED:  # what began with those that failed
             own = (slot for slot in slots.values() if slot.shares and slot.shares[0].node == node)
-            running = [slot for slot in own if slot.since > suspicion.since - quick]
+            running = [slot for slot in own if slot.since > breaker.since - quick]
         return "a task lives there" if any(now - slot.since > quick for slot in running) else ""
-
-    def _is_not_to_blame(self, suspicion: Suspicion, now: float) -> str:
-        """Why it is not the node; empty if that is not known."""
-        if not suspicion.is_decided or suspicion.failed_elsewhere <= suspicion.ran_elsewhere:
-            return ""
-        if not suspicion.confirmed:
-            return "its tasks failed at once on other nodes, too"
-        # Its probe would have failed anywhere: that does not count, the next one does.
-        suspicion.forget_opinions()
-        suspicion.probe_at = min(suspicion.probe_at, now)
-        return ""

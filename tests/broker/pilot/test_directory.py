@@ -369,7 +369,7 @@ def test_a_directory_of_an_older_pilot_is_refused_and_left_as_it_is(here: Path, 
         assert sorted(link.call("KEYS", "*")) == [b"pilotq:epoch", keys.SCHEMA.encode()]
         Path(pilot.path("server", "epoch")).write_text("e")
     link.call("FLUSHALL")
-    with pytest.raises(PilotFailed, match="version unknown, this pilotq knows version 2"):
+    with pytest.raises(PilotFailed, match="version 1, this pilotq knows version 2"):
         establish_queue_id(pilot, link)
     assert link.call("DBSIZE") == 0
 
