@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 from pilotq.broker import ArrayRange, Request, Task
-from pilotq.broker.client.explain import Explainer, duration
+from pilotq.broker.client.explain import PREDICATES, Explainer, duration
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.views import Explanation
 from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
+from pilotq.broker.tasks.states import REASONS
 from tests.support.engine import ONE, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.waiting import wait_until
@@ -303,3 +304,9 @@ def test_afterwards(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_sentence_of_a_reason_goes_on_from_it_or_has_a_subject() -> None:
+    subjects = ("a ", "its ", "one ", "some ", "starting ", "the ")
+    for reason, sentence in REASONS.items():
+        assert not reason or sentence.startswith(PREDICATES) != sentence.startswith(subjects), reason
