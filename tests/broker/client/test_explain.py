@@ -42,7 +42,7 @@ def running(engine: Engine, cores: str, class_name: str = ONE, since: float = 0.
     began = engine.store.run  # as a worker says it
     from pilotq.broker.store.store import iso
 
-    began("launched", handed.id, handed.execution, cores, iso(time.time() - since), "", "")
+    began("report_started", handed.id, handed.execution, cores, iso(time.time() - since), "", "")
     return handed.id
 
 
