@@ -115,7 +115,6 @@ TRIGGERS: dict[str, Callable[[Rig, Work], None]] = {
 CLIENT = """
 import sys
 from pilotq.broker import Broker, Task
-from tests.support.paths import ROOT
 with Broker.connect(sys.argv[1]) as broker:
     ids = broker.enqueue_many([Task(command=["true"]) for _ in range(600)], key=sys.argv[2])
     broker.cancel(ids[:1] if sys.argv[3:] == ["cancel"] else [])
