@@ -213,7 +213,7 @@ LIES: list[tuple[str, Lie]] = [
     ("once", ran_twice),
     ("once", with_expected(executions=2, exit_codes=(7, 0))),
     ("once", with_expected(ends=False)),
-    ("once", lambda run: run._replace(strangers=["ledger x"])),
+    ("once", lambda run: run._replace(unexpected=["ledger x"])),
     ("journal", lambda run: run.outcomes[0].lines.clear()),
     ("journal", lambda run: run.outcomes[0].lines.append(line_of(run))),
     ("journal", with_line("execution", 2)),
