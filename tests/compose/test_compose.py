@@ -249,7 +249,7 @@ def test_a_stop_is_clean_and_the_next_start_goes_on(stack: Stack) -> None:
     (stack.project / "again").touch()
     stack.done("up", "--detach", seconds=UP_S)
     stack.cli("wait", task, "--timeout", "120s", seconds=2 * CALL_S)
-    # The worker that is stopped last may have begun what the other gave back: one execution a worker, charged to nothing.
+    # The worker that is stopped last may have begun what the other gave back: one execution each, charged to nothing.
     *given_back, last = [line for line in stack.journal() if line["id"] == task]
     assert {line["reason"] for line in given_back} == {"pilot ended"}
     assert len(given_back) == len({line["node"] for line in given_back}) <= 2
