@@ -131,7 +131,9 @@ class Explainer:
             found.why.append("the dispatcher has not read it yet")
             return
         nodes = read_nodes(self._link)
-        absent = {n.decode() for n in self._link.call("SMEMBERS", keys.EXPECTED_NODES)} - {node.name for node in nodes}
+        absent = {n.decode() for n in self._link.call("LRANGE", keys.EXPECTED_NODES, 0, -1)} - {
+            node.name for node in nodes
+        }
         if absent:
             found.why.append(f"not all nodes have joined yet: {', '.join(sorted(absent))}")
         if not nodes:

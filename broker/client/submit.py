@@ -121,7 +121,7 @@ def submit(
             ("HVALS", keys.NODES),
             ("HKEYS", keys.CLASSES),
             ("INCRBY", keys.SEQ, len(tasks)),
-            ("SMEMBERS", keys.EXPECTED_NODES),
+            ("LRANGE", keys.EXPECTED_NODES, 0, -1),
         ]
     )
     nodes = decode_nodes(replies[0])

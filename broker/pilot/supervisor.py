@@ -169,7 +169,7 @@ class Supervisor:
             connection.call("HSET", keys.CONTROL, "contact", contact if options.contact is None else options.contact)
             expected = [node.name for node in options.expected_nodes]
             if expected:
-                connection.call("SADD", keys.EXPECTED_NODES, *expected)
+                connection.call("RPUSH", keys.EXPECTED_NODES, *expected)
             if options.remote:
                 connection.call("HSET", keys.CONTROL, "min_nodes", options.remote.min_nodes)
         finally:

@@ -1,15 +1,15 @@
 """The free resources of all nodes, and what a request gets there. Pure: no Redis, no clock, no processes.
 
-Nodes stand in natural order of their names (n2 before n10), whatever the order in which they joined. A *hold* hides
-cores that are being drained for one waiting task: there are then two views of what is free, ``inside`` with the held
-cores and ``outside`` without.
+Nodes stand in the order in which the user named them, then in natural order of their names (n2 before n10), whatever
+the order in which they joined. A *hold* hides cores that are being drained for one waiting task: there are then two
+views of what is free, ``inside`` with the held cores and ``outside`` without.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pilotq.broker.scheduling.node_cores import FreeCoreIndex, NodeCores, bits, carve, mask_of
 from pilotq.broker.scheduling.shortage import Room, shortage
@@ -25,6 +25,7 @@ class Cluster:
     def __init__(self) -> None:
         self._nodes: dict[str, NodeCores] = {}
         self._order: list[NodeCores] = []  # by index
+        self._named: dict[str, int] = {}  # name -> its place in the order that the user gave
         self._sizes: dict[int, int] = {}  # number of cores -> indexes of the nodes that have so many
         self._inside = FreeCoreIndex([], 0)
         self._outside: FreeCoreIndex | None = None  # only while there is a hold
@@ -37,6 +38,11 @@ class Cluster:
         self._now = 0.0
 
     # Nodes
+
+    def set_order(self, names: Sequence[str]) -> None:
+        """The order in which the user named the nodes; others come after these, in natural order of their names."""
+        self._named = {name: place for place, name in enumerate(names)}
+        self._arrange()
 
     def add_node(self, info: NodeInfo) -> None:
         """A node joins, empty and open. One of that name must have been removed before (ValueError)."""
@@ -99,7 +105,10 @@ class Cluster:
                 self._ends[node.end] = self._ends.get(node.end, 0) | 1 << node.index
 
     def _arrange(self) -> None:
-        self._order = sorted(self._nodes.values(), key=lambda node: _natural(node.name))
+        last = len(self._named)
+        self._order = sorted(
+            self._nodes.values(), key=lambda node: (self._named.get(node.name, last), _natural(node.name))
+        )
         self._sizes.clear()
         for index, node in enumerate(self._order):
             node.index = index

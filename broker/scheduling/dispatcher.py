@@ -126,7 +126,9 @@ class Dispatcher:
         for info in self.known_nodes.values():
             self._send(info, StateRequest(term))
         failpoints.hit("nodes asked")
-        self.expected_nodes = {name.decode() for name in self.link.call("SMEMBERS", keys.EXPECTED_NODES)}
+        named = [name.decode() for name in self.link.call("LRANGE", keys.EXPECTED_NODES, 0, -1)]
+        self.inventory.cluster.set_order(named)
+        self.expected_nodes = set(named)
         self.initial_wait_until = time.monotonic() + self.settings.initial_nodes_wait_s
         self.reconciler.requeue_orphans({info.address for info in self.known_nodes.values()})
         log(f"term {term}: {len(self.known_nodes)} nodes asked for their state")

@@ -23,7 +23,9 @@ CLASSES = "pilotq:classes"  # hash: class name -> its queue, priority and reques
 IDLE_CLASSES = "pilotq:classes:idle"  # the same, of classes that nothing needs but a retry
 PARENTS = "pilotq:parents"  # set: ids that something waits for; the reconciler finds here one that was deleted
 NODES = "pilotq:nodes"  # hash: node name -> NodeInfo (JSON) of the live incarnation
-EXPECTED_NODES = "pilotq:expected-nodes"  # set: names of the nodes that the supervisor starts itself
+EXPECTED_NODES = (
+    "pilotq:expected-nodes"  # list: names of nodes that the supervisor starts itself, as ordered by the user
+)
 NEXT_INCARNATION = "pilotq:next-incarnation"  # counter: the last incarnation (fencing token) given to a node
 COUNTS = "pilotq:counts"  # hash: total, finished, failed, canceled tasks since the queue began
 SHARED_REFS = "pilotq:shared-refs"  # hash: key of a shared record -> submissions that use it and have not ended

@@ -24,7 +24,7 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, utf8, wrong_field
 from pilotq.broker.taskfiles.qcg_schedulers import plan
 from pilotq.broker.taskfiles.qcg_tasks import JobDraft
-from pilotq.broker.taskfiles.qcg_variables import fill
+from pilotq.broker.taskfiles.qcg_variables import escape_script, fill
 from pilotq.broker.tasks.model import ARRAY_LIMIT, ONE_PROCESS_MODELS, ArrayRange, Request, Task
 from pilotq.broker.tasks.quantities import parse_duration
 from pilotq.broker.tasks.validation import validate
@@ -369,7 +369,7 @@ def _execution_fields(execution: Execution, variables: Mapping[str, str], where:
     ranks, launcher = ([], "") if model in ONE_PROCESS_MODELS else (["pilotq"], '"$@" ')
     if text is not None and setup and ranks:
         text = fill(text, variables, script=True)
-        command = ["bash", "-l", "-c", f"{setup}exec {launcher}", *ranks, "bash", "-l", "-c", text]
+        command = ["bash", "-l", "-c", f"{setup}exec {launcher}", *ranks, "bash", "-l", "-c", escape_script(text)]
         launch_at = 5
     elif text is not None:
         script = setup + fill(text, variables, script=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.taskfiles.qcg_variables import LAUNCH_VARIABLES, fill, split
+from pilotq.broker.taskfiles.qcg_variables import LAUNCH_VARIABLES, fill, fill_early, split
 from pilotq.broker.tasks.dependencies import check_cycles, resolve
 from pilotq.broker.tasks.model import Request, Task
 
@@ -176,8 +176,8 @@ def _elements(draft: JobDraft, file: str) -> Iterator[tuple[int, Task]]:
         raise InvalidInput(f"{file}: {draft.path}: its {len(indices):,} elements differ; {ELEMENT_TASKS_LIMIT:,} may")
     for position, index in enumerate(indices):
         value = str(index) if task.values is None else task.values[position]
-        # Other variables of the texts are filled in at launch: one in a value would be taken for the file's own.
-        if len(split(value, LAUNCH_VARIABLES, False)) > 1:
+        # Other variables of a script are filled in at launch: one in a value would be taken for the script's own.
+        if task.script is not None and len(split(value, LAUNCH_VARIABLES, True)) > 1:
             raise InvalidInput(f"{file}: {draft.path}.iteration.values[{position}]: {value!r} has a variable in it")
         variables = {"it": str(index), "itval": value}
         yield (
@@ -188,11 +188,11 @@ def _elements(draft: JobDraft, file: str) -> Iterator[tuple[int, Task]]:
                 array=None,
                 values=None,
                 request=draft.requests[position] if draft.requests else task.request,
-                command=None if task.command is None else [fill(text, variables) for text in task.command],
+                command=None if task.command is None else [fill_early(text, variables) for text in task.command],
                 script=None if task.script is None else fill(task.script, variables, script=True),
-                env={fill(name, variables): fill(text, variables) for name, text in task.env.items()},
+                env={fill_early(name, variables): fill_early(text, variables) for name, text in task.env.items()},
                 **{
-                    key: None if (text := getattr(task, key)) is None else fill(text, variables)
+                    key: None if (text := getattr(task, key)) is None else fill_early(text, variables)
                     for key in ("cwd", "stdin", "stdout", "stderr")
                 },
             ),

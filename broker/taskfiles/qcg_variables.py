@@ -1,11 +1,14 @@
 """The variables ``${it}``, ``${ncores}``... of QCG-PilotJob files: which there are, and how they are filled in. Pure.
 
-Only the known variables are replaced, in one pass: what was filled in is not searched again, quotes in a value stay
-quotes, ``$$`` and every other ``$name`` stay as they are. Two rules, by what the text is:
+Texts are filled in twice, as in QCG-PilotJob: when the request is read, and when an execution starts. Each time only
+the variables that are known then are replaced; what was filled in is not searched again in the same pass, quotes in a
+value stay quotes, and every other ``$name`` stays as it is. Two rules, by what the text is:
 
-* in arguments, environment variables, paths and names both ``${name}`` and ``$name`` are replaced;
+* in arguments, environment variables, paths, values and names both ``${name}`` and ``$name`` are replaced, and ``$$``
+  becomes ``$``: ``$${it}`` is ``${it}`` after the first pass, and a number after the second;
 * in a script only ``${name}`` is, and not where the script sets a variable of that name itself (``date=...``,
-  ``for it in``, ``read it``, ``local``...). ``it=${it}`` does not count as setting it: it asks for ours.
+  ``for it in``, ``read it``, ``local``...). ``it=${it}`` does not count as setting it: it asks for ours. ``$$`` stays:
+  it is the process of the shell.
 
 For example, ``fill("part.${it}", {"it": "7"})`` is ``part.7``.
 """
@@ -35,8 +38,6 @@ def fill(text: str, variables: Mapping[str, str], *, script: bool = False) -> st
     if "$" not in text:
         return text
     pieces = split(text, frozenset(variables), script)
-    if len(pieces) == 1:
-        return text
     return "".join(variables[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
@@ -46,13 +47,41 @@ def split(text: str, variables: frozenset[str], script: bool) -> tuple[str, ...]
     if script:
         variables = variables - names_set_by(text)
     pieces = []
+    before = ""
     end = 0
     for match in _VARIABLE.finditer(text):
         name = match[1] or ("" if script else match[2])
         if name in variables:
-            pieces += [text[end : match.start()], name]
-            end = match.end()
-    return (*pieces, text[end:])
+            pieces += [before + text[end : match.start()], name]
+            before = ""
+        elif match[0] == "$$" and not script:
+            before += text[end : match.start()] + "$"
+        else:
+            continue
+        end = match.end()
+    return (*pieces, before + text[end:])
+
+
+def fill_early(text: str, variables: Mapping[str, str]) -> str:
+    """``text`` with some variables of the second pass replaced before it: the pass gives what it gave without this."""
+    known = variables.keys()
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        return escape(variables[name]) if name in known else match[0]
+
+    return _VARIABLE.sub(replaced, text)
+
+
+def escape_script(script: str) -> str:
+    """A script as a text in which the second pass fills in what it would fill in in the script."""
+    pieces = split(script, LAUNCH_VARIABLES, True)
+    return "".join(f"${{{piece}}}" if number % 2 else escape(piece) for number, piece in enumerate(pieces))
+
+
+def escape(text: str) -> str:
+    """A text that one pass turns into ``text``."""
+    return text.replace("$", "$$")
 
 
 def names_set_by(script: str) -> frozenset[str]:

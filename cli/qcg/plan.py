@@ -12,7 +12,7 @@ class Plan(NamedTuple):
     """The input of cli/qcg/play.py. ``wd`` is the directory of the jobs, ``report_file`` stands below the pilot's.
 
     ``net``: programs may send requests, too; with ``stays`` until one asks to finish. ``owner``: when this process ends
-    the pilot ends at once (0: nobody's).
+    the pilot ends at once (0: nobody's). ``system_cores``: how many cores no job can have.
     """
 
     bodies: Sequence[Any]
@@ -25,3 +25,4 @@ class Plan(NamedTuple):
     net: bool = False
     stays: bool = False
     owner: int = 0
+    system_cores: int = 0

@@ -65,7 +65,7 @@ class Play(Lifetime):
         await_nodes(broker, self.pilot, plan.options)
         number = os.open(self.pilot.path("service.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._log = self._files.enter_context(os.fdopen(number, "a", encoding="utf-8", errors="backslashreplace"))
-        begin(broker, self.pilot, plan.wd, net=plan.net)
+        begin(broker, self.pilot, plan.wd, net=plan.net, system_cores=plan.system_cores)
         self.requests = Requests(broker, env_policy=plan.env_policy)
         self.report = Report(
             self.requests.registry, self.pilot.journal, plan.wd, path=self.report_path, form=plan.report_format
@@ -108,8 +108,10 @@ class Play(Lifetime):
         every = sum(len(job.indices or (None,)) for job in known.values())
         tasks[QUEUED] += max(every - sum(tasks.values()), 0)
         nodes = self.plan.options.expected_nodes
-        cores = sum(len(node.cores) for node in nodes)
-        status = self.requests.status_of((len(nodes), cores, 0), +jobs, +tasks)
+        cores, kept = sum(len(node.cores) for node in nodes), self.plan.system_cores
+        if self.plan.options.remote is None:
+            cores += kept  # the granted cores of an allocation include them
+        status = self.requests.status_of((len(nodes), cores, kept), +jobs, +tasks)
         write_private(self.pilot.path("final_status.json"), msgspec.json.format(msgspec.json.encode(status), indent=2))
 
     def close(self) -> None:

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             bodies, wd, supervisor, replies=open_replies(options.replies, stack),
             report_file=options.report_file, report_format=options.report_format, net=options.net,
             stays=options.net and options.file_path is None, owner=options.owner,
+            system_cores=int(options.system_core),
         )  # fmt: skip
         # What is needed from here on loads while the pilot does: four processes start one after the other otherwise.
         loading = threading.Thread(target=import_module, args=("pilotq.cli.qcg.play",))

@@ -92,10 +92,14 @@ class Removed(msgspec.Struct, tag="removed", tag_field="is"):
 
 
 class ServiceBegan(msgspec.Struct, tag="began", tag_field="is"):
-    """A service starts, or restarts; ``wd`` is its directory, ``net``: it takes requests of programs."""
+    """A service starts, or restarts; ``wd`` is its directory, ``net``: it takes requests of programs.
+
+    ``system_cores`` are kept for the pilot itself: no node offers them, and they count as used.
+    """
 
     wd: str
     net: bool
+    system_cores: int = 0
 
 
 class FinishRequested(msgspec.Struct, tag="finish", tag_field="is"):
@@ -166,14 +170,14 @@ class Job:
         return found
 
 
-def fill_json(value: Any, variables: dict[str, str]) -> Any:
-    """Decoded JSON with the variables filled in wherever there is text."""
+def fill_json(value: Any, variables: dict[str, str], *, script: bool = False) -> Any:
+    """Decoded JSON with the variables filled in wherever there is text; what stands under ``script`` is one."""
     if isinstance(value, str):
-        return fill(value, variables)
+        return fill(value, variables, script=script)
     if isinstance(value, list):
         return [fill_json(item, variables) for item in value]
     if isinstance(value, dict):
-        return {fill(key, variables): fill_json(item, variables) for key, item in value.items()}
+        return {fill(key, variables): fill_json(item, variables, script=key == "script") for key, item in value.items()}
     return value
 
 
@@ -200,6 +204,7 @@ class Registry:
         self.submits = 0
         self.wd = ""  # of the service; empty when there is none
         self.net = False
+        self.system_cores = 0
         self.earlier: list[tuple[bytes, list[str]]] = []  # as ``submissions``, from before the service began
         self.finish = False
         self._committed = committed
@@ -275,6 +280,7 @@ class Registry:
             self.held = {name: job for name, job in self.held.items() if job.key != record.key}
         elif isinstance(record, ServiceBegan):
             self.wd, self.net, self.finish = record.wd, record.net, False
+            self.system_cores = record.system_cores
             self.earlier = list(self.submissions.values())
         elif isinstance(record, FinishRequested):
             self.finish = True

@@ -234,7 +234,8 @@ class Requests:
 
     def _resources(self) -> tuple[int, int, int]:
         nodes = self.broker.nodes()
-        return len(nodes), sum(node.cores for node in nodes), sum(node.used for node in nodes)
+        kept = self.registry.system_cores
+        return len(nodes), sum(node.cores for node in nodes) + kept, sum(node.used for node in nodes) + kept
 
     def _status(self, request: Mapping[str, Any]) -> Reply:
         options = request.get("options")
@@ -315,12 +316,12 @@ def open_registry(broker: Broker, pilot: Pilot) -> Registry:
     return Registry(pilot.path(FILE), committed)
 
 
-def begin(broker: Broker, pilot: Pilot, wd: str, *, net: bool) -> None:
+def begin(broker: Broker, pilot: Pilot, wd: str, *, net: bool, system_cores: int = 0) -> None:
     """Record that a service starts on this pilot: `Requests` of any process read it."""
     registry = open_registry(broker, pilot)
     try:
         with registry.locked():
-            registry.write(ServiceBegan(wd, net))
+            registry.write(ServiceBegan(wd, net, system_cores))
     finally:
         registry.close()
 

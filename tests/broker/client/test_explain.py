@@ -52,7 +52,7 @@ def running(engine: Engine, cores: str, class_name: str = ONE, since: float = 0.
 def test_no_node(engine: Engine) -> None:
     (a,) = engine.submit(task())
     assert "no node is there" in why(engine, a)
-    engine.link.call("SADD", keys.EXPECTED_NODES, "n1", "n2")
+    engine.link.call("RPUSH", keys.EXPECTED_NODES, "n1", "n2")
     engine.register("n2")
     assert "not all nodes have joined yet: n1" in why(engine, a)
 

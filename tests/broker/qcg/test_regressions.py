@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,35 @@ def test_h5_a_job_for_all_cores_beside_a_system_core_is_refused(tmp_path: Path) 
     ran = requests(tmp_path, submit(two), submit(one), args=("--system-core",))
     assert ran.replies[0]["code"] == 1 and "Not enough resources for job j2" in ran.replies[0]["message"]
     assert ran.states == {"j1": "SUCCEED"} and ran.report["j1"]["runtime"]["allocation"] == "n0[1]"
+
+
+def test_a_system_core_counts_as_used(tmp_path: Path) -> None:
+    """As there: of three cores one is the service's own. Programs that connect are told the same."""
+    ask = (
+        "from pilotq.broker.qcg import Manager; import os; print(Manager(os.environ['QCG_PM_ZMQ_ADDRESS']).resources())"
+    )
+    show = {"exec": sys.executable, "args": ["-c", ask], "stdout": "out"}
+    ran = requests(
+        tmp_path, {"request": "resourcesInfo"}, submit(job("m", show)), args=("--system-core", "--net"), nodes="2,1"
+    )
+    cores = {"total_nodes": 2, "total_cores": 3, "used_cores": 1, "free_cores": 2}
+    assert ran.replies[0]["data"] == cores
+    assert ast.literal_eval(ran.text("out")) == cores | {"used_cores": 2, "free_cores": 1}
+    assert json.loads((ran.home / "final_status.json").read_text())["Resources"] == {
+        "TotalNodes": 2,
+        "TotalCores": 3,
+        "UsedCores": 1,
+        "FreeCores": 2,
+    }
+
+
+def test_nodes_are_used_in_the_order_in_which_they_were_named(tmp_path: Path) -> None:
+    both = {"numNodes": 2, "numCores": 1}
+    ran = jobs(
+        tmp_path, job("one", script("echo ${nlist}", stdout="one")),
+        job("two", script("echo ${nlist}", stdout="two"), resources=both), nodes="z:1,m:1,a:1",
+    )  # fmt: skip
+    assert (ran.text("one"), ran.text("two")) == ("z\n", "m,a\n")
 
 
 # what is answered wrongly there
@@ -181,7 +212,7 @@ def test_v1_a_script_keeps_its_own_variables(tmp_path: Path) -> None:
 
 def test_v2_a_value_may_have_quotes(tmp_path: Path) -> None:
     show = {"exec": "echo", "args": ["${itval}"], "stdout": "o${it}"}
-    ran: Ran = jobs(tmp_path, job("v", show, iteration={"values": ['a"b', "c\\d", "$$"]}))
+    ran: Ran = jobs(tmp_path, job("v", show, iteration={"values": ['a"b', "c\\d", "$$$$"]}))
     assert [ran.text(f"o{i}") for i in range(3)] == ['a"b\n', "c\\d\n", "$$\n"]
 
 

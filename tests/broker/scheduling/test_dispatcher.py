@@ -305,7 +305,7 @@ def test_pause_retracts_what_is_prefetched_and_starts_nothing(engine: Engine, no
 def test_nothing_starts_before_the_expected_nodes_are_there(engine: Engine, node: Make) -> None:
     """Two nodes of three must be n1 and n2, whichever worker was up first."""
     engine.reset(initial_nodes_wait_s=60)
-    engine.link.call("SADD", keys.EXPECTED_NODES, "n1", "n2", "n3")
+    engine.link.call("RPUSH", keys.EXPECTED_NODES, "n1", "n2", "n3")
     (task_id,) = engine.submit(task(request=Request(nodes=(2, 2))))
     with RunningDispatcher(engine) as running:
         n1, n3 = node("n1"), node("n3")
@@ -323,7 +323,7 @@ def test_nothing_starts_before_the_expected_nodes_are_there(engine: Engine, node
 def test_the_wait_for_expected_nodes_is_bounded(engine: Engine, node: Make, expected: tuple[str, ...]) -> None:
     engine.reset(initial_nodes_wait_s=0.1 if expected else 60)
     if expected:
-        engine.link.call("SADD", keys.EXPECTED_NODES, *expected)
+        engine.link.call("RPUSH", keys.EXPECTED_NODES, *expected)
     engine.submit(task())
     with RunningDispatcher(engine):
         n1 = node("n1")

@@ -181,7 +181,7 @@ def test_variables_of_a_request(tmp_path: Path) -> None:
         "jobs": [{"name": "a_${rcnt}", "execution": script, "dependencies": {"after": ["a_1"]}}],
     }
     first, second = requests(tmp_path, one, two).tasks
-    times = "1 local 2026-01-31 12:30:00.000005 2026-01-31 12:30:00.000005 a_1 ${it} $$ ${other}"
+    times = "1 local 2026-01-31 12:30:00.000005 2026-01-31 12:30:00.000005 a_1 ${it} $ ${other}"
     assert first.command == ["x", times, "1", "0.5", "True"]
     assert (first.name, first.env, first.stdout) == ("a_1", {"N": "3", "J": "a_1"}, "a_1.${it}.out")
     assert (second.name, second.after) == ("a_2", ["a_1"])
@@ -303,7 +303,10 @@ def test_dependents_of_a_job_under_a_scheduler(tmp_path: Path) -> None:
     assert {task.name: task.after for task in batch.tasks[2:]} == {
         "b": ["a:0", "a:1"], "c": ["a:1"], "d:0": ["a:0"], "d:1": ["a:1"],
     }  # fmt: skip
-    said = refusal(tmp_path, job("a", resources=resources, iteration={"values": ["${ncores}"]}), total_cores=9)
+    values = {"resources": resources, "iteration": {"values": ["${ncores}"]}}
+    batch = read(tmp_path, {**job("a", **values), "execution": execution}, total_cores=9)
+    assert (batch.tasks[0].command, batch.tasks[0].env) == (["p", "$${ncores}-0"], {"V": "$${ncores}"})
+    said = refusal(tmp_path, {**job("a", **values), "execution": {"script": "echo ${itval}"}}, total_cores=9)
     assert said == "[0].iteration.values[0]: '${ncores}' has a variable in it"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from string import Template
 
 import pytest
 
-from pilotq.broker.taskfiles.qcg_variables import names_set_by
+from pilotq.broker.taskfiles.qcg_variables import escape_script, fill, fill_early, names_set_by
 from pilotq.broker.tasks.model import ArrayRange, Task
 from pilotq.broker.tasks.spec import spec_of
 from pilotq.workers.execution.templating import Variables, render
@@ -56,7 +57,7 @@ def test_arguments_that_are_not_utf8_pass() -> None:
     [
         ("${it} $it ${itval} $itval", '4 4 a"b a"b'),
         ("${ncores}/$nnodes/${nlist}:${root_wd}", "4/2/n1,n2:/root dir"),
-        ("$$ $${it} $$$it ${other} $other $ ${ ${} $items ${it", "$$ $${it} $$4 ${other} $other $ ${ ${} $items ${it"),
+        ("$$ $${it} $$$it ${other} $other $ ${ ${} $items ${it", "$ ${it} $4 ${other} $other $ ${ ${} $items ${it"),
         ("{index} {value} ${index}", "{index} {value} ${index}"),
         ("$it.out-$it", "4.out-4"),
     ],
@@ -72,6 +73,18 @@ def test_words_of_qcg_files(text: str, filled: str) -> None:
 def test_a_value_with_words_is_not_filled_in_again() -> None:
     task = Task(command=["${itval}"], values=["${ncores}$it"], qcg=True)
     assert render(spec_of(task), Variables(task_id="8_0", index=0, value="${ncores}$it")).argv == [b"${ncores}$it"]
+
+
+@pytest.mark.parametrize("text", ["$${it}", "$$$${it}", "${it}$$", "a$$b", "$$$$$it", "${jname}${it}", "$", "$$"])
+def test_two_passes_are_two_passes_of_string_template(text: str) -> None:
+    """QCG-PilotJob fills in with string.Template, when it reads the request and when it starts the job."""
+    first, second = {"jname": "j"}, {"it": "4", "ncores": "2"}
+    there = Template(Template(text).safe_substitute(first)).safe_substitute(second)
+    assert fill(fill(text, first), second) == there
+    # Elements that differ get theirs between the two.
+    assert fill(fill_early(fill(text, first), {"it": "4"}), {"ncores": "2"}) == there
+    assert fill(fill_early("${it}", {"it": text}), second) == text
+    assert fill(escape_script(text), second) == fill(text, second, script=True)
 
 
 def test_it_stays_where_there_is_no_iteration() -> None:
