@@ -47,6 +47,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "dashboard": "Show the pilot in a browser.",
         "url": "Print the URL of the pilot's server.",
         "exec": "Run a command that finds the pilot's server.",
+        "qcg": "Let programs of QCG-PilotJob run on pilotq.",
     },
     "Help": {
         "doctor": "Check the machine, the directory, the pilot.",

@@ -6,9 +6,7 @@ exceptions are in pilotq.broker.qcg.errors. For one that cannot, `install` puts 
 
     python -c "import pilotq.broker.qcg as q, runpy; q.install(); runpy.run_path('program.py', run_name='__main__')"
 
-or for all programs of a virtual environment, with one line in a file of its site-packages whose name ends in .pth:
-
-    import pilotq.broker.qcg; pilotq.broker.qcg.install()
+`pilotq qcg install` does it for all programs of a Python environment, and for ``python -m qcg.pilotjob.service``.
 
 Names are imported when they are first used: neither this package nor `install` loads anything that is not needed.
 """

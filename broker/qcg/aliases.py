@@ -2,6 +2,7 @@
 
 An installed original stays where it is: ``qcg`` and ``qcg.pilotjob`` are namespace packages, so what we do not
 replace (``qcg.pilotjob.utils``...) is still found there. A module is made when it is imported, not before.
+``python -m qcg.pilotjob.service`` runs our service.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from importlib.util import find_spec
+from types import CodeType, ModuleType
 
 _OURS = "pilotq.broker.qcg"
 _HOMES = {
@@ -23,6 +25,8 @@ _HOMES = {
     "qcg.pilotjob.executor_api.templates.basic_template": f"{_OURS}.executor",
     "qcg.pilotjob.executor_api.templates.qcgpj_template": f"{_OURS}.executor",
 }
+# Programs, for `python -m`.
+_PROGRAMS = {"qcg.pilotjob.service": "pilotq.cli.qcg.service"}
 # Packages that hold their modules only; the code of an original's __init__ is not run.
 _PACKAGES = frozenset(
     ("qcg", "qcg.pilotjob", "qcg.pilotjob.api", "qcg.pilotjob.executor_api", "qcg.pilotjob.executor_api.templates")
@@ -37,22 +41,24 @@ def install() -> None:
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    for name in _HOMES:
+    for name in (*_HOMES, *_PROGRAMS):
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds and makes the modules of _HOMES and _PACKAGES; all others are left to the finders behind it."""
+    """Finds and makes the modules of _HOMES, _PROGRAMS and _PACKAGES; all others are left to the finders behind it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package = fullname in _PACKAGES
-        if not package and fullname not in _HOMES:
+        if not package and fullname not in _HOMES and fullname not in _PROGRAMS:
             return None
         # No subclass of Loader: importing importlib.abc takes longer than all of this.
         spec = ModuleSpec(fullname, self, is_package=package)  # type: ignore[arg-type]
+        if fullname in _PROGRAMS:
+            spec.origin = _code_of(fullname)[0]  # what sys.argv[0] becomes
         if package:
             original = PathFinder.find_spec(fullname, path)
             spec.submodule_search_locations = list((original and original.submodule_search_locations) or ())
@@ -62,7 +68,19 @@ class _Finder:
         """Nothing of our own: an empty module is made."""
 
     def exec_module(self, module: ModuleType) -> None:
-        home = _HOMES.get(module.__name__)
+        home = (_HOMES | _PROGRAMS).get(module.__name__)
         if home is not None:
             names = vars(import_module(home))
             vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """What `python -m` runs; nothing for the other modules, which are no programs."""
+        return _code_of(fullname)[1] if fullname in _PROGRAMS else None
+
+
+def _code_of(fullname: str) -> tuple[str | None, CodeType | None]:
+    """The file and the code of our program in the place of ``fullname``."""
+    home = _PROGRAMS[fullname]
+    spec = find_spec(home)
+    assert spec is not None and spec.loader is not None, "it is part of this package"
+    return spec.origin, spec.loader.get_code(home)  # type: ignore[attr-defined]

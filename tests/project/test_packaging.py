@@ -116,3 +116,50 @@ def test_no_generic_name_is_installed(installed: Path) -> None:
     (site,) = installed.parent.glob("lib/python*/site-packages")
     tops = {p.name for p in site.iterdir() if not p.name.endswith(".pth")}
     assert tops == {"pilotq", f"pilotq-{version()}.dist-info"}
+
+
+REQUESTS = """[
+  {"request": "submit", "jobs": [
+    {"name": "example", "iteration": {"stop": 4}, "execution": {"script": "echo ${it}", "stdout": "job.out.${it}"}}
+  ]},
+  {"request": "control", "command": "finishAfterAllTasksDone"}
+]"""
+ORIGINAL = "#!/bin/sh\necho the original\n"
+
+
+def test_programs_of_qcg_pilotjob_run_here_once_that_is_installed(installed: Path, tmp_path: Path) -> None:
+    """The module that batch scripts run, the program and the imports, with an original's program beside them."""
+    (tmp_path / "jobs.json").write_text(REQUESTS)
+    (installed / "qcg-pm-service").write_text(ORIGINAL)
+    (installed / "qcg-pm-service").chmod(0o755)
+    run(installed / "pilotq", "qcg", "install", cwd=tmp_path)
+    assert "QCG-PilotJob's programs run on" in run(installed / "pilotq", "qcg", "install", cwd=tmp_path)
+    python, service = installed / "python", installed / "qcg-pm-service"
+    try:
+        where = run(
+            python, "-c", "import qcg.pilotjob.api.manager as m; print(m.LocalManager.__module__)", cwd=tmp_path
+        )
+        assert where == "pilotq.broker.qcg.manager\n"
+        for program in ((python, "-m", "qcg.pilotjob.service"), (service,)):
+            run(*program, "--nodes", "2", "--file-path", "jobs.json", cwd=tmp_path)
+            outputs = sorted(tmp_path.glob("job.out.*"))
+            assert [path.read_text() for path in outputs] == ["0\n", "1\n", "2\n", "3\n"]
+            for path in outputs:
+                path.unlink()
+        # In a program that calls it itself, too.
+        call = (
+            "import pilotq.broker.qcg as q, runpy, sys; q.install(); sys.argv[1:] = ['--help']; "
+            "runpy.run_module('qcg.pilotjob.service', run_name='__main__')"
+        )
+        assert "--file-path" in run(python, "-S", "-c", f"import site; site.main(); {call}", cwd=tmp_path)
+    finally:
+        run(installed / "pilotq", "qcg", "uninstall", cwd=tmp_path)
+    assert service.read_text() == ORIGINAL
+    service.unlink()
+    refused = subprocess.run(
+        [python, "-m", "qcg.pilotjob.service"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1 and "No module named" in refused.stderr
+    assert run(installed / "pilotq", "qcg", "uninstall", cwd=tmp_path) == ""
+    test_no_generic_name_is_installed(installed)
+    assert not list(installed.glob("qcg-pm-service*"))

@@ -103,11 +103,19 @@ class Cluster:
 
     def submit(self, *lines: str, options: str = "-N4 --exclusive -t5", **settings: Any) -> Job:
         """A batch job of these lines, in the test's folder, with `pilotq` on PATH."""
+        overrides = msgspec.json.encode({**SETTINGS, **settings}).decode()
+        text = SCRIPT.format(bin=BIN, settings=overrides, folder=self.folder, lines="\n".join(lines))
+        return self.submit_script(text, *options.split())
+
+    def submit_script(self, text: str, *options: str, **environment: str) -> Job:
+        """A batch script as it is, submitted in the test's folder."""
         number = len(self.jobs)
         script, out = self.folder / f"job{number}.sh", self.folder / f"job{number}.out"
-        overrides = msgspec.json.encode({**SETTINGS, **settings}).decode()
-        script.write_text(SCRIPT.format(bin=BIN, settings=overrides, folder=self.folder, lines="\n".join(lines)))
-        done = run("sbatch", "--parsable", "-o", str(out), *options.split(), str(script))
+        script.write_text(text)
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        done = run(
+            "env", *variables, "sbatch", "--parsable", "-o", str(out), *options, str(script), cwd=str(self.folder)
+        )
         assert done.returncode == 0, done.stderr
         self.jobs.append(Job(done.stdout.strip(), out))
         return self.jobs[-1]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pilotq.broker.store.journal import Journal
 from pilotq.broker.store.resources import parse_allocation
-from tests.slurm.cluster import Cluster, run
+from tests.slurm.cluster import CPUS, Cluster, run
 
 NODES = ["node1", "node2", "node3", "node4"]
 # Where it runs, and on which CPUs it may.
@@ -125,3 +128,49 @@ def test_a_pilot_of_salloc_runs_on_none_of_its_nodes(cluster: Cluster) -> None:
     assert "8 tasks: 8 finished" in done.stdout
     assert sorted(set((cluster.folder / "hosts").read_text().split())) == NODES[:2]
     assert run("pgrep", "-f", str(cluster.folder / "p")).stdout == ""
+
+
+# As the manual of QCG-PilotJob has it, with the cores of this cluster.
+MANUAL = """\
+#!/bin/bash
+#SBATCH --job-name=qcgpilotjob-ex
+#SBATCH --nodes=2
+#SBATCH --tasks-per-node={cpus}
+#SBATCH --time=60
+
+module load python/3.7.3
+source $HOME/qcgpj-venv/bin/activate
+
+python -m qcg.pilotjob.service --file-path jobs.json
+"""
+
+
+def test_the_batch_script_of_qcg_pilotjobs_manual(cluster: Cluster) -> None:
+    folder = cluster.folder
+    cores = min(CPUS, len(os.sched_getaffinity(0)))  # Slurm grants more than this machine may have
+    venv = folder / "qcgpj-venv"
+    assert run(sys.executable, "-m", "venv", "--without-pip", str(venv)).returncode == 0
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "here.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    assert run(str(venv / "bin" / "python"), "-m", "pilotq", "qcg", "install").returncode == 0
+    jobs = [
+        {
+            "name": "example", "iteration": {"stop": 4},
+            "execution": {"script": "echo \"job ${it} executed at `date` @ `hostname`\"", "stdout": "job.out.${it}"},
+        },
+        {
+            "name": "both", "execution": {"script": "echo ${nlist} ${ncores}", "stdout": "both.out"},
+            "resources": {"numNodes": 2, "numCores": cores},
+        },
+    ]  # fmt: skip
+    requests = [{"request": "submit", "jobs": jobs}, {"request": "control", "command": "finishAfterAllTasksDone"}]
+    (folder / "jobs.json").write_text(json.dumps(requests))
+    job = cluster.submit_script(
+        MANUAL.format(cpus=CPUS), HOME=str(folder), **{"BASH_FUNC_module%%": '() { echo module "$@"; }'}
+    )
+    assert job.await_end() == "COMPLETED", job.said()
+    assert "module load python/3.7.3" in job.said()
+    for index in range(4):
+        assert (folder / f"job.out.{index}").read_text().startswith(f"job {index} executed at ")
+    names, number = (folder / "both.out").read_text().split()
+    assert (len(names.split(",")), number) == (2, str(2 * cores))
