@@ -76,11 +76,11 @@ class Execution(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Iteration(msgspec.Struct, forbid_unknown_fields=True):
-    """The elements of a job: indices from ``start`` up to, and without, ``stop``; or values."""
+    """The elements of a job: indices from ``start`` up to, and without, ``stop``; or values, also the letters of one."""
 
     start: Index | None = None
     stop: Index | None = None
-    values: list[Any] | None = None
+    values: list[Any] | str | None = None
 
 
 class Dependencies(msgspec.Struct, forbid_unknown_fields=True):

@@ -205,6 +205,8 @@ def test_what_is_null_is_not_given(tmp_path: Path) -> None:
 def test_values(tmp_path: Path) -> None:
     (task,) = read(tmp_path, job("a", iteration={"values": ['a"b', 2, None]})).tasks
     assert (task.values, task.array) == (['a"b', "2", "None"], None)
+    (letters,) = read(tmp_path, job("a", iteration={"values": "abc"})).tasks
+    assert letters.values == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
