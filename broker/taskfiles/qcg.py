@@ -76,7 +76,7 @@ class Execution(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Iteration(msgspec.Struct, forbid_unknown_fields=True):
-    """The elements of a job: indices from ``start`` up to, and without, ``stop``; or values, also the letters of one."""
+    """The elements of a job: indices from ``start`` up to, and without, ``stop``; or values, or letters of a text."""
 
     start: Index | None = None
     stop: Index | None = None
