@@ -290,7 +290,7 @@ def _processes(pilot: Pilot) -> Iterator[Check]:
 
 def _inside(broker: Broker) -> Iterator[Check]:
     link = broker.link
-    info = dict(line.split(":", 1) for line in link.call("INFO").decode().splitlines() if ":" in line)
+    info = dict(line.split(":", 1) for line in link.call("INFO").decode("utf-8", "replace").splitlines() if ":" in line)
     for name in ("aof_last_write_status", "aof_last_bgrewrite_status"):
         if info.get(name, "ok") != "ok":
             yield Check("data", "bad", f"the server cannot write ({name} is {info[name]})", "is the disk full?")

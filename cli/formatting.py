@@ -6,6 +6,7 @@ characters and terminal escapes, so that nobody's task name can move a cursor, h
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import click
 import msgspec
 
 from pilotq.broker.client.views import Counts, NodeView, TaskView
+from pilotq.broker.os_strings import printable
 
 # ESC or its 8-bit form, then: a string up to its terminator (OSC, DCS, ...), a CSI sequence, or one more character.
 ESCAPE = re.compile(
@@ -38,7 +40,7 @@ NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "HEARTBEAT"
 
 def clean(text: str) -> str:
     """One line without terminal escapes; what cannot be printed, line breaks too, becomes a space."""
-    return "".join(c if c.isprintable() else " " for c in ESCAPE.sub("", text))
+    return "".join(c if c.isprintable() else " " for c in ESCAPE.sub("", printable(text)))
 
 
 def lines(text: str) -> list[str]:
@@ -175,13 +177,16 @@ def counts_json(counts: Counts) -> dict[str, int]:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON; bytes that are no UTF-8 must have been decoded before."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    """Indented JSON."""
+    try:
+        return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except UnicodeEncodeError:  # a path with bytes that are not UTF-8: as broker/os_strings.py has it
+        return json.dumps(msgspec.to_builtins(value, str_keys=True), indent=2)
 
 
 def print_ids(rows: Sequence[tuple[str, str, int]], as_json: bool) -> None:
     """Print the ids of submitted tasks, one a line; ``rows`` are id, name, and how many tasks it stands for."""
     if as_json:
-        click.echo(to_json([{"id": i, "name": name, "tasks": size} for i, name, size in rows]))
+        click.echo(to_json([{"id": i, "name": printable(name), "tasks": size} for i, name, size in rows]))
     elif rows:
         click.echo("\n".join(i for i, _, _ in rows))

@@ -6,6 +6,7 @@ A command's module is imported when the command is called: a submit must not pay
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from importlib import import_module
@@ -120,6 +121,7 @@ def pilotq() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     open_closed_streams()
+    use_utf8()
     sys.exit(call(argv))
 
 
@@ -132,6 +134,18 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # it gets the lowest free number: this
             os.set_inheritable(number, True)
             setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def use_utf8() -> None:
+    """Be in Python's UTF-8 mode, whatever the locale: files of tasks are UTF-8, and all else goes through as bytes.
+
+    In the usual locales that is nothing to do. Paths that are printed are the bytes that they are, too.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - itself
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
 
 
 def call(argv: list[str] | None = None, command: click.Command = pilotq, name: str = "pilotq") -> int:

@@ -192,16 +192,14 @@ def server_url(url: str | None) -> str | None:
 
 
 def read_text(path: str) -> str:
-    """The text of a file, or of stdin for ``-``; raises InvalidInput."""
+    """The text of a file, or of stdin for ``-``, as a string of the system; raises InvalidInput."""
     try:
         if path == "-":
-            return sys.stdin.buffer.read().decode()
+            return os.fsdecode(sys.stdin.buffer.read())
         with open(path, "rb") as file:
-            return file.read().decode()
+            return os.fsdecode(file.read())
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}: byte {error.start} is not UTF-8 text") from None
 
 
 def _values(path: str) -> list[str]:

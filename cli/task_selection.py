@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput, UnknownTask
+from pilotq.broker.os_strings import printable
 
 
 def ids_of(pilot: Broker | Archive, words: Iterable[str]) -> list[str]:
     """An id for each word, which is an id or the name of exactly one task; raises UnknownTask, InvalidInput."""
-    return [_id_of(pilot, word) for word in words]
+    return [_id_of(pilot, printable(word)) for word in words]
 
 
 def _id_of(pilot: Broker | Archive, word: str) -> str:

@@ -2,7 +2,8 @@
 
 A launcher has three pipes. ``down`` carries messages to it (``ToLauncher``), ``up`` carries messages from it
 (``FromLauncher``). Both carry frames: four bytes of length (little endian), then one msgpack list of messages, so that
-many messages travel in one frame. Each launch or call has a ``key``, a number that is never used twice.
+many messages travel in one frame. Each launch or call has a ``key``, a number that is never used twice. Paths and
+environment variables are bytes, as the system has them.
 
 Launches can be *chained*: one that names another one as ``after`` is started by the launcher itself as soon as no
 process of that one is left, so that no core waits for an answer of the worker process.
@@ -27,18 +28,18 @@ class LaunchBase(msgspec.Struct, array_like=True, tag="base"):
     """What all launches of a submission share: sent once to each launcher, before the first launch that names it."""
 
     name: str
-    env: dict[str, str]
+    env: dict[bytes, bytes]
     umask: int
     limits: dict[int, int]  # soft limits by RLIMIT number; capped at the hard limit
-    path: str = ""  # directories that Python functions are imported from first, with colons between
+    path: bytes = b""  # directories that Python functions are imported from first, with colons between
 
 
 class LaunchSlot(msgspec.Struct, array_like=True, tag="slot"):
     """What all launches in one slot share: sent once to each launcher, before the first launch that names it."""
 
     name: str
-    env: dict[str, str]  # laid over the base's
-    defaults: dict[str, str]  # for variables that the base lacks
+    env: dict[bytes, bytes]  # laid over the base's
+    defaults: dict[bytes, bytes]  # for variables that the base lacks
     cpus: list[int]  # CPU numbers of this machine
 
 
@@ -63,11 +64,11 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     base: str
     slot: str
     argv: list[bytes]
-    env: dict[str, str]
-    cwd: str
-    stdin: str = ""
-    stdout: str = ""
-    stderr: str = ""
+    env: dict[bytes, bytes]
+    cwd: bytes
+    stdin: bytes = b""
+    stdout: bytes = b""
+    stderr: bytes = b""
     suffix: str = ""
     after: int = 0
 
@@ -84,15 +85,15 @@ class Call(msgspec.Struct, array_like=True, tag="call"):
     attempt: int
     base: str
     slot: str
-    env: dict[str, str]
-    cwd: str
-    stdin: str = ""
-    stdout: str = ""
-    stderr: str = ""
+    env: dict[bytes, bytes]
+    cwd: bytes
+    stdin: bytes = b""
+    stdout: bytes = b""
+    stderr: bytes = b""
     suffix: str = ""
     after: int = 0
     payload: bytes = b""  # made by functions.pack_call
-    element: str | int | None = None  # value or index of an array's element: the first argument
+    element: bytes | int | None = None  # value (UTF-8) or index of an array's element: the first argument
     rq_fields: dict[bytes, bytes] = {}  # the record of an RQ job
     callback_only: bool = False  # the interpreter of a job that was stopped had to be killed: run its callback alone
 
@@ -143,8 +144,8 @@ class Started(msgspec.Struct, array_like=True, tag="started"):
     pid: int
     at: float  # unix seconds
     seconds: float  # how long ago that was
-    stdout_path: str  # where captured output can be read while the task runs; empty if it goes to a named file
-    stderr_path: str
+    stdout_path: bytes  # where captured output can be read while the task runs; empty if it goes to a named file
+    stderr_path: bytes
 
 
 class Retracted(msgspec.Struct, array_like=True, tag="retracted"):
@@ -165,7 +166,7 @@ class Captured(msgspec.Struct, array_like=True):
     """Captured output: up to INLINE_BYTES as ``data``; more lies in ``path`` (absolute) at ``offset``."""
 
     data: bytes = b""
-    path: str = ""
+    path: bytes = b""
     offset: int = 0
     length: int = 0
 

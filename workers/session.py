@@ -292,7 +292,7 @@ class Session:
         found, self._verdicts = self._verdicts, []
         return found
 
-    def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
+    def post_starts(self, starts: list[tuple[str, int, str, str, bytes, bytes]]) -> None:
         """Launches that live longer than a moment: (id, execution, allocation, ISO start, stdout path, stderr path)."""
         self._post(_Call("report_started", tuple(value for start in starts for value in start)))
 

@@ -19,7 +19,7 @@ from pilotq.broker.tasks.submit_context import SubmitContext
 
 VALUES_BLOCK = 1000
 RETRY_S = 0.4  # no attempt for so long after one that failed
-_values = msgspec.msgpack.Decoder(list[str])
+_values = msgspec.msgpack.Decoder(list[bytes])
 _shared = msgspec.msgpack.Decoder(SubmitContext)
 
 
@@ -51,7 +51,7 @@ class SharedData:
         """The context of a submission; cached."""
         return self._fetch_shared(key)
 
-    def fetch_value(self, array: str, position: int) -> str:
+    def fetch_value(self, array: str, position: int) -> bytes:
         """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
         return self._fetch_block(array, position // VALUES_BLOCK)[position % VALUES_BLOCK]
 
@@ -79,7 +79,7 @@ class SharedData:
             raise PilotFailed(f"the context {key} of a submission is gone")
         return _shared.decode(data)
 
-    def _read_block(self, array: str, block: int) -> list[str]:
+    def _read_block(self, array: str, block: int) -> list[bytes]:
         data = self._fetch("HGET", keys.values(array), block)
         if data is None:
             raise PilotFailed(f"the values of array {array} are gone")

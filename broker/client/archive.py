@@ -9,6 +9,7 @@ from pilotq.broker.client.output import captured
 from pilotq.broker.client.queries import array_of, element_view, newest_entries, view_of_entry
 from pilotq.broker.client.views import Counts, Explanation, TaskView
 from pilotq.broker.errors import UnknownTask
+from pilotq.broker.os_strings import printable
 from pilotq.broker.pilot.directory import TOTAL, Pilot
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.tasks.array_outcomes import count_indices
@@ -77,7 +78,7 @@ class Archive:
 
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name, without elements of arrays."""
-        return list(dict.fromkeys(entry.array or entry.id for entry in self._journal.tasks_by_name(name)))
+        return list(dict.fromkeys(entry.array or entry.id for entry in self._journal.tasks_by_name(printable(name))))
 
     def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """The captured output of the last execution, in pieces; ``stream``: stdout or stderr."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.errors import PilotFailed, UnknownTask
+from pilotq.broker.os_strings import from_utf8
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal import Journal, JournalEntry
@@ -34,7 +35,7 @@ def output_of_entry(pilot: Pilot, entry: JournalEntry, stream: str, skip: int = 
     if rest := (inline.encode() if isinstance(inline, str) else inline)[skip:]:
         yield rest
     if place:
-        path = pilot.path(str(place[0]))  # an absolute path (a file the task named) stays as it is
+        path = pilot.path(from_utf8(str(place[0])))  # an absolute path (a file the task named) stays as it is
         offset, left = (int(place[1]), max(int(place[2]) - skip, 0)) if len(place) > 1 else (0, -1)
         yield from _read(path, offset + skip, left)
 

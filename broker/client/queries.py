@@ -7,6 +7,7 @@ from heapq import merge
 from itertools import chain, islice
 
 from pilotq.broker.client.views import NodeView, TaskView
+from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal, JournalEntry
@@ -98,7 +99,7 @@ def view_of_entry(entry: JournalEntry) -> TaskView:
 
 
 def _tail(data: str | bytes) -> str:
-    return data if isinstance(data, str) else data.decode("utf-8", "replace")
+    return printable(data)
 
 
 def element_view(entry: JournalEntry, task_id: str) -> TaskView | None:
@@ -313,9 +314,9 @@ class TaskQueries:
         ))  # fmt: skip
         while batch := list(islice(ids, SLICE)):
             rows = self.link.pipeline([("HMGET", keys.job(i), "pq_name", "pq_array_of") for i in batch])
-            wanted = name.encode()
+            wanted = printable(name).encode()
             found.update((i, None) for i, row in zip(batch, rows, strict=True) if row[0] == wanted and not row[1])
-        entries = self.journal.tasks_by_name(name) if self.journal is not None else []
+        entries = self.journal.tasks_by_name(printable(name)) if self.journal is not None else []
         found.update((entry.array or entry.id, None) for entry in entries)
         return list(found)
 

@@ -12,6 +12,7 @@ import msgspec
 
 from pilotq.broker import failpoints
 from pilotq.broker.errors import InvalidInput, NeverFits, PilotFailed, ServerRefused, UnknownTask
+from pilotq.broker.os_strings import encode, printable
 from pilotq.broker.rq.jobs import COMMAND_DATA
 from pilotq.broker.scheduling.cluster import Cluster
 from pilotq.broker.store import keys
@@ -200,7 +201,7 @@ def _staging_commands(
             "description", description(task),
         ]  # fmt: skip
         if task.name is not None:
-            fields += ["pq_name", task.name]
+            fields += ["pq_name", printable(task.name)]
         if waits:
             fields += ["pq_after", " ".join(_parent_id(parent, ids) for parent in waits)]
         if task.retries:
@@ -212,7 +213,7 @@ def _staging_commands(
         job = keys.job(ids[number])
         commands += [("HSET", job, *fields), ("EXPIRE", job, ttl)]
         if task.values is not None:
-            blocks = _value_blocks(task.values)
+            blocks = _value_blocks(task)
             commands += [("HSET", keys.values(ids[number]), *blocks), ("EXPIRE", keys.values(ids[number]), ttl)]
         size += len(spec)
         if len(commands) >= 2 * CHUNK or size >= LARGE_BYTES:
@@ -222,7 +223,10 @@ def _staging_commands(
     yield commands
 
 
-def _value_blocks(values: list[str]) -> list[Argument]:
+def _value_blocks(task: Task) -> list[Argument]:
+    # To a function a value is text; to a program it is an argument.
+    text = (lambda value: value.encode("utf-8", "surrogatepass")) if task.function is not None else encode
+    values = [text(value) for value in task.values or ()]
     blocks: list[Argument] = []
     for first in range(0, len(values), VALUES_BLOCK):
         blocks += [first // VALUES_BLOCK, zlib.compress(pack(values[first : first + VALUES_BLOCK]), 1)]

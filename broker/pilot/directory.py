@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed, StateLost
+from pilotq.broker.os_strings import from_json, from_utf8, to_json, to_utf8
 from pilotq.broker.pilot.lock import holder
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection
@@ -19,7 +21,7 @@ from pilotq.broker.store.connection import Address, Connection
 HOME = ".pilotq"  # pilots for which no directory is named have one in here
 TOTAL = "submitted"  # file of a pilot that was asked to end: the number of tasks submitted to it
 FOLDERS = ("server", "logs", "output")
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 
 class ConnectionInfo(msgspec.Struct, kw_only=True):
@@ -40,6 +42,14 @@ class ConnectionInfo(msgspec.Struct, kw_only=True):
     directory: str
     started: float
     job: str = ""
+
+
+def _paths_by(convert: Callable[[str], str], info: ConnectionInfo) -> ConnectionInfo:
+    """The same with its paths converted: the file may be read in another locale than it was written in."""
+    admin = info.admin and msgspec.structs.replace(info.admin, path=convert(info.admin.path))
+    address = msgspec.structs.replace(info.address, path=convert(info.address.path))
+    own = convert(info.directory)
+    return msgspec.structs.replace(info, address=address, admin=admin, directory=own, pilot=convert(info.pilot))
 
 
 class Pilot(msgspec.Struct, frozen=True):
@@ -86,7 +96,7 @@ class Pilot(msgspec.Struct, frozen=True):
                     "and if you do not trust them start the pilot anew"
                 )
             try:
-                return msgspec.json.decode(file.read(), type=ConnectionInfo)
+                return _paths_by(from_utf8, from_json(file.read(), ConnectionInfo))
             except msgspec.ValidationError:
                 raise PilotFailed(
                     f"{path} was written by another version of pilotq: use the pilotq that started this pilot, "
@@ -105,7 +115,7 @@ class Pilot(msgspec.Struct, frozen=True):
             time.sleep(0.005)
 
     def write_connection(self, connection: ConnectionInfo) -> None:
-        write_private(self.path("connection.json"), msgspec.json.encode(connection))
+        write_private(self.path("connection.json"), to_json(_paths_by(to_utf8, connection)))
 
     def remove_connection(self) -> None:
         with suppress(FileNotFoundError):

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from pilotq.broker import errors
 from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError
+from pilotq.broker.os_strings import from_json, from_utf8, to_json, to_utf8
 from pilotq.broker.pilot.directory import Pilot, create, write_private
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context
 
@@ -82,9 +84,19 @@ class SupervisorOptions(msgspec.Struct, kw_only=True):
 def read_options(path: str) -> SupervisorOptions:
     """Read the file that `start_pilot` has written, and remove it: the URL in it may contain a password."""
     with open(path, "rb") as file:
-        options = msgspec.json.decode(file.read(), type=SupervisorOptions)
+        options = from_json(file.read(), SupervisorOptions)
     os.unlink(path)
-    return options
+    return _paths_by(from_utf8, options)
+
+
+def _paths_by(convert: Callable[[str], str], options: SupervisorOptions) -> SupervisorOptions:
+    """The same with its paths converted: the supervisor may run in another locale than this process."""
+    directory, server, program = (
+        convert(options.directory),
+        convert(options.server),
+        list(map(convert, options.program)),
+    )
+    return msgspec.structs.replace(options, directory=directory, server=server, program=program)
 
 
 class StartedPilot(Pilot, frozen=True):
@@ -126,7 +138,8 @@ def start_pilot(directory: str | None, options: SupervisorOptions, *, timeout: f
     pilot = create(directory)
     save_submit_context(pilot)
     path = pilot.path(f"options-{os.urandom(4).hex()}.json")
-    write_private(path, msgspec.json.encode(msgspec.structs.replace(options, directory=pilot.directory)))
+    options = msgspec.structs.replace(options, directory=pilot.directory)
+    write_private(path, to_json(_paths_by(to_utf8, options)))
     log = os.open(pilot.log("supervisor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     offset = os.fstat(log).st_size
     try:

@@ -21,6 +21,7 @@ import hiredis
 import msgspec
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, ServerUnavailable
+from pilotq.broker.os_strings import printable
 
 Argument = bytes | str | int | float | memoryview
 # Errors of the server that mean "not now": nothing was changed and the same call may succeed later.
@@ -221,7 +222,10 @@ class Connection:
 
 
 def _packed(command: tuple[Argument, ...]) -> bytes:
-    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub knows tuples of one only
+    try:
+        packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub knows tuples of one only
+    except UnicodeEncodeError:  # an id that somebody has typed: there is none with such bytes
+        packed = hiredis.pack_command(tuple(printable(a) if isinstance(a, str) else a for a in command))  # type: ignore[arg-type]
     return packed
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from pilotq.broker.os_strings import from_json, printable
+
 OUTPUTS = ("stdout", "stderr")
 _to_json = msgspec.json.Encoder().encode
 
@@ -22,7 +24,8 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
 
     Times are unix seconds, ``cpu`` seconds, ``max_rss`` bytes. ``final`` is False for an execution that is tried
     again. ``stdout``/``stderr`` hold captured output up to 4 KB, else ``stdout_at``/``stderr_at`` say where it is:
-    [file below the pilot directory, offset, length], or [file named by the task].
+    [file below the pilot directory, offset, length], or [file named by the task]; bytes of its path that are not UTF-8
+    are surrogates.
     The first key must be ``id``: cli and broker find entries by ``\\n{"id":"..."``.
     """
 
@@ -48,8 +51,8 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
     message: str = ""  # more than the reason, for people
     stdout: str | bytes = ""
     stderr: str | bytes = ""
-    stdout_at: list[str | int] = []
-    stderr_at: list[str | int] = []
+    stdout_at: list[Any] = []
+    stderr_at: list[Any] = []
     submission: str = ""
     elements: dict[str, str] = {}  # of an array: status -> compact ranges of indices
     at: str = ""  # stream id, and number within that entry: the writer goes on behind it after a restart
@@ -70,7 +73,7 @@ class Journal:
 
     def find(self, task_id: str) -> list[JournalEntry]:
         """All executions of a task, newest first; empty if the journal does not know it."""
-        return list(self._matches(b'\n{"id":' + _to_json(task_id) + b",", lambda entry: entry.id == task_id))
+        return list(self._matches(b'\n{"id":' + _to_json(printable(task_id)) + b",", lambda entry: entry.id == task_id))
 
     def tasks_by_name(self, name: str) -> list[JournalEntry]:
         """All executions of the tasks with this name, newest first."""
@@ -120,9 +123,9 @@ class Journal:
 
 
 def _decode(raw: bytes) -> JournalEntry:
-    entry = msgspec.json.decode(raw, type=PackedEntry)
+    entry = from_json(raw, PackedEntry)
     if b'_b64":' in raw:
-        fields = msgspec.json.decode(raw)
+        fields = from_json(raw, dict[str, Any])
         for name in OUTPUTS:
             if f"{name}_b64" in fields:
                 setattr(entry, name, b64decode(fields[f"{name}_b64"]))

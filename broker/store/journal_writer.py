@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from pilotq.broker import failpoints
+from pilotq.broker.os_strings import to_json
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.journal import OUTPUTS, PackedEntry
@@ -25,7 +26,6 @@ from pilotq.broker.tasks.array_outcomes import OUTCOMES, element_ranges
 READ_COUNT = 200  # stream entries read at once
 PENDING_BYTES = 8 << 20  # nothing more is read while so much is not fsynced
 PAUSE_BYTES = 64 << 20  # size of the stream from which nothing is handed out while the journal cannot be written
-_to_json = msgspec.json.Encoder().encode
 
 
 class _Ending(msgspec.Struct):
@@ -75,7 +75,7 @@ class JournalWriter:
             os.fsync(self._file)
             self._trim = "{}-{}".format(*self._last[0])
         else:
-            self._tail += _to_json({"pilotq_journal": 1, "pilot": pilot}) + b"\n"
+            self._tail += to_json({"pilotq_journal": 1, "pilot": pilot}) + b"\n"
 
     @property
     def last(self) -> tuple[int, int]:
@@ -265,9 +265,12 @@ def _render(entry: PackedEntry, ending: _Ending, at: str) -> bytes:
             except UnicodeDecodeError:
                 setattr(entry, name, "")
                 encoded[f"{name}_b64"] = b64encode(data).decode()
+        for place in getattr(entry, f"{name}_at")[:1]:
+            if isinstance(place, bytes):
+                getattr(entry, f"{name}_at")[0] = place.decode("utf-8", "surrogateescape")
     if encoded:
-        return _to_json({**msgspec.to_builtins(entry), **encoded}) + b"\n"
-    return _to_json(entry) + b"\n"
+        return to_json({**msgspec.to_builtins(entry), **encoded}) + b"\n"
+    return to_json(entry) + b"\n"
 
 
 def _bytes_of(raw: msgspec.Raw) -> bytes:

@@ -82,8 +82,8 @@ class StartRemote(msgspec.Struct, array_like=True, tag="start_remote"):
     allocation: str
     shared: str  # content key of the SubmitContext record
     argv: list[bytes]
-    env: dict[str, str]
-    cwd: str
+    env: dict[bytes, bytes]
+    cwd: bytes
 
 
 class StopRemote(msgspec.Struct, array_like=True, tag="stop_remote"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from pilotq.broker.os_strings import printable
 from pilotq.broker.tasks.functions import call_text
 
 MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpich"})
@@ -184,5 +185,5 @@ def description(task: Task) -> str:
         text = call_text(task.function, task.args, task.kwargs)
     else:
         text = " ".join(task.command) if task.command else (task.script or "").strip()
-    text = text[:200]
+    text = printable(text[:200])
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pilotq.broker.os_strings import encode
 from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Task
 
@@ -19,20 +20,20 @@ FLAG_RQ_JOB = 64  # a job of RQ's own producers: its record says what to run
 class Spec(msgspec.Struct, array_like=True):
     """What a worker needs to know of one task besides its `SubmitContext`: ``pq_spec``, packed with msgpack.
 
-    ``argv`` is bytes, as the kernel takes it. ``script`` wins over ``argv`` when not empty. Paths are absolute
-    unless they contain variables that are filled in at launch; then they are joined with ``cwd`` at launch.
+    Strings of the system are bytes, as the kernel takes them. ``script`` wins over ``argv`` when not empty. Paths are
+    absolute unless they contain variables that are filled in at launch; then they are joined with ``cwd`` at launch.
     """
 
     argv: list[bytes]
-    script: str = ""
-    cwd: str = ""  # empty: that of the context
-    stdin: str = ""
-    stdout: str = ""  # empty: captured
-    stderr: str = ""
-    env: dict[str, str] = {}
+    script: bytes = b""
+    cwd: bytes = b""  # empty: that of the context
+    stdin: bytes = b""
+    stdout: bytes = b""  # empty: captured
+    stderr: bytes = b""
+    env: dict[bytes, bytes] = {}
     time_limit: float = 0.0  # seconds from launch, 0 = none
     model: str = "default"
-    model_opts: dict[str, str] = {}
+    model_opts: dict[str, bytes] = {}
     flags: int = 0  # FLAG_* above
     cores: int = 1
     launch_at: int = 0
@@ -43,7 +44,7 @@ class Spec(msgspec.Struct, array_like=True):
 
 def spec_of(task: Task, payload: bytes | None = None) -> Spec:
     """The specification of a task that was checked; ``payload`` is the packed call of its function, if made already."""
-    argv = [os_encode(a) for a in task.command or []]
+    argv = [encode(a) for a in task.command or []]
     flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
     flags |= FLAG_VALUES if task.values is not None else 0
     if task.function is not None:
@@ -51,15 +52,15 @@ def spec_of(task: Task, payload: bytes | None = None) -> Spec:
         flags |= FLAG_FUNCTION
     return Spec(
         argv=argv,
-        script=task.script or "",
-        cwd=task.cwd or "",
-        stdin=task.stdin or "",
-        stdout=task.stdout or "",
-        stderr=task.stderr or "",
-        env=task.env,
+        script=encode(task.script or ""),
+        cwd=encode(task.cwd or ""),
+        stdin=encode(task.stdin or ""),
+        stdout=encode(task.stdout or ""),
+        stderr=encode(task.stderr or ""),
+        env={encode(name): encode(value) for name, value in task.env.items()},
         time_limit=task.time_limit or 0.0,
         model=task.model,
-        model_opts=task.model_opts,
+        model_opts={name: encode(value) for name, value in task.model_opts.items()},
         flags=flags | (FLAG_LOGIN if task.login_shell else 0),
         cores=task.request.cores[0],
         launch_at=task.launch_at,
@@ -67,7 +68,3 @@ def spec_of(task: Task, payload: bytes | None = None) -> Spec:
         backoff=task.backoff,
         retry_on=task.retry_on,
     )
-
-
-def os_encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")

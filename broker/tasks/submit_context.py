@@ -19,8 +19,8 @@ from pilotq.broker.errors import InvalidInput
 
 POLICIES: Final = ("submit", "worker", "clean")
 # What a worker sets for one execution: a task that submits must not pass its own on to the new one.
-WORKER_VARIABLES: Final = re.compile(r"PILOTQ_.*|QCG_PM_.*")
-CLEAN_VARIABLES: Final = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"})
+WORKER_VARIABLES: Final = re.compile(rb"PILOTQ_.*|QCG_PM_.*", re.DOTALL)
+CLEAN_VARIABLES: Final = frozenset({b"HOME", b"LANG", b"LOGNAME", b"PATH", b"SHELL", b"TMPDIR", b"TZ", b"USER"})
 RESOURCE_LIMITS: Final = tuple(
     sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 )
@@ -29,15 +29,15 @@ RESOURCE_LIMITS: Final = tuple(
 class SubmitContext(msgspec.Struct, array_like=True):
     """What the tasks of a submission have in common: where and how the process that submitted them ran.
 
-    ``limits`` are soft limits by number of ``resource.RLIMIT_*``; ``env`` is bytes-safe text (surrogateescape
-    is not allowed in msgpack, so names or values that are not UTF-8 are left out by the submitter).
+    ``limits`` are soft limits by number of ``resource.RLIMIT_*``; environment and paths are bytes, as the system has
+    them.
     """
 
-    env: dict[str, str]
-    cwd: str
+    env: dict[bytes, bytes]
+    cwd: bytes
     umask: int
     limits: dict[int, int]
-    path: str = ""  # the directory of the program that submits, where functions are searched after cwd
+    path: bytes = b""  # the directory of the program that submits, where functions are searched after cwd
 
     def key(self) -> str:
         """The hash of the content, by which the record is stored."""
@@ -50,41 +50,39 @@ def capture_context(policy: str = "submit", *, functions: bool = False) -> Submi
 
     ``submit`` takes the environment as it is here, ``clean`` only CLEAN_VARIABLES and the locale, ``worker`` none:
     an empty environment stands for the worker's own. Directory, umask and soft limits are always of this process.
-    Entries that are not UTF-8 are left out, and so is what a worker sets for each execution. Raises InvalidInput for
-    an unknown policy, or when the current directory does not exist any more.
+    What a worker sets for each execution is left out. Raises InvalidInput for an unknown policy, or when the current
+    directory does not exist any more.
     """
     if policy not in POLICIES:
         raise InvalidInput(f"the environment policy {policy!r} is unknown: use {', '.join(POLICIES)}")
     try:
-        cwd = os.getcwd()
+        cwd = os.getcwdb()
     except FileNotFoundError:
         raise InvalidInput("the current directory does not exist any more: change to one that does") from None
-    env = {} if policy == "worker" else environment(os.environ)
+    env = {} if policy == "worker" else environment(os.environb)
     if policy == "clean":
-        env = {name: value for name, value in env.items() if name in CLEAN_VARIABLES or name.startswith("LC_")}
+        env = {name: value for name, value in env.items() if name in CLEAN_VARIABLES or name.startswith(b"LC_")}
     limits = {n: resource.getrlimit(n)[0] for n in RESOURCE_LIMITS}
     return SubmitContext(
-        env=env, cwd=cwd, umask=_umask(), limits=limits, path=_program_folder(cwd) if functions else ""
+        env=env, cwd=cwd, umask=_umask(), limits=limits, path=_program_folder(cwd) if functions else b""
     )
 
 
-def _program_folder(cwd: str) -> str:
+def _program_folder(cwd: bytes) -> bytes:
     """Where this program's own modules lie, if that is not ``cwd``: the folder that Python puts first on its path."""
-    folder = os.path.abspath(sys.path[0]) if sys.path and sys.path[0] else cwd
-    return folder if folder != cwd and os.path.isdir(folder) and _is_utf8(folder) else ""
+    folder = os.fsencode(os.path.abspath(sys.path[0])) if sys.path and sys.path[0] else cwd
+    return folder if folder != cwd and os.path.isdir(folder) else b""
 
 
-def environment(source: Mapping[str, str]) -> dict[str, str]:
-    """``source`` without what a worker sets for each execution, and without what is not UTF-8."""
+def environment(source: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """``source`` without what a worker sets for each execution."""
     # Inside a task OMP_NUM_THREADS is ours when it says how many cores the task has; else it is the user's own.
-    cpus = source.get("PILOTQ_CPUS", "")
-    threads = str(len(cpus.split(","))) if cpus else None
+    cpus = source.get(b"PILOTQ_CPUS", b"")
+    threads = b"%d" % len(cpus.split(b",")) if cpus else None
     return {
         name: value
         for name, value in source.items()
-        if not WORKER_VARIABLES.fullmatch(name)
-        and _is_utf8(name + value)
-        and (name, value) != ("OMP_NUM_THREADS", threads)
+        if not WORKER_VARIABLES.fullmatch(name) and (name, value) != (b"OMP_NUM_THREADS", threads)
     }
 
 
@@ -93,14 +91,11 @@ def without_secret(context: SubmitContext, secret: str) -> SubmitContext:
 
     A short one, of a server that somebody else made, could occur in any value by chance.
     """
-    if len(secret) < 16 or not any(secret in value for value in context.env.values()):
+    sought = secret.encode()
+    if len(secret) < 16 or not any(sought in value for value in context.env.values()):
         return context
-    env = {name: value for name, value in context.env.items() if secret not in value}
+    env = {name: value for name, value in context.env.items() if sought not in value}
     return msgspec.structs.replace(context, env=env)
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _umask() -> int:

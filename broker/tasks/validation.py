@@ -7,11 +7,12 @@ by letter (files of tasks are read by a schema of their own). Then the values, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.os_strings import unusable
 from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import ARRAY_LIMIT, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
 from pilotq.broker.tasks.retry_policy import parse_retry_on
@@ -155,8 +156,7 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"function must be a callable or module:name, not {type(task.function).__name__}"
     if task.command is not None and (not task.command or not task.command[0]):
         yield "command is empty"
-    if "\0" in (task.script or "") or "\0" in "".join(task.command or ()):
-        yield "a command cannot contain a NUL character"
+    yield from _string_problems(task)
     if task.name is not None and not NAME.fullmatch(task.name):
         yield f"name {task.name!r} must have 1 to 200 characters, without control characters and '/'"
     if not QUEUE.fullmatch(task.queue):
@@ -176,8 +176,8 @@ def _problems(task: Task) -> Iterator[str]:
         value = getattr(task, name)
         if value is not None and not 0 < value < 1e9:
             yield f"{name} must be a positive number of seconds"
-    for key, value in task.env.items():
-        if not key or "=" in key or "\0" in key + value:
+    for key in task.env:
+        if not key or "=" in key:
             yield f"env: {key!r} cannot be an environment variable"
     if task.model not in MODELS:
         yield f"model {task.model!r} is unknown (known: {', '.join(sorted(MODELS))})"
@@ -191,6 +191,21 @@ def _problems(task: Task) -> Iterator[str]:
         yield "gpus, memory and use cannot be negative"
     if task.after_each and not task.is_array:
         yield "after_each is for arrays: use after"
+
+
+def _string_problems(task: Task) -> Iterator[str]:
+    """What the system cannot take as an argument, a variable or a path."""
+    command: tuple[str, ...] = (*(task.command or ()), task.script or "")
+    fields: list[tuple[str, Iterable[str]]] = [("a command", command)]
+    fields += [(name, (getattr(task, name) or "",)) for name in ("cwd", "stdin", "stdout", "stderr")]
+    fields += [("env", chain.from_iterable(task.env.items())), ("model_opts", task.model_opts.values())]
+    if task.function is None:
+        fields.append(("values", task.values or ()))
+    for name, texts in fields:
+        texts = tuple(texts)
+        together = "".join(texts)  # for speed: nearly always there is nothing to say
+        if not together.isascii() or "\0" in together:
+            yield from (f"{name} {why}" for why in map(unusable, texts) if why)
 
 
 def _retry_problems(task: Task) -> Iterator[str]:

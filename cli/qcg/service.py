@@ -17,7 +17,7 @@ from pilotq.broker.errors import InvalidInput, PilotqError
 from pilotq.broker.pilot.start import SupervisorOptions, start_pilot
 from pilotq.cli import exit_codes, formatting, progress
 from pilotq.cli.interrupts import Interrupts
-from pilotq.cli.main import open_closed_streams
+from pilotq.cli.main import open_closed_streams, use_utf8
 from pilotq.cli.options import file_of_tasks, open_replies
 from pilotq.cli.pilot_options import pilot_options, supervisor_options
 from pilotq.cli.qcg.options import PROGRAM, directory, ignored_options, parse, pilot_arguments
@@ -26,6 +26,7 @@ from pilotq.cli.qcg.plan import Plan
 
 def main(argv: list[str] | None = None) -> NoReturn:
     open_closed_streams()
+    use_utf8()
     sys.exit(call(argv))
 
 

@@ -85,8 +85,8 @@ def batches(count: int, nodes: Mapping[str, int], place: Place, base: SubmitCont
     for number, (umask, limits) in enumerate(SUBMIT_CONTEXTS):
         cwd = os.path.join(place.work, f"batch {number}")
         os.makedirs(os.path.join(cwd, "below"), exist_ok=True)
-        env = {**base.env, MARK: f"{number} {ODD}"}
-        shared = SubmitContext(env, cwd, umask, {**base.limits, **limits})
+        env = {**base.env, MARK.encode(): f"{number} {ODD}".encode()}
+        shared = SubmitContext(env, os.fsencode(cwd), umask, {**base.limits, **limits})
         batch = Batch(shared, [], [])
         for n in range(number, single, len(SUBMIT_CONTEXTS)):
             _add(batch, _single(n, nodes, place, shared))
@@ -96,6 +96,10 @@ def batches(count: int, nodes: Mapping[str, int], place: Place, base: SubmitCont
     return found
 
 
+def _texts(env: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {os.fsdecode(name): os.fsdecode(value) for name, value in env.items()}
+
+
 def _add(batch: Batch, made: tuple[Task, list[Expected]]) -> None:
     batch.tasks.append(made[0])
     batch.expected.append(made[1])
@@ -103,7 +107,8 @@ def _add(batch: Batch, made: tuple[Task, list[Expected]]) -> None:
 
 def _single(n: int, nodes: Mapping[str, int], place: Place, shared: SubmitContext) -> tuple[Task, list[Expected]]:
     name = f"t{n}"
-    expected = Expected(name=name, cwd=shared.cwd, umask=shared.umask, limits=shared.limits, env=dict(shared.env))
+    cwd, env = os.fsdecode(shared.cwd), _texts(shared.env)
+    expected = Expected(name=name, cwd=cwd, umask=shared.umask, limits=shared.limits, env=env)
     task = Task(name=name)
     _resources(n % 41, task, expected, nodes)
     how = _ending(n % 101, task, expected)
@@ -199,8 +204,8 @@ def _array(n: int, place: Place, shared: SubmitContext) -> tuple[Task, list[Expe
         own = f"{index}:{values[position] if n % 2 else index}"
         expected.append(
             Expected(
-                name=f"{name}.{index}", index=index, cwd=shared.cwd, umask=shared.umask, limits=shared.limits,
-                env={**shared.env, OVERRIDE: own}, size=20,
+                name=f"{name}.{index}", index=index, cwd=os.fsdecode(shared.cwd), umask=shared.umask,
+                limits=shared.limits, env={**_texts(shared.env), OVERRIDE: own}, size=20,
             )
         )  # fmt: skip
     return task, expected

@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said_and_kept(tmp_path: Path) -> None:
 
 def test_the_plan_has_every_variety(tmp_path: Path) -> None:
     place = Place(str(tmp_path), str(tmp_path))
-    planned = batches(2000, {"n1": 2, "n2": 2}, place, SubmitContext({"PATH": "/bin"}, "/", 0o022, {}))
+    planned = batches(2000, {"n1": 2, "n2": 2}, place, SubmitContext({b"PATH": b"/bin"}, b"/", 0o022, {}))
     tasks = [task for batch in planned for task in batch.tasks]
     expected = [e for batch in planned for elements in batch.expected for e in elements]
     assert len(expected) == len({e.name for e in expected}) == sum(task.size for task in tasks) == 2000

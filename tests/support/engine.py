@@ -41,7 +41,7 @@ from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.workers.session import Session, iso
 
 QUEUE_ID = "queue-of-tests"
-SHARED = SubmitContext({}, "/", 0o022, {})
+SHARED = SubmitContext({}, b"/", 0o022, {})
 ONE = "default.p0.1c"  # the class of a task that asks for nothing
 NODE = "n1:1"
 _messages = msgspec.msgpack.Decoder(list[ToWorker])

@@ -29,6 +29,7 @@ from pilotq.workers.protocol import (
     Started,
     encode_frame,
 )
+from tests.support.worker_host import as_bytes
 
 WAIT_S = 20.0
 CPUS = sorted(os.sched_getaffinity(0))
@@ -65,7 +66,8 @@ class Driver:
 
     def base(self, name: str = "base", *, umask: int = 0o022, limits: dict[int, int] | None = None, **env: str) -> str:
         variables = {"PATH": os.environ["PATH"], "PILOTQ_DIR": str(self.folder), **env}
-        self.send(LaunchBase(name, variables, umask, limits or {}))
+        encoded = {key.encode(): value.encode() for key, value in variables.items()}
+        self.send(LaunchBase(name, encoded, umask, limits or {}))
         return name
 
     def send(self, *messages: Any) -> None:
@@ -87,8 +89,8 @@ class Driver:
         words = [word.encode() if isinstance(word, str) else word for word in argv]
         slot = str(cpus)
         self.send(LaunchSlot(slot, {}, {}, list(cpus)))
-        settings = {"id": f"t{key}", "attempt": 1, "base": "base", "env": {}, "cwd": str(self.folder), **fields}
-        return Launch(key=key, slot=slot, argv=words, **settings)
+        settings = {"id": f"t{key}", "attempt": 1, "base": "base", "env": {}, "cwd": self.folder, **fields}
+        return Launch(key=key, slot=slot, argv=words, **as_bytes(settings))
 
     def get(self, kind: type[R], key: int) -> R:
         """Wait for that message."""

@@ -32,6 +32,18 @@ SIZE = struct.Struct("<I")
 HERE = Path(__file__).resolve()
 
 
+def as_bytes(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a description or message with texts as bytes, as they travel."""
+
+    def encoded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {encoded(key): encoded(item) for key, item in value.items()}
+        return os.fsencode(value) if isinstance(value, (str, Path)) else value
+
+    strings = ("script", "cwd", "stdin", "stdout", "stderr", "env")
+    return {name: encoded(value) if name in strings else value for name, value in fields.items()}
+
+
 class Channel:
     """Pickled objects over a socket, read without waiting."""
 
@@ -76,7 +88,7 @@ class SocketSession:
         self._channel = Channel(sock)
         self._decode = msgspec.msgpack.Decoder(ToWorker).decode
         self._shared: dict[str, SubmitContext] = {}
-        self._values: dict[str, list[str]] = {}
+        self._values: dict[str, list[bytes]] = {}
         self._jobs: dict[str, dict[bytes, bytes]] = {}
         self._away = False
         self._unanswered = 0
@@ -124,7 +136,7 @@ class SocketSession:
         found, self._verdicts = self._verdicts, []
         return found
 
-    def post_starts(self, starts: list[tuple[str, int, str, str, str, str]]) -> None:
+    def post_starts(self, starts: list[tuple[str, int, str, str, bytes, bytes]]) -> None:
         self._channel.send(("starts", starts))
 
     def post_returned(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
@@ -165,7 +177,7 @@ class SocketSession:
     def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
         return self._jobs[task_id]
 
-    def fetch_value(self, array: str, position: int) -> str:
+    def fetch_value(self, array: str, position: int) -> bytes:
         return self._values[array][position]
 
     def deregister(self) -> None:
@@ -227,14 +239,25 @@ class Host:
 
     def shared(self, key: str, **env: str) -> None:
         path = os.environ["PATH"]
-        self._channel.send(("shared", key, SubmitContext({"PATH": path, **env}, str(self.directory), 0o022, {})))
+        self._channel.send(
+            (
+                "shared",
+                key,
+                SubmitContext(
+                    {name.encode(): value.encode() for name, value in {"PATH": path, **env}.items()},
+                    os.fsencode(self.directory),
+                    0o022,
+                    {},
+                ),
+            )
+        )
 
     def run(
         self, task_id: str, *argv: str, slot: int = 0, allocation: str = "n1[0]", execution: int = 1,
         shared: str = "base", class_name: str = "c", array: str = "", index: int = -1, position: int = 0,
         crashes: int = 0, **spec: Any,
     ) -> None:  # fmt: skip
-        packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **spec))
+        packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], **as_bytes(spec)))
         allocation = allocation if slot else ""
         self.send(
             Run(

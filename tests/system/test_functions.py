@@ -360,7 +360,7 @@ def test_a_call_can_be_canceled_while_its_interpreter_loads(pilot: LivePilot, tm
     )
     # The worker's own parts do not see this: it is the environment of the submission.
     shared = capture_context(functions=True)
-    shared.env["PYTHONPATH"] = str(tmp_path)
+    shared.env[b"PYTHONPATH"] = bytes(tmp_path)
     whole = Request(cores=(2, 2))
     [loads] = pilot.broker.enqueue_many([Task(function=functions.product, args=(1,), request=whole)], context=shared)
     wait_until(lambda: pilot.broker.task(loads).status == "started", what="start of the task")

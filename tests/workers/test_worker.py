@@ -101,7 +101,7 @@ def test_only_launches_that_live_are_announced(tmp_path: Path) -> None:
         host.run("short", "true", slot=2, allocation="n1[1]")
         ((starts,),) = host.until(lambda: host.reported("starts"))
         ((task_id, execution, allocation, started, out, _),) = starts
-        wait_until(lambda: Path(out).read_text() == "so far\n")
+        wait_until(lambda: Path(os.fsdecode(out)).read_text() == "so far\n")
         assert (task_id, execution, allocation) == ("long", 1, "n1[0]")
         assert started.endswith("Z")
 
@@ -140,14 +140,14 @@ def test_a_task_finds_its_cores_and_its_surroundings(tmp_path: Path) -> None:
 
 def test_words_are_filled_in_and_paths_are_of_the_working_directory(tmp_path: Path) -> None:
     with Host(tmp_path) as host:
-        host.to_session("values", "arr", ["x", "y"])
+        host.to_session("values", "arr", [b"x", b"y"])
         element = {"array": "arr", "index": 1, "position": 1}
         host.run("arr_1", "echo", "{index}{value}", slot=1, flags=9, stdout="{index}.txt", **element)
         host.run("range_1", "echo", "{value}", slot=2, flags=1, array="range", index=7)
         qcg = "sub/${it}"
         host.run("q", "sh", "-c", "pwd; echo ${itval}", slot=3, flags=11, cwd=qcg, stdout="${it}.out", **element)
         host.run("login", slot=4, flags=4, script="shopt -q login_shell && echo login")
-        assert host.end_of("arr_1").entry.stdout_at == [str(tmp_path / "1.txt")]
+        assert host.end_of("arr_1").entry.stdout_at == [bytes(tmp_path / "1.txt")]
         assert host.end_of("range_1").entry.stdout == "7\n"
         assert host.end_of("login").entry.stdout == "login\n"
         host.end_of("q")
@@ -163,8 +163,8 @@ def test_output_goes_into_the_line_or_beside_it(tmp_path: Path) -> None:
         assert host.end_of("bytes").entry.stdout == b"\xff\xfe"
         path, offset, length = host.end_of("long").entry.stdout_at
         bad = host.end_of("bad")
-    assert str(path).startswith("output/") and length == 5000
-    assert (tmp_path / str(path)).read_bytes()[int(offset) :][:5000] == bytes(5000)
+    assert path.startswith(b"output/") and length == 5000
+    assert (tmp_path / os.fsdecode(path)).read_bytes()[int(offset) :][:5000] == bytes(5000)
     assert (bad.report.outcome, bad.report.reason, bad.report.exit) == ("failed", "exit", "9")
     text = zlib.decompress(base64.b64decode(bad.report.text)).decode()
     assert "bad ended with a non-zero exit code." in text and "exit code 9" in text and text.endswith("on stderr\n")

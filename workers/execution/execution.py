@@ -71,10 +71,10 @@ class Execution:
         self.started = 0.0  # unix seconds, 0 = never
         self.exited: Exited | Returned | None = None
         self.function = False  # it is a call, which an interpreter runs
-        self.stdout = ""  # files named by the user
-        self.stderr = ""
+        self.stdout = b""  # files named by the user
+        self.stderr = b""
         self.suffix = ""  # of these files until the execution counts
-        self.live_outputs = ("", "")  # where both outputs can be read while it runs
+        self.live_outputs = (b"", b"")  # where both outputs can be read while it runs
         self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
         self.spec: Spec | None = None  # its description, once its launch was built

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.os_strings import decode, encode, printable
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
 from pilotq.broker.store.messages import Run, StartRemote
 from pilotq.broker.store.resources import NodeShare, parse_allocation
@@ -28,7 +29,7 @@ VALUE_VARIABLES = (b"{value}", b"itval")
 
 
 # Variables that mean something else on each node of an execution.
-NODE_VARIABLES = frozenset({"PILOTQ_DIR", "PILOTQ_NODE", "PILOTQ_CPUS", "PILOTQ_AGENT", "CUDA_VISIBLE_DEVICES"})
+NODE_VARIABLES = frozenset({b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", b"CUDA_VISIBLE_DEVICES"})
 
 
 class UnlaunchableError(Exception):
@@ -51,7 +52,9 @@ class Reservation(NamedTuple):
 class LaunchModel(Protocol):
     """Makes the launch of an execution that is more than one process on one node; see launch_models.py."""
 
-    def apply(self, e: Execution, spec: Spec, reservation: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+    def apply(
+        self, e: Execution, spec: Spec, reservation: Reservation, env: dict[bytes, bytes], launch: Launch
+    ) -> Launch:
         """``env`` is what the task will find. Raises UnlaunchableError, ServerUnavailable."""
 
 
@@ -59,7 +62,7 @@ class ContextView(NamedTuple):
     """A submit context as launches use it."""
 
     base: LaunchBase
-    cwd: str
+    cwd: bytes
 
 
 class LaunchBuilder:
@@ -127,13 +130,13 @@ class LaunchBuilder:
         except PilotqError as error:
             raise UnlaunchableError("launch", str(error)) from None
         env = {name: value for name, value in start.env.items() if name not in NODE_VARIABLES}
-        env["PILOTQ_HOST"] = start.host
+        env[b"PILOTQ_HOST"] = start.host.encode()
         launch = Launch(
             key, start.id, start.execution, start.shared, start.allocation, start.argv, env, start.cwd
         )  # fmt: skip
         return context.base, reservation.slot, launch
 
-    def _call(self, e: Execution, spec: Spec, cwd: str, after: int) -> Call:
+    def _call(self, e: Execution, spec: Spec, cwd: bytes, after: int) -> Call:
         run = e.run
         env = _array_environment(run)
         if spec.env:
@@ -153,8 +156,8 @@ class LaunchBuilder:
 
     def _fetch_context(self, key: str) -> ContextView:
         shared = self._shared_data.fetch_shared(key)
-        env = shared.env or environment(os.environ)  # none stands for the worker's own: --env-policy worker
-        path = f"{shared.cwd}:{shared.path}" if shared.path else shared.cwd
+        env = shared.env or environment(os.environb)  # none stands for the worker's own: --env-policy worker
+        path = b"%s:%s" % (shared.cwd, shared.path) if shared.path else shared.cwd
         return ContextView(LaunchBase(key, env, shared.umask, shared.limits, path), shared.cwd)
 
     def _find_reservation(self, allocation: str) -> Reservation:
@@ -185,7 +188,7 @@ class LaunchBuilder:
         cpus = [self._real.get(core, core) for core in share.cores]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
         defaults = {"OMP_NUM_THREADS": str(len(share.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
-        slot = LaunchSlot(allocation, env, defaults, cpus)
+        slot = LaunchSlot(allocation, as_bytes(env), as_bytes(defaults), cpus)
         return Reservation(slot, parts, nodes, cores)
 
     def _host_file(self, allocation: str, nodes: tuple[str, ...], cores: tuple[int, ...]) -> str:
@@ -200,10 +203,10 @@ class LaunchBuilder:
             raise UnlaunchableError("launch", f"its host file cannot be written: {error}") from None
         return path
 
-    def _variables(self, run: Run, spec: Spec, reservation: Reservation, root: str) -> Variables:
+    def _variables(self, run: Run, spec: Spec, reservation: Reservation, root: bytes) -> Variables:
         value = None
         if spec.flags & FLAG_VALUES and any(name in bytes(run.spec) for name in VALUE_VARIABLES):
-            value = self._shared_data.fetch_value(run.array, run.position)
+            value = decode(self._shared_data.fetch_value(run.array, run.position))
         return Variables(
             task_id=run.id,
             name=run.name,
@@ -213,7 +216,7 @@ class LaunchBuilder:
             cores=sum(reservation.cores),
             nodes=reservation.nodes,
             cores_per_node=reservation.cores,
-            root=root,
+            root=decode(root),
         )
 
 
@@ -222,36 +225,43 @@ STEP_CLEAR = (0xF << 76) | (0x3 << 62)
 STEP_SET = (0x4 << 76) | (0x2 << 62)
 
 
-def _environment(run: Run, spec: Spec, slot_env: Mapping[str, str]) -> dict[str, str]:
+def as_bytes(env: Mapping[str, str]) -> dict[bytes, bytes]:
+    """Variables that we set, as the system has them."""
+    return {encode(name): encode(value) for name, value in env.items()}
+
+
+def _environment(run: Run, spec: Spec, slot_env: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     """The variables of this task alone; the launcher adds its id and execution."""
-    step = {"QCG_PM_STEP_ID": f"{random.getrandbits(128) & ~STEP_CLEAR | STEP_SET:032x}"}
+    step = {b"QCG_PM_STEP_ID": b"%032x" % (random.getrandbits(128) & ~STEP_CLEAR | STEP_SET)}
     env = {**step, **_array_environment(run)}
     if spec.env and spec.flags & FLAG_QCG:
         # In QCG-PilotJob the manager's variables for a job's place override the job's own.
-        managed = {name for name in slot_env if name.startswith(("QCG_PM_", "SLURM_"))} | step.keys()
+        managed = {name for name in slot_env if name.startswith((b"QCG_PM_", b"SLURM_"))} | step.keys()
         env.update((name, value) for name, value in spec.env.items() if name not in managed)
     elif spec.env:
         env.update(spec.env)
     return env
 
 
-def _array_environment(run: Run) -> dict[str, str]:
-    return {"PILOTQ_ARRAY_ID": run.array, "PILOTQ_INDEX": str(run.index)} if run.array else {}
+def _array_environment(run: Run) -> dict[bytes, bytes]:
+    return {b"PILOTQ_ARRAY_ID": run.array.encode(), b"PILOTQ_INDEX": b"%d" % run.index} if run.array else {}
 
 
 def _argv(spec: Spec) -> list[bytes]:
     if not spec.script:
         return spec.argv
-    return [b"bash", *([b"-l"] if spec.flags & FLAG_LOGIN else []), b"-c", spec.script.encode()]
+    return [b"bash", *([b"-l"] if spec.flags & FLAG_LOGIN else []), b"-c", spec.script]
 
 
-def _below(cwd: str, path: str) -> str:
-    return path if not path or path[0] == "/" else os.path.join(cwd, path)
+def _below(cwd: bytes, path: bytes) -> bytes:
+    return path if not path or path.startswith(b"/") else os.path.join(cwd, path)
 
 
-def _make_directory(path: str, umask: int) -> None:
+def _make_directory(path: bytes, umask: int) -> None:
     """QCG-PilotJob makes a job's working directory, parents too."""
     try:
         os.makedirs(path, mode=0o777 & ~umask, exist_ok=True)
     except OSError as error:
-        raise UnlaunchableError("not found", f"its directory {path} cannot be made: {error.strerror}") from None
+        raise UnlaunchableError(
+            "not found", f"its directory {printable(path)} cannot be made: {error.strerror}"
+        ) from None

@@ -83,7 +83,7 @@ class Node:
         self._retry_at = 0.0
         self._to_chain: set[int] = set()  # slots that have gone on to another task: `launch` chains others to it
         self._retracted: list[Execution] = []  # prefetched again, and to be returned to the dispatcher
-        self._starts: list[tuple[str, int, str, str, str, str]] = []
+        self._starts: list[tuple[str, int, str, str, bytes, bytes]] = []
         self._outputs = PendingOutputs()
         self._isolation = CrashIsolation(settings)
         self._notice_signal = 0  # number of the signal that announces the end to tasks
@@ -174,7 +174,8 @@ class Node:
             e.launch_begun = True
             self._launchers.living[e.launcher].starting_key = e.key
         elif isinstance(record, Started):
-            e.live_outputs = (record.stdout_path or e.stdout + e.suffix, record.stderr_path or e.stderr + e.suffix)
+            suffix = e.suffix.encode()
+            e.live_outputs = (record.stdout_path or e.stdout + suffix, record.stderr_path or e.stderr + suffix)
             e.pid = record.pid
             self._carry_out(e, self._escalation.started(e, record.at, now - record.seconds), now)
         elif isinstance(record, GroupSwept):
@@ -328,7 +329,7 @@ class Node:
                 alone = self._isolation.start(e.key, e.run, now)
                 launcher = self._launchers.start_isolated() if alone else self._launchers.serving(e.first_core)
                 if e.run.crashes:  # reported before it can kill this worker: only what had begun is charged
-                    start = (e.run.id, e.run.execution, e.allocation, iso(time.time()), "", "")
+                    start = (e.run.id, e.run.execution, e.allocation, iso(time.time()), b"", b"")
                     self._session.post_starts([start])
                 e.launcher = launcher.number
                 launcher.launch(*prepared)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from pilotq.broker.log import log
+from pilotq.broker.os_strings import printable
 from pilotq.workers.execution.execution import Execution
 
 
@@ -15,7 +16,7 @@ class PendingOutputs:
     """Holds the output files of reruns that have ended and that the server has not judged yet."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[str, int], tuple[list[str], str]] = {}  # files, suffix
+        self._waiting: dict[tuple[str, int], tuple[list[bytes], str]] = {}  # files, suffix
 
     def add(self, e: Execution, *, counts: bool) -> None:
         """An execution has ended; it may count, or it is clear that it does not."""
@@ -31,15 +32,16 @@ class PendingOutputs:
             _publish_or_discard(*found, publish=counts)
 
 
-def _publish_or_discard(files: list[str], suffix: str, *, publish: bool) -> None:
+def _publish_or_discard(files: list[bytes], suffix: str, *, publish: bool) -> None:
     """The output of a repeated execution replaces the earlier one when it counts, and is removed when it does not."""
     for path in files:
+        pending = path + suffix.encode()
         try:
             if publish:
-                os.replace(path + suffix, path)
+                os.replace(pending, path)
             else:
-                os.unlink(path + suffix)
+                os.unlink(pending)
         except FileNotFoundError:
             pass  # the task, or its user, has moved it
         except OSError as error:
-            log(f"output {path + suffix} could not be published: {error.strerror}")
+            log(f"output {printable(pending)} could not be published: {error.strerror}")

@@ -39,7 +39,7 @@ class Reporter:
     def __init__(self, node: str, directory: str) -> None:
         self._node = node
         self._directory = directory
-        self._prefix = directory.rstrip("/") + "/"
+        self._prefix = os.fsencode(directory.rstrip("/") + "/")
 
     def report(self, e: Execution, ended: float) -> EndReport:
         """The report of an execution that has ended, or never began, at ``ended`` (unix seconds)."""
@@ -94,7 +94,7 @@ class Reporter:
             delay=delay,
         )
 
-    def _output(self, captured: Captured, named: str) -> tuple[str | bytes, list[str | int]]:
+    def _output(self, captured: Captured, named: bytes) -> tuple[str | bytes, list[str | bytes | int]]:
         if named:
             return "", [named]
         if captured.path:

@@ -13,8 +13,9 @@ from functools import lru_cache
 
 import msgspec
 
+from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.taskfiles.qcg_variables import fill
-from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec, os_encode
+from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec
 
 # `${index}` is a variable of the shell, not ours.
 _BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
@@ -26,7 +27,9 @@ class Variables(msgspec.Struct):
     task_id: str
     name: str = ""
     index: int = -1  # as the user counts; -1 when the task is no element of an array
-    value: str | None = None  # the element's value; None in arrays without values: then it is the index
+    value: str | None = (
+        None  # the element's value, as os.fsdecode shows it; None in arrays without values: then it is the index
+    )
     position: int = 0
     cores: int = 1  # all cores of the reservation
     nodes: tuple[str, ...] = ()
@@ -42,9 +45,10 @@ def render(spec: Spec, variables: Variables) -> Spec:
     """
     if spec.flags & FLAG_QCG:
         known = _qcg_variables(variables)
-        if any("$" in name for name in spec.env):
+        if any(b"$" in name for name in spec.env):
             # Only in these tasks names in the environment have them, too.
-            spec = msgspec.structs.replace(spec, env={fill(name, known): text for name, text in spec.env.items()})
+            names = {encode(fill(decode(name), known)): text for name, text in spec.env.items()}
+            spec = msgspec.structs.replace(spec, env=names)
         return _render(spec, lambda text: fill(text, known), lambda text: fill(text, known, script=True), b"$")
     if spec.flags & FLAG_ARRAY:
         index = str(variables.index)
@@ -72,20 +76,19 @@ def _qcg_variables(variables: Variables) -> dict[str, str]:
 
 def _render(spec: Spec, text: Callable[[str], str], script: Callable[[str], str], sign: bytes) -> Spec:
     """Apply ``text`` to each part that contains ``sign``, with which variables begin, and ``script`` to the script."""
+
+    def filled(string: bytes) -> bytes:
+        return encode(text(decode(string))) if sign in string else string
+
     return msgspec.structs.replace(
         spec,
-        argv=spec.argv
-        if spec.flags & FLAG_FUNCTION
-        else [
-            os_encode(text(argument.decode("utf-8", "surrogateescape"))) if sign in argument else argument
-            for argument in spec.argv
-        ],
-        script=script(spec.script) if spec.script else "",
-        env={name: text(value) for name, value in spec.env.items()} if spec.env else spec.env,
-        cwd=text(spec.cwd),
-        stdin=text(spec.stdin),
-        stdout=text(spec.stdout),
-        stderr=text(spec.stderr),
+        argv=spec.argv if spec.flags & FLAG_FUNCTION else [filled(argument) for argument in spec.argv],
+        script=encode(script(decode(spec.script))) if sign in spec.script else spec.script,
+        env={name: filled(value) for name, value in spec.env.items()} if spec.env else spec.env,
+        cwd=filled(spec.cwd),
+        stdin=filled(spec.stdin),
+        stdout=filled(spec.stdout),
+        stderr=filled(spec.stderr),
     )
 
 

@@ -20,7 +20,7 @@ class PoolFile:
 
     __slots__ = ("fd", "path")
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: bytes) -> None:
         self.fd = fd
         self.path = path
 
@@ -29,8 +29,8 @@ class Capture:
     """Keeps the pool and pack file of a launcher in ``directory`` (absolute); files are named by ``node`` and pid."""
 
     def __init__(self, directory: str, node: str) -> None:
-        self._directory = directory
-        self._name = os.path.join(directory, f"{node}.{os.getpid()}")
+        self._directory = os.fsencode(directory)
+        self._name = os.path.join(self._directory, f"{node}.{os.getpid()}".encode())
         self._free: list[PoolFile] = []
         self._taken: set[PoolFile] = set()
         self._made = 0
@@ -80,12 +80,12 @@ class Capture:
             self._pack = -1
 
     @property
-    def _pack_path(self) -> str:
-        return self._name + ".pack"
+    def _pack_path(self) -> bytes:
+        return self._name + b".pack"
 
     def _make(self) -> PoolFile:
         self._made += 1
-        path = f"{self._name}.{self._made}.pool"
+        path = b"%s.%d.pool" % (self._name, self._made)
         # A file of this name is of a dead launcher that had our pid. For reading, too: it is read through the same
         # descriptor when the task has ended.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -119,7 +119,7 @@ class Capture:
         return captured
 
     def _rename(self, file: PoolFile, size: int, name: str) -> Captured:
-        path = os.path.join(self._directory, name)
+        path = os.path.join(self._directory, name.encode())
         os.rename(file.path, path)
         self._taken.discard(file)
         os.close(file.fd)

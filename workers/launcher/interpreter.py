@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper, kill_with_parent
 from pilotq.broker.rq.jobs import CurrentJob, RqJob, preload, time_is_over
 from pilotq.broker.tasks.functions import RESULT_BYTES, decode_payload, dumps, failure_text, result_text
@@ -53,7 +54,7 @@ class Interpreter:
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._running = 0  # key of the call whose function may be interrupted
         self._signaled = False  # a signal arrived while no function was running
-        self._env: dict[str, str | None] = {}  # variables that the last call has set: name -> value before
+        self._env: dict[bytes, bytes | None] = {}  # variables that the last call has set: name -> value before
         self._functions: dict[str | bytes, Callable[..., Any]] = {}
         self._cpu, _ = _usage()
         self._reason = ""  # why the running function was interrupted
@@ -92,9 +93,12 @@ class Interpreter:
             name = f"{call.id}.{call.attempt}"
             out, err = self._collect(self._files[0], name + ".out"), self._collect(self._files[1], name + ".err")
         seconds = time.monotonic() - began
+        kind, reason, message, text = outcome
+        # What an exception says is the user's: a file name in it may hold what no message can.
+        message, text = printable(message), printable(text)
         return Returned(
-            call.key, self._pid, *outcome, started, time.time(), seconds, self._cpu - before, max_rss,
-            remaining, out, err,
+            call.key, self._pid, kind, reason, message, text, started, time.time(), seconds, self._cpu - before,
+            max_rss, remaining, out, err,
         )  # fmt: skip
 
     # -- files and environment of a call ---------------------------------------------------------------------------
@@ -126,18 +130,19 @@ class Interpreter:
         try:
             os.chdir(call.cwd)
         except OSError as error:
-            raise Refusal("not found", f"{error.strerror}: {call.cwd!r}, its working directory.") from None
-        variables = {**call.env, "PILOTQ_TASK_ID": call.id, "PILOTQ_EXECUTION": str(call.attempt)}
+            where = printable(call.cwd)
+            raise Refusal("not found", f"{error.strerror}: '{where}', its working directory.") from None
+        variables = {**call.env, b"PILOTQ_TASK_ID": call.id.encode(), b"PILOTQ_EXECUTION": b"%d" % call.attempt}
         for name in self._env.keys() - variables.keys():
             value = self._env.pop(name)
             if value is None:
-                os.environ.pop(name, None)
+                os.environb.pop(name, None)
             else:
-                os.environ[name] = value
+                os.environb[name] = value
         for name, value in variables.items():
             if name not in self._env:
-                self._env[name] = os.environ.get(name)
-            os.environ[name] = value
+                self._env[name] = os.environb.get(name)
+            os.environb[name] = value
 
     def _collect(self, file: PoolFile, name: str) -> Captured:
         """Take the output of a call from a file of ours, as the launcher does for a process; the file stays ours."""
@@ -202,7 +207,10 @@ class Interpreter:
                 self._functions.clear()
             function = self._functions[target] = find(target)
         args, kwargs = pickle.loads(payload.arguments)
-        value = function(*args, **kwargs) if call.element is None else function(call.element, *args, **kwargs)
+        if call.element is not None:
+            element = call.element
+            args = (element.decode("utf-8", "surrogatepass") if isinstance(element, bytes) else element, *args)
+        value = function(*args, **kwargs)
         if isinstance(value, types.CoroutineType):
             import asyncio
 
@@ -339,7 +347,7 @@ def main(argv: list[str]) -> None:
     become_subreaper()
     sock = socket.socket(fileno=os.dup(0))
     os.set_inheritable(sock.fileno(), False)
-    files = [PoolFile(os.dup(number), os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2)]
+    files = [PoolFile(os.dup(number), os.readlink(b"/proc/self/fd/%d" % number)) for number in (1, 2)]
     for file in files:
         os.set_inheritable(file.fd, False)
     # The directory that this module is started from is no place to import from; that of the user's program is.

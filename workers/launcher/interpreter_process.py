@@ -54,7 +54,7 @@ class InterpreterProcess:
         # Not started in the user's directory: there a folder called pilotq would be imported instead of us.
         launch = Launch(
             number, "interpreter", 0, call.base, call.slot, [os.fsencode(word) for word in argv],
-            {CALL_MARK: context.path}, options.directory,
+            {CALL_MARK.encode(): context.path}, os.fsencode(options.directory),
         )  # fmt: skip
         try:
             spawned = spawner.spawn(launch, context, self.peer.fileno())

@@ -20,6 +20,7 @@ from collections import deque
 from contextlib import suppress
 
 from pilotq.broker import failpoints
+from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper
 from pilotq.workers.launcher.capture import Capture
 from pilotq.workers.launcher.chain import Chain, Running
@@ -185,7 +186,7 @@ class Launcher:
         try:
             spawned = self._spawner.spawn(launch, context)
         except Refusal as refusal:
-            self._reports.report(Refused(key, refusal.reason, str(refusal)))
+            self._reports.report(Refused(key, refusal.reason, printable(str(refusal))))
             self._complete(key, chain)
             self._reports.request_wake()
             return
@@ -228,7 +229,7 @@ class Launcher:
     def _report_started(self, running: Running, now: float) -> None:
         del self._unannounced[running.key]
         out, err = running.stdout, running.stderr
-        paths = out.path if out else "", err.path if err else ""
+        paths = out.path if out else b"", err.path if err else b""
         self._reports.report(Started(running.key, running.pid, running.started, now - running.began, *paths))
         self._reports.request_wake()
 

@@ -13,6 +13,7 @@ import signal
 import time
 from typing import NamedTuple
 
+from pilotq.broker.os_strings import printable
 from pilotq.workers.launcher.capture import Capture, PoolFile
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 
@@ -47,8 +48,7 @@ class LaunchContext:
     __slots__ = ("env", "umask", "cpus", "path", "requested_limits", "limits", "own_limits")
 
     def __init__(self, base: LaunchBase, slot: LaunchSlot) -> None:
-        env = {**slot.defaults, **base.env, **slot.env}
-        self.env = {name.encode(): value.encode() for name, value in env.items()}
+        self.env = {**slot.defaults, **base.env, **slot.env}
         self.umask = base.umask
         self.cpus = slot.cpus
         self.path = base.path
@@ -113,9 +113,7 @@ class Spawner:
             if context is None:
                 raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent.")
             self._apply(launch, context)
-            env = context.env.copy()
-            for name, value in launch.env.items():
-                env[name.encode()] = value.encode()
+            env = {**context.env, **launch.env}
             if launch.attempt:
                 env[b"PILOTQ_TASK_ID"] = launch.id.encode()
                 env[b"PILOTQ_EXECUTION"] = b"%d" % launch.attempt
@@ -276,7 +274,7 @@ def _search(name: bytes, path: bytes) -> bytes:
     )
 
 
-def _open(path: str, flags: int) -> int:
+def _open(path: bytes, flags: int) -> int:
     # Without O_NONBLOCK a FIFO that nobody opens on its other side would stop all tasks of this launcher; without
     # O_NOCTTY a terminal would become the launcher's.
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
@@ -284,7 +282,7 @@ def _open(path: str, flags: int) -> int:
     return fd
 
 
-def open_input(path: str) -> int:
+def open_input(path: bytes) -> int:
     """A descriptor of a task's standard input; raises Refusal."""
     try:
         return _open(path, os.O_RDONLY)
@@ -292,11 +290,11 @@ def open_input(path: str) -> int:
         raise _refusal(error, path, "its stdin cannot be read") from None
 
 
-def open_output(path: str, suffix: str) -> int:
+def open_output(path: bytes, suffix: str) -> int:
     """A descriptor of an output file that a task has named; raises Refusal."""
     # What is no regular file (/dev/null, a FIFO) is written to directly: a name beside it would make no sense.
     if suffix and (os.path.isfile(path) or not os.path.exists(path)):
-        path += suffix
+        path += suffix.encode()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         try:
@@ -308,7 +306,7 @@ def open_output(path: str, suffix: str) -> int:
         raise Refusal("output", f"{_error_text(error)}: {_quoted(path)} cannot be written.") from None
 
 
-def _refusal(error: OSError, path: str, what: str) -> Refusal:
+def _refusal(error: OSError, path: bytes, what: str) -> Refusal:
     reason = "not found" if error.errno in MISSING_ERRNOS else "launch"
     return Refusal(reason, f"{_error_text(error)}: {_quoted(path)}, {what}.")
 
@@ -333,6 +331,6 @@ def _error_text(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _quoted(path: str | bytes) -> str:
-    """A path in quotes, as text that can travel: what is no UTF-8 is escaped."""
-    return repr(path.decode("utf-8", "backslashreplace") if isinstance(path, bytes) else path)
+def _quoted(path: bytes) -> str:
+    """A path in quotes, as text that can travel."""
+    return f"'{printable(path)}'"

@@ -32,8 +32,9 @@ def main() -> NoReturn:
     except (OSError, ValueError) as error:
         sys.stderr.write(f"pilotq-agent: {error}\n")
         sys.exit(NOT_STARTED)
-    sys.stdout.write(str(reply.get("stdout", "")))
-    sys.stderr.write(str(reply.get("stderr", "")))
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        stream.buffer.write(str(reply.get(name, "")).encode("utf-8", "surrogateescape"))
+        stream.buffer.flush()
     sys.exit(int(str(reply["status"])))
 
 
@@ -58,9 +59,9 @@ def _request(node: str, command: str) -> dict[str, object]:
         "id": os.environ.get("PILOTQ_TASK_ID", ""),
         "execution": int(os.environ.get("PILOTQ_EXECUTION", "0")),
         "node": node,
-        "command": command,
-        "cwd": os.getcwd(),
-        "env": dict(os.environ),
+        "command": _utf8(os.fsencode(command)),
+        "cwd": _utf8(os.getcwdb()),
+        "env": {_utf8(name): _utf8(value) for name, value in os.environb.items()},
     }
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
@@ -70,8 +71,6 @@ def _request(node: str, command: str) -> dict[str, object]:
         peer = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
         if peer[1] != os.getuid():
             raise OSError("a process of another user listens in the place of this node's worker")
-        # What is no UTF-8 cannot be read by the other end: such variables are left out.
-        request["env"] = {n: v for n, v in os.environ.items() if _is_text(n) and _is_text(v)}
         data = json.dumps(request).encode()
         connection.sendall(LENGTH.pack(len(data)) + data)
         size = LENGTH.unpack(_read(connection, LENGTH.size))[0]
@@ -89,12 +88,9 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return data
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _utf8(data: bytes) -> str:
+    """As broker/os_strings.py has it: JSON shows a byte that is not UTF-8 as an escape."""
+    return data.decode("utf-8", "surrogateescape")
 
 
 if __name__ == "__main__":

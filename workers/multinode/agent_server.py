@@ -9,6 +9,7 @@ import socket
 import msgspec
 
 from pilotq.broker.log import log
+from pilotq.broker.os_strings import from_json, to_json
 from pilotq.workers.multinode.agent import CREDENTIALS, LENGTH
 
 REQUEST_MAX = 8 << 20  # an environment is at most a quarter of the stack's limit
@@ -27,7 +28,7 @@ class AgentRequest(msgspec.Struct):
 
 
 class AgentReply(msgspec.Struct):
-    """How the command has ended, and the end of what it wrote."""
+    """How the command has ended, and the end of what it wrote (bytes that are not UTF-8 as surrogates)."""
 
     status: int
     stdout: str = ""
@@ -98,7 +99,7 @@ class AgentServer:
         body = bytes(data[LENGTH.size :])
         data.clear()
         try:
-            return msgspec.json.decode(body, type=AgentRequest)
+            return from_json(body, AgentRequest)
         except msgspec.MsgspecError as error:
             self.reply(number, AgentReply(255, "", f"pilotq-agent: the worker cannot read its request: {error}\n"))
             return None
@@ -108,7 +109,7 @@ class AgentServer:
         found = self._connections.get(number)
         if found is None:
             return
-        body = msgspec.json.encode(reply)
+        body = to_json(reply)
         try:
             found[0].sendall(LENGTH.pack(len(body)) + body)
         except OSError as error:

@@ -16,11 +16,12 @@ from typing import Protocol
 
 import msgspec
 
+from pilotq.broker.os_strings import decode, encode, printable
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
-from pilotq.broker.tasks.spec import FLAG_QCG, Spec, os_encode
+from pilotq.broker.tasks.spec import FLAG_QCG, Spec
 from pilotq.workers.execution.execution import Execution
-from pilotq.workers.execution.launch_builder import Reservation, UnlaunchableError
+from pilotq.workers.execution.launch_builder import Reservation, UnlaunchableError, as_bytes
 from pilotq.workers.multinode import agent
 from pilotq.workers.multinode.mpi import PREFIXES, Host, file_contents, files_in, variables
 from pilotq.workers.protocol import Launch
@@ -64,7 +65,9 @@ class ParallelLaunchModel:
         self._folder = os.path.join(directory, HOSTS_FOLDER, self._node)
         shutil.rmtree(self._folder, ignore_errors=True)  # what a killed worker of this node has left
 
-    def apply(self, e: Execution, spec: Spec, reservation: Reservation, env: dict[str, str], launch: Launch) -> Launch:
+    def apply(
+        self, e: Execution, spec: Spec, reservation: Reservation, env: dict[bytes, bytes], launch: Launch
+    ) -> Launch:
         multinode = len(reservation.nodes) > 1
         ranked = spec.model not in ONE_PROCESS_MODELS and sum(reservation.cores) > 1
         if spec.flags & FLAG_QCG and not multinode and "SLURM_JOB_ID" not in os.environ:
@@ -87,7 +90,7 @@ class ParallelLaunchModel:
                 added |= _step_variables(env)
             prefix = PREFIXES[spec.model](program, opts, hosts, files)
             added |= prefix.env
-            argv = [*argv[: spec.launch_at], *map(os_encode, prefix.argv), *argv[spec.launch_at :]]
+            argv = [*argv[: spec.launch_at], *map(encode, prefix.argv), *argv[spec.launch_at :]]
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             for path, text in file_contents(files, hosts).items():
@@ -98,7 +101,7 @@ class ParallelLaunchModel:
         socket = self._register(e, addresses, folder)
         if multinode:
             added["PILOTQ_AGENT"] = socket
-        return msgspec.structs.replace(launch, argv=argv, env={**added, **launch.env})
+        return msgspec.structs.replace(launch, argv=argv, env={**as_bytes(added), **launch.env})
 
     def _hosts(self, reservation: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
         """The workers of its nodes by name, and its nodes as launchers see them; a single one is called ``alone``."""
@@ -116,12 +119,12 @@ class ParallelLaunchModel:
         return {name: info.address for name, info in infos.items()}, tuple(hosts)
 
 
-def _options(spec: Spec, program: bytes, cwd: str, env: Mapping[str, str]) -> dict[str, str]:
+def _options(spec: Spec, program: bytes, cwd: bytes, env: Mapping[bytes, bytes]) -> dict[str, str]:
     """The options of its model; the --mpi of srun is found from the program where they do not give it."""
-    opts = dict(spec.model_opts)
+    opts = {name: decode(value) for name, value in spec.model_opts.items()}
     if spec.model == "srunmpi" and "mpi" not in opts:
-        name = os.fsdecode(program)
-        path = os.path.join(cwd, name) if "/" in name else shutil.which(name, path=env.get("PATH", os.defpath))
+        name = decode(program)
+        path = os.path.join(decode(cwd), name) if "/" in name else shutil.which(name, path=_search_path(env))
         if path and (kind := linked_with(path)):
             opts["mpi"] = kind
     return opts
@@ -141,24 +144,29 @@ def _agent_path(folder: str) -> str:
     return path
 
 
-def _find_launcher(model: str, env: Mapping[str, str]) -> str:
+def _find_launcher(model: str, env: Mapping[bytes, bytes]) -> str:
     """The path of the launcher on the task's PATH. Several MPIs may be installed side by side."""
     names, other_kinds = LAUNCHERS[model]
-    path = env.get("PATH", os.defpath)
+    path = _search_path(env)
     for name in names:
         found = shutil.which(name, path=path)
         if found is not None and not any(word in os.path.realpath(found) for word in other_kinds):
             return found
     raise UnlaunchableError(
         "not found",
-        f"model {model} needs {' or '.join(names)}, and none that is of this kind is on its PATH ({path}): load the "
-        "module that brings it" + ("" if model == "srunmpi" else ", or name it in model_opts as mpirun"),
+        f"model {model} needs {' or '.join(names)}, and none that is of this kind is on its PATH "
+        f"({printable(path)}): load the module that brings it"
+        + ("" if model == "srunmpi" else ", or name it in model_opts as mpirun"),
     )
 
 
-def _step_variables(env: Mapping[str, str]) -> dict[str, str]:
+def _search_path(env: Mapping[bytes, bytes]) -> str:
+    return decode(env[b"PATH"]) if b"PATH" in env else os.defpath
+
+
+def _step_variables(env: Mapping[bytes, bytes]) -> dict[str, str]:
     """Variables that let srun make a step in the allocation of this worker."""
-    job = os.environ.get("SLURM_JOB_ID") or env.get("SLURM_JOB_ID")
+    job = os.environ.get("SLURM_JOB_ID") or decode(env.get(b"SLURM_JOB_ID", b""))
     if not job:
         raise UnlaunchableError("launch", "model srunmpi needs an allocation of Slurm, and this worker is in none")
     return {"SLURM_JOB_ID": job, "SLURM_JOBID": job}

@@ -48,7 +48,7 @@ class _RemoteProcess:
         self.allocation = request.allocation
         self.launcher = 0
         self.exited: Exited | None = None
-        self.output_paths = ("", "")  # where its outputs can be read while something of it lives
+        self.output_paths = (b"", b"")  # where its outputs can be read while something of it lives
         self.kill_at: float | None = None  # monotonic: it has got SIGTERM
         self.reported = False  # its primary node knows of its end
 
@@ -118,8 +118,8 @@ class RemoteProcesses:
         if self._scratch:
             # Open MPI names its files in shared memory by host and rank on it: two nodes of one machine would meet.
             os.makedirs(self._scratch, mode=0o700, exist_ok=True)
-            launch.env["OMPI_MCA_orte_tmpdir_base"] = self._scratch
-            launch.env["OMPI_MCA_btl_vader_backing_directory"] = self._scratch
+            launch.env[b"OMPI_MCA_orte_tmpdir_base"] = os.fsencode(self._scratch)
+            launch.env[b"OMPI_MCA_btl_vader_backing_directory"] = os.fsencode(self._scratch)
         launcher = self._launchers.serving(-1)
         process.launcher = launcher.number
         self._processes[process.key] = process
@@ -256,7 +256,7 @@ class RemoteProcesses:
 
 def _scratch_of(directory: str, node: str) -> str:
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()  # noqa: S108 - a name of its own
-    name = hashlib.sha256(f"{directory} {node}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(f"{directory} {node}")).hexdigest()[:16]
     return os.path.join(shared, f"pilotq-{os.getuid()}-{name}")
 
 
@@ -266,7 +266,7 @@ def _status(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _size(path: str) -> int:
+def _size(path: bytes) -> int:
     try:
         return os.path.getsize(path) if path else 0
     except OSError:

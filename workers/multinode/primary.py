@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 
 from pilotq.broker.log import log
+from pilotq.broker.os_strings import encode, from_utf8
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import (
     ExecutionEnd,
@@ -108,12 +109,13 @@ class PrimaryNode:
         self._numbers += 1
         task.agents[self._numbers] = connection
         run = task.e.run
-        argv = [b"sh", b"-c", request.command.encode()]
+        env = {encode(from_utf8(name)): encode(from_utf8(value)) for name, value in request.env.items()}
+        argv = [b"sh", b"-c", encode(from_utf8(request.command))]
         self._send(
             address,
             StartRemote(
                 run.id, run.execution, self._address, self._numbers, task.e.allocation, run.shared, argv,
-                request.env, request.cwd,
+                env, encode(from_utf8(request.cwd)),
             ),
         )  # fmt: skip
         return ""
@@ -124,7 +126,7 @@ class PrimaryNode:
         for task in self._tasks.values():
             connection = task.agents.pop(message.number, None)
             if connection is not None:
-                out, err = (text.decode("utf-8", "replace") for text in (message.stdout, message.stderr))
+                out, err = (text.decode("utf-8", "surrogateescape") for text in (message.stdout, message.stderr))
                 self._agent_server.reply(connection, AgentReply(message.status, out, err))
                 if message.lost and task.give_up_at is None:
                     self._node.stop_execution(task.e, NODE_LOST)

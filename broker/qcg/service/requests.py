@@ -73,8 +73,10 @@ class Requests:
         totals = sum(node.cores for node in nodes), len(nodes)
         context = capture_context(env_policy)
         # An empty environment stands for the worker's own, and must stay empty.
-        env = context.env | ({ADDRESS: address_of(self.pilot.directory)} if self.registry.net and context.env else {})
-        context = msgspec.structs.replace(context, cwd=self.wd, env=env)
+        env = context.env
+        if self.registry.net and env:
+            env = env | {ADDRESS.encode(): os.fsencode(address_of(self.pilot.directory))}
+        context = msgspec.structs.replace(context, cwd=os.fsencode(self.wd), env=env)
         self._submissions = Submissions(broker, self.registry, self.lookup, context=context, totals=totals)
 
     def close(self) -> None:

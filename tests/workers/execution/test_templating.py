@@ -30,15 +30,15 @@ def test_every_part_of_an_array_element() -> None:
     spec = spec_of(task)
     done = render(spec, ELEMENT)
     assert done.argv == [b"x3", b"a {index} $ita {index} $it", b"{other} {} ${index} {index"]
-    assert done.env == {"{index}": "a {index} $it"}
-    assert (done.cwd, done.stdin, done.stdout, done.stderr) == ("d3", "i3", "oa {index} $it", "e3")
+    assert done.env == {b"{index}": b"a {index} $it"}
+    assert (done.cwd, done.stdin, done.stdout, done.stderr) == (b"d3", b"i3", b"oa {index} $it", b"e3")
     assert spec == spec_of(task)
 
 
 def test_the_script_of_an_array_keeps_its_own_variables() -> None:
     task = Task(script="index=9; echo {index} ${index} $value {value}", values=["v"])
     variables = Variables(task_id="7_0", index=0, value="v")
-    assert render(spec_of(task), variables).script == "index=9; echo 0 ${index} $value v"
+    assert render(spec_of(task), variables).script == b"index=9; echo 0 ${index} $value v"
 
 
 def test_the_value_in_an_array_without_values_is_the_index_and_an_empty_value_is_empty() -> None:
@@ -66,8 +66,10 @@ def test_words_of_qcg_files(text: str, filled: str) -> None:
     task = Task(command=["x", text], env={"E": text}, cwd=text, stdin=text, stdout=text, stderr=text, qcg=True)
     task.array = ArrayRange(0, 9)
     done = render(spec_of(task), QCG)
-    assert done.argv == [b"x", filled.encode()]
-    assert (done.env, done.cwd, done.stdin, done.stdout, done.stderr) == ({"E": filled}, filled, filled, filled, filled)
+    as_it_is = filled.encode()
+    assert done.argv == [b"x", as_it_is]
+    assert (done.env, done.cwd, done.stdin) == ({b"E": as_it_is}, as_it_is, as_it_is)
+    assert (done.stdout, done.stderr) == (as_it_is, as_it_is)
 
 
 def test_a_value_with_words_is_not_filled_in_again() -> None:
@@ -111,7 +113,7 @@ def test_it_stays_where_there_is_no_iteration() -> None:
 )
 def test_scripts_keep_the_variables_they_set(script: str, filled: str) -> None:
     task = Task(script=script, qcg=True, array=ArrayRange(0, 9))
-    assert render(spec_of(task), QCG).script == filled
+    assert render(spec_of(task), QCG).script == filled.encode()
 
 
 def test_a_script_that_sets_our_words_prints_its_own() -> None:

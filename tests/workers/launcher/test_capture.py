@@ -59,7 +59,7 @@ def test_both_streams_are_captured_to_the_byte(driver: Driver, size: int) -> Non
     assert kept == ({"big.2.out", "big.2.err"} if size > PACK_BYTES else set())
     if INLINE_BYTES < size <= PACK_BYTES:
         assert exited.stdout.path == exited.stderr.path
-        assert exited.stdout.path.endswith(f"n1.{driver.process.pid}.pack")
+        assert exited.stdout.path.endswith(f"n1.{driver.process.pid}.pack".encode())
 
 
 def test_tasks_that_follow_each_other_on_one_file_do_not_mix(driver: Driver) -> None:
@@ -92,8 +92,8 @@ def test_output_can_be_read_while_the_task_runs(driver: Driver, tmp_path: Path) 
     os.mkfifo(tmp_path / "go")
     key = driver.launch("sh", "-c", "echo early; read word <go; echo late", stderr="/dev/null")
     started = driver.get(Started, key)
-    path = Path(started.stdout_path)
-    assert started.stderr_path == ""
+    path = Path(os.fsdecode(started.stdout_path))
+    assert started.stderr_path == b""
     assert path.stat().st_mode & 0o777 == 0o600
     wait_until(lambda: path.read_bytes() == b"early\n")
     (tmp_path / "go").write_text("now\n")
@@ -107,7 +107,7 @@ def test_what_a_leftover_writes_is_of_its_task_and_no_other(driver: Driver, tmp_
     assert (exited.remaining > 0, exited.stdout) == (True, Captured())
     assert driver.run("echo", "other").stdout.data == b"other\n"
     (tmp_path / "go").write_text("now\n")
-    path = Path(driver.get(Started, key).stdout_path)
+    path = Path(os.fsdecode(driver.get(Started, key).stdout_path))
     wait_until(lambda: path.read_bytes() == b"main\nstray\n")
     driver.signal(key, signal.SIGKILL)
     assert driver.get(GroupSwept, key).stdout.data == b"main\nstray\n"
@@ -134,7 +134,7 @@ def test_a_full_disk_keeps_the_file_where_it_is(capture: Capture, tmp_path: Path
     file = capture.take()
     os.write(file.fd, b"x" * 5000)
     kept = capture.collect(file, "a.1.out")
-    assert (kept.path, kept.offset, kept.length) == (str(tmp_path / "a.1.out"), 0, 5000)
+    assert (kept.path, kept.offset, kept.length) == (bytes(tmp_path / "a.1.out"), 0, 5000)
     assert content(kept) == b"x" * 5000
     assert capture.take().path != kept.path
 
@@ -157,5 +157,5 @@ def test_closing_removes_the_pool_and_keeps_what_messages_point_to(tmp_path: Pat
     os.write(files[1].fd, b"k" * (PACK_BYTES + 1))
     packed, kept = capture.collect(files[0], "a.1.out"), capture.collect(files[1], "b.1.out")
     capture.close()
-    assert {str(path) for path in tmp_path.iterdir()} == {packed.path, kept.path}
+    assert {bytes(path) for path in tmp_path.iterdir()} == {packed.path, kept.path}
     assert content(packed) == b"p" * 5000

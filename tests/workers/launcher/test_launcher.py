@@ -407,7 +407,7 @@ def test_what_keeps_forking_into_new_sessions_is_killed(each_driver: Driver, tmp
 
 def test_a_task_that_ignores_sigterm_ends_by_sigkill(driver: Driver) -> None:
     key = driver.launch("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1000; done")
-    path = Path(driver.get(Started, key).stdout_path)
+    path = Path(os.fsdecode(driver.get(Started, key).stdout_path))
     wait_until(lambda: path.read_text() == "ready\n")
     driver.signal(key, signal.SIGTERM)
     assert driver.run("true").status == 0
