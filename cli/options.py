@@ -57,7 +57,7 @@ counter_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 task_options = all_of(
-    click.option("--script", metavar="FILE", help="Run FILE (- is stdin) with bash, not CMD."),
+    click.option("--script", metavar="FILE", help="Run FILE (- is stdin) as its #! line says, or with bash; not CMD."),
     click.option("--name", help="A name to find it by."),
     click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),
     click.option("--gpus", type=int, metavar="N", help="GPUs."),

@@ -55,7 +55,8 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
 
     ``env`` is laid over the base's and the slot's. Files are absolute paths; empty stdin is /dev/null, empty stdout
     or stderr is captured; the same path twice is one open file. With ``suffix`` output is written to the path with the
-    suffix (and published by rename by the worker process).
+    suffix (and published by rename by the worker process). A ``script`` is written to a file, whose path becomes the
+    last argument; the file goes when no process of the launch is left.
     """
 
     key: int
@@ -71,6 +72,7 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     stderr: bytes = b""
     suffix: str = ""
     after: int = 0
+    script: bytes = b""
 
 
 class Call(msgspec.Struct, array_like=True, tag="call"):

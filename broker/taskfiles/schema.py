@@ -19,7 +19,7 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         "list of texts and numbers, or one text",
         "the program and its arguments. One text is split as a line is, and with `--shell` it is a script",
     ),
-    "script": ("text", "what bash runs"),
+    "script": ("text", "a script: the program that its first line names (`#!`) runs it, else bash"),
     "function": (
         'text `"module:name"`',
         "a Python function; `module` is looked for in the submitter's directory first. A task has one of these three",

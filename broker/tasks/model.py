@@ -99,7 +99,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
         Task(command=["python", "fit.py", "{index}"], array=ArrayRange(0, 99), request=Request(cores=(2, 2)))
         Task(function=math.hypot, args=(3, 4), retries=2, time_limit=60.0)
 
-    Exactly one of ``command`` (argument list), ``script`` (text for bash) and ``function`` is set. A function is a
+    Exactly one of ``command`` (argument list), ``script`` (text, for the program that its first line names, else bash)
+    and ``function`` is set. A function is a
     callable, or ``module:name``; it is called with ``args`` and ``kwargs``, in an array with the element's value (or
     its index, where there are no values) in front of them. Paths may be relative: they are then of the submitter's
     directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).

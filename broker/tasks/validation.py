@@ -16,6 +16,7 @@ from pilotq.broker.os_strings import unusable
 from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import ARRAY_LIMIT, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
 from pilotq.broker.tasks.retry_policy import parse_retry_on
+from pilotq.broker.tasks.script_text import ARGUMENT_BYTES, problem_of
 
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
@@ -157,6 +158,9 @@ def _problems(task: Task) -> Iterator[str]:
     if task.command is not None and (not task.command or not task.command[0]):
         yield "command is empty"
     yield from _string_problems(task)
+    if task.script is not None and not (task.qcg or task.login_shell) and (problem := problem_of(task.script)):
+        yield problem
+    yield from _too_long(task)
     if task.name is not None and not NAME.fullmatch(task.name):
         yield f"name {task.name!r} must have 1 to 200 characters, without control characters and '/'"
     if not QUEUE.fullmatch(task.queue):
@@ -206,6 +210,25 @@ def _string_problems(task: Task) -> Iterator[str]:
         together = "".join(texts)  # for speed: nearly always there is nothing to say
         if not together.isascii() or "\0" in together:
             yield from (f"{name} {why}" for why in map(unusable, texts) if why)
+
+
+def _too_long(task: Task) -> Iterator[str]:
+    """What no process can be started with. A script is written to a file, but for those of QCG-PilotJob."""
+    texts = task.command or []
+    if task.script is not None and (task.qcg or task.login_shell):
+        texts = [task.script]
+    if texts and len(longest := max(texts, key=len)) > ARGUMENT_BYTES // 4:
+        size = len(longest.encode("utf-8", "surrogateescape"))
+        if size > ARGUMENT_BYTES:
+            yield (
+                f"an argument has {size:,} bytes, and the system takes at most {ARGUMENT_BYTES:,}: put it into a file"
+            )
+    for name, value in task.env.items():
+        if len(name) + len(value) <= ARGUMENT_BYTES // 4:
+            continue
+        size = len(f"{name}={value}".encode("utf-8", "surrogateescape"))
+        if size > ARGUMENT_BYTES:
+            yield f"env: {name} has {size:,} bytes, and the system takes at most {ARGUMENT_BYTES:,}: put it into a file"
 
 
 def _retry_problems(task: Task) -> Iterator[str]:

@@ -17,6 +17,7 @@ from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
 from pilotq.broker.store.messages import Run, StartRemote
 from pilotq.broker.store.resources import NodeShare, parse_allocation
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
+from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_LOGIN, FLAG_QCG, FLAG_RQ_JOB, FLAG_VALUES, Spec
 from pilotq.broker.tasks.submit_context import environment
 from pilotq.workers.execution.execution import Execution
@@ -111,9 +112,10 @@ class LaunchBuilder:
             e.function = True
             return context.base, reservation.slot, self._call(e, spec, cwd, after)
         env = _environment(run, spec, reservation.slot.env)
+        argv, script = _command(spec)
         launch = Launch(
-            e.key, run.id, run.execution, run.shared, e.allocation, _argv(spec), env, cwd,
-            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after,
+            e.key, run.id, run.execution, run.shared, e.allocation, argv, env, cwd,
+            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after, script,
         )  # fmt: skip
         if self.launch_model is not None and (len(reservation.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
             full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
@@ -247,10 +249,16 @@ def _array_environment(run: Run) -> dict[bytes, bytes]:
     return {b"PILOTQ_ARRAY_ID": run.array.encode(), b"PILOTQ_INDEX": b"%d" % run.index} if run.array else {}
 
 
-def _argv(spec: Spec) -> list[bytes]:
+def _command(spec: Spec) -> tuple[list[bytes], bytes]:
+    """The arguments, and the script that the launcher writes to a file and names behind them; empty without one."""
     if not spec.script:
-        return spec.argv
-    return [b"bash", *([b"-l"] if spec.flags & FLAG_LOGIN else []), b"-c", spec.script]
+        return spec.argv, b""
+    if spec.flags & (FLAG_QCG | FLAG_LOGIN):  # as QCG-PilotJob starts them, whatever their first line says
+        return [b"bash", *([b"-l"] if spec.flags & FLAG_LOGIN else []), b"-c", spec.script], b""
+    text = decode(spec.script)
+    if is_command_line(text):
+        return [b"bash", b"-c", spec.script], b""
+    return [encode(word) for word in interpreter_of(text)], spec.script
 
 
 def _below(cwd: bytes, path: bytes) -> bytes:

@@ -31,11 +31,13 @@ class Running:
     ProcessTracker: of a call that is its interpreter's.
     """
 
-    __slots__ = ("key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "chain")
+    __slots__ = (
+        "key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "chain", "script",
+    )  # fmt: skip
 
     def __init__(
         self, launch: Launch | Call, tracker_key: int, pid: int, files: tuple[PoolFile | None, PoolFile | None],
-        chain: Chain,
+        chain: Chain, script: str = "",
     ) -> None:  # fmt: skip
         self.key = launch.key
         self.tracker_key = tracker_key
@@ -46,3 +48,4 @@ class Running:
         self.stdout, self.stderr = files
         self.killed = False  # SIGKILL was sent: a process that appears later gets it too
         self.chain = chain
+        self.script = script  # path of its script's file, to be removed

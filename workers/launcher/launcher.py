@@ -49,6 +49,7 @@ from pilotq.workers.protocol import (
     Started,
     ToLauncher,
 )
+from pilotq.workers.script_files import ScriptFiles
 
 POLL_S = 0.02  # how often ended launches with living processes are checked; the end of a child of ours wakes us sooner
 ANNOUNCE_S = 0.02  # a process that has ended by then, and left nothing, gets no Started: its Exited says enough
@@ -72,7 +73,8 @@ class Launcher:
         self._up = up
         self._decoder: FrameDecoder[ToLauncher] = FrameDecoder(ToLauncher)  # type: ignore[arg-type]
         self._capture = Capture(options.directory, options.node)
-        self._spawner = Spawner(self._capture)
+        self._scripts = ScriptFiles(options.directory, options.node)
+        self._spawner = Spawner(self._capture, self._scripts)
         self._tracker = ProcessTracker()
         self._running: dict[int, Running] = {}
         self._ended: dict[int, Running] = {}  # their main process ended, others live
@@ -193,7 +195,7 @@ class Launcher:
         failpoints.hit("spawned")
         self._tracker.add(key, spawned.pid, spawned.env, began)
         files = spawned.stdout, spawned.stderr
-        self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain)
+        self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain, spawned.script)
         failpoints.hit("tracked")
 
     def _complete(self, key: int, chain: Chain) -> None:
@@ -304,6 +306,9 @@ class Launcher:
         self._check_at = now + max(POLL_S, 10 * (now - began))
 
     def _collect(self, running: Running) -> tuple[Captured, Captured]:
+        """The output of a launch of which no process is left; the file of its script goes."""
+        if running.script:
+            self._scripts.remove(running.script)
         out, err = running.stdout, running.stderr
         return (
             self._capture.collect(out, running.name + ".out") if out else NO_OUTPUT,
@@ -322,6 +327,7 @@ class Launcher:
                 break  # no child is left, and every orphan had become a child
             time.sleep(KILL_POLL_S)
         self._capture.close()
+        self._scripts.close()
 
 
 def _child_signals() -> int:

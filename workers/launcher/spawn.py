@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pilotq.broker.os_strings import printable
 from pilotq.workers.launcher.capture import Capture, PoolFile
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
+from pilotq.workers.script_files import ScriptFiles
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
 PROGRAM_CACHE_S = 1.0  # a program found on PATH is searched again after this: a newer one may stand in front
@@ -40,6 +41,7 @@ class Spawned(NamedTuple):
     env: dict[bytes, bytes]  # what it was started with
     stdout: PoolFile | None  # None: it goes to a named file
     stderr: PoolFile | None
+    script: str  # path of the file of its script; empty without one
 
 
 class LaunchContext:
@@ -60,8 +62,9 @@ class LaunchContext:
 class Spawner:
     """Starts processes for one launcher, whose own mask, umask and directory it changes for that."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, scripts: ScriptFiles) -> None:
         self._capture = capture
+        self._scripts = scripts
         # A child inherits 0, 1 and 2: these are the launcher's own, set back after each spawn.
         self._own_stdio = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), os.dup(1), os.dup(2)
         os.dup2(self._own_stdio[0], 0)
@@ -109,6 +112,7 @@ class Spawner:
         """
         opened: list[int] = []
         pool: list[PoolFile] = []
+        argv, script = launch.argv, ""
         try:
             if context is None:
                 raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent.")
@@ -117,23 +121,36 @@ class Spawner:
             if launch.attempt:
                 env[b"PILOTQ_TASK_ID"] = launch.id.encode()
                 env[b"PILOTQ_EXECUTION"] = b"%d" % launch.attempt
-            program = self._program(launch.argv, env)
+            if launch.script:
+                script = self._write_script(launch)
+                argv = [*argv, os.fsencode(script)]
+            program = self._program(argv, env)
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
-            pid = self._start(program, launch.argv, env, files, context)
-            return Spawned(pid, env, stdout, stderr)
+            pid = self._start(program, argv, env, files, context)
+            return Spawned(pid, env, stdout, stderr, script)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
-            self._release(pool)
+            self._release(pool, script)
             raise Refusal("launch", f"Starting it failed: {_error_text(error)}.") from None
-        except Refusal:
-            self._release(pool)
+        except Refusal as refusal:
+            self._release(pool, script)
+            if script and refusal.reason == "not found":
+                raise Refusal(refusal.reason, f"{refusal} Its script is to be run by that program.") from None
             raise
         finally:
             for fd in opened:
                 os.close(fd)
 
-    def _release(self, pool: list[PoolFile]) -> None:
+    def _release(self, pool: list[PoolFile], script: str) -> None:
         for file in pool:
             self._capture.release(file)
+        if script:
+            self._scripts.remove(script)
+
+    def _write_script(self, launch: Launch) -> str:
+        try:
+            return self._scripts.write(f"{launch.id}.{launch.attempt}", launch.script)
+        except OSError as error:
+            raise Refusal("launch", f"Its script cannot be written to a file: {_error_text(error)}.") from None
 
     def _apply(self, launch: Launch, context: LaunchContext) -> None:
         """Give this process what the child is to inherit."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from pilotq.broker.log import log
 from pilotq.workers.process_tree import KILL_POLL_S, Process, kill_marked, processes, send_signal
+from pilotq.workers.script_files import remove_left
 
 LAUNCHERS_END_S = 7.0  # longer than a launcher takes to kill what it has
 
@@ -19,7 +20,7 @@ def clean_node(directory: str, node: str) -> None:
 
     First its launchers: they end by themselves, and know the tasks that hide their marks. A launcher that was stopped
     (SIGSTOP) is continued: else it would start tasks of the dead worker later. Then, by their marks, tasks whose first
-    node it was, and processes that it had started for other nodes.
+    node it was, and processes that it had started for other nodes. The files of their scripts go, too.
     """
     deadline = time.monotonic() + LAUNCHERS_END_S
     while launchers := _launchers(directory, node):
@@ -37,6 +38,7 @@ def clean_node(directory: str, node: str) -> None:
         return env.get("PILOTQ_DIR") == directory and node in (first, env.get("PILOTQ_NODE"))
 
     left = kill_marked(belongs)
+    remove_left(directory, node)
     if left:
         log(f"processes of tasks of node {node} cannot be killed: {', '.join(map(str, left))}")
 

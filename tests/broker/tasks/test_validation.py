@@ -10,6 +10,7 @@ import pytest
 from pilotq.broker import ArrayRange, Broker, Request, Task
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.tasks.script_text import ARGUMENT_BYTES
 from pilotq.broker.tasks.validation import validate
 from tests.support.live_pilot import live_pilot
 
@@ -34,6 +35,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"after": "12"}, "after must be a list of ids or names, not str"),
     ({"after": [1]}, "after must be a list of ids or names, not list with int in it"),
     ({"name": 3}, "name must be a text, not int"),
+    (
+        {"command": ["a", "ü" * (ARGUMENT_BYTES // 2 + 1)]},
+        r"an argument has [\d,]+ bytes, and the system takes at most",
+    ),
+    ({"env": {"A": "x" * (ARGUMENT_BYTES - 1)}}, r"env: A has [\d,]+ bytes, and the system takes at most"),
+    ({"script": "x" * (ARGUMENT_BYTES + 1), "login_shell": True}, "an argument has .* put it into a file"),
 ]
 
 
@@ -47,6 +54,8 @@ def test_a_wrong_type_is_a_sentence(fields: dict[str, Any], sentence: str) -> No
 
 
 def test_what_is_right_stays_right() -> None:
+    validate(Task(command=["a", "x" * ARGUMENT_BYTES], env={"A": "x" * (ARGUMENT_BYTES - 2)}), "")
+    validate(Task(script="x" * (ARGUMENT_BYTES + 1)), "")
     validate(Task(command=("a", "b"), values=("x",), time_limit=3, after=("1",)), "")  # type: ignore[arg-type]
     validate(Task(function=print, args=range(3), kwargs={"sep": ""}, backoff=2, retries=1), "")  # type: ignore[arg-type]
 

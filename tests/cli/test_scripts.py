@@ -1,0 +1,53 @@
+"""Scripts as a user gives them: what runs them, their directives, and the values of arrays in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pilotq.broker import Task
+from pilotq.broker.tasks.script_text import ARGUMENT_BYTES
+from tests.support.command_line import prompt
+from tests.support.live_pilot import live_pilot
+
+SCRIPTS = {
+    "bash -e": ("#!/bin/bash -e\nfalse\necho reached", 1, ""),
+    "sh": ("#!/bin/sh\nset -- $(ps -o args= $$)\necho $1", 0, "/bin/sh\n"),
+    "python": ('#!/usr/bin/env python3\nimport sys\nprint(f"{sys.argv[1:]}")', 0, "[]\n"),
+    "env -S": ("#!/usr/bin/env -S python3 -u -O\nassert False\nprint(1)", 0, "1\n"),
+    "perl": ('#! /usr/bin/perl -w\nprint "perl\\n"; exit 4', 4, "perl\n"),
+    "awk": ("#!/usr/bin/awk -f\nBEGIN { print 6 * 7 }", 0, "42\n"),
+    "none": ("echo one\necho two | tr o 0", 0, "one\ntw0\n"),
+    "long": (
+        "#!/bin/bash\n" + "".join(f": text {n}\n" for n in range(ARGUMENT_BYTES // 10)) + "echo end", 0, "end\n",
+    ),
+    "long line": (f"echo {'x' * ARGUMENT_BYTES} | wc -c", 0, f"{ARGUMENT_BYTES + 1}\n"),
+}  # fmt: skip
+
+
+def test_the_first_line_names_what_runs_a_script(tmp_path: Path) -> None:
+    with live_pilot(tmp_path, "n1:2") as pilot:
+        tasks = pilot.broker.enqueue_many([Task(script=text) for text, _, _ in SCRIPTS.values()])
+        for task, (name, (_, code, output)) in zip(tasks, SCRIPTS.items(), strict=True):
+            ended = pilot.ended(task)
+            assert (ended.exit_code, pilot.output(task).decode()) == (code, output), name
+        assert list((tmp_path / "pilot" / "scripts").glob("*/*")) == []
+    assert list((tmp_path / "pilot" / "scripts").iterdir()) == []
+    (tmp_path / "e.sh").write_text(SCRIPTS["bash -e"][0])
+    assert prompt(tmp_path)("run", "--script", "e.sh").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("\n", "script is empty"),
+        ("#!/bin/bash\r\necho\r\n", "the first line of script ends with a carriage return"),
+        ("\n#!/bin/bash\necho\n", "script begins with a blank, so that its `#!` has no effect"),
+    ],
+)
+def test_a_script_that_cannot_run_is_refused(tmp_path: Path, script: str, said: str) -> None:
+    (tmp_path / "s").write_bytes(script.encode())
+    ran = prompt(tmp_path)("run", "--script", "s")
+    assert ran.returncode == 2 and said in ran.stderr
+    assert not (tmp_path / ".pilotq").exists()
