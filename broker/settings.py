@@ -80,6 +80,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     failed_ttl_s: int = 7 * 86_400
     # Redis keeps at most so many ended records of one kind for a queue.
     keep_records: int = 100_000
+    # A class whose list is empty is forgotten after so many seconds; an RQ tool holds a list elsewhere for a moment.
+    idle_class_s: float = 60.0
     # The journal is put onto the disk every so many seconds.
     journal_fsync_s: float = 1.0
 

@@ -15,8 +15,8 @@ from pilotq.broker.client.views import Explanation, TaskView
 from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.registry import read_class, read_classes, read_nodes, unavailable_nodes
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, parse_allocation
+from pilotq.broker.store.registry import read_nodes, unavailable_nodes
+from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, parse_allocation
 from pilotq.broker.tasks.states import REASONS
 
 NAMED = 5  # tasks that are named where there are more
@@ -64,7 +64,7 @@ class Explainer:
             found.why = [f"it was handed to node {view.node}, and starts there as soon as a task like it ends"]
         else:
             found.why = [f"it runs on {view.cores or view.node}, for {duration(max(self._now - begun, 0.0))}"]
-            info = read_class(self._link, class_name)
+            info = class_info(class_name)
             if info is not None and info.request.limit is not None:
                 found.until = begun + info.request.limit
                 left = found.until - self._now
@@ -126,7 +126,7 @@ class Explainer:
         where = view.id
         if not name and (array := array_of(view.id)) is not None:
             where, (name,) = array, self._fields(array, "pq_class")
-        info = read_class(self._link, name)
+        info = class_info(name)
         if info is None:
             found.why.append("the dispatcher has not read it yet")
             return
@@ -201,7 +201,8 @@ class Explainer:
 
     def _tasks_before(self, task_id: str, name: str, info: ClassInfo) -> Iterator[str]:
         """How many tasks go before it."""
-        higher = [n for n, other in read_classes(self._link).items() if other.priority > info.priority]
+        names = [name.decode() for name in self._link.call("HKEYS", keys.CLASSES)]
+        higher = [n for n in names if (other := class_info(n)) is not None and other.priority > info.priority]
         if number := sum(map(int, self._link.pipeline([("LLEN", keys.queue(n)) for n in higher]))):
             yield f"{_count(number)} of higher priority may go first"
         if place := self._link.call("LPOS", keys.queue(name), task_id, "MAXLEN", SEARCHED_MAX):

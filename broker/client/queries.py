@@ -11,7 +11,7 @@ from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal, JournalEntry
-from pilotq.broker.store.registry import read_nodes, unavailable_nodes
+from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import from_iso
 from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
@@ -244,7 +244,7 @@ class TaskQueries:
             yield from (view for view in self.views(batch) if view is not None)
 
     def _queues(self) -> list[str]:
-        return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
+        return user_queues(self.link)
 
     def executions(self) -> Iterator[str]:
         """Members of the wip registries, ``<id>:<execution>``; an array with nothing left to assign is ``<id>:0``."""

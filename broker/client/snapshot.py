@@ -15,8 +15,7 @@ from pilotq.broker.scheduling.cluster import Cluster, with_counted
 from pilotq.broker.scheduling.placement import drain
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.registry import read_class
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, NodeShare, parse_allocation
+from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
 from pilotq.broker.store.store import from_iso
 from pilotq.broker.tasks.model import Request
 
@@ -64,16 +63,12 @@ def take_snapshot(link: Connection, nodes: Sequence[NodeInfo], executions: Itera
 
 
 def _reservations(link: Connection, ids: Iterator[str]) -> Iterator[tuple[tuple[NodeShare, ...], float]]:
-    classes: dict[str, ClassInfo | None] = {}
     fields = ("pq_cpus", "pq_class", "started_at", "pq_running")
     while part := list(islice(ids, SLICE)):
         for cpus, raw, started, launched in link.pipeline([("HMGET", keys.job(i), *fields) for i in part]):
             if not (cpus and raw and launched):
                 continue
-            name = raw.decode()
-            if name not in classes:
-                classes[name] = read_class(link, name)
-            info, parts, begun = classes[name], parse_allocation(cpus.decode()), from_iso(started.decode())
+            info, parts, begun = class_info(raw.decode()), parse_allocation(cpus.decode()), from_iso(started.decode())
             if info is None or begun is None:
                 yield parts, math.inf
                 continue

@@ -8,8 +8,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
 from pilotq.broker import failpoints
 from pilotq.broker.errors import InvalidInput, NeverFits, PilotFailed, ServerRefused, UnknownTask
 from pilotq.broker.os_strings import encode, printable
@@ -22,7 +20,7 @@ from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack
 from pilotq.broker.tasks.dependencies import Element, Parent, Parents, check_cycles, resolve
 from pilotq.broker.tasks.functions import pack_call
-from pilotq.broker.tasks.model import CLASS_LIMIT, Request, Task, class_name, description, id_of
+from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of
 from pilotq.broker.tasks.spec import spec_of
 from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.broker.tasks.validation import validate
@@ -46,19 +44,17 @@ class SubmitPlan(NamedTuple):
 
     tasks: Sequence[Task]
     classes: list[str]  # class name of each task
-    records: dict[str, str]  # class name -> its record (JSON)
     parents: Parents
     total: int
     payloads: dict[int, bytes]  # position of a function -> its packed call
 
 
-def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo], known_classes: set[str]) -> SubmitPlan:
+def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
     """Refuse the whole submit if anything in it is wrong: raises InvalidInput or NeverFits. Pure."""
     cluster = Cluster()
     for node in nodes:
         cluster.add_node(node)
     classes: list[str] = []
-    records: dict[str, str] = {}
     seen: dict[tuple[str, int, Request], str] = {}
     payloads: dict[int, bytes] = {}
     for number, task in enumerate(tasks):
@@ -73,18 +69,9 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo], known_classes: set[s
             if nodes and (why := cluster.never_fits(shape)):
                 raise NeverFits(f"{where} can never run here: {why}")
             name = seen[kind] = class_name(*kind)
-            record = {"queue": task.queue, "priority": task.priority, "request": shape}
-            records[name] = msgspec.json.encode(record).decode()
         classes.append(name)
     parents = _check_dependencies(tasks)
-    for queue in {t.queue for t in tasks}:
-        count = sum(c.startswith(f"{queue}.") for c in known_classes | set(records))
-        if count > CLASS_LIMIT:
-            raise InvalidInput(
-                f"queue {queue!r} would have {count} different kinds of request (priority, cores, time limit...), "
-                f"at most {CLASS_LIMIT} are possible: make some of them equal"
-            )
-    return SubmitPlan(tasks, classes, records, parents, sum(t.size for t in tasks), payloads)
+    return SubmitPlan(tasks, classes, parents, sum(t.size for t in tasks), payloads)
 
 
 def _check_dependencies(tasks: Sequence[Task]) -> Parents:
@@ -120,20 +107,19 @@ def submit(
     replies = link.pipeline(
         [
             ("HVALS", keys.NODES),
-            ("HKEYS", keys.CLASSES),
             ("INCRBY", keys.SEQ, len(tasks)),
             ("LRANGE", keys.EXPECTED_NODES, 0, -1),
         ]
     )
     nodes = decode_nodes(replies[0])
-    if {name.decode() for name in replies[3]} - {node.name for node in nodes}:
+    if {name.decode() for name in replies[2]} - {node.name for node in nodes}:
         nodes = []  # some are still starting, or are started again: what they can hold is not known
-    plan = check(tasks, nodes, {name.decode() for name in replies[1]})
+    plan = check(tasks, nodes)
     payloads = sum(map(len, plan.payloads.values()))
     if len(tasks) >= CHUNK or payloads >= LARGE_BYTES:
         _check_memory(link, len(tasks), payloads)
     failpoints.hit("submit checked")
-    first = int(replies[2]) - len(tasks) + 1
+    first = int(replies[1]) - len(tasks) + 1
     ids = [id_of(first + n) for n in range(len(tasks))]
     _stage(link, store, plan, ids, context, key)
     failpoints.hit("submit staged")
@@ -241,16 +227,16 @@ def _commit_argument(plan: SubmitPlan, ids: list[str]) -> dict[str, Any]:
         name = plan.classes[number]
         if after := plan.parents.after.get(number):
             parents = [_parent_id(p, ids) for p in after]
-            waits.append((ids[number], name, plan.records[name], parents, task.size))
+            waits.append((ids[number], name, parents, task.size))
         elif after_each := plan.parents.after_each.get(number):
             parents = [_parent_id(p, ids) for p in after_each]
-            each.append((ids[number], name, plan.records[name], parents, task.size))
+            each.append((ids[number], name, parents, task.size))
         else:
             groups.setdefault(name, []).append(ids[number])
         if task.values is not None:
             extra.append(keys.values(ids[number]))
     return {
-        "groups": [(name, plan.records[name], members) for name, members in groups.items()],
+        "groups": list(groups.items()),
         "waits": waits,
         "elementwise": each,
         "extra": extra,

@@ -10,16 +10,16 @@ from __future__ import annotations
 import select
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pilotq.broker.errors import InvalidInput, ServerUnavailable
 from pilotq.broker.rq.job_requests import JobRequest, job_request_of, rq_error_text
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection, ReplyError
+from pilotq.broker.store.registry import user_queues
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store, iso, pack
-from pilotq.broker.tasks.model import CLASS_LIMIT
 from pilotq.broker.tasks.submit_context import SubmitContext
 
 POLL_S = 0.25  # interval at which all lists are read, as a notification may have been lost
@@ -48,7 +48,6 @@ class RqIngest:
         self.listener = Connection(address)
         self.context = shared
         self.queues: list[str] = []
-        self.classes: Collection[str] = ()
         self.next_refresh = 0.0
         self.next_limits = 0.0
         self._reading = 0  # number of the last reading
@@ -142,9 +141,7 @@ class RqIngest:
         self.next_refresh = now + POLL_S
         if not self.listener.connected:
             self._channels = set()
-        members, classes = self.store.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)])
-        self.classes = {name.decode() for name in classes}
-        self.queues = keys.queue_names(members, classes)
+        self.queues = user_queues(self.store.link)
         wanted = {keys.RQ_READ, self._channel(keys.QUEUES), *(self._channel(keys.queue(name)) for name in self.queues)}
         self._listen(wanted)
         stamp = (f"{time.time():.6f}", iso(time.time()))
@@ -223,7 +220,7 @@ class RqIngest:
             number = requests.setdefault(request, len(requests) + 1) if request is not None else 0
             jobs += (queue, job, listed, first, number, why, rq_error_text(f"{why}\n") if why else "")
         now = time.time()
-        described = [text for request in requests for text in (request.class_name, request.record, request.spec)]
+        described = [text for request in requests for text in (request.class_name, request.spec)]
         return int(self.store.run(
             "route_rq", self.store.term, f"{now:.6f}", iso(now), self.store.settings.failed_ttl_s, self.context.key(),
             len(requests), *described, *jobs,
@@ -235,17 +232,4 @@ class RqIngest:
         request = job_request_of(queue, timeout, meta)
         if (why := refuse(request)) is not None:
             raise InvalidInput(f"it can never run here: {why}")
-        self._count_class(queue, request)
         return request
-
-    def _count_class(self, queue: str, request: JobRequest) -> None:
-        if request.class_name in self.classes:
-            return
-        self.classes = {*self.classes, request.class_name}
-        count = sum(keys.queue_of(name) == queue for name in self.classes)
-        if count > CLASS_LIMIT:
-            self.classes = set(self.classes) - {request.class_name}
-            raise InvalidInput(
-                f"queue {queue!r} would have {count} different kinds of request (priority, cores, timeout...), at most "
-                f"{CLASS_LIMIT} are possible: make some of them equal"
-            )

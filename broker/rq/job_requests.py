@@ -33,15 +33,13 @@ REFUSED: Final = (
     "`meta` that asks for what cannot be: `cores: 0`, a text where a number must be, more than any node has",
     "`meta` that is neither a pickle nor JSON, is no dictionary, or is larger than 1 MiB",
     "A `timeout` that is no number",
-    "More than 256 kinds of request (priority, cores, timeout...) in one queue",
 )
 
 
 class JobRequest(NamedTuple):
-    """What a job requests: the name of its class, the record of that class (JSON), the packed Spec, the resources."""
+    """What a job requests: the name of its class, the packed Spec, the resources."""
 
     class_name: str
-    record: str
     spec: bytes
     request: Request
 
@@ -131,9 +129,8 @@ def job_request_of(queue: str, timeout: bytes, meta: bytes) -> JobRequest:
     if min(request.gpus, request.memory, *(count for _, count in request.use), 0) < 0:
         raise InvalidInput("meta: gpus, memory and use cannot be negative")
     shape = msgspec.structs.replace(request, limit=limit_step(limit))
-    record = msgspec.json.encode({"queue": queue, "priority": priority, "request": shape}).decode()
     spec = Spec([], time_limit=limit or 0.0, flags=FLAG_RQ_JOB, cores=request.cores[0])
-    return JobRequest(class_name(queue, priority, shape), record, pack(spec), shape)
+    return JobRequest(class_name(queue, priority, shape), pack(spec), shape)
 
 
 def _limit(timeout: bytes) -> float | None:

@@ -126,6 +126,9 @@ class RqRepair:
         ids = self.connection.call("LRANGE", name, 0, BATCH - 1)
         rows = self.connection.pipeline([("HMGET", keys.job(i.decode()), "pq_class", "origin") for i in ids])
         homes = [(row[0] or row[1], i) for row, i in zip(rows, ids, strict=True) if row[0] or row[1]]
+        classes = {row[0] for row in rows if row[0]}
         log(f"{len(homes)} ids that RQ's compact had left in {name} are returned to their lists")
         pushes = [("RPUSH", keys.queue(home.decode()), i) for home, i in homes]
-        self.connection.pipeline([*pushes, ("LTRIM", name, len(ids), -1)])
+        known = [("HSET", keys.CLASSES, name, "") for name in classes]
+        changed = [("SADD", keys.CHANGED_CLASSES, name) for name in classes]
+        self.connection.pipeline([*pushes, *known, *changed, ("LTRIM", name, len(ids), -1)])

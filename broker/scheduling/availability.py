@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from pilotq.broker.log import log
 from pilotq.broker.scheduling.cluster import Cluster
@@ -19,7 +19,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.messages import ClearSuspicion, Draining, ExecutionEnd, Leave
 from pilotq.broker.store.registry import RETIRED, decode_texts
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, NodeShare
+from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info
 from pilotq.broker.store.store import Store
 
 
@@ -116,12 +116,10 @@ class Availability:
 
     # -- what follows ----------------------------------------------------------------------------------------------
 
-    def update(
-        self, classes: Mapping[str, ClassInfo], registered: Collection[str], now: float
-    ) -> list[tuple[NodeInfo, ClearSuspicion | Leave]]:
+    def update(self, registered: Collection[str], now: float) -> list[tuple[NodeInfo, ClearSuspicion | Leave]]:
         """Open and close nodes; returns the messages for workers. ``registered``: the names of all registered nodes."""
         clock = time.time()
-        cleared = self._update_quarantine(classes, registered, now, clock)
+        cleared = self._update_quarantine(registered, now, clock)
         return [*cleared, *self._open_and_close(now, clock)]
 
     def _open_and_close(self, now: float, clock: float) -> list[tuple[NodeInfo, Leave]]:
@@ -148,7 +146,7 @@ class Availability:
         return not draining and info.name not in self._limits.closed and self._limits.end(info, clock) is None
 
     def _update_quarantine(
-        self, classes: Mapping[str, ClassInfo], registered: Collection[str], now: float, clock: float
+        self, registered: Collection[str], now: float, clock: float
     ) -> list[tuple[NodeInfo, ClearSuspicion]]:
         """Quarantine nodes, and use them again; returns the messages for their workers."""
         inventory, quarantine = self._inventory, self._quarantine
@@ -161,7 +159,7 @@ class Availability:
         def elsewhere(class_name: str, name: str) -> bool:
             if inventory.cluster.is_open(name):
                 inventory.cluster.set_open(name, False)
-            info = classes.get(class_name)
+            info = class_info(class_name)
             return info is None or inventory.cluster.is_possible(info.request)
 
         for decision in quarantine.decide(now, usable, inventory.slots, elsewhere):

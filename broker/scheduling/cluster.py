@@ -16,6 +16,7 @@ from pilotq.broker.scheduling.shortage import Room, shortage
 from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.broker.tasks.model import Request
 
+POSSIBLE_MAX = 10_000  # kinds of requests of which it is kept whether they could ever fit
 END_S = 0.5  # ends of nodes that differ by less are the same
 
 
@@ -174,6 +175,8 @@ class Cluster:
         key = (request, self._late(request))
         found = self._possible.get(key)
         if found is None:
+            if len(self._possible) >= POSSIBLE_MAX:
+                self._possible.clear()
             rooms = [_total(node) for node in self.open_nodes if not key[1] >> node.index & 1]
             found = self._possible[key] = shortage(request, rooms, now=False) is None
         return found

@@ -21,8 +21,9 @@ from pilotq.broker.log import log
 from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.job_requests import JobRequest
 from pilotq.broker.scheduling.availability import Availability
+from pilotq.broker.scheduling.backlog import CLASSES_MAX, Backlog, waiting_tasks
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord
-from pilotq.broker.scheduling.placement import BackfillState, Shares, Waiting, plan
+from pilotq.broker.scheduling.placement import BackfillState, Shares, plan
 from pilotq.broker.scheduling.prefetch import Prefetch
 from pilotq.broker.scheduling.reconciler import Reconciler
 from pilotq.broker.scheduling.slot import Slot, ends_by
@@ -45,10 +46,9 @@ from pilotq.broker.store.messages import (
     ToDispatcher,
     ToWorker,
 )
-from pilotq.broker.store.registry import read_classes, read_nodes
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, format_allocation
+from pilotq.broker.store.registry import read_nodes
+from pilotq.broker.store.resources import NodeInfo, class_info, format_allocation
 from pilotq.broker.store.store import ClaimTarget, Head, Store, to_worker
-from pilotq.broker.tasks.model import order_of
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
 
 RELEASE_LIMIT = 200  # dependents handled in one script call
@@ -76,8 +76,7 @@ class Dispatcher:
 
     def _reset(self) -> None:
         self.inventory = Inventory(self.settings)
-        self.classes: dict[str, ClassInfo] = {}
-        self.heads: dict[str, Head] = {}
+        self.backlog = Backlog(self.store)
         self.backfill = BackfillState()
         self.reconciler = Reconciler(self.store)
         self.next_slot = 0
@@ -88,7 +87,7 @@ class Dispatcher:
         self.status = StatusPublisher(self.store)
         self.availability = Availability(self.store, self.inventory)
         self.prefetch = Prefetch(self.inventory)
-        self.heads_current = False  # False: the heads must be read again before the next plan
+        self.heads_current = False  # False: what has changed must be read before the next plan
 
     def run(self) -> None:
         unreachable_since: float | None = None
@@ -130,6 +129,7 @@ class Dispatcher:
         self.inventory.cluster.set_order(named)
         self.expected_nodes = set(named)
         self.initial_wait_until = time.monotonic() + self.settings.initial_nodes_wait_s
+        self.backlog.read_all()
         self.reconciler.requeue_orphans({info.address for info in self.known_nodes.values()})
         log(f"term {term}: {len(self.known_nodes)} nodes asked for their state")
 
@@ -141,7 +141,7 @@ class Dispatcher:
         now = time.monotonic()
         if now >= self.next_check:
             self._run_periodic_work(now)
-        timeout = f"{max(self.next_check - now, 0.001):.3f}"
+        timeout = f"{max(0.0 if self.backlog.more else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
         reply, term = self.ingest.pipeline(self.link, [wait, ("GET", keys.TERM)], self._refuse)
         now = time.monotonic()
@@ -170,10 +170,9 @@ class Dispatcher:
         self._update_availability(now)
         if self.reconciler.due(now):
             self._read_control()
-            for info in self.reconciler.turn(now, self._addresses()):
+            names = self.backlog.read_some()
+            for info in self.reconciler.turn(now, self._addresses(), names, walked=self.backlog.walked):
                 self._remove_node(info, "it was out of touch for too long")
-            if self.reconciler.classes_removed:
-                self.classes = {}  # as many others may come: an equal number tells nothing
             self.store.release_dependents(RELEASE_LIMIT)
             self.heads_current = False
 
@@ -208,7 +207,7 @@ class Dispatcher:
         changed, suspected = False, self.availability.suspected
         for end in ends:
             self.prefetch.record_end(node, end, now)
-            self.inventory.end_execution(node, end, self.classes.get(end.class_name), now)
+            self.inventory.end_execution(node, end, now)
             changed |= self.availability.record_end(node.info.name, end, now)
         if changed:
             self._update_availability(now)
@@ -228,8 +227,7 @@ class Dispatcher:
         if known is not None and known.incarnation < info.incarnation:
             self._remove_node(known, "it was started again")
         self.known_nodes[state.node] = info
-        self._read_classes()
-        self.inventory.add_node(info, state, self.classes, now)
+        self.inventory.add_node(info, state, now)
         for primary in {primary for primary, _ in state.remote} - {node.address for node in self.known_nodes.values()}:
             self._send(info, Sweep(primary))
         if info.job:
@@ -250,7 +248,7 @@ class Dispatcher:
                 return
 
     def _update_availability(self, now: float) -> None:
-        for info, message in self.availability.update(self.classes, self.known_nodes, now):
+        for info, message in self.availability.update(self.known_nodes, now):
             self._send(info, message)
 
     def _remove_node(self, info: NodeInfo, why: str, *, clean: bool = False) -> None:
@@ -273,19 +271,24 @@ class Dispatcher:
             return
         if not self._initial_nodes_present(now):
             return
-        if not self.heads_current:
-            self._read_heads()
+        if not self.heads_current or self.backlog.more:
+            self.backlog.read_changed()
+            self.heads_current = True
+        self.inventory.cluster.set_time(now)
         for _ in range(50):  # a claim may meet missing records, and show heads that fit: plan again, but not for ever
-            waiting = self._waiting()
-            if not waiting or not self.inventory.nodes:
+            heads = self._first()
+            if not heads:
                 return
+            waiting = waiting_tasks(heads, CLAIM_LIMIT)
             running = ((slot.shares, slot.ends_by) for slot in self.inventory.slots.values())
             placed = plan(
                 self.inventory.cluster, waiting, running, self.backfill, now, self.settings.backfill_wait_s, CLAIM_LIMIT
             )
             targets = self._open_slots(placed, now)
-            self.prefetch.add_targets(targets, self.classes, self.heads, self.backfill, CLAIM_LIMIT)
-            if not targets or not (self._claim(targets, now) or len(placed) == CLAIM_LIMIT):
+            self.prefetch.add_targets(targets, heads, self.backfill, CLAIM_LIMIT)
+            if not targets or not (
+                self._claim(targets, now) or len(placed) == CLAIM_LIMIT or (placed and len(heads) == CLASSES_MAX)
+            ):
                 return
 
     def _initial_nodes_present(self, now: float) -> bool:
@@ -302,16 +305,9 @@ class Dispatcher:
         self.expected_nodes = set()
         return True
 
-    def _waiting(self) -> list[Waiting]:
-        """The tasks that wait, as placement takes them."""
-        found = []
-        for name, head in self.heads.items():
-            info = self.classes.get(name)
-            if info is not None and head.length:
-                first = order_of(head.places[0])
-                orders = [first] * min(head.elements, 32) if head.elements else [order_of(i) for i in head.places]
-                found.append(Waiting(name, info.priority, info.request, orders, head.waiting))
-        return found
+    def _first(self) -> dict[str, Head]:
+        """The heads of the class lists that placement looks at."""
+        return self.backlog.first(self.inventory.cluster.is_possible) if self.inventory.nodes else {}
 
     def _open_slots(self, placed: Iterable[tuple[str, Shares]], now: float) -> dict[str, list[ClaimTarget]]:
         """A slot for each reservation; returns what to claim for, by class."""
@@ -321,7 +317,7 @@ class Dispatcher:
             if not self.availability.admits(shares, self.next_slot):
                 self.inventory.cluster.release(shares)
                 continue
-            slot = Slot(self.next_slot, class_name, shares, ends_by(self.classes[class_name], now), now)
+            slot = Slot(self.next_slot, class_name, shares, ends_by(class_info(class_name), now), now)
             self.inventory.open_slot(slot)
             node = self.inventory.nodes[shares[0].node]
             targets.setdefault(class_name, []).append(ClaimTarget(node.address, slot.number, format_allocation(shares)))
@@ -332,7 +328,7 @@ class Dispatcher:
         asked = list(targets.items())
         short = False
         for (class_name, wanted), (filled, head) in zip(asked, self.store.claim(asked), strict=True):
-            self.heads[class_name] = head
+            self.backlog.set(class_name, head)
             for target in wanted[:filled]:
                 if not target.slot:
                     self.prefetch.add(self.inventory.nodes[target.node.rpartition(":")[0]], class_name, 1, now)
@@ -346,20 +342,10 @@ class Dispatcher:
     def _retract(self, now: float) -> None:
         """Take back prefetched tasks that are stuck, when they would fit elsewhere or delay something better."""
         closed = set(self.inventory.nodes) if self.paused else self.prefetch.closed_nodes(self.backfill)
-        for info, message in self.prefetch.to_retract(self.classes, self.heads, closed, now):
+        for info, message in self.prefetch.to_retract(self._first(), closed, now):
             self._send(info, message)
 
     # -- reading ------------------------------------------------------------------------------------------------
-
-    def _read_heads(self) -> None:
-        self._read_classes()
-        names = list(self.classes)
-        self.heads = {n: h for n, h in zip(names, self.store.heads(names), strict=True) if h.length}
-        self.heads_current = True
-
-    def _read_classes(self) -> None:
-        if int(self.link.call("HLEN", keys.CLASSES)) != len(self.classes):
-            self.classes = read_classes(self.link)
 
     def _read_nodes(self) -> dict[str, NodeInfo]:
         return {info.name: info for info in read_nodes(self.link)}

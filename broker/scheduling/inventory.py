@@ -18,7 +18,7 @@ from pilotq.broker.store.messages import (
     TasksReturned,
     ToWorker,
 )
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, NodeShare, parse_allocation
+from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
 from pilotq.broker.tasks.model import Request
 
 
@@ -51,7 +51,7 @@ class Inventory:
         self.slots: dict[int, Slot] = {}
         self.unswept: dict[tuple[str, str], list[NodeShare]] = {}  # (lost primary node, node): reserved until swept
 
-    def add_node(self, info: NodeInfo, state: StateReport, classes: dict[str, ClassInfo], now: float) -> None:
+    def add_node(self, info: NodeInfo, state: StateReport, now: float) -> None:
         """A node reports what it runs; replaces what was known of it."""
         self.remove_node(info.name)
         node = NodeRecord(info)
@@ -61,11 +61,11 @@ class Inventory:
         for key in [key for key in self.unswept if key[0] == info.address]:
             self.cluster.release(self.unswept.pop(key))
         for number, allocation, class_name in state.slots:
-            class_info = classes.get(class_name)
+            known = class_info(class_name)
             shares = parse_allocation(allocation)
-            if class_info is not None:
-                shares = with_counted(shares, class_info.request)
-            slot = Slot(number, class_name, shares, ends_by(class_info, now), now)
+            if known is not None:
+                shares = with_counted(shares, known.request)
+            slot = Slot(number, class_name, shares, ends_by(known, now), now)
             node.slots[number] = self.slots[number] = slot
         # Shares on this node of slots that other nodes run count here too, whichever node reports first.
         for slot in self.slots.values():
@@ -78,9 +78,9 @@ class Inventory:
                 )
         for class_name, count in state.prefetched.items():
             node.prefetched[class_name] = Prefetched(count, now)
-        known = {other.address for other in self.nodes.values()}
+        addresses = {other.address for other in self.nodes.values()}
         for primary, allocation in state.remote:
-            if primary not in known:
+            if primary not in addresses:
                 remote = [share for share in parse_allocation(allocation) if share.node == info.name]
                 self.cluster.take(remote)
                 self.unswept.setdefault((primary, info.name), []).extend(remote)
@@ -142,14 +142,14 @@ class Inventory:
         self.slots[slot.number] = slot
         self.nodes[slot.shares[0].node].slots[slot.number] = slot
 
-    def end_execution(self, node: NodeRecord, end: ExecutionEnd, class_info: ClassInfo | None, now: float) -> None:
+    def end_execution(self, node: NodeRecord, end: ExecutionEnd, now: float) -> None:
         """One execution has ended; its slot goes on (``kept``) or is closed. A slot older than our term is unknown
         here."""
         slot = self.slots.get(end.slot)
         if slot is None:
             return
         if end.kept:
-            slot.ends_by, slot.since = ends_by(class_info, now), now
+            slot.ends_by, slot.since = ends_by(class_info(end.class_name), now), now
             return
         self.close_slot(node, slot)
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord, Prefetched
 from pilotq.broker.scheduling.placement import BackfillState
 from pilotq.broker.store.messages import ExecutionEnd, RetractTasks
-from pilotq.broker.store.resources import ClassInfo, NodeInfo
+from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info
 from pilotq.broker.store.store import ClaimTarget, Head
 from pilotq.broker.tasks.model import order_of
-from pilotq.broker.tasks.runtime_estimate import RuntimeEstimate
+from pilotq.broker.tasks.runtime_estimate import RuntimeEstimates
 
 
 class Prefetch:
@@ -24,14 +24,14 @@ class Prefetch:
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
         self._settings = inventory.settings
-        self._estimates: dict[str, RuntimeEstimate] = {}  # by class
+        self._estimates = RuntimeEstimates()
 
     # -- what nodes report -----------------------------------------------------------------------------------------
 
     def record_end(self, node: NodeRecord, end: ExecutionEnd, now: float) -> None:
         """One execution has ended: its run time counts, and its slot goes on with a prefetched task if it is kept."""
         if end.seconds >= 0:
-            self._estimates.setdefault(end.class_name, RuntimeEstimate()).add(end.seconds)
+            self._estimates.add(end.class_name, end.seconds)
         if end.kept or end.slot == 0:
             self.remove(node, end.class_name, 1, now)
 
@@ -54,17 +54,16 @@ class Prefetch:
     # -- what is sent in advance -----------------------------------------------------------------------------------
 
     def add_targets(
-        self, targets: dict[str, list[ClaimTarget]], classes: Mapping[str, ClassInfo], heads: Mapping[str, Head],
-        backfill: BackfillState, limit: int,
-    ) -> None:  # fmt: skip
+        self, targets: dict[str, list[ClaimTarget]], heads: Mapping[str, Head], backfill: BackfillState, limit: int
+    ) -> None:
         """Add to the targets of a claim, by class, what nodes are to get in advance: up to ``limit`` tasks of a class
         for each node."""
         closed = self.closed_nodes(backfill)
         remaining = {name: head.waiting - len(targets.get(name, ())) for name, head in heads.items()}
-        for name in self._not_outranked(classes, heads, remaining):
+        for name in self._not_outranked(heads, remaining):
             for node in self._inventory.nodes.values():
                 number = min(self._missing(node, name, remaining[name]), remaining[name], limit)
-                late = self._inventory.cluster.is_late(node.info.name, classes[name].request)
+                late = self._inventory.cluster.is_late(node.info.name, _class(name).request)
                 if number > 0 and node.info.name not in closed and not late:
                     targets.setdefault(name, []).extend([ClaimTarget(node.address, 0, "")] * number)
                     remaining[name] -= number
@@ -89,15 +88,13 @@ class Prefetch:
         # Topped up only when half has started: many tasks in one claim.
         return target - present if present <= target // 2 else 0
 
-    def _not_outranked(
-        self, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], remaining: Mapping[str, int]
-    ) -> list[str]:
+    def _not_outranked(self, heads: Mapping[str, Head], remaining: Mapping[str, int]) -> list[str]:
         """The classes whose slots may go on: of the highest priority that waits, and before any of that priority that
         has no slot yet."""
         is_possible = self._inventory.cluster.is_possible
-        waiting = [name for name, number in remaining.items() if number > 0 and is_possible(classes[name].request)]
-        highest = max((classes[name].priority for name in waiting), default=0)
-        first = {name: order_of(heads[name].places[0]) for name in waiting if classes[name].priority == highest}
+        waiting = [name for name, number in remaining.items() if number > 0 and is_possible(_class(name).request)]
+        highest = max((_class(name).priority for name in waiting), default=0)
+        first = {name: order_of(heads[name].places[0]) for name in waiting if _class(name).priority == highest}
         running = {slot.class_name for slot in self._inventory.slots.values()}
         blocked = min((order for name, order in first.items() if name not in running), default=math.inf)
         return [name for name, order in first.items() if order < blocked]
@@ -113,7 +110,7 @@ class Prefetch:
         return held | {name for name in self._inventory.nodes if not cluster.is_open(name)}
 
     def to_retract(
-        self, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], closed: set[str], now: float
+        self, heads: Mapping[str, Head], closed: set[str], now: float
     ) -> Iterator[tuple[NodeInfo, RetractTasks]]:
         """What nodes are to give back: ``closed`` ones everything; others what has not started for a while, when it
         would fit elsewhere or delays something of a higher priority."""
@@ -123,18 +120,23 @@ class Prefetch:
             for class_name, prefetched in list(node.prefetched.items()):
                 if not is_closed and now - prefetched.since < self._settings.retract_after_s:
                     continue
-                info = classes.get(class_name)
+                info = class_info(class_name)
                 shares = cluster.reserve(info.request) if info is not None else None
                 if shares is not None:
                     cluster.release(shares)
                 priority = info.priority if info is not None else math.inf
-                if shares is not None or is_closed or self._is_outranked(classes, heads, priority):
+                if shares is not None or is_closed or self._is_outranked(heads, priority):
                     yield node.info, RetractTasks(class_name, prefetched.count)
                     prefetched.since = now
 
-    def _is_outranked(self, classes: Mapping[str, ClassInfo], heads: Mapping[str, Head], priority: float) -> bool:
+    def _is_outranked(self, heads: Mapping[str, Head], priority: float) -> bool:
         """Whether something of a higher priority waits that could run here."""
-        better = [
-            info for name, info in classes.items() if info.priority > priority and name in heads and heads[name].length
-        ]
+        better = [info for info in map(_class, heads) if info.priority > priority]
         return any(self._inventory.cluster.is_possible(info.request) for info in better)
+
+
+def _class(name: str) -> ClassInfo:
+    """The class with this name, of which placement has found that it is one."""
+    info = class_info(name)
+    assert info is not None, name
+    return info

@@ -18,6 +18,7 @@ from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import EndReport, Stop
+from pilotq.broker.store.registry import user_queues
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack, to_worker
 
@@ -36,7 +37,7 @@ class Reconciler:
         self.link = store.link
         self.next_turn = 0.0
         self.next_trim = 0.0
-        self.classes_removed = False
+        self.tidying = False  # a walk through all classes goes on, to drop those whose lists are empty
         self.repair = RqRepair(store)
         self.polled_at = 0.0
         self.heartbeats: dict[str, tuple[bytes | None, float]] = {}  # address -> the last one, seconds since it changed
@@ -46,12 +47,11 @@ class Reconciler:
     def due(self, now: float) -> bool:
         return now >= self.next_turn
 
-    def turn(self, now: float, nodes: dict[str, NodeInfo]) -> list[NodeInfo]:
-        """One round; returns the nodes that are lost. Afterwards ``classes_removed`` says whether any were removed."""
+    def turn(self, now: float, nodes: dict[str, NodeInfo], classes: Sequence[str], *, walked: bool) -> list[NodeInfo]:
+        """One round; returns the nodes that are lost. ``classes``: some of all, in turn; ``walked``: the last."""
         self.next_turn = now + self.store.settings.reconcile_s
-        self.classes_removed = False
         queues = self._queues()
-        self._adopt_canceled(queues)
+        self._adopt_canceled(queues, classes)
         for queue in queues:
             self._check_running(queue, nodes)
         self.repair.turn(queues, now)
@@ -60,15 +60,19 @@ class Reconciler:
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s
             self._trim(queues)
-            self._remove_idle_classes()
+            self.tidying = True
+        if self.tidying and classes:
+            stamp = f"{time.time():.6f}"
+            self.store.run("drop_idle_classes", self.store.term, stamp, self.store.settings.idle_class_s, *classes)
+        self.tidying = self.tidying and not walked
         return self._out_of_touch(now, nodes)
 
     def _queues(self) -> list[str]:
-        return keys.queue_names(*self.link.pipeline([("SMEMBERS", keys.QUEUES), ("HKEYS", keys.CLASSES)]))
+        return user_queues(self.link)
 
     # -- RQ's own job.cancel() and delete ------------------------------------------------------------------------
 
-    def _adopt_canceled(self, queues: list[str]) -> None:
+    def _adopt_canceled(self, queues: list[str], classes: Sequence[str]) -> None:
         """RQ's cancel sets the status and informs nobody: cancel.lua makes the usual event of it.
 
         RQ's score is a whole second, by the clock of whoever canceled; ours have fractions, and are skipped.
@@ -82,8 +86,9 @@ class Reconciler:
             if flat:
                 self.canceled[queue] = (float(flat[-1]) - CLOCKS_S, met)
         # The origin of what waits in a class list is that list: RQ takes it for a queue with a registry of its own.
-        lists = [keys.registry("canceled", name.decode()) for name in self.link.call("HKEYS", keys.CLASSES)]
-        for registry, members in zip(lists, self.link.pipeline([("ZRANGE", r, 0, -1) for r in lists]), strict=True):
+        lists = [keys.registry("canceled", name) for name in classes]
+        found = self.link.pipeline([("ZRANGE", r, 0, -1) for r in lists]) if lists else []
+        for registry, members in zip(lists, found, strict=True):
             for batch in _slices([m.decode() for m in members]):
                 self.store.cancel(batch)
                 self.link.call("ZREM", registry, *batch)
@@ -233,14 +238,6 @@ class Reconciler:
                     ids = self.link.call("ZRANGE", key, 0, min(excess, SLICE) - 1)
                     self.store.run("trim", self.store.term, kind, queue, *ids)
                     excess -= SLICE
-
-    def _remove_idle_classes(self) -> None:
-        classes = [name.decode() for name in self.link.call("HKEYS", keys.CLASSES)]
-        self.classes_removed = bool(classes) and self._drop_idle_classes(classes)
-
-    def _drop_idle_classes(self, classes: Sequence[str]) -> bool:
-        ttl = self.store.settings.failed_ttl_s
-        return bool(self.store.run("drop_idle_classes", self.store.term, ttl, *classes))
 
 
 def _has_no_process(info: NodeInfo) -> bool:

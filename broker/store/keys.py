@@ -11,7 +11,6 @@ PERMANENT lists the patterns that may have no TTL; a test fails on any other key
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Final
 
 _CLASS: Final = re.compile(r"(.*)\.p-?[0-9]+\.[^.]*", re.DOTALL)
@@ -19,8 +18,8 @@ SCHEMA = "pilotq:schema"  # version of this data model
 QUEUE_ID = "pilotq:queue-id"  # random name of this queue: another value means that the server lost its state
 TERM = "pilotq:term"  # fencing token of the dispatcher that may write; grows with each new one
 SEQ = "pilotq:seq"  # last task number given out
-CLASSES = "pilotq:classes"  # hash: class name -> its queue, priority and request (JSON)
-IDLE_CLASSES = "pilotq:classes:idle"  # the same, of classes that nothing needs but a retry
+CLASSES = "pilotq:classes"  # hash: class name -> "", or unix seconds: since then its list is empty
+CHANGED_CLASSES = "pilotq:classes:changed"  # set: classes whose lists have got what the dispatcher has not read
 PARENTS = "pilotq:parents"  # set: ids that something waits for; the reconciler finds here one that was deleted
 NODES = "pilotq:nodes"  # hash: node name -> NodeInfo (JSON) of the live incarnation
 EXPECTED_NODES = (
@@ -47,7 +46,7 @@ COMPACTED = "rq:queue:_compact:*"  # where RQ's compact holds a list for a momen
 WORKERS = "rq:workers"
 
 PERMANENT = (
-    SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, IDLE_CLASSES, PARENTS, NODES, EXPECTED_NODES, NEXT_INCARNATION, COUNTS,
+    SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, CHANGED_CLASSES, PARENTS, NODES, EXPECTED_NODES, NEXT_INCARNATION, COUNTS,
     SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS, DRAINED, QUARANTINE,
     RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
@@ -64,12 +63,6 @@ def job(task_id: str) -> str:
 
 def queue(name: str) -> str:
     return f"rq:queue:{name}"
-
-
-def queue_names(members: Iterable[bytes], classes: Iterable[bytes]) -> list[str]:
-    """The queues of users among the members of QUEUES: all but the lists of these classes."""
-    names = {member.decode().removeprefix("rq:queue:") for member in members}
-    return sorted(names - {name.decode() for name in classes})
 
 
 def queue_of(class_name: str) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.resources import ClassInfo, NodeInfo
+from pilotq.broker.store.resources import NodeInfo
 
 DRAINED, RETIRED, QUARANTINED = "drained", "retired", "quarantined"
 _decode_node = msgspec.json.Decoder(NodeInfo).decode
-_decode_class = msgspec.json.Decoder(ClassInfo).decode
 
 
 def decode_nodes(records: Iterable[bytes | None]) -> list[NodeInfo]:
@@ -30,20 +29,11 @@ def read_node(connection: Connection, name: str) -> NodeInfo | None:
     return next(iter(decode_nodes([connection.call("HGET", keys.NODES, name)])), None)
 
 
-def decode_classes(flat: Sequence[bytes]) -> dict[str, ClassInfo]:
-    """The classes, by name, of the reply to HGETALL of ``keys.CLASSES``."""
-    return {name.decode(): _decode_class(record) for name, record in zip(flat[::2], flat[1::2], strict=True)}
-
-
-def read_classes(connection: Connection) -> dict[str, ClassInfo]:
-    """All classes, by name."""
-    return decode_classes(connection.call("HGETALL", keys.CLASSES))
-
-
-def read_class(connection: Connection, name: str) -> ClassInfo | None:
-    """The class with this name, None if there is none (any more)."""
-    record = connection.call("HGET", keys.CLASSES, name) if name else None
-    return _decode_class(record) if record else None
+def user_queues(connection: Connection) -> list[str]:
+    """The queues of users: RQ's list of queues without the class lists."""
+    names = [name.decode().removeprefix(keys.queue("")) for name in connection.call("SMEMBERS", keys.QUEUES)]
+    classes = connection.call("HMGET", keys.CLASSES, *names) if names else []
+    return sorted(name for name, found in zip(names, classes, strict=True) if found is None)
 
 
 def unavailable_nodes(connection: Connection) -> dict[str, str]:

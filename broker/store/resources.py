@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker.tasks.model import Request
+from pilotq.broker.tasks.model import Request, shape_of
 
 
 class NodeInfo(msgspec.Struct):
@@ -37,11 +38,26 @@ class NodeInfo(msgspec.Struct):
 
 
 class ClassInfo(msgspec.Struct, frozen=True):
-    """What all tasks of a class have in common, as it is written in the hash of classes."""
+    """What all tasks of a class have in common: the name of the class says it."""
 
     queue: str
     priority: int
     request: Request
+
+
+_CLASS = re.compile(r"(.*)\.p(-?[0-9]+)\.([^.]*)", re.DOTALL)
+
+
+@lru_cache(maxsize=16_384)
+def class_info(name: str) -> ClassInfo | None:
+    """The class with this name, the reverse of `class_name`; None for a text that is no name of a class.
+
+    >>> class_info("default.p10.2c").priority
+    10
+    """
+    match = _CLASS.fullmatch(name)
+    shape = shape_of(match[3]) if match is not None else None
+    return ClassInfo(match[1], int(match[2]), shape) if match is not None and shape is not None else None
 
 
 class NodeShare(NamedTuple):

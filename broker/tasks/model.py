@@ -6,7 +6,7 @@ stored for the workers.
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpi
 ONE_PROCESS_MODELS = frozenset({"default", "threads"})
 PRIORITY_LIMIT = 1000
 ARRAY_LIMIT = 10_000_000
-CLASS_LIMIT = 256  # class lists of one queue: the dispatcher reads the head of each
+COUNTER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")  # names of counters
 # Time limits are rounded up to these steps (seconds) where they become part of a shape, so that tasks with
 # slightly different limits share a class list. Rounding up keeps them true upper bounds.
 LIMIT_STEPS = tuple(m * u for u in (1, 60, 3600) for m in (1, 2, 5, 10, 20, 30)) + (86_400, 172_800, 604_800)
@@ -48,7 +48,10 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     limit: int | None = None
 
     def label(self) -> str:
-        """A short readable name of the shape, of ``[A-Za-z0-9-_]``: ``1c``, ``2-4c``, ``2n4c``, ``1c-t60``."""
+        """A readable name of the shape, of ``[A-Za-z0-9-_]``: ``1c``, ``2-4c``, ``2n4c``, ``1c-t60``.
+
+        It says all of the shape: `shape_of` is the reverse.
+        """
         low, high = self.cores
         text = ""
         if self.nodes is not None:
@@ -65,14 +68,37 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             text += f"-{name}_{count}"
         if self.limit is not None:
             text += f"-t{self.limit}"
-        if len(text) > 80:
-            text = text[:60] + "-" + hashlib.sha256(text.encode()).hexdigest()[:16]
         return text
 
 
 def _span(pair: tuple[int, int]) -> str:
     low, high = pair
     return str(low) if low == high else f"{low}-{high}"
+
+
+_PAIR = r"([0-9]+)(?:-([0-9]+))?"
+_LABEL = re.compile(
+    rf"(?:{_PAIR}n)?(?:{_PAIR}c)?(s)?(?:-([0-9]+)g)?(?:-m([0-9]+))?((?:-[A-Za-z][A-Za-z0-9_]*_[0-9]+)*)(?:-t([0-9]+))?"
+)
+
+
+def shape_of(label: str) -> Request | None:
+    """The reverse of `Request.label`; None for a text that is no label."""
+    match = _LABEL.fullmatch(label)
+    if match is None:
+        return None
+    fewest, most, low, high, spread, gpus, memory, counters, limit = match.groups()
+    use = [counter.rpartition("_") for counter in counters.split("-")[1:]]
+    return Request(
+        cores=(int(low), int(high or low)) if low else (1, 1),
+        nodes=(int(fewest), int(most or fewest)) if fewest else None,
+        whole=low is None,
+        spread=spread is not None,
+        gpus=int(gpus or 0),
+        memory=int(memory or 0),
+        use=tuple((name, int(count)) for name, _, count in use),
+        limit=int(limit) if limit else None,
+    )
 
 
 def limit_step(seconds: float | None) -> int | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.model import ArrayRange, Request
+from pilotq.broker.tasks.model import COUNTER, ArrayRange, Request
 
 # No number below has more than 15 digits: larger ones are mistakes, and would not fit into a record.
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE)
@@ -19,7 +19,6 @@ _UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:(
 _CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 _ARRAY = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15})(?::([0-9]{1,15}))?)?")
-_COUNTER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")
 
 
 def parse_size(text: str) -> int:
@@ -93,7 +92,7 @@ def request_of(
             raise InvalidInput(f"memory: {error}") from None
     if use is not None:
         for name in use:
-            if not _COUNTER.fullmatch(name):
+            if not COUNTER.fullmatch(name):
                 raise InvalidInput(f"use: {name!r} is no name of a counter: use letters, digits and _")
         changes["use"] = tuple(sorted((name, count) for name, count in use.items() if count))
     return msgspec.structs.replace(base, **changes)

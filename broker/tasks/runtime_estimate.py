@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+CLASSES_MAX = 4096
+
 
 class RuntimeEstimate(msgspec.Struct):
     """How long tasks of a class take: a moving mean that follows changes within about ten ends."""
@@ -14,3 +16,21 @@ class RuntimeEstimate(msgspec.Struct):
     def add(self, seconds: float) -> None:
         self.ends += 1
         self.mean_s += (seconds - self.mean_s) / min(self.ends, 10)
+
+
+class RuntimeEstimates:
+    """The estimates by class, of the CLASSES_MAX classes in which a task ended last."""
+
+    def __init__(self) -> None:
+        self._estimates: dict[str, RuntimeEstimate] = {}
+
+    def add(self, class_name: str, seconds: float) -> None:
+        """A task of this class has run so long."""
+        estimate = self._estimates.pop(class_name, None) or RuntimeEstimate()
+        estimate.add(seconds)
+        self._estimates[class_name] = estimate  # the last one now
+        if len(self._estimates) > CLASSES_MAX:
+            del self._estimates[next(iter(self._estimates))]
+
+    def get(self, class_name: str) -> RuntimeEstimate | None:
+        return self._estimates.get(class_name)

@@ -14,7 +14,7 @@ from typing import Any
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.os_strings import unusable
 from pilotq.broker.tasks.functions import Packed
-from pilotq.broker.tasks.model import ARRAY_LIMIT, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
+from pilotq.broker.tasks.model import ARRAY_LIMIT, COUNTER, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import ARGUMENT_BYTES, problem_of
 
@@ -193,6 +193,9 @@ def _problems(task: Task) -> Iterator[str]:
             yield f"{name} must be at least 1, and min not above max"
     if min(request.gpus, request.memory, *(n for _, n in request.use), 0) < 0:
         yield "gpus, memory and use cannot be negative"
+    for name, _ in request.use:
+        if not COUNTER.fullmatch(name):
+            yield f"use: {name!r} is no name of a counter: use letters, digits and _"
     if task.after_each and not task.is_array:
         yield "after_each is for arrays: use after"
 

@@ -125,6 +125,10 @@ class Engine:
         late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
         return int(self.store.run("return_unstarted", NODE, call or self.next_call(), b"event", packed, *late))
 
+    def drop_classes(self, *names: str, at: float) -> int:
+        """What the reconciler does with the classes whose lists are empty; ``at``: unix seconds."""
+        return int(self.store.run("drop_idle_classes", self.store.term, at, 60, *names))
+
     def cancel(self, *ids: str) -> list[str]:
         return self.store.cancel(ids)
 

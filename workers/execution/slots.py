@@ -16,7 +16,7 @@ from itertools import count, takewhile
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import Run, StateReport
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.broker.tasks.runtime_estimate import RuntimeEstimate
+from pilotq.broker.tasks.runtime_estimate import RuntimeEstimates
 from pilotq.workers.execution.execution import Execution, Phase
 
 
@@ -37,7 +37,7 @@ class SlotTable:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._runtimes: dict[str, RuntimeEstimate] = {}  # by class
+        self._runtimes = RuntimeEstimates()
         self._keys = count(1)
         self._slots: dict[int, Slot] = {}  # by number
         self._slots_of: Counter[str] = Counter()  # by class
@@ -113,7 +113,7 @@ class SlotTable:
 
     def add_runtime(self, class_name: str, seconds: float) -> None:
         """A task of this class has run so long."""
-        self._runtimes.setdefault(class_name, RuntimeEstimate()).add(seconds)
+        self._runtimes.add(class_name, seconds)
 
     def chain_room(self, slot: Slot) -> int:
         """How many more tasks may be chained to a slot: only short ones, and each slot of the class gets its share."""

@@ -3,9 +3,9 @@
 -- The client has written the hashes of all tasks (status queued or deferred) with a TTL; nothing refers to them yet.
 -- ARGV: 1 queue id, 2 submission key, 3 now (unix s), 4 now (ISO), 5 first task number, 6 number of records,
 --       7 number of tasks, 8 ttl of canceled records (s), 9 msgpack {
---         groups = [[class, class record (JSON), [id, ...]], ...]      go straight to their lists
---         waits  = [[id, class, class record, [parent, ...], number of tasks], ...]    wait for whole tasks
---         elementwise = [[array id, class, class record, [parent array, ...], number of tasks], ...] wait element by element
+--         groups = [[class, [id, ...]], ...]      go straight to their lists
+--         waits  = [[id, class, [parent, ...], number of tasks], ...]    wait for whole tasks
+--         elementwise = [[array id, class, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
 --         shared = key of what all of them share
 --         past   = {parent = status}: parents that only the journal knows
@@ -22,7 +22,7 @@ local work = cmsgpack.unpack(ARGV[9])
 
 -- 1. Read: are all hashes there, and what became of the parents?
 local found, all = 0, {}
-for _, group in ipairs(work.groups) do for _, id in ipairs(group[3]) do all[#all + 1] = job_key(id) end end
+for _, group in ipairs(work.groups) do for _, id in ipairs(group[2]) do all[#all + 1] = job_key(id) end end
 for _, item in ipairs(work.waits) do all[#all + 1] = job_key(item[1]) end
 for _, item in ipairs(work.elementwise) do all[#all + 1] = job_key(item[1]) end
 for _, name in ipairs(work.extra) do all[#all + 1] = name end
@@ -50,7 +50,7 @@ local function status_of(parent)
 end
 for _, items in ipairs({work.waits, work.elementwise}) do
   for _, item in ipairs(items) do
-    for _, parent in ipairs(item[4]) do
+    for _, parent in ipairs(item[3]) do
       if parents[parent] == nil then
         local status = status_of(parent) or (work.past or {})[parent]
         if not status then return {'unknown', parent} end
@@ -61,8 +61,8 @@ for _, items in ipairs({work.waits, work.elementwise}) do
 end
 
 for _, item in ipairs(work.elementwise) do
-  for _, parent in ipairs(item[4]) do
-    if counts[parent] ~= item[5] then return {'unequal', parent} end
+  for _, parent in ipairs(item[3]) do
+    if counts[parent] ~= item[4] then return {'unequal', parent} end
   end
 end
 
@@ -72,23 +72,25 @@ redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total',
   'shared', work.shared)
 redis.call('HINCRBY', 'pilotq:shared-refs', work.shared, 1)
 redis.call('HINCRBY', 'pilotq:counts', 'total', total)
-local function know(class, record)
-  redis.call('HSETNX', 'pilotq:classes', class, record)
-  redis.call('SADD', 'rq:queues', list_key(queue_of(class)))
+local known_queues = {}
+local function know(class)
+  local queue = queue_of(class)
+  if not known_queues[queue] then redis.call('SADD', 'rq:queues', list_key(queue)) end
+  known_queues[queue] = true
 end
 local function ready(class, ids)
-  redis.call('SADD', 'rq:queues', list_key(class))
+  offer(class)
   push('RPUSH', list_key(class), ids)
 end
 for _, group in ipairs(work.groups) do
-  know(group[1], group[2])
-  ready(group[1], group[3])
+  know(group[1])
+  ready(group[1], group[2])
 end
 local omitted = {}
 for _, item in ipairs(work.waits) do
   local id, class, left, broken = item[1], item[2], 0, false
-  know(class, item[3])
-  for _, parent in ipairs(item[4]) do
+  know(class)
+  for _, parent in ipairs(item[3]) do
     local status = parents[parent]
     if status == 'failed' or status == 'stopped' or status == 'canceled' or omitted[elements[parent]] then broken = true end
   end
@@ -96,7 +98,7 @@ for _, item in ipairs(work.waits) do
     omit(id, now, now_iso, ttl)
     parents[id], omitted[id] = 'canceled', true
   else
-    for _, parent in ipairs(item[4]) do
+    for _, parent in ipairs(item[3]) do
       if parents[parent] ~= 'finished' then
         left = left + 1
         redis.call('RPUSH', dependents_key(parent), id)
@@ -119,10 +121,10 @@ for _, item in ipairs(work.waits) do
 end
 for _, item in ipairs(work.elementwise) do
   local id, class = item[1], item[2]
-  know(class, item[3])
-  redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[4])
+  know(class)
+  redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[3])
   redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
-  for number, parent in ipairs(item[4]) do
+  for number, parent in ipairs(item[3]) do
     redis.call('RPUSH', elementwise_key(parent), (number - 1) .. ':' .. id)
     track_parent(parent)
     redis.call('HSET', job_key(parent), 'pq_elementwise', '1')
@@ -130,7 +132,7 @@ for _, item in ipairs(work.elementwise) do
     if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', elementwise_key(parent), ttl) end
     -- Elements of the parent that ended before this commit woke nobody for us: look at all of them once.
     if redis.call('EXISTS', outcomes_key(parent)) == 1 then
-      redis.call('RPUSH', 'pilotq:release', string.format('e:%s:0:%d', parent, item[5] - 1))
+      redis.call('RPUSH', 'pilotq:release', string.format('e:%s:0:%d', parent, item[4] - 1))
     end
   end
 end

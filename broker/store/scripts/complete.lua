@@ -107,7 +107,7 @@ local function requeue(id, f, command)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
   redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
   if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
-  redis.call('SADD', 'rq:queues', list_key(f.class))
+  offer(f.class)
   requeued = true
 end
 

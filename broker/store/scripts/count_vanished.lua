@@ -13,9 +13,14 @@ for i = 3, #ARGV do
     registry('scheduled', ARGV[i]), registry('ready', ARGV[i]))
   if open > 0 then return 0 end
 end
-for _, class in ipairs(redis.call('HKEYS', 'pilotq:classes')) do
-  if redis.call('EXISTS', list_key(class)) == 1 then return 0 end
-end
+local cursor = '0'
+repeat
+  local page = redis.call('HSCAN', 'pilotq:classes', cursor, 'COUNT', 500)
+  cursor = page[1]
+  for k = 1, #page[2], 2 do
+    if redis.call('EXISTS', list_key(page[2][k])) == 1 then return 0 end
+  end
+until cursor == '0'
 for _, key in ipairs(redis.call('SMEMBERS', 'rq:rl-keys')) do
   if redis.call('EXISTS', 'rq:rl:' .. key .. ':rate_limited') == 1 then return 0 end
 end

@@ -19,7 +19,7 @@ local function move(queue, kind, status, before)
       -- One of ours, between two executions: its class list is known.
       redis.call('HSET', job_key(id), 'status', 'queued', 'origin', v[7])
       redis.call('RPUSH', list_key(v[7]), id)
-      redis.call('SADD', 'rq:queues', list_key(v[7]))
+      offer(v[7])
       wake()
     elseif not v.err and v[1] == status then
       local first = v[3] == '1' or (v[4] == '1' and (v[5] or '') ~= '')

@@ -40,6 +40,18 @@ local function push(command, key, items)
   end
 end
 
+-- A class list has got something: RQ's tools see the list (of very many not all), and the dispatcher reads it.
+local QUEUES_SHOWN = 1000
+local offered = {}
+
+local function offer(class)
+  if offered[class] then return end
+  offered[class] = true
+  redis.call('HSET', 'pilotq:classes', class, '')
+  redis.call('SADD', 'pilotq:classes:changed', class)
+  if redis.call('SCARD', 'rq:queues') < QUEUES_SHOWN then redis.call('SADD', 'rq:queues', list_key(class)) end
+end
+
 -- A message to a worker: its inbox is a stream, each entry holds a packed list of messages.
 local function send(node, number, packed)
   local head = string.char(220, math.floor(number / 256), number % 256)

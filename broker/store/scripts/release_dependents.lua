@@ -30,7 +30,7 @@ local function release_rq_job(id, class)
     promote(v[1], now, now_iso)
   elseif v[2] == '1' then
     redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
-    redis.call('SADD', 'rq:queues', list_key(class))
+    offer(class)
     redis.call('LPUSH', list_key(class), id)
   else
     queue_up(id, class)
@@ -148,7 +148,7 @@ while handled < limit do
   end
 end
 for class, ids in pairs(ready) do
-  redis.call('SADD', 'rq:queues', list_key(class))
+  offer(class)
   push('RPUSH', list_key(class), ids)
 end
 flush_tally(ttl)

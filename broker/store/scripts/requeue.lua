@@ -16,17 +16,10 @@ local ready = {}
 
 local function bad(status) return status == 'failed' or status == 'stopped' or status == 'canceled' end
 
--- A class that nothing needed was set aside by drop_idle_classes.lua.
-local function class_there(class)
-  if redis.call('HEXISTS', 'pilotq:classes', class) == 1 then return true end
-  local record = redis.call('HGET', 'pilotq:classes:idle', class)
-  return record and redis.call('HSETNX', 'pilotq:classes', class, record) == 1
-end
-
--- Are the class, the submission's record and what its tasks share there?
-local function needs_there(class, submission)
+-- Are the submission's record and what its tasks share there?
+local function needs_there(submission)
   local shared = redis.call('HGET', submit_key(submission or ''), 'shared')
-  return shared and redis.call('EXISTS', 'pilotq:shared:' .. shared) == 1 and class_there(class)
+  return shared and redis.call('EXISTS', 'pilotq:shared:' .. shared) == 1
 end
 
 -- The reverse of count_end.
@@ -109,7 +102,7 @@ local function requeue_task(id, v)
   if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
   local parents = open_parents(v[5])
   if not parents then return 'dependency' end
-  if not needs_there(class, submission) then return 'gone' end
+  if not needs_there(submission) then return 'gone' end
   local canceled = status == 'canceled' or requeued and (v[7] == 'canceled' or v[7] == 'dependency')
   revive(id, queue_of(class))
   uncount(submission, canceled and 'canceled' or 'failed', 1)
@@ -150,7 +143,7 @@ end
 -- Why nothing of an array can run again; nil if it can.
 local function hindrance(f)
   if (f.cancel or f.status == 'canceled') and not f.ended then return 'ending' end
-  if f.parents and not all_there(f.after) or not needs_there(f.class, f.sub) then return 'gone' end
+  if f.parents and not all_there(f.after) or not needs_there(f.sub) then return 'gone' end
   if not f.parents and not open_parents(f.after) then return 'dependency' end
 end
 
@@ -259,7 +252,8 @@ end
 local answer = {}
 for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do answer[number] = requeue(item) end
 for class, ids in pairs(ready) do
-  redis.call('SADD', 'rq:queues', list_key(class), list_key(queue_of(class)))
+  redis.call('SADD', 'rq:queues', list_key(queue_of(class)))
+  offer(class)
   push('RPUSH', list_key(class), ids)
 end
 flush_lines()

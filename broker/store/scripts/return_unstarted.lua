@@ -32,7 +32,7 @@ end
 for class, ids in pairs(lists) do
   push('LPUSH', list_key(class), ids)
   push('ZREM', registry('wip', queue_of(class)), wip[class])
-  redis.call('SADD', 'rq:queues', list_key(class))
+  offer(class)
 end
 flush_tally(ttl)
 flush_lines()

@@ -4,7 +4,7 @@
 --
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 ttl of ended records (s), 6 key of the pilot's own submit
 --       context,
---       7 number of different job requests, 8... for each request three: class, class record (JSON), packed Spec,
+--       7 number of different job requests, 8... for each request two: class, packed Spec,
 --         and behind them for each job seven: queue, id, 1 (in the list) or 0 (waits for others), 1 (at the front) or 0,
 --         number of its request (0: a task of ours, or refused), why it is refused or cannot run again ('' = it is not), the same as
 --         RQ shows it.
@@ -20,11 +20,6 @@ local function queue_up(id, class, first)
   local lists = first and front or back
   lists[class] = lists[class] or {}
   table.insert(lists[class], id)
-end
-
-local function know(class, record)
-  redis.call('HSETNX', 'pilotq:classes', class, record)
-  redis.call('SADD', 'rq:queues', list_key(class))
 end
 
 -- Nothing of an earlier end is left.
@@ -120,7 +115,6 @@ local function route_rq_job(item)
   refresh(id)
   reserve(id)
   if not request then return refuse(id, queue, item.why, item.shown) end
-  know(request.class, request.record)
   redis.call('HSETNX', job_key(id), 'pq_exec', '0')
   redis.call('HSET', job_key(id), 'pq_class', request.class, 'pq_spec', request.spec, 'pq_shared', shared, 'pq_sub', '',
     'pq_seq', next_place())
@@ -139,10 +133,10 @@ local function undo(item)
 end
 
 for i = 1, tonumber(ARGV[7]) do
-  requests[i] = {class = ARGV[5 + 3 * i], record = ARGV[6 + 3 * i], spec = ARGV[7 + 3 * i]}
+  requests[i] = {class = ARGV[6 + 2 * i], spec = ARGV[7 + 2 * i]}
 end
 local number = 0
-for i = 8 + 3 * #requests, #ARGV, 7 do
+for i = 8 + 2 * #requests, #ARGV, 7 do
   local item = {queue = ARGV[i], id = ARGV[i + 1], listed = ARGV[i + 2] == '1', first = ARGV[i + 3] == '1',
     request = tonumber(ARGV[i + 4]), why = ARGV[i + 5], shown = ARGV[i + 6]}
   -- What requeue.lua has queued meanwhile is in its class list, and has left only its place here.
@@ -160,8 +154,12 @@ for i = 8 + 3 * #requests, #ARGV, 7 do
     redis.call('ZREM', registry('deferred', item.queue), item.id)
   end
 end
-for class, ids in pairs(back) do push('RPUSH', list_key(class), ids) end
+for class, ids in pairs(back) do
+  offer(class)
+  push('RPUSH', list_key(class), ids)
+end
 for class, ids in pairs(front) do
+  offer(class)
   for k = #ids, 1, -1 do redis.call('LPUSH', list_key(class), ids[k]) end
 end
 flush_tally(ttl)

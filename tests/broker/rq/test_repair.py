@@ -136,10 +136,9 @@ def test_a_compact_that_broke_off_is_put_back(engine: Engine, client: redis.Redi
 def test_a_class_that_was_tidied_away_meanwhile_comes_back(engine: Engine, client: redis.Redis, node: Make) -> None:
     (task_id,) = engine.submit(task())
     client.rename(keys.queue(ONE), "rq:queue:_compact:now")
-    engine.store.run("drop_idle_classes", engine.store.term, 60, ONE)
-    assert engine.link.call("HLEN", keys.CLASSES) == 0
+    assert engine.drop_classes(ONE, at=0) == 0
     client.rename("rq:queue:_compact:now", keys.queue(ONE))
-    engine.store.run("drop_idle_classes", engine.store.term, 60, "default.p9.1c")
+    assert engine.drop_classes(ONE, at=60) == 0 and engine.link.call("HGET", keys.CLASSES, ONE) == b""
     with RunningDispatcher(engine):
         n1 = node(quick=True)
         pump([n1], lambda: engine.status(task_id) == "finished")

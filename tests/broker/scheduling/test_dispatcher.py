@@ -66,6 +66,27 @@ def test_equal_priorities_go_in_the_order_of_submission_over_all_kinds(engine: E
     assert n1.started == ids
 
 
+def test_tasks_behind_an_array_keep_their_place(engine: Engine, node: Make) -> None:
+    engine.reset(prefetch_after=NEVER)
+    elements, other, behind, last = engine.submit(array(3), task(time_limit=60), task(), task(time_limit=60))
+    with RunningDispatcher(engine):
+        n1 = node(cores=1, quick=True)
+        pump([n1], lambda: ended(engine, 6))
+    assert n1.started == [*(f"{elements}_{n}" for n in range(3)), other, behind, last]
+
+
+def test_a_thousand_kinds_of_tasks_run_in_their_order(engine: Engine, node: Make) -> None:
+    """More than a pass looks at; the first ones can never run here."""
+    engine.submit(*[task(request=Request(cores=(9, 9), memory=n)) for n in range(300)])
+    with RunningDispatcher(engine):
+        n1 = node(cores=8, quick=True)
+        ids = engine.submit(*[task(request=Request(memory=1 + n)) for n in range(1000)])
+        pump([n1], lambda: engine.counts().get("finished") == 1000)
+        assert sorted(n1.started) == sorted(ids) and n1.started[:8] == ids[:8]
+        (again,) = engine.submit(task(request=Request(memory=500)))
+        pump([n1], lambda: engine.status(again) == "finished")
+
+
 def test_cores_are_never_given_twice(engine: Engine, node: Make) -> None:
     engine.submit(*[wide(1 + n % 4) for n in range(200)], array(50))
     with RunningDispatcher(engine):

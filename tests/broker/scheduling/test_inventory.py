@@ -20,7 +20,7 @@ def add_node(
     remote: Remote | None = None,
 ) -> None:  # fmt: skip
     info = NodeInfo(name, incarnation, "here", 1, [0, 1])
-    inventory.add_node(info, StateReport(name, incarnation, 1, slots or [], {}, remote or []), {}, 0.0)
+    inventory.add_node(info, StateReport(name, incarnation, 1, slots or [], {}, remote or []), 0.0)
 
 
 def used(inventory: Inventory) -> list[int]:

@@ -43,7 +43,7 @@ TERMED: dict[str, Callable[[Store], object]] = {
     "heads": lambda s: s.heads([ONE]),
     "claim": lambda s: s.claim([(ONE, [ClaimTarget(NODE, 1, "n1[0]")])]),
     "release_dependents": lambda s: s.release_dependents(10),
-    "drop_idle_classes": lambda s: s.run("drop_idle_classes", s.term, 9, ONE),
+    "drop_idle_classes": lambda s: s.run("drop_idle_classes", s.term, 9, 60, ONE),
     "trim": lambda s: s.run("trim", s.term, "finished", "default", "1"),
     "read_rq": lambda s: s.run("read_rq", s.term, 10, 1, "default"),
     "route_rq": lambda s: s.run("route_rq", s.term, 1, "x", 1, "k", 0, "default", "1", 1, 0, 0, "", ""),

@@ -99,21 +99,20 @@ def test_a_forgotten_class_is_known_again(engine: Engine) -> None:
     (a,) = engine.submit(wide(3))
     three = "default.p0.3c"
     fail(engine, class_name=three)
-    record = engine.link.call("HGET", keys.CLASSES, three)
-    assert engine.store.run("drop_idle_classes", engine.store.term, 100, three) == 1
-    assert engine.link.call("HGET", keys.CLASSES, three) is None and 0 < engine.ttl(keys.IDLE_CLASSES) <= 100
+    assert [engine.drop_classes(three, at=at) for at in (0, 60)] == [0, 1]
+    assert engine.link.call("HGET", keys.CLASSES, three) is None
     assert again(engine, a) == {a: "queued"}
-    assert engine.link.call("HGET", keys.CLASSES, three) == record
+    assert engine.link.call("HGET", keys.CLASSES, three) == b""
     engine.run_all(three)
     assert engine.nothing_left()
 
 
-@pytest.mark.parametrize("lost", ["class", "shared", "submission"])
+@pytest.mark.parametrize("lost", ["shared", "submission"])
 def test_what_cannot_run_again_says_so_and_changes_nothing(engine: Engine, lost: str) -> None:
     (a,) = engine.submit(task(), key="s")
     fail(engine)
     (shared,) = (k for k in engine.all_keys() if k.startswith("pilotq:shared:"))
-    engine.link.call("DEL", {"class": keys.CLASSES, "shared": shared, "submission": keys.submission("s")}[lost])
+    engine.link.call("DEL", {"shared": shared, "submission": keys.submission("s")}[lost])
     before = engine.dump(without=(keys.WAKEUP,))
     assert again(engine, a) == {a: "gone"}
     assert engine.dump(without=(keys.WAKEUP,)) == before

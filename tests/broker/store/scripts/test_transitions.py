@@ -63,9 +63,7 @@ def do(engine: Engine, event: str, task_id: str, handed: Run | None, status: str
     """Let the event's script meet the task, wherever the task is."""
     script = EVENT_SCRIPTS[event]
     if script == "commit":
-        engine.store.commit(
-            KEY, 1, 1, 1, {"groups": [(ONE, "{}", [task_id])], "waits": [], "elementwise": [], "extra": []}
-        )
+        engine.store.commit(KEY, 1, 1, 1, {"groups": [(ONE, [task_id])], "waits": [], "elementwise": [], "extra": []})
     elif script == "release_dependents":
         if status not in ("created", "deferred"):
             engine.link.call("RPUSH", keys.dependents(PARENT), task_id)
@@ -351,7 +349,7 @@ def test_a_reported_launch_is_forgotten_when_the_task_waits_again(engine: Engine
 def test_what_the_dispatcher_must_look_at_rings_its_bell(engine: Engine, event: str) -> None:
     parent, _ = engine.submit(task(name="p", retries=1), task(after=["p"]))
     handed = engine.claim() if event != "cancel" else []
-    engine.store.run("drop_idle_classes", engine.store.term, 9, ONE)
+    engine.drop_classes(ONE, at=0)
     engine.link.call("DEL", keys.WAKEUP)
     if event == "end":
         engine.complete(handed)

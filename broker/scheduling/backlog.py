@@ -1,0 +1,114 @@
+"""The backlog: what waits in the class lists, as the dispatcher has read it, in the order of placement.
+
+There may be very many classes (tasks that each ask for another amount of memory): the scripts note those whose lists
+have got something, and only these are read again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Sequence
+
+from pilotq.broker.scheduling.placement import Waiting
+from pilotq.broker.store import keys
+from pilotq.broker.store.resources import class_info
+from pilotq.broker.store.store import Head, Store
+from pilotq.broker.tasks.model import Request, order_of
+
+CLASSES_MAX = 256  # classes that one pass of placement looks at: the first in the order
+SLICE = 250  # class lists read in one script call
+TURN_MAX = 5_000  # changed lists read in one turn of the dispatcher
+
+Key = tuple[int, int, str]  # minus priority, place of the first task, class name
+
+
+class Backlog:
+    """The heads of all class lists that are not empty. ``more``: some that have changed are still to be read."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.heads: dict[str, Head] = {}
+        self.more = False
+        self._order: list[Key] = []
+        self._keys: dict[str, Key] = {}
+        self._cursor = 0
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def read_all(self) -> None:
+        """Read the lists of all classes: for a new dispatcher."""
+        self.read_some()
+        while not self.walked:
+            self.read_some()
+
+    def read_some(self) -> list[str]:
+        """Read the lists of some classes again, all in turn: RQ's tools, too, take something from them.
+
+        Returns the names of these classes.
+        """
+        cursor, flat = self.store.link.call("HSCAN", keys.CLASSES, self._cursor, "COUNT", 2 * SLICE)
+        self._cursor = int(cursor)
+        names = [name.decode() for name in flat[::2]]
+        self.read(names)
+        return names
+
+    @property
+    def walked(self) -> bool:
+        """Whether the last `read_some` was the end of a walk through all."""
+        return self._cursor == 0
+
+    def read_changed(self) -> None:
+        """Read the lists that have got something since they were read last, of very many only some."""
+        for _ in range(TURN_MAX // SLICE):
+            names = self.store.write("SPOP", keys.CHANGED_CLASSES, SLICE)
+            self.read([name.decode() for name in names])
+            if len(names) < SLICE:
+                self.more = False
+                return
+        self.more = True
+
+    def read(self, names: Sequence[str]) -> None:
+        for first in range(0, len(names), SLICE):
+            part = names[first : first + SLICE]
+            for name, head in zip(part, self.store.heads(part), strict=True):
+                self.set(name, head)
+
+    def set(self, name: str, head: Head) -> None:
+        """What waits in one list now."""
+        info = class_info(name)
+        known = self._keys.pop(name, None)
+        if known is not None:
+            del self._order[bisect_left(self._order, known)]
+        if info is None or not head.length:
+            self.heads.pop(name, None)
+            return
+        self.heads[name] = head
+        self._keys[name] = (-info.priority, order_of(head.places[0]), name)
+        insort(self._order, self._keys[name])
+
+    # -- for placement ----------------------------------------------------------------------------------------------
+
+    def first(self, is_possible: Callable[[Request], bool]) -> dict[str, Head]:
+        """The classes that placement looks at: the first ones in its order that the nodes could hold."""
+        found: dict[str, Head] = {}
+        for _, _, name in self._order:
+            info = class_info(name)
+            if info is not None and is_possible(info.request):
+                found[name] = self.heads[name]
+                if len(found) == CLASSES_MAX:
+                    break
+        return found
+
+
+def waiting_tasks(heads: dict[str, Head], limit: int) -> Iterable[Waiting]:
+    """The waiting tasks of these classes as placement takes them; ``limit``: how many it places at most."""
+    for name, head in heads.items():
+        info = class_info(name)
+        if info is None:
+            continue
+        first, count = order_of(head.places[0]), head.waiting
+        if head.elements >= limit:
+            orders, count = [first, first], head.elements  # what stands behind an array has an order of its own
+        else:
+            orders = [first] * head.elements + [order_of(place) for place in head.places[bool(head.elements) :]]
+        yield Waiting(name, info.priority, info.request, orders, count)
