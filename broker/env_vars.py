@@ -14,6 +14,7 @@ OF_TASKS: Final[dict[str, str]] = {
     "PILOTQ_NODE, PILOTQ_CPUS": "the node that it is on (of several nodes the first), and the core numbers there",
     "PILOTQ_HOSTFILE": "on several nodes: a file with the name of its node for each core, one a line",
     "PILOTQ_ARRAY_ID, PILOTQ_INDEX": "in an element of an array: the array's id, the element's index",
+    "PILOTQ_VALUE": "in an element of an array of programs: its value, or its index where there are no values",
     "OMP_NUM_THREADS": "the number of cores on its first node, unless the submitter has set it",
     "CUDA_VISIBLE_DEVICES": "its GPUs, if it asked for some",
     "QCG_PM_NNODES, QCG_PM_NODELIST, QCG_PM_NPROCS, QCG_PM_NTASKS, QCG_PM_TASKS_PER_NODE, QCG_PM_STEP_ID":

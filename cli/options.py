@@ -66,7 +66,7 @@ task_options = all_of(
     click.option("--array", callback=parsed(parse_array), metavar="A-B[:STEP]",
                  help="A task for each index, {index} in CMD."),
     click.option("--each-line", "--values", "each_line", metavar="FILE",
-                 help="A task for each line, {value} in CMD."),
+                 help="A task for each line: {value} in CMD, $PILOTQ_VALUE in a script."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
                  help="End it after this time: 90s, 10m, 1:30:00."),

@@ -17,6 +17,7 @@ from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import ARRAY_LIMIT, COUNTER, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import ARGUMENT_BYTES, problem_of
+from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_to_value
 
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
@@ -171,6 +172,8 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"array {task.array.start}-{task.array.stop}:{task.array.step} has no elements"
     if task.values is not None and not task.values:
         yield "values is empty"
+    if task.values and task.function is None:
+        yield from _value_problems(task, task.values)
     if task.size > ARRAY_LIMIT:
         yield f"an array may have at most {ARRAY_LIMIT:,} elements, not {task.size:,}"
     if abs(task.priority) > PRIORITY_LIMIT:
@@ -232,6 +235,22 @@ def _too_long(task: Task) -> Iterator[str]:
         size = len(f"{name}={value}".encode("utf-8", "surrogateescape"))
         if size > ARGUMENT_BYTES:
             yield f"env: {name} has {size:,} bytes, and the system takes at most {ARGUMENT_BYTES:,}: put it into a file"
+
+
+def _value_problems(task: Task, values: list[str]) -> Iterator[str]:
+    """What is wrong with values that programs get as a variable, and may have in their code."""
+    most = ARGUMENT_BYTES - len("PILOTQ_VALUE=")
+    for number, value in enumerate(values):
+        if len(value) > most // 4 and (size := len(encode(value))) > most:
+            yield f"values[{number}] has {size:,} bytes, and the system takes at most {most:,}: put it into a file"
+    code = task.script or ""
+    if task.command and any(VALUE in word for word in task.command) and (number := code_of(task.command)) >= 0:
+        code = task.command[number]
+    if VALUE in code and not task.qcg and (task.command or is_for_shell(code)):
+        try:
+            refer_to_value(code)
+        except InvalidInput as error:
+            yield str(error)
 
 
 def _retry_problems(task: Task) -> Iterator[str]:

@@ -201,11 +201,12 @@ def _array(n: int, place: Place, shared: SubmitContext) -> tuple[Task, list[Expe
     task.command = [*PROBE, os.path.join(place.ledgers, name + ".{index}"), "0.002", "0", "20"]
     expected = []
     for position, index in enumerate(numbers):
-        own = f"{index}:{values[position] if n % 2 else index}"
+        value = values[position] if n % 2 else str(index)
         expected.append(
             Expected(
                 name=f"{name}.{index}", index=index, cwd=os.fsdecode(shared.cwd), umask=shared.umask,
-                limits=shared.limits, env={**_texts(shared.env), OVERRIDE: own}, size=20,
+                limits=shared.limits, size=20,
+                env={**_texts(shared.env), OVERRIDE: f"{index}:{value}", "PILOTQ_VALUE": value},
             )
         )  # fmt: skip
     return task, expected

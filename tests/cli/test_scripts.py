@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from pilotq.broker import Task
+from pilotq.broker import ArrayRange, Task
 from pilotq.broker.tasks.script_text import ARGUMENT_BYTES
 from tests.support.command_line import prompt
 from tests.support.live_pilot import live_pilot
@@ -51,3 +52,39 @@ def test_a_script_that_cannot_run_is_refused(tmp_path: Path, script: str, said: 
     ran = prompt(tmp_path)("run", "--script", "s")
     assert ran.returncode == 2 and said in ran.stderr
     assert not (tmp_path / ".pilotq").exists()
+
+
+def test_file_names_reach_scripts_as_they_are(tmp_path: Path) -> None:
+    names = [
+        "a (1).txt",
+        "$(touch pwned).txt",
+        'it\'s "b"; touch pwned #',
+        "-n `touch pwned`",
+    ]  # as somebody may have named files
+    for name in names:
+        (tmp_path / name).write_text(f"<{name}>\n")
+    tasks = {
+        "quoted": Task(script='cat -- "{value}"'),
+        "bare": Task(script="#!/bin/sh\ncat -- {value}\n"),
+        "single": Task(script="#!/bin/bash -e\ncat -- '{value}'\n"),
+        "variable": Task(script='cd . && cat -- "$PILOTQ_VALUE"\n'),
+        "python": Task(
+            script=f"#!{sys.executable}\nimport os\nvalue = os.environ['PILOTQ_VALUE']\nprint(f'<{{value}}>')"
+        ),
+        "command": Task(command=["sh", "-c", "cat -- {value}"]),
+        "both": Task(
+            command=["env", "sh", "-c", 'cat -- "$1" > \'{value}.{index}\'; cat -- "$1.{index}"', "", "{value}"]
+        ),
+    }
+    for task in tasks.values():
+        task.values, task.cwd = names, str(tmp_path)
+    show = ["sh", "-c", "echo {value} $PILOTQ_INDEX ${PILOTQ_VALUE-none}"]
+    others = [Task(command=show, array=ArrayRange(3, 4)), Task(command=show)]
+    with live_pilot(tmp_path, "n1:2") as pilot:
+        ids = pilot.broker.enqueue_many([*tasks.values(), *others])
+        pilot.broker.wait(ids, timeout=60)
+        for array, name in zip(ids, tasks, strict=False):
+            assert [pilot.output(f"{array}_{n}").decode() for n in range(4)] == [f"<{name}>\n" for name in names], name
+        printed = [pilot.output(task) for task in (f"{ids[-2]}_3", f"{ids[-2]}_4", ids[-1])]
+        assert printed == [b"3 3 3\n", b"4 4 4\n", b"{value} none\n"]
+    assert not (tmp_path / "pwned").exists()

@@ -25,10 +25,6 @@ from pilotq.workers.execution.templating import Variables, render
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
 
-# Values are fetched only for specs that could name one: theirs is the only content that is not at hand.
-VALUE_VARIABLES = (b"{value}", b"itval")
-
-
 # Variables that mean something else on each node of an execution.
 NODE_VARIABLES = frozenset({b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", b"CUDA_VISIBLE_DEVICES"})
 
@@ -94,8 +90,9 @@ class LaunchBuilder:
             context = self._context(run.shared)
             reservation = self._reservation(e.allocation)
             spec = self._spec.decode(run.spec)
+            value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
             if spec.flags & (FLAG_ARRAY | FLAG_QCG):
-                spec = render(spec, self._variables(run, spec, reservation, context.cwd))
+                spec = render(spec, _variables(run, value, reservation, context.cwd))
         except (ServerUnavailable, StateLost, Superseded):
             raise
         except (PilotqError, msgspec.MsgspecError) as error:
@@ -110,8 +107,8 @@ class LaunchBuilder:
             e.suffix = f".{run.execution}"
         if spec.flags & (FLAG_FUNCTION | FLAG_RQ_JOB):
             e.function = True
-            return context.base, reservation.slot, self._call(e, spec, cwd, after)
-        env = _environment(run, spec, reservation.slot.env)
+            return context.base, reservation.slot, self._call(e, spec, value, cwd, after)
+        env = _environment(run, spec, reservation.slot.env, value)
         argv, script = _command(spec)
         launch = Launch(
             e.key, run.id, run.execution, run.shared, e.allocation, argv, env, cwd,
@@ -138,7 +135,7 @@ class LaunchBuilder:
         )  # fmt: skip
         return context.base, reservation.slot, launch
 
-    def _call(self, e: Execution, spec: Spec, cwd: bytes, after: int) -> Call:
+    def _call(self, e: Execution, spec: Spec, value: bytes | None, cwd: bytes, after: int) -> Call:
         run = e.run
         env = _array_environment(run)
         if spec.env:
@@ -152,8 +149,7 @@ class LaunchBuilder:
         else:
             call.payload = spec.argv[0]
         if spec.flags & FLAG_ARRAY:
-            values = spec.flags & FLAG_VALUES
-            call.element = self._shared_data.fetch_value(run.array, run.position) if values else run.index
+            call.element = run.index if value is None else value
         return call
 
     def _fetch_context(self, key: str) -> ContextView:
@@ -205,21 +201,19 @@ class LaunchBuilder:
             raise UnlaunchableError("launch", f"its host file cannot be written: {error}") from None
         return path
 
-    def _variables(self, run: Run, spec: Spec, reservation: Reservation, root: bytes) -> Variables:
-        value = None
-        if spec.flags & FLAG_VALUES and any(name in bytes(run.spec) for name in VALUE_VARIABLES):
-            value = decode(self._shared_data.fetch_value(run.array, run.position))
-        return Variables(
-            task_id=run.id,
-            name=run.name,
-            index=run.index,
-            value=value,
-            position=run.position,
-            cores=sum(reservation.cores),
-            nodes=reservation.nodes,
-            cores_per_node=reservation.cores,
-            root=decode(root),
-        )
+
+def _variables(run: Run, value: bytes | None, reservation: Reservation, root: bytes) -> Variables:
+    return Variables(
+        task_id=run.id,
+        name=run.name,
+        index=run.index,
+        value=None if value is None else decode(value),
+        position=run.position,
+        cores=sum(reservation.cores),
+        nodes=reservation.nodes,
+        cores_per_node=reservation.cores,
+        root=decode(root),
+    )
 
 
 # The bits that make a random number a UUID of version 4 (RFC 9562): `uuid4` costs a system call each.
@@ -232,10 +226,12 @@ def as_bytes(env: Mapping[str, str]) -> dict[bytes, bytes]:
     return {encode(name): encode(value) for name, value in env.items()}
 
 
-def _environment(run: Run, spec: Spec, slot_env: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+def _environment(run: Run, spec: Spec, slot_env: Mapping[bytes, bytes], value: bytes | None) -> dict[bytes, bytes]:
     """The variables of this task alone; the launcher adds its id and execution."""
     step = {b"QCG_PM_STEP_ID": b"%032x" % (random.getrandbits(128) & ~STEP_CLEAR | STEP_SET)}
     env = {**step, **_array_environment(run)}
+    if run.array:
+        env[b"PILOTQ_VALUE"] = env[b"PILOTQ_INDEX"] if value is None else value
     if spec.env and spec.flags & FLAG_QCG:
         # In QCG-PilotJob the manager's variables for a job's place override the job's own.
         managed = {name for name in slot_env if name.startswith((b"QCG_PM_", b"SLURM_"))} | step.keys()

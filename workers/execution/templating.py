@@ -1,8 +1,9 @@
 """Fills in the variables of a task at its launch. Pure.
 
-In arrays ``{index}`` and ``{value}``; in tasks of QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``,
-``${nnodes}``, ``${nlist}`` and ``${root_wd}`` (broker/taskfiles/qcg_variables.py has the rules). What was filled
-in is not filled in again: a value that contains ``{index}`` stays as it is.
+In arrays ``{index}`` and ``{value}``, in the code of a shell as broker/tasks/shell_code.py says; in tasks of
+QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``, ``${nnodes}``, ``${nlist}`` and ``${root_wd}``
+(broker/taskfiles/qcg_variables.py has the rules). What was filled in is not filled in again: a value that contains
+``{index}`` stays as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 
 from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.taskfiles.qcg_variables import fill
+from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_to_value
 from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec
 
 # `${index}` is a variable of the shell, not ours.
@@ -40,7 +42,8 @@ class Variables(msgspec.Struct):
 def render(spec: Spec, variables: Variables) -> Spec:
     """``spec`` with the variables of its kind filled in; ``spec`` itself when it has none by its flags.
 
-    They stand in arguments, script, environment values, and the four paths. In a task of a QCG-PilotJob file that
+    They stand in arguments, script, environment values, and the four paths; in a script that no shell runs they are
+    its own. The code of a shell refers to a value, and does not contain it. In a task of a QCG-PilotJob file that
     is no element ``${it}`` and ``${itval}`` stay as they are, and ``{index}`` and ``{value}`` always do.
     """
     if spec.flags & FLAG_QCG:
@@ -57,8 +60,25 @@ def render(spec: Spec, variables: Variables) -> Spec:
         def braces(text: str) -> str:
             return _fill_braces(text, index, value)
 
-        return _render(spec, braces, braces, b"{")
+        def code(text: str) -> str:
+            return braces(text) if variables.value is None else _fill_braces(refer_to_value(text), index, VALUE)
+
+        def script(text: str) -> str:
+            return code(text) if is_for_shell(text) else text
+
+        done = _render(spec, braces, script, b"{")
+        if variables.value is not None and not spec.flags & FLAG_FUNCTION:
+            _render_code(spec.argv, done.argv, code)
+        return done
     return spec
+
+
+def _render_code(argv: list[bytes], done: list[bytes], code: Callable[[str], str]) -> None:
+    """Put the argument that a shell reads as code, if there is one with a value in it, into the rendered ones."""
+    if any(VALUE.encode() in argument for argument in argv):
+        number = code_of([decode(argument) for argument in argv])
+        if number >= 0:
+            done[number] = encode(code(decode(argv[number])))
 
 
 def _qcg_variables(variables: Variables) -> dict[str, str]:

@@ -35,6 +35,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"after": "12"}, "after must be a list of ids or names, not str"),
     ({"after": [1]}, "after must be a list of ids or names, not list with int in it"),
     ({"name": 3}, "name must be a text, not int"),
+    ({"values": ["a", "b\0"]}, "values cannot contain a NUL character"),
+    ({"values": ["x" * ARGUMENT_BYTES]}, r"values\[0\] has [\d,]+ bytes, and the system takes at most"),
+    ({"script": "cat <<'E'\n{value}\nE", "values": ["a"]}, "script, line 2: no shell fills in a value"),
+    ({"command": ["sh", "-c", "cat <<'E'\n{value}\nE"], "values": ["a"]}, "line 2: no shell fills in a value"),
     (
         {"command": ["a", "ü" * (ARGUMENT_BYTES // 2 + 1)]},
         r"an argument has [\d,]+ bytes, and the system takes at most",

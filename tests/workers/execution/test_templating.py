@@ -38,7 +38,22 @@ def test_every_part_of_an_array_element() -> None:
 def test_the_script_of_an_array_keeps_its_own_variables() -> None:
     task = Task(script="index=9; echo {index} ${index} $value {value}", values=["v"])
     variables = Variables(task_id="7_0", index=0, value="v")
-    assert render(spec_of(task), variables).script == b"index=9; echo 0 ${index} $value v"
+    assert render(spec_of(task), variables).script == b'index=9; echo 0 ${index} $value "${PILOTQ_VALUE}"'
+
+
+def test_a_value_gets_into_no_code() -> None:
+    evil = Variables(task_id="7_0", index=4, value="$(id)\n{index}")
+    for first in ("", "#!/bin/sh -e\n"):
+        task = Task(script=first + "# {value} {index}\necho '{value}' {index}", values=["v"])
+        code = first + "# {value} 4\necho ''\"${PILOTQ_VALUE}\"'' 4"
+        assert render(spec_of(task), evil).script == code.encode()
+        command = Task(command=["bash", "-c", task.script or "", "{value}"], env={"A": "{value}"}, values=["v"])
+        done = render(spec_of(command), evil)
+        assert (done.argv[2:], done.env) == ([code.encode(), b"$(id)\n{index}"], {b"A": b"$(id)\n{index}"})
+    python = Task(script='#!/usr/bin/env python3\nprint(f"{value} {index}")', values=["v"])
+    assert render(spec_of(python), evil).script == (python.script or "").encode()
+    plain = Task(script="echo {value} {index}", array=ArrayRange(0, 9))
+    assert render(spec_of(plain), Variables(task_id="7_4", index=4)).script == b"echo 4 4"
 
 
 def test_the_value_in_an_array_without_values_is_the_index_and_an_empty_value_is_empty() -> None:
