@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.os_strings import unusable
+from pilotq.broker.os_strings import encode, unusable
 from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import ARRAY_LIMIT, COUNTER, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
 from pilotq.broker.tasks.retry_policy import parse_retry_on
