@@ -69,7 +69,7 @@ task_options = all_of(
                  help="A task for each line: {value} in CMD, $PILOTQ_VALUE in a script."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
-                 help="End it after this time: 90s, 10m, 1:30:00."),
+                 help="End it after this time: 90s, 10m, 1:30:00, 2-00:00:00."),
     click.option("--time-request", metavar="TIME", callback=parsed(parse_duration),
                  help="It takes at most this long: helps to fill gaps."),
     click.option("--retries", type=int, default=0, metavar="N", help="How often to try again after a failure."),

@@ -17,6 +17,7 @@ from pilotq.broker.tasks.model import COUNTER, ArrayRange, Request
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)s?)?", re.I)
 _CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
+_SLURM = re.compile(r"([0-9]{1,9})-([0-9]{1,9})(?::([0-9]{2})(?::([0-9]{2}))?)?")
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 _ARRAY = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15})(?::([0-9]{1,15}))?)?")
 
@@ -31,16 +32,23 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """``90``, ``1.5``, ``1m30s``, ``2d``, ``1:30`` (minutes and seconds), ``1:30:00`` -> seconds."""
+    """``90``, ``1.5``, ``1m30s``, ``2d``, ``1:30`` (minutes and seconds), ``1:30:00`` -> seconds.
+
+    With days as Slurm has them: ``2-12`` (hours), ``2-12:30`` (hours and minutes), ``2-12:30:00``.
+    """
     text = text.strip()
+    if slurm := _SLURM.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in slurm.groups())
+        return float(days * 86_400 + hours * 3600 + minutes * 60 + seconds)
     if clock := _CLOCK.fullmatch(text):
-        hours, minutes, seconds = clock.groups()
-        return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+        return int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3])
     units = _UNITS.fullmatch(text)
     if not text or not units:
-        raise InvalidInput(f"{text!r} is no duration: write seconds (90), units (1h30m) or a clock (1:30:00)")
-    days, hours, minutes, seconds = (float(part or 0) for part in units.groups())
-    return days * 86_400 + hours * 3600 + minutes * 60 + seconds
+        raise InvalidInput(
+            f"{text!r} is no duration: write seconds (90), units (1h30m) or a clock (1:30:00, 2-00:00:00)"
+        )
+    day, hour, minute, second = (float(part or 0) for part in units.groups())
+    return day * 86_400 + hour * 3600 + minute * 60 + second
 
 
 def parse_span(text: str) -> tuple[int, int]:

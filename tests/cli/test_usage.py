@@ -87,7 +87,7 @@ WRONG = [
     (["start", "--resume", "nope"], "--resume nope: there was never a pilot"),
     (["start", "--dir", "tasks.txt"], "tasks.txt cannot be the pilot's directory"),
     (["start", "--counter", "lic"], "NAME=N"),
-    (["run", "--time-limit", "soon", "--", "true"], "(1:30:00). See `pilotq run --help`"),
+    (["run", "--time-limit", "soon", "--", "true"], "(1:30:00, 2-00:00:00). See `pilotq run --help`"),
 ]
 
 
