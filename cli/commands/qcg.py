@@ -11,7 +11,11 @@ from pilotq.cli.qcg import environment
 
 @click.group("qcg")
 def qcg_command() -> None:
-    """Let programs and batch scripts of QCG-PilotJob run on pilotq unchanged, in this Python environment."""
+    """Let programs and batch scripts of QCG-PilotJob run on pilotq unchanged, in this Python environment.
+
+    \b
+    Example: pilotq qcg install
+    """
 
 
 @qcg_command.command("install")
