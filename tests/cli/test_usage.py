@@ -34,7 +34,7 @@ def test_help_fits_a_screen_and_has_an_example(verb: str, tmp_path: Path) -> Non
     result = pilotq(verb, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Example: pilotq " + verb in result.stdout
-    assert "--dir" in result.stdout or verb in ("help", "completion")
+    assert "--dir" in result.stdout or verb in ("help", "completion", "qcg")
     lines = result.stdout.splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 80

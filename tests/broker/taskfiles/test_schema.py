@@ -93,7 +93,7 @@ def test_what_the_schema_refuses_the_reader_refuses(content: Any, tmp_path: Path
 
 def submitted(path: Path) -> None:
     """What the command line does with a file before anything is sent."""
-    check(file_of_tasks(str(path), None, shell=False, replies=None).tasks, [], set())
+    check(file_of_tasks(str(path), None, shell=False, replies=None).tasks, [])
 
 
 @pytest.mark.parametrize(
