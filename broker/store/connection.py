@@ -64,19 +64,25 @@ class ReplyError(PilotFailed):
 
 
 class Connection:
-    """A connection that is opened on first use and after `close`. Not for several threads."""
+    """A connection that is opened on first use and after `close`. Not for several threads.
+
+    A process that was forked opens one of its own: over a shared one each would get replies of the other.
+    """
 
     def __init__(self, address: Address, *, timeout: float = 10.0) -> None:
         self.address = address
         self.timeout = timeout
         self._socket: socket.socket | None = None
+        self._pid = 0  # of the process that has opened it
         self._reader = hiredis.Reader()
         self.outstanding = 0  # commands sent by `post` whose replies were not read yet
 
     def connect(self) -> None:
         """Open and authenticate; raises ServerUnavailable, or ServerRefused when the password is wrong."""
         if self._socket is not None:
-            return
+            if self._pid == os.getpid():
+                return
+            self.close()  # this process's copy: the connection itself stays with the process that has opened it
         where = self.address
         try:
             if where.path:
@@ -89,6 +95,7 @@ class Connection:
             raise ServerUnavailable(f"the server at {where} does not answer: {error}") from None
         sock.setblocking(False)
         self._socket = sock
+        self._pid = os.getpid()
         self._reader = hiredis.Reader()
         self.outstanding = 0
         try:
