@@ -16,7 +16,7 @@ from statistics import median
 from benchmarks.figures import Figure
 from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Executor, Task
-from pilotq.broker.client.results import fetch
+from pilotq.broker.client.results import OutputFiles, fetch
 
 SLICE = 500
 
@@ -45,7 +45,8 @@ def run(number: int = 20_000, rounds: int = 3) -> list[Figure]:
         def by_enqueue(count: int) -> list[int]:
             ids = broker.enqueue_many([Task(function=nothing, args=(n,)) for n in range(count)])
             broker.wait(ids)
-            found = [o for i in range(0, count, SLICE) for o in fetch(broker.link, ids[i : i + SLICE])]
+            files = OutputFiles(broker.pilot)
+            found = [o for i in range(0, count, SLICE) for o in fetch(broker.link, ids[i : i + SLICE], files)]
             return [o.value for o in found if o is not None]
 
         def by_pool(count: int) -> list[int]:

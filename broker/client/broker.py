@@ -162,14 +162,14 @@ class Broker:
         (FunctionCanceled when it was canceled or stopped); InvalidInput when the task is no function; UnknownTask when
         there is no such task, or its record has expired. Reading a result unpickles it.
         """
-        from pilotq.broker.client.results import fetch
+        from pilotq.broker.client.results import OutputFiles, StoredValue, fetch
 
         self.wait([task_id], timeout=timeout)
-        [outcome] = fetch(self.link, [task_id])
+        [outcome] = fetch(self.link, [task_id], OutputFiles(self.pilot))
         assert outcome is not None, "it has ended"
         if outcome.error is not None:
             raise outcome.error
-        return outcome.value
+        return outcome.value.load() if isinstance(outcome.value, StoredValue) else outcome.value
 
     def cancel(self, ids: Iterable[str]) -> dict[str, str]:
         """Cancel tasks, waiting or running; returns id -> what happened.

@@ -1,13 +1,14 @@
 """`Executor`: a pilot behind the interface of `concurrent.futures`.
 
 It has two threads. One submits: calls that came meanwhile go in one submission. The other one reads from the server
-which tasks have ended (a list that complete.lua fills) and then their results; it also polls the oldest tasks, in case
-an entry of the list was lost.
+how tasks have ended, and their results (a stream that complete.lua fills); it also polls the records of what is open,
+in case one was deleted.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import queue
 import secrets
@@ -24,9 +25,16 @@ import msgspec
 
 from pilotq.broker.client import private_pilot
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.client.results import Outcome, fetch, portions
-from pilotq.broker.errors import FunctionCanceled, PilotFailed, PilotqError, ServerUnavailable
-from pilotq.broker.store import keys
+from pilotq.broker.client.completions import Completions
+from pilotq.broker.client.results import Ended, Outcome, OutputFiles, StoredValue, outcome_of
+from pilotq.broker.errors import (
+    FunctionCanceled,
+    FunctionFailed,
+    InvalidInput,
+    PilotFailed,
+    PilotqError,
+    ServerUnavailable,
+)
 from pilotq.broker.tasks.functions import Packed, pack_call, target_of
 from pilotq.broker.tasks.model import Request, Task
 from pilotq.broker.tasks.quantities import request_of
@@ -34,9 +42,8 @@ from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.broker.tasks.validation import validate
 
 BATCH_MAX = 2000  # tasks in one submission
-READ_MAX = 500  # results that are read at once
-WAIT_S = 1.0  # how long one blocking read of the list of completions waits
-POLL_S = 5.0  # how often the oldest tasks are polled though the list does not name them
+POLL_S = 5.0  # how often the records of open tasks are polled though nothing was said of them
+POLL_MAX = 2000  # of them at a time, in turn
 GONE_S = 60.0  # a server that does not answer for so long is considered gone
 
 
@@ -59,6 +66,31 @@ class TaskFuture(futures.Future[Any]):
                 self.set_running_or_notify_cancel()  # wakes those who wait for several futures
             self._executor._on_cancel(self)
         return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The value of the function. A large one is read from its file now, and not kept here."""
+        self._executor._check_process(self)
+        value = super().result(timeout)
+        return value.load() if isinstance(value, StoredValue) else value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the function has raised, or why its value cannot be had."""
+        self._executor._check_process(self)
+        error = super().exception(timeout)
+        if error is None and isinstance(value := super().result(0), StoredValue):
+            try:
+                value.load()
+            except FunctionFailed as failed:
+                return failed
+        return error
+
+    def _get_snapshot(self) -> Any:
+        """What asyncio reads from Python 3.14 on, in place of the methods above."""
+        done, cancelled, value, error = super()._get_snapshot()  # type: ignore[misc]
+        if isinstance(value, StoredValue):
+            value, error = None, self.exception(0)
+            value = self.result(0) if error is None else None
+        return done, cancelled, value, error
 
 
 class Options:
@@ -99,21 +131,24 @@ class Executor(futures.Executor):
         self._broker = Broker.connect(pilot.directory)
         self._reader = Broker.connect(pilot.directory)
         self._pilot = pilot
+        self._files = OutputFiles(pilot)
         self._name = secrets.token_hex(6)
+        self._completions = Completions(self._reader.link, self._name)
         self._lock = threading.Lock()
         self._submit_queue: queue.SimpleQueue[tuple[TaskFuture, Task] | TaskFuture | None] = queue.SimpleQueue()
         self._waiting: dict[str, TaskFuture] = {}  # by id, oldest first
         self._committing = False  # a submission is under way
-        self._completed_early: set[str] = set()  # ended before the submission returned their ids
+        self._ended_early: list[Ended] = []  # before the submission returned their ids
         self._open: set[TaskFuture] = set()  # those that are not done
         self._closing = False
-        self._all_done = threading.Event()
-        self._all_done.set()
-        self._threads = [threading.Thread(target=t, daemon=True, name="pilotq") for t in (self._send, self._collect)]
+        self._pid = os.getpid()
+        roles = (self._send, self._collect)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(role,), daemon=True, name="pilotq") for role in roles
+        ]
+        _living.add(self)
         for thread in self._threads:
             thread.start()
-        self._pid = os.getpid()
-        atexit.register(self._at_exit)
 
     # -- what concurrent.futures has -------------------------------------------------------------------------------
 
@@ -140,6 +175,8 @@ class Executor(futures.Executor):
     ) -> Options:
         """`submit` and `map` for tasks that ask for resources, as task files write them, or set ``fields`` of Task."""
         request = request_of(Request(), cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use)
+        if fields.get("array") is not None or fields.get("values") is not None:
+            raise InvalidInput("options: a future is of one call: submit an array with Broker.enqueue")
         task = msgspec.structs.replace(_PLAIN, request=request, **fields)
         validate(msgspec.structs.replace(task, function=_run_each), "options")  # any function: it comes later
         return Options(self, task)
@@ -147,20 +184,28 @@ class Executor(futures.Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; wait for those that were taken, or cancel them. A private pilot ends after them.
 
-        A ``with`` block that ends by Ctrl-C, or by another exception that is no Exception, cancels them.
+        Calls that were taken run in any case: without ``wait`` the program's end waits for them. A ``with`` block that
+        ends by Ctrl-C, also while it waits, or by another exception that is no Exception, cancels them.
         """
+        if os.getpid() != self._pid:
+            return  # a process that was forked: calls, threads and pilot are its parent's
         with self._lock:
-            closed, self._closing = self._closing, True
+            self._closing = True
             pending = list(self._open) if cancel_futures else []
         for future in pending:
             future.cancel()
-        if not closed:
-            self._submit_queue.put(None)
+        self._submit_queue.put(None)
         if wait and threading.current_thread() not in self._threads:
             for thread in self._threads:
                 thread.join()
-        if not closed:
-            atexit.unregister(self._at_exit)
+
+    def _finish(self, cancel: bool) -> None:
+        """Shut down; who presses Ctrl-C while it waits does not want to wait for thousands of calls."""
+        try:
+            self.shutdown(cancel_futures=cancel)
+        except BaseException:
+            self.shutdown(cancel_futures=True)
+            raise
 
     # -- submitting ------------------------------------------------------------------------------------------------
 
@@ -189,56 +234,79 @@ class Executor(futures.Executor):
 
     def _put(self, task: Task) -> TaskFuture:
         future = TaskFuture(self)
+        self._check_process(future)
         with self._lock:
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._open.add(future)
-            self._all_done.clear()
         self._submit_queue.put((future, task))
         return future
 
+    def _check_process(self, future: TaskFuture) -> None:
+        """A process that was forked has none of the threads that would ever make a future done."""
+        if os.getpid() != self._pid and not future.done():
+            raise RuntimeError(
+                f"this executor belongs to process {self._pid}, and this one was forked from it: make an Executor here"
+            )
+
     def _on_cancel(self, future: TaskFuture) -> None:
+        self._submit_queue.put(
+            future
+        )  # first: the thread that cancels ends when nothing is open and its queue is empty
         self._forget(future)
-        self._submit_queue.put(future)
 
     def _forget(self, future: TaskFuture) -> None:
         with self._lock:
             self._open.discard(future)
-            if not self._open:
-                self._all_done.set()
+            last = self._closing and not self._open
+        if last:
+            self._submit_queue.put(None)
+
+    def _all_done(self) -> bool:
+        with self._lock:
+            return self._closing and not self._open
+
+    def _guarded(self, role: Callable[[], None]) -> None:
+        """One of the two threads: whatever ends it, nobody may wait for ever for a future."""
+        try:
+            role()
+        except BaseException as error:
+            with self._lock:
+                self._closing = True
+                left = list(self._open)
+            for future in left:
+                self._set_outcome(future, Outcome(error=PilotFailed(f"a thread of the executor has failed: {error!r}")))
+            self._submit_queue.put(None)
+            raise
 
     def _send(self) -> None:
         """Submit and cancel: the first thread."""
         number = 0
-        ending = False
-        while not ending:
+        while not (self._all_done() and self._submit_queue.empty()):
             items = [self._submit_queue.get()]
             while len(items) < BATCH_MAX and not self._submit_queue.empty():
                 items.append(self._submit_queue.get())
-            ending = None in items
             fresh = [item for item in items if isinstance(item, tuple) and not item[0].cancelled()]
             ids = [item.task_id for item in items if isinstance(item, TaskFuture) and item.task_id is not None]
-            for first in range(0, len(fresh), BATCH_MAX):
+            del items
+            if fresh:
                 number += 1
-                self._enqueue(fresh[first : first + BATCH_MAX], f"@{self._name}.{number}")
+                self._enqueue(fresh, f"@{self._name}.{number}")
             self._cancel(ids)
-        # Cancels of what is still waiting come until the last one is done.
-        while not self._all_done.is_set():
-            try:
-                item = self._submit_queue.get(timeout=WAIT_S)
-            except queue.Empty:
-                continue
-            if isinstance(item, TaskFuture) and item.task_id is not None:
-                self._cancel([item.task_id])
+            del fresh, ids  # else the last future stays while there is nothing to do
+        with suppress(PilotqError):
+            self._completions.wake(self._broker.link)
         self._broker.close()
 
     def _enqueue(self, batch: list[tuple[TaskFuture, Task]], key: str) -> None:
         tasks = [task for _, task in batch]
-        self._committing = True
+        with self._lock:
+            self._committing = True
         try:
             context = capture_context(functions=True)
             ids = self._until_answered(lambda: self._broker.enqueue_many(tasks, key=key, context=context))
         except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for ever for these futures
+            self._end_commit([], [])
             if len(batch) > 1 and not isinstance(error, ServerUnavailable):
                 for number, item in enumerate(batch):  # some of them are wrong
                     self._enqueue([item], f"{key}.{number}")
@@ -246,20 +314,18 @@ class Executor(futures.Executor):
             for future, _ in batch:
                 self._set_outcome(future, Outcome(error=error))
             return
-        ended = []
+        self._end_commit([future for future, _ in batch], ids)
+        self._cancel([future.task_id for future, _ in batch if future.cancelled() and future.task_id is not None])
+
+    def _end_commit(self, submitted: list[TaskFuture], ids: list[str]) -> None:
+        """A submission has ended: its ids are known, and those that have ended before that."""
         with self._lock:
-            for (future, _), task_id in zip(batch, ids, strict=True):
+            for future, task_id in zip(submitted, ids, strict=True):
                 future.task_id = task_id
                 self._waiting[task_id] = future
-                if task_id in self._completed_early:
-                    ended.append(task_id)
             self._committing = False
-            self._completed_early.clear()
-        self._cancel([future.task_id for future, _ in batch if future.cancelled() and future.task_id is not None])
-        if ended:
-            # The other thread has the connection for reading: the ends are put on its list again, or it polls.
-            with suppress(PilotqError):
-                self._until_answered(lambda: self._broker.link.call("RPUSH", keys.completions(self._name), *ended))
+            early, self._ended_early = self._ended_early, []
+        self._take(early)
 
     def _cancel(self, ids: list[str]) -> None:
         with suppress(PilotqError):  # the pilot is gone: what it ran ends with it
@@ -281,45 +347,53 @@ class Executor(futures.Executor):
 
     def _collect(self) -> None:
         """Read results: the second thread."""
-        look_at = time.monotonic() + POLL_S
+        poll_at = time.monotonic() + POLL_S
         answered_at = time.monotonic()
-        while not (self._closing and self._all_done.is_set()):
+        while not self._all_done():
             try:
-                ids = self._completed()
-                if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + POLL_S
-                    with self._lock:
-                        ids += list(islice(self._waiting, READ_MAX))
-                for first in range(0, len(ids), READ_MAX):
-                    self._read(ids[first : first + READ_MAX])
+                self._take(self._completions.read())
+                if time.monotonic() >= poll_at:
+                    poll_at = time.monotonic() + POLL_S
+                    self._completions.poll(self._next_to_poll(), self._files)
+                for task_id, outcome in self._completions.missed():
+                    self._set_outcome_of(task_id, outcome)
                 answered_at = time.monotonic()
             except (PilotqError, OSError) as error:
                 if time.monotonic() > answered_at + GONE_S or not self._pilot.alive():
                     self._fail_all(PilotFailed(f"the pilot in {self._pilot.directory} is gone: {error}"))
                 time.sleep(0.1)
+        with suppress(PilotqError):
+            self._completions.remove()
         self._reader.close()
+        # What large values still need of the pilot's directory is known by who refers to its files.
+        files, self._files = self._files, OutputFiles(None)
         if self._private:
-            private_pilot.end(self._pilot)
+            private_pilot.end(self._pilot, files)
+        _living.discard(self)
 
-    def _completed(self) -> list[str]:
-        """Ids of tasks that have ended, from the list of completions; waits for the first one."""
-        key = keys.completions(self._name)
-        reply = self._reader.link.call("BLMPOP", WAIT_S, 1, key, "LEFT", "COUNT", READ_MAX)
-        return [item.decode() for item in reply[1]] if reply else []
-
-    def _read(self, ids: list[str]) -> None:
+    def _next_to_poll(self) -> list[str]:
+        """Ids of open tasks, in turn."""
         with self._lock:
-            known = [task_id for task_id in ids if task_id in self._waiting]
-            if self._committing:
-                self._completed_early.update(task_id for task_id in ids if task_id not in self._waiting)
-        link = self._reader.link
-        for part in portions(link, known):
-            for task_id, outcome in zip(part, fetch(link, part), strict=True):
-                if outcome is not None:
-                    with self._lock:
-                        future = self._waiting.pop(task_id, None)
-                    if future is not None:
-                        self._set_outcome(future, outcome)
+            ids = list(islice(self._waiting, POLL_MAX))
+            for task_id in ids:
+                self._waiting[task_id] = self._waiting.pop(task_id)
+        return ids
+
+    def _take(self, ends: list[Ended]) -> None:
+        for ended in ends:
+            with self._lock:
+                future = self._waiting.pop(ended.id, None)
+                if future is None and self._committing:
+                    self._ended_early.append(ended)
+            # Those of canceled futures come late, and nobody asks for their values.
+            if future is not None and not future.cancelled():
+                self._set_outcome(future, outcome_of(ended, self._files))
+
+    def _set_outcome_of(self, task_id: str, outcome: Outcome) -> None:
+        with self._lock:
+            future = self._waiting.pop(task_id, None)
+        if future is not None:
+            self._set_outcome(future, outcome)
 
     def _set_outcome(self, future: TaskFuture, outcome: Outcome) -> None:
         try:
@@ -327,12 +401,15 @@ class Executor(futures.Executor):
                 return
         except RuntimeError:
             return  # it was canceled at this moment, and those who wait were woken
-        if isinstance(outcome.error, FunctionCanceled):
-            future.set_exception(futures.CancelledError(str(outcome.error)))
-        elif outcome.error is not None:
-            future.set_exception(outcome.error)
-        else:
-            future.set_result(outcome.value)
+        try:
+            if isinstance(outcome.error, FunctionCanceled):
+                future.set_exception(futures.CancelledError(str(outcome.error)))
+            elif outcome.error is not None:
+                future.set_exception(outcome.error)
+            else:
+                future.set_result(outcome.value)
+        except BaseException:  # what a callback of the user raises, an exit too, does not end our thread
+            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", future)
         self._forget(future)
 
     def _fail_all(self, error: PilotqError) -> None:
@@ -343,14 +420,27 @@ class Executor(futures.Executor):
             self._set_outcome(future, Outcome(error=error))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A user who presses Ctrl-C does not want to wait for thousands of calls.
-        self.shutdown(cancel_futures=kind is not None and not issubclass(kind, Exception))
+        self._finish(cancel=kind is not None and not issubclass(kind, Exception))
 
-    def _at_exit(self) -> None:
-        if os.getpid() == self._pid:
-            # What ended the program; at a prompt it may be long ago.
-            last = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
-            self.shutdown(cancel_futures=last is KeyboardInterrupt)
+
+_living: set[Executor] = set()  # those whose calls have not all ended
+
+
+@atexit.register
+def _finish_all() -> None:
+    """The end of the program waits for the calls of all executors, as those of the standard library do."""
+    # What ended the program; at a prompt it may be long ago.
+    last = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
+    cancel = last is KeyboardInterrupt
+    interrupted: BaseException | None = None
+    for executor in list(_living):
+        try:
+            executor._finish(cancel)
+        except KeyboardInterrupt as error:
+            interrupted, cancel = error, True
+    private_pilot.remove_kept()
+    if interrupted is not None:
+        raise interrupted
 
 
 _PLAIN = Task()

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 
+from pilotq.broker.client.results import OutputFiles
 from pilotq.broker.errors import NoPilot, PilotFailed
 from pilotq.broker.pilot.directory import Pilot, find
 
@@ -34,19 +36,30 @@ def start(nodes: str | None) -> Pilot:
     more = ["--nodes", nodes] if nodes else []
     started = _pilotq(pilot, "start", "--owner", str(os.getpid()), *more)
     if started.returncode:
-        _remove(pilot)
+        _remove(pilot, os.getpid())
         raise PilotFailed(started.stderr.strip().removeprefix("pilotq: "))
     return pilot
 
 
-def end(pilot: Pilot) -> None:
-    """End what `start` has returned, and remove what it leaves."""
+def end(pilot: Pilot, files: OutputFiles) -> None:
+    """End what `start` has returned. What it leaves is removed when nobody can read results from ``files`` any more."""
     _pilotq(pilot, "stop", "--now", timeout=END_S)
-    _remove(pilot)
+    _kept[:] = [removal for removal in _kept if removal.alive]
+    _kept.append(weakref.finalize(files, _remove, pilot, os.getpid()))
 
 
-def _remove(pilot: Pilot) -> None:
-    shutil.rmtree(os.path.dirname(pilot.directory), ignore_errors=True)
+def remove_kept() -> None:
+    """At the end of the program: remove what was kept for those who could have read large results."""
+    while _kept:
+        _kept.pop()()
+
+
+_kept: list[weakref.finalize[[Pilot, int], OutputFiles]] = []
+
+
+def _remove(pilot: Pilot, owner: int) -> None:
+    if os.getpid() == owner:  # and not a process that was forked from it
+        shutil.rmtree(os.path.dirname(pilot.directory), ignore_errors=True)
 
 
 def _pilotq(pilot: Pilot, verb: str, *args: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:

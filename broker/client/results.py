@@ -1,40 +1,82 @@
-"""Results of functions, read from RQ's results streams, where RQ's own tools find them, too."""
+"""Results of functions: from RQ's results streams, where RQ's own tools find them, too; of an executor from what it is
+told; large ones from the files that the interpreters have written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import base64
+import os
+import pickle
+import threading
+import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput, UnknownTask
+from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput, NoPilot, UnknownTask
+from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
-from pilotq.broker.tasks.functions import read_failure, read_result
-from pilotq.broker.tasks.states import ENDED
+from pilotq.broker.tasks.functions import Stored, read_text
+from pilotq.broker.tasks.states import ENDED, REASONS
 
-PORTION_BYTES = 64 << 20  # of results that are read at once: 500 large ones would be gigabytes
+MESSAGE_CHARS = 500  # of what a worker says of a function that did not come to its end
 
 
 class Outcome(NamedTuple):
-    """What became of one function that has ended: its value, or the exception to raise."""
+    """What became of a function that has ended: its value (a `StoredValue` if it is large), or what is to be raised."""
 
     value: Any = None
     error: BaseException | None = None
 
 
-def portions(link: Connection, ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The ids in their order, cut so that the results of each piece are PORTION_BYTES at most, or one larger result."""
-    sizes = link.pipeline([("MEMORY", "USAGE", keys.results(i)) for i in ids]) if ids else []
-    first = size = 0
-    for place, found in enumerate(sizes):
-        size += found or 0
-        if size > PORTION_BYTES and place > first:
-            yield ids[first:place]
-            first, size = place, found or 0
-    if ids:
-        yield ids[first:]
+class Ended(NamedTuple):
+    """How a task of an executor has ended, as complete.lua and others tell it."""
+
+    id: str
+    status: str
+    reason: str
+    text: str  # of EndReport
 
 
-def fetch(link: Connection, ids: Sequence[str]) -> list[Outcome | None]:
+class OutputFiles:
+    """The files with output and large results of a pilot, which is None where its directory is not known."""
+
+    def __init__(self, pilot: Pilot | None) -> None:
+        self._directory = None if pilot is None else os.path.join(pilot.directory, "output")
+
+    def read(self, stored: Stored) -> bytes:
+        """Raises FunctionFailed when the file is gone or damaged, NoPilot when its directory is not known."""
+        if self._directory is None:
+            raise NoPilot("a large result is read from the pilot's directory: connect with --dir, not by a URL")
+        path = os.path.join(self._directory, stored.name)
+        try:
+            with open(path, "rb") as file:
+                file.seek(stored.offset)
+                data = file.read(stored.length)
+        except OSError as error:
+            raise FunctionFailed(f"the result of the function cannot be read: {error.strerror}: {path}") from None
+        if len(data) < stored.length:
+            raise FunctionFailed(
+                f"the result of the function is damaged: {path} has {len(data):,} of its {stored.length:,} bytes"
+            )
+        return data
+
+
+class StoredValue:
+    """A large value, in a file: it is read each time it is asked for, so that many of them need no memory."""
+
+    __slots__ = ("_files", "_stored")
+
+    def __init__(self, files: OutputFiles, stored: Stored) -> None:
+        self._files = files
+        self._stored = stored
+
+    def load(self) -> Any:
+        """Raises FunctionFailed when it cannot be read."""
+        return load(self._files.read(self._stored))
+
+
+def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outcome | None]:
     """The outcomes of functions; None for those that have not ended."""
     if not ids:
         return []
@@ -43,19 +85,27 @@ def fetch(link: Connection, ids: Sequence[str]) -> list[Outcome | None]:
     unclear = []
     for number, entries in enumerate(streams):
         # Only a function that has finished has a value: nothing else need be known of it.
-        if (value := _fields(entries).get(b"return_value")) is not None:
-            found[number] = _value(value)
+        if (value := _value_of(_fields(entries))) is not None:
+            found[number] = _value(value, files)
         else:
             unclear.append(number)
     commands: list[tuple[Argument, ...]] = []
     for number in unclear:
         # Its status first: what has ended by then has its result, too.
-        commands.append(("HMGET", keys.job(ids[number]), "status", "pq_array"))
+        commands.append(("HMGET", keys.job(ids[number]), "status", "pq_array", "pq_reason", "pq_sub"))
         commands.append(("XREVRANGE", keys.results(ids[number]), "+", "-", "COUNT", 1))
     replies = link.pipeline(commands) if commands else []
     for place, number in enumerate(unclear):
-        found[number] = _outcome(ids[number], replies[2 * place], _fields(replies[2 * place + 1]))
+        found[number] = _outcome(ids[number], replies[2 * place], _fields(replies[2 * place + 1]), files)
     return found
+
+
+def outcome_of(ended: Ended, files: OutputFiles) -> Outcome:
+    """The outcome of a function that its executor was told of."""
+    if ended.status == "finished":
+        return _value(ended.text, files)
+    trace, _, exception = ended.text.partition("\n")
+    return Outcome(error=_failure(ended.id, ended.status, ended.reason, trace, exception, files))
 
 
 def _fields(entries: list[Any]) -> dict[bytes, bytes]:
@@ -63,16 +113,26 @@ def _fields(entries: list[Any]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _value(text: bytes) -> Outcome:
+def _value_of(fields: dict[bytes, bytes]) -> str | None:
+    value = fields.get(b"return_value") or fields.get(b"pq_file")
+    return None if value is None else value.decode("ascii", "replace")
+
+
+def _value(text: str, files: OutputFiles) -> Outcome:
     try:
-        return Outcome(read_result(text))
+        data = read_text(text)
+        return Outcome(StoredValue(files, data) if isinstance(data, Stored) else load(data))
     except FunctionFailed as error:
         return Outcome(error=error)
+    except ValueError as error:
+        return Outcome(error=FunctionFailed(f"the result of the function cannot be read: {error}"))
 
 
-def _outcome(task_id: str, record: list[bytes | None], fields: dict[bytes, bytes]) -> Outcome | None:
+def _outcome(
+    task_id: str, record: list[bytes | None], fields: dict[bytes, bytes], files: OutputFiles
+) -> Outcome | None:
     """Of any task; None when it has not ended."""
-    raw_status, array = record
+    raw_status, array, reason, submission = record
     if raw_status is None:
         return Outcome(error=UnknownTask(f"the result of task {task_id} is gone: records are kept for a time only"))
     if array is not None:
@@ -80,11 +140,83 @@ def _outcome(task_id: str, record: list[bytes | None], fields: dict[bytes, bytes
     status = raw_status.decode()
     if status not in ENDED:
         return None
-    if status == "finished" and b"return_value" in fields:
-        return _value(fields[b"return_value"])
+    if status == "finished" and (value := _value_of(fields)) is not None:
+        return _value(value, files)
+    if status == "finished" and keys.executor_of((submission or b"").decode()):
+        return Outcome(error=UnknownTask(f"the result of task {task_id} went to its executor: only that one has it"))
     if status == "finished":
         return Outcome(error=InvalidInput(f"task {task_id} is no function: it has an exit code, but no result"))
-    if status == "failed":
-        trace, exception = fields.get(b"exc_string", b""), fields.get(b"pq_exception", b"")
-        return Outcome(error=read_failure(f"task {task_id}", trace, exception))
-    return Outcome(error=FunctionCanceled(f"task {task_id} was {status}"))
+    trace, exception = (fields.get(name, b"").decode("ascii", "replace") for name in (b"exc_string", b"pq_exception"))
+    return Outcome(error=_failure(task_id, status, (reason or b"").decode(), trace, exception, files))
+
+
+def _failure(task_id: str, status: str, reason: str, trace: str, exception: str, files: OutputFiles) -> BaseException:
+    """The exception of a function that did not finish, as it is to be raised here: its own where that can be read."""
+    text = _decoded_trace(trace)
+    error = _exception(exception, files) if exception and status == "failed" else None
+    if error is None:
+        error = _told(task_id, status, reason, text)
+    if text:
+        try:
+            error.__cause__ = RemoteTraceback(text)
+        except Exception:  # noqa: BLE001  # a class of the user that lets nothing be set
+            pass
+    return error
+
+
+def _told(task_id: str, status: str, reason: str, text: str) -> FunctionFailed:
+    """The exception that says in words why a function has no value."""
+    from pilotq.broker.client.explain import PREDICATES  # brings placement along, which a result does not need
+
+    what, why = f"task {task_id}", REASONS.get(reason) or "it did not come to its end"
+    why = f"it {why}" if why.startswith(PREDICATES) else why
+    lines = text.strip().splitlines()
+    if status != "failed":
+        # `canceled`: by its user, or because of another task.
+        return FunctionCanceled(f"{what} was {status}" + (f": {why}" if reason == "dependency" else ""))
+    if reason == "exception" and lines:
+        return FunctionFailed(f"{what}: {lines[-1][:MESSAGE_CHARS]}")
+    # The worker's first line says the reason, too; the others where it ran, and what is known.
+    more = "; ".join(line.strip() for line in lines[1:])[:MESSAGE_CHARS]
+    return FunctionFailed(f"{what} failed: {why}" + (f" ({more})" if more else ""))
+
+
+def _decoded_trace(trace: str) -> str:
+    try:
+        return zlib.decompress(base64.b64decode(trace)).decode("utf-8", "replace") if trace else ""
+    except (ValueError, zlib.error):
+        return ""  # somebody else has written it
+
+
+def _exception(text: str, files: OutputFiles) -> BaseException | None:
+    """The exception itself; None when it cannot be read here: the traceback says what it was."""
+    try:
+        data = read_text(text)
+        found = load(files.read(data) if isinstance(data, Stored) else data)
+    except (FunctionFailed, NoPilot, ValueError):
+        return None
+    return found if isinstance(found, BaseException) else None
+
+
+def load(data: bytes) -> Any:
+    """The value of a pickle; raises FunctionFailed when it cannot be read here."""
+    try:
+        return pickle.loads(data)
+    except BaseException as error:
+        # This runs the user's code, which may raise anything: a module that parses arguments exits at its import.
+        # Ctrl-C is no fault of it, and only the main thread gets that.
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise FunctionFailed(f"the result of the function cannot be read here: {what}") from error
+
+
+class RemoteTraceback(Exception):
+    """The traceback in the interpreter that ran the function, as text: the cause of the exception raised here."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'

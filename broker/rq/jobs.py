@@ -96,7 +96,7 @@ class RqJob:
             error = other
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         last = text.strip().splitlines()[-1]
-        return "failed", "exception", last[:500], failure_text(text, b"")
+        return "failed", "exception", last[:500], failure_text(text, "")
 
     def stopped(self) -> Ending:
         """Run the callback of a job that was stopped; what that raises is printed."""

@@ -14,6 +14,7 @@ import re
 from typing import Final
 
 _CLASS: Final = re.compile(r"(.*)\.p-?[0-9]+\.[^.]*", re.DOTALL)
+_EXECUTOR: Final = re.compile(r"@([0-9a-f]{12})\..*", re.DOTALL)
 SCHEMA = "pilotq:schema"  # version of this data model
 QUEUE_ID = "pilotq:queue-id"  # random name of this queue: another value means that the server lost its state
 TERM = "pilotq:term"  # fencing token of the dispatcher that may write; grows with each new one
@@ -116,9 +117,15 @@ def submission(key: str) -> str:
     return f"pilotq:submit:{key}"
 
 
-def completions(name: str) -> str:
-    """List: ids of ended tasks of the executor with this name."""
-    return f"pilotq:completions:{name}"
+def completed(name: str) -> str:
+    """Stream: how tasks of the executor with this name have ended, and their results; it removes what it has read."""
+    return f"pilotq:completed:{name}"
+
+
+def executor_of(submission_key: str) -> str:
+    """The name of the executor that has made a submission, as executor_of in lib.lua; empty when nobody's."""
+    match = _EXECUTOR.fullmatch(submission_key)
+    return match[1] if match else ""
 
 
 def outcomes(array_id: str) -> str:

@@ -51,7 +51,10 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         "arrays of the same length: element number i waits for number i of each. Not together with `after`",
     ),
     "priority": ("number, -1000 to 1000", "higher goes first. Default 0"),
-    "time_limit": ('seconds, or text `"1h30m"`, `"1:30:00"`, `"2-00:00:00"`', "the task is ended when it has run so long"),
+    "time_limit": (
+        'seconds, or text `"1h30m"`, `"1:30:00"`, `"2-00:00:00"`',
+        "the task is ended when it has run so long",
+    ),
     "time_request": (
         "the same",
         "how long it will run at most: it may use cores kept for a waiting task meanwhile. Nothing enforces it",

@@ -12,15 +12,16 @@ import pickle
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from pilotq.broker.errors import FunctionFailed, InvalidInput
+from pilotq.broker.errors import InvalidInput
 
 # Prefetched calls travel in one message, hundreds of them: more than this belongs in a file.
 PAYLOAD_BYTES = 1 << 20
-RESULT_BYTES = 16 << 20  # of one result, pickled: it is in the server's memory until its record goes
+EXCEPTION_BYTES = 1 << 20  # of one exception, pickled: of a larger one only the text travels
+TRACE_HEAD, TRACE_TAIL = 2_000, 6_000  # characters of a traceback that are kept: the server holds it for days
 _SIMPLE = frozenset({int, float, str, bool, type(None)})
 _pack = msgspec.msgpack.Encoder().encode
 _targets: dict[Any, str | bytes] = {}  # of functions that were packed before
@@ -143,47 +144,38 @@ def _argument_text(value: Any) -> str:
 # -- results and exceptions --------------------------------------------------------------------------------------------
 
 
+class Stored(NamedTuple):
+    """Where a pickle lies that is too large for the server: a place in a file of the pilot's output directory."""
+
+    name: str
+    offset: int
+    length: int
+
+
 def result_text(data: bytes) -> str:
     """A pickled result in the form that RQ's results stream holds."""
     return base64.b64encode(data).decode()
 
 
-def failure_text(trace: str, exception: bytes) -> str:
-    """RQ's exc_string, and behind a newline the pickled exception (which may be missing), both encoded."""
+def stored_text(stored: Stored) -> str:
+    """The same for a pickle in a file. No text in base64 has a colon."""
+    return f"file:{stored.offset}:{stored.length}:{stored.name}"
+
+
+def read_text(text: str) -> bytes | Stored:
+    """The pickle of `result_text` or `stored_text`; raises ValueError for anything else."""
+    if not text.startswith("file:"):
+        return base64.b64decode(text)
+    _, offset, length, name = text.split(":", 3)
+    if "/" in name or not name:
+        raise ValueError(f"{name!r} is no file of the output directory")
+    return Stored(name, int(offset), int(length))
+
+
+def failure_text(trace: str, exception: str) -> str:
+    """RQ's exc_string, and behind a newline the text of the pickled exception (which may be missing)."""
+    if len(trace) > TRACE_HEAD + TRACE_TAIL:
+        left_out = len(trace) - TRACE_HEAD - TRACE_TAIL
+        trace = f"{trace[:TRACE_HEAD]}\n... {left_out:,} characters are left out ...\n{trace[-TRACE_TAIL:]}"
     text = base64.b64encode(zlib.compress(trace.encode("utf-8", "backslashreplace"), 1)).decode()
-    return f"{text}\n{base64.b64encode(exception).decode()}" if exception else text
-
-
-class RemoteTraceback(Exception):
-    """The traceback in the interpreter that ran the function, as text: the cause of the exception raised here."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
-
-
-def read_result(text: bytes) -> Any:
-    """The value of `result_text`; raises FunctionFailed when it cannot be read here."""
-    try:
-        return pickle.loads(base64.b64decode(text))
-    except Exception as error:
-        raise FunctionFailed(f"the result of the function cannot be read here: {error}") from error
-
-
-def read_failure(what: str, trace: bytes, exception: bytes) -> BaseException:
-    """The exception of a function as it is to be raised here: its own where that can be read, else FunctionFailed."""
-    text = zlib.decompress(base64.b64decode(trace)).decode("utf-8", "replace") if trace else ""
-    found: Any = None
-    if exception:
-        try:
-            found = pickle.loads(base64.b64decode(exception))
-        except Exception:  # noqa: BLE001  # the text says what it was
-            pass
-    last = text.strip().splitlines()[-1] if text.strip() else "it failed"
-    error = found if isinstance(found, BaseException) else FunctionFailed(f"{what}: {last}")
-    if text:
-        error.__cause__ = RemoteTraceback(text)
-    return error
+    return f"{text}\n{exception}" if exception else text

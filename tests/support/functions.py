@@ -45,6 +45,48 @@ def throw_stubborn() -> None:
     raise Stubborn("no pickle")
 
 
+def throw_long(size: int) -> None:
+    raise ValueError("x" * size)
+
+
+class Trap:
+    """One whose pickle raises where it is read."""
+
+    def __init__(self, error: BaseException, size: int) -> None:
+        self.parts = (error, size * b" ")
+
+    def __reduce__(self) -> Any:
+        return spring, self.parts
+
+
+class TrapError(Exception):
+    def __reduce__(self) -> Any:
+        return spring, (self.args[0], b"")
+
+
+def spring(error: BaseException, _: bytes) -> None:
+    raise error
+
+
+def trap(error: BaseException, size: int) -> Trap:
+    return Trap(error, size)
+
+
+def throw_trap(error: BaseException) -> None:
+    raise TrapError(error)
+
+
+def be_deaf() -> None:
+    """Only SIGKILL ends it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGALRM})
+    ctypes.CDLL(None).sleep(int(FAR_S))
+
+
+def kill_the_parent() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+
+
 def shout(text: str, count: int) -> None:
     print(text * count)
     print(text.upper() * count, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Captures the output of tasks that do not name a file for it.
+"""Captures the output of tasks that do not name a file for it, and keeps large results of functions.
 
 Each stream of a running task is a plain file of a pool, opened once and used by one task after the other, so a task
 that prints nothing costs two system calls. When the task has ended its output is taken from the file: up to
@@ -70,6 +70,24 @@ class Capture:
             self._drop(file)
         return captured
 
+    def keep(self, data: bytes, name: str) -> Captured:
+        """Write a large result to a file: the pack, or one of its own with this name. Raises OSError."""
+        if len(data) <= PACK_BYTES:
+            return self._append(data)
+        path = os.path.join(self._directory, os.fsencode(name))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(fd, 0o600)  # the umask is a task's
+            done = 0
+            while done < len(data):
+                done += os.write(fd, memoryview(data)[done:])
+        except OSError:
+            os.unlink(path)  # a half is of no use, and its disk may be full
+            raise
+        finally:
+            os.close(fd)
+        return Captured(path=path, length=len(data))
+
     def close(self) -> None:
         """Remove the files of the pool, those in use too; files that messages point to stay."""
         for file in [*self._free, *self._taken]:
@@ -106,11 +124,16 @@ class Capture:
             return Captured(os.pread(file.fd, INLINE_BYTES, 0), length=size)
 
     def _copy(self, file: PoolFile, size: int) -> Captured:
+        return self._append(os.pread(file.fd, size, 0))
+
+    def _append(self, content: bytes) -> Captured:
         if self._pack < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            self._pack = os.open(self._pack_path, flags, 0o600)
+            self._pack = os.open(self._pack_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.fchmod(self._pack, 0o600)
-        data = memoryview(os.pread(file.fd, size, 0))
+            # One of this name is of a dead process that had our pid, as in a container that was started again: what it
+            # has kept is somebody's output.
+            self._packed = os.lseek(self._pack, 0, os.SEEK_END)
+        data = memoryview(content)
         done = 0
         while done < len(data):
             done += os.pwrite(self._pack, data[done:], self._packed + done)

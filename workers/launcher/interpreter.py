@@ -29,12 +29,20 @@ import msgspec
 from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper, kill_with_parent
 from pilotq.broker.rq.jobs import CurrentJob, RqJob, preload, time_is_over
-from pilotq.broker.tasks.functions import RESULT_BYTES, decode_payload, dumps, failure_text, result_text
+from pilotq.broker.tasks.functions import (
+    EXCEPTION_BYTES,
+    Stored,
+    decode_payload,
+    dumps,
+    failure_text,
+    result_text,
+    stored_text,
+)
 from pilotq.workers.launcher import message_socket
 from pilotq.workers.launcher.capture import Capture, PoolFile, open_current
 from pilotq.workers.launcher.spawn import Refusal, open_input, open_output
 from pilotq.workers.process_tree import CALL_MARK
-from pilotq.workers.protocol import NO_OUTPUT, Call, Captured, Interrupt, Ready, Returned
+from pilotq.workers.protocol import INLINE_BYTES, NO_OUTPUT, Call, Captured, Interrupt, Ready, Returned
 
 FUNCTIONS_MAX = 1000  # so many imported functions are kept
 MESSAGE_CHARS = 500  # of an exception, in listings
@@ -163,11 +171,31 @@ class Interpreter:
         except Refusal:
             raise
         except BaseException as error:  # noqa: BLE001  # whatever a function raises is its outcome, SystemExit too
-            return failure(error)
+            return self._failure(call, error)
         finally:
             self._running = 0  # it may have been interrupted on its way out
             self._current.end()
-        return "finished", "", "", result_text(data)
+        return "finished", "", "", self._text_of(call, data, "result")
+
+    def _text_of(self, call: Call, data: bytes, kind: str) -> str:
+        """A pickle as it is reported: a large one goes to a file, as output does, and not into the server's memory."""
+        if len(data) <= INLINE_BYTES:
+            return result_text(data)
+        try:
+            kept = self._capture.keep(data, f"{call.id}.{call.attempt}.{kind}")
+        except OSError as error:
+            what = f"Its {kind} of {len(data):,} bytes cannot be written to the pilot's directory"
+            raise Refusal("result", f"{what}: {error.strerror}") from None
+        return stored_text(Stored(os.fsdecode(os.path.basename(kept.path)), kept.offset, kept.length))
+
+    def _failure(self, call: Call, error: BaseException) -> Outcome:
+        """The outcome of a function of ours that raised: our client gets the exception itself, too."""
+        try:
+            data = dumps(error)
+            exception = self._text_of(call, data, "exception") if len(data) <= EXCEPTION_BYTES else ""
+        except Exception:  # noqa: BLE001  # it holds what cannot be pickled, or the disk is full: the text must do
+            exception = ""
+        return failure(error, exception)
 
     def _perform_rq(self, call: Call) -> Outcome:
         """Run an RQ job; its callbacks are not interrupted, they have timeouts of their own."""
@@ -272,19 +300,13 @@ def find(target: str | bytes) -> Callable[..., Any]:
 
 def _pickled(value: Any) -> bytes:
     try:
-        data = dumps(value)
+        return dumps(value)
     except Exception as error:  # noqa: BLE001  # of the user's own objects
         raise Refusal("result", f"Its result cannot be pickled: {type(error).__name__}: {error}") from None
-    if len(data) > RESULT_BYTES:
-        raise Refusal(
-            "result",
-            f"Its result takes {len(data):,} bytes, at most {RESULT_BYTES:,} are possible: write it to a file.",
-        )
-    return data
 
 
-def failure(error: BaseException) -> Outcome:
-    """The outcome of a function that raised."""
+def failure(error: BaseException, exception: str = "") -> Outcome:
+    """The outcome of a function that raised; ``exception`` is the exception's pickle as it is reported."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next  # our own frames do not help the author of the function
@@ -293,11 +315,7 @@ def failure(error: BaseException) -> Outcome:
         message = traceback.format_exception_only(type(error), error)[-1].strip()
     except Exception:  # noqa: BLE001  # its __str__ raises
         text = message = type(error).__name__
-    try:
-        data = dumps(error)
-    except Exception:  # noqa: BLE001  # it holds what cannot be pickled: the text must do
-        data = b""
-    return "failed", "exception", message[:MESSAGE_CHARS], failure_text(text, data)
+    return "failed", "exception", message[:MESSAGE_CHARS], failure_text(text, exception)
 
 
 def _flush() -> None:

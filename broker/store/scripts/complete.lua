@@ -22,7 +22,7 @@ local worker = string.match(node, '^(.*):') or ''
 local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
 -- The failure of a task is excused by its node no oftener than this: another node counts OTHER_NODE, the same one again 1.
 local EXCUSE_LIMIT, OTHER_NODE = 12, 4
-local answers, done, wip, front, arrays, elementwise, completions = {}, {}, {}, {}, {}, {}, {}
+local answers, done, wip, front, arrays, elementwise = {}, {}, {}, {}, {}, {}
 local requeued, last_ended = false, ''
 
 local function add(map, key, ...)
@@ -79,12 +79,6 @@ local function final_rq_job(r, f, id, status, reason, text, kind)
   request_release(id, f.dependents, status)
 end
 
--- An executor submits with keys '@<its name>.<number>': it reads which of its tasks have ended from a list.
-local function notify_executor(f, id)
-  local name = string.match(f.submission, '^@(%w+)%.')
-  if name then add(completions, 'pilotq:completions:' .. name, id) end
-end
-
 local function final(r, f, id, status, reason, text, kind)
   if f.submission == '' then return final_rq_job(r, f, id, status, reason, text, kind) end
   local queue, ttl = f.queue, status == 'finished' and ttl_finished or ttl_failed
@@ -97,10 +91,12 @@ local function final(r, f, id, status, reason, text, kind)
     redis.call('EXPIRE', job_key(id), ttl)
     local kind = status == 'stopped' and 'failed' or status
     add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)
-    if text ~= '' and status ~= 'canceled' then add_result(id, status == 'finished' and '1' or '2', text, worker, ttl) end
+    -- The value of an executor's call goes to that executor alone.
+    local stored = text ~= '' and status ~= 'canceled' and not (status == 'finished' and executor_of(f.submission))
+    if stored then add_result(id, status == 'finished' and '1' or '2', text, worker, ttl) end
   end
   request_release(id, f.dependents, status)
-  notify_executor(f, id)
+  notify_executor(f.submission, id, status, reason, text)
 end
 
 local function requeue(id, f, command)
@@ -221,8 +217,24 @@ local function vanished(r, id, execution, line)
   last_ended = r[5]
   count_end(r[12], 'canceled', 1)
   if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
+  notify_executor(r[12], id, 'canceled', 'canceled', '')
   journal(line, packed_ending('canceled', 'canceled', true))
   return 'stale'
+end
+
+-- Ends go through though the memory is full, for they make room. Values do not: of our functions they are small, and large
+-- ones are in files; a producer's job can return any. What has no room has failed, as RQ's own worker fails to store it.
+local LARGE = 16384
+local room
+
+local function has_room(size)
+  if not room then
+    local info = redis.call('INFO', 'memory')
+    local limit = tonumber(string.match(info, '\nmaxmemory:(%d+)'))
+    room = limit > 0 and limit - tonumber(string.match(info, '\nused_memory:(%d+)')) or math.huge
+  end
+  room = room - size
+  return room >= 0
 end
 
 local function report(r, line, text)
@@ -244,6 +256,7 @@ local function report(r, line, text)
   add(wip, f.queue, id .. ':' .. execution)
   last_ended = r[5]
   if v[5] then hide_execution(id, execution, v[5]) end
+  if #text > LARGE and r[3] == 'finished' and not has_room(#text) then r[3], r[4], text = 'failed', 'result', '' end
   local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)
   if not retried then final(r, f, id, status, reason, text, kind) end
   journal(line, packed_ending(status, reason, not retried))
@@ -258,10 +271,6 @@ for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
 end
 for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
 for key, members in pairs(done) do push('ZADD', key, members) end
-for key, members in pairs(completions) do
-  push('RPUSH', key, members)
-  redis.call('EXPIRE', key, ttl_finished)
-end
 for class, ids in pairs(front) do
   local back = {}
   for k = #ids, 1, -1 do back[#back + 1] = ids[k] end

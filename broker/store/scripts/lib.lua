@@ -15,6 +15,7 @@ local function submit_key(key) return 'pilotq:submit:' .. key end
 local function dependents_key(id) return 'pilotq:dependents:' .. id end
 local function elementwise_key(id) return 'pilotq:elementwise:' .. id end
 local function outcomes_key(id) return 'pilotq:outcomes:' .. id end
+local function completed_key(name) return 'pilotq:completed:' .. name end
 local function values_key(id) return 'pilotq:values:' .. id end
 
 -- The user's queue of a class list: default.p10.2c -> default. RQ's producers may have points in the names of theirs.
@@ -81,8 +82,21 @@ local function deliver(node, call, message, finished, failed)
   if failed > 0 then redis.call('HINCRBY', worker, 'failed_job_count', failed) end
 end
 
--- What ended in this call, by submission; written once by flush_tally.
-local tally = {}
+-- What ended in this call, by submission, and what executors are told of it; written once by flush_tally.
+local tally, completed = {}, {}
+local UNREAD_TTL = 86400 -- of what an executor is told: it may be stopped for a day
+
+-- An executor submits with keys '@<its name, 12 hex digits>.<number>'. It reads from a stream how each of its tasks has
+-- ended, with its result, and removes what it has read: that result is kept nowhere else.
+local EXECUTOR = '^@(' .. string.rep('%x', 12) .. ')%.'
+local function executor_of(submission) return submission and string.match(submission, EXECUTOR) end
+
+local function notify_executor(submission, id, status, reason, text)
+  local name = executor_of(submission)
+  if not name then return end
+  completed[name] = completed[name] or {}
+  table.insert(completed[name], {id, status, reason, text})
+end
 
 local function count_end(submission, status, number)
   local field = status == 'finished' and 'finished' or (status == 'canceled' and 'canceled' or 'failed')
@@ -109,7 +123,11 @@ local function flush_tally(ttl)
       if left == 0 then unshare(redis.call('HGET', submit_key(submission), 'shared'), ttl) end
     end
   end
-  tally = {}
+  for name, ends in pairs(completed) do
+    redis.call('XADD', completed_key(name), '*', 'ends', cmsgpack.pack(ends))
+    redis.call('EXPIRE', completed_key(name), UNREAD_TTL)
+  end
+  tally, completed = {}, {}
 end
 
 -- Where these ids stand in the order of all tasks, as ids of ours: one of a producer says nothing about that.
@@ -274,6 +292,7 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   journal(cmsgpack.pack({id = id, name = v[3] or '', submission = v[4] or ''}),
     {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or now)})
   request_release(id, v[6], 'canceled')
+  notify_executor(v[4], id, 'canceled', reason, '')
 end
 
 -- A task or array is not run because a task it depends on did not finish.

@@ -83,6 +83,8 @@ local function add_result(id, kind, text, worker, ttl)
   local key = 'rq:results:' .. id
   if text == '' then
     redis.call('XADD', key, 'MAXLEN', '10', '*', 'type', kind, 'worker_name', worker)
+  elseif string.sub(text, 1, 5) == 'file:' then -- a large value, in a file of the pilot
+    redis.call('XADD', key, 'MAXLEN', '10', '*', 'type', kind, 'pq_file', text, 'worker_name', worker)
   elseif kind == '1' then
     redis.call('XADD', key, 'MAXLEN', '10', '*', 'type', kind, 'return_value', text, 'worker_name', worker)
   else

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
 import pytest
+from rq.job import Job
 
-from pilotq.broker import Executor
+from pilotq.broker import Executor, Task
 from pilotq.broker.client import executor as executor_module
-from pilotq.broker.client import results
-from pilotq.broker.errors import FunctionFailed, InvalidInput, NoPilot, PilotFailed
-from pilotq.broker.store.connection import Connection
+from pilotq.broker.client.results import StoredValue
+from pilotq.broker.errors import FunctionFailed, InvalidInput, NoPilot, PilotFailed, UnknownTask
+from pilotq.broker.store import keys
+from pilotq.workers.protocol import INLINE_BYTES
 from tests.support import functions
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.waiting import wait_until
@@ -27,6 +31,7 @@ WAIT_S = 60.0
 @pytest.fixture(scope="module")
 def pilot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePilot]:
     with live_pilot(tmp_path_factory.mktemp("executor"), "n1:2") as live:
+        live.broker.redis.ping()  # its connection is not one test's
         yield live
 
 
@@ -50,24 +55,108 @@ def test_it_is_an_executor(executor: Executor) -> None:
     wait_until(lambda: called == [5], what="the callback")
 
 
-def test_large_results_are_read_in_portions(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of them holds more than its bound, but for one that is larger by itself."""
-    monkeypatch.setattr(results, "PORTION_BYTES", 400_000)
-    read: list[list[int]] = []
+def used_memory(executor: Executor) -> int:
+    return int(executor._broker.redis.info("memory")["used_memory"])
 
-    def fetch(link: Connection, ids: Sequence[str]) -> list[results.Outcome | None]:
-        found = results.fetch(link, ids)
-        read.append([len(o.value) for o in found if o is not None])
-        return found
 
-    monkeypatch.setattr(executor_module, "fetch", fetch)
-    sizes = [*[150_000] * 6, 900_000, *[10] * 20]
+def test_results_leave_the_memory_of_the_server(executor: Executor, pilot: LivePilot) -> None:
+    """Large ones go to files, and are read when they are asked for; small ones go when they were read."""
+    before = used_memory(executor)
+    sizes = [*[1_000_000] * 20, *[20_000] * 20, 3_000_000]
     made = [executor.submit(os.urandom, size) for size in sizes]
-    assert [len(future.result(WAIT_S)) for future in made] == sizes
-    cut = results.portions(executor._broker.link, [future.task_id for future in made])  # type: ignore[attr-defined]
-    assert [len(part) for part in cut] == [1] * 7 + [20]  # in RQ's encoding 150,000 bytes are 200,000
-    assert sorted(size for portion in read for size in portion) == sorted(sizes)
-    assert all(sum(portion) <= 400_000 or len(portion) == 1 for portion in read)
+    assert futures.wait(made, timeout=WAIT_S).not_done == set()
+    assert used_memory(executor) - before < 1_000_000
+    assert all(isinstance(future._result, StoredValue) for future in made)
+    values = [future.result() for future in made]
+    assert [len(value) for value in values] == sizes and values == [future.result() for future in made]
+    assert all(future.exception() is None for future in made)
+    with pytest.raises(UnknownTask, match="went to its executor"):
+        pilot.broker.result(str(executor.submit(functions.product, 1).task_id or made[0].task_id))
+    assert list(executor.map(os.urandom, [3_000] * 500)) and len(list(executor.map(str, range(2000)))) == 2000
+    key = keys.completed(executor._name)
+    wait_until(lambda: not executor._broker.redis.xlen(key), what="removal of what was read")
+    large = pilot.broker.enqueue(Task(function=os.urandom, args=(2_000_000,)))
+    assert len(pilot.broker.result(large, timeout=WAIT_S)) == 2_000_000
+    assert Job.fetch(large, connection=executor._broker.redis).return_value() is None  # RQ knows no files
+
+
+def test_an_exception_has_a_bound(executor: Executor) -> None:
+    for size, kind in ((100, ValueError), (100_000, ValueError), (3_000_000, FunctionFailed)):
+        before = used_memory(executor)
+        error = executor.submit(functions.throw_long, size).exception(WAIT_S)
+        assert type(error) is kind and "in throw_long" in str(error.__cause__)
+        assert used_memory(executor) - before < 100_000
+        assert (len(str(error)) == size) == (kind is ValueError)
+        assert len(str(error.__cause__)) < 10_000
+
+
+def test_a_result_whose_file_is_damaged_or_gone_is_said(executor: Executor, pilot: LivePilot) -> None:
+    future = executor.submit(os.urandom, 3_000_000)
+    assert futures.wait([future], timeout=WAIT_S).done
+    path = Path(pilot.pilot.directory, "output", f"{future.task_id}.1.result")
+    os.truncate(path, 1000)
+    with pytest.raises(FunctionFailed, match="has 1,000 of its 3,"):
+        future.result()
+    path.unlink()
+    with pytest.raises(FunctionFailed, match="No such file"):
+        future.result()
+    assert "No such file" in str(future.exception())
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), KeyboardInterrupt(), GeneratorExit(), ValueError("no")])
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_a_result_that_raises_where_it_is_read_fails_its_call_alone(
+    executor: Executor, error: BaseException, size: int
+) -> None:
+    odd, plain = executor.submit(functions.trap, error, size), executor.submit(functions.product, 2)
+    if size > INLINE_BYTES:
+        odd.add_done_callback(lambda future: future.result())  # in the thread that reads results, which goes on
+    with pytest.raises(FunctionFailed if not isinstance(error, KeyboardInterrupt) or size == 10 else KeyboardInterrupt):
+        odd.result(WAIT_S)
+    assert plain.result(WAIT_S) == 2
+    raised = executor.submit(functions.throw_trap, error)
+    assert isinstance(raised.exception(WAIT_S), FunctionFailed)
+    assert executor.submit(functions.product, 3).result(WAIT_S) == 3
+
+
+def test_a_callback_that_exits_does_not_end_the_executor(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    future = executor.submit(functions.product, 1)
+    future.add_done_callback(lambda _: sys.exit(3))
+    assert executor.submit(functions.product, 2).result(WAIT_S) == 2 and future.result(WAIT_S) == 1
+    wait_until(lambda: "exception calling callback" in caplog.text, what="the word of it")
+
+
+def test_what_others_cancel_or_delete_is_noticed_however_many_wait(
+    executor: Executor, pilot: LivePilot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(executor_module, "POLL_S", 0.1)
+    mark = tmp_path / "mark"
+    wide = executor.options(cores=2)
+    many = [wide.submit(functions.wait_for_ever, str(mark)), *(wide.submit(functions.product, n) for n in range(700))]
+    wait_until(lambda: many[-1].task_id is not None and mark.exists(), what="submission and start")
+    last, gone = many[-1], many[-2]
+    pilot.broker.cancel([str(last.task_id)])
+    pilot.broker.redis.delete(keys.job(str(gone.task_id)))
+    assert isinstance(last.exception(WAIT_S), futures.CancelledError)
+    assert isinstance(gone.exception(WAIT_S), (UnknownTask, futures.CancelledError))
+    for future in many:
+        future.cancel()
+
+
+def test_a_client_that_lags_gets_every_result(tmp_path: Path) -> None:
+    """More records end than are kept, and their time is over, while it does not read."""
+    with (
+        live_pilot(tmp_path, "n1:2", keep_records=20, finished_ttl_s=1, reconcile_s=0.1) as pilot,
+        Executor(pilot.pilot.directory) as executor,
+    ):
+        hold = threading.Event()
+        executor.submit(functions.product, 0).add_done_callback(lambda _: hold.wait(WAIT_S))
+        many = [executor.submit(functions.product, n) for n in range(1, 400)]
+        wait_until(lambda: pilot.broker.counts().finished == 400, what="end of all calls")
+        last = str(many[-1].task_id)
+        wait_until(lambda: not pilot.broker.redis.exists(keys.job(last)), what="end of its record")
+        hold.set()
+        assert [future.result(WAIT_S) for future in many] == list(range(1, 400))
 
 
 def test_map_keeps_the_order_and_takes_chunks(executor: Executor) -> None:
@@ -198,6 +287,85 @@ def test_ctrl_c_ends_the_program_and_what_it_runs(block: str, tmp_path: Path, mo
     assert program.returncode == -signal.SIGINT, errors
     assert errors.rstrip().endswith("KeyboardInterrupt") and errors.count("Traceback") == 1, errors
     assert not list(tmp_path.glob("pilotq-*"))
+
+
+def run_program(folder: Path, text: str, pilot: LivePilot) -> subprocess.Popen[str]:
+    (folder / "program.py").write_text(
+        "import os, signal, sys, time\nfrom pilotq.broker import Executor\n"
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\nDIR = {pilot.pilot.directory!r}\n{text}"
+    )
+    command = [sys.executable, "program.py"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_end_of_a_program_waits_for_what_it_has_submitted(pilot: LivePilot, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text(f"def f(n): open({str(tmp_path)!r} + '/ran', 'a').write('x')\n")
+    text = (
+        "import beside\ne = Executor(DIR)\nf = [e.submit(beside.f, n) for n in range(1000)]\ne.shutdown(wait=False)\n"
+    )
+    with run_program(tmp_path, text, pilot) as program:
+        assert program.communicate(timeout=WAIT_S) == ("", "") and program.returncode == 0
+    assert len((tmp_path / "ran").read_text()) == 1000
+
+
+@pytest.mark.parametrize("text", [
+    "with Executor(DIR) as e:\n    for n in range(700): e.submit(signal.pause)\n    print('waiting', flush=True)\n",
+    "e = Executor(DIR)\nfor n in range(700): e.submit(signal.pause)\ne.shutdown(wait=False)\n"
+    "print('waiting', flush=True)\n",
+])  # fmt: skip
+def test_ctrl_c_while_it_waits_cancels_all(text: str, pilot: LivePilot, tmp_path: Path) -> None:
+    before = pilot.broker.counts()
+    with run_program(tmp_path, text, pilot) as program:
+        try:
+            assert program.stdout is not None and program.stdout.readline() == "waiting\n"
+            wait_until(lambda: pilot.broker.counts().total == before.total + 700, what="the submission")
+            wait_until(pilot.broker.running, what="start of the first ones")
+            program.send_signal(signal.SIGINT)
+            _, errors = program.communicate(timeout=WAIT_S)
+        finally:
+            program.kill()
+    assert "KeyboardInterrupt" in errors
+    wait_until(lambda: pilot.broker.counts().canceled == before.canceled + 700, what="end of all 700")
+    pilot.assert_calm()
+
+
+def test_a_forked_process_is_told_that_it_needs_its_own(executor: Executor, pilot: LivePilot) -> None:
+    open_one = executor.submit(signal.pause)
+    wait_until(lambda: open_one.task_id, what="submission")
+    here, there = os.pipe()
+    pid = os.fork()
+    if not pid:
+        told = []
+        for action in (lambda: executor.submit(id, 1), open_one.result, lambda: executor.shutdown(cancel_futures=True)):
+            try:
+                action()
+                told.append("nothing")
+            except RuntimeError as error:
+                told.append(f"{type(error).__name__}: {error}")
+        os.write(there, "; ".join(told).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(here, 1000).decode() == 2 * (
+        f"RuntimeError: this executor belongs to process {os.getpid()}, and this one was forked from it: "
+        "make an Executor here; "
+    ) + "nothing"  # fmt: skip
+    os.close(here)
+    os.close(there)
+    assert not open_one.done() and open_one.cancel()
+
+
+def test_a_large_result_of_a_private_pilot_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with Executor(nodes="1") as executor:
+        made = [executor.submit(os.urandom, 10_000_000) for _ in range(2)]
+    del executor
+    assert [len(future.result()) for future in made] == [10_000_000] * 2
+    assert list(tmp_path.glob("pilotq-*"))
+    made.clear()
+    gc.collect()
+    assert not list(tmp_path.glob("pilotq-*"))
+    monkeypatch.setattr("tempfile.tempdir", None)
 
 
 def test_without_a_pilot_it_has_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

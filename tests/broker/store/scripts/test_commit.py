@@ -99,6 +99,51 @@ def test_an_oom_server_refuses_a_submit_and_takes_ends(engine: Engine) -> None:
     assert engine.counts() == {"total": 7, "finished": 4}
 
 
+def test_values_do_not_pass_the_limit_of_the_memory(engine: Engine) -> None:
+    engine.register()
+    engine.submit(*[task()] * 4)
+    small, large, late, again = engine.claim(4)
+    engine.admin.call("CONFIG", "SET", "maxmemory", "1mb")
+    try:
+        assert engine.complete([small], text="x" * 5_000) == ["ok"]
+        assert engine.complete([large], text="x" * 500_000) == ["ok"]
+    finally:
+        engine.admin.call("CONFIG", "SET", "maxmemory", "100mb")
+    assert engine.complete([late], text="x" * 500_000) == ["ok"]
+    engine.admin.call("CONFIG", "SET", "maxmemory", "0")
+    assert engine.complete([again], text="x" * 500_000) == ["ok"]
+    assert [engine.status(h.id) for h in (small, large, late, again)] == ["finished", "failed", "finished", "finished"]
+    assert engine.link.call("HGET", keys.job(large.id), "pq_reason") == b"result"
+    assert engine.link.call("XLEN", keys.results(large.id)) == 0 < engine.link.call("XLEN", keys.results(late.id))
+
+
+def test_an_executor_is_told_of_every_end(engine: Engine) -> None:
+    """With the value, which is kept nowhere else; also of what ends without having run, or was deleted."""
+    engine.register()
+    name = "0123456789ab"
+    ids = engine.submit(
+        *[task() for _ in range(4)], task(name="p"), task(after=["p"]), key=f"@{name}.1"
+    )  # fmt: skip
+    good, bad, deleted, waits, parent, child = ids
+    handed = {h.id: h for h in engine.claim(3)}
+    engine.complete([handed[good]], text="dmFsdWU=")
+    engine.complete([handed[bad]], "failed", "exception", text="trace\nexception")
+    engine.link.call("DEL", keys.job(deleted))
+    assert engine.complete([handed[deleted]]) == ["stale"]
+    assert engine.complete([handed[good]], text="dmFsdWU=") == ["ok"]  # its first answer was lost
+    engine.cancel(waits, parent)
+    engine.release_dependents()
+    entries = engine.link.call("XRANGE", keys.completed(name), "-", "+")
+    told = [item for _, fields in entries for item in msgspec.msgpack.decode(fields[1])]
+    assert told == [
+        [good, "finished", "", "dmFsdWU="], [bad, "failed", "exception", "trace\nexception"],
+        [deleted, "canceled", "canceled", ""], [waits, "canceled", "canceled", ""],
+        [parent, "canceled", "canceled", ""], [child, "canceled", "dependency", ""],
+    ]  # fmt: skip
+    assert 0 < engine.ttl(keys.completed(name)) <= 86_400
+    assert not engine.link.call("EXISTS", keys.results(good)) and engine.link.call("EXISTS", keys.results(bad))
+
+
 def test_a_large_submit_is_refused_before_anything_is_written(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     used = int(
         dict(x.split(":", 1) for x in engine.link.call("INFO", "memory").decode().split() if ":" in x)["used_memory"]
