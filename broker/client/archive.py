@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from pilotq.broker.client.output import captured
+from pilotq.broker.client.past import PastTasks
 from pilotq.broker.client.queries import array_of, element_view, newest_entries, view_of_entry
 from pilotq.broker.client.views import Counts, Explanation, TaskView
 from pilotq.broker.errors import UnknownTask
@@ -89,17 +90,23 @@ class Archive:
     def counts(self) -> Counts:
         """Numbers of tasks; ``total`` is at least what was submitted before the pilot was asked to end."""
         last: dict[str, JournalEntry] = {}
+        unfinished: dict[str, dict[str, JournalEntry]] = {}  # array -> the same of its elements that did not finish
         for entry in map(_without_output, self._journal.entries()):
-            last[entry.id] = entry
+            elements = unfinished.setdefault(entry.array, {}) if entry.array else last
+            last.pop(entry.id, None)
+            elements.pop(entry.id, None)
+            (last if entry.status == "finished" else elements)[entry.id] = entry
             if not entry.final and not entry.execution:  # a retry: of an array what had not finished does not count
-                last = {i: known for i, known in last.items() if known.array != entry.id or known.status == "finished"}
+                unfinished.pop(entry.id, None)
+        for elements in unfinished.values():
+            last.update(elements)
         counts = Counts()
         for entry in last.values():
             if entry.elements:
                 for status, ranges in entry.elements.items():
-                    _count(counts, status, count_indices(ranges))
+                    counts.add(status, count_indices(ranges))
             elif entry.final and not (entry.array in last and last[entry.array].elements):
-                _count(counts, entry.status, 1)
+                counts.add(entry.status)
         cut_off = sum(not entry.final for entry in last.values())
         counts.total = max(counts.ended + cut_off, self._submitted() or 0)
         return counts
@@ -120,15 +127,10 @@ class Archive:
         """What became of these tasks (default: all); returns at once, for what has not ended never will here."""
         if ids is None:
             return self.counts()
-        counts = Counts()
-        for task_id in dict.fromkeys(ids):
-            counts.total += 1
-            try:
-                view = self.task(task_id)
-            except UnknownTask:
-                continue  # it never ran
-            if view.ended:
-                _count(counts, view.status, 1)
+        wanted = list(dict.fromkeys(ids))
+        counts = Counts(total=len(wanted))
+        for status in PastTasks(None, self._journal, wanted).statuses(wanted).values():
+            counts.add(status)  # what is not among them never ran, or was to be tried again
         return counts
 
 
@@ -143,12 +145,3 @@ def _view(entry: JournalEntry) -> TaskView:
 def _without_output(entry: JournalEntry) -> JournalEntry:
     entry.stdout = entry.stderr = entry.message = ""
     return entry
-
-
-def _count(counts: Counts, status: str, number: int) -> None:
-    if status == "finished":
-        counts.finished += number
-    elif status == "canceled":
-        counts.canceled += number
-    else:
-        counts.failed += number

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.output import Output
+from pilotq.broker.client.past import PastTasks
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.submit import submit
 from pilotq.broker.client.views import Counts, Explanation, NodeView, TaskView
@@ -23,7 +24,7 @@ from pilotq.broker.store.registry import unavailable_nodes
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store, pack
 from pilotq.broker.tasks.model import Task
-from pilotq.broker.tasks.states import STATUSES
+from pilotq.broker.tasks.states import ENDED, STATUSES
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
 
 if TYPE_CHECKING:
@@ -98,7 +99,12 @@ class Broker:
         if context is None:
             context = capture_context(functions=any(task.function is not None for task in tasks))
         context = without_secret(context, self.link.address.password)
-        return submit(self.link, self.store, tasks, context, key, self._queries.status_in_journal)
+        return submit(self.link, self.store, tasks, context, key, self._statuses_in_journal)
+
+    def _statuses_in_journal(self, ids: Sequence[str]) -> dict[str, str]:
+        """The statuses of those of these tasks that have ended, and whose records have expired."""
+        found = PastTasks(None, self._queries.journal, ids).statuses(ids)
+        return {task_id: status for task_id, status in found.items() if status in ENDED}
 
     # -- waiting and stopping -----------------------------------------------------------------------------------
 
@@ -106,6 +112,7 @@ class Broker:
         """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         left = None if ids is None else _unique(ids)
+        past = PastTasks(self.link, self._queries.journal, left or ())
         counts = Counts(total=len(left or ()))
         pause = POLL_MIN_S
         while True:
@@ -117,7 +124,7 @@ class Broker:
                     counts = self.counts()
                     missing = counts.left
             else:
-                left = self._skip_ended(left, counts)
+                left = self._skip_ended(left, counts, past)
                 missing = len(left)
             if missing <= 0:
                 return counts
@@ -126,33 +133,31 @@ class Broker:
             time.sleep(pause)
             pause = min(pause * 1.3, POLL_MAX_S)
 
-    def _skip_ended(self, ids: list[str], counts: Counts) -> list[str]:
+    def _skip_ended(self, ids: list[str], counts: Counts, past: PastTasks) -> list[str]:
         """The ids without the ended ones at their front.
 
         Only a few are asked for while they have not ended: what a wait costs must not grow with what it waits for.
         """
-        window = 8
-        while ids:
-            pending = self._not_ended(ids[:window], counts)
-            ids = ids[window:]
+        window, first = 8, 0
+        while first < len(ids):
+            pending = self._not_ended(ids[first : first + window], counts, past)
+            first += window
             if pending:
-                return pending + ids
+                return pending + ids[first:]
             window = min(2 * window, SLICE)
-        return ids
+        return []
 
-    def _not_ended(self, ids: list[str], counts: Counts) -> list[str]:
+    def _not_ended(self, ids: list[str], counts: Counts, past: PastTasks) -> list[str]:
         """The ids that have not ended yet; those that have are added to ``counts``."""
+        views = dict(zip(ids, self._queries.views(ids), strict=True))
+        statuses = past.statuses([task_id for task_id, view in views.items() if view is None])
         left = []
-        for task_id, view in zip(ids, self._queries.views(ids), strict=True):
-            known = view or self.task(task_id)
-            if not known.ended:
-                left.append(task_id)
-            elif known.status == "finished":
-                counts.finished += 1
-            elif known.status == "canceled":
-                counts.canceled += 1
+        for task_id, view in views.items():
+            status = view.status if view is not None else statuses.get(task_id) or self.task(task_id).status
+            if status in ENDED:
+                counts.add(status)
             else:
-                counts.failed += 1
+                left.append(task_id)
         return left
 
     def result(self, task_id: str, *, timeout: float | None = None) -> Any:

@@ -172,11 +172,6 @@ class TaskQueries:
             add_journal_facts(view, entries[0])
         return view
 
-    def status_in_journal(self, task_id: str) -> str | None:
-        """The status of an ended task whose record has expired; None if it has not ended, or without a journal."""
-        view = self.task(task_id) if self.journal is not None else None
-        return view.status if view is not None and view.ended else None
-
     def _array(self, task_id: str) -> tuple[str, int, bytes]:
         row, bits = self.link.pipeline(
             [("HMGET", keys.job(task_id), "pq_array", "pq_next"), ("GET", keys.outcomes(task_id))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pilotq.broker import failpoints
@@ -32,11 +32,12 @@ LARGE_BYTES = 1 << 20  # of descriptions: then the server is asked for its memor
 BYTES_PER_TASK = 700  # of server memory, for the check before a large submit
 
 
-StatusInJournal = Callable[[str], str | None]
+StatusesInJournal = Callable[[Sequence[str]], Mapping[str, str]]
 
 
-def _no_journal(_: str) -> None:
+def _no_journal(_: Sequence[str]) -> dict[str, str]:
     """For a pilot whose journal cannot be read here."""
+    return {}
 
 
 class SubmitPlan(NamedTuple):
@@ -97,11 +98,11 @@ def submit(
     tasks: Sequence[Task],
     context: SubmitContext,
     key: str | None,
-    status_in_journal: StatusInJournal = _no_journal,
+    statuses_in_journal: StatusesInJournal = _no_journal,
 ) -> list[str]:
     """Check, stage and commit; returns the ids in order. Nothing is visible unless all of it is.
 
-    ``status_in_journal`` gives the status of a parent whose record has expired; None if there was no such task.
+    ``statuses_in_journal`` gives the statuses of parents whose records have expired, as far as there were such tasks.
     """
     key = key or secrets.token_hex(8)
     replies = link.pipeline(
@@ -124,22 +125,20 @@ def submit(
     _stage(link, store, plan, ids, context, key)
     failpoints.hit("submit staged")
     work = {**_commit_argument(plan, ids), "shared": context.key(), "past": {}}
+    each = {parent for arrays in plan.parents.after_each.values() for parent in arrays}
     while True:
         answer = store.commit(key, first, len(tasks), plan.total, work)
         outcome = answer[0].decode()
-        parent = answer[1].decode() if outcome == "unknown" else ""
-        status = (
-            status_in_journal(parent)
-            if parent and not any(parent in arrays for arrays in plan.parents.after_each.values())
-            else None
-        )
-        if status is None:
+        missing = [parent.decode() for parent in answer[1]] if outcome == "unknown" else []
+        if not missing:
             break
-        work["past"][parent] = status
+        found = statuses_in_journal([parent for parent in missing if parent not in each])
+        for parent in missing:
+            if parent not in found:
+                raise UnknownTask(f"after: there is no task {parent!r} here (any more)")
+        work["past"].update(found)
     if outcome == "again":
         return [id_of(int(answer[1]) + n) for n in range(int(answer[2]))]
-    if outcome == "unknown":
-        raise UnknownTask(f"after: there is no task {answer[1].decode()!r} here (any more)")
     if outcome == "unequal":
         raise InvalidInput(f"after_each: {answer[1].decode()!r} is no array of as many elements as the one that waits")
     if outcome == "gone":

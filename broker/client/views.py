@@ -74,6 +74,15 @@ class Counts(msgspec.Struct, kw_only=True):
     failed: int = 0
     canceled: int = 0
 
+    def add(self, status: str, number: int = 1) -> None:
+        """So many more have ended with this status."""
+        if status == "finished":
+            self.finished += number
+        elif status == "canceled":
+            self.canceled += number
+        else:
+            self.failed += number
+
     @property
     def ended(self) -> int:
         return self.finished + self.failed + self.canceled

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from pilotq.broker.log import log
@@ -24,6 +24,7 @@ from pilotq.broker.store.store import Store, iso, pack, to_worker
 
 T = TypeVar("T")
 SLICE = 500
+CANCELED_PAGE = 5000  # members of a registry of canceled tasks that are read at once
 CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
 POLL_S = 3.0  # of the time between two polls of the heartbeats more does not count: we, or the server, were away
 LOST_S = 120.0  # a worker of this machine without a heartbeat for so long, and without a process, is lost
@@ -43,6 +44,7 @@ class Reconciler:
         self.heartbeats: dict[str, tuple[bytes | None, float]] = {}  # address -> the last one, seconds since it changed
         self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
         self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to read from, ids seen from there
+        self.canceled_read_at = 0.0  # unix seconds
 
     def due(self, now: float) -> bool:
         return now >= self.next_turn
@@ -55,7 +57,7 @@ class Reconciler:
         for queue in queues:
             self._check_running(queue, nodes)
         self.repair.turn(queues, now)
-        if self.store.run("count_vanished", self.store.term, *queues):
+        if self.store.run("count_vanished", self.store.term, self.store.settings.failed_ttl_s, *queues):
             log("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s
@@ -75,16 +77,17 @@ class Reconciler:
     def _adopt_canceled(self, queues: list[str], classes: Sequence[str]) -> None:
         """RQ's cancel sets the status and informs nobody: cancel.lua makes the usual event of it.
 
-        RQ's score is a whole second, by the clock of whoever canceled; ours have fractions, and are skipped.
+        RQ's score is a whole second, by the clock of whoever canceled; ours have fractions, and are skipped. What is
+        older than the last time we read is not read again, but for the difference of the clocks.
         """
+        now = time.time()
+        read_at, self.canceled_read_at = min(self.canceled_read_at or now, now), now
         for queue in queues:
             since, before = self.canceled.get(queue, (float("-inf"), frozenset()))
-            flat = self.link.call("ZRANGEBYSCORE", keys.registry("canceled", queue), since, "+inf", "WITHSCORES")
-            met = frozenset(i.decode() for i, score in zip(flat[::2], flat[1::2], strict=True) if score.isdigit())
+            met = frozenset(self._canceled_by_rq(queue, since))
             for batch in _slices(sorted(met - before)):
                 self.store.cancel(batch)
-            if flat:
-                self.canceled[queue] = (float(flat[-1]) - CLOCKS_S, met)
+            self.canceled[queue] = (read_at - CLOCKS_S, met)
         # The origin of what waits in a class list is that list: RQ takes it for a queue with a registry of its own.
         lists = [keys.registry("canceled", name) for name in classes]
         found = self.link.pipeline([("ZRANGE", r, 0, -1) for r in lists]) if lists else []
@@ -92,6 +95,16 @@ class Reconciler:
             for batch in _slices([m.decode() for m in members]):
                 self.store.cancel(batch)
                 self.link.call("ZREM", registry, *batch)
+
+    def _canceled_by_rq(self, queue: str, since: float) -> Iterator[str]:
+        """The ids that RQ's cancel has put into the registry since then."""
+        key, first = keys.registry("canceled", queue), 0
+        while True:
+            flat = self.link.call("ZRANGEBYSCORE", key, since, "+inf", "WITHSCORES", "LIMIT", first, CANCELED_PAGE)
+            yield from (i.decode() for i, score in zip(flat[::2], flat[1::2], strict=True) if score.isdigit())
+            first += CANCELED_PAGE
+            if len(flat) < 2 * CANCELED_PAGE:
+                return
 
     def _check_running(self, queue: str, nodes: dict[str, NodeInfo]) -> None:
         """A slice of what runs: what RQ canceled unseen, elements of a deleted array, records that were deleted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from pilotq.broker.os_strings import from_json, printable
 
 OUTPUTS = ("stdout", "stderr")
+FIRST_KEY = b'{"id":'  # a line begins with it, and with the id as JSON
 _to_json = msgspec.json.Encoder().encode
 
 
@@ -120,6 +121,33 @@ class Journal:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (FileNotFoundError, ValueError):  # mmap's word for an empty file
             return mmap.mmap(-1, 1)
+
+
+class JournalReader:
+    """The entries of some tasks, in passes that go on where the one before ended."""
+
+    def __init__(self, journal: Journal, ids: Iterable[str]) -> None:
+        self._path = journal.path
+        self._wanted = {_to_json(printable(task_id)) for task_id in ids}
+        self._offset = 0
+
+    def read(self) -> Iterator[JournalEntry]:
+        """What was written since the last pass, oldest first."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                for raw in file:
+                    if not raw.endswith(b"\n"):
+                        return  # the writer is at it
+                    self._offset += len(raw)
+                    task_id = raw[len(FIRST_KEY) : raw.find(b'",', len(FIRST_KEY)) + 1]
+                    # With an escaped quote in it the id may go on.
+                    if raw.startswith(FIRST_KEY) and (task_id in self._wanted or b"\\" in task_id):
+                        entry = _decode(raw)
+                        if _to_json(entry.id) in self._wanted:
+                            yield entry
+        except FileNotFoundError:
+            return
 
 
 def _decode(raw: bytes) -> JournalEntry:

@@ -21,6 +21,7 @@ TERM = "pilotq:term"  # fencing token of the dispatcher that may write; grows wi
 SEQ = "pilotq:seq"  # last task number given out
 CLASSES = "pilotq:classes"  # hash: class name -> "", or unix seconds: since then its list is empty
 CHANGED_CLASSES = "pilotq:classes:changed"  # set: classes whose lists have got what the dispatcher has not read
+SUBMISSIONS = "pilotq:submissions"  # sorted set: keys of submissions that have not ended, by their first task number
 PARENTS = "pilotq:parents"  # set: ids that something waits for; the reconciler finds here one that was deleted
 NODES = "pilotq:nodes"  # hash: node name -> NodeInfo (JSON) of the live incarnation
 EXPECTED_NODES = (
@@ -47,9 +48,9 @@ COMPACTED = "rq:queue:_compact:*"  # where RQ's compact holds a list for a momen
 WORKERS = "rq:workers"
 
 PERMANENT = (
-    SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, CHANGED_CLASSES, PARENTS, NODES, EXPECTED_NODES, NEXT_INCARNATION, COUNTS,
-    SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS, DRAINED, QUARANTINE,
-    RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
+    SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, CHANGED_CLASSES, SUBMISSIONS, PARENTS, NODES, EXPECTED_NODES,
+    NEXT_INCARNATION, COUNTS, SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS,
+    DRAINED, QUARANTINE, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.

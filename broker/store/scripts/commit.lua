@@ -12,7 +12,7 @@
 --       }
 -- A parent is a task, an array, or one element of an array (<array>_<index>).
 -- Returns {'ok'}; {'again', first number, number} when this key was committed before (nothing is written);
---       {'gone'} when a staged key has expired; {'unknown', id} when a parent does not exist; {'unequal', id} when a
+--       {'gone'} when a staged key has expired; {'unknown', [id, ...]} when parents do not exist; {'unequal', id} when a
 --       parent to wait for element by element is no array of as many elements.
 if not queue_id_ok() then return queue_id_error() end
 local key, now, now_iso, first, records, total, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
@@ -48,17 +48,18 @@ local function status_of(parent)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
 end
+local unknown = {}
 for _, items in ipairs({work.waits, work.elementwise}) do
   for _, item in ipairs(items) do
     for _, parent in ipairs(item[3]) do
       if parents[parent] == nil then
-        local status = status_of(parent) or (work.past or {})[parent]
-        if not status then return {'unknown', parent} end
-        parents[parent] = status
+        parents[parent] = status_of(parent) or (work.past or {})[parent] or false
+        if not parents[parent] then unknown[#unknown + 1] = parent end
       end
     end
   end
 end
+if #unknown > 0 then return {'unknown', unknown} end
 
 for _, item in ipairs(work.elementwise) do
   for _, parent in ipairs(item[3]) do
@@ -70,6 +71,7 @@ end
 for _, name in ipairs(all) do redis.call('PERSIST', name) end
 redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total,
   'shared', work.shared)
+redis.call('ZADD', 'pilotq:submissions', first, key)
 redis.call('HINCRBY', 'pilotq:shared-refs', work.shared, 1)
 redis.call('HINCRBY', 'pilotq:counts', 'total', total)
 local known_queues = {}

@@ -215,7 +215,7 @@ local function vanished(r, id, execution, line)
   if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
   if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
   last_ended = r[5]
-  count_end(r[12], 'canceled', 1)
+  count_end(r[12] ~= '' and r[12] or submission_of(id), 'canceled', 1)
   if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
   notify_executor(r[12], id, 'canceled', 'canceled', '')
   journal(line, packed_ending('canceled', 'canceled', true))

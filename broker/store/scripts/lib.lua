@@ -112,6 +112,16 @@ local function unshare(key, ttl)
   end
 end
 
+-- The submission, not ended yet, of a task or element whose record is gone: its number tells.
+local function submission_of(id)
+  local number = string.match(id, '^([0-9a-v]+)_?%d*$')
+  number = number and #number <= 10 and tonumber(number, 32)
+  if not number then return '' end
+  local key = redis.call('ZREVRANGEBYSCORE', 'pilotq:submissions', number, '-inf', 'LIMIT', 0, 1)[1]
+  local v = key and redis.call('HMGET', submit_key(key), 'first', 'records') or {}
+  return v[1] and number < v[1] + v[2] and key or ''
+end
+
 local function flush_tally(ttl)
   for key, number in pairs(tally) do
     local submission, field = string.match(key, '^(.*)\n(.*)$')
@@ -119,7 +129,10 @@ local function flush_tally(ttl)
     if submission ~= '' then
       redis.call('HINCRBY', submit_key(submission), field, number)
       local left = redis.call('HINCRBY', submit_key(submission), 'left', -number)
-      if left <= 0 then redis.call('EXPIRE', submit_key(submission), ttl) end
+      if left <= 0 then
+        redis.call('EXPIRE', submit_key(submission), ttl)
+        redis.call('ZREM', 'pilotq:submissions', submission)
+      end
       if left == 0 then unshare(redis.call('HGET', submit_key(submission), 'shared'), ttl) end
     end
   end
@@ -238,10 +251,8 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   request_release(array, f[6], status)
 end
 
--- Elements first..last of an array, of which none runs or has ended, end as canceled.
-local function end_run(array, submission, first, last, now, now_iso, ttl)
-  local number = last - first + 1
-  set_outcomes(array, first, last, 3)
+-- Of the elements first..last of an array `number` have been canceled.
+local function count_canceled(array, submission, first, last, number, now, now_iso, ttl)
   count_end(submission, 'canceled', number)
   if redis.call('HGET', job_key(array), 'pq_elementwise') then
     redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, last))
@@ -249,23 +260,66 @@ local function end_run(array, submission, first, last, now, now_iso, ttl)
   array_ended(array, number, number, now, now_iso, ttl, ttl)
 end
 
--- The same where some may have been canceled one by one before (pq_has_gaps): these have ended, and are passed over.
+-- Elements first..last of an array, of which none runs or has ended, end as canceled.
+local function end_run(array, submission, first, last, now, now_iso, ttl)
+  set_outcomes(array, first, last, 3)
+  count_canceled(array, submission, first, last, last - first + 1, now, now_iso, ttl)
+end
+
+-- Of each byte of outcomes: how many of its elements have not ended, and the byte with these canceled.
+local open_in, with_open_canceled = {}, nil
+
+local function make_byte_tables()
+  with_open_canceled = {}
+  for byte = 0, 255 do
+    local left, ended = 0, byte
+    for shift = 0, 6, 2 do
+      if bit.band(bit.rshift(byte, shift), 3) == 0 then
+        left, ended = left + 1, bit.bor(ended, bit.lshift(3, shift))
+      end
+    end
+    open_in[byte] = left
+    if left > 0 then with_open_canceled[string.char(byte)] = string.char(ended) end
+  end
+end
+
+-- The whole bytes first..last of the outcomes: what has not ended there is canceled. Returns how many elements.
+local function cancel_bytes(array, first, last)
+  if not with_open_canceled then make_byte_tables() end
+  local outcomes, number = redis.call('GETRANGE', outcomes_key(array), first, last), 0
+  outcomes = outcomes .. string.rep('\0', last - first + 1 - #outcomes)
+  for at = 1, #outcomes, 64 do
+    for _, byte in ipairs({string.byte(outcomes, at, at + 63)}) do number = number + open_in[byte] end
+  end
+  if number > 0 then redis.call('SETRANGE', outcomes_key(array), first, (string.gsub(outcomes, '.', with_open_canceled))) end
+  return number
+end
+
+local function cancel_position(array, position)
+  local at = '#' .. string.format('%d', position)
+  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', at)[1] ~= 0 then return 0 end
+  redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', at, 3)
+  return 1
+end
+
+-- Elements first..last of an array, of which none runs, end as canceled. Where some may have been canceled one by one before
+-- (pq_has_gaps), these have ended, and are passed over.
 local function end_elements(array, submission, first, last, now, now_iso, ttl)
   if first == last or not redis.call('HGET', job_key(array), 'pq_has_gaps') then
     return end_run(array, submission, first, last, now, now_iso, ttl)
   end
-  local base, run = math.floor(first / 4), nil
-  local outcomes = redis.call('GETRANGE', outcomes_key(array), base, math.floor(last / 4))
-  for position = first, last + 1 do
-    local byte = string.byte(outcomes, math.floor(position / 4) - base + 1) or 0
-    local waits = position <= last and bit.band(bit.rshift(byte, 6 - 2 * (position % 4)), 3) == 0
-    if waits then
-      run = run or position
-    elseif run then
-      end_run(array, submission, run, position - 1, now, now_iso, ttl)
-      run = nil
+  local number, position = 0, first
+  while position <= last do
+    local whole = math.floor((last + 1) / 4) - 1 -- the last byte that ends within
+    if position % 4 == 0 and position / 4 <= whole then
+      number = number + cancel_bytes(array, position / 4, whole)
+      position = 4 * (whole + 1)
+    else
+      number = number + cancel_position(array, position)
+      position = position + 1
     end
   end
+  if number > 0 then count_canceled(array, submission, first, last, number, now, now_iso, ttl) end
 end
 
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.

@@ -30,6 +30,7 @@ local function uncount(submission, field, number)
   if redis.call('HINCRBY', submit_key(submission), 'left', number) == number then
     local shared = redis.call('HGET', submit_key(submission), 'shared')
     redis.call('PERSIST', submit_key(submission))
+    redis.call('ZADD', 'pilotq:submissions', redis.call('HGET', submit_key(submission), 'first') or 0, submission)
     redis.call('PERSIST', 'pilotq:shared:' .. shared)
     redis.call('HINCRBY', 'pilotq:shared-refs', shared, 1)
   end

@@ -9,6 +9,7 @@ import pytest
 
 from pilotq.broker.errors import ServerRefused, UnknownTask
 from pilotq.broker.store import keys
+from pilotq.broker.store.journal import Journal
 from pilotq.broker.tasks.model import ArrayRange
 from tests.support.engine import Engine, fixtures, task
 from tests.support.live_pilot import LivePilot, live_pilot
@@ -64,6 +65,16 @@ def test_what_is_forgotten_can_be_depended_on(live: LivePilot) -> None:
     with pytest.raises(UnknownTask):
         live.enqueue("true", after=["vvvv"])
     assert live.cli("enqueue", "--after", good, "--", "true").returncode == 0
+
+
+def test_a_wait_reads_the_journal_once(live: LivePilot, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [live.enqueue("true") for _ in range(20)]
+    live.broker.wait(timeout=60)
+    wait_until(lambda: all(live.lines(task_id) for task_id in ids), what="lines in the journal")
+    forgotten(live, *ids)
+    monkeypatch.setattr(Journal, "find", None)  # which reads all of it for each task
+    assert live.broker.wait(ids, timeout=30).finished == 20
+    monkeypatch.undo()
 
 
 def test_a_submit_is_refused_when_memory_is_short(engine: Engine) -> None:

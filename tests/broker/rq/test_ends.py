@@ -159,7 +159,7 @@ def test_retries_with_intervals(producer: Producer, engine: Engine) -> None:
         producer.run(job, "failed")
         due = producer.client.zscore(keys.registry("scheduled", "default"), job.id)
         assert due is not None and before + interval - 2 <= due <= time.time() + interval
-        assert engine.store.run("count_vanished", engine.store.term, "default") == 0
+        assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 0
         producer.pass_time(job)
         assert producer.waits() == [job.id]
     assert producer.run(job, "failed").is_failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.rq import repair
 from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.repair import RqRepair
+from pilotq.broker.scheduling.reconciler import CLOCKS_S, Reconciler
 from pilotq.broker.store import keys
 from pilotq.broker.tasks.model import ArrayRange
 from tests.support.engine import NODE, ONE, Engine, FakeNode, RunningDispatcher, end_report, fixtures, pump, task
@@ -182,3 +184,19 @@ def test_all_that_waits_is_listed_and_counted(engine: Engine, client: redis.Redi
     assert len(list(listing.tasks("rate_limited", 10))) == 1
     route(ingest)
     assert engine.counts() == {"total": 2}
+
+
+def test_canceled_tasks_are_not_read_again_each_second(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler(engine.store)
+    (mine, other, late) = engine.submit(task(), task(), task())
+    registry, now = keys.registry("canceled", "default"), time.time()
+    engine.cancel(mine)
+    for clock, canceled in ((now, other), (now + 60, late), (now + 120, None)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        if canceled:  # as RQ does it, by a clock that differs
+            engine.link.call("HSET", keys.job(canceled), "status", "canceled")
+            engine.link.call("ZADD", registry, int(clock) - 3, canceled)
+        reconciler.turn(clock, {}, [], walked=True)
+    assert engine.counts() == {"total": 3, "canceled": 3}
+    since, met = reconciler.canceled["default"]
+    assert since == now + 60 - CLOCKS_S and not met

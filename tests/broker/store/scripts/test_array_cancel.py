@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import Stop
-from tests.support.engine import ONE, Engine, array, fixtures, ids, task
+from pilotq.broker.store.messages import EndReport, Stop
+from tests.support.engine import ONE, Engine, array, end_entry, fixtures, ids, task
 
 engine, server, node = fixtures
 HIGH = "default.p9.1c"
@@ -116,6 +116,27 @@ def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
     assert engine.nothing_left()
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 9, 64, 67, 1030])
+def test_cancel_of_a_retried_array_that_finished_in_parts(engine: Engine, count: int) -> None:
+    """Whatever the pattern, one script writes the outcomes once, and once those that wait for its elements are told."""
+    for pattern in (lambda n: n % 2, lambda n: n % 7 < 3, lambda n: n == count - 1, lambda n: n > 0):
+        engine.reset()
+        a, _ = engine.submit(array(count, name="a"), array(count, after_each=["a"], priority=9))
+        outcomes = bytearray((count + 3) // 4)
+        for n in range(count):
+            outcomes[n // 4] |= (1 if pattern(n) else 0) << 6 - 2 * (n % 4)
+        left = sum(not pattern(n) for n in range(count))
+        engine.link.call("SET", keys.outcomes(a), bytes(outcomes))
+        engine.link.call("HSET", keys.job(a), "pq_has_gaps", 1, "pq_left", left)
+        engine.link.call("HINCRBY", keys.COUNTS, "finished", count - left)
+        engine.link.call("HINCRBY", keys.submission(engine.hash(a)["pq_sub"]), "left", left - count)
+        if left:
+            assert engine.cancel(a) == ["canceled"]
+            assert engine.outcomes(a, count) == "".join("1" if pattern(n) else "3" for n in range(count))
+            assert engine.link.call("LRANGE", keys.RELEASE, 0, -1) == [f"e:{a}:0:{count - 1}".encode()]
+            assert engine.status(a) == "canceled" and engine.counts()["canceled"] == left
+
+
 # -- deleted records --------------------------------------------------------------------------------------------------
 
 
@@ -129,8 +150,36 @@ def test_elements_of_a_deleted_array_make_no_ghost(engine: Engine) -> None:
     assert engine.claim(2) == []
     assert not [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:outcomes"))]
     assert engine.counts() == {"total": 4, "finished": 1, "failed": 1, "canceled": 1}
-    assert engine.store.run("count_vanished", engine.store.term, "default") == 1
-    assert engine.nothing_left()
+    assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 1
+    assert engine.nothing_left() and not engine.link.call("EXISTS", keys.SUBMISSIONS)
+
+
+@pytest.mark.parametrize("status", ["runs", "waits"])
+def test_a_deleted_record_closes_its_submission(engine: Engine, status: str) -> None:
+    engine.submit(task(), key="before")
+    (a, b) = engine.submit(task(), array(2), key="mine")
+    engine.submit(task(), key="behind")
+    handed = engine.claim(5)
+    assert engine.link.call("ZRANGE", keys.SUBMISSIONS, 0, -1) == [b"before", b"mine", b"behind"]
+    mine = [h for h in handed if h.submission == "mine"]
+    engine.complete([h for h in handed if h.submission != "mine"])
+    assert engine.link.call("ZRANGE", keys.SUBMISSIONS, 0, -1) == [b"mine"]
+    if status == "waits":
+        engine.return_unstarted(mine)
+        engine.link.call("DEL", keys.job(a), *(keys.job(f"{b}_{n}") for n in range(2)), keys.job(b), keys.queue(ONE))
+        engine.link.call("DEL", keys.registry("wip", "default"))
+        assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 3
+    else:
+        engine.link.call("DEL", *(keys.job(h.id) for h in mine))
+        now = "2026-01-31T12:00:00.000000Z"
+        for h in mine:  # as the reconciler does: nobody knows any more whose it was
+            report = EndReport(h.id, 1, "canceled", "canceled", now, "", "", "", end_entry(h), class_name="default")
+            report.array, report.position = h.array, h.position
+            assert engine.store.report_lost([report]) == ["stale"]
+    assert engine.link.call("HMGET", keys.submission("mine"), "left", "canceled") == [b"0", b"3"]
+    assert engine.ttl(keys.submission("mine")) > 0
+    assert engine.counts() == {"total": 5, "finished": 2, "canceled": 3}
+    assert not engine.link.call("EXISTS", keys.SUBMISSIONS)
 
 
 def test_a_deleted_element_does_not_hold_up_its_array(engine: Engine) -> None:

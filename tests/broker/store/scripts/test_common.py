@@ -50,7 +50,7 @@ TERMED: dict[str, Callable[[Store], object]] = {
     "enqueue_due": lambda s: s.run("enqueue_due", s.term, 1, "x", 10, 1, "default"),
     "free_rate_slots": lambda s: s.run("free_rate_slots", s.term, 1, "x"),
     "cancel_orphans": lambda s: s.run("cancel_orphans", s.term, "1"),
-    "count_vanished": lambda s: s.run("count_vanished", s.term, "default"),
+    "count_vanished": lambda s: s.run("count_vanished", s.term, 60, "default"),
 }
 
 
