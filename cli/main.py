@@ -9,13 +9,14 @@ import errno
 import io
 import os
 import sys
+import warnings
 from importlib import import_module
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 import msgspec
 
-from pilotq.broker.errors import PilotqError
+from pilotq.broker.errors import JournalDamaged, PilotqError
 from pilotq.cli import exit_codes
 
 # Section of the help -> command -> what it does. The command NAME is `NAME_command` in cli/commands/NAME.py.
@@ -62,6 +63,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
 }
 HIDDEN: Final = {"supervisor": "The process that `run` and `start` leave in the background."}
+_show_others = warnings.showwarning
 COMMANDS: Final = frozenset[str]().union(*SECTIONS.values(), HIDDEN)
 
 
@@ -122,7 +124,19 @@ def pilotq() -> None:
 def main(argv: list[str] | None = None) -> NoReturn:
     open_closed_streams()
     use_utf8()
+    warnings.simplefilter("always", JournalDamaged)
+    warnings.showwarning = _show_warning
     sys.exit(call(argv))
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    if issubclass(category, JournalDamaged):
+        _print(str(message))
+    else:
+        _show_others(message, category, filename, lineno, file, line)
 
 
 def open_closed_streams() -> None:
@@ -194,8 +208,12 @@ def _usage(error: click.ClickException) -> int:
 
 
 def _print_error(text: str, code: int) -> int:
+    _print(text)
+    return code
+
+
+def _print(text: str) -> None:
     """One sentence, perhaps with lines of a log. Names of files and tasks in it may hold anything."""
     from pilotq.cli.formatting import lines
 
     click.echo("\n".join(lines(f"pilotq: {text}")), err=True)
-    return code

@@ -79,7 +79,10 @@ class Archive:
 
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name, without elements of arrays."""
-        return list(dict.fromkeys(entry.array or entry.id for entry in self._journal.tasks_by_name(printable(name))))
+        found = list(dict.fromkeys(entry.array or entry.id for entry in self._journal.tasks_by_name(printable(name))))
+        if not found:
+            self._journal.examine()
+        return found
 
     def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """The captured output of the last execution, in pieces; ``stream``: stdout or stderr."""
@@ -120,7 +123,7 @@ class Archive:
         try:
             with open(self.pilot.path(TOTAL)) as file:
                 return int(file.read())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a power loss may have emptied it
             return None
 
     def wait(self, ids: Iterable[str] | None = None) -> Counts:
@@ -128,9 +131,12 @@ class Archive:
         if ids is None:
             return self.counts()
         wanted = list(dict.fromkeys(ids))
+        statuses = PastTasks(None, self._journal, wanted).statuses(wanted)
+        if len(statuses) < len(wanted):  # these never ran, or were to be tried again, or their lines cannot be read
+            self._journal.examine()
         counts = Counts(total=len(wanted))
-        for status in PastTasks(None, self._journal, wanted).statuses(wanted).values():
-            counts.add(status)  # what is not among them never ran, or was to be tried again
+        for status in statuses.values():
+            counts.add(status)
         return counts
 
 

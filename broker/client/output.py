@@ -131,6 +131,7 @@ class Output:
             if time.monotonic() > deadline:
                 if not certain:
                     return entries
+                self._journal.examine()
                 raise PilotFailed(
                     f"the end of task {task_id} has not reached the journal yet, and its output neither: try again; "
                     f"{self._pilot.log('supervisor')} says if the journal cannot be written"

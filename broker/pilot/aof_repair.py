@@ -14,9 +14,10 @@ import re
 import time
 
 from pilotq.broker.errors import InvalidInput, PilotExists
-from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.pilot.directory import Pilot, write_private
 from pilotq.broker.pilot.lock import holder
 from pilotq.broker.store import keys
+from pilotq.broker.store.journal_repair import move_damaged_lines
 
 FOLDER = ("server", "appendonlydir")
 MARK = "repaired"  # file in server/: the next start may move away lines of the journal that the server does not know
@@ -31,10 +32,7 @@ def repair(pilot: Pilot) -> list[str]:
     Raises PilotExists unless the pilot has ended, and InvalidInput when there is no log. A damaged base cannot be
     repaired: it is left as it is.
     """
-    if holder(pilot.path("lock")) is not None:
-        raise PilotExists(
-            f"the pilot in {pilot.directory} runs: end it first, with `pilotq stop --dir {pilot.directory}`"
-        )
+    refuse_running(pilot)
     folder = pilot.path(*FOLDER)
     done = []
     logs = _logs(folder)
@@ -46,8 +44,7 @@ def repair(pilot: Pilot) -> list[str]:
             # What was written later depends on what is lost.
             done += [_cut(os.path.join(folder, later), 0) for later in logs[number + 1 :]]
             break
-    with open(pilot.path("server", MARK), "w"):
-        pass
+    write_private(pilot.path("server", MARK), b"")
     if not done:
         done.append(f"the logs of the server in {folder} are whole: nothing was changed")
     done.append(
@@ -55,6 +52,25 @@ def repair(pilot: Pilot) -> list[str]:
         f"their tasks run again: `pilotq start --resume {pilot.directory}`"
     )
     return done
+
+
+def repair_journal(pilot: Pilot) -> list[str]:
+    """Move the lines of the journal that cannot be read to a file of their own; returns what was done, empty when they
+    all can be. Raises PilotExists unless the pilot has ended."""
+    refuse_running(pilot)
+    try:
+        count, aside = move_damaged_lines(pilot.journal)
+    except FileNotFoundError:
+        return []
+    lines = "1 line" if count == 1 else f"{count:,} lines"
+    return [f"{lines} of {pilot.journal} that cannot be read: moved to {aside}"] if count else []
+
+
+def refuse_running(pilot: Pilot) -> None:
+    if holder(pilot.path("lock")) is not None:
+        raise PilotExists(
+            f"the pilot in {pilot.directory} runs: end it first, with `pilotq stop --dir {pilot.directory}`"
+        )
 
 
 def _logs(folder: str) -> list[str]:

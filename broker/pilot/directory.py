@@ -97,7 +97,12 @@ class Pilot(msgspec.Struct, frozen=True):
                 )
             try:
                 return _paths_by(from_utf8, from_json(file.read(), ConnectionInfo))
-            except msgspec.ValidationError:
+            except ValueError as error:
+                if not isinstance(error, msgspec.ValidationError):
+                    raise PilotFailed(
+                        f"{path} is damaged, it is no JSON: once the pilot has ended `pilotq start --resume "
+                        f"{self.directory}` writes it anew"
+                    ) from None
                 raise PilotFailed(
                     f"{path} was written by another version of pilotq: use the pilotq that started this pilot, "
                     "or start a new pilot in another directory"

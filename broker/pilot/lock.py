@@ -130,7 +130,7 @@ def await_holder_state(path: str, say: Callable[[str], None]) -> None:
 def _living(path: str, content: bytes, heartbeat: float) -> Holder | None:
     try:
         who = msgspec.json.decode(content, type=Holder)
-    except msgspec.DecodeError:
+    except ValueError:
         # The file was made a moment ago and is not yet written; or its writer died in between, and then it grows old.
         who = Holder("an unknown host", "", 0, None, "")
     if who.machine == Holder.here().machine:

@@ -48,7 +48,7 @@ def recorded_parts(pilot: Pilot) -> dict[str, tuple[int, int | None]]:
     try:
         with open(pilot.path(NAME), "rb") as file:
             found = msgspec.json.decode(file.read(), type=RecordedParts)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, ValueError):
         return {}
     return found.parts if found.machine == Holder.here().machine else {}
 

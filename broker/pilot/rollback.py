@@ -11,16 +11,15 @@ import os
 import time
 from typing import Any
 
-import msgspec
-
 from pilotq.broker.errors import StateLost
 from pilotq.broker.log import log
+from pilotq.broker.os_strings import from_json
 from pilotq.broker.pilot.aof_repair import MARK
 from pilotq.broker.pilot.directory import Pilot, write_private
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection, ReplyError
-from pilotq.broker.store.journal_writer import JournalWriter
+from pilotq.broker.store.journal_writer import JournalWriter, PlaceOfEntry
 
 STREAM_QUERY = ("XINFO", "STREAM", keys.JOURNAL)
 StreamId = tuple[int, int]  # a stream id
@@ -93,6 +92,6 @@ def _move_unknown_lines(path: str, last: StreamId) -> None:
 
 def _is_later(line: bytes, last: StreamId) -> bool:
     try:
-        return _parse_id(msgspec.json.decode(line)["at"].rpartition(":")[0]) > last
-    except (msgspec.DecodeError, KeyError, ValueError):
+        return _parse_id(from_json(line, PlaceOfEntry).at.rpartition(":")[0]) > last
+    except ValueError:
         return False  # the header, or a torn end

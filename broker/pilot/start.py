@@ -123,7 +123,7 @@ def saved_submit_context(pilot: Pilot) -> SubmitContext:
     try:
         with open(pilot.path(SUBMIT_CONTEXT), "rb") as file:
             return msgspec.msgpack.decode(file.read(), type=SubmitContext)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # none was saved, or a power loss has emptied it
         return capture_context()
 
 

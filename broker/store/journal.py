@@ -7,16 +7,26 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from pilotq.broker.errors import JournalDamaged
 from pilotq.broker.os_strings import from_json, printable
+from pilotq.broker.store.resources import parse_allocation
+from pilotq.broker.tasks.array_outcomes import count_indices
 
 OUTPUTS = ("stdout", "stderr")
 FIRST_KEY = b'{"id":'  # a line begins with it, and with the id as JSON
+HEADER = b'{"pilotq_journal"'  # with it the first line begins
+Moment = Annotated[float, msgspec.Meta(ge=0, le=1e11)] | None  # unix seconds
+Place = list[str | int]
+PLACES = ([str], [str, int, int])  # types of a place
+WARNINGS_MAX = 5  # lines of one file that are named
+_told: dict[str, set[int]] = {}  # lines of each file that were warned of
 _to_json = msgspec.json.Encoder().encode
 
 
@@ -66,11 +76,31 @@ class PackedEntry(JournalEntry, omit_defaults=True):
     stderr: Any = ""
 
 
+class _Line(JournalEntry):
+    """An entry as it stands in the file, with what can be checked of it."""
+
+    queued: Moment = None
+    handed: Moment = None
+    started: Moment = None
+    ended: Moment = None
+    stdout: str = ""
+    stderr: str = ""
+    stdout_at: Place = []
+    stderr_at: Place = []
+
+
+_decode = msgspec.json.Decoder(_Line).decode
+
+
 class Journal:
-    """Reads a journal, also while it is written and after the pilot has ended. A missing file is an empty journal."""
+    """Reads a journal, also while it is written and after the pilot has ended. A missing file is an empty journal.
+
+    A line that cannot be read is left out, with a warning (`JournalDamaged`) that names it.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._examined = False
 
     def find(self, task_id: str) -> list[JournalEntry]:
         """All executions of a task, newest first; empty if the journal does not know it."""
@@ -84,12 +114,22 @@ class Journal:
         """All entries, oldest first. Entries written meanwhile may or may not be among them."""
         try:
             with open(self.path, "rb") as file:
-                for raw in file:
+                for number, raw in enumerate(file, start=1):
                     # Only the writer's last line can be without its end.
-                    if raw.endswith(b"\n") and not raw.startswith(b'{"pilotq_journal"'):
-                        yield _decode(raw)
+                    if raw.endswith(b"\n") and not raw.startswith(HEADER):
+                        try:
+                            yield decode_entry(raw)
+                        except ValueError as error:
+                            warn_of_line(self.path, number, error)
         except FileNotFoundError:
             return
+
+    def examine(self) -> None:
+        """Warn of every line that cannot be read: what somebody looks for, and does not find, may stand there."""
+        if not self._examined:
+            self._examined = True
+            for _ in self.entries():
+                pass
 
     def last(self, count: int) -> list[JournalEntry]:
         """The last entries, newest first."""
@@ -98,8 +138,8 @@ class Journal:
             end = view.rfind(b"\n") + 1
             while end and len(found) < count:
                 start = view.rfind(b"\n", 0, end - 1) + 1
-                if start:  # the first line is the header
-                    found.append(_decode(view[start:end]))
+                if (entry := self._entry(view, start, end)) is not None:
+                    found.append(entry)
                 end = start
         return found
 
@@ -109,10 +149,21 @@ class Journal:
             end = view.rfind(b"\n") + 1
             while (found := view.rfind(pattern, 0, end)) >= 0:
                 start = found + 1 if pattern.startswith(b"\n") else view.rfind(b"\n", 0, found) + 1
-                entry = _decode(view[start : view.find(b"\n", found + 1) + 1])
-                if wanted(entry):
+                entry = self._entry(view, start, view.find(b"\n", found + 1) + 1)
+                if entry is not None and wanted(entry):
                     yield entry
                 end = start
+
+    def _entry(self, view: mmap.mmap, start: int, end: int) -> JournalEntry | None:
+        """The entry that stands there; None for the header, and for what cannot be read."""
+        raw = view[start:end]
+        if raw.startswith(HEADER):
+            return None
+        try:
+            return decode_entry(raw)
+        except ValueError as error:
+            warn_of_line(self.path, 1 + _count_lines(view, start), error)
+            return None
 
     def _view(self) -> mmap.mmap:
         """The file as a map: only the pages that a search touches are read."""
@@ -130,6 +181,7 @@ class JournalReader:
         self._path = journal.path
         self._wanted = {_to_json(printable(task_id)) for task_id in ids}
         self._offset = 0
+        self._lines = 0  # that were read
 
     def read(self) -> Iterator[JournalEntry]:
         """What was written since the last pass, oldest first."""
@@ -140,21 +192,65 @@ class JournalReader:
                     if not raw.endswith(b"\n"):
                         return  # the writer is at it
                     self._offset += len(raw)
+                    self._lines += 1
                     task_id = raw[len(FIRST_KEY) : raw.find(b'",', len(FIRST_KEY)) + 1]
                     # With an escaped quote in it the id may go on.
                     if raw.startswith(FIRST_KEY) and (task_id in self._wanted or b"\\" in task_id):
-                        entry = _decode(raw)
+                        try:
+                            entry = decode_entry(raw)
+                        except ValueError as error:
+                            warn_of_line(self._path, self._lines, error)
+                            continue
                         if _to_json(entry.id) in self._wanted:
                             yield entry
         except FileNotFoundError:
             return
 
 
-def _decode(raw: bytes) -> JournalEntry:
-    entry = from_json(raw, PackedEntry)
+def decode_entry(raw: bytes) -> JournalEntry:
+    """The entry in a line; raises ValueError where it is none that could be used."""
+    try:
+        entry = _decode(raw)
+    except msgspec.DecodeError:
+        entry = from_json(raw, _Line)  # it may have escapes that only this knows
     if b'_b64":' in raw:
         fields = from_json(raw, dict[str, Any])
         for name in OUTPUTS:
             if f"{name}_b64" in fields:
-                setattr(entry, name, b64decode(fields[f"{name}_b64"]))
+                setattr(entry, name, b64decode(fields[f"{name}_b64"], validate=True))
+    parse_allocation(entry.cpus)
+    if entry.elements:
+        for ranges in entry.elements.values():
+            count_indices(ranges)
+    if entry.stdout_at or entry.stderr_at:
+        for place in (entry.stdout_at, entry.stderr_at):
+            if place and [type(part) for part in place] not in PLACES:
+                raise msgspec.ValidationError("an output at no place")
     return entry
+
+
+def problem_of(error: Exception) -> str:
+    """Why a line cannot be read, by what `decode_entry` has raised."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, msgspec.DecodeError) and not isinstance(error, msgspec.ValidationError):
+        return "it is no JSON"
+    return "it is no entry of a journal"
+
+
+def warn_of_line(path: str, number: int, error: ValueError) -> None:
+    """Warn of a line, counted from 1, that cannot be read; of the first few of a file by name, and of each once."""
+    told = _told.setdefault(path, set())
+    if number in told or len(told) > WARNINGS_MAX:
+        return
+    told.add(number)
+    where = printable(path)
+    text = f"{where}: line {number} cannot be read ({problem_of(error)})"
+    if len(told) > WARNINGS_MAX:
+        text = f"{where}: more lines cannot be read"
+    warnings.warn(f"{text}: what it says is left out; `pilotq doctor` tells what to do", JournalDamaged, stacklevel=2)
+
+
+def _count_lines(view: mmap.mmap, end: int) -> int:
+    piece = 1 << 20
+    return sum(view[at : min(at + piece, end)].count(b"\n") for at in range(0, end, piece))

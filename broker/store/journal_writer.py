@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 
 from pilotq.broker import failpoints
-from pilotq.broker.os_strings import to_json
+from pilotq.broker.os_strings import from_json, to_json
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
-from pilotq.broker.store.journal import OUTPUTS, PackedEntry
+from pilotq.broker.store.journal import HEADER, OUTPUTS, PackedEntry
+from pilotq.broker.store.journal_repair import keep_aside
 from pilotq.broker.store.messages import ControlChanged
 from pilotq.broker.tasks.array_outcomes import OUTCOMES, element_ranges
 
@@ -43,6 +44,12 @@ class _Ending(msgspec.Struct):
     array: str = ""  # "start:step:count": the indices of the elements
 
 
+class PlaceOfEntry(msgspec.Struct):
+    """The part of an entry of the journal that says where in the stream it was."""
+
+    at: str
+
+
 _items = msgspec.msgpack.Decoder(list[tuple[PackedEntry, _Ending]])
 
 
@@ -63,7 +70,7 @@ class JournalWriter:
         # them is on disk: they are written again, to the same place.
         self._tail = bytearray()
         self._written = 0
-        self._synced, self._last = _cut_torn(self._file)
+        self._synced, self._last = _cut_torn(path, self._file)
         self._read_from = _before(self._last[0])
         self._trim: str | None = None
         self._due = 0.0
@@ -221,10 +228,11 @@ def _before(place: tuple[int, int]) -> str:
     return f"{milliseconds - 1}-{2**64 - 1}" if milliseconds else "0-0"
 
 
-def _cut_torn(file: int) -> tuple[int, tuple[tuple[int, int], int]]:
+def _cut_torn(path: str, file: int) -> tuple[int, tuple[tuple[int, int], int]]:
     """Remove a torn end, and return the size and the place of the last line.
 
-    Torn is what does not end in a newline, and, after a power loss, what is no JSON.
+    Torn is what does not end in a newline, and, after a power loss, what cannot be read; whole lines of that are kept
+    in a file beside the journal.
     """
     size = os.fstat(file).st_size
     end = size
@@ -235,13 +243,15 @@ def _cut_torn(file: int) -> tuple[int, tuple[tuple[int, int], int]]:
             while end:
                 start = view.rfind(b"\n", 0, end - 1) + 1
                 try:
-                    record = msgspec.json.decode(view[start:end])
-                    if "pilotq_journal" not in record:
-                        entry, _, number = record["at"].rpartition(":")
+                    if view[start : start + len(HEADER)] != HEADER:
+                        entry, _, number = from_json(view[start:end], PlaceOfEntry).at.rpartition(":")
                         place = (_place(entry), int(number))
                     break
-                except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+                except ValueError:
                     end = start
+            whole = view[end : view.rfind(b"\n") + 1]
+        if whole:
+            _log(f"journal: its last lines cannot be read, and are moved to {keep_aside(path, [whole])}")
     if end < size:
         os.ftruncate(file, end)
     return end, place

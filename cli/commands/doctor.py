@@ -1,4 +1,4 @@
-"""`pilotq doctor`: checks this machine, the directory and the pilot, and repairs a damaged log."""
+"""`pilotq doctor`: checks this machine, the directory and the pilot, and repairs a damaged log and journal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from pilotq.broker.errors import NoPilot
+from pilotq.broker.errors import InvalidInput, NoPilot
 from pilotq.broker.pilot.directory import HOME, Pilot, find
 from pilotq.cli import exit_codes, formatting
 from pilotq.cli.doctor_checks import Check, examine
@@ -18,7 +18,12 @@ COLOURS = {"good": "green", "note": "yellow", "bad": "red"}
 
 @click.command("doctor")
 @dir_option
-@click.option("--repair", is_flag=True, help="Cut a damaged log after its last valid command, and list what is lost.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Cut a damaged log after its last valid command, move lines of the journal that "
+    "cannot be read to a file beside it, and list what is lost.",
+)
 @json_option
 def doctor_command(directory: str | None, repair: bool, as_json: bool) -> int:
     """Check the server, libraries, limits, disks, Slurm, MPI, and the pilot found here or named by --dir.
@@ -30,9 +35,7 @@ def doctor_command(directory: str | None, repair: bool, as_json: bool) -> int:
     Example: pilotq doctor
     """
     if repair:
-        from pilotq.broker.pilot.aof_repair import repair as repair_log
-
-        click.echo("\n".join(repair_log(find(directory))))
+        click.echo("\n".join(_repair(find(directory))))
         return exit_codes.ALL_FINISHED
     pilot = _pilot(directory)
     checks = examine(pilot, pilot.directory if pilot is not None else os.path.abspath(HOME))
@@ -41,6 +44,18 @@ def doctor_command(directory: str | None, repair: bool, as_json: bool) -> int:
     else:
         click.echo("\n".join(map(_line, checks)))
     return exit_codes.PILOT_FAILED if any(check.level == "bad" for check in checks) else exit_codes.ALL_FINISHED
+
+
+def _repair(pilot: Pilot) -> list[str]:
+    from pilotq.broker.pilot import aof_repair
+
+    done = aof_repair.repair_journal(pilot)
+    try:
+        return done + aof_repair.repair(pilot)
+    except InvalidInput:  # it has no log of a server (--durability none): then the journal alone can be repaired
+        if not done:
+            raise
+        return done
 
 
 def _pilot(directory: str | None) -> Pilot | None:

@@ -178,3 +178,34 @@ def test_an_empty_journal_has_no_tasks(empty: Archive) -> None:
     assert list(empty.tasks()) == []
     assert empty.counts().total == 0 and not empty.complete
     assert empty.find("x") == []
+
+
+def test_a_damaged_journal_is_told_without_the_damage_and_repaired(tmp_path: Path) -> None:
+    cli = prompt(tmp_path)
+    for name in ("server", "logs", "output"):
+        (tmp_path / "p" / name).mkdir(parents=True, mode=0o700)
+    (tmp_path / "p").chmod(0o700)
+    journal = tmp_path / "p" / "journal.jsonl"
+    journal.write_bytes(
+        b'{"pilotq_journal":1,"pilot":"p"}\n{"id":"1","name":"one","status":"finished","execution":1,"exit_code":0}\n'
+        b'{"id":"2","name":"two","node":"\xff"}\n{"id":"3","name":"three","status":"finished","execution":1}\n'
+    )
+    journal.chmod(0o600)
+    (tmp_path / "p" / "submitted").touch(0o600)  # empty, as after a power loss
+    said = (
+        f"pilotq: {journal}: line 3 cannot be read (it is not UTF-8): what it says is left out; `pilotq doctor` tells"
+    )
+    for words, shown in (
+        ("list", "three"), ("status", "2 finished"), ("wait", ""), ("report", "2 finished"), ("show one", "finished"),
+        ("show two", ""), ("wait 2", ""),
+    ):  # fmt: skip
+        done = cli(*words.split(), "--dir", "p")
+        whole = words in ("show one",)  # which does not come to that line
+        assert (said in done.stderr) is not whole, (words, done.stderr)
+        assert shown in done.stdout and done.stderr.count("line 3") == 1 - whole
+    doctor = cli("doctor", "--dir", "p")
+    assert doctor.returncode == 3 and "line 3 (it is not UTF-8) cannot be read" in doctor.stdout
+    repaired = cli("doctor", "--repair", "--dir", "p")
+    assert repaired.returncode == 0 and f"1 line of {journal} that cannot be read: moved to" in repaired.stdout
+    assert "line 3" not in cli("list", "--dir", "p").stderr
+    assert cli("doctor", "--dir", "p").returncode == 0

@@ -10,6 +10,7 @@ import msgspec
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.views import TaskView
+from pilotq.broker.os_strings import from_json
 from pilotq.broker.qcg.service.registry import Job
 from pilotq.broker.qcg.service.states import (
     CANCELED,
@@ -23,7 +24,7 @@ from pilotq.broker.qcg.service.states import (
     state_of,
 )
 from pilotq.broker.store import keys
-from pilotq.broker.store.journal import Journal
+from pilotq.broker.store.journal import HEADER, Journal, warn_of_line
 from pilotq.broker.taskfiles.qcg_tasks import UnmetDependency
 from pilotq.broker.tasks.array_outcomes import element_ranges, indices_of
 
@@ -31,7 +32,6 @@ from pilotq.broker.tasks.array_outcomes import element_ranges, indices_of
 JOURNAL_WAIT_S = 5.0
 POLL_S = 0.02
 FIND_MAX = 50  # entries that are searched one by one; more are found in one pass over the journal
-_decode = msgspec.json.Decoder(TaskRecord).decode
 
 
 class JournalTail:
@@ -39,7 +39,7 @@ class JournalTail:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._offset = 0
+        self._offset = self._lines = 0
 
     def read_new(self) -> Iterator[TaskRecord]:
         try:
@@ -49,8 +49,15 @@ class JournalTail:
                     if not raw.endswith(b"\n"):
                         return
                     self._offset += len(raw)
-                    if not raw.startswith(b'{"pilotq_journal"'):
-                        yield _decode(raw)
+                    self._lines += 1
+                    if raw.startswith(HEADER):
+                        continue
+                    try:
+                        record = from_json(raw, TaskRecord)
+                    except ValueError as error:
+                        warn_of_line(self._path, self._lines, error)
+                    else:
+                        yield record
         except FileNotFoundError:
             return
 

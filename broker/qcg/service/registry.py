@@ -245,7 +245,7 @@ class Registry:
         for line in whole.splitlines():
             try:
                 self._apply(_decode(line))
-            except msgspec.DecodeError:
+            except ValueError:
                 continue  # the end of a write that a kill has cut off, closed by the newline of the next one
         self._read_bytes += len(whole)
 

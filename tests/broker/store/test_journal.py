@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from pilotq.broker.errors import JournalDamaged
 from pilotq.broker.pilot.server import RunningServer, start_server
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.journal_repair import damaged_lines, move_damaged_lines
 from pilotq.broker.store.journal_writer import JournalWriter
 from pilotq.broker.store.messages import ControlChanged
 from tests.support.waiting import wait_until
@@ -159,6 +161,7 @@ def test_an_entry_that_cannot_be_read_stops_no_other(link: Connection, path: Pat
 
 WRITE = """
 import sys, time
+from pilotq.broker.store.journal_repair import damaged_lines, move_damaged_lines
 from pilotq.broker.store.journal_writer import JournalWriter
 from pilotq.broker.store.connection import Connection, parse_url
 link = Connection(parse_url(sys.stdin.readline().strip()))
@@ -324,3 +327,70 @@ def test_finding_lines(link: Connection, path: Path) -> None:
     assert [line.id for line in journal.last(3)] == ["a", "b", "aa"]
     assert Counter(line.id for line in journal.last(99)) == Counter(a=2, aa=1, b=1)
     assert [line.id for line in journal.entries()] == ["a", "aa", "b", "a"]
+
+
+GOOD = ['{"id":"a","name":"n","status":"finished"}', '{"id":"b","name":"n","status":"finished"}']
+DAMAGES = [
+    (b"\0" * 60, "it is no JSON"),
+    (b'{"id":"x","name":"n"', "it is no JSON"),
+    (b'{"id":"x","name":"caf\xe9"}', "it is not UTF-8"),
+    (b"[]", "it is no entry of a journal"),
+    (b'{"name":"n"}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","exit_code":"one"}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","cpus":"n1[a]"}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","elements":{"finished":"1-x"}}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","ended":1e300}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","stdout":5}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","stdout_b64":"%"}', "it is no entry of a journal"),
+    (b'{"id":"x","name":"n","stderr_at":["output/x","0"]}', "it is no entry of a journal"),
+]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize(("damage", "why"), DAMAGES)
+def test_a_line_that_cannot_be_read_is_named_and_all_others_are_told(
+    path: Path, place: int, damage: bytes, why: str
+) -> None:
+    lines = [b'{"pilotq_journal":1,"pilot":"p"}', *map(str.encode, GOOD)]
+    if place:
+        lines.insert(place, damage)
+    else:
+        lines[0] = damage
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    journal = Journal(str(path))
+    with pytest.warns(JournalDamaged, match=f"journal.jsonl: line {place + 1} cannot be read .{why}."):
+        assert ids(path) == ["a", "b"]
+    # A warning is an error in these tests: of each line there is one.
+    assert [entry.id for entry in journal.last(9)] == ["b", "a"]
+    assert [entry.id for entry in journal.tasks_by_name("n")] == ["b", "a"]
+    assert [entry.id for entry in journal.find("a")] == ["a"]
+    assert journal.find("x") == []
+    assert [(line.number, line.why) for line in damaged_lines(str(path))] == [(place + 1, why)]
+    count, aside = move_damaged_lines(str(path))
+    assert (count, Path(aside).read_bytes()) == (1, damage + b"\n")
+    assert ids(path) == ["a", "b"] and [entry.id for entry in journal.find("a")] == ["a"]
+    assert move_damaged_lines(str(path)) == (0, "")
+    assert {p.stat().st_mode & 0o777 for p in path.parent.iterdir()} == {0o600}
+
+
+def test_of_many_damaged_lines_a_few_are_named(path: Path) -> None:
+    path.write_bytes(b'{"pilotq_journal":1}\n' + b"x\n" * 1000)
+    with pytest.warns(JournalDamaged) as told:
+        assert ids(path) == []
+    assert len(told) == 6 and "more lines cannot be read" in str(told[-1].message)
+
+
+def test_whole_lines_that_a_writer_cuts_are_kept_beside_the_journal(link: Connection, path: Path, capfd: Any) -> None:
+    add(link, JournalEntry("a"))
+    add(link, JournalEntry("b", stdout_at=[b"/caf\xe9"]), JournalEntry("c"))
+    with writer(path) as w:
+        assert w.drain(link, 0.0)
+    whole = path.read_bytes()
+    damaged = whole[:-20] + b"\xff" * 10 + b"\n"
+    path.write_bytes(damaged)
+    with writer(path) as w:
+        assert w.drain(link, 0.0)
+    (aside,) = path.parent.glob("journal.damaged-*")
+    assert aside.read_bytes() == damaged.splitlines(keepends=True)[-1]
+    assert aside.name in capfd.readouterr().err
+    assert [(line.id, line.stdout_at) for line in Journal(str(path)).entries()] == [("a", []), ("b", ["/caf\udce9"])]
