@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TextIO, TypeVar
 
@@ -15,6 +15,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.connection import parse_url
 from pilotq.broker.taskfiles.batch import Batch
+from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
 from pilotq.broker.tasks.model import MODELS, Request, Task
 from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
@@ -22,6 +23,7 @@ from pilotq.broker.tasks.submit_context import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+NOTES_MAX = 20  # sentences about directives that are printed for one file
 
 
 def parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
@@ -58,6 +60,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 task_options = all_of(
     click.option("--script", metavar="FILE", help="Run FILE (- is stdin) as its #! line says, or with bash; not CMD."),
+    click.option("--no-directives", is_flag=True, help="Pass over #SBATCH and #HQ in the script."),
     click.option("--name", help="A name to find it by."),
     click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),
     click.option("--gpus", type=int, metavar="N", help="GPUs."),
@@ -114,11 +117,16 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
     """The task that a command and the values of `task_options` describe; raises InvalidInput."""
     if bool(command) == (options["script"] is not None):
         raise InvalidInput("give a command after `--`, or --script FILE" + (", not both" if command else ""))
+    script, directives = None, None
+    if options["script"] is not None:
+        script = read_text(options["script"])
+        where = "standard input" if options["script"] == "-" else options["script"]
+        directives = None if options["no_directives"] else read_directives(script, where)
     values = None if options["each_line"] is None else _values(options["each_line"])
-    use = dict(_counted("use", word) for word in options["use"])
+    use = dict(_counted("use", word) for word in options["use"]) or None
     try:
         request = request_of(
-            Request(),
+            Request() if directives is None else directives.request(Request()),
             cores=options["cores"],
             nodes=options.get("task_nodes"),
             gpus=options["gpus"],
@@ -127,9 +135,9 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         )
     except InvalidInput as error:
         raise InvalidInput(f"--{error}") from None  # its text begins with the name of the option
-    return Task(
+    task = Task(
         command=list(command) or None,
-        script=None if options["script"] is None else read_text(options["script"]),
+        script=script,
         name=options["name"],
         request=request,
         array=options["array"],
@@ -150,11 +158,30 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         model_opts=dict(_model_opt(word) for word in options["model_opts"]),
         queue=options["queue"],
     )
+    if directives is not None:
+        _say(directives.complete(task, _given(options)))
+    return task
+
+
+def _given(options: Mapping[str, Any]) -> set[str]:
+    """What of a task the command line says itself."""
+    source = click.get_current_context().get_parameter_source
+    names = {name for name in options if source(name) == click.core.ParameterSource.COMMANDLINE}
+    return {{"task_nodes": "nodes", "each_line": "values"}.get(name, name) for name in names}
+
+
+def _say(notes: Sequence[str]) -> None:
+    """Sentences about directives, on stderr."""
+    for note in notes[:NOTES_MAX]:
+        click.echo(f"pilotq: {note}", err=True)
+    if len(notes) > NOTES_MAX:
+        click.echo(f"pilotq: and {len(notes) - NOTES_MAX:,} more of the kind", err=True)
 
 
 def file_of_tasks(path: str, format: str | None, shell: bool, replies: str | None) -> Batch:
     """The tasks of a file, or the requests of one of QCG-PilotJob; raises InvalidInput, also when there is no task."""
     batch = read_tasks(path, format=format, shell=shell)
+    _say(batch.notes)
     if batch.requests is not None and shell:
         raise InvalidInput("--shell is for plain lines: jobs of QCG-PilotJob have `script` for that")
     if batch.requests is None and replies is not None:

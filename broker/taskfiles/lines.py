@@ -9,6 +9,7 @@ from typing import BinaryIO
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.validation import validate
 
@@ -23,16 +24,25 @@ _PIECE = re.compile(
     | (?P<shell>[|<>&;`]|\$\() | (?P<open>['"\\]) | (?P<text>[^ \t\r\n'"\\|<>&;`$]+|\$)""",
     re.VERBOSE | re.DOTALL,
 )
+_DISBATCH = re.compile(r"[ \t]*#DISBATCH[ \t]+(\w+)(?: (.*))?")
+_INSTEAD = {
+    "BARRIER": ": write the tasks in TOML, where `after` says what they wait for, or two files",
+    "REPEAT": ": an array does that, `pilotq run --array 0-9 -- CMD`",
+    "PERENGINE": "",
+}
+_OF_SCRIPTS = re.compile(r"#SBATCH\b|#HQ\b|#!(?!.*pilotq)")
 _EXPANDS = re.compile(r"(?:[^\\`$]|\\.|\$(?!\())*(`|\$\()", re.DOTALL)
 _IN_DOUBLE = re.compile(r'\\([$`"\\])')
 
 
-def read_lines(head: bytes, stream: BinaryIO, file: str, *, base: Task, shell: bool) -> list[Task]:
+def read_lines(head: bytes, stream: BinaryIO, file: str, *, base: Task, shell: bool) -> Batch:
     """The tasks of a file whose first bytes are ``head``. ``base`` holds all that a line does not say.
 
-    Empty lines and lines that start with ``#`` are skipped. With ``shell`` each line is a script for bash.
+    Empty lines and lines that start with ``#`` are skipped, but for the directives of disBatch. With ``shell`` each
+    line is a script for bash.
     """
     tasks = []
+    around = Around(file)
     for number, line in enumerate(_lines(head, stream, file), start=1):
         where = f"{file}: line {number}"
         try:
@@ -40,7 +50,10 @@ def read_lines(head: bytes, stream: BinaryIO, file: str, *, base: Task, shell: b
         except UnicodeDecodeError:
             raise InvalidInput(f"{where}: the text is not UTF-8: convert the file") from None
         if not text or text.startswith("#"):
+            if text.startswith("#"):
+                around.read(line.decode("utf-8-sig").rstrip("\r"), where, first=number == 1)
             continue
+        text = around.join(text)
         if shell:
             task = msgspec.structs.replace(base, command=None, script=text)
         else:
@@ -52,7 +65,37 @@ def read_lines(head: bytes, stream: BinaryIO, file: str, *, base: Task, shell: b
                 )
         validate(task, where)
         tasks.append(task)
-    return tasks
+    return Batch(tasks, notes=around.notes)
+
+
+class Around:
+    """What directives put before and behind the lines that follow; and what is to be said of other directives."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._prefix = self._suffix = ""
+        self.notes: list[str] = []
+
+    def read(self, line: str, where: str, *, first: bool) -> None:
+        """A line that begins with ``#``. Raises InvalidInput for a directive that would change what runs."""
+        if match := _DISBATCH.match(line):
+            what, text = match[1].upper(), match[2] or ""
+            if what not in ("PREFIX", "SUFFIX"):
+                raise InvalidInput(f"{where}: #DISBATCH {match[1]} is not known here{_INSTEAD.get(what, '')}")
+            if what == "PREFIX":
+                self._prefix = text
+            else:
+                self._suffix = text
+            self._say("#DISBATCH: obeyed: PREFIX and SUFFIX")
+        elif (word := _OF_SCRIPTS.match(line)) and (first or word[0] != "#!"):
+            self._say(f"each line is a task here, and {word[0]} has no meaning: a script is --script {self._file}")
+
+    def join(self, text: str) -> str:
+        return self._prefix + text + self._suffix
+
+    def _say(self, what: str) -> None:
+        if (note := f"{self._file}: {what}") not in self.notes:
+            self.notes.append(note)
 
 
 def _lines(head: bytes, stream: BinaryIO, file: str) -> Iterator[bytes]:

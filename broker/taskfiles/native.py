@@ -15,6 +15,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, utf8, wrong_field
+from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.lines import split_words
 from pilotq.broker.tasks.dependencies import check_cycles, resolve
 from pilotq.broker.tasks.model import Request, Task
@@ -108,13 +109,14 @@ def read_toml(data: bytes, file: str, *, base: Task, shell: bool) -> Batch:
 
 
 def _batch(found: File, file: str, base: Task, shell: bool) -> Batch:
+    notes: list[str] = []
     if found.defaults is not None:
-        base = _task(found.defaults, f"{file}: defaults", base, shell, {})
+        base = _task(found.defaults, f"{file}: defaults", base, shell, {}, notes)
     requests: dict[object, Request] = {}
     tasks = []
     for number, entry in enumerate(found.tasks):
         where = f"{file}: tasks[{number}]"
-        task = _task(entry, where, base, shell, requests)
+        task = _task(entry, where, base, shell, requests, notes)
         validate(task, where)
         tasks.append(task)
 
@@ -122,10 +124,21 @@ def _batch(found: File, file: str, base: Task, shell: bool) -> Batch:
         return f"{file}: tasks[{number}].{field}" if field else f"{file}: tasks[{number}]"
 
     check_cycles(tasks, resolve(tasks, place), place)
-    return Batch(tasks)
+    return Batch(tasks, notes=notes)
 
 
-def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[object, Request]) -> Task:
+def _task(entry: Entry, where: str, base: Task, shell: bool, requests: dict[object, Request], notes: list[str]) -> Task:
+    directives = None if entry.script is None else read_directives(entry.script, f"{where}.script")
+    if directives is None:
+        return _described(entry, where, base, shell, requests)
+    directives.pass_over("name")  # in a file names are what other tasks call it
+    base = msgspec.structs.replace(base, request=directives.request(base.request))
+    task = _described(entry, where, base, shell, {})
+    notes += directives.complete(task, {key for key in KEYS if getattr(entry, key, None) is not None})
+    return task
+
+
+def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict[object, Request]) -> Task:
     changes: dict[str, Any] = {}
     for key in _PLAIN:
         if (value := getattr(entry, key)) is not None:

@@ -64,7 +64,7 @@ def read_tasks(
             if kind == "lines":
                 from pilotq.broker.taskfiles.lines import read_lines
 
-                return Batch(read_lines(head, stream, file, base=base, shell=shell))
+                return read_lines(head, stream, file, base=base, shell=shell)
             return _read_document(kind, _read_all(head, stream, file), file, base, shell)
     except OSError as error:
         raise InvalidInput(f"{file}: cannot be read: {os.strerror(error.errno or 0)}") from None

@@ -132,7 +132,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).
     In an array ``{index}`` and ``{value}`` in ``command``, ``script``, ``env`` values, ``cwd`` and the three files
     stand for the element's own (only these two: any other braces stay as they are). A value is never code of a shell:
-    see shell_code.py. Programs have it as PILOTQ_VALUE, too.
+    see shell_code.py. Programs have it as PILOTQ_VALUE, too. In ``cwd`` and the three files ``{id}`` is the task's id.
     ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id); ``after_each`` names
     arrays of the same length, whose element i must end before element i of this array starts.
     """

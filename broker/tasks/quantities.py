@@ -86,9 +86,9 @@ def request_of(
     """
     changes: dict[str, object] = {}
     if cores is not None:
-        changes |= {"cores": _named("cores", cores), "whole": False}
+        changes |= {"cores": _named("cores", cores), "whole": False, "spread": False}
     if nodes is not None:
-        changes |= {"nodes": _named("nodes", nodes)}
+        changes |= {"nodes": _named("nodes", nodes), "spread": False}
         if cores is None and base == Request():
             changes |= {"whole": True}
     if gpus is not None:

@@ -15,6 +15,7 @@ FLAG_LOGIN = 4  # scripts run in `bash -l`
 FLAG_VALUES = 8  # elements have values, to be fetched by array and position
 FLAG_FUNCTION = 32  # a Python function: argv holds functions.pack_call
 FLAG_RQ_JOB = 64  # a job of RQ's own producers: its record says what to run
+FLAG_ID = 128  # {id} is filled in, in paths
 
 
 class Spec(msgspec.Struct, array_like=True):
@@ -47,6 +48,9 @@ def spec_of(task: Task, payload: bytes | None = None) -> Spec:
     argv = [encode(a) for a in task.command or []]
     flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
     flags |= FLAG_VALUES if task.values is not None else 0
+    paths = (task.cwd, task.stdin, task.stdout, task.stderr)
+    if paths != (None,) * 4 and not task.qcg and any("{id}" in path for path in paths if path):
+        flags |= FLAG_ID
     if task.function is not None:
         argv = [payload if payload is not None else pack_call(task.function, task.args, task.kwargs)]
         flags |= FLAG_FUNCTION

@@ -88,3 +88,35 @@ def test_file_names_reach_scripts_as_they_are(tmp_path: Path) -> None:
         printed = [pilot.output(task) for task in (f"{ids[-2]}_3", f"{ids[-2]}_4", ids[-1])]
         assert printed == [b"3 3 3\n", b"4 4 4\n", b"{value} none\n"]
     assert not (tmp_path / "pwned").exists()
+
+
+JOB = """#!/bin/bash
+#SBATCH --cpus-per-task=2 --array=0-3:3   # two of two cores
+#SBATCH --output=out/%x-%A_%a.txt -J job
+#SBATCH --partition=long --time=5
+test -z "$FAIL" || exit 3
+echo "$PILOTQ_CORES $SLURM_CPUS_PER_TASK $SLURM_ARRAY_TASK_ID $SLURM_ARRAY_TASK_MAX"
+echo "to stderr" >&2
+"""
+
+
+def test_a_script_makes_its_requests_itself(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text(JOB)
+    cli = prompt(tmp_path)
+    ran = cli("run", "--nodes", "2", "--script", "job.sh")
+    assert "2 tasks: 2 finished" in ran.stdout, ran.stderr
+    assert ran.stderr.splitlines() == [
+        "pilotq: job.sh: #SBATCH: obeyed: -J job --time=5 --array=0-3:3 --cpus-per-task=2 --output=out/%x-%A_%a.txt; "
+        "not obeyed, it has no meaning here: --partition=long"
+    ]
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert files == {f"job-1_{n}.txt": f"2 2 {n} 3\nto stderr\n" for n in (0, 3)}
+    ran = cli("run", "--nodes", "2", "--cores", "1", "--array", "7", "--stdout", "mine-{id}", "--script", "job.sh")
+    assert "1 task: 1 finished" in ran.stdout, ran.stderr
+    assert "; replaced: --array=0-3:3 --cpus-per-task=2 --output=out/%x-%A_%a.txt; " in ran.stderr
+    assert (tmp_path / "mine-1_7").read_text() == "1 2 7 7\n"
+    ran = cli("run", "--nodes", "2", "--no-directives", "--stdout", "{id}", "--script", "job.sh")
+    assert (ran.returncode, (tmp_path / "1").read_text()) == (0, "1   \n"), ran.stderr
+    assert "SBATCH" not in ran.stderr
+    ran = cli("run", "--nodes", "1", "--script", "job.sh")
+    assert ran.returncode == 2 and "needs 2 cores on one node; the largest, n0, has 1 core" in ran.stderr

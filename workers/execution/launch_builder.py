@@ -18,7 +18,16 @@ from pilotq.broker.store.messages import Run, StartRemote
 from pilotq.broker.store.resources import NodeShare, parse_allocation
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
-from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_LOGIN, FLAG_QCG, FLAG_RQ_JOB, FLAG_VALUES, Spec
+from pilotq.broker.tasks.spec import (
+    FLAG_ARRAY,
+    FLAG_FUNCTION,
+    FLAG_ID,
+    FLAG_LOGIN,
+    FLAG_QCG,
+    FLAG_RQ_JOB,
+    FLAG_VALUES,
+    Spec,
+)
 from pilotq.broker.tasks.submit_context import environment
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
@@ -91,7 +100,7 @@ class LaunchBuilder:
             reservation = self._reservation(e.allocation)
             spec = self._spec.decode(run.spec)
             value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
-            if spec.flags & (FLAG_ARRAY | FLAG_QCG):
+            if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID):
                 spec = render(spec, _variables(run, value, reservation, context.cwd))
         except (ServerUnavailable, StateLost, Superseded):
             raise

@@ -1,7 +1,7 @@
 """Fills in the variables of a task at its launch. Pure.
 
-In arrays ``{index}`` and ``{value}``, in the code of a shell as broker/tasks/shell_code.py says; in tasks of
-QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``, ``${nnodes}``, ``${nlist}`` and ``${root_wd}``
+In paths ``{id}``; in arrays ``{index}`` and ``{value}``, in the code of a shell as broker/tasks/shell_code.py says; in
+tasks of QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``, ``${nnodes}``, ``${nlist}`` and ``${root_wd}``
 (broker/taskfiles/qcg_variables.py has the rules). What was filled in is not filled in again: a value that contains
 ``{index}`` stays as it is.
 """
@@ -17,10 +17,11 @@ import msgspec
 from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.taskfiles.qcg_variables import fill
 from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_to_value
-from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_QCG, Spec
+from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_ID, FLAG_QCG, Spec
 
 # `${index}` is a variable of the shell, not ours.
 _BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
+_ID = re.compile(rb"(?<!\$)\{id\}")
 
 
 class Variables(msgspec.Struct):
@@ -53,6 +54,8 @@ def render(spec: Spec, variables: Variables) -> Spec:
             names = {encode(fill(decode(name), known)): text for name, text in spec.env.items()}
             spec = msgspec.structs.replace(spec, env=names)
         return _render(spec, lambda text: fill(text, known), lambda text: fill(text, known, script=True), b"$")
+    if spec.flags & FLAG_ID:
+        spec = _render_id(spec, variables.task_id.encode())
     if spec.flags & FLAG_ARRAY:
         index = str(variables.index)
         value = index if variables.value is None else variables.value
@@ -71,6 +74,11 @@ def render(spec: Spec, variables: Variables) -> Spec:
             _render_code(spec.argv, done.argv, code)
         return done
     return spec
+
+
+def _render_id(spec: Spec, task_id: bytes) -> Spec:
+    paths = {name: _ID.sub(task_id, getattr(spec, name)) for name in ("cwd", "stdin", "stdout", "stderr")}
+    return msgspec.structs.replace(spec, **paths)
 
 
 def _render_code(argv: list[bytes], done: list[bytes], code: Callable[[str], str]) -> None:

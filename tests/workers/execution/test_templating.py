@@ -41,6 +41,15 @@ def test_the_script_of_an_array_keeps_its_own_variables() -> None:
     assert render(spec_of(task), variables).script == b'index=9; echo 0 ${index} $value "${PILOTQ_VALUE}"'
 
 
+def test_paths_may_have_the_id() -> None:
+    task = Task(command=["{id}"], cwd="${id}{id}", stdin="{id}", stdout="{value}{id}", stderr="{id}", env={"A": "{id}"})
+    done = render(spec_of(task), Variables(task_id="1f"))
+    assert (done.argv, done.env) == ([b"{id}"], {b"A": b"{id}"})
+    assert (done.cwd, done.stdin, done.stdout, done.stderr) == (b"${id}1f", b"1f", b"{value}1f", b"1f")
+    task.values = ["{id}"]
+    assert render(spec_of(task), Variables(task_id="1f_0", index=0, value="{id}")).stdout == b"{id}1f_0"
+
+
 def test_a_value_gets_into_no_code() -> None:
     evil = Variables(task_id="7_0", index=4, value="$(id)\n{index}")
     for first in ("", "#!/bin/sh -e\n"):

@@ -1,0 +1,97 @@
+"""Requests that a script makes by comments in its head, as Slurm's (``#SBATCH``) and HyperQueue's (``#HQ``).
+
+They are defaults: what the command line, or the task in a file, says itself is stronger. What has no meaning here is
+named for people; what would change a result if it were passed over is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import msgspec
+
+from pilotq.broker.errors import InvalidInput
+from pilotq.broker.taskfiles import hq_directives, slurm_directives
+from pilotq.broker.taskfiles.directive_options import Option, Requested, words_of
+from pilotq.broker.tasks.model import Request, Task
+
+KINDS = {module.SYNTAX.word: module for module in (slurm_directives, hq_directives)}
+
+
+class Directives:
+    """The directives of one script; ``where`` is its name for people."""
+
+    def __init__(self, where: str, kinds: list[Requested]) -> None:
+        self._where = where
+        self._kinds = kinds
+
+    def request(self, base: Request) -> Request:
+        """``base`` with the resources that they ask for."""
+        for asked in self._kinds:
+            if asked.request:
+                whole = asked.request.get("whole", base.whole and "cores" not in asked.request)
+                base = msgspec.structs.replace(base, **{**asked.request, "whole": whole})
+        return base
+
+    def pass_over(self, field: str) -> None:
+        """A field that has no meaning where this script stands."""
+        for asked in self._kinds:
+            asked.fields.pop(field, None)
+            for option in [option for option, what in asked.obeyed.items() if what == field]:
+                del asked.obeyed[option]
+                asked.ignored.append(option)
+
+    def complete(self, task: Task, given: Collection[str]) -> list[str]:
+        """Set what they ask for and is not ``given`` (fields of Task); returns sentences for people.
+
+        ``given`` also has the parts of the request, which is left to the caller. Raises InvalidInput for what cannot
+        be passed over.
+        """
+        notes = []
+        own = frozenset(given)
+        arrays = {"array", "values"}
+        own |= arrays if own & arrays else set()
+        for asked in self._kinds:
+            for name, why in asked.needed.items():
+                if name not in own:
+                    raise InvalidInput(f"{self._where}: {asked.word} {why}")
+            for name, value in asked.fields.items():
+                # An output that goes where stdout goes does so because nothing else is said.
+                follows = name == "stderr" and value == asked.fields.get("stdout") and "stdout" in own
+                if name not in own and not follows:
+                    setattr(task, name, value)
+        for asked in self._kinds:
+            task.env = {**KINDS[asked.word].variables(task, asked), **task.env}
+            notes.append(f"{self._where}: {asked.word}: {'; '.join(asked.sentences(own))}")
+        return notes
+
+
+def read_directives(script: str, where: str) -> Directives | None:
+    """The directives of a script; None when it has none. They end with the first line that is no comment.
+
+    Raises InvalidInput, whose text starts with ``where`` and the line.
+    """
+    if not any(word in script for word in KINDS):
+        return None
+    try:
+        kinds = list(_kinds(script))
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
+    return Directives(where, kinds) if kinds else None
+
+
+def _kinds(script: str) -> Iterator[Requested]:
+    found: dict[str, list[Option]] = {}
+    for number, line in enumerate(script.split("\n"), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            break
+        word, *rest = line.split(None, 1) or [""]
+        if word in KINDS and line.startswith(word) and rest:
+            words = words_of(rest[0], f"line {number}")
+            found.setdefault(word, []).extend(KINDS[word].SYNTAX.options(words, number))
+    for word, options in found.items():
+        module, asked = KINDS[word], Requested(word)
+        repeated = getattr(module, "REPEATED", ())
+        by_name = {o.name if o.name not in repeated else f"{o.name} {o.value}": o for o in options}
+        module.read(by_name, asked)
+        yield asked
