@@ -98,6 +98,7 @@ class Call(msgspec.Struct, array_like=True, tag="call"):
     element: bytes | int | None = None  # value (UTF-8) or index of an array's element: the first argument
     rq_fields: dict[bytes, bytes] = {}  # the record of an RQ job
     callback_only: bool = False  # the interpreter of a job that was stopped had to be killed: run its callback alone
+    submission: str = ""
 
 
 class Interrupt(msgspec.Struct, array_like=True, tag="interrupt"):

@@ -153,6 +153,7 @@ class LaunchBuilder:
             e.key, run.id, run.execution, run.shared, e.allocation, env, cwd, _below(cwd, spec.stdin),
             e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
+        call.submission = run.submission
         if spec.flags & FLAG_RQ_JOB:
             call.rq_fields = self._shared_data.fetch_job(run.id)
         else:

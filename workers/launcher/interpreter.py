@@ -1,15 +1,18 @@
 """Runs Python functions one after the other in a process of its own: an interpreter, a child of a launcher.
 
-    python -m pilotq.workers.launcher.interpreter --dir <output directory> --node <name> [--rq now]
+    python -m pilotq.workers.launcher.interpreter --dir <output directory> --node <name> [--rq now] [--first <fd>]
 
 It is started with the CPUs of a slot and the environment and limits of a submission, as any task is; its standard input
 is its socket to the launcher, its output goes to two files of the launcher's pool. It knows nothing of Redis: results
 and failures are messages to the launcher. Modules and global names that a call leaves in this process are there for the
-next one; processes and threads that it leaves running end the interpreter: it is not used again.
+next one; processes and threads that it leaves running end the interpreter: it is not used again. When a file of the
+user that was imported has changed, the process begins anew in its place (exec) before the first call of another
+submission; that call is handed on in the file ``--first``.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import pickle
@@ -41,9 +44,11 @@ from pilotq.broker.tasks.functions import (
 from pilotq.workers.launcher import message_socket
 from pilotq.workers.launcher.capture import Capture, PoolFile, open_current
 from pilotq.workers.launcher.spawn import Refusal, open_input, open_output
+from pilotq.workers.launcher.user_modules import UserModules, distrust_old_bytecode
 from pilotq.workers.process_tree import CALL_MARK
 from pilotq.workers.protocol import INLINE_BYTES, NO_OUTPUT, Call, Captured, Interrupt, Ready, Returned
 
+STARTED = time.time()  # of this process, before any file of the user was imported
 FUNCTIONS_MAX = 1000  # so many imported functions are kept
 MESSAGE_CHARS = 500  # of an exception, in listings
 _encode = msgspec.msgpack.Encoder().encode
@@ -54,8 +59,11 @@ Outcome = tuple[str, str, str, str]  # outcome, reason, message, text
 class Interpreter:
     """Runs the calls that arrive on ``sock``; ``out`` and ``err`` are the files of its output."""
 
-    def __init__(self, sock: socket.socket, capture: Capture, out: PoolFile, err: PoolFile) -> None:
+    def __init__(
+        self, sock: socket.socket, capture: Capture, out: PoolFile, err: PoolFile, begin_anew: Callable[[bytes], None]
+    ) -> None:
         self._sock = sock
+        self._begin_anew = begin_anew
         self._capture = capture
         self._files = (out, err)
         self._pid = os.getpid()
@@ -70,18 +78,30 @@ class Interpreter:
         self._interrupts = _InterruptHandler(self)
         # A thread that is there from the beginning (of a debugger, of coverage) is not the call's.
         self._threads = _threads()
+        self._modules = UserModules(STARTED)
+        self._submission = ""  # of the last call
 
-    def serve(self) -> None:
+    def serve(self, first: bytes = b"") -> None:
         """Run calls until the launcher closes its end, or a call has left a process or thread running."""
-        message_socket.send(self._sock, _encode(Ready()))
-        while data := message_socket.receive(self._sock):
+        if not first:
+            message_socket.send(self._sock, _encode(Ready()))
+        while data := first or message_socket.receive(self._sock):
             message = _decode(data)
             if isinstance(message, Interrupt):
                 continue  # that call had come to its end
+            if not first and self._may_be_newer(message) and self._modules.changed():
+                self._begin_anew(data)
+            first, self._submission = b"", message.submission
+            began = time.time()
             returned = self._call(message)
+            self._modules.note(began)
             message_socket.send(self._sock, _encode(returned))
             if returned.remaining or _threads() > self._threads:
                 os._exit(0)
+
+    def _may_be_newer(self, call: Call) -> bool:
+        """Was this call submitted, or asked for again, after the one before it: so that it may expect newer code?"""
+        return call.submission != self._submission or call.attempt > 1 or not call.submission
 
     def _call(self, call: Call) -> Returned:
         began, started = time.monotonic(), time.time()
@@ -361,6 +381,8 @@ def _usage() -> tuple[float, int]:
 
 def main(argv: list[str]) -> None:
     options = dict(zip(argv[::2], argv[1::2], strict=True))
+    first = _content(int(options.pop("--first", "-1")))
+    environment = os.environ.copy()
     kill_with_parent()
     become_subreaper()
     sock = socket.socket(fileno=os.dup(0))
@@ -375,7 +397,36 @@ def main(argv: list[str]) -> None:
     if "--rq" in options:
         preload()  # it takes long, and would count as a part of the first job
     capture = Capture(options["--dir"], options["--node"])
-    Interpreter(sock, capture, *files).serve()
+    distrust_old_bytecode()
+
+    def begin_anew(call: bytes) -> None:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for number in (1, 2):
+            os.dup2(null, number)  # what is printed at the end is of no call
+        atexit._run_exitfuncs()
+        os.chdir(options["--dir"])
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits until there is a handler again
+        handed_on = os.memfd_create("call", 0)
+        with open(handed_on, "wb", closefd=False) as file:
+            file.write(call)
+        for number, fd in enumerate((sock.fileno(), files[0].fd, files[1].fd)):
+            os.dup2(fd, number)
+        words = [word for option in options.items() for word in option]
+        argv = [sys.executable, "-m", "pilotq.workers.launcher.interpreter", *words, "--first", str(handed_on)]
+        os.execve(sys.executable, argv, environment)  # noqa: S606  # no shell is wanted
+
+    interpreter = Interpreter(sock, capture, files[0], files[1], begin_anew)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    interpreter.serve(first)
+
+
+def _content(fd: int) -> bytes:
+    """What a file in memory holds; nothing where there is none."""
+    if fd < 0:
+        return b""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return file.read()
 
 
 if __name__ == "__main__":
