@@ -8,15 +8,17 @@ import base64
 import os
 import pickle
 import threading
+import weakref
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput, NoPilot, UnknownTask
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
-from pilotq.broker.tasks.functions import Stored, read_text
+from pilotq.broker.tasks.functions import RESULT_SUFFIX, Stored, read_text
 from pilotq.broker.tasks.states import ENDED, REASONS
 
 MESSAGE_CHARS = 500  # of what a worker says of a function that did not come to its end
@@ -61,15 +63,26 @@ class OutputFiles:
             )
         return data
 
+    def remove(self, stored: Stored, owner: int) -> None:
+        """Remove a file that holds this one value; other processes than its owner's do nothing."""
+        if self._directory is not None and os.getpid() == owner:
+            with suppress(OSError):
+                os.unlink(os.path.join(self._directory, stored.name))
+
 
 class StoredValue:
-    """A large value, in a file: it is read each time it is asked for, so that many of them need no memory."""
+    """A large value, in a file: it is read each time it is asked for, so that many of them need no memory.
 
-    __slots__ = ("_files", "_stored")
+    With ``owned`` nobody else can read it: a file that holds it alone is removed together with this object.
+    """
 
-    def __init__(self, files: OutputFiles, stored: Stored) -> None:
+    __slots__ = ("__weakref__", "_files", "_stored")
+
+    def __init__(self, files: OutputFiles, stored: Stored, *, owned: bool) -> None:
         self._files = files
         self._stored = stored
+        if owned and stored.name.endswith(RESULT_SUFFIX):
+            weakref.finalize(self, files.remove, stored, os.getpid())
 
     def load(self) -> Any:
         """Raises FunctionFailed when it cannot be read."""
@@ -103,7 +116,7 @@ def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outc
 def outcome_of(ended: Ended, files: OutputFiles) -> Outcome:
     """The outcome of a function that its executor was told of."""
     if ended.status == "finished":
-        return _value(ended.text, files)
+        return _value(ended.text, files, owned=True)
     trace, _, exception = ended.text.partition("\n")
     return Outcome(error=_failure(ended.id, ended.status, ended.reason, trace, exception, files))
 
@@ -118,10 +131,10 @@ def _value_of(fields: dict[bytes, bytes]) -> str | None:
     return None if value is None else value.decode("ascii", "replace")
 
 
-def _value(text: str, files: OutputFiles) -> Outcome:
+def _value(text: str, files: OutputFiles, *, owned: bool = False) -> Outcome:
     try:
         data = read_text(text)
-        return Outcome(StoredValue(files, data) if isinstance(data, Stored) else load(data))
+        return Outcome(StoredValue(files, data, owned=owned) if isinstance(data, Stored) else load(data))
     except FunctionFailed as error:
         return Outcome(error=error)
     except ValueError as error:

@@ -21,6 +21,7 @@ from pilotq.broker.errors import InvalidInput
 # Prefetched calls travel in one message, hundreds of them: more than this belongs in a file.
 PAYLOAD_BYTES = 1 << 20
 EXCEPTION_BYTES = 1 << 20  # of one exception, pickled: of a larger one only the text travels
+RESULT_SUFFIX = ".result"  # of a file that holds one large result
 TRACE_HEAD, TRACE_TAIL = 2_000, 6_000  # characters of a traceback that are kept: the server holds it for days
 _SIMPLE = frozenset({int, float, str, bool, type(None)})
 _pack = msgspec.msgpack.Encoder().encode

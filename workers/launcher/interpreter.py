@@ -34,6 +34,7 @@ from pilotq.broker.processes import become_subreaper, kill_with_parent
 from pilotq.broker.rq.jobs import CurrentJob, RqJob, preload, time_is_over
 from pilotq.broker.tasks.functions import (
     EXCEPTION_BYTES,
+    RESULT_SUFFIX,
     Stored,
     decode_payload,
     dumps,
@@ -195,14 +196,14 @@ class Interpreter:
         finally:
             self._running = 0  # it may have been interrupted on its way out
             self._current.end()
-        return "finished", "", "", self._text_of(call, data, "result")
+        return "finished", "", "", self._text_of(call, data, "result", RESULT_SUFFIX)
 
-    def _text_of(self, call: Call, data: bytes, kind: str) -> str:
+    def _text_of(self, call: Call, data: bytes, kind: str, suffix: str) -> str:
         """A pickle as it is reported: a large one goes to a file, as output does, and not into the server's memory."""
         if len(data) <= INLINE_BYTES:
             return result_text(data)
         try:
-            kept = self._capture.keep(data, f"{call.id}.{call.attempt}.{kind}")
+            kept = self._capture.keep(data, f"{call.id}.{call.attempt}{suffix}")
         except OSError as error:
             what = f"Its {kind} of {len(data):,} bytes cannot be written to the pilot's directory"
             raise Refusal("result", f"{what}: {error.strerror}") from None
@@ -212,7 +213,7 @@ class Interpreter:
         """The outcome of a function of ours that raised: our client gets the exception itself, too."""
         try:
             data = dumps(error)
-            exception = self._text_of(call, data, "exception") if len(data) <= EXCEPTION_BYTES else ""
+            exception = self._text_of(call, data, "exception", ".exception") if len(data) <= EXCEPTION_BYTES else ""
         except Exception:  # noqa: BLE001  # it holds what cannot be pickled, or the disk is full: the text must do
             exception = ""
         return failure(error, exception)

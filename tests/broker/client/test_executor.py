@@ -70,8 +70,13 @@ def test_results_leave_the_memory_of_the_server(executor: Executor, pilot: LiveP
     values = [future.result() for future in made]
     assert [len(value) for value in values] == sizes and values == [future.result() for future in made]
     assert all(future.exception() is None for future in made)
+    files = list(Path(pilot.pilot.directory, "output").glob("*.result"))
+    assert [path.stat().st_size > 3_000_000 for path in files] == [True]
+    made[-1], task_of_first = made[0], made[0].task_id
+    gc.collect()
+    assert not files[0].exists()  # nobody else could have read it
     with pytest.raises(UnknownTask, match="went to its executor"):
-        pilot.broker.result(str(executor.submit(functions.product, 1).task_id or made[0].task_id))
+        pilot.broker.result(str(task_of_first))
     assert list(executor.map(os.urandom, [3_000] * 500)) and len(list(executor.map(str, range(2000)))) == 2000
     key = keys.completed(executor._name)
     wait_until(lambda: not executor._broker.redis.xlen(key), what="removal of what was read")
