@@ -15,15 +15,17 @@ from pilotq.broker.taskfiles import hq_directives, slurm_directives
 from pilotq.broker.taskfiles.directive_options import Option, Requested, words_of
 from pilotq.broker.tasks.model import Request, Task
 
+OTHERS = frozenset({"#BSUB", "#COBALT", "#FLUX:", "#MSUB", "#OAR", "#PBS", "#PJM"})  # of other systems
 KINDS = {module.SYNTAX.word: module for module in (slurm_directives, hq_directives)}
 
 
 class Directives:
     """The directives of one script; ``where`` is its name for people."""
 
-    def __init__(self, where: str, kinds: list[Requested]) -> None:
+    def __init__(self, where: str, kinds: list[Requested], others: list[str]) -> None:
         self._where = where
         self._kinds = kinds
+        self._others = others
 
     def request(self, base: Request) -> Request:
         """``base`` with the resources that they ask for."""
@@ -63,7 +65,7 @@ class Directives:
         for asked in self._kinds:
             task.env = {**KINDS[asked.word].variables(task, asked), **task.env}
             notes.append(f"{self._where}: {asked.word}: {'; '.join(asked.sentences(own))}")
-        return notes
+        return notes + [f"{self._where}: {word} is not obeyed: {' and '.join(KINDS)} are" for word in self._others]
 
 
 def read_directives(script: str, where: str) -> Directives | None:
@@ -71,27 +73,36 @@ def read_directives(script: str, where: str) -> Directives | None:
 
     Raises InvalidInput, whose text starts with ``where`` and the line.
     """
-    if not any(word in script for word in KINDS):
+    if not any(word in script for word in (*KINDS, *OTHERS)):
         return None
+    found: dict[str, list[Option]] = {}
     try:
-        kinds = list(_kinds(script))
+        for word, options in _lines(script):
+            found.setdefault(word, []).extend(options)
+        kinds = [_read(word, options) for word, options in found.items() if word in KINDS]
     except InvalidInput as error:
         raise InvalidInput(f"{where}: {error}") from None
-    return Directives(where, kinds) if kinds else None
+    return Directives(where, kinds, sorted(found.keys() - KINDS.keys())) if found else None
 
 
-def _kinds(script: str) -> Iterator[Requested]:
-    found: dict[str, list[Option]] = {}
+def _lines(script: str) -> Iterator[tuple[str, list[Option]]]:
+    """The lines in the head of a script that are directives: word and options."""
     for number, line in enumerate(script.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             break
         word, *rest = line.split(None, 1) or [""]
-        if word in KINDS and line.startswith(word) and rest:
+        if not line.startswith(word) or not rest:
+            continue
+        if word in KINDS:
             words = words_of(rest[0], f"line {number}")
-            found.setdefault(word, []).extend(KINDS[word].SYNTAX.options(words, number))
-    for word, options in found.items():
-        module, asked = KINDS[word], Requested(word)
-        repeated = getattr(module, "REPEATED", ())
-        by_name = {o.name if o.name not in repeated else f"{o.name} {o.value}": o for o in options}
-        module.read(by_name, asked)
-        yield asked
+            yield word, list(KINDS[word].SYNTAX.options(words, number))
+        elif word in OTHERS:
+            yield word, []
+
+
+def _read(word: str, options: list[Option]) -> Requested:
+    module, asked = KINDS[word], Requested(word)
+    repeated = getattr(module, "REPEATED", ())
+    by_name = {o.name if o.name not in repeated else f"{o.name} {o.value}": o for o in options}
+    module.read(by_name, asked)
+    return asked

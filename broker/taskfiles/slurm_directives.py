@@ -76,6 +76,10 @@ def read(options: dict[str, Option], asked: Requested) -> None:
             asked.obeyed[option] = what
         elif name == "dependency":
             asked.needed["after"] = f"{option.text}: tasks have ids of their own here: give --after ID"
+        elif name in ("hetjob", "packjob"):
+            raise InvalidInput(
+                f"line {option.line}: {asked.word} {name}: a task has the same resources on all its nodes"
+            )
         elif name == "export":
             _export(option, asked)
         elif name not in _RESOURCES:
@@ -170,8 +174,10 @@ def _resources(options: dict[str, Option], asked: Requested) -> None:
         asked.request["cores"] = (cores, cores)
         if tasks and tasks > 1 and not nodes and not on_node:
             asked.request["spread"] = True  # they may be on any nodes
-    if "exclusive" in options:
-        asked.obeyed[options["exclusive"]] = "cores"
+    if (option := options.get("exclusive")) and option.value:
+        asked.ignored.append(option)  # =user: nodes are this user's anyway
+    elif option:
+        asked.obeyed[option] = "cores"
         asked.request |= {"nodes": nodes or (1, 1), "whole": True, "cores": (1, 1)}
         asked.request.pop("spread", None)
     if cpus:

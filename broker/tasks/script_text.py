@@ -40,6 +40,6 @@ def problem_of(script: str) -> str:
     first = script.partition("\n")[0]
     if first.startswith("#!") and first.endswith("\r"):
         return "the first line of script ends with a carriage return, as on Windows: convert the file"
-    if not first.startswith("#!") and script.lstrip().startswith("#!"):
-        return "script begins with a blank, so that its `#!` has no effect: nothing may stand before it"
+    if not first.startswith("#!") and script.lstrip("\ufeff \t\r\n").startswith("#!"):
+        return "script does not begin with its `#!`, which has no effect then: nothing may stand before it"
     return ""

@@ -48,9 +48,8 @@ def spec_of(task: Task, payload: bytes | None = None) -> Spec:
     argv = [encode(a) for a in task.command or []]
     flags = (FLAG_ARRAY if task.is_array else 0) | (FLAG_QCG if task.qcg else 0)
     flags |= FLAG_VALUES if task.values is not None else 0
-    paths = (task.cwd, task.stdin, task.stdout, task.stderr)
-    if paths != (None,) * 4 and not task.qcg and any("{id}" in path for path in paths if path):
-        flags |= FLAG_ID
+    if (task.stdout or task.stderr or task.stdin or task.cwd) and not task.qcg:
+        flags |= FLAG_ID if "{id}" in f"{task.cwd}{task.stdin}{task.stdout}{task.stderr}" else 0
     if task.function is not None:
         argv = [payload if payload is not None else pack_call(task.function, task.args, task.kwargs)]
         flags |= FLAG_FUNCTION

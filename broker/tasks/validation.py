@@ -161,7 +161,8 @@ def _problems(task: Task) -> Iterator[str]:
     yield from _string_problems(task)
     if task.script is not None and not (task.qcg or task.login_shell) and (problem := problem_of(task.script)):
         yield problem
-    yield from _too_long(task)
+    if task.env or task.script is not None or sum(map(len, task.command or ())) > ARGUMENT_BYTES // 4:
+        yield from _too_long(task)
     if task.name is not None and not NAME.fullmatch(task.name):
         yield f"name {task.name!r} must have 1 to 200 characters, without control characters and '/'"
     if not QUEUE.fullmatch(task.queue):

@@ -44,7 +44,8 @@ def test_the_first_line_names_what_runs_a_script(tmp_path: Path) -> None:
     [
         ("\n", "script is empty"),
         ("#!/bin/bash\r\necho\r\n", "the first line of script ends with a carriage return"),
-        ("\n#!/bin/bash\necho\n", "script begins with a blank, so that its `#!` has no effect"),
+        ("\n#!/bin/bash\necho\n", "script does not begin with its `#!`"),
+        ("\ufeff#!/bin/bash\necho\n", "script does not begin with its `#!`"),
     ],
 )
 def test_a_script_that_cannot_run_is_refused(tmp_path: Path, script: str, said: str) -> None:

@@ -115,6 +115,7 @@ def test_hyperqueue(options: str, fields: dict[str, Any]) -> None:
         ("#SBATCH --no-such-option=3 -y", "--no-such-option=3 -y"),
         ("#SBATCH --array=0-9%4", "%4 of --array=0-9%4"),
         ("#SBATCH --mem=0", "--mem=0"),
+        ("#SBATCH --exclusive=user", "--exclusive=user"),
         ("#SBATCH --gres=gpu:1,tmp:2", "--gres=gpu:1,tmp:2"),
         ("#SBATCH --output=%N.txt", "--output=%N.txt"),
         ("#SBATCH --output=%5j.txt", "--output=%5j.txt"),
@@ -140,6 +141,7 @@ def test_what_has_no_meaning_is_named(line: str, named: str) -> None:
         ("#SBATCH --comment='x", "job.sh: line 4: no closing quotation"),
         ("#SBATCH --dependency=afterok:5", "job.sh: #SBATCH --dependency=afterok:5: tasks have ids of their own here"),
         ("#HQ --each-line values", "job.sh: #HQ --each-line values: give --each-line FILE on the command line"),
+        ("#SBATCH -n 2\n#SBATCH hetjob\n#SBATCH -n 4", "job.sh: line 5: #SBATCH hetjob: a task has the same resources"),
         ("#HQ --nodes=x", "job.sh: line 4: #HQ --nodes=x: 'x' is no whole number"),
     ],
 )
@@ -160,6 +162,15 @@ def test_what_is_said_elsewhere_is_stronger() -> None:
         env={**env, "A": "2", "SLURM_ARRAY_TASK_MIN": "7"},
     )  # fmt: skip
     assert note == "job.sh: #SBATCH: obeyed: -t 5 --export=A=1; replaced: -J job -a 0-9 -o out"
+
+
+def test_directives_of_other_systems_are_named() -> None:
+    task, notes = task_of("#PBS -l ncpus=8\n#HQ --cpus=2\n#BSUB -n 4\n#PBS -N x")
+    assert task.request == TWO
+    assert notes == [
+        "job.sh: #HQ: obeyed: --cpus=2",
+        *(f"job.sh: {w} is not obeyed: #SBATCH and #HQ are" for w in ("#BSUB", "#PBS")),
+    ]
 
 
 def test_what_is_no_directive() -> None:
