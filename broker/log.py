@@ -13,4 +13,7 @@ import time
 
 def log(text: str) -> None:
     """Write one line: ``2031-05-04 12:00:00 the server is ready``."""
-    os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode("utf-8", "backslashreplace"))
+    try:
+        os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass  # the disk is full, or nobody reads: what the process does goes on

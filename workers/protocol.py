@@ -16,6 +16,7 @@ pipe, ``wake``, means that one has arrived which is worth waking up for.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -254,7 +255,7 @@ T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode_frame(messages: list[ToLauncher] | list[FromLauncher]) -> bytes:
+def encode_frame(messages: Sequence[ToLauncher | FromLauncher | msgspec.Raw]) -> bytes:
     """The bytes of one frame, for a pipe.
 
     >>> FrameDecoder(ToLauncher).feed(encode_frame([Retract(7), Quit()]))

@@ -12,13 +12,14 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from pilotq.broker import failpoints
 from pilotq.broker.errors import PilotFailed, ServerUnavailable, Superseded
+from pilotq.broker.log import log
 from pilotq.broker.rq.commands import WorkerCommands
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
@@ -34,6 +35,7 @@ from pilotq.broker.store.messages import (
     Swept,
     TasksReturned,
     ToWorker,
+    decode_inbox,
 )
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack, script, translate
@@ -44,15 +46,16 @@ WORKER_TTL_S = 480  # as RQ's own workers
 BLOCK_S = 30  # for so long the server waits for a message; then it replies that there is none
 # Calls whose message is delivered once for each number, which is their second argument.
 NUMBERED = ("complete", "return_unstarted")
+OF_RECORDS = frozenset({"complete", "return_unstarted", "report_started", "heartbeat"})  # they read those of tasks
 LAST_TRY_S = 0.1  # an attempt to connect takes no less
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
-_inbox = msgspec.msgpack.Decoder(list[ToWorker])
 
 
 class _Call(NamedTuple):
     script: str  # "" for a plain command
     args: tuple[Argument, ...]
     reports: tuple[tuple[str, int], ...] = ()
+    apart: Callable[[], None] | None = None  # posts the same in several calls, for one record each
     message: ToWorker | None = None  # of a message to another worker
     at: float = 0.0  # monotonic: when it was sent
 
@@ -215,7 +218,10 @@ class Session:
             if isinstance(reply, Exception):
                 raise reply if not isinstance(reply, ReplyError) else translate(reply)
             for entry, (_, packed) in reply[0][1] if reply is not None else ():
-                found += _inbox.decode(packed)
+                messages, damaged = decode_inbox(packed)
+                found += messages
+                for sentence in damaged:
+                    log(f"what the dispatcher has sent is damaged: {sentence}")
                 self._read_to = entry.decode()
                 self._unconfirmed += 1
             try:
@@ -248,8 +254,8 @@ class Session:
                 self._sent.appendleft(call)  # it is out of memory or disk: nothing was written, all is sent again
                 raise reply
             if isinstance(reply, ReplyError):
-                raise translate(reply)
-            if call.script == "complete":
+                self._script_failed(call, reply)
+            elif call.script == "complete":
                 for (task_id, execution), verdict in zip(call.reports, reply, strict=True):
                     self._verdicts.append((task_id, execution, verdict.decode()))
             elif call.script == "send" and reply == 0 and call.message is not None:
@@ -257,6 +263,20 @@ class Session:
             elif call.script == "heartbeat" and reply == 0:
                 raise Superseded(f"the worker of node {self._registered().name} was given up, or there is a newer one")
             self._last_contact = max(self._last_contact, call.at)
+
+    def _script_failed(self, call: _Call, reply: ReplyError) -> None:
+        """A record that a script cannot work with must not take with it what was reported in the same call.
+
+        Raises where it is not about a record: then this worker has no place in the queue any more.
+        """
+        error = translate(reply)
+        if error is not reply or call.script not in OF_RECORDS:
+            raise error
+        if call.apart is not None:
+            call.apart()
+            return
+        log(f"the server cannot take what {call.script} says of {call.reports}: the record is damaged: {reply}")
+        self._verdicts += [(task_id, execution, "stale") for task_id, execution in call.reports]
 
     def _load(self, name: str) -> None:
         """A server that was started again does not have the scripts. Not on the report link: its order must stand."""
@@ -281,7 +301,14 @@ class Session:
         self._call_number += 1
         message = pack(NodeReport(info.name, info.incarnation, ends))
         args = self._store.complete_arguments(self._address(), self._call_number, message, reports)
-        self._post(_Call("complete", tuple(args), tuple((r.id, r.execution) for r in reports)))
+
+        def apart() -> None:
+            for report in reports:
+                self.post_ends([report], [])
+            self.post_ends([], ends)
+
+        ids = tuple((r.id, r.execution) for r in reports)
+        self._post(_Call("complete", tuple(args), ids, apart if reports and (ends or len(reports) > 1) else None))
 
     def verdicts(self) -> list[tuple[str, int, str]]:
         """(id, execution, verdict) of ends the server has answered since the last call.
@@ -294,7 +321,14 @@ class Session:
 
     def post_starts(self, starts: list[tuple[str, int, str, str, bytes, bytes]]) -> None:
         """Launches that live longer than a moment: (id, execution, allocation, ISO start, stdout path, stderr path)."""
-        self._post(_Call("report_started", tuple(value for start in starts for value in start)))
+
+        def apart() -> None:
+            for start in starts:
+                self.post_starts([start])
+
+        args: tuple[Argument, ...] = tuple(value for start in starts for value in start)
+        ids = tuple((start[0], start[1]) for start in starts)
+        self._post(_Call("report_started", args, ids, apart if len(starts) > 1 else None))
 
     def post_returned(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
         """Tasks that were not started go back to the head of their lists (oldest first); counts by class."""
@@ -303,7 +337,16 @@ class Session:
         message = pack(TasksReturned(info.name, info.incarnation, counts))
         now = time.time()
         late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
-        self._post(_Call("return_unstarted", (self._address(), self._call_number, message, pack(tasks), *late)))
+
+        def apart() -> None:
+            for task in tasks:
+                self.post_returned([task], {})
+            self.post_returned([], counts)
+
+        args: tuple[Argument, ...] = (self._address(), self._call_number, message, pack(tasks), *late)
+        self._post(
+            _Call("return_unstarted", args, tuple(tasks), apart if tasks and (counts or len(tasks) > 1) else None)
+        )
 
     def post_state(self, state: StateReport) -> None:
         """Answer to StateRequest: all slots and prefetched tasks."""
@@ -334,7 +377,9 @@ class Session:
         if self._unconfirmed:
             self._confirm_inbox()
         flat = tuple(text for pair in {**self._fields, **fields}.items() for text in pair)
-        self._post(_Call("heartbeat", (info.name, info.incarnation, WORKER_TTL_S, pack(running), *flat)))
+        args: tuple[Argument, ...] = (info.name, info.incarnation, WORKER_TTL_S, pack(running), *flat)
+        apart = (lambda: self.post_heartbeat(fields)) if running else None  # it only helps people
+        self._post(_Call("heartbeat", args, apart=apart))
 
     def unsent(self) -> int:
         """Reports that the server has not confirmed yet."""

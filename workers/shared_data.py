@@ -13,6 +13,7 @@ import msgspec
 from pilotq.broker.errors import PilotFailed, ServerUnavailable
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
+from pilotq.broker.store.messages import UNREADABLE
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.submit_context import SubmitContext
@@ -53,7 +54,10 @@ class SharedData:
 
     def fetch_value(self, array: str, position: int) -> bytes:
         """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
-        return self._fetch_block(array, position // VALUES_BLOCK)[position % VALUES_BLOCK]
+        block = self._fetch_block(array, position // VALUES_BLOCK)
+        if not 0 <= position % VALUES_BLOCK < len(block):
+            raise PilotFailed(f"array {array} has no value at position {position}: its record is damaged")
+        return block[position % VALUES_BLOCK]
 
     def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
         """The record of a job as it stands."""
@@ -77,10 +81,16 @@ class SharedData:
         data = self._fetch("GET", keys.shared(key))
         if data is None:
             raise PilotFailed(f"the context {key} of a submission is gone")
-        return _shared.decode(data)
+        try:
+            return _shared.decode(data)
+        except UNREADABLE as error:
+            raise PilotFailed(f"the context {key} of its submission is damaged: {error}") from None
 
     def _read_block(self, array: str, block: int) -> list[bytes]:
         data = self._fetch("HGET", keys.values(array), block)
         if data is None:
             raise PilotFailed(f"the values of array {array} are gone")
-        return _values.decode(zlib.decompress(data))
+        try:
+            return _values.decode(zlib.decompress(data))
+        except (zlib.error, *UNREADABLE) as error:
+            raise PilotFailed(f"the values of array {array} are damaged: {error}") from None

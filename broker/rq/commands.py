@@ -47,6 +47,6 @@ class WorkerCommands:
                 return [Stop("", 0, "stopped")]
             if command == "shutdown":
                 return [Leave(self._grace)]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             pass  # no message of somebody else may end the worker
         return []

@@ -13,7 +13,7 @@ this node.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -35,7 +35,7 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     position: int  # 0, 1, ... within the array
     retries: int  # left
     submission: str
-    spec: msgspec.Raw
+    spec: bytes  # empty: the record that it was made of is damaged
     crashes: int = 0  # executions whose launcher or worker died under them
     last_suspect_node: str = ""  # the suspect node on which it failed at once: see quarantine.py
 
@@ -145,6 +145,68 @@ ToWorker = (
     Run | Stop | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded | Sweep | Swept | Gone
     | ClearSuspicion
 )  # fmt: skip
+
+
+# What a decoder raises for damaged data: also a text that is no UTF-8, and what is nested too deep.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_decode = msgspec.msgpack.Decoder(list[ToWorker]).decode
+_decode_one = msgspec.msgpack.Decoder(ToWorker).decode
+_decode_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_RUN_FIELDS = [(f.name, msgspec.msgpack.Decoder(f.type)) for f in msgspec.structs.fields(Run)]
+_NEEDED = frozenset({"id", "execution", "slot", "allocation", "class_name"})  # for a Run to be answered
+
+
+def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
+    """The messages of one entry of an inbox, and a sentence for each that is damaged.
+
+    A `Run` of which a field cannot be read comes with an empty ``spec``: so that task ends, and no other.
+    """
+    try:
+        return _decode(packed), []
+    except UNREADABLE:
+        pass
+    messages: list[ToWorker] = []
+    damaged: list[str] = []
+    try:
+        parts = _decode_raw(packed)
+    except UNREADABLE as error:
+        return [], [f"an entry of the inbox cannot be read: {error}"]
+    for part in parts:
+        try:
+            messages.append(_decode_one(part))
+        except UNREADABLE as error:
+            run = _read_run(part)
+            damaged.append(f"a message cannot be read: {error}" if run is None else f"task {run.id}: {error}")
+            messages += [run] if run is not None else []
+    return messages, damaged
+
+
+def _read_run(packed: msgspec.Raw) -> Run | None:
+    """A Run of which at least one field cannot be read; None if it is none, or cannot even be answered."""
+    try:
+        tag, *parts = _decode_raw(packed)
+        if msgspec.msgpack.decode(tag) != "run":
+            return None
+    except UNREADABLE:
+        return None
+    fields: dict[str, Any] = {
+        "name": "", "queued": 0.0, "handed": 0.0, "shared": "", "array": "", "index": -1, "position": 0, "retries": 0,
+        "submission": "", "spec": b"",
+    }  # fmt: skip
+    whole = True
+    for (name, decoder), part in zip(_RUN_FIELDS, parts, strict=False):
+        try:
+            fields[name] = decoder.decode(part)
+        except UNREADABLE:
+            if name in _NEEDED:
+                return None
+            if name == "spec":
+                fields[name] = bytes(part)  # whoever decodes it decides
+            else:
+                whole = False
+    if not fields.keys() >= _NEEDED:
+        return None
+    return Run(**{**fields, "spec": fields["spec"] if whole else b""})
 
 
 # What an end says of the health of its node: it can run tasks; nothing; a task has failed at once; the last of a streak

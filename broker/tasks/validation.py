@@ -7,6 +7,7 @@ by letter (files of tasks are read by a schema of their own). Then the values, a
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -30,6 +31,7 @@ MODEL_OPTS = {
     "intelmpi": frozenset({"mpirun", "mpirun_args"}),
     "srunmpi": frozenset({"srun_args", "mpi"}),
 }
+SPLIT_OPTS = frozenset({"mpirun_args", "srun_args"})  # of these, those that are split as a shell does
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -192,6 +194,7 @@ def _problems(task: Task) -> Iterator[str]:
     elif not task.qcg and (unknown := task.model_opts.keys() - MODEL_OPTS[task.model]):
         known = ", ".join(sorted(MODEL_OPTS[task.model])) or "it has none"
         yield f"model_opts: {', '.join(sorted(unknown))} unknown for model {task.model!r} (known: {known})"
+    yield from _launch_problems(task)
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):
         if span is not None and not 1 <= span[0] <= span[1]:
             yield f"{name} must be at least 1, and min not above max"
@@ -252,6 +255,18 @@ def _value_problems(task: Task, values: list[str]) -> Iterator[str]:
             refer_to_value(code)
         except InvalidInput as error:
             yield str(error)
+
+
+def _launch_problems(task: Task) -> Iterator[str]:
+    """What would only be found when a worker makes the command of the task's launcher, or opens its files."""
+    for name, value in task.model_opts.items():
+        if name in SPLIT_OPTS:
+            try:
+                shlex.split(value)
+            except ValueError as error:
+                yield f"model_opts: {name} {value!r} cannot be split into words as a shell does: {error}"
+    if not 0 <= task.launch_at <= len(task.command or ()):
+        yield f"launch_at {task.launch_at} is no place in a command of {len(task.command or ())} words"
 
 
 def _retry_problems(task: Task) -> Iterator[str]:

@@ -21,7 +21,7 @@ import msgspec
 from pilotq.broker import errors
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.broker.store.messages import EndReport, ExecutionEnd, Run, StateReport, Stop, ToWorker
+from pilotq.broker.store.messages import EndReport, ExecutionEnd, Run, StateReport, Stop, ToWorker, decode_inbox
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.spec import Spec
 from pilotq.broker.tasks.submit_context import SubmitContext
@@ -86,7 +86,6 @@ class SocketSession:
 
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel(sock)
-        self._decode = msgspec.msgpack.Decoder(ToWorker).decode
         self._shared: dict[str, SubmitContext] = {}
         self._values: dict[str, list[bytes]] = {}
         self._jobs: dict[str, dict[bytes, bytes]] = {}
@@ -112,7 +111,7 @@ class SocketSession:
         messages = []
         for kind, *args in self._channel.receive():
             if kind == "message":
-                messages.append(self._decode(args[0]))
+                messages += decode_inbox(b"\x91" + args[0])[0]  # a list of one
             elif kind == "shared":
                 self._shared[args[0]] = args[1]
             elif kind == "values":
@@ -262,7 +261,7 @@ class Host:
         self.send(
             Run(
                 task_id, execution, slot, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
-                msgspec.Raw(packed), crashes,
+                packed, crashes,
             )
         )  # fmt: skip
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
+import traceback
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -12,11 +14,13 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.log import log
 from pilotq.broker.os_strings import decode, encode, printable
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
-from pilotq.broker.store.messages import Run, StartRemote
+from pilotq.broker.store.messages import UNREADABLE, Run, StartRemote
 from pilotq.broker.store.resources import NodeShare, parse_allocation
-from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
+from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS
+from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import (
     FLAG_ARRAY,
@@ -34,6 +38,8 @@ from pilotq.workers.execution.templating import Variables, render
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
 
+Prepared = tuple[LaunchBase, LaunchSlot, Launch | Call]  # a launch, and what it names
+
 # Variables that mean something else on each node of an execution.
 NODE_VARIABLES = frozenset({b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", b"CUDA_VISIBLE_DEVICES"})
 
@@ -44,6 +50,17 @@ class UnlaunchableError(Exception):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def refusal(error: Exception) -> Exception:
+    """What an error on one task's way to its launch means. Whatever it is, also what nobody thought of, it refuses this
+    task alone; what says that nothing can be launched now, or by this worker, stays as it is."""
+    if isinstance(error, (ServerUnavailable, StateLost, Superseded, UnlaunchableError)):
+        return error
+    if isinstance(error, PilotqError):
+        return UnlaunchableError("launch", f"its description cannot be used: {error}")
+    log(f"a task cannot be launched:\n{traceback.format_exc()}")
+    return UnlaunchableError("launch", f"its description cannot be used: {type(error).__name__}: {error}")
 
 
 class Reservation(NamedTuple):
@@ -88,24 +105,25 @@ class LaunchBuilder:
         self._context = lru_cache(256)(self._fetch_context)
         self._reservation = lru_cache(4096)(self._find_reservation)
 
-    def build(self, e: Execution, after: int) -> tuple[LaunchBase, LaunchSlot, Launch | Call]:
+    def build(self, e: Execution, after: int) -> Prepared:
         """The launch or call of an execution that has an allocation, and what it names; sets its limit and its files.
 
         ``after`` is the key of the one it is chained behind, or 0. Raises UnlaunchableError, and ServerUnavailable
         when something must be fetched and the server is away.
         """
-        run = e.run
         try:
-            context = self._context(run.shared)
-            reservation = self._reservation(e.allocation)
-            spec = self._spec.decode(run.spec)
-            value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
-            if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID):
-                spec = render(spec, _variables(run, value, reservation, context.cwd))
-        except (ServerUnavailable, StateLost, Superseded):
-            raise
-        except (PilotqError, msgspec.MsgspecError) as error:
-            raise UnlaunchableError("launch", f"its description cannot be used: {error}") from None
+            return self._build(e, after)
+        except Exception as error:  # noqa: BLE001  # the boundary of one task
+            raise refusal(error) from None
+
+    def _build(self, e: Execution, after: int) -> Prepared:
+        run = e.run
+        context = self._context(run.shared)
+        reservation = self._reservation(e.allocation)
+        spec = self._decode(run)
+        value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
+        if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID):
+            spec = render(spec, _variables(run, value, reservation, context.cwd))
         cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
         if spec.flags & FLAG_QCG:
             _make_directory(cwd, context.base.umask)
@@ -133,16 +151,42 @@ class LaunchBuilder:
         try:
             context = self._context(start.shared)
             reservation = self._reservation(start.allocation)
-        except (ServerUnavailable, StateLost, Superseded):
-            raise
-        except PilotqError as error:
-            raise UnlaunchableError("launch", str(error)) from None
+        except Exception as error:  # noqa: BLE001  # the boundary of one process
+            raise refusal(error) from None
         env = {name: value for name, value in start.env.items() if name not in NODE_VARIABLES}
         env[b"PILOTQ_HOST"] = start.host.encode()
         launch = Launch(
             key, start.id, start.execution, start.shared, start.allocation, start.argv, env, start.cwd
         )  # fmt: skip
         return context.base, reservation.slot, launch
+
+    def _decode(self, run: Run) -> Spec:
+        """The specification of a task. What was checked at submit is checked again: its record may be damaged."""
+        try:
+            spec = self._spec.decode(run.spec)
+        except UNREADABLE as error:
+            raise UnlaunchableError(
+                "launch", f"its record in the server is damaged ({error}): submit it again"
+            ) from None
+        wrong = ""
+        if not (
+            spec.script or spec.flags & FLAG_RQ_JOB or (spec.argv and (spec.argv[0] or spec.flags & FLAG_FUNCTION))
+        ):
+            wrong = "it has no command"
+        elif spec.model not in MODELS:
+            wrong = f"model {spec.model!r} is unknown"
+        elif not (0 <= spec.time_limit < math.inf and 0 <= spec.backoff < math.inf):
+            wrong = "a time in it is no number of seconds"
+        elif not 0 <= spec.launch_at <= len(spec.argv):
+            wrong = "its launcher has no place in its command"
+        elif spec.retry_on:
+            try:
+                parse_retry_on(spec.retry_on)
+            except ValueError as error:
+                wrong = f"retry_on: {error}"
+        if wrong:
+            raise UnlaunchableError("launch", f"its record in the server is damaged ({wrong}): submit it again")
+        return spec
 
     def _call(self, e: Execution, spec: Spec, value: bytes | None, cwd: bytes, after: int) -> Call:
         run = e.run
@@ -173,6 +217,8 @@ class LaunchBuilder:
         share = next((part for part in parts if part.node == self._node), parts[0])
         nodes = tuple(p.node for p in parts)
         cores = tuple(len(p.cores) for p in parts)
+        if not all(cores):
+            raise UnlaunchableError("launch", f"its reservation {allocation!r} is damaged: it has a node without cores")
         env = {
             "PILOTQ_DIR": self._directory,
             "PILOTQ_CORES": str(sum(cores)),

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from pilotq.broker.errors import PilotFailed
 from pilotq.broker.log import log
 from pilotq.broker.processes import RestartBudget
@@ -36,6 +38,7 @@ PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
 KNOWN_MAX = 1000  # bases and slots a launcher keeps
 QUIT_S = 8.0  # longer than a launcher takes to kill what it has
 KILLED_S = 1.0
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class LaunchersFailedError(PilotFailed):
@@ -78,7 +81,7 @@ class LauncherHandle:
                 os.close(end)
         self._known_bases: set[str] = set()
         self._known_slots: set[str] = set()
-        self._records: list[ToLauncher] = []
+        self._records: list[ToLauncher | msgspec.Raw] = []
         self._outgoing = bytearray()
         self._frames: FrameDecoder[FromLauncher] = FrameDecoder(FromLauncher)  # type: ignore[arg-type]
 
@@ -87,17 +90,21 @@ class LauncherHandle:
         return self._process.pid
 
     def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:
-        if len(self._known_bases) + len(self._known_slots) >= KNOWN_MAX:
+        """Raises what an encoder raises when this launch cannot travel; then none of it is sent."""
+        forget = len(self._known_bases) + len(self._known_slots) >= KNOWN_MAX
+        # Encoded here, one by one: what cannot be encoded must not take with it all that goes into one frame.
+        records: list[ToLauncher | msgspec.Raw] = [Forget()] if forget else []
+        if forget or base.name not in self._known_bases:
+            records.append(msgspec.Raw(_encode(base)))
+        if forget or slot.name not in self._known_slots:
+            records.append(msgspec.Raw(_encode(slot)))
+        records.append(msgspec.Raw(_encode(launch)))
+        if forget:
             self._known_bases.clear()
             self._known_slots.clear()
-            self._records.append(Forget())
-        if base.name not in self._known_bases:
-            self._known_bases.add(base.name)
-            self._records.append(base)
-        if slot.name not in self._known_slots:
-            self._known_slots.add(slot.name)
-            self._records.append(slot)
-        self._records.append(launch)
+        self._known_bases.add(base.name)
+        self._known_slots.add(slot.name)
+        self._records += records
 
     def send(self, record: Retract | Signal | Quit) -> None:
         self._records.append(record)

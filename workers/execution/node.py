@@ -30,7 +30,7 @@ from pilotq.workers.execution.crash_isolation import CrashIsolation
 from pilotq.workers.execution.escalation import Escalation
 from pilotq.workers.execution.execution import Action, Execution, Phase
 from pilotq.workers.execution.hooks import NodeActions, NodeHooks
-from pilotq.workers.execution.launch_builder import LaunchBuilder, UnlaunchableError
+from pilotq.workers.execution.launch_builder import LaunchBuilder, Prepared, UnlaunchableError, refusal
 from pilotq.workers.execution.launcher_pool import LauncherHandle, LauncherPool
 from pilotq.workers.execution.orphans import OrphanReaper
 from pilotq.workers.execution.output_files import PendingOutputs
@@ -38,13 +38,9 @@ from pilotq.workers.execution.reporting import LEAVE_REASONS, Outbox, Reporter
 from pilotq.workers.execution.slots import Slot, SlotTable
 from pilotq.workers.protocol import (
     Begun,
-    Call,
     Exited,
     FromLauncher,
     GroupSwept,
-    Launch,
-    LaunchBase,
-    LaunchSlot,
     Refused,
     Retract,
     Retracted,
@@ -331,11 +327,10 @@ class Node:
                 if e.run.crashes:  # reported before it can kill this worker: only what had begun is charged
                     start = (e.run.id, e.run.execution, e.allocation, iso(time.time()), b"", b"")
                     self._session.post_starts([start])
-                e.launcher = launcher.number
-                launcher.launch(*prepared)
-                self._escalation.launching(e, now)
-                self._to_chain.add(e.slot)
-                failpoints.hit("launch sent")
+                if self._send(e, launcher, prepared, now):
+                    self._escalation.launching(e, now)
+                    self._to_chain.add(e.slot)
+                    failpoints.hit("launch sent")
         for number in self._to_chain:
             if (slot := self._slots.slot(number)) is not None and now >= self._retry_at:
                 self._chain(slot, now)
@@ -355,13 +350,12 @@ class Node:
             if e is None or e.run.crashes:
                 return
             self._slots.chain(slot)
-            if (prepared := self._build(e, last.key, now)) is not None:
-                e.launcher = launcher.number
-                launcher.launch(*prepared)
+            prepared = self._build(e, last.key, now)
+            if prepared is not None and self._send(e, launcher, prepared, now):
                 self._escalation.chained(e)
                 last = e
 
-    def _build(self, e: Execution, after: int, now: float) -> tuple[LaunchBase, LaunchSlot, Launch | Call] | None:
+    def _build(self, e: Execution, after: int, now: float) -> Prepared | None:
         """The records for its launcher. None when that must wait for the server, or when it can never be launched."""
         try:
             return self._builder.build(e, after)
@@ -374,11 +368,25 @@ class Node:
             if not isinstance(error, ServerUnavailable):
                 raise
         except UnlaunchableError as error:
-            if e.phase is Phase.CHAINED:
-                self._slots.return_to_queue(e)
-            e.reason, e.message = error.reason, str(error)
-            self._end(e, time.time(), now)
+            self._refuse(e, error, now)
         return None
+
+    def _send(self, e: Execution, launcher: LauncherHandle, prepared: Prepared, now: float) -> bool:
+        """Send the records to its launcher; False when they cannot be sent, and it has ended."""
+        try:
+            launcher.launch(*prepared)
+        except Exception as error:  # noqa: BLE001  # the boundary of one task
+            self._refuse(e, refusal(error), now)
+            return False
+        e.launcher = launcher.number
+        return True
+
+    def _refuse(self, e: Execution, error: Exception, now: float) -> None:
+        """It can never be launched."""
+        if e.phase is Phase.CHAINED:
+            self._slots.return_to_queue(e)
+        e.reason, e.message = error.reason if isinstance(error, UnlaunchableError) else "launch", str(error)
+        self._end(e, time.time(), now)
 
     def _end(self, e: Execution, ended: float, now: float) -> None:
         """Nothing of it lives on this node. It has ended when the other nodes of it have confirmed the same."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import traceback
 import zlib
 
 import msgspec
 
+from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
@@ -16,7 +18,7 @@ from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
-from pilotq.workers.protocol import Captured, Exited, Returned, tail
+from pilotq.workers.protocol import NO_OUTPUT, Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
 
 # The outcome of a task whose execution the worker has ended, by reason; every other reason is a failure.
@@ -43,6 +45,19 @@ class Reporter:
 
     def report(self, e: Execution, ended: float) -> EndReport:
         """The report of an execution that has ended, or never began, at ``ended`` (unix seconds)."""
+        try:
+            return self._report(e, ended)
+        except Exception as error:  # noqa: BLE001  # the boundary of one task: the report must not be lost
+            log(f"what is to be reported of task {e.run.id} is damaged:\n{traceback.format_exc()}")
+            e.message = f"Of its report only this is left: {type(error).__name__}: {error}"
+        if isinstance(e.exited, Exited):
+            e.exited = msgspec.structs.replace(e.exited, stdout=NO_OUTPUT, stderr=NO_OUTPUT)
+        else:
+            e.exited, e.reason = None, e.reason if e.reason in REASONS else "result"
+        e.stdout, e.stderr, e.spec = b"", b"", None
+        return self._report(e, ended)
+
+    def _report(self, e: Execution, ended: float) -> EndReport:
         run, exited = e.run, e.exited
         code: int | None = None
         number: int | None = None
@@ -67,7 +82,7 @@ class Reporter:
             pid=e.pid or None,
             array=run.array,
             index=run.index if run.array else None,
-            message=message,
+            message=message.encode("utf-8", "backslashreplace").decode(),
             submission=run.submission,
         )
         if exited is not None:
@@ -88,7 +103,7 @@ class Reporter:
             text=self._text(e, outcome, reason, message, code),
             array=run.array,
             position=run.position,
-            class_name=run.class_name,
+            class_name=run.class_name if run.spec else "",  # of a damaged message the record knows more
             submission=run.submission,
             retries=retries,
             delay=delay,
@@ -120,7 +135,7 @@ class Reporter:
             lines.append(message)
         if e.exited is not None and (end := tail(e.exited.stderr, TAIL_BYTES)):
             lines += ["stderr ends with:", end.decode("utf-8", "replace")]
-        return base64.b64encode(zlib.compress("\n".join(lines).encode())).decode()
+        return base64.b64encode(zlib.compress("\n".join(lines).encode("utf-8", "backslashreplace"))).decode()
 
 
 def _outcome(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:

@@ -65,7 +65,7 @@ class Capture:
                 # Appending ignores the position, but the next task could see it.
                 os.lseek(file.fd, 0, os.SEEK_SET)
             self.release(file)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             # Its file system fails: this file is never used again; at worst this output is lost, but no other.
             self._drop(file)
         return captured

@@ -168,6 +168,8 @@ class InterpreterPool:
                 self._returned(interpreter, message)
 
     def _returned(self, interpreter: InterpreterProcess, returned: Returned) -> None:
+        if not interpreter.calls or interpreter.calls[0][0].key != returned.key:
+            return  # a function has written to its socket
         running = interpreter.calls[0][0]
         interpreter.calls_done += 1
         interpreter.cpu += returned.cpu

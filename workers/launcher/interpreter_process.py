@@ -85,7 +85,10 @@ class InterpreterProcess:
                 return
             if not data:
                 return
-            yield _decode(data)
+            try:
+                yield _decode(data)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                pass  # no message of ours: a function has written to the socket
 
     def take_unread(self) -> set[int]:
         """Keys of the calls that it has not begun: they are read from its own end of the socket, before it can."""

@@ -93,7 +93,7 @@ class Spawner:
         self._contexts.clear()
 
     def context(self, launch: Launch | Call) -> LaunchContext | None:
-        """The base and slot that it names, combined; None if one was not added."""
+        """The base and slot that it names, combined; None if one was not added, or cannot be used."""
         key = (launch.base, launch.slot)
         context = self._contexts.get(key)
         if context is None:
@@ -102,7 +102,10 @@ class Spawner:
                 return None
             if len(self._contexts) >= CONTEXTS_MAX:
                 self._contexts.clear()
-            context = self._contexts[key] = LaunchContext(base, slot)
+            try:
+                context = self._contexts[key] = LaunchContext(base, slot)
+            except ValueError:
+                return None  # a text in it cannot be encoded
         return context
 
     def spawn(self, launch: Launch, context: LaunchContext | None, stdin: int = -1) -> Spawned:
@@ -115,7 +118,7 @@ class Spawner:
         argv, script = launch.argv, ""
         try:
             if context is None:
-                raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent.")
+                raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent or cannot be used.")
             self._apply(launch, context)
             env = {**context.env, **launch.env}
             if launch.attempt:
@@ -128,14 +131,14 @@ class Spawner:
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
             pid = self._start(program, argv, env, files, context)
             return Spawned(pid, env, stdout, stderr, script)
-        except (OSError, ValueError, OverflowError, MemoryError) as error:
-            self._release(pool, script)
-            raise Refusal("launch", f"Starting it failed: {_error_text(error)}.") from None
         except Refusal as refusal:
             self._release(pool, script)
             if script and refusal.reason == "not found":
                 raise Refusal(refusal.reason, f"{refusal} Its script is to be run by that program.") from None
             raise
+        except Exception as error:  # noqa: BLE001  # the boundary of one task: none may end its launcher, which has others
+            self._release(pool, script)
+            raise Refusal("launch", f"Starting it failed: {_error_text(error)}.") from None
         finally:
             for fd in opened:
                 os.close(fd)

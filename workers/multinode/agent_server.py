@@ -10,6 +10,7 @@ import msgspec
 
 from pilotq.broker.log import log
 from pilotq.broker.os_strings import from_json, to_json
+from pilotq.broker.store.messages import UNREADABLE
 from pilotq.workers.multinode.agent import CREDENTIALS, LENGTH
 
 REQUEST_MAX = 8 << 20  # an environment is at most a quarter of the stack's limit
@@ -100,7 +101,7 @@ class AgentServer:
         data.clear()
         try:
             return from_json(body, AgentRequest)
-        except msgspec.MsgspecError as error:
+        except (*UNREADABLE, ValueError) as error:
             self.reply(number, AgentReply(255, "", f"pilotq-agent: the worker cannot read its request: {error}\n"))
             return None
 

@@ -19,7 +19,7 @@ from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import RemoteEnded, StartRemote, StopRemote, Sweep, Swept, ToWorker
 from pilotq.workers import process_tree
-from pilotq.workers.execution.launch_builder import LaunchBuilder, UnlaunchableError
+from pilotq.workers.execution.launch_builder import LaunchBuilder, refusal
 from pilotq.workers.execution.launcher_pool import LauncherPool
 from pilotq.workers.protocol import Captured, Exited, FromLauncher, GroupSwept, Refused, Signal, Started, tail
 
@@ -109,21 +109,20 @@ class RemoteProcesses:
         process = _RemoteProcess(self._keys, request)
         try:
             base, place, launch = self._builder.build_remote(request, process.key)
-        except UnlaunchableError as error:
-            self._report(process, RemoteEnded(request.number, NOT_STARTED, b"", f"{error}\n".encode()))
+            if self._scratch:
+                # Open MPI names its files in shared memory by host and rank on it: two nodes of one machine would meet.
+                os.makedirs(self._scratch, mode=0o700, exist_ok=True)
+                launch.env[b"OMPI_MCA_orte_tmpdir_base"] = os.fsencode(self._scratch)
+                launch.env[b"OMPI_MCA_btl_vader_backing_directory"] = os.fsencode(self._scratch)
+            launcher = self._launchers.serving(-1)
+            launcher.launch(base, place, launch)
+        except Exception as error:  # noqa: BLE001  # the boundary of one process of another node's task
+            lost = isinstance(error, (ServerUnavailable, StateLost, Superseded))
+            text = f"{refusal(error)}\n".encode("utf-8", "backslashreplace")
+            self._report(process, RemoteEnded(request.number, NOT_STARTED, b"", text, lost=lost))
             return
-        except (ServerUnavailable, StateLost, Superseded) as error:
-            self._report(process, RemoteEnded(request.number, NOT_STARTED, b"", f"{error}\n".encode(), lost=True))
-            return
-        if self._scratch:
-            # Open MPI names its files in shared memory by host and rank on it: two nodes of one machine would meet.
-            os.makedirs(self._scratch, mode=0o700, exist_ok=True)
-            launch.env[b"OMPI_MCA_orte_tmpdir_base"] = os.fsencode(self._scratch)
-            launch.env[b"OMPI_MCA_btl_vader_backing_directory"] = os.fsencode(self._scratch)
-        launcher = self._launchers.serving(-1)
         process.launcher = launcher.number
         self._processes[process.key] = process
-        launcher.launch(base, place, launch)
 
     def stop(self, message: StopRemote, now: float) -> None:
         for process in self._processes.values():

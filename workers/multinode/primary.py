@@ -88,7 +88,10 @@ class PrimaryNode:
     def serve(self, ready: set[int]) -> None:
         requests, closed = self._agent_server.serve(ready)
         for connection, request in requests:
-            refusal = self._start_remote(connection, request)
+            try:
+                refusal = self._start_remote(connection, request)
+            except Exception as error:  # noqa: BLE001  # the boundary of one agent's request
+                refusal = f"the request cannot be passed on: {error}"
             if refusal:
                 self._agent_server.reply(connection, AgentReply(255, "", f"pilotq-agent: {refusal}\n"))
         for connection in closed:

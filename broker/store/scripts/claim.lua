@@ -14,12 +14,18 @@ local inboxes, wip, answer = {}, {}, {}
 local DROP_LIMIT, dropped = 2000, 0
 local pack = cmsgpack.pack
 
+-- As msgpack's bin 32: whatever is in it, or if there is none, the messages behind it can be read.
+local function binary(text)
+  local size = #text
+  return string.char(198, math.floor(size / 16777216), math.floor(size / 65536) % 256, math.floor(size / 256) % 256, size % 256) .. text
+end
+
 local function hand(target, class, id, execution, f)
   local inbox = inboxes[target[1]]
   if not inbox then inbox = {}; inboxes[target[1]] = inbox end
   inbox[#inbox + 1] = string.char(220, 0, 18) .. pack('run', id, execution, target[2], target[3], class, f.name or '',
     tonumber(f.queued) or 0, tonumber(now), f.shared or '', f.array or '', f.index or -1, f.position or 0,
-    tonumber(f.retries or 0), f.submission or '') .. f.spec .. pack(tonumber(f.crashes or 0), f.suspect_node or '')
+    tonumber(f.retries or 0), f.submission or '') .. binary(f.spec or '') .. pack(tonumber(f.crashes or 0), f.suspect_node or '')
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end

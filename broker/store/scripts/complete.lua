@@ -247,7 +247,7 @@ local function report(r, line, text)
     submission = r[12], retries = r[13]}
   if f.class == '' then
     local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
-    f.class, f.submission, f.retries, f.array, f.position = more[1], more[2], tonumber(more[3] or 0), more[4], more[5]
+    f.class, f.submission, f.retries, f.array, f.position = more[1], more[2], whole(more[3], 0), more[4], more[5]
   end
   f.queue = queue_of(f.class)
   if v[1] == 'canceled' then again = redis.call('ZREM', registry('wip', f.queue), id .. ':' .. execution) == 0 end

@@ -46,10 +46,22 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"env": {"A": "x" * (ARGUMENT_BYTES - 1)}}, r"env: A has [\d,]+ bytes, and the system takes at most"),
     ({"script": "x" * (ARGUMENT_BYTES + 1), "login_shell": True}, "an argument has .* put it into a file"),
 ]
+# What a worker would find out: words that cannot be split, places that do not exist, what no path or argument can hold.
+UNUSABLE: list[tuple[dict[str, Any], str]] = [
+    ({"model": "openmpi", "model_opts": {"mpirun_args": "--foo 'bar"}}, "mpirun_args .* cannot be split into words"),
+    ({"model": "mpich", "model_opts": {"mpirun_args": "\\"}}, "mpirun_args .* cannot be split into words"),
+    ({"model": "srunmpi", "model_opts": {"srun_args": '"'}}, "srun_args .* cannot be split into words"),
+    ({"model": "openmpi", "model_opts": {"mpirun": "a\0b"}}, "model_opts cannot contain a NUL character"),
+    ({"launch_at": 2}, "launch_at 2 is no place in a command of 1 words"),
+    ({"launch_at": -1}, "launch_at -1 is no place"),
+    ({"cwd": "a\0b"}, "cwd cannot contain a NUL character"),
+    ({"stdout": "a\0b"}, "stdout cannot contain a NUL character"),
+    ({"values": ["a", "b\0"]}, "values cannot contain a NUL character"),
+]
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"), WRONG, ids=lambda case: " ".join(case) if isinstance(case, dict) else ""
+    ("fields", "sentence"), WRONG + UNUSABLE, ids=lambda case: " ".join(case) if isinstance(case, dict) else ""
 )
 def test_a_wrong_type_is_a_sentence(fields: dict[str, Any], sentence: str) -> None:
     usual: dict[str, Any] = {} if "script" in fields else {"command": ["true"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +19,7 @@ SETTINGS = Settings(
 
 def run_message(task_id: str, slot: int = 0, class_name: str = "c", execution: int = 1) -> Run:
     allocation = f"n1[{slot}]" if slot else ""
-    return Run(
-        task_id, execution, slot, allocation, class_name, "", 0.0, 0.0, "", "", -1, 0, 0, "", msgspec.Raw(b"\x90")
-    )
+    return Run(task_id, execution, slot, allocation, class_name, "", 0.0, 0.0, "", "", -1, 0, 0, "", b"\x90")
 
 
 # -- slots ------------------------------------------------------------------------------------------------------------
