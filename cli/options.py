@@ -171,9 +171,11 @@ def _given(options: Mapping[str, Any]) -> set[str]:
 
 
 def _say(notes: Sequence[str]) -> None:
-    """Sentences about directives, on stderr."""
+    """Sentences about directives, on stderr; they quote words of the file."""
+    from pilotq.cli.formatting import clean
+
     for note in notes[:NOTES_MAX]:
-        click.echo(f"pilotq: {note}", err=True)
+        click.echo(f"pilotq: {clean(note)}", err=True)
     if len(notes) > NOTES_MAX:
         click.echo(f"pilotq: and {len(notes) - NOTES_MAX:,} more of the kind", err=True)
 

@@ -107,7 +107,7 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
     if summary.earlier:
         out += ["", f"{summary.earlier:,} had failed before and did not run again"]
     for name, why in islice(summary.omitted.items(), NAMED_MAX):
-        out += ["", f"{formatting.clean(name)} omitted: {why}"]
+        out += ["", f"{formatting.clean(name)} omitted: {formatting.clean(why)}"]
     if summary.counts.failed or summary.earlier:
         resume = f"pilotq start --resume {shlex.quote(summary.directory)}"
         out += ["", f"to run what failed again: `{resume}`, then `pilotq retry --all`"]
@@ -133,4 +133,4 @@ def failure(line: JournalEntry) -> str:
         why += f" ({line.exit_code})"
     elif line.message:
         why = formatting.clean(line.message).rstrip(".")  # says the same, with the name of the file or signal
-    return f"task {line.id}{name} {line.status}: {why}"
+    return f"task {formatting.clean(line.id)}{name} {line.status}: {why}"

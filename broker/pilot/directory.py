@@ -14,6 +14,7 @@ import msgspec
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed, StateLost
 from pilotq.broker.os_strings import from_json, from_utf8, to_json, to_utf8
+from pilotq.broker.ownership import foreign, writable_by_others
 from pilotq.broker.pilot.lock import holder
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection
@@ -142,7 +143,7 @@ def create(directory: str | None = None) -> Pilot:
     """Make a pilot's directory, or use one that exists; only its owner may enter it.
 
     By default it is ``.pilotq/<id>`` below the current directory. ``.pilotq/current`` is a link to the last one made or
-    used so. Raises InvalidInput when the place cannot be used.
+    used so. Raises InvalidInput when the place cannot be used, or others may change what is there.
     """
     if directory is None:
         path = os.path.abspath(os.path.join(HOME, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"))
@@ -150,21 +151,44 @@ def create(directory: str | None = None) -> Pilot:
         path = _resolve_link(directory)
         if os.path.exists(path):
             _check_usable(path)
+    home = os.path.dirname(path)
     try:
         if directory is None:
-            os.makedirs(HOME, mode=0o700, exist_ok=True)  # who may write there could redirect `current`
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        for folder in (path, *(os.path.join(path, name) for name in FOLDERS)):
             with suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
-            os.chmod(folder, 0o700)  # it may have existed, or the umask may have taken too much
-        if os.path.basename(os.path.dirname(path)) == HOME:
+                os.mkdir(home, 0o700)
+        else:
+            os.makedirs(home, exist_ok=True)
+        if os.path.basename(home) == HOME:
+            _check_own(home)  # who may write there could redirect `current`
+        for folder in (path, *(os.path.join(path, name) for name in FOLDERS)):
+            _make_private(folder)
+        if os.path.basename(home) == HOME:
             _point_current_at(path)
     except OSError as error:
         raise InvalidInput(
             f"{path} cannot be the pilot's directory ({error.filename}: {error.strerror}); name another with --dir"
         ) from None
     return Pilot(path)
+
+
+def _check_own(path: str) -> None:
+    """Raises InvalidInput where another user may have put what is there, or may do so."""
+    if why := foreign(path):
+        raise InvalidInput(f"{path} {why}, who could run commands as you: name a directory of your own with --dir")
+    if why := writable_by_others(path):
+        raise InvalidInput(
+            f"{path} {why}, who could run commands as you: if you trust what is in it, `chmod go-w {path}`; "
+            "else name another directory with --dir"
+        )
+
+
+def _make_private(folder: str) -> None:
+    """A directory that only this user may enter; one that exists must be this user's."""
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    if why := foreign(folder):
+        raise InvalidInput(f"{folder} {why}: it cannot be the pilot's; name another directory with --dir")
+    os.chmod(folder, 0o700)  # it may have existed, or the umask may have taken too much
 
 
 def _resolve_link(directory: str) -> str:
@@ -176,14 +200,16 @@ def _resolve_link(directory: str) -> str:
 def _check_usable(path: str) -> None:
     if not os.path.isdir(path):
         raise InvalidInput(f"{path} cannot be the pilot's directory: it is a file; name another with --dir")
-    if os.stat(path).st_uid != os.geteuid():
-        raise InvalidInput(
-            f"{path} cannot be the pilot's directory: it belongs to another user; name another with --dir"
-        )
+    if why := foreign(path):
+        raise InvalidInput(f"{path} cannot be the pilot's directory: it {why}; name another with --dir")
+    if not os.listdir(path):
+        os.chmod(path, 0o700)  # from here on nobody puts anything into it
     content = set(os.listdir(path))
     if content and not content.issuperset(FOLDERS):
         # The directory is closed to everybody else, which must not happen to somebody's project.
         raise InvalidInput(f"{path} is neither empty nor a pilot's directory: name another with --dir")
+    if content:
+        _check_own(path)
 
 
 def _point_current_at(path: str) -> None:
@@ -196,7 +222,8 @@ def _point_current_at(path: str) -> None:
 def find(directory: str | None = None) -> Pilot:
     """The pilot of ``directory``, else of PILOTQ_DIR, else ``.pilotq/current`` here or in a parent directory.
 
-    Raises NoPilot. The pilot may have ended: then `Pilot.connection` raises.
+    Raises NoPilot, or InvalidInput for one that others may change: it could hold commands of theirs. The pilot may have
+    ended: then `Pilot.connection` raises.
     """
     for named, source in ((directory, "--dir"), (os.environ.get("PILOTQ_DIR"), "PILOTQ_DIR")):
         if named:
@@ -204,13 +231,18 @@ def find(directory: str | None = None) -> Pilot:
                 raise NoPilot(
                     f"{named} ({source}) is no pilot's directory: correct it, or `pilotq start --dir {named}`"
                 )
-            return Pilot(_resolve_link(named))
+            path = _resolve_link(named)
+            _check_own(path)
+            return Pilot(path)
     here = os.getcwd()
     place = here
     while True:
         current = os.path.join(place, HOME, "current")
         if os.path.isdir(current):
-            return Pilot(os.path.realpath(current))
+            _check_own(os.path.dirname(current))  # not only what `current` leads to: it could lead elsewhere soon
+            path = os.path.realpath(current)
+            _check_own(path)
+            return Pilot(path)
         parent = os.path.dirname(place)
         if parent == place:
             raise NoPilot(

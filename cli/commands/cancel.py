@@ -31,4 +31,4 @@ def cancel_command(words: tuple[str, ...], everything: bool, directory: str | No
         return
     sentences = {"canceled": "canceled", "stopping": "is running, and is being ended", "unknown": "is not known"}
     for task_id, word in outcome.items():
-        click.echo(f"{task_id}: {sentences.get(word, f'had already ended: {word}')}")
+        click.echo(f"{formatting.clean(task_id)}: {sentences.get(word, f'had already ended: {word}')}")

@@ -38,7 +38,10 @@ def explain_command(words: tuple[str, ...], directory: str | None, as_json: bool
 def _text(found: Explanation) -> str:
     name = f" ({formatting.clean(found.name)})" if found.name else ""
     verb = found.status if found.status in ENDED - {"canceled", "stopped"} else f"is {found.status}"
-    out = [f"task {found.id}{name} {verb}", *(f"  {formatting.clean(sentence)}" for sentence in found.why)]
+    out = [
+        f"task {formatting.clean(found.id)}{name} {verb}",
+        *(f"  {formatting.clean(sentence)}" for sentence in found.why),
+    ]
     if tail := [line for line in formatting.lines(found.output) if line][-STDERR_LINES:]:
         out += ["  the end of what it wrote to stderr:", *(f"    {line}" for line in tail)]
     if found.commands:

@@ -50,7 +50,7 @@ def retry_command(words: tuple[str, ...], everything: bool, directory: str | Non
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in answers.items()]))
     else:
         for task_id, word in answers.items():
-            click.echo(f"{task_id}: {_sentence(word, known.get(task_id, ''))}")
+            click.echo(f"{formatting.clean(task_id)}: {_sentence(word, known.get(task_id, ''))}")
     return exit_codes.ALL_FINISHED if AGAIN.issuperset(answers.values()) else exit_codes.TASKS_FAILED
 
 

@@ -197,7 +197,7 @@ def _summary(life: Lifetime, nodes: Sequence[LocalNode]) -> summary.Summary:
 
 
 def _say(text: str) -> None:
-    click.echo(f"pilotq: {text}", err=True)
+    click.echo(f"pilotq: {formatting.clean(text)}", err=True)
 
 
 def _print_summary(found: summary.Summary) -> None:

@@ -67,7 +67,7 @@ def _play(broker: Broker, bodies: list[Any], env_policy: str, replies: TextIO | 
     for sentence in played.refused:
         click.echo(f"pilotq: {formatting.clean(sentence)}", err=True)
     for name, why in played.omitted.items():
-        click.echo(f"pilotq: {formatting.clean(name)} is omitted: {why}", err=True)
+        click.echo(f"pilotq: {formatting.clean(name)} is omitted: {formatting.clean(why)}", err=True)
     formatting.print_ids(rows, as_json)
     if played.refused:
         return exit_codes.TASKS_FAILED if rows else exit_codes.INVALID

@@ -293,11 +293,12 @@ def test_names_commands_and_output_do_nothing_to_a_terminal(pilot: Cli, tmp_path
     task = pilot("enqueue", f"--name={name}", "--", "sh", "-c", f"printf '{EVIL}' >&2; exit 3").stdout.strip()
     sleeper = pilot("enqueue", f"--name={name}2", "--", "sh", "-c", "sleep 100", EVIL).stdout.strip()
     wait_until(lambda: json.loads(pilot("top", "--json").stdout)["running"] == 1)
+    (tmp_path / "directives").write_text(f"#!/bin/sh\n#SBATCH --comment=x{EVIL}\n#SBATCH --no{EVIL}such=1\ntrue\n")
     outputs = [pilot(*words) for words in (
         ["list"], ["show", task, sleeper], ["explain", task, sleeper], ["top"], ["status"], ["nodes"], ["wait", task],
         ["explain", f"no{EVIL}such"], ["show", name], ["list"], ["report"], ["explain", task], ["list", EVIL],
         ["logs", f"no{EVIL}"], ["run", f"no{EVIL}.txt"], ["submit", f"no{EVIL}.txt"], ["doctor", "--dir", EVIL],
-        ["help", EVIL], ["cancel", sleeper], ["retry", task], [EVIL],
+        ["help", EVIL], ["cancel", sleeper], ["retry", task], [EVIL], ["enqueue", "--script=directives"],
     )]  # fmt: skip
     for done in outputs:
         assert not any(escape in done.stdout + done.stderr for escape in ESCAPES), done.args

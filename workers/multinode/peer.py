@@ -16,6 +16,7 @@ from signal import SIGKILL, SIGTERM
 
 from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
 from pilotq.broker.log import log
+from pilotq.broker.ownership import private_folder
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import RemoteEnded, StartRemote, StopRemote, Sweep, Swept, ToWorker
 from pilotq.workers import process_tree
@@ -111,7 +112,7 @@ class RemoteProcesses:
             base, place, launch = self._builder.build_remote(request, process.key)
             if self._scratch:
                 # Open MPI names its files in shared memory by host and rank on it: two nodes of one machine would meet.
-                os.makedirs(self._scratch, mode=0o700, exist_ok=True)
+                self._scratch = private_folder(self._scratch)
                 launch.env[b"OMPI_MCA_orte_tmpdir_base"] = os.fsencode(self._scratch)
                 launch.env[b"OMPI_MCA_btl_vader_backing_directory"] = os.fsencode(self._scratch)
             launcher = self._launchers.serving(-1)

@@ -138,6 +138,74 @@ def test_no_pilot_says_where_it_looked(here: Path, monkeypatch: pytest.MonkeyPat
         find()
 
 
+# -- what others may change --------------------------------------------------------------------------------------------
+
+
+def spoil(path: Path, how: str) -> str:
+    """Makes it somebody else's, or open to others; returns what a refusal says about it."""
+    if how != "foreign":
+        path.chmod(int(how, 8))
+        return rf"{path} can be written by others \(mode {how}\)"
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(path, 12345, -1, follow_symlinks=False)
+    return rf"{path} .*belongs to another user \(uid 12345\)"
+
+
+@pytest.mark.parametrize("how", ["0777", "0770", "0702", "1777", "foreign"])
+def test_a_place_for_pilots_that_others_may_change_is_neither_used_nor_looked_into(here: Path, how: str) -> None:
+    home = here / ".pilotq"
+    pilot = create()
+    before = sorted(home.rglob("*"))
+    said = spoil(home, how)
+    for attempt in (create, lambda: create(pilot.directory), lambda: create(".pilotq/new"), find):
+        with pytest.raises(InvalidInput, match=said):
+            attempt()
+    assert sorted(home.rglob("*")) == before
+    os.chown(home, os.geteuid(), -1)
+    home.chmod(0o755)
+    assert find() == pilot and create()
+
+
+@pytest.mark.parametrize("how", ["0777", "0770", "0702", "foreign"])
+def test_a_pilots_directory_that_others_may_change_is_not_used(
+    here: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    pilot = create()
+    path = Path(pilot.directory)
+    said = spoil(path, how)
+    for attempt in (find, lambda: find(pilot.directory), lambda: create(pilot.directory)):
+        with pytest.raises(InvalidInput, match=said):
+            attempt()
+    monkeypatch.setenv("PILOTQ_DIR", pilot.directory)
+    with pytest.raises(InvalidInput, match=said):
+        find()
+
+
+def test_links_of_others_are_not_followed(here: Path) -> None:
+    pilot = create("mine")
+    (here / ".pilotq").symlink_to(here / "mine")
+    (here / "mine" / "current").symlink_to(here / "mine")
+    assert find() == pilot, "a link of one's own is as good as a directory"
+    said = spoil(here / ".pilotq", "foreign")
+    for attempt in (create, find):
+        with pytest.raises(InvalidInput, match=said):
+            attempt()
+
+
+def test_a_folder_inside_that_is_not_the_users_is_not_used(here: Path) -> None:
+    create("one")
+    spoil(here / "one" / "logs", "foreign")
+    with pytest.raises(InvalidInput, match=r"one/logs belongs to another user"):
+        create("one")
+
+
+def test_an_empty_directory_is_closed_to_others_before_it_is_used(here: Path) -> None:
+    (here / "one").mkdir()
+    (here / "one").chmod(0o777)
+    assert modes(Path(create("one").directory)) == {0o700}
+
+
 # -- the connection --------------------------------------------------------------------------------------------------
 
 
