@@ -10,7 +10,10 @@ environment. `ProcessTracker` does that. Once a launcher is dead its tree is los
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from signal import SIGKILL
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from typing import NamedTuple
 TASK_MARK = "PILOTQ_TASK_ID"  # a process with it in its environment is part of a task
 CALL_MARK = "PILOTQ_PATH"  # ... and one with this is an interpreter of functions, or was forked by one
 MARKS = (b"PILOTQ_TASK_ID", b"PILOTQ_EXECUTION", b"PILOTQ_DIR")
+READ_S = 0.2  # a process whose environment takes longer hangs in the kernel
 SCAN_MAX = 200  # so many process numbers are read one by one; listing /proc is cheaper from about there
 ROUNDS_MAX = 20  # passes over processes that keep forking while they are signalled; the caller tries again later
 KILL_POLL_S = 0.01  # between two scans for processes that were killed
@@ -91,6 +95,60 @@ def environment(pid: int) -> bytes:
         return b"\0"
 
 
+_hung: dict[int, int] = {}  # processes whose environment cannot be read, as they hang in the kernel: number -> start
+
+
+def _environments(pids: Iterable[int]) -> dict[int, bytes]:
+    """The environments of these processes, but for those whose reading hangs: then so does the process itself.
+
+    They are read in a thread, as the caller must not wait for a process that hangs.
+    """
+    waiting = deque(pid for pid in pids if pid not in _hung or _start(pid) != _hung[pid])
+    found: dict[int, bytes] = {}
+    while waiting:
+        reader = _Reader(waiting, found)
+        if reader.wait():
+            break
+    return found
+
+
+class _Reader:
+    """Reads environments of ``waiting`` into ``found``, until there is none left or one of them hangs."""
+
+    def __init__(self, waiting: deque[int], found: dict[int, bytes]) -> None:
+        self._current = 0
+        self._given_up = threading.Event()
+        self._done = threading.Event()
+        threading.Thread(target=self._read, args=(waiting, found), daemon=True).start()
+
+    def wait(self) -> bool:
+        """Wait; False when it hangs: the caller goes on with what is still waiting."""
+        before = -1
+        while not self._done.wait(READ_S):
+            if self._current == before:
+                self._given_up.set()
+                _hung[before] = _start(before)
+                return False
+            before = self._current
+        return True
+
+    def _read(self, waiting: deque[int], found: dict[int, bytes]) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the caller's
+        while waiting and not self._given_up.is_set():
+            self._current = pid = waiting.popleft()
+            data = environment(pid)
+            if self._given_up.is_set():
+                _hung.pop(pid, None)
+                return
+            found[pid] = data
+        self._done.set()
+
+
+def _start(pid: int) -> int:
+    process = read_process(pid)
+    return process.start if process is not None else 0
+
+
 def send_signal(process: Process, signal: int) -> None:
     """Signal that very process, not another one that has its number by now."""
     now = read_process(process.pid)
@@ -130,16 +188,14 @@ def kill_marked(
 
 def _marked(marks: Mapping[str, str] | Callable[[Mapping[str, str]], bool]) -> Iterator[Process]:
     task, call = (b"\0" + mark.encode() + b"=" for mark in (TASK_MARK, CALL_MARK))
-    for name in os.listdir("/proc"):
-        if name[0] not in "123456789" or int(name) == os.getpid():
-            continue
-        data = environment(int(name))
+    numbers = [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]
+    for pid, data in _environments(pid for pid in numbers if pid != os.getpid()).items():
         if task not in data and call not in data:
             continue
         pairs = (os.fsdecode(item).partition("=") for item in data.split(b"\0") if item)
         env = {key: value for key, _, value in pairs}
         fits = marks(env) if callable(marks) else all(env.get(key) == value for key, value in marks.items())
-        if fits and (process := read_process(int(name))) is not None and process.alive:
+        if fits and (process := read_process(pid)) is not None and process.alive:
             yield process
 
 

@@ -23,6 +23,7 @@ import msgspec
 
 HEADER = struct.Struct("<I")
 INLINE_BYTES = 4096  # captured output up to this size travels in the message
+END_BYTES = 4096  # of larger output, in the message
 
 
 class LaunchBase(msgspec.Struct, array_like=True, tag="base"):
@@ -42,6 +43,7 @@ class LaunchSlot(msgspec.Struct, array_like=True, tag="slot"):
     env: dict[bytes, bytes]  # laid over the base's
     defaults: dict[bytes, bytes]  # for variables that the base lacks
     cpus: list[int]  # CPU numbers of this machine
+    files: dict[bytes, bytes] = {}  # path -> content: written before the first start in it
 
 
 class Forget(msgspec.Struct, array_like=True, tag="forget"):
@@ -74,6 +76,8 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     suffix: str = ""
     after: int = 0
     script: bytes = b""
+    make_cwd: bool = False  # the working directory is made, parents too, as QCG-PilotJob does
+    files: dict[bytes, bytes] = {}  # path -> content: written before it starts
 
 
 class Call(msgspec.Struct, array_like=True, tag="call"):
@@ -167,28 +171,25 @@ class Refused(msgspec.Struct, array_like=True, tag="refused"):
 
 
 class Captured(msgspec.Struct, array_like=True):
-    """Captured output: up to INLINE_BYTES as ``data``; more lies in ``path`` (absolute) at ``offset``."""
+    """Captured output: up to INLINE_BYTES as ``data``; more lies in ``path`` (absolute) at ``offset``.
+
+    ``end`` is the end of what lies there: the worker process reads no file. ``length`` counts all that was written,
+    also what could be kept nowhere.
+    """
 
     data: bytes = b""
     path: bytes = b""
     offset: int = 0
     length: int = 0
+    end: bytes = b""
 
 
 NO_OUTPUT = Captured()
 
 
 def tail(captured: Captured, size: int) -> bytes:
-    """The last ``size`` bytes of captured output; empty where its file cannot be read: this only helps people."""
-    if not captured.path:
-        return captured.data[-size:]
-    size = min(captured.length, size)
-    try:
-        with open(captured.path, "rb") as file:
-            file.seek(captured.offset + captured.length - size)
-            return file.read(size)
-    except OSError:
-        return b""
+    """The last ``size`` bytes of captured output, at most END_BYTES; it only helps people."""
+    return (captured.end or captured.data)[-size:]
 
 
 class Exited(msgspec.Struct, array_like=True, tag="exited"):
@@ -196,7 +197,7 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
 
     ``status`` is as of waitpid, ``started`` as in Started. ``cpu`` seconds and ``max_rss`` bytes are of the main
     process and the children it waited for. ``seconds`` is by the monotonic clock. With ``remaining`` == 0 the outputs
-    are final.
+    are final, else they only have what was written so far, the ``end`` of it.
     """
 
     key: int

@@ -29,15 +29,33 @@ def captured(journal: Journal, pilot: Pilot, task_id: str, stream: str) -> Itera
 
 
 def output_of_entry(pilot: Pilot, entry: JournalEntry, stream: str, skip: int = 0) -> Iterator[bytes]:
-    """The output that an entry of the journal holds or refers to, without the first ``skip`` bytes. A file that is gone
-    gives nothing."""
+    """The output that an entry of the journal holds or refers to, without the first ``skip`` bytes. A file that the
+    task has named, and that is gone, gives nothing.
+
+    Raises PilotFailed at the end, when captured output is shorter than the journal says.
+    """
     inline, place = (entry.stdout, entry.stdout_at) if stream == "stdout" else (entry.stderr, entry.stderr_at)
-    if rest := (inline.encode() if isinstance(inline, str) else inline)[skip:]:
+    data = inline.encode() if isinstance(inline, str) else inline
+    if rest := data[skip:]:
         yield rest
-    if place:
-        path = pilot.path(from_utf8(str(place[0])))  # an absolute path (a file the task named) stays as it is
-        offset, left = (int(place[1]), max(int(place[2]) - skip, 0)) if len(place) > 1 else (0, -1)
-        yield from _read(path, offset + skip, left)
+    if not place:
+        return
+    path = pilot.path(from_utf8(str(place[0])))  # an absolute path (a file the task named) stays as it is
+    if len(place) == 1:
+        yield from _read(path, skip, -1)
+        return
+    length = int(place[2])
+    left = max(length - max(skip, len(data)), 0)
+    for piece in _read(path, int(place[1]) + skip, left) if place[0] else ():
+        left -= len(piece)
+        yield piece
+    if left:
+        why = "the disk could not keep it"
+        if place[0]:
+            why = f"{path} " + ("is too short" if os.path.exists(path) else "is gone")
+        raise PilotFailed(
+            f"{left:,} of the {length:,} bytes that task {entry.id} has written to {stream} are lost: {why}"
+        )
 
 
 def _of_last(pilot: Pilot, entries: Sequence[JournalEntry], stream: str) -> Iterator[bytes]:

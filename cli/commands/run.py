@@ -16,10 +16,10 @@ import click
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.output import output_of_entry
 from pilotq.broker.client.submit import check
-from pilotq.broker.errors import InvalidInput, UnknownTask
+from pilotq.broker.errors import InvalidInput, PilotFailed, UnknownTask
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions
-from pilotq.broker.store.journal import Journal
+from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task, description
 from pilotq.broker.tasks.submit_context import capture_context
@@ -202,18 +202,32 @@ def _say(text: str) -> None:
 
 def _print_summary(found: summary.Summary) -> None:
     pilot = Pilot(found.directory)
-    ends = {line.id: b"".join(output_of_entry(pilot, line, "stderr"))[-4096:] for line in found.failed}
+    ends = {line.id: _end(pilot, line) for line in found.failed}
     click.echo(summary.as_text(found, {name: end.decode("utf-8", "replace") for name, end in ends.items()}))
+
+
+def _end(pilot: Pilot, line: JournalEntry) -> bytes:
+    """The end of what a failed task wrote to stderr."""
+    try:
+        return b"".join(output_of_entry(pilot, line, "stderr"))[-4096:]
+    except PilotFailed as error:
+        return str(error).encode()
 
 
 def _print_task(found: summary.Summary, task_id: str, task: Task) -> None:
     """Pass the output of the one task through; everything about it goes to stderr."""
     pilot = Pilot(found.directory)
+    lost = ""
     for line in Journal(pilot.journal).find(task_id)[:1]:
         for stream, file, out in (("stdout", task.stdout, sys.stdout), ("stderr", task.stderr, sys.stderr)):
-            for piece in output_of_entry(pilot, line, stream) if file is None else ():
-                out.buffer.write(piece)
+            try:
+                for piece in output_of_entry(pilot, line, stream) if file is None else ():
+                    out.buffer.write(piece)
+            except PilotFailed as error:
+                lost = str(error)
             out.flush()
     for line in found.failed:
         _say(summary.failure(line))
     _say(summary.short(found))
+    if lost:
+        raise PilotFailed(lost)

@@ -209,3 +209,42 @@ def test_a_damaged_journal_is_told_without_the_damage_and_repaired(tmp_path: Pat
     assert repaired.returncode == 0 and f"1 line of {journal} that cannot be read: moved to" in repaired.stdout
     assert "line 3" not in cli("list", "--dir", "p").stderr
     assert cli("doctor", "--dir", "p").returncode == 0
+
+
+def test_output_that_is_shorter_than_the_journal_says_is_said(tmp_path: Path) -> None:
+    """A pack that a power loss has emptied, one that is gone, output that the disk could not keep."""
+    cli = prompt(tmp_path)
+    for name in ("server", "logs", "output"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+    pack = tmp_path / "p" / "output" / "n0.7.pack"
+    pack.write_bytes(b"a" * 5000 + b"b" * 1000)
+    (tmp_path / "p" / "journal.jsonl").write_text(
+        '{"pilotq_journal":1,"pilot":"p"}\n'
+        '{"id":"1","status":"finished","execution":1,"stdout_at":["output/n0.7.pack",0,5000]}\n'
+        '{"id":"2","status":"finished","execution":1,"stdout_at":["output/n0.7.pack",5000,5000]}\n'
+        '{"id":"3","status":"finished","execution":1,"stdout_at":["output/gone",0,7]}\n'
+        '{"id":"4","status":"finished","execution":1,"stdout":"begin","stdout_at":["",0,9000]}\n'
+        '{"id":"5","status":"finished","execution":1,"stdout_at":["/no/such/file"]}\n'
+    )
+    for task, code, output, said in (
+        ("1", 0, "a" * 5000, ""),
+        (
+            "2",
+            3,
+            "b" * 1000,
+            f"4,000 of the 5,000 bytes that task 2 has written to stdout are lost: {pack} is too short",
+        ),
+        ("3", 3, "", "7 of the 7 bytes that task 3 has written to stdout are lost: "),
+        (
+            "4",
+            3,
+            "begin",
+            "8,995 of the 9,000 bytes that task 4 has written to stdout are lost: the disk could not keep it",
+        ),
+        ("5", 0, "", ""),
+    ):
+        done = cli("logs", task, "--dir", "p")
+        assert (done.returncode, done.stdout) == (code, output), task
+        assert done.stderr.startswith(f"pilotq: {said}" if said else "") and bool(said) == bool(done.stderr), (
+            done.stderr
+        )

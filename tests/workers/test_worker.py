@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import subprocess
 import zlib
 from pathlib import Path
 
 import pytest
 
 from pilotq.broker.store.messages import Leave, RetractTasks, StateRequest
+from pilotq.workers import process_tree
+from tests.support.dead_mount import dead_mount
 from tests.support.launcher_driver import hanging_program
 from tests.support.waiting import wait_until
 from tests.support.worker_host import Host, alive, children
@@ -185,6 +188,67 @@ def test_output_of_a_rerun_takes_its_name_when_it_counts(tmp_path: Path, verdict
         host.answer([ending.report])
         host.until(lambda: not (tmp_path / "out.2").exists())
     assert out.read_text() == ("second\n" if verdict == "ok" else "first\n")
+
+
+def test_files_that_hang_stop_neither_beats_nor_limits(tmp_path: Path) -> None:
+    """The output of a rerun is to be published there, and a launcher of MPI is searched there."""
+    (tmp_path / "sub").mkdir()
+    with dead_mount(tmp_path / "dead") as dead, Host(tmp_path, heartbeat_s=0.05) as host:
+        host.answering = False
+        host.run("named", "true", slot=1, stdout="sub/out", execution=2)
+        ending = host.end_of("named")
+        (tmp_path / "sub").rename(tmp_path / "moved")
+        (tmp_path / "sub").symlink_to(dead.path)
+        host.answer([ending.report])
+        host.answering = True
+        host.shared("searches", PATH=f"{dead.path}:{os.environ['PATH']}")
+        host.run("ranks", "true", slot=3, shared="searches", model="mpich", allocation="n1[0:1]")
+        host.run("limited", "sleep", "600", slot=4, allocation="n1[1]", time_limit=0.5)
+        beats = len(host.reported("heartbeat"))
+        assert host.end_of("limited").report.reason == "time limit"
+        host.until(lambda: len(host.reported("heartbeat")) > beats + 10, "beats")
+        assert "ranks" not in host.endings
+        host.stop("ranks")
+        assert host.end_of("ranks").report.outcome == "canceled"
+
+
+def test_a_directory_of_a_job_that_cannot_be_made_in_time_is_that_job_s_failure(tmp_path: Path) -> None:
+    with dead_mount(tmp_path / "dead") as dead, Host(tmp_path, heartbeat_s=0.05, launch_confirm_s=2.0) as host:
+        host.run("warm", "true", slot=3)
+        host.end_of("warm")
+        host.run("job", "true", slot=1, flags=2, cwd=str(dead.path / "a" / "b"))
+        beats = len(host.reported("heartbeat"))
+        host.until(lambda: len(host.reported("heartbeat")) > beats + 3, "beats")
+        assert host.end_of("job").report.reason == "launch hangs"
+        host.run("other", "true", slot=2)
+        assert host.end_of("other").report.outcome == "finished"
+
+
+def test_a_process_whose_environment_cannot_be_read_stops_no_scan(tmp_path: Path) -> None:
+    """As one that hangs in the kernel: here something that nobody writes stands in the place of its environment."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system that does not answer")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    marks = {"PILOTQ_TASK_ID": f"test-{os.getpid()}"}
+    environment = {**os.environ, **marks}
+    with (
+        subprocess.Popen(["sleep", "600"], env=environment) as hangs,
+        subprocess.Popen(["sleep", "600"], env=environment) as other,
+    ):
+        place = f"/proc/{hangs.pid}/environ"
+        if subprocess.run(["mount", "--bind", str(fifo), place], check=False, capture_output=True).returncode:
+            hangs.kill()
+            other.kill()
+            pytest.skip("a file system that does not answer cannot be mounted here")
+        try:
+            for _ in range(2):
+                assert process_tree.kill_marked(marks, seconds=5) == []
+            assert other.wait(10) == -signal.SIGKILL and hangs.poll() is None
+        finally:
+            os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))  # what waits for its other side goes on
+            subprocess.run(["umount", place], check=True)
+            hangs.kill()
 
 
 def test_a_fifo_as_input_stops_nobody_else(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the hooks change what the node does by `NodeActions` alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from pilotq.broker.store.messages import ToWorker
@@ -21,6 +22,9 @@ class NodeActions(Protocol):
 
     def finish_execution(self, e: Execution, ended: float) -> None:
         """Go on with an end that was deferred: all nodes have confirmed it, or were waited for long enough."""
+
+    def beside(self, action: Callable[[], None]) -> None:
+        """Do something with files that may hang, in a thread beside the loop."""
 
     def free_slot(self, number: int) -> None:
         """The part of a slot that stayed reserved after its task had ended is free."""

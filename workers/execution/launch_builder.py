@@ -15,7 +15,7 @@ import msgspec
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.log import log
-from pilotq.broker.os_strings import decode, encode, printable
+from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
 from pilotq.broker.store.messages import UNREADABLE, Run, StartRemote
 from pilotq.broker.store.resources import NodeShare, parse_allocation
@@ -52,10 +52,14 @@ class UnlaunchableError(Exception):
         self.reason = reason
 
 
+class NotYetError(Exception):
+    """What its launch needs of file systems is still being looked for; it is to be asked for again."""
+
+
 def refusal(error: Exception) -> Exception:
     """What an error on one task's way to its launch means. Whatever it is, also what nobody thought of, it refuses this
     task alone; what says that nothing can be launched now, or by this worker, stays as it is."""
-    if isinstance(error, (ServerUnavailable, StateLost, Superseded, UnlaunchableError)):
+    if isinstance(error, (NotYetError, ServerUnavailable, StateLost, Superseded, UnlaunchableError)):
         return error
     if isinstance(error, PilotqError):
         return UnlaunchableError("launch", f"its description cannot be used: {error}")
@@ -78,7 +82,8 @@ class LaunchModel(Protocol):
     def apply(
         self, e: Execution, spec: Spec, reservation: Reservation, env: dict[bytes, bytes], launch: Launch
     ) -> Launch:
-        """``env`` is what the task will find. Raises UnlaunchableError, ServerUnavailable."""
+        """``env`` is what the task will find. Raises UnlaunchableError, NotYetError,
+        ServerUnavailable."""
 
 
 class ContextView(NamedTuple):
@@ -108,8 +113,8 @@ class LaunchBuilder:
     def build(self, e: Execution, after: int) -> Prepared:
         """The launch or call of an execution that has an allocation, and what it names; sets its limit and its files.
 
-        ``after`` is the key of the one it is chained behind, or 0. Raises UnlaunchableError, and ServerUnavailable
-        when something must be fetched and the server is away.
+        ``after`` is the key of the one it is chained behind, or 0. Raises UnlaunchableError, ServerUnavailable
+        when something must be fetched and the server is away, and NotYetError.
         """
         try:
             return self._build(e, after)
@@ -125,8 +130,6 @@ class LaunchBuilder:
         if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID):
             spec = render(spec, _variables(run, value, reservation, context.cwd))
         cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
-        if spec.flags & FLAG_QCG:
-            _make_directory(cwd, context.base.umask)
         e.limit = spec.time_limit
         e.spec = spec
         e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
@@ -140,6 +143,7 @@ class LaunchBuilder:
         launch = Launch(
             e.key, run.id, run.execution, run.shared, e.allocation, argv, env, cwd,
             _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after, script,
+            make_cwd=bool(spec.flags & FLAG_QCG),
         )  # fmt: skip
         if self.launch_model is not None and (len(reservation.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
             full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
@@ -231,10 +235,13 @@ class LaunchBuilder:
             "QCG_PM_NTASKS": str(sum(cores)),
             "QCG_PM_TASKS_PER_NODE": ",".join(map(str, cores)),
         }
+        files: dict[bytes, bytes] = {}
         if os.environ.get(ENV_SCHEMA) == "slurm":
             env |= step_environment(nodes, cores)
             env["QCG_PM_CPU_SET"] = ",".join(str(core) for part in parts for core in part.cores)
-            env["SLURM_HOSTFILE"] = self._host_file(allocation, nodes, cores)
+            env["SLURM_HOSTFILE"] = self._host_file(allocation)
+            lines = "".join(f"{node}\n" * number for node, number in zip(nodes, cores, strict=True))
+            files[encode(env["SLURM_HOSTFILE"])] = lines.encode()
         if len(parts) > 1:
             env |= {"PILOTQ_NODE": share.node, "PILOTQ_HOST": self._address}
         if share.gpus:
@@ -242,20 +249,13 @@ class LaunchBuilder:
         cpus = [self._real.get(core, core) for core in share.cores]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
         defaults = {"OMP_NUM_THREADS": str(len(share.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
-        slot = LaunchSlot(allocation, as_bytes(env), as_bytes(defaults), cpus)
+        slot = LaunchSlot(allocation, as_bytes(env), as_bytes(defaults), cpus, files)
         return Reservation(slot, parts, nodes, cores)
 
-    def _host_file(self, allocation: str, nodes: tuple[str, ...], cores: tuple[int, ...]) -> str:
+    def _host_file(self, allocation: str) -> str:
         """A file with the name of its node for each core; all tasks that get these cores have the same."""
-        folder = os.path.join(self._directory, "hostfiles", self._node)
-        path = os.path.join(folder, hashlib.sha256(allocation.encode()).hexdigest()[:16])
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(f"{node}\n" * number for node, number in zip(nodes, cores, strict=True))
-        except OSError as error:
-            raise UnlaunchableError("launch", f"its host file cannot be written: {error}") from None
-        return path
+        name = hashlib.sha256(allocation.encode()).hexdigest()[:16]
+        return os.path.join(self._directory, "hostfiles", self._node, name)
 
 
 def _variables(run: Run, value: bytes | None, reservation: Reservation, root: bytes) -> Variables:
@@ -315,13 +315,3 @@ def _command(spec: Spec) -> tuple[list[bytes], bytes]:
 
 def _below(cwd: bytes, path: bytes) -> bytes:
     return path if not path or path.startswith(b"/") else os.path.join(cwd, path)
-
-
-def _make_directory(path: bytes, umask: int) -> None:
-    """QCG-PilotJob makes a job's working directory, parents too."""
-    try:
-        os.makedirs(path, mode=0o777 & ~umask, exist_ok=True)
-    except OSError as error:
-        raise UnlaunchableError(
-            "not found", f"its directory {printable(path)} cannot be made: {error.strerror}"
-        ) from None

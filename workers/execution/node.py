@@ -29,8 +29,9 @@ from pilotq.broker.store.resources import NodeInfo
 from pilotq.workers.execution.crash_isolation import CrashIsolation
 from pilotq.workers.execution.escalation import Escalation
 from pilotq.workers.execution.execution import Action, Execution, Phase
+from pilotq.workers.execution.file_threads import FileThreads
 from pilotq.workers.execution.hooks import NodeActions, NodeHooks
-from pilotq.workers.execution.launch_builder import LaunchBuilder, Prepared, UnlaunchableError, refusal
+from pilotq.workers.execution.launch_builder import LaunchBuilder, NotYetError, Prepared, UnlaunchableError, refusal
 from pilotq.workers.execution.launcher_pool import LauncherHandle, LauncherPool
 from pilotq.workers.execution.orphans import OrphanReaper
 from pilotq.workers.execution.output_files import PendingOutputs
@@ -76,11 +77,12 @@ class Node:
         self.outbox = Outbox(session, settings)
         self._ready: deque[Execution] = deque()  # have a slot: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a slot, but must wait for the server or their turn
-        self._retry_at = 0.0
+        self._retry_at = self._look_at = 0.0
         self._to_chain: set[int] = set()  # slots that have gone on to another task: `launch` chains others to it
         self._retracted: list[Execution] = []  # prefetched again, and to be returned to the dispatcher
         self._starts: list[tuple[str, int, str, str, bytes, bytes]] = []
-        self._outputs = PendingOutputs()
+        self._files = FileThreads(settings.journal_fsync_s)
+        self._outputs = PendingOutputs(self._files)
         self._isolation = CrashIsolation(settings)
         self._notice_signal = 0  # number of the signal that announces the end to tasks
         self.leaving = False
@@ -256,7 +258,7 @@ class Node:
         """Monotonic time at which `tick` wants to be called."""
         moments = [self._escalation.next(), self._orphans.next(), self._hooks.next()]
         if self._postponed:
-            moments.append(self._retry_at)
+            moments.append(max(self._retry_at, self._look_at))
         return min((m for m in moments if m is not None), default=None)
 
     def tick(self, now: float) -> None:
@@ -265,7 +267,7 @@ class Node:
             if e.key in self._escalation.executions:
                 self._carry_out(e, action, now)
         self._reap_orphans(now)
-        if self._postponed and now >= self._retry_at:
+        if self._postponed and now >= max(self._retry_at, self._look_at):
             self._ready.extend(self._postponed.values())
             self._postponed.clear()
         if self._retracted:
@@ -359,13 +361,16 @@ class Node:
         """The records for its launcher. None when that must wait for the server, or when it can never be launched."""
         try:
             return self._builder.build(e, after)
-        except (ServerUnavailable, StateLost, Superseded) as error:
-            self._retry_at = now + RETRY_S
+        except (NotYetError, ServerUnavailable, StateLost, Superseded) as error:
+            if isinstance(error, NotYetError):
+                self._look_at = now + RETRY_S
+            else:
+                self._retry_at = now + RETRY_S
             if e.phase is Phase.CHAINED:
                 self._slots.return_to_queue(e)
             else:
                 self._postponed[e.key] = e
-            if not isinstance(error, ServerUnavailable):
+            if not isinstance(error, (NotYetError, ServerUnavailable)):
                 raise
         except UnlaunchableError as error:
             self._refuse(e, error, now)
@@ -448,6 +453,9 @@ class Node:
 
     def _report(self, e: Execution, ended: float, end: ExecutionEnd | None, now: float) -> None:
         report = self._reporter.report(e, ended)
+        for captured in (e.exited.stdout, e.exited.stderr) if e.exited is not None else ():
+            if captured.path:
+                self._files.sync(captured.path)
         if e.suffix and e.started:
             self._outputs.add(e, counts=report.outcome not in ("lost", "requeue"))
         self.outbox.add(e, report, end, now)
@@ -476,8 +484,13 @@ class Node:
     def finish_execution(self, e: Execution, ended: float) -> None:
         self._end(e, ended, time.monotonic())
 
+    def beside(self, action: Callable[[], None]) -> None:
+        self._files.run(action)
+
     def free_slot(self, number: int) -> None:
         self._slots.release(number)
 
     def close(self) -> None:
         self._hooks.close()
+        if not self._files.finish():
+            log("what was still to be done with files of tasks is left undone: their file systems do not answer")

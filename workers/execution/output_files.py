@@ -1,6 +1,6 @@
 """Publishes or discards the output files of reruns, once it is known whether the execution counts.
 
-Until then they have a name of their own.
+Until then they have a name of their own. Their file systems may hang, so a thread beside the loop does it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import os
 from pilotq.broker.log import log
 from pilotq.broker.os_strings import printable
 from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.file_threads import FileThreads
 
 
 class PendingOutputs:
     """Holds the output files of reruns that have ended and that the server has not judged yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: FileThreads) -> None:
+        self._threads = threads
         self._waiting: dict[tuple[str, int], tuple[list[bytes], str]] = {}  # files, suffix
 
     def add(self, e: Execution, *, counts: bool) -> None:
@@ -24,12 +26,12 @@ class PendingOutputs:
         if counts:
             self._waiting[e.run.id, e.run.execution] = (files, e.suffix)
         else:
-            _publish_or_discard(files, e.suffix, publish=False)
+            self._threads.run(lambda: _publish_or_discard(files, e.suffix, publish=False))
 
     def answered(self, task_id: str, execution: int, *, counts: bool) -> None:
         """The server has judged an execution, of whatever kind."""
         if self._waiting and (found := self._waiting.pop((task_id, execution), None)):
-            _publish_or_discard(*found, publish=counts)
+            self._threads.run(lambda: _publish_or_discard(*found, publish=counts))
 
 
 def _publish_or_discard(files: list[bytes], suffix: str, *, publish: bool) -> None:

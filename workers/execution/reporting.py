@@ -114,12 +114,14 @@ class Reporter:
             return "", [named]
         if captured.path:
             return "", [captured.path.removeprefix(self._prefix), captured.offset, captured.length]
+        # What could be kept nowhere has no file, and still a length.
+        place: list[str | bytes | int] = ["", 0, captured.length] if captured.length > len(captured.data) else []
         if not captured.data:
-            return "", []
+            return "", place
         try:
-            return captured.data.decode(), []
+            return captured.data.decode(), place
         except UnicodeDecodeError:
-            return captured.data, []
+            return captured.data, place
 
     def _text(self, e: Execution, outcome: str, reason: str, message: str, code: int | None) -> str:
         """What a function has returned, or what RQ's tools show of a failure, in RQ's encoding."""

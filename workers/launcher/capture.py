@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from pilotq.workers.protocol import INLINE_BYTES, NO_OUTPUT, Captured
+from pilotq.workers.protocol import END_BYTES, INLINE_BYTES, NO_OUTPUT, Captured
 
 PACK_BYTES = 1 << 20  # copying so much takes about 0.5 ms, in which no other task is launched; larger files are renamed
 
@@ -54,7 +54,7 @@ class Capture:
         ``name`` is the name of the file in the output directory if it is kept. ``length`` counts all that was written:
         when the disk refuses to keep it, ``path`` is empty and ``data`` is the beginning.
         """
-        captured = NO_OUTPUT
+        captured, size = NO_OUTPUT, 0
         try:
             size = os.lseek(file.fd, 0, os.SEEK_END)
             if size:
@@ -68,6 +68,8 @@ class Capture:
         except (OSError, ValueError):  # ValueError: a name that no file can have
             # Its file system fails: this file is never used again; at worst this output is lost, but no other.
             self._drop(file)
+            if captured is NO_OUTPUT:
+                captured = Captured(length=size)
         return captured
 
     def keep(self, data: bytes, name: str) -> Captured:
@@ -87,6 +89,14 @@ class Capture:
         finally:
             os.close(fd)
         return Captured(path=path, length=len(data))
+
+    def peek(self, file: PoolFile) -> Captured:
+        """The end of what a task has written so far of which processes live; it only helps people."""
+        try:
+            size = os.lseek(file.fd, 0, os.SEEK_END)
+            return Captured(end=os.pread(file.fd, END_BYTES, max(size - END_BYTES, 0)))
+        except OSError:
+            return NO_OUTPUT
 
     def close(self) -> None:
         """Remove the files of the pool, those in use too; files that messages point to stay."""
@@ -137,16 +147,17 @@ class Capture:
         done = 0
         while done < len(data):
             done += os.pwrite(self._pack, data[done:], self._packed + done)
-        captured = Captured(path=self._pack_path, offset=self._packed, length=done)
+        captured = Captured(path=self._pack_path, offset=self._packed, length=done, end=content[-END_BYTES:])
         self._packed += done
         return captured
 
     def _rename(self, file: PoolFile, size: int, name: str) -> Captured:
         path = os.path.join(self._directory, name.encode())
+        end = os.pread(file.fd, END_BYTES, max(size - END_BYTES, 0))
         os.rename(file.path, path)
         self._taken.discard(file)
         os.close(file.fd)
-        return Captured(path=path, length=size)
+        return Captured(path=path, length=size, end=end)
 
     def _drop(self, file: PoolFile) -> None:
         self._taken.discard(file)

@@ -280,6 +280,9 @@ class Launcher:
                 if key in self._unannounced:
                     self._report_started(running, now)
                 report.remaining = self._tracker.count_living(running.tracker_key)
+                report.stdout, report.stderr = (
+                    self._capture.peek(file) if file else NO_OUTPUT for file in (running.stdout, running.stderr)
+                )
                 self._ended[key] = running
                 self._reports.request_wake()
             else:

@@ -47,13 +47,14 @@ class Spawned(NamedTuple):
 class LaunchContext:
     """A LaunchBase and a LaunchSlot combined: what a process inherits or gets from both."""
 
-    __slots__ = ("env", "umask", "cpus", "path", "requested_limits", "limits", "own_limits")
+    __slots__ = ("env", "umask", "cpus", "path", "files", "requested_limits", "limits", "own_limits")
 
     def __init__(self, base: LaunchBase, slot: LaunchSlot) -> None:
         self.env = {**slot.defaults, **base.env, **slot.env}
         self.umask = base.umask
         self.cpus = slot.cpus
         self.path = base.path
+        self.files = slot.files
         self.requested_limits: dict[int, int] | None = base.limits  # None: they are in the next two
         self.limits: list[Limit] = []  # to be set for a spawn, only those that differ from ours
         self.own_limits: list[Limit] = []  # to be set back after it
@@ -170,10 +171,16 @@ class Spawner:
         if context.umask != self._umask:
             os.umask(context.umask)
             self._umask = context.umask
+        if context.files or launch.files:
+            _write_files({**context.files, **launch.files})
+            context.files = {}
         try:
+            if launch.make_cwd:
+                os.makedirs(launch.cwd, exist_ok=True)
             os.chdir(launch.cwd)
         except OSError as error:
-            raise _refusal(error, launch.cwd, "its working directory cannot be used") from None
+            what = "its working directory cannot be " + ("made" if launch.make_cwd else "used")
+            raise _refusal(error, launch.cwd, what) from None
 
     def _program(self, argv: list[bytes], env: dict[bytes, bytes]) -> bytes:
         """The file to execute: a name without ``/`` is searched on the task's own PATH."""
@@ -257,6 +264,21 @@ class Spawner:
                 os.dup2(null, 0)
             os.dup2(own_stdout, 1)
             os.dup2(own_stderr, 2)
+
+
+def _write_files(files: dict[bytes, bytes]) -> None:
+    """Write files of a launch, which only this user may read."""
+    umask = os.umask(0o077)  # it was a task's
+    try:
+        for path, content in files.items():
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(content)
+            except OSError as error:
+                raise Refusal("launch", f"{_error_text(error)}: its file {_quoted(path)} cannot be written.") from None
+    finally:
+        os.umask(umask)
 
 
 def _find_limits(requested: dict[int, int]) -> tuple[list[Limit], list[Limit]]:

@@ -11,7 +11,9 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -21,7 +23,7 @@ from pilotq.broker.slurm.step_environment import ENV_SCHEMA
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
 from pilotq.broker.tasks.spec import FLAG_QCG, Spec
 from pilotq.workers.execution.execution import Execution
-from pilotq.workers.execution.launch_builder import Reservation, UnlaunchableError, as_bytes
+from pilotq.workers.execution.launch_builder import NotYetError, Reservation, UnlaunchableError, as_bytes
 from pilotq.workers.multinode import agent
 from pilotq.workers.multinode.mpi import PREFIXES, Host, file_contents, files_in, variables
 from pilotq.workers.protocol import Launch
@@ -38,6 +40,9 @@ LAUNCHERS = {
 }
 # What a program is linked with, and the --mpi that srun then needs: under any other MPICH starts n runs of size 1.
 LIBRARIES = ((b"libmpi.so.40", "pmix"), (b"libmpich.so", "pmi2"), (b"libmpi.so.12", "pmi2"))
+LOOKUP_WAIT_S = 0.2  # so long the loop waits for what is looked for
+LOOKUP_S = 30.0  # ... and so long the task
+Found = tuple[dict[str, str], str]  # options of a model, path of its launcher
 SCAN_BYTES = 16 << 20  # the names of libraries stand near the beginning of a program
 
 
@@ -47,21 +52,42 @@ class Register(Protocol):
     def __call__(self, e: Execution, nodes: dict[str, str], folder: str) -> str: ...
 
 
+class _Lookup:
+    """What is looked for in file systems that may hang."""
+
+    def __init__(self, give_up_at: float) -> None:
+        self.give_up_at = give_up_at  # monotonic
+        self.done = threading.Event()
+        self.found: Found | None = None
+        self.error: Exception | None = None
+
+    def run(self, find: Callable[[], Found]) -> None:
+        try:
+            self.found = find()
+        except (UnlaunchableError, OSError) as error:
+            self.error = UnlaunchableError("launch", str(error)) if isinstance(error, OSError) else error
+        finally:
+            self.done.set()
+
+
 class ParallelLaunchModel:
     """Makes launches by the models of MPI, and over several nodes.
 
     ``real`` maps core numbers to CPU numbers where they differ. ``register`` is called for each execution, with the
-    addresses of its nodes' workers and the folder of its files.
+    addresses of its nodes' workers and the folder of its files. ``beside`` runs what may hang in a thread.
     """
 
     def __init__(
-        self, session: Session, directory: str, address: str, real: Mapping[int, int], register: Register
-    ) -> None:
+        self, session: Session, directory: str, address: str, real: Mapping[int, int], register: Register,
+        beside: Callable[[Callable[[], None]], None],
+    ) -> None:  # fmt: skip
         self._session = session
         self._node = address.rpartition(":")[0]
         self._address = address
         self._real = real
         self._register = register
+        self._beside = beside
+        self._lookups: dict[int, _Lookup] = {}  # by the key of the execution
         self._folder = os.path.join(directory, HOSTS_FOLDER, self._node)
         shutil.rmtree(self._folder, ignore_errors=True)  # what a killed worker of this node has left
 
@@ -82,26 +108,40 @@ class ParallelLaunchModel:
             added["SLURM_HOSTFILE"] = files.hosts
         argv = launch.argv
         if ranked:
-            opts = _options(spec, argv[0], launch.cwd, env)
+            opts, program = self._look_up(e.key, lambda: _find(spec, argv[0], launch.cwd, env))
             if spec.model == "srunmpi" and not opts.get("mpi") and "--mpi" not in opts.get("srun_args", ""):
                 e.message = "Its kind of MPI cannot be seen, so srun's default of --mpi was used: give the option mpi."
-            program = opts.get("mpirun") or _find_launcher(spec.model, env)
             if spec.model == "srunmpi":
                 added |= _step_variables(env)
             prefix = PREFIXES[spec.model](program, opts, hosts, files)
             added |= prefix.env
             argv = [*argv[: spec.launch_at], *map(encode, prefix.argv), *argv[spec.launch_at :]]
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            for path, text in file_contents(files, hosts).items():
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(text)
-        except OSError as error:
-            raise UnlaunchableError("launch", f"its host files cannot be written: {error}") from None
+        contents = {encode(path): text.encode() for path, text in file_contents(files, hosts).items()}
         socket = self._register(e, addresses, folder)
         if multinode:
             added["PILOTQ_AGENT"] = socket
-        return msgspec.structs.replace(launch, argv=argv, env={**as_bytes(added), **launch.env})
+        return msgspec.structs.replace(
+            launch, argv=argv, env={**as_bytes(added), **launch.env}, files={**launch.files, **contents}
+        )  # fmt: skip
+
+    def _look_up(self, key: int, find: Callable[[], Found]) -> Found:
+        """What ``find`` returns or raises, in a thread beside the loop; raises NotYetError until it has come."""
+        lookup = self._lookups.get(key)
+        now = time.monotonic()
+        if lookup is None:
+            self._lookups = {k: known for k, known in self._lookups.items() if now < known.give_up_at}
+            lookup = self._lookups[key] = _Lookup(now + LOOKUP_S)
+            self._beside(lambda: lookup.run(find))
+            lookup.done.wait(LOOKUP_WAIT_S)
+        if not lookup.done.is_set():
+            if now < lookup.give_up_at:
+                raise NotYetError
+            raise UnlaunchableError("launch", f"a directory of its PATH has not answered for {LOOKUP_S:.0f} s")
+        del self._lookups[key]
+        if lookup.error is not None:
+            raise lookup.error
+        assert lookup.found is not None
+        return lookup.found
 
     def _hosts(self, reservation: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
         """The workers of its nodes by name, and its nodes as launchers see them; a single one is called ``alone``."""
@@ -117,6 +157,12 @@ class ParallelLaunchModel:
             numbers = dict(zip(info.cores, info.cpus, strict=False))
             hosts.append(Host(part.node, tuple(numbers.get(core, core) for core in part.cores)))
         return {name: info.address for name, info in infos.items()}, tuple(hosts)
+
+
+def _find(spec: Spec, program: bytes, cwd: bytes, env: Mapping[bytes, bytes]) -> Found:
+    """The options of a model, and the path of its launcher."""
+    opts = _options(spec, program, cwd, env)
+    return opts, opts.get("mpirun") or _find_launcher(spec.model, env)
 
 
 def _options(spec: Spec, program: bytes, cwd: bytes, env: Mapping[bytes, bytes]) -> dict[str, str]:

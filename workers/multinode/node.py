@@ -40,7 +40,9 @@ class MultinodeHooks:
             self._address, directory, launchers, builder, self._send, settings, virtual=virtual
         )  # fmt: skip
         self._primary = PrimaryNode(session, self._address, settings, self._send, node)
-        builder.launch_model = ParallelLaunchModel(session, directory, self._address, real, self._primary.add)
+        builder.launch_model = ParallelLaunchModel(
+            session, directory, self._address, real, self._primary.add, node.beside
+        )  # fmt: skip
 
     def _send(self, address: str, message: ToWorker) -> None:
         if address == self._address:

@@ -161,8 +161,7 @@ class RemoteProcesses:
                 self._ended(process, record.stdout, record.stderr)
             else:
                 # It went into the background. Its agent returns; it stays until the execution is swept.
-                files = (Captured(path=path, length=_size(path)) for path in process.output_paths)
-                out, err = (tail(file, OUTPUT_BYTES) for file in files)
+                out, err = tail(record.stdout, OUTPUT_BYTES), tail(record.stderr, OUTPUT_BYTES)
                 self._report(process, RemoteEnded(process.number, _status(record.status), out, err))
         elif isinstance(record, GroupSwept):
             self._ended(process, record.stdout, record.stderr)
@@ -264,10 +263,3 @@ def _status(status: int) -> int:
     """The exit code of a shell that waited for it; ``status`` is as of waitpid."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
-
-
-def _size(path: bytes) -> int:
-    try:
-        return os.path.getsize(path) if path else 0
-    except OSError:
-        return 0  # a moment ago it was there: it only helps to understand

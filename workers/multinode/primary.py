@@ -195,7 +195,7 @@ class PrimaryNode:
         if task is not None:
             for connection in task.agents.values():
                 self._agent_server.reply(connection, AgentReply(255, "", "pilotq-agent: the execution has ended\n"))
-            shutil.rmtree(task.folder, ignore_errors=True)
+            self._node.beside(lambda: shutil.rmtree(task.folder, ignore_errors=True))
 
     def _sweep(self, task: MultinodeTask, grace: float) -> None:
         self._numbers += 1

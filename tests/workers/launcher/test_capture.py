@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.workers.launcher.capture import PACK_BYTES, Capture
-from pilotq.workers.protocol import INLINE_BYTES, Captured, Exited, GroupSwept, Started
+from pilotq.workers.protocol import END_BYTES, INLINE_BYTES, Captured, Exited, GroupSwept, Started, tail
 from tests.support.launcher_driver import Driver
 from tests.support.waiting import wait_until
 
@@ -104,7 +104,7 @@ def test_what_a_leftover_writes_is_of_its_task_and_no_other(driver: Driver, tmp_
     os.mkfifo(tmp_path / "go")
     key = driver.launch("sh", "-c", "echo main; setsid sh -c 'read word <go; echo stray; exec sleep 1000' & exit 0")
     exited = driver.get(Exited, key)
-    assert (exited.remaining > 0, exited.stdout) == (True, Captured())
+    assert (exited.remaining > 0, exited.stdout) == (True, Captured(end=b"main\n"))
     assert driver.run("echo", "other").stdout.data == b"other\n"
     (tmp_path / "go").write_text("now\n")
     path = Path(os.fsdecode(driver.get(Started, key).stdout_path))
@@ -159,3 +159,14 @@ def test_closing_removes_the_pool_and_keeps_what_messages_point_to(tmp_path: Pat
     capture.close()
     assert {bytes(path) for path in tmp_path.iterdir()} == {packed.path, kept.path}
     assert content(packed) == b"p" * 5000
+
+
+def test_the_end_of_large_output_travels_with_its_place(capture: Capture) -> None:
+    for size in (INLINE_BYTES + 1, PACK_BYTES + 1):
+        file = capture.take()
+        os.write(file.fd, b"x" * (size - 4) + b"end\n")
+        kept = capture.collect(file, f"{size}.1.out")
+        assert kept.data == b"" and tail(kept, 4) == b"end\n" and len(kept.end) == END_BYTES
+    small = capture.take()
+    os.write(small.fd, b"small")
+    assert tail(capture.collect(small, "a.1.out"), 3) == b"all"
