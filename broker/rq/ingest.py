@@ -31,6 +31,7 @@ RELEASE_STEP_S = 2.0  # a process of RQ's may take so long between two steps of 
 NOT_ENDED = ("queued", "deferred", "started", "scheduled")
 WHY_NOT_REQUEUED: Final = {
     "dependency": "a task it depends on did not finish: requeue that first",
+    "damaged": "its record on the server is damaged: submit it again",
     "gone": "what it needs is not kept any more: submit it again",
     "ending": "it was canceled, and still runs: requeue it when it has ended",
 }
@@ -146,7 +147,15 @@ class RqIngest:
         self._listen(wanted)
         stamp = (f"{time.time():.6f}", iso(time.time()))
         if self.queues:
-            self.store.run("enqueue_due", self.store.term, *stamp, BATCH, RELEASE_STEP_S, *self.queues)
+            self.store.run(
+                "enqueue_due",
+                self.store.term,
+                *stamp,
+                BATCH,
+                RELEASE_STEP_S,
+                self.store.settings.failed_ttl_s,
+                *self.queues,
+            )
         if now >= self.next_limits:
             self.next_limits = now + LIMITS_S
             self.store.run("free_rate_slots", self.store.term, *stamp)
@@ -202,14 +211,14 @@ class RqIngest:
     def _move(self, rows: list[Any], fronts: Counter[str], refuse: Refuse) -> int:
         requests: dict[JobRequest, int] = {}
         jobs: list[Any] = []
-        again = requeue(self.store, [row[1].decode() for row in rows if row[4]])
+        again = requeue(self.store, [row[1].decode(errors="replace") for row in rows if row[4]])
         for queue, job, listed, _, submission, timeout, meta, webhooks in rows:
             name, request, why = queue.decode(), None, ""
             channel = self._channel(keys.queue(name))
             first = int(bool(listed) and fronts[channel] > 0)
             fronts[channel] -= first
             if submission:
-                answer = again[job.decode()]
+                answer = again[job.decode(errors="replace")]
                 if answer not in NOT_ENDED:
                     why = f"it was requeued, but cannot run again: {WHY_NOT_REQUEUED.get(answer, f'it is {answer}')}"
             else:

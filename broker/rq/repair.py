@@ -11,6 +11,7 @@ from itertools import islice
 
 from pilotq.broker.log import log
 from pilotq.broker.store import keys
+from pilotq.broker.store.connection import ReplyError
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.array_outcomes import open_positions, outcome_at
 
@@ -73,8 +74,17 @@ class RqRepair:
         left = self.connection.pipeline([("HGET", keys.job(i), "pq_left") for i in arrays])
         running = self.connection.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
         # Most often all open elements run. Otherwise some wait: queued, for other tasks, or for ever without a record.
-        for array in [i for i, own, there in zip(arrays, left, running, strict=True) if own and int(own) > there]:
-            missing = self._elements_without_record(array)
+        waiting = [
+            array
+            for array, own, there in zip(arrays, left, running, strict=True)
+            if own and own.isdigit() and int(own) > there
+        ]
+        for array in waiting:
+            try:
+                missing = self._elements_without_record(array)
+            except (ReplyError, ValueError) as error:
+                log(f"the records of array {array} are damaged: {error}")
+                continue
             if missing:
                 number = self.store.cancel(missing).count("canceled")
                 log(f"{number} elements of array {array} were deleted while they waited: they are canceled")

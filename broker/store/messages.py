@@ -35,7 +35,7 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     position: int  # 0, 1, ... within the array
     retries: int  # left
     submission: str
-    spec: bytes  # empty: the record that it was made of is damaged
+    spec: bytes  # msgpack Spec; decoded by itself, so that a damaged one costs nothing else
     crashes: int = 0  # executions whose launcher or worker died under them
     last_suspect_node: str = ""  # the suspect node on which it failed at once: see quarantine.py
 

@@ -20,6 +20,7 @@ SENTENCES: Final = {
     "deferred": "runs again when what it depends on has finished",
     "dependency": "waits for a task that has not finished: retry that one, too",
     "ending": "was canceled, and still runs: try again when it has ended",
+    "damaged": "has a record on the server that is damaged: submit it again",
     "gone": "is only in the journal: submit it again",
     "changed": "was changing meanwhile: try again",
     "unknown": "is only in the journal: submit it again",

@@ -3,7 +3,7 @@
 -- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
 -- Returns for each id 'canceled' (it was waiting), 'stopping' (it runs, or elements of it do: their workers have the
 -- message to stop it),
--- its status when it has ended, or 'unknown'. Ids stay in the middle of their lists: claim drops them.
+-- its status when it has ended ('failed' with it, if its record is damaged), or 'unknown'. Ids stay in the middle of their lists: claim drops them.
 -- RQ's own job.cancel() sets the status and sends no message: a task that it has met and we do not know of yet (no reason, no
 -- pq_cancel) is treated like any other; the reconciler calls for that.
 if not queue_id_ok() then return queue_id_error() end
@@ -18,14 +18,15 @@ end
 -- An array: elements that never had a record end here; those handed out are stopped one by one; what went back to its list,
 -- or waits element by element, is found by release_dependents.lua in slices.
 local function cancel_array(id, v)
-  local count, queue = tonumber(string.match(v[4], '(%d+)$')), queue_of(v[5])
-  local handed = v[7] and count or tonumber(v[6])
+  class_in(v[5])
+  local count, queue = select(3, span_in(v[4])), queue_of(v[5])
+  local handed = v[7] and count or number_in('pq_next', v[6])
   redis.call('HSET', job_key(id), 'pq_cancel', 'canceled', 'pq_next', count)
   local running = redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`')
   for _, member in ipairs(running) do
     local element, execution = string.match(member, '^(.*):(%d+)$')
-    local node = redis.call('HGET', job_key(element), 'pq_node')
-    if node then send_stop(element, node, execution) end
+    local node = redis.pcall('HGET', job_key(element), 'pq_node')
+    if type(node) == 'string' then send_stop(element, node, execution) end
   end
   redis.call('ZREM', registry('deferred', queue), id)
   if handed > 0 and v[1] ~= 'started' then
@@ -44,9 +45,9 @@ local function cancel_element(id)
   local v = array and redis.call('HMGET', job_key(array), 'pq_array', 'pq_next', 'pq_parents', 'pq_sub', 'pq_cancel',
     'pq_class') or {}
   if not v[1] then return 'unknown' end
-  local start, step, count = string.match(v[1], '^(%d+):(%d+):(%d+)$')
+  local start, step, count = span_in(v[1])
   local position = (index - start) / step
-  if position < 0 or position >= tonumber(count) or position % 1 ~= 0 then return 'unknown' end
+  if position < 0 or position >= count or position % 1 ~= 0 then return 'unknown' end
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
   if v[5] then return 'stopping' end
@@ -63,11 +64,13 @@ local function cancel(id)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
     'pq_sub', 'origin', 'pq_cancel', 'pq_reason')
   local status = v[1]
+  if not status and v[5] then damaged('status') end
   if not status then return cancel_element(id) end
   local waiting = status == 'queued' or status == 'deferred' or status == 'scheduled' or status == 'rate_limited'
     or status == 'ready_to_enqueue'
   -- What a submit has staged and not committed yet nobody can know.
   if waiting and (v[8] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
+  if not STATUSES[status] then damaged('status', status) end
   if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
   if status == 'canceled' and (v[10] or v[11]) then return status end
   changed = true
@@ -76,6 +79,8 @@ local function cancel(id)
   local wip = registry('wip', queue_of(v[5] or v[9]))
   if status == 'started' or status == 'canceled' and (v[3] or redis.call('ZSCORE', wip, member)) then
     -- RQ's cancel of what it sees running takes it out of there: its end is counted by that.
+    if not v[3] then damaged('pq_node') end
+    number_in('pq_exec', v[2])
     redis.call('ZADD', wip, 'inf', member)
     send_stop(id, v[3], v[2])
     return 'stopping'
@@ -85,7 +90,14 @@ local function cancel(id)
 end
 
 local answer = {}
-for i = 5, #ARGV do answer[#answer + 1] = cancel(ARGV[i]) end
+for i = 5, #ARGV do
+  local done, status = guarded({now, now_iso, ttl}, ARGV[i], cancel, ARGV[i])
+  if not done then
+    status = redis.pcall('HGET', job_key(ARGV[i]), 'status')
+    changed = true
+  end
+  answer[#answer + 1] = type(status) == 'string' and status or 'unknown'
+end
 flush_tally(ttl)
 flush_lines()
 if changed then wake() end

@@ -1,7 +1,7 @@
 -- claim: waiting tasks are handed to nodes. Event claim.
 --
 -- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped, at most
--- DROP_LIMIT of them in a call. An array stays at the head until its last element is handed out. The inbox gets
+-- DROP_LIMIT of them in a call. One whose record is damaged has failed. An array stays at the head until its last element is handed out. The inbox gets
 -- messages.Run, field by field.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
 --       7 msgpack [[class, [[node:incarnation, slot, allocation], ...]], ...]; slot 0 = prefetched.
@@ -11,7 +11,7 @@ if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, show, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local inboxes, wip, answer = {}, {}, {}
-local DROP_LIMIT, dropped = 2000, 0
+local DROP_LIMIT, dropped, moment = 2000, 0, {now, now_iso, ttl}
 local pack = cmsgpack.pack
 
 -- As msgpack's bin 32: whatever is in it, or if there is none, the messages behind it can be read.
@@ -20,12 +20,19 @@ local function binary(text)
   return string.char(198, math.floor(size / 16777216), math.floor(size / 65536) % 256, math.floor(size / 256) % 256, size % 256) .. text
 end
 
-local function hand(target, class, id, execution, f)
+-- Raises where the record is damaged, so it is made before anything is written.
+local function run_message(target, class, id, execution, f)
+  if not f.spec then damaged('pq_spec') end
+  return string.char(220, 0, 18) .. pack('run', text_in('id', id), execution, target[2], target[3], class,
+    text_in('pq_name', f.name), number_in('pq_queued_at', f.queued, 0), tonumber(now), text_in('pq_shared', f.shared),
+    f.array or '', f.index or -1, f.position or 0, number_in('pq_retries', f.retries, 0), text_in('pq_sub', f.submission))
+    .. binary(f.spec) .. pack(number_in('pq_crashes', f.crashes, 0), text_in('pq_suspect_node', f.suspect_node))
+end
+
+local function hand(target, class, id, execution, message)
   local inbox = inboxes[target[1]]
   if not inbox then inbox = {}; inboxes[target[1]] = inbox end
-  inbox[#inbox + 1] = string.char(220, 0, 18) .. pack('run', id, execution, target[2], target[3], class, f.name or '',
-    tonumber(f.queued) or 0, tonumber(now), f.shared or '', f.array or '', f.index or -1, f.position or 0,
-    tonumber(f.retries or 0), f.submission or '') .. binary(f.spec or '') .. pack(tonumber(f.crashes or 0), f.suspect_node or '')
+  inbox[#inbox + 1] = message
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
@@ -69,20 +76,24 @@ local function next_open(id, position, count)
   return math.min(position, count)
 end
 
--- As many elements of an array as there are targets; returns how many, and whether some are left.
-local function claim_array(id, class, f, targets, from)
-  local count, execution = tonumber(string.match(f.array, '(%d+)$')), tonumber(f.first_attempt or 1)
-  local position, used = tonumber(f.next), 0
-  while position < count and from + used <= #targets do
+local from -- the next target of the class that is to be filled
+
+-- As many elements of an array as there are targets; returns whether some are left.
+local function claim_array(id, class, f, targets)
+  local start, step, count = span_in(f.array)
+  local execution, position = number_in('pq_first_attempt', f.first_attempt, 1), number_in('pq_next', f.next)
+  while position < count and from <= #targets do
     -- With gaps: some have ended, canceled one by one or before a retry.
     if f.gaps then position = next_open(id, position, count) end
     if position == count then break end
-    local target = targets[from + used]
-    local element, index = make_element(id, position, f, {started(target, class, execution)})
-    hand(target, class, element, execution, {name = f.name, queued = f.queued, shared = f.shared, array = id, index = index,
-      position = position, retries = f.retries, submission = f.submission, spec = f.spec})
+    local target, index = targets[from], start + position * step
+    local message = run_message(target, class, id .. '_' .. string.format('%d', index), execution, {name = f.name,
+      queued = f.queued, shared = f.shared, array = id, index = index, position = position, retries = f.retries,
+      submission = f.submission, spec = f.spec})
+    local element = make_element(id, position, f, {started(target, class, execution)})
+    hand(target, class, element, execution, message)
+    from = from + 1
     if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
-    used = used + 1
     position = position + 1
   end
   redis.call('HSET', job_key(id), 'pq_next', string.format('%d', position))
@@ -90,7 +101,7 @@ local function claim_array(id, class, f, targets, from)
     redis.call('HSET', job_key(id), 'status', 'started', 'origin', queue_of(class), 'started_at', now_iso)
     redis.call('ZADD', registry('wip', queue_of(class)), 'inf', id .. ':0')
   end
-  return used, position < count
+  return position < count
 end
 
 -- A job of RQ's producers: its `ttl` was for the time it waits. One with a rate limit keeps its rate-limit slot while it runs,
@@ -102,56 +113,64 @@ local function begin_rq_job(id, execution, target)
   end
 end
 
--- One popped id: returns targets used, and whether it must go back to the head of its list.
-local function claim_one(id, class, targets, from)
+-- One popped id: returns whether it must go back to the head of its list.
+local function claim_one(id, class, targets)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
     'pq_sub', 'pq_queued_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_suspect_node')
-  if v[1] ~= 'queued' then return 0, false end
-  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7], queued = v[8], array = v[9],
+  if v[1] ~= 'queued' and (STATUSES[v[1]] or not v[2]) then return false end
+  if v[1] ~= 'queued' then damaged('status', v[1]) end
+  -- A producer's job that took the id of a deleted task: it is routed from the list that it is in.
+  if not v[2] and not v[10] and (v[7] or '') == '' then return false end
+  if v[9] and (v[7] or '') == '' then damaged('pq_sub', v[7]) end
+  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7] or submission_of(id), queued = v[8], array = v[9],
     crashes = v[11], suspect_node = v[12]}
   if v[9] then
     local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_has_gaps',
       'pq_first_attempt')
     f.data, f.description, f.created, f.next, f.class, f.gaps = more[1], more[2], more[3], more[4], class, more[5]
     f.first_attempt = more[6]
-    return claim_array(id, class, f, targets, from)
+    return claim_array(id, class, f, targets)
   end
   if v[10] then
     -- An element that had been given back, or released by another array's element: its array knows the rest.
     local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_array',
       'pq_cancel', 'pq_last_attempt')
-    local position = tonumber(redis.call('HGET', job_key(id), 'pq_pos'))
-    if not a[1] then -- somebody deleted the array: what waits of it goes too
+    local position = number_in('pq_pos', redis.call('HGET', job_key(id), 'pq_pos'))
+    if not a[1] and not a[6] then -- somebody deleted the array: what waits of it goes too
       count_end(redis.call('HGET', job_key(id), 'pq_sub'), 'canceled', 1)
       redis.call('DEL', job_key(id))
-      return 0, false
+      return false
     end
-    if a[7] then return 0, false end -- the array was canceled: release_dependents.lua ends what waits of it
+    if (a[4] or '') == '' then damaged('pq_sub', a[4]) end
+    if a[7] then return false end -- the array was canceled: release_dependents.lua ends what waits of it
     f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
       position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], suspect_node = v[12],
       last_attempt = a[8]}
   end
-  local target, execution = targets[from], tonumber(v[4] or 0) + 1
+  local target, execution = targets[from], number_in('pq_exec', v[4], 0) + 1
+  local last_attempt = v[10] and number_in('pq_last_attempt', f.last_attempt, 1)
+  local message = run_message(target, class, id, execution, f)
   -- Records of elements go: only so does a retry know which numbers of executions were used.
-  if v[10] and execution > tonumber(f.last_attempt or 1) then redis.call('HSET', job_key(v[10]), 'pq_last_attempt', execution) end
+  if v[10] and execution > last_attempt then redis.call('HSET', job_key(v[10]), 'pq_last_attempt', execution) end
   redis.call('HSET', job_key(id), started(target, class, execution, f.crashes))
-  hand(target, class, id, execution, f)
+  hand(target, class, id, execution, message)
+  from = from + 1
   if f.submission == '' then begin_rq_job(id, execution, target) end
-  return 1, false
+  return false
 end
 
 for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
-  local class, targets, from = group[1], group[2], 1
+  local class, targets = group[1], group[2]
+  from = 1
   local list = list_key(class)
   while from <= #targets and dropped < DROP_LIMIT do
     local ids = redis.call('LPOP', list, math.min(#targets - from + 1, PIECE))
     if not ids then break end
     for i, id in ipairs(ids) do
       -- An array in front of it may have taken all targets.
-      local used, again = 0, from > #targets
-      if not again then used, again = claim_one(id, class, targets, from) end
-      from = from + used
-      if used == 0 and not again then dropped = dropped + 1 end
+      local before, again = from, from > #targets
+      if not again then again = select(2, guarded(moment, id, claim_one, id, class, targets)) end
+      if from == before and not again then dropped = dropped + 1 end
       if again then
         -- Slots are full: the array and all that was popped behind it go back in their order.
         local back = {}
@@ -161,14 +180,12 @@ for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
       end
     end
   end
-  local ids, left = redis.call('LRANGE', list, 0, show - 1), 0
-  if ids[1] then
-    local f = redis.call('HMGET', job_key(ids[1]), 'pq_array', 'pq_next')
-    if f[1] then left = string.match(f[1], '(%d+)$') - f[2] end
-  end
+  local ids = redis.call('LRANGE', list, 0, show - 1)
+  local left = ids[1] and elements_left(ids[1]) or 0
   answer[number] = {from - 1, #ids < show and #ids or redis.call('LLEN', list), places(ids), left}
 end
 for node, items in pairs(inboxes) do send(node, #items, table.concat(items)) end
 for queue, members in pairs(wip) do push('ZADD', registry('wip', queue), members) end
 flush_tally(ttl)
+flush_lines()
 return answer

@@ -32,18 +32,20 @@ if found ~= #all then return {'gone'} end
 local parents, elements, counts = {}, {}, {}
 -- The status of a parent. Elements have no record of their own before they run and after they finished.
 local function status_of(parent)
-  local status = redis.call('HGET', job_key(parent), 'status')
+  local status = redis.pcall('HGET', job_key(parent), 'status')
+  if type(status) == 'table' then return false end -- a stranger's key
+  redis.call('LLEN', dependents_key(parent)) -- what cannot be written to raises here, and not between two writes
+  redis.call('LLEN', elementwise_key(parent))
   local array, index = string.match(parent, '^(.-)_(%d+)$')
   -- Jobs of RQ's producers may be called as elements are.
   if not array or status and not redis.call('HGET', job_key(parent), 'pq_array_of') then
-    counts[parent] = tonumber(string.match(redis.call('HGET', job_key(parent), 'pq_array') or '', '(%d+)$'))
+    counts[parent] = select(3, span_of(redis.call('HGET', job_key(parent), 'pq_array')))
     return status
   end
-  local range = redis.call('HGET', job_key(array), 'pq_array')
-  if not range then return false end
-  local start, step, count = string.match(range, '^(%d+):(%d+):(%d+)$')
+  local start, step, count = span_of(redis.pcall('HMGET', job_key(array), 'pq_array')[1])
+  if not start then return false end
   local position = (index - start) / step
-  if position < 0 or position >= tonumber(count) or position % 1 ~= 0 then return false end
+  if position < 0 or position >= count or position % 1 ~= 0 then return false end
   elements[parent] = array
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
@@ -72,8 +74,8 @@ for _, name in ipairs(all) do redis.call('PERSIST', name) end
 redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total,
   'shared', work.shared)
 redis.call('ZADD', 'pilotq:submissions', first, key)
-redis.call('HINCRBY', 'pilotq:shared-refs', work.shared, 1)
-redis.call('HINCRBY', 'pilotq:counts', 'total', total)
+count_up('pilotq:shared-refs', work.shared, 1)
+count_up('pilotq:counts', 'total', total)
 local known_queues = {}
 local function know(class)
   local queue = queue_of(class)

@@ -34,7 +34,8 @@ end
 -- Is the array's record there, and does anything wait for it element by element? Asked once a call.
 local function known(array)
   if not elementwise[array] then
-    elementwise[array] = redis.call('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
+    local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
+    elementwise[array] = v.err and {} or v
   end
   return elementwise[array]
 end
@@ -237,17 +238,27 @@ local function has_room(size)
   return room >= 0
 end
 
+-- Status and execution of a record that has lost one of them: its place in wip tells whether this execution stands.
+local function mend(id, v, execution, class)
+  if class == '' then class = redis.call('HGET', job_key(id), 'pq_class') or '' end
+  if not redis.call('ZSCORE', registry('wip', queue_of(class)), id .. ':' .. execution) then return v[1], v[2] end
+  redis.call('HSET', job_key(id), 'pq_exec', execution)
+  return STATUSES[v[1]] and v[1] or 'started', execution
+end
+
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
-  if not v[1] then return vanished(r, id, execution, line) end
+  local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
+  if not v[1] and not v[2] then return vanished(r, id, execution, line) end
+  if not string.match(v[2] or '', '^%d+$') or not STATUSES[v[1]] then v[1], v[2] = mend(id, v, execution, r[11]) end
   if v[2] ~= execution then return 'stale' end
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
   local f = {status = v[1], cancel = v[3], dependents = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
     submission = r[12], retries = r[13]}
   if f.class == '' then
     local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
-    f.class, f.submission, f.retries, f.array, f.position = more[1], more[2], whole(more[3], 0), more[4], more[5]
+    f.class, f.submission, f.retries = class_in(more[1]), more[2], number_in('pq_retries', more[3], 0)
+    f.array, f.position = more[4], more[4] and number_in('pq_pos', more[5])
   end
   f.queue = queue_of(f.class)
   if v[1] == 'canceled' then again = redis.call('ZREM', registry('wip', f.queue), id .. ':' .. execution) == 0 end
@@ -265,7 +276,8 @@ end
 
 local finished, failed = 0, 0
 for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
-  answers[number] = report(r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
+  local _, answer = guarded({now, r[5], ttl_failed}, r[1], report, r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
+  answers[number] = answer or 'stale'
   if answers[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
   if answers[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
 end
@@ -277,7 +289,7 @@ for class, ids in pairs(front) do
   push('LPUSH', list_key(class), back)
 end
 for array, state in pairs(arrays) do
-  array_ended(array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed)
+  guarded({now, last_ended, ttl_failed}, array, array_ended, array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed)
 end
 flush_tally(ttl_failed)
 flush_lines()

@@ -6,7 +6,8 @@
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local v = redis.call('HMGET', 'pilotq:counts', 'total', 'finished', 'failed', 'canceled')
-local left = tonumber(v[1] or 0) - tonumber(v[2] or 0) - tonumber(v[3] or 0) - tonumber(v[4] or 0)
+for i = 1, 4 do v[i] = tonumber(v[i] or '') or 0 end
+local left = v[1] - v[2] - v[3] - v[4]
 if left <= 0 or redis.call('EXISTS', 'pilotq:release') == 1 then return 0 end
 for i = 4, #ARGV do
   local open = redis.call('EXISTS', list_key(ARGV[i]), registry('wip', ARGV[i]), registry('deferred', ARGV[i]),
@@ -27,7 +28,8 @@ end
 -- Submissions that have not ended miss these; of very many the others do so in the next call.
 local number, keys = 0, redis.call('ZRANGE', 'pilotq:submissions', 0, 999)
 for _, key in ipairs(keys) do
-  local missing = math.min(tonumber(redis.call('HGET', submit_key(key), 'left') or 0), left - number)
+  local open = redis.pcall('HMGET', submit_key(key), 'left')[1]
+  local missing = math.min(tonumber(open or '') or 0, left - number)
   if missing > 0 then count_end(key, 'canceled', missing) else redis.call('ZREM', 'pilotq:submissions', key) end
   number = number + math.max(missing, 0)
 end

@@ -7,10 +7,11 @@ if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso = tonumber(ARGV[3]), ARGV[4]
 local names = redis.call('SMEMBERS', 'rq:rl-keys')
-for _, key in ipairs(names) do
+
+local function free(key)
   local base = 'rq:rl:' .. key
   for _, id in ipairs(redis.call('ZRANGE', base .. ':allowed', 0, -1)) do
-    local status = redis.call('HGET', job_key(id), 'status')
+    local status = redis.pcall('HGET', job_key(id), 'status')
     local held = status == 'queued' or status == 'started' or redis.call('EXISTS', 'rq:executions:' .. id) == 1
     if not held then redis.call('ZREM', base .. ':allowed', id) end
   end
@@ -20,4 +21,6 @@ for _, key in ipairs(names) do
     redis.call('SREM', 'rq:rl-keys', key)
   end
 end
+
+for _, key in ipairs(names) do guarded(nil, key, free, key) end
 return #names

@@ -9,11 +9,7 @@ local found = {}
 for i = 4, #ARGV do
   local list = list_key(ARGV[i])
   local ids = redis.call('LRANGE', list, 0, ARGV[3] - 1)
-  local left = 0
-  if ids[1] then
-    local f = redis.call('HMGET', job_key(ids[1]), 'pq_array', 'pq_next')
-    if f[1] then left = string.match(f[1], '(%d+)$') - f[2] end
-  end
+  local left = ids[1] and elements_left(ids[1]) or 0
   found[#found + 1] = {#ids < tonumber(ARGV[3]) and #ids or redis.call('LLEN', list), places(ids), left}
 end
 return found

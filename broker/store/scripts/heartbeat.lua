@@ -9,14 +9,16 @@ local key = 'rq:worker:' .. ARGV[2]
 local known = redis.call('HGET', key, 'pq_incarnation')
 if not known then
   local record = redis.call('HGET', 'pilotq:nodes', ARGV[2])
-  known = record and tostring(cjson.decode(record).incarnation)
+  local valid, found = pcall(cjson.decode, record or '')
+  known = valid and type(found) == 'table' and string.format('%d', tonumber(found.incarnation) or 0)
 end
 if known ~= ARGV[3] then return 0 end
 enlist('SADD', key)
 redis.call('HSET', key, 'pq_incarnation', ARGV[3], unpack(ARGV, 6))
 redis.call('EXPIRE', key, ARGV[4])
-for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
-  local v = redis.call('HMGET', job_key(item[1]), 'status', 'pq_exec', 'pq_sub')
+
+local function show(item)
+  local v = redis.pcall('HMGET', job_key(item[1]), 'status', 'pq_exec', 'pq_sub')
   -- In the index only what we made: RQ's pages of workers unpickle what they find there, and fail as a whole.
   if v[1] == 'started' and v[2] == tostring(item[2]) then
     show_execution(item[1], v[2], ARGV[2], item[3], (v[3] or '') ~= '', ARGV[4])
@@ -25,4 +27,6 @@ for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
     redis.call('ZADD', registry('wip', queue_of(item[4])), 'inf', item[1] .. ':' .. item[2])
   end
 end
+
+for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do guarded(nil, item[1], show, item) end
 return 1

@@ -29,6 +29,59 @@ local function queue_of(class)
   return queue
 end
 
+-- -- fields of records, which others can write to: an error names the one that is damaged, and `guarded` catches it ----------
+
+local EXACT = 2 ^ 53 -- larger numbers are not exact in Lua
+
+local function damaged(field, value)
+  local what = value and 'is damaged: ' .. string.format('%q', string.sub(value, 1, 40)) or 'is missing'
+  error(string.format('its field %s %s', field, what), 0)
+end
+
+local function number_in(field, value, default)
+  local number = tonumber(value or default)
+  if not number or number ~= number or math.abs(number) > EXACT then damaged(field, value) end
+  return number
+end
+
+local STATUSES = {queued = true, deferred = true, scheduled = true, rate_limited = true, ready_to_enqueue = true,
+  started = true, finished = true, failed = true, stopped = true, canceled = true}
+
+-- Start, step and count of an array; nil where the text is none.
+local function span_of(text)
+  local start, step, count = string.match(text or '', '^(%d+):(%d+):(%d+)$')
+  start, step, count = tonumber(start), tonumber(step), tonumber(count)
+  if count and count > 0 and start + step * count <= EXACT then return start, step, count end
+end
+
+local function span_in(text)
+  local start, step, count = span_of(text)
+  if not start then damaged('pq_array', text) end
+  return start, step, count
+end
+
+-- Messages to workers are decoded as a whole: one name that is not UTF-8 would cost all tasks in it.
+local function text_in(field, value)
+  if not value or not string.find(value, '[\128-\255]') then return value or '' end
+  local rest = string.gsub(value, '[\194-\223][\128-\191]', ' ')
+  rest = string.gsub(rest, '[\224-\239][\128-\191][\128-\191]', ' ')
+  rest = string.gsub(rest, '[\240-\244][\128-\191][\128-\191][\128-\191]', ' ')
+  local wrong = string.find(rest, '[\128-\255]') or string.find(value, '\224[\128-\159]')
+    or string.find(value, '\237[\160-\191]') or string.find(value, '\240[\128-\143]') or string.find(value, '\244[\144-\191]')
+  if wrong then damaged(field, value) end
+  return value
+end
+
+local function class_in(value)
+  if not string.match(text_in('pq_class', value), '%.p%-?%d+%.[^.]+$') then damaged('pq_class', value) end
+  return value
+end
+
+local function printable(value)
+  if not value then return '' end
+  return pcall(text_in, '', value) and value or (string.gsub(value, '[\128-\255]', '?'))
+end
+
 -- True unless the server lost its state; then the script must return queue_id_error().
 local function queue_id_ok() return redis.call('GET', 'pilotq:queue-id') == ARGV[1] end
 local function term_ok() return redis.call('GET', 'pilotq:term') == ARGV[2] end
@@ -104,9 +157,16 @@ local function count_end(submission, status, number)
   tally[key] = (tally[key] or 0) + number
 end
 
+-- Counts go on though the number, or the whole record, is damaged; returns false then.
+local function count_up(key, field, number)
+  local now = redis.pcall('HINCRBY', key, field, number)
+  return type(now) == 'number' and now
+end
+
 -- What the tasks of a submission share goes some time after the last submission that uses it.
 local function unshare(key, ttl)
-  if key and redis.call('HINCRBY', 'pilotq:shared-refs', key, -1) <= 0 then
+  local references = key and count_up('pilotq:shared-refs', key, -1)
+  if references and references <= 0 then
     redis.call('HDEL', 'pilotq:shared-refs', key)
     redis.call('EXPIRE', 'pilotq:shared:' .. key, ttl)
   end
@@ -125,11 +185,11 @@ end
 local function flush_tally(ttl)
   for key, number in pairs(tally) do
     local submission, field = string.match(key, '^(.*)\n(.*)$')
-    redis.call('HINCRBY', 'pilotq:counts', field, number)
+    count_up('pilotq:counts', field, number)
     if submission ~= '' then
-      redis.call('HINCRBY', submit_key(submission), field, number)
-      local left = redis.call('HINCRBY', submit_key(submission), 'left', -number)
-      if left <= 0 then
+      count_up(submit_key(submission), field, number)
+      local left = count_up(submit_key(submission), 'left', -number)
+      if left and left <= 0 then
         redis.call('EXPIRE', submit_key(submission), ttl)
         redis.call('ZREM', 'pilotq:submissions', submission)
       end
@@ -147,9 +207,19 @@ end
 local function places(ids)
   for i, id in ipairs(ids) do
     local number = string.match(id, '^([0-9a-v]+)_?%d*$')
-    if not number or #number > 10 then ids[i] = redis.call('HGET', job_key(id), 'pq_seq') or '0' end
+    if not number or #number > 10 then
+      local place = redis.pcall('HGET', job_key(id), 'pq_seq')
+      ids[i] = type(place) == 'string' and string.match(place, '^[0-9a-v]+$') or '0'
+    end
   end
   return ids
+end
+
+-- How many elements of an array were not handed out; 0 of what is none.
+local function elements_left(id)
+  local f = redis.pcall('HMGET', job_key(id), 'pq_array', 'pq_next')
+  local count = select(3, span_of(f[1]))
+  return count and math.max(count - (tonumber(f[2] or '') or count), 0) or 0
 end
 
 -- Lines for the journal; one stream entry holds all lines of one call: msgpack [[line, changes], ...].
@@ -226,6 +296,9 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
     'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason')
   if f[10] then return end
+  span_in(f[9])
+  class_in(f[7])
+  local outcomes = redis.call('GET', outcomes_key(array)) or ''
   local status, reason = 'finished', ''
   if f[2] then
     status, reason = 'canceled', f[2]
@@ -245,9 +318,9 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   end
   redis.call('DEL', elementwise_key(array) .. ':seen')
   redis.call('SREM', 'pilotq:parents', array)
-  journal(cmsgpack.pack({id = array, name = f[3] or '', submission = f[4] or ''}),
-    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or now),
-      outcomes = redis.call('GET', outcomes_key(array)) or '', array = f[9]})
+  journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4])}),
+    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or tonumber(now),
+      outcomes = outcomes, array = f[9]})
   request_release(array, f[6], status)
 end
 
@@ -330,8 +403,9 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   local queue = v[1] and queue_of(v[1]) or v[2] or ''
   redis.call('ZREM', registry('scheduled', queue), id)
   if v[7] then
+    local position = number_in('pq_pos', v[8])
     redis.call('DEL', job_key(id))
-    end_elements(v[7], v[4], tonumber(v[8]), tonumber(v[8]), now, now_iso, ttl)
+    end_elements(v[7], v[4], position, position, now, now_iso, ttl)
     return
   end
   if (v[4] or '') == '' then
@@ -343,8 +417,8 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   redis.call('ZREM', registry('deferred', queue), id)
   redis.call('ZADD', registry('canceled', queue), now, id)
   count_end(v[4], 'canceled', 1)
-  journal(cmsgpack.pack({id = id, name = v[3] or '', submission = v[4] or ''}),
-    {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or now)})
+  journal(cmsgpack.pack({id = id, name = printable(v[3]), submission = printable(v[4])}),
+    {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or '') or tonumber(now)})
   request_release(id, v[6], 'canceled')
   notify_executor(v[4], id, 'canceled', reason, '')
 end
@@ -353,17 +427,80 @@ end
 local function omit(id, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_array', 'pq_sub')
   if not v[1] then return end_unrun(id, 'dependency', now, now_iso, ttl) end
-  end_elements(id, v[2], 0, tonumber(string.match(v[1], '(%d+)$')) - 1, now, now_iso, ttl)
+  end_elements(id, v[2], 0, select(3, span_in(v[1])) - 1, now, now_iso, ttl)
+end
+
+-- -- damaged records --------------------------------------------------------------------------------------------------------
+
+-- An element whose record or whose array's is damaged: it has failed, if its array can still count that.
+local function end_damaged_element(id, array, now, now_iso, ttl)
+  local a = redis.call('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
+  local start, step, count = span_of(a[1])
+  local index = tonumber(string.match(id, '_(%d+)$'))
+  local position = start and index and (index - start) / step
+  if not position or position % 1 ~= 0 or position < 0 or position >= count then return false end
+  set_outcomes(array, position, position, 2)
+  if a[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, position, position)) end
+  array_ended(array, 1, 1, now, now_iso, ttl, ttl)
+  return true
+end
+
+-- A task, array or element whose record cannot be used has failed; the journal says why.
+local function end_damaged(id, why, now, now_iso, ttl)
+  local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_sub', 'pq_class', 'origin', 'pq_name', 'pq_queued_at',
+    'pq_has_dependents', 'pq_exec', 'pq_array_of', 'pq_array', 'pq_left')
+  -- A stranger's key, a deleted record, one that has ended; a producer's job that took the id of a deleted task.
+  if v.err or v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped' or v[1] == 'canceled' then return end
+  if not v[3] and not (v[1] and v[2]) then return end
+  local class, submission, array = pcall(class_in, v[3]) and v[3] or v[4] or '', v[2], v[9]
+  if not submission or submission ~= '' and redis.call('EXISTS', submit_key(submission)) == 0 then submission = submission_of(id) end
+  local queue, number = queue_of(class), 1
+  if v[10] then -- those of its elements that run are counted when they end
+    local open = tonumber(v[11] or '') or select(3, span_of(v[10])) or 1
+    number = math.max(open - redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`'), 0)
+    for _, key in ipairs({outcomes_key(id), values_key(id)}) do redis.call('EXPIRE', key, ttl) end
+  end
+  redis.call('ZREM', registry('wip', queue), id .. ':' .. (v[10] and '0' or v[8] or ''))
+  redis.call('ZREM', registry('deferred', queue), id)
+  redis.call('ZREM', registry('scheduled', queue), id)
+  redis.call('HSET', job_key(id), 'status', 'failed', 'origin', queue, 'pq_reason', 'refused', 'ended_at', now_iso)
+  redis.call('EXPIRE', job_key(id), ttl)
+  redis.call('ZADD', registry('failed', queue), now + ttl, id)
+  if number > 0 then count_end(submission, 'failed', number) end
+  local text = 'its record on the server is damaged: ' .. why
+  local line = {id = printable(id), message = text, name = printable(v[5]), submission = printable(submission), array = array or nil}
+  local queued = tonumber(v[6] or '')
+  journal(cmsgpack.pack(line), {status = 'failed', reason = 'refused', final = true, ended = tonumber(now),
+    queued = queued and queued < EXACT and queued or tonumber(now)})
+  request_release(id, v[7], 'failed')
+  notify_executor(submission, id, 'failed', 'refused', '')
+  if array and not select(2, pcall(end_damaged_element, id, array, now, now_iso, ttl)) then
+    end_damaged(array, why, now, now_iso, ttl)
+  end
+end
+
+-- One step for one task of the call. What is damaged of it ends that task alone (with `moment`: {now, now_iso, ttl}): nothing of
+-- the others is lost. Returns whether it went through, and what the step returns.
+local function guarded(moment, id, step, ...)
+  local done, a, b = pcall(step, ...)
+  if done then return true, a, b end
+  local why = type(a) == 'table' and a.err or tostring(a)
+  -- What says that the server can write nothing is no damage.
+  local code = string.match(why, '^%-?(%u+) ')
+  if code and code ~= 'ERR' and code ~= 'WRONGTYPE' then error(a, 0) end
+  why = printable((string.gsub(string.gsub(why, '^user_script:%d+: ', ''), ' script: .*$', '')))
+  if moment then pcall(end_damaged, id, why, unpack(moment, 1, 3)) end
+  return false
 end
 
 -- The record of one element of an array, made when the element gets a life of its own.
 local function make_element(array, position, f, extra)
-  local start, step = string.match(f.array, '^(%d+):(%d+):')
+  local start, step = span_in(f.array)
   local index = start + position * step
   local id = array .. '_' .. string.format('%d', index)
-  local n = #extra
+  local n, created = #extra, f.created or ''
   for i, value in ipairs({'pq_class', f.class, 'pq_array_of', array, 'pq_pos', string.format('%d', position), 'pq_sub',
-    f.submission or '', 'data', f.data, 'description', f.description, 'created_at', f.created, 'enqueued_at', f.created,
+    f.submission or '', 'data', f.data or '', 'description', f.description or '', 'created_at', created, 'enqueued_at', created,
     'timeout', '-1'}) do
     extra[n + i] = value
   end

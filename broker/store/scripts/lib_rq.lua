@@ -15,7 +15,7 @@ local function promote(key, now, now_iso)
   while room > 0 do
     local id = redis.call('ZPOPMIN', base .. ':rate_limited')[1]
     if not id then return end
-    local v = redis.call('HMGET', job_key(id), 'origin', 'status', 'enqueue_at_front')
+    local v = redis.pcall('HMGET', job_key(id), 'origin', 'status', 'enqueue_at_front')
     if v[1] and v[2] == 'rate_limited' then
       redis.call('ZADD', base .. ':allowed', now, id)
       to_rq_list(id, v[1], v[3] == '1', now_iso)

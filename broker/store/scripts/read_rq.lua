@@ -20,9 +20,9 @@ local function show(queue, ids, place)
 end
 
 for i = 5, #ARGV do
-  if room > 0 then show(ARGV[i], redis.call('LRANGE', list_key(ARGV[i]), 0, room - 1), 1) end
+  if room > 0 then show(ARGV[i], redis.pcall('LRANGE', list_key(ARGV[i]), 0, room - 1), 1) end
   if room > 0 then
-    show(ARGV[i], redis.call('ZRANGEBYSCORE', registry('deferred', ARGV[i]), 0, ADOPTED - 1, 'LIMIT', 0, room), 0)
+    show(ARGV[i], redis.pcall('ZRANGEBYSCORE', registry('deferred', ARGV[i]), 0, ADOPTED - 1, 'LIMIT', 0, room), 0)
   end
 end
 return found

@@ -12,7 +12,7 @@
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, limit, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local ready = {}
+local ready, moment = {}, {now, now_iso, ttl}
 
 local function queue_up(id, class)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
@@ -37,19 +37,22 @@ local function release_rq_job(id, class)
   end
 end
 
+local function release(id, kind)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures', 'pq_open_parents')
+  if v[2] and not STATUSES[v[1]] then damaged('status', v[1]) end
+  if v[1] ~= 'deferred' then return end
+  class_in(v[2])
+  if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then return omit(id, now, now_iso, ttl) end
+  local open = number_in('pq_open_parents', v[5]) - 1
+  redis.call('HSET', job_key(id), 'pq_open_parents', string.format('%d', open))
+  if open > 0 then return end
+  redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
+  if v[3] == '' then release_rq_job(id, v[2]) else queue_up(id, v[2]) end
+end
+
 local function release_dependents_of(parent, kind)
   local dependents = redis.call('LPOP', dependents_key(parent), limit) or {}
-  for _, id in ipairs(dependents) do
-    local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures')
-    if v[1] == 'deferred' then
-      if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then
-        omit(id, now, now_iso, ttl)
-      elseif redis.call('HINCRBY', job_key(id), 'pq_open_parents', -1) <= 0 then
-        redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
-        if v[3] == '' then release_rq_job(id, v[2]) else queue_up(id, v[2]) end
-      end
-    end
-  end
+  for _, id in ipairs(dependents) do guarded(moment, id, release, id, kind) end
   return #dependents, redis.call('EXISTS', dependents_key(parent)) == 1
 end
 
@@ -57,7 +60,11 @@ end
 local function release_element(child, number, position, outcome)
   local v = redis.call('HMGET', job_key(child), 'status', 'pq_class', 'pq_parents', 'pq_array', 'data', 'description',
     'created_at', 'pq_sub', 'pq_retries', 'pq_cancel', 'pq_first_attempt')
-  if not v[1] or v[10] or position >= tonumber(string.match(v[4], '(%d+)$')) then return end
+  if not v[1] or v[10] then return end
+  local start, step, count = span_in(v[4])
+  local parents, first_attempt = number_in('pq_parents', v[3]), number_in('pq_first_attempt', v[11], 1)
+  class_in(v[2])
+  if position >= count then return end
   if redis.call('BITFIELD', outcomes_key(child), 'GET', 'u2', '#' .. position)[1] ~= 0 then return end
   if outcome ~= 1 then
     return end_elements(child, v[8], position, position, now, now_iso, ttl)
@@ -66,29 +73,30 @@ local function release_element(child, number, position, outcome)
   local field = 'w' .. string.format('%d', position)
   local seen = bit.bor(tonumber(redis.call('HGET', elementwise_key(child) .. ':seen', field) or 0), bit.lshift(1, number))
   redis.call('HSET', elementwise_key(child) .. ':seen', field, seen)
-  if seen ~= bit.lshift(1, tonumber(v[3])) - 1 then return end
+  if seen ~= bit.lshift(1, parents) - 1 then return end
   redis.call('HDEL', elementwise_key(child) .. ':seen', field)
   if v[1] == 'deferred' then
     redis.call('ZREM', registry('deferred', queue_of(v[2])), child)
     redis.call('HSET', job_key(child), 'status', 'started', 'started_at', now_iso,
-      'pq_next', string.match(v[4], '(%d+)$'))
+      'pq_next', string.format('%d', count))
     redis.call('ZADD', registry('wip', queue_of(v[2])), 'inf', child .. ':0')
   end
-  local index = string.match(v[4], '^(%d+)') + position * string.match(v[4], ':(%d+):')
+  local index = start + position * step
   if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
   local id = make_element(child, position,
     {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
-    {'status', 'queued', 'pq_exec', (v[11] or 1) - 1, 'pq_retries', v[9] or '0'})
+    {'status', 'queued', 'pq_exec', first_attempt - 1, 'pq_retries', v[9] or '0'})
   queue_up(id, v[2])
 end
 
 -- One ended element: returns how much was handled, and whether dependents of it are left.
 local function release_position(array, children, span, position)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
+  if outcome == 0 and span.ended then outcome = 3 end -- somebody deleted the outcomes
   if outcome == 0 then return 1, false end
   for _, entry in ipairs(children) do
     local number, child = string.match(entry, '^(%d+):(.*)$')
-    release_element(child, tonumber(number), position, outcome)
+    if child then guarded(moment, child, release_element, child, tonumber(number), position, outcome) end
   end
   local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
   local handled, more = release_dependents_of(element, ({'k', 'f', 'o'})[outcome])
@@ -99,7 +107,8 @@ end
 local function sweep_position(array, submission, span, position)
   if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1, false end
   local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
-  local status = redis.call('HGET', job_key(element), 'status')
+  local status = redis.pcall('HGET', job_key(element), 'status')
+  if type(status) ~= 'string' then status = nil end
   if status == 'queued' or status == 'scheduled' then
     end_unrun(element, 'canceled', now, now_iso, ttl)
   elseif not status then
@@ -110,10 +119,11 @@ end
 
 -- The positions of an entry, as far as the limit goes.
 local function walk(kind, array, position, last, budget)
-  local v = redis.call('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel')
+  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status')
   if not v[1] then return 0 end -- somebody deleted it
   if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
-  local span = {string.match(v[1], '^(%d+):(%d+):')}
+  local span = {span_in(v[1])}
+  span.ended = v[4] == 'finished' or v[4] == 'failed' or v[4] == 'canceled'
   local children = kind == 'e' and redis.call('LRANGE', elementwise_key(array), 0, -1)
   local handled = 0
   while position <= last and handled < budget do
@@ -139,12 +149,13 @@ while handled < limit do
   local kind, rest = string.match(entry, '^(%a):(.*)$')
   handled = handled + 1
   if kind == 'k' or kind == 'f' or kind == 'o' then
-    local number, more = release_dependents_of(rest, kind)
+    local done, number, more = guarded(nil, rest, release_dependents_of, rest, kind)
     if more then redis.call('LPUSH', 'pilotq:release', entry) end
-    handled = handled + number
+    handled = handled + (done and number or 0)
   else
-    local array, first, last = string.match(rest, '^(.-):(%d+):(%d+)$')
-    handled = handled + walk(kind, array, tonumber(first), tonumber(last), limit - handled)
+    local array, first, last = string.match(rest or '', '^(.-):(%d+):(%d+)$')
+    local done, number = guarded(moment, array, walk, kind, array, tonumber(first), tonumber(last), limit - handled)
+    handled = handled + (done and number or 0)
   end
 end
 for class, ids in pairs(ready) do

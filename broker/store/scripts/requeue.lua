@@ -9,7 +9,8 @@
 --       5... outcomes of arrays.
 -- Returns for each 'queued', 'deferred' (what it depends on has not ended), 'dependency' (what it depends on has not
 --       finished), 'gone' (something that it needs was forgotten), 'ending' (it was canceled, and runs still), 'changed'
---       (the outcomes are others: read them again), 'unknown', or its status when there is nothing to run again.
+--       (the outcomes are others: read them again), 'damaged' (its record cannot be used), 'unknown', or its status when there
+--       is nothing to run again.
 if not queue_id_ok() then return queue_id_error() end
 local now, now_iso = ARGV[2], ARGV[3]
 local ready = {}
@@ -25,29 +26,29 @@ end
 -- The reverse of count_end.
 local function uncount(submission, field, number)
   if number == 0 then return end
-  redis.call('HINCRBY', 'pilotq:counts', field, -number)
-  redis.call('HINCRBY', submit_key(submission), field, -number)
-  if redis.call('HINCRBY', submit_key(submission), 'left', number) == number then
+  count_up('pilotq:counts', field, -number)
+  count_up(submit_key(submission), field, -number)
+  if count_up(submit_key(submission), 'left', number) == number then
     local shared = redis.call('HGET', submit_key(submission), 'shared')
     redis.call('PERSIST', submit_key(submission))
-    redis.call('ZADD', 'pilotq:submissions', redis.call('HGET', submit_key(submission), 'first') or 0, submission)
+    redis.call('ZADD', 'pilotq:submissions', tonumber(redis.call('HGET', submit_key(submission), 'first') or '') or 0, submission)
     redis.call('PERSIST', 'pilotq:shared:' .. shared)
-    redis.call('HINCRBY', 'pilotq:shared-refs', shared, 1)
+    count_up('pilotq:shared-refs', shared, 1)
   end
 end
 
 local function note(id, name, submission, array)
-  journal(cmsgpack.pack({id = id, name = name or '', submission = submission or '', array = array or ''}),
+  journal(cmsgpack.pack({id = id, name = printable(name), submission = printable(submission), array = array or ''}),
     {status = 'queued', reason = '', final = false})
 end
 
 -- What has no record any more had finished: what did not is kept longer than those that depend on it.
 local function status_of(parent)
-  local status = redis.call('HGET', job_key(parent), 'status')
+  local status = redis.pcall('HGET', job_key(parent), 'status')
+  if type(status) ~= 'string' then status = nil end
   local array, index = string.match(parent, '^(.-)_(%d+)$')
-  local range = array and redis.call('HGET', job_key(array), 'pq_array')
-  if not range then return status or 'finished' end
-  local start, step = string.match(range, '^(%d+):(%d+):')
+  local start, step = span_of(array and redis.pcall('HMGET', job_key(array), 'pq_array')[1])
+  if not start then return status or 'finished' end
   local position = string.format('%d', (index - start) / step)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
   return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
@@ -103,6 +104,7 @@ local function requeue_task(id, v)
   if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
   local parents = open_parents(v[5])
   if not parents then return 'dependency' end
+  class_in(class)
   if not needs_there(submission) then return 'gone' end
   local canceled = status == 'canceled' or requeued and (v[7] == 'canceled' or v[7] == 'dependency')
   revive(id, queue_of(class))
@@ -127,17 +129,20 @@ local function all_there(parents)
 end
 
 local ARRAY = {'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_array', 'pq_next', 'pq_parents', 'pq_cancel', 'data',
-  'description', 'created_at', 'pq_retries', 'pq_first_attempt', 'pq_last_attempt', 'pq_reason'}
+  'description', 'created_at', 'pq_retries', 'pq_first_attempt', 'pq_last_attempt', 'pq_reason', 'pq_left', 'pq_unfinished', 'pq_kept'}
 
 local function read_array(id)
   local v, f = redis.call('HMGET', job_key(id), unpack(ARRAY)), {}
   for i, name in ipairs(ARRAY) do f[string.match(name, '^p?q?_?(.*)$')] = v[i] end
   if not f.array then return nil end
-  f.count = tonumber(string.match(f.array, '(%d+)$'))
+  class_in(f.class)
+  f.start, f.step, f.count = span_in(f.array)
+  for _, name in ipairs({'left', 'unfinished', 'kept'}) do number_in('pq_' .. name, f[name], 0) end
+  f.next, f.retries = number_in('pq_next', f.next), tostring(number_in('pq_retries', f.retries, 0))
   f.ended = (bad(f.status) or f.status == 'finished') and redis.call('TTL', job_key(id)) >= 0
     or f.status == 'queued' and f.reason and true
   -- The highest number an execution of an element has had.
-  f.last = math.max(tonumber(f.first_attempt or 1), tonumber(f.last_attempt or 1))
+  f.last = math.max(number_in('pq_first_attempt', f.first_attempt, 1), number_in('pq_last_attempt', f.last_attempt, 1))
   return f
 end
 
@@ -186,22 +191,25 @@ end
 local function drop_record(id, array, f)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec')
   if not v[1] then return f.last end
+  local execution = number_in('pq_exec', v[2], f.last)
   redis.call('DEL', job_key(id))
   redis.call('ZREM', registry('failed', queue_of(f.class)), id)
   redis.call('HINCRBY', job_key(array), 'pq_kept', -1)
-  return tonumber(v[2])
+  return execution
 end
 
 local function requeue_element(id, array, index)
   local f = array and read_array(array)
   if not f then return 'unknown' end
-  local start, step = string.match(f.array, '^(%d+):(%d+):')
-  local position = (index - start) / step
+  local position = (index - f.start) / f.step
   if position < 0 or position >= f.count or position % 1 ~= 0 then return 'unknown' end
   local at = '#' .. string.format('%d', position)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', at)[1]
   if outcome == 1 then return 'finished' end
-  if outcome == 0 then return redis.call('HGET', job_key(id), 'status') or 'queued' end
+  if outcome == 0 then
+    local status = redis.call('HGET', job_key(id), 'status') or 'queued'
+    return STATUSES[status] and status or 'damaged'
+  end
   local why = hindrance(f) or f.ended and not f.parents and #open_parents(f.after) > 0 and 'dependency'
   if why then return why end
   local execution = drop_record(id, array, f)
@@ -218,7 +226,7 @@ local function requeue_element(id, array, index)
   if f.parents then
     redis.call('HDEL', elementwise_key(array) .. ':seen', 'w' .. string.format('%d', position))
     look_again(array, f.after, position, position)
-  elseif f.ended or position < tonumber(f.next) then
+  elseif f.ended or position < f.next then
     f.submission = f.sub
     f.created = f.created_at
     make_element(array, position, f, {'status', 'queued', 'pq_exec', execution, 'pq_retries', f.retries or '0'})
@@ -241,6 +249,7 @@ local function requeue(item)
   local id = item[1]
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_array', 'pq_reason',
     'pq_array_of')
+  if v[1] and not STATUSES[v[1]] then damaged('status', v[1]) end
   -- What a submit has staged and not committed yet nobody can know.
   if (v[1] == 'queued' and not v[7] or v[1] == 'deferred') and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
   if not v[1] or v[8] then return requeue_element(id, string.match(id, '^(.-)_(%d+)$')) end
@@ -250,8 +259,13 @@ local function requeue(item)
   return requeue_task(id, v)
 end
 
+local function answer_of(item)
+  local done, word = guarded(nil, item[1], requeue, item)
+  return done and word or 'damaged'
+end
+
 local answer = {}
-for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do answer[number] = requeue(item) end
+for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do answer[number] = answer_of(item) end
 for class, ids in pairs(ready) do
   redis.call('SADD', 'rq:queues', list_key(queue_of(class)))
   offer(class)

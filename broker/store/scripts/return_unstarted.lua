@@ -8,11 +8,14 @@
 if not queue_id_ok() then return queue_id_error() end
 local node, call, message, now, now_iso, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[6], ARGV[7], ARGV[8]
 local lists, wip, number = {}, {}, 0
-for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
-  local id, execution = item[1], tostring(item[2])
+
+local function give_back(id, execution)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
   local class = v[3]
+  if v[3] and not string.match(v[2] or '', '^%d+$') then damaged('pq_exec', v[2]) end
+  if v[3] and not STATUSES[v[1]] then damaged('status', v[1]) end
   if v[2] == execution and (v[1] == 'started' or v[1] == 'canceled') then
+    class_in(class)
     local member = id .. ':' .. execution
     if v[1] == 'canceled' or v[4] then
       if redis.call('ZREM', registry('wip', queue_of(class)), member) == 1 then
@@ -28,6 +31,10 @@ for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
       number = number + 1
     end
   end
+end
+
+for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
+  guarded({now, now_iso, ttl}, item[1], give_back, item[1], tostring(item[2]))
 end
 for class, ids in pairs(lists) do
   push('LPUSH', list_key(class), ids)

@@ -76,7 +76,8 @@ local function parents_of(id)
   local open, broken = {}, false
   local tolerant = redis.call('HGET', job_key(id), 'allow_dependency_failures') == '1'
   for _, parent in ipairs(redis.call('SMEMBERS', 'rq:job::' .. id .. ':dependencies')) do
-    local status = redis.call('HGET', job_key(parent), 'status')
+    local status = redis.pcall('HGET', job_key(parent), 'status')
+    if type(status) ~= 'string' then status = nil end
     if status == 'stopped' or status == 'canceled' or (status == 'failed' and not tolerant) then
       broken = true
     elseif status and status ~= 'finished' and status ~= 'failed' then
@@ -140,13 +141,13 @@ for i = 8 + 2 * #requests, #ARGV, 7 do
   local item = {queue = ARGV[i], id = ARGV[i + 1], listed = ARGV[i + 2] == '1', first = ARGV[i + 3] == '1',
     request = tonumber(ARGV[i + 4]), why = ARGV[i + 5], shown = ARGV[i + 6]}
   -- What requeue.lua has queued meanwhile is in its class list, and has left only its place here.
-  local there = not item.listed or redis.call('LREM', list_key(item.queue), 1, item.id) == 1
+  local there = not item.listed or redis.pcall('LREM', list_key(item.queue), 1, item.id) == 1
   local v = redis.pcall('HMGET', job_key(item.id), 'status', 'pq_sub')
   if v.err then v = {} end
-  if there and v[1] == (item.listed and 'queued' or 'deferred') then
+  if there and v[1] == (item.listed and 'queued' or 'deferred') and pcall(text_in, 'id', item.id) then
     number = number + 1
     if (v[2] or '') == '' then
-      route_rq_job(item)
+      guarded({now, now_iso, ttl}, item.id, route_rq_job, item)
     elseif item.why ~= '' then
       undo(item)
     end
