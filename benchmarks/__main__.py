@@ -16,8 +16,8 @@ NAMES = (
     "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "rq_jobs", "qcg", "faults",
 )  # fmt: skip
 
-# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools.
-BY_NAME = ("slurm", "endurance", "peers")
+# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools; some minutes.
+BY_NAME = ("slurm", "endurance", "peers", "scale")
 
 
 def main(names: list[str]) -> None:

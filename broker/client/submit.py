@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 from pilotq.broker import failpoints
-from pilotq.broker.errors import InvalidInput, NeverFits, PilotFailed, ServerRefused, UnknownTask
+from pilotq.broker.client.commit import StatusesInJournal, Submission, SubmitPlan, commit, parent_id
+from pilotq.broker.errors import InvalidInput, NeverFits, ServerRefused
 from pilotq.broker.os_strings import encode, printable
 from pilotq.broker.rq.jobs import COMMAND_DATA
 from pilotq.broker.scheduling.cluster import Cluster
@@ -18,7 +18,7 @@ from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack
-from pilotq.broker.tasks.dependencies import Element, Parent, Parents, check_cycles, resolve
+from pilotq.broker.tasks.dependencies import Parents, check_cycles, resolve
 from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of
 from pilotq.broker.tasks.spec import spec_of
@@ -32,22 +32,9 @@ LARGE_BYTES = 1 << 20  # of descriptions: then the server is asked for its memor
 BYTES_PER_TASK = 700  # of server memory, for the check before a large submit
 
 
-StatusesInJournal = Callable[[Sequence[str]], Mapping[str, str]]
-
-
 def _no_journal(_: Sequence[str]) -> dict[str, str]:
     """For a pilot whose journal cannot be read here."""
     return {}
-
-
-class SubmitPlan(NamedTuple):
-    """A submit that was checked: what to write, and what to commit."""
-
-    tasks: Sequence[Task]
-    classes: list[str]  # class name of each task
-    parents: Parents
-    total: int
-    payloads: dict[int, bytes]  # position of a function -> its packed call
 
 
 def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
@@ -122,28 +109,13 @@ def submit(
     failpoints.hit("submit checked")
     first = int(replies[1]) - len(tasks) + 1
     ids = [id_of(first + n) for n in range(len(tasks))]
-    _stage(link, store, plan, ids, context, key)
-    failpoints.hit("submit staged")
-    work = {**_commit_argument(plan, ids), "shared": context.key(), "past": {}}
-    each = {parent for arrays in plan.parents.after_each.values() for parent in arrays}
-    while True:
-        answer = store.commit(key, first, len(tasks), plan.total, work)
-        outcome = answer[0].decode()
-        missing = [parent.decode() for parent in answer[1]] if outcome == "unknown" else []
-        if not missing:
-            break
-        found = statuses_in_journal([parent for parent in missing if parent not in each])
-        for parent in missing:
-            if parent not in found:
-                raise UnknownTask(f"after: there is no task {parent!r} here (any more)")
-        work["past"].update(found)
-    if outcome == "again":
-        return [id_of(int(answer[1]) + n) for n in range(int(answer[2]))]
-    if outcome == "unequal":
-        raise InvalidInput(f"after_each: {answer[1].decode()!r} is no array of as many elements as the one that waits")
-    if outcome == "gone":
-        raise PilotFailed("the submit took too long and its staged records have expired: submit again")
-    return ids
+
+    def stage() -> None:
+        _stage(link, store, plan, ids, context, key)
+        failpoints.hit("submit staged")
+
+    submission = Submission(plan, ids, first, key, context.key())
+    return commit(store, submission, statuses_in_journal, stage)
 
 
 def _check_memory(link: Connection, records: int, payloads: int) -> None:
@@ -188,7 +160,7 @@ def _staging_commands(
         if task.name is not None:
             fields += ["pq_name", printable(task.name)]
         if waits:
-            fields += ["pq_after", " ".join(_parent_id(parent, ids) for parent in waits)]
+            fields += ["pq_after", " ".join(parent_id(parent, ids) for parent in waits)]
         if task.retries:
             fields += ["pq_retries", task.retries]
         if task.is_array:
@@ -216,34 +188,3 @@ def _value_blocks(task: Task) -> list[Argument]:
     for first in range(0, len(values), VALUES_BLOCK):
         blocks += [first // VALUES_BLOCK, zlib.compress(pack(values[first : first + VALUES_BLOCK]), 1)]
     return blocks
-
-
-def _commit_argument(plan: SubmitPlan, ids: list[str]) -> dict[str, Any]:
-    """The argument of commit.lua: which ids go where."""
-    groups: dict[str, list[str]] = {}
-    waits, each, extra = [], [], []
-    for number, task in enumerate(plan.tasks):
-        name = plan.classes[number]
-        if after := plan.parents.after.get(number):
-            parents = [_parent_id(p, ids) for p in after]
-            waits.append((ids[number], name, parents, task.size))
-        elif after_each := plan.parents.after_each.get(number):
-            parents = [_parent_id(p, ids) for p in after_each]
-            each.append((ids[number], name, parents, task.size))
-        else:
-            groups.setdefault(name, []).append(ids[number])
-        if task.values is not None:
-            extra.append(keys.values(ids[number]))
-    return {
-        "groups": list(groups.items()),
-        "waits": waits,
-        "elementwise": each,
-        "extra": extra,
-    }
-
-
-def _parent_id(parent: Parent, ids: list[str]) -> str:
-    """The id of a parent, when those of its submission are known."""
-    if isinstance(parent, int):
-        return ids[parent]
-    return f"{ids[parent.array]}_{parent.element}" if isinstance(parent, Element) else parent

@@ -55,7 +55,7 @@ PERMANENT = (
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
     "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:dependents:*", "pilotq:outcomes:*",
-    "pilotq:values:*", "pilotq:elementwise:*",
+    "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*",
 )  # fmt: skip
 
 
@@ -116,6 +116,11 @@ def shared(key: str) -> str:
 
 def submission(key: str) -> str:
     return f"pilotq:submit:{key}"
+
+
+def staged(first: int) -> str:
+    """List: the work of a large submission, by its first task number, in pieces that are still to become tasks."""
+    return f"pilotq:staged:{first}"
 
 
 def completed(name: str) -> str:

@@ -51,11 +51,11 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """A script of broker/store/scripts, with lib.lua and lib_rq.lua in front."""
+    """A script of broker/store/scripts, with lib.lua, lib_rq.lua and lib_commit.lua in front."""
     folder = files("pilotq.broker.store.scripts")
     # Out of memory only a submit is refused, and before it has written anything: ends make room.
     flags = "" if name == "commit" else " flags=allow-oom"
-    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_rq", name)]
+    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_rq", "lib_commit", name)]
     text = f"#!lua{flags}\n" + "".join(parts)
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
@@ -138,11 +138,15 @@ class Store:
 
     # -- clients ------------------------------------------------------------------------------------------------
 
-    def commit(self, key: str, first: int, records: int, total: int, work: dict[str, Any]) -> list[Any]:
+    def commit(
+        self, key: str, first: int, records: int, total: int, work: dict[str, Any], what: str = "whole"
+    ) -> list[Any]:
+        """``what``: whole, check, accept or rest, as commit.lua says."""
         now = time.time()
         answer: list[Any] = self.run(
-            "commit", key, f"{now:.6f}", iso(now), first, records, total, self.settings.failed_ttl_s, pack(work)
-        )
+            "commit", key, f"{now:.6f}", iso(now), first, records, total, self.settings.failed_ttl_s, pack(work),
+            what,
+        )  # fmt: skip
         return answer
 
     def cancel(self, ids: Sequence[str]) -> list[str]:

@@ -6,13 +6,15 @@
 --      all of it is in pilotq:dependents:<id>; jobs of RQ's producers may allow that it failed;
 --   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:elementwise:<array> wait for each of them, and
 --      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once;
---   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends.
+--   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends;
+--   's:<first number>' a large submission was accepted: the pieces of it that are left become tasks.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s).
 -- Returns {number handled, entries left}.
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, limit, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local ready, moment = {}, {now, now_iso, ttl}
+local PIECE_WORTH = 200 -- of the limit, a piece of a submission
 
 local function queue_up(id, class)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
@@ -152,6 +154,9 @@ while handled < limit do
     local done, number, more = guarded(nil, rest, release_dependents_of, rest, kind)
     if more then redis.call('LPUSH', 'pilotq:release', entry) end
     handled = handled + (done and number or 0)
+  elseif kind == 's' then
+    if admit_piece(rest, now, now_iso, ttl) then redis.call('LPUSH', 'pilotq:release', entry) end
+    handled = handled + PIECE_WORTH
   else
     local array, first, last = string.match(rest or '', '^(.-):(%d+):(%d+)$')
     local done, number = guarded(moment, array, walk, kind, array, tonumber(first), tonumber(last), limit - handled)

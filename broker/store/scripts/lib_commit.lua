@@ -1,0 +1,153 @@
+-- Behind lib_rq.lua in front of every script: staged tasks become tasks, for commit.lua and release_dependents.lua.
+
+local function staged_key(first) return 'pilotq:staged:' .. first end
+
+-- What this call knows of parents: their statuses; of elements the array; of arrays the number of elements.
+local parents, elements, counts = {}, {}, {}
+
+-- The status of a parent. Elements have no record of their own before they run and after they finished.
+local function read_parent(parent)
+  local status = redis.pcall('HGET', job_key(parent), 'status')
+  if type(status) == 'table' then return false end -- a stranger's key
+  redis.call('LLEN', dependents_key(parent)) -- what cannot be written to raises here, and not between two writes
+  redis.call('LLEN', elementwise_key(parent))
+  local array, index = string.match(parent, '^(.-)_(%d+)$')
+  -- Jobs of RQ's producers may be called as elements are.
+  if not array or status and not redis.call('HGET', job_key(parent), 'pq_array_of') then
+    counts[parent] = select(3, span_of(redis.call('HGET', job_key(parent), 'pq_array')))
+    return status
+  end
+  local start, step, count = span_of(redis.pcall('HMGET', job_key(array), 'pq_array')[1])
+  if not start then return false end
+  local position = (index - start) / step
+  if position < 0 or position >= count or position % 1 ~= 0 then return false end
+  elements[parent] = array
+  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
+  return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
+end
+
+-- The same once a call; false where nobody knows it. `past`: what only the journal knows.
+local function status_of(parent, past)
+  if parents[parent] == nil then parents[parent] = read_parent(parent) or past and past[parent] or false end
+  return parents[parent]
+end
+
+-- The tasks of `work` (see commit.lua) get what makes them tasks. `staged`: they are a piece of a large submission, which has
+-- been accepted: their records have a TTL, and what has expired before anybody came here counts as canceled.
+local function admit(work, staged, now, now_iso, ttl)
+  local seen_queues, omitted, ready = {}, {}, {}
+
+  local function know(class)
+    local queue = queue_of(class)
+    if not seen_queues[queue] then redis.call('SADD', 'rq:queues', list_key(queue)) end
+    seen_queues[queue] = true
+  end
+
+  local function queue_up(class, id)
+    ready[class] = ready[class] or {}
+    table.insert(ready[class], id)
+  end
+
+  local function is_there(id, size)
+    if not staged or redis.call('PERSIST', job_key(id)) == 1 then return true end
+    count_end(work.key, 'canceled', size)
+    return false
+  end
+
+  local function is_broken(item)
+    for _, parent in ipairs(item[3]) do
+      local status = status_of(parent, work.past)
+      if status == 'failed' or status == 'stopped' or status == 'canceled' or omitted[elements[parent]] then return true end
+    end
+    return false
+  end
+
+  -- The parents of an item that have not ended will release it. One without a record had finished: it was there at the commit.
+  local function wait_for_parents(item)
+    local left = 0
+    for _, parent in ipairs(item[3]) do
+      if status_of(parent, work.past) and parents[parent] ~= 'finished' then
+        left = left + 1
+        redis.call('RPUSH', dependents_key(parent), item[1])
+        track_parent(parent)
+        if elements[parent] then
+          redis.call('HSET', job_key(elements[parent]), 'pq_elementwise', '1')
+        else
+          redis.call('HSET', job_key(parent), 'pq_has_dependents', '1')
+        end
+      end
+    end
+    return left
+  end
+
+  -- Of a task with very many parents there are several items: until the last one it waits for one more.
+  local function admit_waiting(item)
+    local id, class, part = item[1], item[2], item[5]
+    local is_first, more = part == nil or part == 1, part or 0
+    know(class)
+    if is_first and not is_there(id, item[4]) then return end
+    if not is_first and redis.call('HGET', job_key(id), 'status') ~= 'deferred' then return end
+    if is_broken(item) then
+      omit(id, now, now_iso, ttl)
+      parents[id], omitted[id] = 'canceled', true
+      return
+    end
+    local left = wait_for_parents(item) + more
+    if not is_first then left = redis.call('HINCRBY', job_key(id), 'pq_open_parents', left) end
+    if left == 0 then
+      if not is_first then redis.call('ZREM', registry('deferred', queue_of(class)), id) end
+      redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+      queue_up(class, id)
+    elseif is_first then
+      redis.call('HSET', job_key(id), 'pq_open_parents', left, 'origin', queue_of(class))
+      redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
+    end
+  end
+
+  local function admit_elementwise(item)
+    local id, class = item[1], item[2]
+    know(class)
+    if not is_there(id, item[4]) then return end
+    redis.call('HSET', job_key(id), 'origin', queue_of(class), 'pq_parents', #item[3])
+    redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
+    for number, parent in ipairs(item[3]) do
+      redis.call('RPUSH', elementwise_key(parent), (number - 1) .. ':' .. id)
+      track_parent(parent)
+      -- One that was deleted since the commit: cancel_orphans.lua finds what waits for it.
+      local status = status_of(parent, work.past)
+      if status then redis.call('HSET', job_key(parent), 'pq_elementwise', '1') end
+      if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', elementwise_key(parent), ttl) end
+      -- Elements of the parent that ended before this commit woke nobody for us: look at all of them once.
+      if redis.call('EXISTS', outcomes_key(parent)) == 1 then
+        redis.call('RPUSH', 'pilotq:release', string.format('e:%s:0:%d', parent, item[4] - 1))
+      end
+    end
+  end
+
+  for _, name in ipairs(staged and work.extra or {}) do redis.call('PERSIST', name) end
+  for _, group in ipairs(work.groups) do
+    know(group[1])
+    for _, id in ipairs(group[2]) do
+      if is_there(id, work.sizes and work.sizes[id] or 1) then queue_up(group[1], id) end
+    end
+  end
+  for class, ids in pairs(ready) do
+    offer(class)
+    push('RPUSH', list_key(class), ids)
+  end
+  ready = {}
+  local moment = {now, now_iso, ttl}
+  for _, item in ipairs(work.waits) do guarded(moment, item[1], admit_waiting, item) end
+  for _, item in ipairs(work.elementwise) do guarded(moment, item[1], admit_elementwise, item) end
+  for class, ids in pairs(ready) do
+    offer(class)
+    push('RPUSH', list_key(class), ids)
+  end
+end
+
+-- The next piece of a large submission; false when there is none (any more).
+local function admit_piece(first, now, now_iso, ttl)
+  local piece = redis.call('LPOP', staged_key(first))
+  if piece then admit(cmsgpack.unpack(piece), true, now, now_iso, ttl) end
+  return piece and true
+end
