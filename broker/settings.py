@@ -49,6 +49,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     unkillable_s: float = 30.0
     # A launcher that does not confirm a launch within so many seconds is replaced.
     launch_confirm_s: float = 10.0
+    # A launch that a passing shortage prevents (of processes, memory, descriptors) is tried again for so many seconds.
+    shortage_s: float = 60.0
     # A node of a multinode task that does not confirm within so many seconds after the kill grace that it is swept
     # keeps its cores reserved.
     sweep_confirm_s: float = 30.0

@@ -163,11 +163,15 @@ class Retracted(msgspec.Struct, array_like=True, tag="retracted"):
 
 
 class Refused(msgspec.Struct, array_like=True, tag="refused"):
-    """Nothing was started. ``reason`` is of states.REASONS: 'not found', 'launch' or 'output'."""
+    """Nothing was started. ``reason`` is of states.REASONS: 'not found', 'launch' or 'output'.
+
+    With ``passing`` it was a shortage: it may be tried again, and what was chained behind it is retracted.
+    """
 
     key: int
     reason: str
     message: str
+    passing: bool = False
 
 
 class Captured(msgspec.Struct, array_like=True):

@@ -206,7 +206,10 @@ class _Loop:
     def _exchange(self, ready: Descriptors, heartbeat_due: bool, now: float) -> None:
         if heartbeat_due:
             state = "busy" if self._node.busy else "idle"
-            self._session.post_heartbeat({"last_heartbeat": iso(time.time()), "state": state}, self._longest())
+            self._session.post_heartbeat(
+                {"last_heartbeat": iso(time.time()), "state": state, "pq_shortage": self._node.shortage()},
+                self._longest(),
+            )
         # With each heartbeat the session checks connections on which nothing arrives any more.
         if heartbeat_due or self._session.pause(now) <= 0 or any(fd in ready for fd in self._session.filenos()):
             for message in self._session.pump(now):

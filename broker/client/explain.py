@@ -61,7 +61,12 @@ class Explainer:
         cancel, class_name = self._fields(view.id, "pq_cancel", "pq_class")
         begun = view.times.get("started")
         if begun is None:
-            found.why = [f"it was handed to node {view.node}, and starts there as soon as a task like it ends"]
+            shortage = self._link.call("HGET", keys.worker(view.node), "pq_shortage") if view.node else None
+            if shortage:
+                text = shortage.decode("utf-8", "replace").rstrip(".")
+                found.why = [f"it is held back on node {view.node}, and tried again there: {text}"]
+            else:
+                found.why = [f"it was handed to node {view.node}, and starts there as soon as a task like it ends"]
         else:
             found.why = [f"it runs on {view.cores or view.node}, for {duration(max(self._now - begun, 0.0))}"]
             info = class_info(class_name)

@@ -50,7 +50,7 @@ class Execution:
     __slots__ = (
         "key", "run", "phase", "slot", "allocation", "launcher", "limit", "limit_at", "grace", "unkillable_at",
         "reason", "outcome", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live_outputs",
-        "launch_begun", "to_retract", "spec", "function",
+        "launch_begun", "to_retract", "spec", "function", "held_back",
     )  # fmt: skip
 
     def __init__(self, key: int, run: Run) -> None:
@@ -78,6 +78,8 @@ class Execution:
         self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
         self.spec: Spec | None = None  # its description, once its launch was built
+
+        self.held_back: tuple[float, str] | None = None  # since when (monotonic) a shortage prevents it, and which
 
     @property
     def first_core(self) -> int:

@@ -37,6 +37,7 @@ from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
+from pilotq.workers.shortage import is_shortage
 
 Prepared = tuple[LaunchBase, LaunchSlot, Launch | Call]  # a launch, and what it names
 
@@ -63,6 +64,8 @@ def refusal(error: Exception) -> Exception:
         return error
     if isinstance(error, PilotqError):
         return UnlaunchableError("launch", f"its description cannot be used: {error}")
+    if is_shortage(error):
+        return UnlaunchableError("launch", f"its launch cannot be prepared: {error}")
     log(f"a task cannot be launched:\n{traceback.format_exc()}")
     return UnlaunchableError("launch", f"its description cannot be used: {type(error).__name__}: {error}")
 

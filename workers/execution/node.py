@@ -30,6 +30,7 @@ from pilotq.workers.execution.crash_isolation import CrashIsolation
 from pilotq.workers.execution.escalation import Escalation
 from pilotq.workers.execution.execution import Action, Execution, Phase
 from pilotq.workers.execution.file_threads import FileThreads
+from pilotq.workers.execution.held_back import hold_back, shortage_of
 from pilotq.workers.execution.hooks import NodeActions, NodeHooks
 from pilotq.workers.execution.launch_builder import LaunchBuilder, NotYetError, Prepared, UnlaunchableError, refusal
 from pilotq.workers.execution.launcher_pool import LauncherHandle, LauncherPool
@@ -50,9 +51,9 @@ from pilotq.workers.protocol import (
     Started,
 )
 from pilotq.workers.session import Session, iso
+from pilotq.workers.shortage import RETRY_S, is_shortage
 
 SIGNALS = {Action.TERM: signal.SIGTERM, Action.KILL: signal.SIGKILL}
-RETRY_S = 0.5  # a launch that needs the server while it is away is tried again
 
 
 class Node:
@@ -101,8 +102,7 @@ class Node:
         if isinstance(message, Run):
             self._add(message)
         elif isinstance(message, Stop):
-            e = self._slots.find(message.id, message.execution)
-            if e is not None:
+            if (e := self._slots.find(message.id, message.execution)) is not None:
                 self._stop(e, message.reason, self._settings.kill_grace_s, now)
         elif isinstance(message, RetractTasks):
             tasks = self._slots.retract(message.class_name, message.count)
@@ -167,11 +167,13 @@ class Node:
             if not self._hooks.receive_record(record):
                 self._receive_late_record(record, now)
         elif isinstance(record, (Exited, Returned)):
+            e.held_back = None
             self._exited(e, record, now)
         elif isinstance(record, Begun):
             e.launch_begun = True
             self._launchers.living[e.launcher].starting_key = e.key
         elif isinstance(record, Started):
+            e.held_back = None
             suffix = e.suffix.encode()
             e.live_outputs = (record.stdout_path or e.stdout + suffix, record.stderr_path or e.stderr + suffix)
             e.pid = record.pid
@@ -181,9 +183,7 @@ class Node:
                 e.exited.stdout, e.exited.stderr = record.stdout, record.stderr
             self._end(e, record.ended, now)
         elif isinstance(record, Refused):
-            if not e.reason:
-                e.reason, e.message = record.reason, record.message
-            self._end(e, time.time(), now)
+            self._refuse(e, record.reason, record.message, now, passing=record.passing)
         elif isinstance(record, Retracted):
             self._not_started(e, now)
 
@@ -256,9 +256,8 @@ class Node:
 
     def next(self) -> float | None:
         """Monotonic time at which `tick` wants to be called."""
-        moments = [self._escalation.next(), self._orphans.next(), self._hooks.next()]
-        if self._postponed:
-            moments.append(max(self._retry_at, self._look_at))
+        retry_at = max(self._retry_at, self._look_at) if self._postponed else None
+        moments = [self._escalation.next(), self._orphans.next(), self._hooks.next(), retry_at]
         return min((m for m in moments if m is not None), default=None)
 
     def tick(self, now: float) -> None:
@@ -276,8 +275,7 @@ class Node:
         self._hooks.tick(now)
 
     def _reap_orphans(self, now: float) -> None:
-        pids = {launcher.number: launcher.pid for launcher in self._launchers.living.values()}
-        gone, stuck = self._orphans.reap(now, pids)
+        gone, stuck = self._orphans.reap(now, {number: one.pid for number, one in self._launchers.living.items()})
         for e in gone:
             self._end(e, time.time(), now)
         for e in stuck:
@@ -325,10 +323,13 @@ class Node:
                 self._postponed[e.key], self._retry_at = e, now + RETRY_S
             elif (prepared := self._build(e, 0, now)) is not None:
                 alone = self._isolation.start(e.key, e.run, now)
-                launcher = self._launchers.start_isolated() if alone else self._launchers.serving(e.first_core)
+                try:
+                    launcher = self._launchers.start_isolated() if alone else self._launchers.serving(e.first_core)
+                except OSError as error:
+                    self._refuse(e, "launch", f"Its launcher cannot start: {error}.", now, passing=is_shortage(error))
+                    continue
                 if e.run.crashes:  # reported before it can kill this worker: only what had begun is charged
-                    start = (e.run.id, e.run.execution, e.allocation, iso(time.time()), b"", b"")
-                    self._session.post_starts([start])
+                    self._session.post_starts([(e.run.id, e.run.execution, e.allocation, iso(time.time()), b"", b"")])
                 if self._send(e, launcher, prepared, now):
                     self._escalation.launching(e, now)
                     self._to_chain.add(e.slot)
@@ -349,7 +350,7 @@ class Node:
             return
         for _ in range(0 if self._escalation.retracting(last) else self._slots.chain_room(slot)):
             e = self._slots.next_prefetched(slot)
-            if e is None or e.run.crashes:
+            if e is None or e.run.crashes or now < self._retry_at:
                 return
             self._slots.chain(slot)
             prepared = self._build(e, last.key, now)
@@ -373,7 +374,7 @@ class Node:
             if not isinstance(error, (NotYetError, ServerUnavailable)):
                 raise
         except UnlaunchableError as error:
-            self._refuse(e, error, now)
+            self._refuse(e, error.reason, str(error), now, passing=is_shortage(error))
         return None
 
     def _send(self, e: Execution, launcher: LauncherHandle, prepared: Prepared, now: float) -> bool:
@@ -381,17 +382,33 @@ class Node:
         try:
             launcher.launch(*prepared)
         except Exception as error:  # noqa: BLE001  # the boundary of one task
-            self._refuse(e, refusal(error), now)
+            self._refuse(e, "launch", str(refusal(error)), now, passing=is_shortage(error))
             return False
         e.launcher = launcher.number
         return True
 
-    def _refuse(self, e: Execution, error: Exception, now: float) -> None:
-        """It can never be launched."""
+    def _refuse(self, e: Execution, reason: str, message: str, now: float, *, passing: bool) -> None:
+        """It cannot be launched: never, or not now."""
+        if passing and not e.reason and hold_back(e, message, now, self._settings.shortage_s):
+            self._retry_at = now + RETRY_S
+            self._out_of_escalation(e)
+            if e.phase is Phase.CHAINED:
+                self._slots.return_to_queue(e)
+            elif (follower := self._slots.give_way(e)) is not None:
+                self._escalation.launching(follower, now)
+            else:
+                e.phase = Phase.WAITING
+                self._postponed[e.key] = e
+            return
         if e.phase is Phase.CHAINED:
             self._slots.return_to_queue(e)
-        e.reason, e.message = error.reason if isinstance(error, UnlaunchableError) else "launch", str(error)
+        if not e.reason:
+            e.reason, e.message = reason, e.message if passing else message
         self._end(e, time.time(), now)
+
+    def shortage(self) -> str:
+        """Why something here is held back now, for people."""
+        return shortage_of(self._slots)
 
     def _end(self, e: Execution, ended: float, now: float) -> None:
         """Nothing of it lives on this node. It has ended when the other nodes of it have confirmed the same."""

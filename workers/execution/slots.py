@@ -143,6 +143,22 @@ class SlotTable:
     def return_to_queue(self, e: Execution) -> None:
         """Take one out of its chain, to where it stood in the queue of its class: PREFETCHED again."""
         self.unchain(e)
+        self._enqueue(e)
+
+    def give_way(self, e: Execution) -> Execution | None:
+        """What has a slot cannot be started now, and its launcher goes on with the chain: the next has the slot.
+
+        The one that could not be started is PREFETCHED again. None, and nothing changed, when nothing is chained to it.
+        """
+        slot = self._slots[e.slot]
+        if not slot.chain:
+            return None
+        slot.task = slot.chain.popleft()
+        e.slot, e.allocation = 0, ""
+        self._enqueue(e)
+        return slot.task
+
+    def _enqueue(self, e: Execution) -> None:
         e.phase = Phase.PREFETCHED
         queue = self._queues.setdefault(e.run.class_name, OrderedDict())
         queue[e.key] = e

@@ -13,9 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
+from typing import Protocol
 
 import msgspec
 
+from pilotq.broker.os_strings import printable
 from pilotq.workers.launcher import message_socket
 from pilotq.workers.launcher.capture import Capture, reopen
 from pilotq.workers.launcher.chain import Chain, Running
@@ -24,6 +26,7 @@ from pilotq.workers.launcher.report_pipe import ReportPipe
 from pilotq.workers.launcher.spawn import LaunchContext, Refusal, Spawner
 from pilotq.workers.process_tree import ProcessTracker
 from pilotq.workers.protocol import NO_OUTPUT, Begun, Call, Exited, Interrupt, Ready, Refused, Returned, Signal
+from pilotq.workers.shortage import is_shortage
 
 CALLS_MAX = 16  # that an interpreter has at most, with the one that runs
 IDLE_S = 60.0  # an interpreter that has no call for so long ends
@@ -31,6 +34,12 @@ CALLBACK_S = 25.0  # a stopped job's callback is not killed before; see STOPPED_
 POLL_S = 0.02  # how often processes that an interpreter without a call has left are killed, until none lives
 LOAD_S = 5.0  # a call of an interpreter that is not ready after this is reported as started all the same
 _encode = msgspec.msgpack.Encoder().encode
+
+
+class Complete(Protocol):
+    """No process of a call is left: its chain goes on. See `Launcher`."""
+
+    def __call__(self, key: int, chain: Chain, *, held_back: bool = False) -> None: ...
 
 
 class InterpreterPool:
@@ -42,7 +51,7 @@ class InterpreterPool:
 
     def __init__(
         self, options: LauncherOptions, spawner: Spawner, capture: Capture, tracker: ProcessTracker,
-        reports: ReportPipe, poll: select.epoll, complete: Callable[[int, Chain], None],
+        reports: ReportPipe, poll: select.epoll, complete: Complete,
         set_startable: Callable[[Chain], None],
     ) -> None:  # fmt: skip
         self._options = options
@@ -71,10 +80,10 @@ class InterpreterPool:
         if interpreter is None:
             call, context = chain[0]
             assert isinstance(call, Call)
-            interpreter = self._acquire(call, context)
-            if interpreter is None:
-                chain.popleft()
-                self._complete(call.key, chain)
+            try:
+                interpreter = self._acquire(call, context)
+            except (Refusal, OSError) as error:
+                self._refuse(call, chain, error)
                 return True
         room = min(CALLS_MAX, self._options.calls - interpreter.calls_done) - len(interpreter.calls)
         batch: list[Call] = []
@@ -122,29 +131,32 @@ class InterpreterPool:
         running.started = time.time()
         self.unannounced[running.key] = running
 
-    def _acquire(self, call: Call, context: LaunchContext | None) -> InterpreterProcess | None:
-        """The idle interpreter of this slot, else one that is started; None when the call was refused."""
+    def _acquire(self, call: Call, context: LaunchContext | None) -> InterpreterProcess:
+        """The idle interpreter of this slot, else one that is started; raises Refusal or OSError."""
         found = self._idle.pop(call.slot, None)
         if found is not None and found.context_key == (call.base, call.slot) and found.calls_done < self._options.calls:
             return found
         if found is not None:
             self._retire(found)
-        try:
-            if context is None:
-                raise Refusal("launch", f"Base {call.base!r} or slot {call.slot!r} was not sent.")
-            began = time.monotonic()
-            interpreter = InterpreterProcess(-next(self._numbers), call, context, self._spawner, self._options)
-        except (Refusal, OSError) as error:
-            reason = error.reason if isinstance(error, Refusal) else "launch"
-            self._reports.report(Refused(call.key, reason, f"Its Python interpreter could not be started: {error}"))
-            self._reports.request_wake()
-            return None
+        if context is None:
+            raise Refusal("launch", f"Base {call.base!r} or slot {call.slot!r} was not sent or cannot be used.")
+        began = time.monotonic()
+        interpreter = InterpreterProcess(-next(self._numbers), call, context, self._spawner, self._options)
         self._tracker.add(interpreter.number, interpreter.pid, {}, began)  # no marks: each call has its own
         self.living[interpreter.number] = interpreter
         self._by_fd[interpreter.sock.fileno()] = interpreter
         self._loading[interpreter.number] = interpreter
         self._poll.register(interpreter.sock.fileno(), select.EPOLLIN)
         return interpreter
+
+    def _refuse(self, call: Call, chain: Chain, error: Exception) -> None:
+        """The first call of a chain has no interpreter."""
+        chain.popleft()
+        reason, passing = error.reason if isinstance(error, Refusal) else "launch", is_shortage(error)
+        text = printable(f"Its Python interpreter could not be started: {error}")
+        self._reports.report(Refused(call.key, reason, text, passing))
+        self._reports.request_wake()
+        self._complete(call.key, chain, held_back=passing)
 
     def _retire(self, interpreter: InterpreterProcess) -> None:
         """It has no call and gets none: it ends when it sees that its socket is closed."""

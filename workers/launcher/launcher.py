@@ -50,6 +50,7 @@ from pilotq.workers.protocol import (
     ToLauncher,
 )
 from pilotq.workers.script_files import ScriptFiles
+from pilotq.workers.shortage import is_shortage
 
 POLL_S = 0.02  # how often ended launches with living processes are checked; the end of a child of ours wakes us sooner
 ANNOUNCE_S = 0.02  # a process that has ended by then, and left nothing, gets no Started: its Exited says enough
@@ -188,8 +189,9 @@ class Launcher:
         try:
             spawned = self._spawner.spawn(launch, context)
         except Refusal as refusal:
-            self._reports.report(Refused(key, refusal.reason, printable(str(refusal))))
-            self._complete(key, chain)
+            passing = is_shortage(refusal)
+            self._reports.report(Refused(key, refusal.reason, printable(str(refusal)), passing))
+            self._complete(key, chain, held_back=passing)
             self._reports.request_wake()
             return
         failpoints.hit("spawned")
@@ -198,9 +200,13 @@ class Launcher:
         self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain, spawned.script)
         failpoints.hit("tracked")
 
-    def _complete(self, key: int, chain: Chain) -> None:
-        """No process of a launch is left: its chain goes on."""
+    def _complete(self, key: int, chain: Chain, *, held_back: bool = False) -> None:
+        """No process of a launch is left: its chain goes on, unless the launch was ``held_back`` to be tried again."""
         del self._chains[key]
+        while held_back and chain:
+            launch, _ = chain.pop()
+            del self._chains[launch.key]
+            self._reports.report(Retracted(launch.key))
         if chain:
             self._startable.append(chain)
             self._reports.defer_wake()

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from signal import SIGKILL, SIGTERM
 
@@ -22,7 +23,20 @@ from pilotq.broker.store.messages import RemoteEnded, StartRemote, StopRemote, S
 from pilotq.workers import process_tree
 from pilotq.workers.execution.launch_builder import LaunchBuilder, refusal
 from pilotq.workers.execution.launcher_pool import LauncherPool
-from pilotq.workers.protocol import Captured, Exited, FromLauncher, GroupSwept, Refused, Signal, Started, tail
+from pilotq.workers.protocol import (
+    Captured,
+    Exited,
+    FromLauncher,
+    GroupSwept,
+    Launch,
+    LaunchBase,
+    LaunchSlot,
+    Refused,
+    Signal,
+    Started,
+    tail,
+)
+from pilotq.workers.shortage import RETRY_S
 
 # Of remote processes, for their launchers: they never meet the keys of this node's own executions.
 FIRST_KEY = 1 << 48
@@ -36,8 +50,8 @@ class _RemoteProcess:
     """One process of another node's execution. ``key`` names it for its launcher."""
 
     __slots__ = (
-        "allocation", "execution", "exited", "id", "key", "kill_at", "launcher", "number", "output_paths", "primary",
-        "reported",
+        "allocation", "began", "execution", "exited", "id", "key", "kill_at", "launch_at", "launcher", "number",
+        "output_paths", "prepared", "primary", "reported",
     )  # fmt: skip
 
     def __init__(self, key: int, request: StartRemote) -> None:
@@ -52,6 +66,9 @@ class _RemoteProcess:
         self.output_paths = (b"", b"")  # where its outputs can be read while something of it lives
         self.kill_at: float | None = None  # monotonic: it has got SIGTERM
         self.reported = False  # its primary node knows of its end
+        self.prepared: tuple[LaunchBase, LaunchSlot, Launch] | None = None  # what its launcher gets
+        self.began = time.monotonic()
+        self.launch_at: float | None = None  # monotonic: a shortage prevented its launch, which is tried again then
 
 
 class _PendingSweep:
@@ -115,15 +132,20 @@ class RemoteProcesses:
                 self._scratch = private_folder(self._scratch)
                 launch.env[b"OMPI_MCA_orte_tmpdir_base"] = os.fsencode(self._scratch)
                 launch.env[b"OMPI_MCA_btl_vader_backing_directory"] = os.fsencode(self._scratch)
-            launcher = self._launchers.serving(-1)
-            launcher.launch(base, place, launch)
+            process.prepared = base, place, launch
+            self._launch(process)
         except Exception as error:  # noqa: BLE001  # the boundary of one process of another node's task
             lost = isinstance(error, (ServerUnavailable, StateLost, Superseded))
             text = f"{refusal(error)}\n".encode("utf-8", "backslashreplace")
             self._report(process, RemoteEnded(request.number, NOT_STARTED, b"", text, lost=lost))
             return
-        process.launcher = launcher.number
         self._processes[process.key] = process
+
+    def _launch(self, process: _RemoteProcess) -> None:
+        assert process.prepared is not None
+        launcher = self._launchers.serving(-1)
+        launcher.launch(*process.prepared)
+        process.launcher, process.launch_at = launcher.number, None
 
     def stop(self, message: StopRemote, now: float) -> None:
         for process in self._processes.values():
@@ -150,7 +172,10 @@ class RemoteProcesses:
         process = self._processes.get(record.key)
         if process is None:
             return record.key > FIRST_KEY  # its launcher was given up
-        if isinstance(record, Refused):
+        now = time.monotonic()
+        if isinstance(record, Refused) and record.passing and now - process.began < self._settings.shortage_s:
+            process.launch_at = now + RETRY_S
+        elif isinstance(record, Refused):
             del self._processes[record.key]
             self._report(process, RemoteEnded(process.number, NOT_STARTED, b"", f"{record.message}\n".encode()))
         elif isinstance(record, Started):
@@ -200,12 +225,19 @@ class RemoteProcesses:
 
     def next(self) -> float | None:
         moments = [p.kill_at for p in self._processes.values() if p.kill_at is not None]
+        moments += [p.launch_at for p in self._processes.values() if p.launch_at is not None]
         moments += [s.scan_at for s in self._sweeps.values()]
         return min(moments, default=None)
 
     def tick(self, now: float) -> None:
-        for process in self._processes.values():
-            if process.kill_at is not None and now >= process.kill_at:
+        for process in list(self._processes.values()):
+            if process.launch_at is not None and process.kill_at is not None:
+                del self._processes[process.key]  # it is to end before it could begin
+                text = b"It was ended before it could be started.\n"
+                self._report(process, RemoteEnded(process.number, NOT_STARTED, b"", text))
+            elif process.launch_at is not None and now >= process.launch_at:
+                self._launch(process)
+            elif process.kill_at is not None and now >= process.kill_at:
                 process.kill_at = now + 1.0  # a process that was forking while it was killed is found by the next one
                 self._signal(process, SIGKILL)
         for key, sweep in list(self._sweeps.items()):
