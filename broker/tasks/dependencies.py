@@ -21,8 +21,8 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.broker.tasks.model import Task
 
 # The form of ids. Whether there is such a task is found out at submit.
-ID = re.compile(r"[0-9a-v]{1,13}(?:_[0-9]{1,15})?|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|=[A-Za-z0-9_-]{1,200}")
-_ELEMENT = re.compile(r"(.+):([0-9]{1,15})", re.DOTALL)
+ID = re.compile(r"[0-9a-v]{1,13}(?:_[0-9]{1,16})?|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|=[A-Za-z0-9_-]{1,200}")
+_ELEMENT = re.compile(r"(.+):([0-9]{1,16})", re.DOTALL)
 
 
 class Element(NamedTuple):

@@ -15,7 +15,16 @@ from typing import Any
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.os_strings import encode, unusable
 from pilotq.broker.tasks.functions import Packed
-from pilotq.broker.tasks.model import ARRAY_LIMIT, COUNTER, MODELS, PRIORITY_LIMIT, ArrayRange, Request, Task
+from pilotq.broker.tasks.model import (
+    ARRAY_LIMIT,
+    COUNTER,
+    INDEX_LIMIT,
+    MODELS,
+    PRIORITY_LIMIT,
+    ArrayRange,
+    Request,
+    Task,
+)
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import ARGUMENT_BYTES, problem_of
 from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_to_value
@@ -173,6 +182,8 @@ def _problems(task: Task) -> Iterator[str]:
         yield "give array or values, not both"
     if task.array is not None and (task.array.step < 1 or task.array.start < 0 or task.array.stop < task.array.start):
         yield f"array {task.array.start}-{task.array.stop}:{task.array.step} has no elements"
+    elif task.array is not None and max(task.array.stop, task.array.step) > INDEX_LIMIT:
+        yield f"array {task.array.start}-{task.array.stop}:{task.array.step}: an index may be at most {INDEX_LIMIT:,}"
     if task.values is not None and not task.values:
         yield "values is empty"
     if task.values and task.function is None:

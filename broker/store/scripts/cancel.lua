@@ -46,8 +46,8 @@ local function cancel_element(id)
     'pq_class') or {}
   if not v[1] then return 'unknown' end
   local start, step, count = span_in(v[1])
-  local position = (index - start) / step
-  if position < 0 or position >= count or position % 1 ~= 0 then return 'unknown' end
+  local position = position_of(index, start, step, count)
+  if not position then return 'unknown' end
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
   if v[5] then return 'stopping' end

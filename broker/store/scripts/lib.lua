@@ -47,11 +47,21 @@ end
 local STATUSES = {queued = true, deferred = true, scheduled = true, rate_limited = true, ready_to_enqueue = true,
   started = true, finished = true, failed = true, stopped = true, canceled = true}
 
+local ENDED = {finished = true, failed = true, stopped = true, canceled = true}
+
 -- Start, step and count of an array; nil where the text is none.
 local function span_of(text)
   local start, step, count = string.match(text or '', '^(%d+):(%d+):(%d+)$')
   start, step, count = tonumber(start), tonumber(step), tonumber(count)
-  if count and count > 0 and start + step * count <= EXACT then return start, step, count end
+  if count and count > 0 and start + step * (count - 1) < EXACT then return start, step, count end
+end
+
+-- The position of an element by its index, as it stands in its id; nil of what is no element.
+local function position_of(index, start, step, count)
+  local number = tonumber(index or '')
+  if not number or number >= EXACT or string.format('%d', number) ~= index then return nil end
+  local position = (number - start) / step
+  if position >= 0 and position < count and position % 1 == 0 then return position end
 end
 
 local function span_in(text)
@@ -287,6 +297,24 @@ local function set_outcomes(array, first, last, outcome)
   end
 end
 
+local function array_keys(array) return {job_key(array), outcomes_key(array), values_key(array), elementwise_key(array)} end
+
+-- The record of an array that has ended goes after so many seconds.
+local function expire_array(array, ttl)
+  if not ENDED[redis.call('HGET', job_key(array), 'status')] then return end
+  for _, key in ipairs(array_keys(array)) do redis.call('EXPIRE', key, ttl) end
+end
+
+-- These elements of an array that may have ended are to be looked at for those who wait. Its record stays until then, however
+-- long that takes.
+local function look_at(array, first, last)
+  redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, last))
+  local ttl = redis.call('TTL', job_key(array))
+  if ttl < 0 then return end
+  for _, key in ipairs(array_keys(array)) do redis.call('PERSIST', key) end
+  redis.call('RPUSH', 'pilotq:release', string.format('x:%s:%d', array, ttl))
+end
+
 -- Elements of an array have ended: `number` of them, `bad` of these not finished. Ends the array with its last one.
 -- An array whose record somebody deleted has nothing to count on: an HINCRBY would make a record again.
 local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed)
@@ -294,7 +322,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_unfinished', bad) end
   if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
-    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason')
+    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise')
   if f[10] then return end
   span_in(f[9])
   class_in(f[7])
@@ -313,8 +341,10 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   redis.call('ZREM', registry('wip', queue), array .. ':0')
   redis.call('ZREM', registry('deferred', queue), array)
   redis.call('ZADD', registry(status, queue), status == 'canceled' and now or now + ttl, array)
-  for _, key in ipairs({job_key(array), outcomes_key(array), values_key(array), elementwise_key(array)}) do
-    redis.call('EXPIRE', key, ttl)
+  if f[11] then -- behind the entries of its elements
+    redis.call('RPUSH', 'pilotq:release', string.format('x:%s:%d', array, ttl))
+  else
+    expire_array(array, ttl)
   end
   redis.call('DEL', elementwise_key(array) .. ':seen')
   redis.call('SREM', 'pilotq:parents', array)
@@ -436,9 +466,8 @@ end
 local function end_damaged_element(id, array, now, now_iso, ttl)
   local a = redis.call('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
   local start, step, count = span_of(a[1])
-  local index = tonumber(string.match(id, '_(%d+)$'))
-  local position = start and index and (index - start) / step
-  if not position or position % 1 ~= 0 or position < 0 or position >= count then return false end
+  local position = start and position_of(string.match(id, '_(%d+)$'), start, step, count)
+  if not position then return false end
   set_outcomes(array, position, position, 2)
   if a[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, position, position)) end
   array_ended(array, 1, 1, now, now_iso, ttl, ttl)
@@ -450,7 +479,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_sub', 'pq_class', 'origin', 'pq_name', 'pq_queued_at',
     'pq_has_dependents', 'pq_exec', 'pq_array_of', 'pq_array', 'pq_left')
   -- A stranger's key, a deleted record, one that has ended; a producer's job that took the id of a deleted task.
-  if v.err or v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped' or v[1] == 'canceled' then return end
+  if v.err or ENDED[v[1]] then return end
   if not v[3] and not (v[1] and v[2]) then return end
   local class, submission, array = pcall(class_in, v[3]) and v[3] or v[4] or '', v[2], v[9]
   if not submission or submission ~= '' and redis.call('EXISTS', submit_key(submission)) == 0 then submission = submission_of(id) end

@@ -19,8 +19,8 @@ local function read_parent(parent)
   end
   local start, step, count = span_of(redis.pcall('HMGET', job_key(array), 'pq_array')[1])
   if not start then return false end
-  local position = (index - start) / step
-  if position < 0 or position >= count or position % 1 ~= 0 then return false end
+  local position = position_of(index, start, step, count)
+  if not position then return false end
   elements[parent] = array
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
@@ -116,11 +116,8 @@ local function admit(work, staged, now, now_iso, ttl)
       -- One that was deleted since the commit: cancel_orphans.lua finds what waits for it.
       local status = status_of(parent, work.past)
       if status then redis.call('HSET', job_key(parent), 'pq_elementwise', '1') end
-      if status == 'finished' or status == 'failed' or status == 'canceled' then redis.call('EXPIRE', elementwise_key(parent), ttl) end
       -- Elements of the parent that ended before this commit woke nobody for us: look at all of them once.
-      if redis.call('EXISTS', outcomes_key(parent)) == 1 then
-        redis.call('RPUSH', 'pilotq:release', string.format('e:%s:0:%d', parent, item[4] - 1))
-      end
+      if redis.call('EXISTS', outcomes_key(parent)) == 1 then look_at(parent, 0, item[4] - 1) end
     end
   end
 

@@ -7,7 +7,8 @@
 --   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:elementwise:<array> wait for each of them, and
 --      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once;
 --   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends;
---   's:<first number>' a large submission was accepted: the pieces of it that are left become tasks.
+--   's:<first number>' a large submission was accepted: the pieces of it that are left become tasks;
+--   'x:<array>:<ttl>' the array has ended, and what stood before this was handled: its record is kept so many seconds more.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s).
 -- Returns {number handled, entries left}.
 if not queue_id_ok() then return queue_id_error() end
@@ -39,8 +40,11 @@ local function release_rq_job(id, class)
   end
 end
 
-local function release(id, kind)
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures', 'pq_open_parents')
+-- An entry names the wait that it is for: who was canceled and requeued meanwhile waits anew, and counts that parent no more.
+local function release(id, wait, kind)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures', 'pq_open_parents',
+    'pq_wait')
+  if (v[6] or '') ~= wait then return end
   if v[2] and not STATUSES[v[1]] then damaged('status', v[1]) end
   if v[1] ~= 'deferred' then return end
   class_in(v[2])
@@ -53,8 +57,14 @@ local function release(id, kind)
 end
 
 local function release_dependents_of(parent, kind)
+  -- One that did not finish may run again meanwhile: its next end counts.
+  local status = kind ~= 'k' and redis.pcall('HMGET', job_key(parent), 'status')[1]
+  if status and STATUSES[status] and not ENDED[status] then return 0, false end
   local dependents = redis.call('LPOP', dependents_key(parent), limit) or {}
-  for _, id in ipairs(dependents) do guarded(moment, id, release, id, kind) end
+  for _, entry in ipairs(dependents) do
+    local id, wait = string.match(entry, '^(.*)#([0-9a-v]+)$')
+    guarded(moment, id or entry, release, id or entry, wait or '', kind)
+  end
   return #dependents, redis.call('EXISTS', dependents_key(parent)) == 1
 end
 
@@ -125,7 +135,7 @@ local function walk(kind, array, position, last, budget)
   if not v[1] then return 0 end -- somebody deleted it
   if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
   local span = {span_in(v[1])}
-  span.ended = v[4] == 'finished' or v[4] == 'failed' or v[4] == 'canceled'
+  span.ended = ENDED[v[4]]
   local children = kind == 'e' and redis.call('LRANGE', elementwise_key(array), 0, -1)
   local handled = 0
   while position <= last and handled < budget do
@@ -157,6 +167,9 @@ while handled < limit do
   elseif kind == 's' then
     if admit_piece(rest, now, now_iso, ttl) then redis.call('LPUSH', 'pilotq:release', entry) end
     handled = handled + PIECE_WORTH
+  elseif kind == 'x' then
+    local array, seconds = string.match(rest, '^(.*):(%d+)$')
+    guarded(nil, array, expire_array, array, tonumber(seconds))
   else
     local array, first, last = string.match(rest or '', '^(.-):(%d+):(%d+)$')
     local done, number = guarded(moment, array, walk, kind, array, tonumber(first), tonumber(last), limit - handled)

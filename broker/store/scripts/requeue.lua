@@ -47,9 +47,11 @@ local function status_of(parent)
   local status = redis.pcall('HGET', job_key(parent), 'status')
   if type(status) ~= 'string' then status = nil end
   local array, index = string.match(parent, '^(.-)_(%d+)$')
-  local start, step = span_of(array and redis.pcall('HMGET', job_key(array), 'pq_array')[1])
+  local start, step, count = span_of(array and redis.pcall('HMGET', job_key(array), 'pq_array')[1])
   if not start then return status or 'finished' end
-  local position = string.format('%d', (index - start) / step)
+  local position = position_of(index, start, step, count)
+  if not position then return status or 'finished' end
+  position = string.format('%d', position)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
   return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
 end
@@ -68,9 +70,11 @@ end
 local function wait_for(id, class, parents)
   redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue_of(class), 'pq_open_parents', #parents)
   redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
+  -- It may have been canceled while it waited: what stands of that in the lists of parents counts no more.
+  local wait = (tonumber(redis.call('HGET', job_key(id), 'pq_wait') or '') or 0) + 1
+  redis.call('HSET', job_key(id), 'pq_wait', string.format('%d', wait))
   for _, parent in ipairs(parents) do
-    redis.call('LREM', dependents_key(parent), 0, id) -- it may have been canceled while it waited: it counts once
-    redis.call('RPUSH', dependents_key(parent), id)
+    redis.call('RPUSH', dependents_key(parent), string.format('%s#%d', id, wait))
     track_parent(parent)
     local array = string.match(parent, '^(.-)_%d+$')
     redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
@@ -117,7 +121,7 @@ end
 -- Every element of an array (positions) whose parents' elements have ended is looked at by release_dependents.lua.
 local function look_again(id, parents, first, last)
   for parent in string.gmatch(parents, '%S+') do
-    redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', parent, first, last))
+    look_at(parent, first, last)
   end
 end
 
@@ -201,8 +205,8 @@ end
 local function requeue_element(id, array, index)
   local f = array and read_array(array)
   if not f then return 'unknown' end
-  local position = (index - f.start) / f.step
-  if position < 0 or position >= f.count or position % 1 ~= 0 then return 'unknown' end
+  local position = position_of(index, f.start, f.step, f.count)
+  if not position then return 'unknown' end
   local at = '#' .. string.format('%d', position)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', at)[1]
   if outcome == 1 then return 'finished' end

@@ -95,9 +95,12 @@ local function adopt(id, queue, class)
     forget_parents(id)
     return queue_up(id, class, redis.call('HGET', job_key(id), 'enqueue_at_front') == '1')
   end
+  -- The id may be that of a deleted job, which is in the lists of its parents still.
+  local wait = redis.call('HGET', job_key(id), 'pq_seq')
+  redis.call('HSET', job_key(id), 'pq_wait', wait)
   for _, parent in ipairs(open) do
     local array = redis.call('HGET', job_key(parent), 'pq_array_of')
-    redis.call('RPUSH', dependents_key(parent), id)
+    redis.call('RPUSH', dependents_key(parent), id .. '#' .. wait)
     redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
     track_parent(parent)
   end

@@ -21,6 +21,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"cwd": Path("/")}, "cwd must be a text, not PosixPath"),
     ({"stdout": 3}, "stdout must be a text, not int"),
     ({"array": range(3)}, r"array must be an ArrayRange\(start, stop\), both ends included, not range"),
+    ({"array": ArrayRange(2**53 - 1, 2**53)}, r"array .*: an index may be at most 9,007,199,254,740,991"),
+    ({"array": ArrayRange(0, 0, 2**53)}, "an index may be at most"),
     ({"array": ArrayRange("0", "3")}, "start must be a whole number, not str"),  # type: ignore[arg-type]
     ({"values": [1, 2]}, "values must be a list of texts, not list with int in it"),
     ({"request": {"cores": 2}}, "request must be a Request, .* not dict"),

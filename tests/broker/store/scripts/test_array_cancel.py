@@ -133,7 +133,8 @@ def test_cancel_of_a_retried_array_that_finished_in_parts(engine: Engine, count:
         if left:
             assert engine.cancel(a) == ["canceled"]
             assert engine.outcomes(a, count) == "".join("1" if pattern(n) else "3" for n in range(count))
-            assert engine.link.call("LRANGE", keys.RELEASE, 0, -1) == [f"e:{a}:0:{count - 1}".encode()]
+            entries = [f"e:{a}:0:{count - 1}".encode(), f"x:{a}:{engine.settings.failed_ttl_s}".encode()]
+            assert engine.link.call("LRANGE", keys.RELEASE, 0, -1) == entries
             assert engine.status(a) == "canceled" and engine.counts()["canceled"] == left
 
 

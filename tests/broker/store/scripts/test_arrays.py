@@ -10,6 +10,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal
 from pilotq.broker.store.messages import Run
+from pilotq.broker.store.requeue import requeue
 from pilotq.broker.tasks.model import ArrayRange
 from tests.support.engine import ONE, Engine, array, fixtures, ids, task
 
@@ -40,6 +41,21 @@ def test_slices_of_a_stepped_range(engine: Engine) -> None:
     assert engine.counts() == {"total": 5, "finished": 5}
     assert engine.final_entry(a)["elements"] == {"finished": "10-30:5"}
     assert engine.nothing_left()
+
+
+def test_the_largest_indices_are_exact(engine: Engine) -> None:
+    last = 2**53 - 1
+    a, kid = engine.submit(
+        task(array=ArrayRange(last - 4, last, 2), name="a"), task(name="kid", after=[f"a:{last - 2}"])
+    )  # fmt: skip
+    for index in (last - 5, last - 3, last - 1, last + 1, last + 2, f"0{last}", f"{last}.0", "1e15"):
+        assert engine.cancel(f"{a}_{index}") == ["unknown"]
+    handed = engine.claim(5)
+    assert [(h.id, h.index) for h in handed] == [(f"{a}_{n}", n) for n in (last - 4, last - 2, last)]
+    engine.complete(handed)
+    engine.release_dependents()
+    assert ids(engine.claim()) == [kid]
+    assert engine.final_entry(a)["elements"] == {"finished": f"{last - 4}-{last}:2"}
 
 
 def test_a_claim_goes_over_the_ends_of_arrays_and_plain_tasks(engine: Engine) -> None:
@@ -356,3 +372,27 @@ def test_the_journal_file_tells_of_elements(engine: Engine, tmp_path: object) ->
     assert (line.name, line.status, line.reason, line.final) == ("odd", "failed", "elements", True)
     assert line.elements == {"finished": "5-7:2", "failed": "9"}
     assert [e.status for e in Journal(path).find(f"{a}_9")] == ["failed"]
+
+
+@pytest.mark.parametrize("when", ["at the end", "at the commit", "at a retry"])
+def test_what_waits_for_elements_is_released_however_late(engine: Engine, when: str) -> None:
+    """The dispatcher was away for longer than the record of the array is kept."""
+    engine.reset(finished_ttl_s=100, failed_ttl_s=100)
+    (a,) = engine.submit(array(2))
+    if when == "at the end":
+        (b,) = engine.submit(array(2, after_each=[a]))
+        (c,) = engine.submit(task(after=[f"{a}_1"]))
+        engine.complete(engine.claim(2))
+    else:
+        engine.complete(engine.claim(2))
+        b, c = engine.submit(array(2, after_each=[a]), task())
+    if when == "at a retry":
+        engine.release_dependents()
+        engine.complete(engine.claim(5), "failed", "exit")
+        (c,) = engine.submit(task())
+        assert requeue(engine.store, [b]) == {b: "deferred"}
+    engine.store.run("trim", engine.store.term, "finished", "default", a)
+    assert engine.ttl(keys.job(a)) == -1
+    engine.release_dependents()
+    assert 0 < engine.ttl(keys.job(a)) <= 100 and 0 < engine.ttl(keys.outcomes(a)) <= 100
+    assert set(ids(engine.claim(5))) == {f"{b}_0", f"{b}_1", c}

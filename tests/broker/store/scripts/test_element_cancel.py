@@ -12,8 +12,8 @@ def test_a_canceled_element_is_passed_over(engine: Engine) -> None:
         array(5, name="a"), task(name="kid", after=["a:2"]), task(name="other", after=["a:3"])
     )  # fmt: skip
     handed = engine.claim(1)
-    assert engine.cancel(f"{a}_2", f"{a}_2", f"{a}_5", f"{a}_x", "v_0") == [
-        "canceled", "canceled", "unknown", "unknown", "unknown",
+    assert engine.cancel(f"{a}_2", f"{a}_2", f"{a}_5", f"{a}_x", f"{a}_00", "v_0") == [
+        "canceled", "canceled", "unknown", "unknown", "unknown", "unknown",
     ]  # fmt: skip
     engine.release_dependents()
     assert engine.status(kid) == "canceled" and engine.hash(kid)["pq_reason"] == "dependency"

@@ -95,6 +95,26 @@ def test_canceled_while_it_waited_it_waits_for_each_parent_once(engine: Engine) 
     assert engine.nothing_left()
 
 
+@pytest.mark.parametrize("retried", [False, True])
+def test_a_release_that_is_pending_does_not_count_for_a_later_wait(engine: Engine, retried: bool) -> None:
+    """Canceled and requeued before the end of its first parent was handled, it waits only for the second one."""
+    first, second, child = engine.submit(task(name="a"), task(name="b"), task(after=["a", "b"]))
+    runs = engine.claim(2)
+    engine.complete(runs[:1], "failed" if retried else "finished", "exit" if retried else "")
+    engine.cancel(child)
+    if retried:
+        assert again(engine, first, child) == {first: "queued", child: "deferred"}
+    else:
+        assert again(engine, child) == {child: "deferred"}
+    engine.release_dependents()
+    assert engine.status(child) == "deferred" and engine.hash(child)["pq_open_parents"] == ("2" if retried else "1")
+    engine.complete(runs[1:])
+    engine.release_dependents()
+    assert engine.status(child) == ("deferred" if retried else "queued")
+    engine.run_all()
+    assert engine.status(child) == "finished" and engine.nothing_left()
+
+
 def test_a_forgotten_class_is_known_again(engine: Engine) -> None:
     (a,) = engine.submit(wide(3))
     three = "default.p0.3c"
