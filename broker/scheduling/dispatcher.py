@@ -171,7 +171,8 @@ class Dispatcher:
         if self.reconciler.due(now):
             self._read_control()
             names = self.backlog.read_some()
-            for info in self.reconciler.turn(now, self._addresses(), names, walked=self.backlog.walked):
+            walked, idle = self.backlog.walked, self._is_idle()
+            for info in self.reconciler.turn(now, self._addresses(), names, walked=walked, idle=idle):
                 self._remove_node(info, "it was out of touch for too long")
             self.store.release_dependents(RELEASE_LIMIT)
             self.heads_current = False
@@ -363,6 +364,10 @@ class Dispatcher:
         self.paused = paused
         if paused:
             self._retract(time.monotonic())
+
+    def _is_idle(self) -> bool:
+        """Whether no node holds a task; not while one that was asked has not said what it holds."""
+        return not self.inventory.busy and all(name in self.inventory.nodes for name in self.known_nodes)
 
     def _addresses(self) -> dict[str, NodeInfo]:
         return {info.address: info for info in self.known_nodes.values()}

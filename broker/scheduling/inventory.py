@@ -122,6 +122,11 @@ class Inventory:
             self.cluster.release(share for share in slot.shares if share.node not in kept and share.node in self.nodes)
             slot.shares = tuple(share for share in slot.shares if share.node in kept)
 
+    @property
+    def busy(self) -> int:
+        """How many slots are in use, and tasks prefetched."""
+        return len(self.slots) + sum(tasks.count for node in self.nodes.values() for tasks in node.prefetched.values())
+
     def never_fits(self, request: Request) -> str | None:
         """Why these nodes can never hold this request; None while they could, or while no node is known."""
         if not self.nodes or self.cluster.is_possible(request):

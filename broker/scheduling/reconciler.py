@@ -49,15 +49,21 @@ class Reconciler:
     def due(self, now: float) -> bool:
         return now >= self.next_turn
 
-    def turn(self, now: float, nodes: dict[str, NodeInfo], classes: Sequence[str], *, walked: bool) -> list[NodeInfo]:
-        """One round; returns the nodes that are lost. ``classes``: some of all, in turn; ``walked``: the last."""
+    def turn(
+        self, now: float, nodes: dict[str, NodeInfo], classes: Sequence[str], *, walked: bool, idle: bool
+    ) -> list[NodeInfo]:
+        """One round; returns the nodes that are lost.
+
+        ``classes``: some of all, in turn; ``walked``: the last. ``idle``: no node holds a task.
+        """
         self.next_turn = now + self.store.settings.reconcile_s
         queues = self._queues()
         self._adopt_canceled(queues, classes)
         for queue in queues:
             self._check_running(queue, nodes)
         self.repair.turn(queues, now)
-        if self.store.run("count_vanished", self.store.term, self.store.settings.failed_ttl_s, *queues):
+        # RQ's delete of what runs takes it out of the registry, too: it looks as if nothing ran, and its end is still to come.
+        if idle and self.store.run("count_vanished", self.store.term, self.store.settings.failed_ttl_s, *queues):
             log("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s

@@ -35,8 +35,7 @@ class StatusPublisher:
 
     def publish_busy(self, inventory: Inventory) -> None:
         """The number of slots and prefetched tasks, for those who wait until nothing runs."""
-        prefetched = sum(tasks.count for node in inventory.nodes.values() for tasks in node.prefetched.values())
-        busy = len(inventory.slots) + prefetched
+        busy = inventory.busy
         if busy != self._busy:
             self._store.write("HSET", keys.STATUS, "busy", busy)
             self._busy = busy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import redis
 from rq import Queue
@@ -196,7 +197,28 @@ def test_canceled_tasks_are_not_read_again_each_second(engine: Engine, monkeypat
         if canceled:  # as RQ does it, by a clock that differs
             engine.link.call("HSET", keys.job(canceled), "status", "canceled")
             engine.link.call("ZADD", registry, int(clock) - 3, canceled)
-        reconciler.turn(clock, {}, [], walked=True)
+        reconciler.turn(clock, {}, [], walked=True, idle=True)
     assert engine.counts() == {"total": 3, "canceled": 3}
     since, met = reconciler.canceled["default"]
     assert since == now + 60 - CLOCKS_S and not met
+
+
+def test_what_runs_and_was_deleted_by_rq_counts_once(engine: Engine, node: Make, client: redis.Redis) -> None:
+    """RQ's delete takes it out of the registry of what runs: it looks as if nothing ran, until the node says more."""
+    engine.reset(reconcile_s=0.02)
+    runner = node()
+    (victim,) = engine.submit(task())
+    with RunningDispatcher(engine) as running:
+        pump([runner], lambda: runner.running)
+        Job.fetch(victim, connection=client).delete()
+        engine.link.call("ZREM", keys.registry("wip", "default"), f"{victim}:1")
+        reconciler, turns = running.dispatcher.reconciler, set[float]()
+        pump([runner], lambda: turns.add(reconciler.next_turn) or len(turns) > 3)
+        assert engine.counts() == {"total": 1}
+        beat = msgspec.msgpack.encode([(victim, 1, time.time(), ONE)])
+        assert engine.store.run("heartbeat", "n1", runner.info.incarnation, 480, beat, "state", "busy") == 1
+        runner.finish(victim)
+        pump([runner], lambda: engine.counts() == {"total": 1, "canceled": 1})
+        turns.clear()
+        pump([runner], lambda: turns.add(reconciler.next_turn) or len(turns) > 3)
+    assert engine.counts() == {"total": 1, "canceled": 1} and engine.registry("wip") == []

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import pytest
 
+from pilotq.broker.scheduling.availability import Availability
+from pilotq.broker.scheduling.inventory import Inventory
 from pilotq.broker.scheduling.quarantine import Decision, Quarantine
 from pilotq.broker.scheduling.slot import Slot
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
-from pilotq.broker.store.messages import FAILED, HEALTHY, SUSPECT, UNKNOWN, EndReport, ExecutionEnd, Run
+from pilotq.broker.store.messages import FAILED, HEALTHY, SUSPECT, UNKNOWN, EndReport, ExecutionEnd, Run, StateReport
 from pilotq.broker.store.requeue import requeue
-from pilotq.broker.store.resources import NodeShare
+from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
 from tests.support.engine import Engine, array, fixtures, ids, task
@@ -355,3 +357,30 @@ def test_elements_are_excused_as_well_and_a_late_report_changes_nothing(engine: 
     assert engine.complete(second, node="n2:2") == ["ok"] * 3
     assert engine.complete(first, "suspect", "exit") == ["ok", "ok"], "it was counted: nothing is overwritten"
     assert engine.outcomes(a, 3) == "111" and engine.counts() == {"total": 3, "finished": 3} and engine.nothing_left()
+
+
+# -- the dispatcher: which nodes it asks before it judges ------------------------------------------------------------
+
+
+def test_a_new_dispatcher_judges_when_all_registered_nodes_have_reported(engine: Engine) -> None:
+    """They report one after the other: the first one is not the only one, so that its failures are the tasks' own."""
+    inventory = Inventory(engine.settings)
+    availability = Availability(engine.store, inventory)
+    availability.read()
+    infos = [NodeInfo(name, 1, "here", 1, [0, 1]) for name in ("n1", "n2", "n3")]
+    names = {info.name for info in infos}
+
+    def report(info: NodeInfo) -> None:
+        inventory.add_node(info, StateReport(info.name, 1, 1, [], {}), 0.0)
+
+    report(infos[0])
+    for slot in (1, 2):
+        availability.record_end("n1", ExecutionEnd(slot, "default.p0.1c", 0.1, False, SUSPECT, why="it failed"), 1.0)
+    late = 1.0 + 3 * engine.settings.quick_failure_s
+    assert availability.update(names, late) == [] and availability.suspected == 1
+    report(infos[1])
+    assert availability.update(names, late) == [] and availability.suspected == 1
+    assert engine.link.call("HGETALL", keys.QUARANTINE) == []
+    report(infos[2])
+    availability.update(names, late)
+    assert engine.link.call("HKEYS", keys.QUARANTINE) == [b"n1"]

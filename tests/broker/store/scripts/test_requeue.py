@@ -98,7 +98,7 @@ def test_canceled_while_it_waited_it_waits_for_each_parent_once(engine: Engine) 
 @pytest.mark.parametrize("retried", [False, True])
 def test_a_release_that_is_pending_does_not_count_for_a_later_wait(engine: Engine, retried: bool) -> None:
     """Canceled and requeued before the end of its first parent was handled, it waits only for the second one."""
-    first, second, child = engine.submit(task(name="a"), task(name="b"), task(after=["a", "b"]))
+    first, _, child = engine.submit(task(name="a"), task(name="b"), task(after=["a", "b"]))
     runs = engine.claim(2)
     engine.complete(runs[:1], "failed" if retried else "finished", "exit" if retried else "")
     engine.cancel(child)
