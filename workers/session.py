@@ -51,6 +51,13 @@ LAST_TRY_S = 0.1  # an attempt to connect takes no less
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 
 
+ROWS = 7  # the place of the reports among the arguments of complete.lua, behind the queue id; then two for each
+
+
+def _not_kept(_: str) -> str:
+    raise OSError("this worker has no file for it")
+
+
 class _Call(NamedTuple):
     script: str  # "" for a plain command
     args: tuple[Argument, ...]
@@ -90,6 +97,7 @@ class Session:
         self._sent: deque[_Call] = deque()
         self._verdicts: list[tuple[str, int, str]] = []
         self._undelivered: list[tuple[str, ToWorker]] = []
+        self.keep_result: Callable[[str], str] = _not_kept  # of SpilledResults: in a file, for the server has no room
         self._down = False
         self._retry_at = 0.0
         self._asked_at = 0.0  # monotonic: when the inbox was asked for
@@ -257,7 +265,10 @@ class Session:
                 self._script_failed(call, reply)
             elif call.script == "complete":
                 for (task_id, execution), verdict in zip(call.reports, reply, strict=True):
-                    self._verdicts.append((task_id, execution, verdict.decode()))
+                    if verdict != b"full":
+                        self._verdicts.append((task_id, execution, verdict.decode()))
+                if b"full" in reply:
+                    self._post_spilled(call, [place for place, verdict in enumerate(reply) if verdict == b"full"])
             elif call.script == "send" and reply == 0 and call.message is not None:
                 self._undelivered.append((f"{call.args[0]!s}:{call.args[1]!s}", call.message))
             elif call.script == "heartbeat" and reply == 0:
@@ -309,6 +320,27 @@ class Session:
 
         ids = tuple((r.id, r.execution) for r in reports)
         self._post(_Call("complete", tuple(args), ids, apart if reports and (ends or len(reports) > 1) else None))
+
+    def _post_spilled(self, call: _Call, places: list[int]) -> None:
+        """Report some ends of a call again, with their results in a file: the server has no room for them."""
+        info = self._registered()
+        packed = call.args[ROWS]
+        assert isinstance(packed, bytes)
+        rows = msgspec.msgpack.decode(packed)
+        again: list[Argument] = []
+        for place in places:
+            entry, text = call.args[ROWS + 1 + 2 * place : ROWS + 3 + 2 * place]
+            assert isinstance(text, str)
+            try:
+                text = self.keep_result(text)
+            except OSError as error:
+                log(f"the result of task {rows[place][0]} is lost: the server's memory is full, and {error}")
+                rows[place][2:4], text = ("failed", "result"), ""
+            again += (entry, text)
+        self._call_number += 1
+        message = pack(NodeReport(info.name, info.incarnation, []))  # what became of the slots was told
+        head = (call.args[0], self._call_number, message, *call.args[3:ROWS], pack([rows[place] for place in places]))
+        self._post(_Call("complete", (*head, *again), tuple(call.reports[place] for place in places)))
 
     def verdicts(self) -> list[tuple[str, int, str]]:
         """(id, execution, verdict) of ends the server has answered since the last call.

@@ -31,6 +31,7 @@ from pilotq.workers.execution.launcher_pool import LauncherPool, LaunchersFailed
 from pilotq.workers.execution.node import Node
 from pilotq.workers.multinode.node import MultinodeHooks
 from pilotq.workers.session import Session, iso
+from pilotq.workers.spilled_results import SpilledResults
 
 CUT_OFF_S = 1.0  # beyond the grace, for tasks to be swept when nobody is left to report to
 SHOWN_AFTER_S = 1.0  # RQ's record of an execution costs three keys: short ones have none
@@ -54,6 +55,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
     directory = os.path.abspath(directory)
     output = os.path.join(directory, "output")
     os.makedirs(output, mode=0o700, exist_ok=True)
+    session.keep_result = SpilledResults(output, info.name).keep
     become_subreaper()
     signals = _Signals()
     launchers = LauncherPool(output, info.name, info.cores, settings)

@@ -13,8 +13,8 @@
 -- (failed at once, like others before it on its node: requeued for another node to try, within EXCUSE_LIMIT), retried (a
 -- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...", with ":front" behind it if it is to
 -- go first).
--- Returns for each report 'ok', 'retry' (counted, and queued again) or 'stale' (a newer execution stands, or the record
--- is gone).
+-- Returns for each report 'ok', 'retry' (counted, and queued again), 'stale' (a newer execution stands, or the record is
+-- gone) or 'full' (nothing was done: there is no room for its result, which is to be kept in a file).
 if not queue_id_ok() then return queue_id_error() end
 local node, call, message, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
@@ -223,9 +223,9 @@ local function vanished(r, id, execution, line)
   return 'stale'
 end
 
--- Ends go through though the memory is full, for they make room. Values do not: of our functions they are small, and large
--- ones are in files; a producer's job can return any. What has no room has failed, as RQ's own worker fails to store it.
-local LARGE = 16384
+-- Ends go through though the memory is full, for they make room; results do not. Of our functions the worker keeps them in a
+-- file then, and reports again. A producer's job has failed, as RQ's own worker fails to store its value.
+local SMALL, LARGE = 256, 16384
 local room
 
 local function has_room(size)
@@ -246,6 +246,13 @@ local function mend(id, v, execution, class)
   return STATUSES[v[1]] and v[1] or 'started', execution
 end
 
+-- A value, or the exception in the second line of a failure, that is in no file yet, and has no room.
+local function no_room(outcome, text)
+  if #text <= SMALL then return false end
+  local pickled = outcome == 'finished' and text or outcome == 'failed' and string.match(text, '\n(.*)$') or ''
+  return #pickled > SMALL and string.sub(pickled, 1, 5) ~= 'file:' and not has_room(#text)
+end
+
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
@@ -264,10 +271,13 @@ local function report(r, line, text)
   if v[1] == 'canceled' then again = redis.call('ZREM', registry('wip', f.queue), id .. ':' .. execution) == 0 end
   if again then return 'ok' end
   if v[1] ~= 'started' and v[1] ~= 'canceled' then return v[1] == 'queued' and 'retry' or 'stale' end
+  if v[1] == 'started' and f.submission ~= '' and no_room(r[3], text) then return 'full' end
+  if #text > LARGE and r[3] == 'finished' and f.submission == '' and no_room(r[3], text) then
+    r[3], r[4], text = 'failed', 'result', ''
+  end
   add(wip, f.queue, id .. ':' .. execution)
   last_ended = r[5]
   if v[5] then hide_execution(id, execution, v[5]) end
-  if #text > LARGE and r[3] == 'finished' and not has_room(#text) then r[3], r[4], text = 'failed', 'result', '' end
   local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)
   if not retried then final(r, f, id, status, reason, text, kind) end
   journal(line, packed_ending(status, reason, not retried))

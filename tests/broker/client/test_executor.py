@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from pilotq.broker.client import executor as executor_module
 from pilotq.broker.client.results import StoredValue
 from pilotq.broker.errors import FunctionFailed, InvalidInput, NoPilot, PilotFailed, UnknownTask
 from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Connection
 from pilotq.workers.protocol import INLINE_BYTES
 from tests.support import functions
 from tests.support.live_pilot import LivePilot, live_pilot
@@ -83,6 +86,31 @@ def test_results_leave_the_memory_of_the_server(executor: Executor, pilot: LiveP
     large = pilot.broker.enqueue(Task(function=os.urandom, args=(2_000_000,)))
     assert len(pilot.broker.result(large, timeout=WAIT_S)) == 2_000_000
     assert Job.fetch(large, connection=executor._broker.redis).return_value() is None  # RQ knows no files
+
+
+def test_what_has_no_room_in_the_server_is_kept_in_files(executor: Executor, pilot: LivePilot) -> None:
+    """Of calls that were accepted the results would pass the limit."""
+    address = pilot.pilot.connection().admin
+    assert address is not None
+    with closing(Connection(address)) as admin:
+        pilot.broker.pause(True)
+        calls = [Task(function=operator.mul, args=(bytes([n % 256]), 3_000)) for n in range(300)]
+        tasks = pilot.broker.enqueue_many(calls)
+        made = [executor.submit(operator.mul, [n], 1_500) for n in range(300)]
+        long = executor.submit(functions.throw_long, 3_000)
+        wait_until(lambda: long.task_id, what="submission")
+        limit = used_memory(executor) + 200_000
+        admin.call("CONFIG", "SET", "maxmemory", limit)
+        try:
+            pilot.broker.pause(False)
+            assert futures.wait([*made, long], timeout=WAIT_S).not_done == set()
+            pilot.broker.wait(tasks, timeout=WAIT_S)
+            assert used_memory(executor) < limit + 600_000  # beside ends; the results are 3,000,000 bytes
+        finally:
+            admin.call("CONFIG", "SET", "maxmemory", 0)
+    assert [future.result() for future in made] == [[n] * 1_500 for n in range(300)]
+    assert [pilot.broker.result(task) for task in tasks] == [bytes([n % 256] * 3_000) for n in range(300)]
+    assert isinstance(long.exception(), ValueError) and len(str(long.exception())) == 3_000
 
 
 def test_an_exception_has_a_bound(executor: Executor) -> None:

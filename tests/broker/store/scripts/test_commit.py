@@ -99,22 +99,40 @@ def test_an_oom_server_refuses_a_submit_and_takes_ends(engine: Engine) -> None:
     assert engine.counts() == {"total": 7, "finished": 4}
 
 
-def test_values_do_not_pass_the_limit_of_the_memory(engine: Engine) -> None:
+@pytest.mark.parametrize(("outcome", "text", "answer"), [
+    ("finished", "x" * 200, "ok"), ("finished", "x" * 5_000, "full"), ("finished", "file:0:5000:" + "x" * 999, "ok"),
+    ("failed", "t" * 5_000, "ok"), ("failed", "t" * 5_000 + "\n" + "x" * 5_000, "full"),
+    ("failed", "t" * 5_000 + "\nfile:0:5000:n1.7.pack", "ok"),
+])  # fmt: skip
+def test_results_do_not_pass_the_limit_of_the_memory(engine: Engine, outcome: str, text: str, answer: str) -> None:
+    """What is answered with `full` is as it was, and is reported again."""
     engine.register()
-    engine.submit(*[task()] * 4)
-    small, large, late, again = engine.claim(4)
+    engine.submit(task(), task())
+    first, second = engine.claim(2)
     engine.admin.call("CONFIG", "SET", "maxmemory", "1mb")
     try:
-        assert engine.complete([small], text="x" * 5_000) == ["ok"]
-        assert engine.complete([large], text="x" * 500_000) == ["ok"]
+        before = visible(engine)
+        assert engine.complete([first], outcome, text=text) == [answer]
+        if answer == "full":
+            assert {**visible(engine), keys.EVENTS: ""} == {**before, keys.EVENTS: ""}
     finally:
         engine.admin.call("CONFIG", "SET", "maxmemory", "100mb")
-    assert engine.complete([late], text="x" * 500_000) == ["ok"]
+    assert engine.complete([first, second], outcome, text=text) == ["ok", "ok"]
     engine.admin.call("CONFIG", "SET", "maxmemory", "0")
-    assert engine.complete([again], text="x" * 500_000) == ["ok"]
-    assert [engine.status(h.id) for h in (small, large, late, again)] == ["finished", "failed", "finished", "finished"]
-    assert engine.link.call("HGET", keys.job(large.id), "pq_reason") == b"result"
-    assert engine.link.call("XLEN", keys.results(large.id)) == 0 < engine.link.call("XLEN", keys.results(late.id))
+    assert engine.counts() == {"total": 2, outcome: 2}
+
+
+def test_a_canceled_task_needs_no_room_for_its_result(engine: Engine) -> None:
+    engine.register()
+    engine.submit(task())
+    (run,) = engine.claim(1)
+    engine.link.call("HSET", keys.job(run.id), "status", "canceled")  # as RQ's own cancel does
+    engine.admin.call("CONFIG", "SET", "maxmemory", "1mb")
+    try:
+        assert engine.complete([run], text="x" * 5_000) == ["ok"]
+    finally:
+        engine.admin.call("CONFIG", "SET", "maxmemory", "0")
+    assert engine.counts() == {"total": 1, "canceled": 1} and not engine.registry("wip")
 
 
 def test_an_executor_is_told_of_every_end(engine: Engine) -> None:
