@@ -148,18 +148,29 @@ class JournalWriter:
             place = _place(stream_id)
             try:
                 items = _items.decode(fields[1])
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except ValueError as error:
                 # The boundary to what scripts pack: one entry that cannot be read must not stop all others.
-                _log(f"journal: entry {stream_id} cannot be read and is left out: {error}")
+                self._leave_out(stream_id, fields[1], error)
                 items = []
             for number, (entry, ending) in enumerate(items):
                 if (place, number) > self._last:
-                    self._tail += _render(entry, ending, f"{stream_id}:{number}")
+                    try:
+                        self._tail += _render(entry, ending, f"{stream_id}:{number}")
+                    except (ValueError, LookupError) as error:  # what is in it cannot be
+                        self._leave_out(f"{stream_id}:{number}", fields[1], error)
                     self._last = (place, number)
             self._read_from = stream_id
         if not self._tail:
             # Nothing new: the last entry was read whole, and the writer before has put all of it on disk.
             self._trim = _after(self._last[0])
+
+    def _leave_out(self, at: str, data: bytes, error: Exception) -> None:
+        """Keep what cannot be read of the stream in a file beside the journal: its task has ended all the same."""
+        try:
+            where = keep_aside(self.path, [to_json({"at": at, "entry": data}) + b"\n"])
+        except OSError as failure:
+            where = f"nowhere ({failure.strerror})"
+        _log(f"journal: entry {at} cannot be read ({error}): it is left out, and kept in {where}")
 
     def _store(self, *, sync: bool) -> None:
         """Write the tail; fsync it too when ``sync``. On any failure all of it is written again the next time."""

@@ -154,6 +154,20 @@ def test_an_entry_that_cannot_be_read_stops_no_other(link: Connection, path: Pat
         assert w.drain(link, 0.0)
     assert ids(path) == ["a", "b"]
     assert f"entry {broken} cannot be read" in capfd.readouterr().err
+    (aside,) = path.parent.glob("journal.damaged-*")
+    assert msgspec.json.decode(aside.read_bytes())["at"] == broken
+
+
+def test_an_ending_that_cannot_be_is_left_out_and_the_others_of_its_entry_are_not(link: Connection, path: Path) -> None:
+    ending = {"outcomes": b"\x01", "array": "0:1"}  # without the number of elements
+    data = entry(item(JournalEntry("a")), item(JournalEntry("b"), **ending), item(JournalEntry("c")))
+    place = link.call("XADD", keys.JOURNAL, "*", "e", data).decode()
+    with writer(path) as w:
+        assert w.drain(link, 0.0)
+    assert ids(path) == ["a", "c"]
+    (aside,) = path.parent.glob("journal.damaged-*")
+    assert msgspec.json.decode(aside.read_bytes())["at"] == f"{place}:1"
+    assert link.call("XLEN", keys.JOURNAL) == 0
 
 
 # -- crashes ---------------------------------------------------------------------------------------------------------
