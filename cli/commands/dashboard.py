@@ -101,14 +101,30 @@ def _app(url: str, password: str) -> Any:
             or not hmac.compare_digest((given.password or "").encode(), password.encode())
         ):
             return Response("Log in.\n", 401, {"WWW-Authenticate": 'Basic realm="pilotq", charset="UTF-8"'})
-        # A browser sends the password with whatever another site makes it ask for. rq-dashboard requeues on GET, too.
-        changes = request.method == "POST" or request.path.startswith("/requeue/")
-        if changes and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            return Response("Not from another site.\n", 403)
+        # A browser sends the password with whatever another site makes it ask for. What takes a POST changes something,
+        # by GET, too: rq-dashboard requeues by either.
+        changes = request.method == "POST" or (request.url_rule is not None and "POST" in request.url_rule.methods)
+        if changes and not _same_origin(request.headers.get("Origin", ""), request.headers.get("Host", "")):
+            return Response(
+                "Only a page of this dashboard may change something: the request has no Origin header, or one that is "
+                "not the Host that it asks.\n", 403
+            )  # fmt: skip
         return None
 
+    def protect(response: Response) -> Response:
+        response.headers["X-Frame-Options"] = "DENY"  # in a frame of another site its buttons could be pressed unseen
+        return response
+
     app.before_request(admit)
+    app.after_request(protect)
     return app
+
+
+def _same_origin(origin: str, host: str) -> bool:
+    """Whether a request comes from a page of the host that it asks. A proxy in between may speak https to the browser,
+    so that the scheme is not compared."""
+    scheme, _, where = origin.partition("://")
+    return scheme.lower() in ("http", "https") and bool(where) and where.lower() == host.lower()
 
 
 def _job_of(base: Any) -> Any:

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,13 +59,37 @@ def test_another_site_cannot_press_its_buttons(cli: Cli, tmp_path: Path) -> None
     task = cli("enqueue", "--", "false").stdout.strip()
     assert cli("wait", task, "--timeout", "60s").returncode == 1
     with served(tmp_path, home(tmp_path)) as page:
-        for path, post in ((f"job/{task}/delete", True), ("requeue/default", False)):
-            assert page.ask(path, post=post, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+        host = page.url.removeprefix("http://").strip("/")
+        port = host.rpartition(":")[2]
+        foreign: list[dict[str, str]] = [
+            {}, {"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"},  # an old browser, http beyond loopback
+            *({"Origin": origin} for origin in (
+                "null", "http://evil.example", f"http://evil.example:{port}", "http://127.0.0.1", "http://127.0.0.1:1",
+                f"http://{host}.evil.example", f"http://{host}@evil.example", f"http://localhost:{port}",
+                f"http://{host}, http://evil.example", f"http://{host}/", host, f"file://{host}", "http://", "", "://",
+            )),
+        ]  # fmt: skip
+        buttons = [
+            (f"job/{task}/delete", "POST"), (f"job/{task}/requeue", "POST"), ("requeue/default", "POST"),
+            ("requeue/default", "GET"), ("requeue/default", "HEAD"), ("queue/default/failed/empty", "POST"),
+            ("queue/default/compact", "POST"), ("no/such/page", "POST"),
+        ]  # fmt: skip
+        answers = {
+            (path, method, str(headers)): page.ask(path, method=method, **headers)[0]
+            for path, method in buttons for headers in foreign
+        }  # fmt: skip
+        assert answers == dict.fromkeys(answers, 403)
+        assert page.ask("requeue/default", Origin=page.url.strip("/"), Host="other:1")[0] == 403
         # Looking is not refused. It is redirected first, which urllib follows only from Python 3.11 on.
-        assert page.ask("0/view/queues", **{"Sec-Fetch-Site": "cross-site"})[0] in (200, 308)
+        assert page.ask("0/view/queues", Origin="http://evil.example")[0] in (200, 308)
         assert [job["id"] for job in page.data("jobs/default/failed/8/asc/1")["jobs"]] == [task]
-        assert page.ask(f"job/{task}/delete", post=True, **{"Sec-Fetch-Site": "same-origin"})[0] == 200
+        assert page.ask(f"job/{task}/delete", method="POST", Origin=f"HTTP://{host}")[0] == 200
         assert page.data("jobs/default/failed/8/asc/1")["jobs"] == []
+        # A tunnel or a proxy has another name, and perhaps another scheme.
+        tunnel = {"Host": "login.example", "Origin": "https://login.example"}
+        assert page.ask("requeue/default", method="POST", **tunnel)[0] == 200
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page.request()) as answer:
+            assert answer.headers["X-Frame-Options"] == "DENY"
 
 
 @needs_dashboard

@@ -28,14 +28,20 @@ class Served(NamedTuple):
     password: str
     stderr: str  # what it printed to stderr
 
-    def ask(
-        self, path: str = "", *, post: bool = False, password: str | None = None, **headers: str
-    ) -> tuple[int, str]:
-        """Status and text of an answer; with the right password unless another is given ('' = none at all)."""
+    def request(
+        self, path: str = "", *, method: str = "GET", password: str | None = None, **headers: str
+    ) -> urllib.request.Request:
+        """A request with the right password unless another is given ('' = none at all)."""
         word = self.password if password is None else password
         if word:
             headers["Authorization"] = "Basic " + base64.b64encode(f"pilotq:{word}".encode()).decode()
-        request = urllib.request.Request(self.url + path, headers=headers, method="POST" if post else "GET")
+        return urllib.request.Request(self.url + path, headers=headers, method=method)
+
+    def ask(
+        self, path: str = "", *, method: str = "GET", password: str | None = None, **headers: str
+    ) -> tuple[int, str]:
+        """Status and text of the answer to such a `request`."""
+        request = self.request(path, method=method, password=password, **headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=60) as answer:
