@@ -23,6 +23,13 @@ WRAPPERS = frozenset({"env", "ionice", "nice", "nohup", "setsid", "stdbuf", "tas
 _SIGN = re.compile(r"\\.|\$\(\(|\(\(|\$\(|\(|\$\{|\$'|<<<|<<|\{value\}|[)}'\"`#\n]", re.DOTALL)
 _VALUE = re.compile(r"(?<!\$)\{value\}")
 _ANSI = re.compile(r"(?:[^'\\]|\\.)*", re.DOTALL)
+# What stands before text that another shell reads as code.
+_SHELL = re.compile(
+    rf"(?:(?:^|[\s;&|(`/])(?:{'|'.join(sorted(SHELLS))})(?:[ \t]+[-+]\S+)*?[ \t]+-\w*c|(?:^|[\s;&|(`])eval)[ \t]+$"
+)
+_DOUBLE = re.compile(r'((?:[^"\\`]|\\.)*)"', re.DOTALL)
+_ESCAPED = re.compile(r'\\(["\\`$])')
+_DOLLAR = "\ue000"  # one that is escaped
 _DELIMITER = re.compile(r"(-?)[ \t]*((?:'[^']*'|\"[^\"]*\"|\\.|[^\s'\"\\;&|<>()`])+)", re.DOTALL)
 
 
@@ -101,6 +108,8 @@ class _Reader:
             if sign == VALUE:
                 # The `$` of ${value} has been read with its bracket.
                 self.put(found.start(), found.end(), REFERENCE if self.quoted() else f'"{REFERENCE}"')
+            elif sign in ("'", '"') and not self.quoted() and self.read_inner(sign, found.start()):
+                continue
             elif sign in ('"', "`"):
                 self.toggle(sign)
             elif sign[0] == "$" and sign != "$'":
@@ -156,6 +165,28 @@ class _Reader:
 
     def begins_word(self, start: int) -> bool:
         return not (self.open and self.open[-1] == "}") and (start == 0 or self.code[start - 1] in " \t\n;&|()`")
+
+    def read_inner(self, quote: str, start: int) -> bool:
+        """Code of a shell within this one, such as ``sh -c '...'``: that shell, not this one, fills in the value."""
+        if not _SHELL.search(self.code, max(0, start - 200), start):
+            return False
+        if quote == "'":
+            code, found, _ = self.code[self.at :].partition("'")
+        else:
+            match = _DOUBLE.match(self.code, self.at)
+            code, found = (match[1], '"') if match and "$(" not in match[1] else ("", "")
+        if not found or VALUE not in code:
+            return False
+        end = self.at + len(code)
+        if quote == '"':
+            code = _ESCAPED.sub(lambda match: _DOLLAR if match[1] == "$" else match[1], code)
+            done = _Reader(code).read().replace(REFERENCE, _DOLLAR + REFERENCE[1:])
+            done = re.sub(r'(["\\`])', r"\\\1", done).replace(_DOLLAR, "\\$")
+        else:
+            done = _Reader(code).read()
+        self.put(self.at, end, done)
+        self.at = end + 1
+        return True
 
     def read_text(self, end: int, quote: str) -> None:
         """Single quotes, in which nothing is filled in: they are closed for the reference."""
