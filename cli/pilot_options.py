@@ -20,7 +20,13 @@ from pilotq.broker.pilot.server import DURABILITY
 from pilotq.broker.pilot.start import METHODS, LocalNode, Remote, StartedPilot, SupervisorOptions, start_pilot
 from pilotq.broker.processes import tail
 from pilotq.broker.settings import load
-from pilotq.broker.slurm.allocation import address_for, choose_nodes, job_id, read_allocation
+from pilotq.broker.slurm.allocation import (
+    address_for,
+    choose_nodes,
+    job_id,
+    read_allocation,
+    unused_components,
+)
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import parse_duration
@@ -122,6 +128,8 @@ def _on_this_machine(values: dict[str, Any], options: SupervisorOptions) -> None
 
 def _in_allocation(values: dict[str, Any], options: SupervisorOptions) -> None:
     allocation = read_allocation(os.environ)
+    if unused := unused_components(os.environ):
+        click.echo(f"pilotq: {unused}", err=True)
     if values["nodes"]:
         allocation = choose_nodes(allocation, values["nodes"])
     if values["min_nodes"] > len(allocation.nodes):

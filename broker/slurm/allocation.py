@@ -6,6 +6,7 @@ missing there is asked from `scontrol`, which may hang and so has a timeout of S
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput, PilotFailed
 
 SCONTROL_S = 10.0
+READ_LINES = ("StartTime=", "NodeList=")  # lines of a job's record; the end stands in the first of these
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -62,6 +64,20 @@ def read_allocation(env: Mapping[str, str]) -> Allocation:
     if len(counts) != len(nodes):
         counts = [0] * len(nodes)  # each worker finds out what it may use
     return Allocation(job, tuple(map(Grant, nodes, counts)))
+
+
+def unused_components(env: Mapping[str, str]) -> str:
+    """A sentence about the components of a heterogeneous job that a pilot leaves unused; empty for other jobs."""
+    size = env.get("SLURM_HET_SIZE", "")
+    if not size.isdigit() or int(size) < 2:
+        return ""
+    lists = (env.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in range(1, int(size)))
+    others = ", ".join(names for names in lists if names) or "those of the others"
+    return (
+        f"this is a heterogeneous job of {size} components: only the nodes of the first one are used, and not "
+        f"{others}; "
+        "`srun --het-group=1 --overlap --cpu-bind=none pilotq worker --dir DIR` adds those of the next"
+    )
 
 
 def expand_nodes(names: str) -> list[str]:
@@ -113,12 +129,36 @@ def show_job(job: str) -> dict[str, str]:
     """The fields of `scontrol show job`; empty when it cannot be run, or does not answer in time."""
     try:
         done = subprocess.run(
-            ["scontrol", "show", "job", job], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=SCONTROL_S, check=False,
+            ["scontrol", "show", "job", job], stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+            errors="replace", env=scontrol_environment(), timeout=SCONTROL_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done.returncode == 0 else {}
+    return job_record(done.stdout, job) if done.returncode == 0 else {}
+
+
+def scontrol_environment() -> dict[str, str]:
+    """The environment of `scontrol`: its user may have chosen another format of times, such as "relative"."""
+    return {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+
+
+def job_record(text: str, job: str) -> dict[str, str]:
+    """The fields of one job in what `scontrol show job` prints; empty when it is not there.
+
+    It prints all elements of an array, and all components of a heterogeneous job. The user's own words in it (name,
+    command, comment) may look like fields: the first one of a name counts, and each line that we read begins with its
+    own.
+    """
+    for record in re.split(r"\n\s*\n", text):
+        lines = [line.strip() for line in record.splitlines()]
+        first = next((line.partition(" ")[0] for line in lines if line.startswith("JobId=")), f"JobId={job}")
+        if first == f"JobId={job}":
+            found: dict[str, str] = {}
+            for line in lines:
+                if line.startswith(READ_LINES):
+                    found = dict(re.findall(r"(\w+)=(\S*)", line)) | found
+            return found
+    return {}
 
 
 def end_from_job(facts: Mapping[str, str]) -> float | None:

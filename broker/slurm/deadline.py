@@ -6,14 +6,20 @@ runs as a child process, and is killed when it does not answer.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from typing import IO
 
 from pilotq.broker.log import log
-from pilotq.broker.slurm.allocation import SCONTROL_S, end_from_env, end_from_job, job_id
+from pilotq.broker.slurm.allocation import (
+    SCONTROL_S,
+    end_from_env,
+    end_from_job,
+    job_id,
+    job_record,
+    scontrol_environment,
+)
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument
 
@@ -100,7 +106,8 @@ class Deadline:
         try:
             self._process = subprocess.Popen(
                 ["scontrol", "show", "job", self.job],
-                stdin=subprocess.DEVNULL, stdout=self._answer, stderr=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=self._answer, stderr=subprocess.DEVNULL, env=scontrol_environment(),
+                start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             self.close()
@@ -118,7 +125,7 @@ class Deadline:
             return
         self._failures = 0
         self._answered = True
-        end = end_from_job(dict(re.findall(r"(\w+)=(\S*)", text)))
+        end = end_from_job(job_record(text, self.job))
         if end is not None and end != self.end:
             moved = "ends" if self.end is None else "is moved: it ends"
             log(f"the allocation (job {self.job}) {moved} at {end:.0f} (unix seconds)")

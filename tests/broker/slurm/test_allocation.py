@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pilotq.broker.errors import InvalidInput, PilotFailed
@@ -12,7 +15,10 @@ from pilotq.broker.slurm.allocation import (
     end_from_job,
     expand_counts,
     expand_nodes,
+    job_record,
     read_allocation,
+    show_job,
+    unused_components,
 )
 
 STEP = {
@@ -86,6 +92,43 @@ def test_the_end_of_a_job() -> None:
     assert first is not None and second == first + 60
     assert end_from_env({"SLURM_JOB_END_TIME": "1795380292"}) == 1795380292.0
     assert end_from_env({"SLURM_JOB_END_TIME": "0"}) is None
+
+
+# As Slurm prints them: all elements of an array, all components of a heterogeneous job. The user names
+# job and command.
+RECORD = """\
+JobId={job} {more}JobName={name}
+   UserId=root(0) GroupId=root(0) MCS_label=N/A
+   StartTime=2026-11-22T20:00:00 EndTime={end} Deadline=N/A
+   ReqNodeList=(null) ExcNodeList=(null)
+   NodeList={nodes}
+   Command=/home/u/run EndTime=2030-01-01T00:00:00
+"""
+
+
+@pytest.mark.parametrize("more", ["ArrayJobId=7 ArrayTaskId=2 ", "HetJobId=7 HetJobOffset=1 "])
+def test_the_record_of_our_own_job_counts(more: str) -> None:
+    ends = {job: f"2026-11-22T20:0{job}:00" for job in ("7", "8", "9")}
+    text = "\n".join(RECORD.format(job=j, more=more, name="a EndTime=x", end=ends[j], nodes=f"n{j}") for j in ends)
+    for job, end in ends.items():
+        record = job_record(text, job)
+        assert (record["EndTime"], record["NodeList"]) == (end, f"n{job}")
+    assert job_record(text, "77") == {}
+
+
+def test_scontrol_is_asked_for_times_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text('#!/bin/sh\necho "JobId=$3\n   StartTime=x EndTime=${SLURM_TIME_FORMAT:-unset}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert show_job("7") == {"StartTime": "x", "EndTime": "standard"}
+
+
+def test_components_that_are_not_used_are_named() -> None:
+    assert unused_components(STEP) == ""
+    said = unused_components({**STEP, "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu[1-2]"})
+    assert "heterogeneous job of 2 components: only the nodes of the first one are used, and not gpu[1-2]" in said
 
 
 def test_loopback_is_no_address_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
