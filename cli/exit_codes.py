@@ -16,7 +16,8 @@ INTERRUPTED: Final = 130
 MEANINGS: Final[dict[int, str]] = {
     ALL_FINISHED: "all tasks finished (`run`, `wait`); the command succeeded (the others)",
     TASKS_FAILED: "some task failed, was canceled or omitted, or never ran; of `retry`: something could not run again",
-    INVALID: "wrong usage, an impossible request, or no such pilot or task: nothing was submitted",
+    INVALID: "wrong usage, an impossible request, or no such pilot or task: nothing was submitted; of "
+    "`run --resume`: what is left can never run on these nodes",
     PILOT_FAILED: "the pilot or its server failed; of `doctor`: something would keep a pilot from working",
     TIMED_OUT: "the time to wait ran out",
     INTERRUPTED: "interrupted",

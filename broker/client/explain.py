@@ -15,7 +15,7 @@ from pilotq.broker.client.views import Explanation, TaskView
 from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.registry import read_nodes, unavailable_nodes
+from pilotq.broker.store.registry import nodes_and_missing, unavailable_nodes
 from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, parse_allocation
 from pilotq.broker.tasks.states import REASONS
 
@@ -135,10 +135,7 @@ class Explainer:
         if info is None:
             found.why.append("the dispatcher has not read it yet")
             return
-        nodes = read_nodes(self._link)
-        absent = {n.decode() for n in self._link.call("LRANGE", keys.EXPECTED_NODES, 0, -1)} - {
-            node.name for node in nodes
-        }
+        nodes, absent = nodes_and_missing(self._link)
         if absent:
             found.why.append(f"not all nodes have joined yet: {', '.join(sorted(absent))}")
         if not nodes:

@@ -281,9 +281,14 @@ class TaskQueries:
 
     def uncounted(self) -> int:
         """Number of jobs of RQ's producers that are not counted yet; exact where all counted tasks have ended."""
+        deferred = [("ZCARD", keys.registry("deferred", queue)) for queue in self._queues()]
+        return self.to_be_queued() + (sum(map(int, self.link.pipeline(deferred))) if deferred else 0)
+
+    def to_be_queued(self) -> int:
+        """Number of tasks that get into a class list though no other task ends: routed, or when their time comes."""
         commands: list[tuple[str, ...]] = []
         for queue in self._queues():
-            commands += [("LLEN", keys.queue(queue)), ("ZCARD", keys.registry("deferred", queue))]
+            commands += [("LLEN", keys.queue(queue))]
             commands += [("ZCARD", keys.registry("scheduled", queue)), ("ZCARD", keys.registry("ready", queue))]
         commands += [("ZCARD", keys.rate_limited(limit)) for limit in self._limits()]
         return sum(map(int, self.link.pipeline(commands))) if commands else 0

@@ -6,6 +6,7 @@ at most REPLY_S; False or nothing means that the server is away, and that the ca
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -99,6 +100,10 @@ class QueueClient:
         except ServerUnavailable:
             return False
         return True
+
+    def expect_no_more(self, nodes: Iterable[str]) -> bool:
+        """Let nobody wait for these nodes: what needs them can never run here."""
+        return self._send([("LREM", keys.EXPECTED_NODES, 0, node) for node in nodes])
 
     def report_end(self, deadline: Deadline) -> bool:
         """Report the end of the allocation to the dispatcher, if that has changed; whether it is up to date."""

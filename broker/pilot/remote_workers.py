@@ -76,6 +76,7 @@ class RemoteWorkers:
         self._attempts: dict[str, int] = {}  # node -> number of retries
         self._retry_at: dict[str, float] = {}  # node -> time of the next retry
         self._given_up: set[str] = set()  # nodes that are not tried any more
+        self._expected = set(remote.nodes)  # those that submissions wait for, as the queue knows
         self._joined: set[str] = set()  # nodes that have joined at some time
         self._retired: set[str] = set()
         self._given_up_by_slurm: set[str] = set()  # nodes whose workers may still live
@@ -112,6 +113,8 @@ class RemoteWorkers:
         for name, why in self.poll(nodes, queue.retired, now):
             if name in nodes:
                 queue.announce_loss(name, nodes[name].pid, why)
+        if self._given_up & self._expected and queue.expect_no_more(self._given_up & self._expected):
+            self._expected -= self._given_up
 
     def poll(self, registered: Collection[str], retired: set[str], now: float) -> list[tuple[str, str]]:
         """Read what srun and ssh report, and restart workers; returns dead workers' nodes, each with its proof.

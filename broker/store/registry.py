@@ -24,6 +24,13 @@ def read_nodes(connection: Connection) -> list[NodeInfo]:
     return decode_nodes(connection.call("HVALS", keys.NODES))
 
 
+def nodes_and_missing(connection: Connection) -> tuple[list[NodeInfo], set[str]]:
+    """All nodes that are registered, and the names of those that are still to join: they start, or start again."""
+    records, expected = connection.pipeline([("HVALS", keys.NODES), ("LRANGE", keys.EXPECTED_NODES, 0, -1)])
+    nodes = decode_nodes(records)
+    return nodes, {name.decode() for name in expected} - {node.name for node in nodes}
+
+
 def read_node(connection: Connection, name: str) -> NodeInfo | None:
     """The node with this name, None if none is registered."""
     return next(iter(decode_nodes([connection.call("HGET", keys.NODES, name)])), None)

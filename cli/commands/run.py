@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import click
 
 from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.fit import fit_is_known, nothing_left_fits
 from pilotq.broker.client.output import output_of_entry
 from pilotq.broker.client.submit import check
-from pilotq.broker.errors import InvalidInput, PilotFailed, UnknownTask
+from pilotq.broker.errors import InvalidInput, PilotFailed, UnknownTask, WaitTimedOut
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions
+from pilotq.broker.settings import load
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task, description
@@ -35,7 +38,18 @@ from pilotq.cli.options import (
     task_of,
     task_options,
 )
-from pilotq.cli.pilot_options import CLUSTER_OPTIONS, cores_of, node_info, pilot_options, start, supervisor_options
+from pilotq.cli.pilot_options import (
+    CLUSTER_OPTIONS,
+    cores_of,
+    node_info,
+    pilot_failure,
+    pilot_options,
+    plural,
+    start,
+    supervisor_options,
+)
+
+FIT_POLL_S = 0.05
 
 
 class FileOrCommand(click.Command):
@@ -85,6 +99,10 @@ def run_command(
     if run.cut_short:
         code = exit_codes.ALL_FINISHED
         _say(f"the allocation is ending: go on in the next one with `{_again(pilot, files)}`")
+    elif run.never_runs:
+        code = exit_codes.INVALID
+        left = plural(found.counts.left, "task")
+        _say(f"{run.never_runs}; {left} left: go on with other nodes with `{_again(pilot, files)}`")
     if as_json:
         click.echo(formatting.to_json(summary.as_json(found, code)))
     elif single:
@@ -177,11 +195,34 @@ class Run(Lifetime):
         self.tasks = tasks
         self.policy = policy
         self.ids: list[str] = []
+        self.never_runs = ""  # why nothing of what is left can run on the nodes of this pilot
 
     def begin(self, broker: Broker) -> None:
         # The key makes a resumed run of the same file submit nothing twice.
         key = "run-" + hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:24]
+        self._await_fit(broker)
         self.ids = broker.enqueue_many(self.tasks, key=key, context=capture_context(self.policy))
+
+    def done(self, broker: Broker) -> bool:
+        try:
+            return super().done(broker)
+        except WaitTimedOut:
+            # Large tasks wait for nothing, while all nodes are idle; a moment ago something may have been on its way.
+            self.never_runs, before = nothing_left_fits(broker.link), self.never_runs
+            if self.never_runs and self.never_runs == before and self.counts.left:
+                return True
+            raise
+
+    def _await_fit(self, broker: Broker) -> None:
+        """Wait until the nodes are known on which the tasks are to fit: what can never run is refused then."""
+        requests = {task.shape() for task in self.tasks}
+        deadline = time.monotonic() + load(os.environ.get("PILOTQ_SETTINGS")).nodes_wait_s
+        while not fit_is_known(broker.link, requests) and time.monotonic() < deadline:
+            if self.interrupts.count or self.interrupts.end_mode:
+                return
+            if self._pilot_ended():
+                raise pilot_failure(self.pilot)
+            time.sleep(FIT_POLL_S)
 
     def commands(self, ids: set[str]) -> dict[str, str]:
         """The command lines of some of the tasks, by id."""

@@ -77,6 +77,20 @@ def test_run_one_command_that_fails(cli: Cli) -> None:
     assert "(7)" in result.stderr
 
 
+def test_a_run_ends_when_nothing_that_is_left_can_run_on_its_nodes(cli: Cli) -> None:
+    """A pilot that is resumed may have smaller nodes. What fits runs, and what waits for the rest stays for later."""
+    assert cli("start", "--nodes", "4", "--dir", "p").returncode == 0
+    assert cli("enqueue", "--dir", "p", "--cores", "4", "--", "sleep", "600").returncode == 0
+    for task in (("--cores", "3", "--", "true"), ("--after", "2", "--", "true"), ("--", "touch", "small")):
+        assert cli("enqueue", "--dir", "p", *task).returncode == 0
+    assert cli("stop", "--now", "--dir", "p").returncode == 0
+    ran = cli("run", "--resume", "p", "--nodes", "2")
+    assert ran.returncode == 2, ran.stderr
+    assert "can never run here: needs 4 cores on one node; the largest, " in ran.stderr
+    assert "has 2 cores; 3 tasks left: go on with other nodes with `pilotq run --resume" in ran.stderr
+    assert "1 of 4 tasks ended: 1 finished" in ran.stdout
+
+
 def test_run_an_array_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "values").write_text("x\n\ny z\n")
     result = cli("run", "--nodes", "2", "--array", "1-5:2", "--", "touch", "i{index}")

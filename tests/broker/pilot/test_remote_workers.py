@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.support.command_line import command, environment, prompt
 from tests.support.waiting import wait_until
 
@@ -91,6 +93,31 @@ def test_a_node_on_which_srun_fails_is_tried_again_and_joins_late(tmp_path: Path
     assert hosts(tmp_path) == {"n1", "n2"}
     log = (tmp_path / "p" / "logs" / "supervisor.log").read_text()
     assert "the worker of node n2 has ended: srun: Communication failure" in log
+
+
+@pytest.mark.parametrize(
+    ("options", "lost", "why"),
+    [
+        (("--cores", "9999"), "", "needs 9999 cores on one node; the largest, n1, has"),
+        ((), "n2", "needs 1 core on each of 2 nodes; only 1 node has that much"),
+    ],
+    ids=["cores", "a node that never comes"],
+)
+def test_what_can_never_run_is_refused_when_the_nodes_are_known(
+    tmp_path: Path, options: tuple[str, ...], lost: str, why: str
+) -> None:
+    """Not at once, as the nodes are not; and not at the end of the allocation, whose nodes would be idle until then."""
+    with allocation(tmp_path, "n[1-2]", srun=SRUN.replace('rm "$FAKES/fail.$node"', "true")) as env:
+        env["PILOTQ_SETTINGS"] = '{"worker_restart_s": 0.2, "restart_limit": 1}' if lost else "{}"
+        if lost:
+            (tmp_path / "fakes" / f"fail.{lost}").touch()
+            (tmp_path / "t.json").write_text('{"tasks": [{"command": ["true"], "nodes": 2, "cores": 1}]}')
+            words: tuple[str, ...] = ("t.json",)
+        else:
+            words = (*options, "--", "true")
+        ran = prompt(tmp_path)("run", "--bind", "127.0.0.1", "--dir", "p", *words, **env)
+    assert ran.returncode == 2, ran.stderr
+    assert f"task 1 can never run here: {why}" in ran.stderr
 
 
 def test_a_node_that_slurm_has_given_up_goes_on_if_it_can(tmp_path: Path) -> None:
