@@ -80,14 +80,19 @@ class PilotProcess:
     ``log`` is a file that is appended to, readable by its owner only. ``cwd`` is the directory the process runs in:
     never the user's, where a folder called ``pilotq`` would be imported instead of this package. ``hold_stdin``: its
     stdin is a pipe that stays open as long as this process lives, so that what it starts elsewhere notices our end.
+    ``env`` is its environment, where that is another than ours.
     """
 
-    def __init__(self, name: str, argv: list[str], *, log: str, cwd: str, hold_stdin: bool = False) -> None:
+    def __init__(
+        self, name: str, argv: list[str], *, log: str, cwd: str, hold_stdin: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.argv = argv
         self.log = log
         self.cwd = cwd
         self.hold_stdin = hold_stdin
+        self.env = env
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd: int | None = None
 
@@ -100,7 +105,7 @@ class PilotProcess:
         try:
             self.process = subprocess.Popen(
                 self.argv, stdin=subprocess.PIPE if self.hold_stdin else subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.cwd, start_new_session=True, umask=0o077,
+                cwd=self.cwd, env=self.env, start_new_session=True, umask=0o077,
                 preexec_fn=lambda: terminate_with(parent),  # noqa: PLW1509 - a supervisor has one thread, and this takes no lock
             )  # fmt: skip
         finally:

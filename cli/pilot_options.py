@@ -28,6 +28,7 @@ from pilotq.broker.slurm.allocation import (
     unused_components,
 )
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA
+from pilotq.broker.store.registry import read_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import parse_duration
 from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
@@ -229,6 +230,19 @@ def await_nodes(broker: Broker, pilot: StartedPilot, options: SupervisorOptions)
         if waited > longest:
             raise PilotFailed(f"nodes {', '.join(sorted(missing))} have not joined: see {pilot.log('supervisor')}")
         time.sleep(0.005)
+
+
+def withheld(broker: Broker) -> str:
+    """A sentence about nodes on which workers may use less than Slurm has granted; empty where there is none."""
+    short = [node for node in read_nodes(broker.link) if node.withheld]
+    if not short:
+        return ""
+    found = ", ".join(f"{node.withheld} of {node.name}" for node in short[:5])
+    more = f" and of {len(short) - 5} more" if len(short) > 5 else ""
+    return (
+        f"CPUs that Slurm has granted cannot be used: {found}{more}; compare "
+        "`srun --overlap --cpu-bind=none -N1 -n1 sh -c 'taskset -cp $$'`"
+    )
 
 
 def node_info(node: LocalNode) -> NodeInfo:

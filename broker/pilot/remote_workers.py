@@ -23,6 +23,7 @@ from pilotq.broker.pilot.start import Remote
 from pilotq.broker.processes import PilotProcess
 from pilotq.broker.settings import Settings
 from pilotq.broker.slurm.allocation import expand_nodes
+from pilotq.broker.slurm.step_environment import step_options
 
 SRUN = (
     "srun", "--overlap", "--cpu-bind=none", "--mpi=none", "--no-kill", "--kill-on-bad-exit=0", "--wait=0",
@@ -172,7 +173,7 @@ class RemoteWorkers:
         self._number += 1
         part = PilotProcess(
             f"step-{self._number}", self._command(nodes), log=self._pilot.log(f"step-{self._number}"),
-            cwd=self._pilot.directory, hold_stdin=self.remote.method == "ssh",
+            cwd=self._pilot.directory, hold_stdin=self.remote.method == "ssh", env=_environment(),
         )  # fmt: skip
         launch = _Launch(part, nodes)
         self._launches.append(launch)
@@ -241,6 +242,12 @@ class RemoteWorkers:
         logs = {launch.process.log: launch for launch in self._launches}
         last = [f"{path} ends with: {text}" for path, launch in logs.items() if (text := launch.process.last_lines(2))]
         return "; ".join(last) or f"{self._pilot.log('step-1')} has more"
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a step: that of this process, without what would make the step smaller."""
+    unwanted = step_options(os.environ)
+    return {name: value for name, value in os.environ.items() if name not in unwanted}
 
 
 def _some(nodes: list[str]) -> str:

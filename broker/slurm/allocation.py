@@ -146,17 +146,15 @@ def job_record(text: str, job: str) -> dict[str, str]:
     """The fields of one job in what `scontrol show job` prints; empty when it is not there.
 
     It prints all elements of an array, and all components of a heterogeneous job. The user's own words in it (name,
-    command, comment) may look like fields: the first one of a name counts, and each line that we read begins with its
-    own.
+    command, comment) may look like fields: the lines that hold what we read come first, and the first one counts.
     """
     for record in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in record.splitlines()]
         first = next((line.partition(" ")[0] for line in lines if line.startswith("JobId=")), f"JobId={job}")
         if first == f"JobId={job}":
             found: dict[str, str] = {}
-            for line in lines:
-                if line.startswith(READ_LINES):
-                    found = dict(re.findall(r"(\w+)=(\S*)", line)) | found
+            for line in sorted(lines, key=lambda line: not line.startswith(READ_LINES)):
+                found = dict(re.findall(r"(\w+)=(\S*)", line)) | found
             return found
     return {}
 

@@ -5,6 +5,8 @@ They describe a job step on the task's nodes and cores, for programs that read t
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import groupby
 
@@ -34,6 +36,20 @@ def step_environment(nodes: tuple[str, ...], cores: tuple[int, ...]) -> dict[str
     if len(set(cores)) == 1:
         env["SLURM_NTASKS_PER_NODE"] = str(cores[0])
     return env
+
+
+# Options of srun as variables, which are meant for the user's own steps: SRUN_CPUS_PER_TASK=1 leaves a worker one core.
+# SLURM_EXPORT_ENV=NONE is what `sbatch --export=NONE` leaves. What describes the job (SLURM_MEM_PER_NODE, ...) stays.
+_STEP_OPTIONS = re.compile(
+    r"SRUN_.*|SLURM_(CPUS_PER_TASK|CPUS_PER_GPU|HINT|EXACT|EXCLUSIVE|TRES_PER_TASK|GPUS_PER_TASK|GPU_BIND|"
+    r"THREADS_PER_CORE|CORE_SPEC|THREAD_SPEC|NTASKS_PER_(CORE|SOCKET|GPU|NODE)|CPU_BIND.*|MEM_BIND.*|DISTRIBUTION|TIMELIMIT|"
+    r"LABELIO|KILL_BAD_EXIT|WAIT|IMMEDIATE|EXPORT_ENV|STDOUTMODE|STDERRMODE|STDINMODE|WORKING_DIR|PROLOG|EPILOG)"
+)
+
+
+def step_options(names: Iterable[str]) -> list[str]:
+    """Those of these variables that change what a job step gets; steps of the pilot are started without them."""
+    return [name for name in names if _STEP_OPTIONS.fullmatch(name)]
 
 
 def _repeated(number: int, times: int) -> str:

@@ -30,6 +30,7 @@ class NodeInfo(msgspec.Struct):
     memory: int = 0  # bytes, 0 = not counted
     counters: dict[str, int] = {}
     job: str = ""  # the Slurm job whose allocation it is part of
+    withheld: int = 0  # CPUs that Slurm has granted there, and that its worker may not use
 
     @property
     def address(self) -> str:

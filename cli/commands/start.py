@@ -21,6 +21,7 @@ from pilotq.cli.pilot_options import (
     plural,
     start,
     supervisor_options,
+    withheld,
 )
 
 
@@ -41,6 +42,8 @@ def start_command(owner: int, foreground: bool | None, **values: Any) -> None:
     pilot = start(values, options)
     with Broker.connect(pilot.directory) as broker:
         await_nodes(broker, pilot, options)
+        if less := withheld(broker):
+            click.echo(f"pilotq: {less}", err=True)
         _print_ready(pilot, broker, values)
         if foreground:
             with Interrupts(allocation=options.remote is not None) as interrupts:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.log import log
 from pilotq.broker.slurm.allocation import job_id, read_allocation
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.workers.machine.topology import usable_cpus, without_siblings
@@ -32,11 +33,15 @@ class NodeIdentity:
         # Two allocations may share a node, and each has a part of it.
         self.name = f"{host}-{self.job}" if self.job and self.job != pilot_job else host
         self._host = host
+        self._withheld = 0
 
     def cores(self, *, no_smt: bool = False, grant: int | None = None) -> list[int]:
         """Numbers of the CPUs that tasks may use: those of the mask, at most as many as were granted."""
         cpus = usable_cpus()
         granted = grant or self._granted()
+        self._withheld = max(granted - len(cpus), 0)
+        if self._withheld:
+            log(f"node {self.name}: Slurm has granted {granted} CPUs, and this worker may use {len(cpus)} of them")
         if granted and granted < len(cpus):
             cpus = cpus[:granted]
         return without_siblings(cpus) if no_smt else cpus
@@ -44,6 +49,7 @@ class NodeIdentity:
     def complete(self, info: NodeInfo) -> NodeInfo:
         """Fill in what Slurm has granted: the job, and a limit of memory."""
         info.job = self.job
+        info.withheld = self._withheld
         memory = self._memory(len(info.cores))
         if memory:
             info.memory = min(info.memory or memory, memory)

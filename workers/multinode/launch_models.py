@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from pilotq.broker.os_strings import decode, encode, printable
-from pilotq.broker.slurm.step_environment import ENV_SCHEMA
+from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_options
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
 from pilotq.broker.tasks.spec import FLAG_QCG, Spec
 from pilotq.workers.execution.execution import Execution
@@ -116,6 +116,8 @@ class ParallelLaunchModel:
             prefix = PREFIXES[spec.model](program, opts, hosts, files)
             added |= prefix.env
             argv = [*argv[: spec.launch_at], *map(encode, prefix.argv), *argv[spec.launch_at :]]
+            if spec.model == "srunmpi":
+                argv = [*_without_step_options({**env, **launch.env}), *argv]
         contents = {encode(path): text.encode() for path, text in file_contents(files, hosts).items()}
         socket = self._register(e, addresses, folder)
         if multinode:
@@ -216,6 +218,12 @@ def _step_variables(env: Mapping[bytes, bytes]) -> dict[str, str]:
     if not job:
         raise UnlaunchableError("launch", "model srunmpi needs an allocation of Slurm, and this worker is in none")
     return {"SLURM_JOB_ID": job, "SLURM_JOBID": job}
+
+
+def _without_step_options(env: Mapping[bytes, bytes]) -> list[bytes]:
+    """The beginning of a command line that keeps from srun what its user has set for steps of their own."""
+    unwanted = step_options(map(decode, env))
+    return [encode(word) for word in ("env", *(f"--unset={name}" for name in sorted(unwanted)))] if unwanted else []
 
 
 def linked_with(path: str) -> str:

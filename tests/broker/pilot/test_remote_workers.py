@@ -120,6 +120,24 @@ def test_what_can_never_run_is_refused_when_the_nodes_are_known(
     assert f"task 1 can never run here: {why}" in ran.stderr
 
 
+def test_options_of_the_users_own_steps_do_not_reach_the_workers_step(tmp_path: Path) -> None:
+    """And what Slurm has granted, but a worker may not use, is named."""
+    spy = SRUN.replace("#!/bin/bash\n", '#!/bin/bash\nenv >"$FAKES/env"\n', 1)
+    with allocation(tmp_path, "n1", srun=spy, scontrol="#!/bin/sh\nexit 1\n") as env:
+        unwanted = {
+            "SRUN_CPUS_PER_TASK": "1",
+            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_HINT": "x",
+            "SLURM_EXPORT_ENV": "NONE",
+        }
+        env |= {**unwanted, "SLURM_JOB_CPUS_PER_NODE": "9999", "SLURM_MEM_PER_NODE": "1000"}
+        ran = prompt(tmp_path)("run", "--bind", "127.0.0.1", "--dir", "p", "--", "true", **env)
+    assert ran.returncode == 0, ran.stderr
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "fakes" / "env").read_text().splitlines())
+    assert unwanted.keys() & seen.keys() == set() and seen["SLURM_MEM_PER_NODE"] == "1000"
+    assert "CPUs that Slurm has granted cannot be used: " in ran.stderr
+
+
 def test_a_node_that_slurm_has_given_up_goes_on_if_it_can(tmp_path: Path) -> None:
     """A slurmd that does not answer proves nothing about the tasks, and they may not run twice at one time."""
     with allocation(tmp_path, "n[1-2]", srun=SRUN) as env:
