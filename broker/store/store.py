@@ -150,8 +150,14 @@ class Store:
         return answer
 
     def cancel(self, ids: Sequence[str]) -> list[str]:
-        now = time.time()
-        return [a.decode() for a in self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, *ids)]
+        """The answers for all ids, in as many calls as that is work for."""
+        answers: list[str] = []
+        while True:
+            now, rest = time.time(), ids[len(answers) :]
+            found = self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, *rest)
+            answers += (answer.decode() for answer in found)
+            if len(answers) == len(ids):
+                return answers
 
     def requeue(self, items: Sequence[Sequence[Any]], *outcomes: bytes) -> list[str]:
         """Have ended tasks run again; each item is [id], or a whole array as requeue.lua says."""

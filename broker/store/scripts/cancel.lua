@@ -1,7 +1,7 @@
 -- cancel: the user wants these tasks not to run (any more). Event cancel.
 --
 -- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
--- Returns for each id 'canceled' (it was waiting), 'stopping' (it runs, or elements of it do: their workers have the
+-- Returns for each id, or for the first ones when they are much work, 'canceled' (it was waiting), 'stopping' (it runs, or elements of it do: their workers have the
 -- message to stop it),
 -- its status when it has ended ('failed' with it, if its record is damaged), or 'unknown'. Ids stay in the middle of their lists: claim drops them.
 -- RQ's own job.cancel() sets the status and sends no message: a task that it has met and we do not know of yet (no reason, no
@@ -9,6 +9,7 @@
 if not queue_id_ok() then return queue_id_error() end
 local now, now_iso, ttl = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local changed = false
+local WORK_MAX, work = 250, 0 -- of one call: a task, or some thousand elements of an array, count one
 
 local function send_stop(id, node, execution)
   redis.call('HSET', job_key(id), 'pq_cancel', 'canceled')
@@ -23,6 +24,7 @@ local function cancel_array(id, v)
   local handed = v[7] and count or number_in('pq_next', v[6])
   redis.call('HSET', job_key(id), 'pq_cancel', 'canceled', 'pq_next', count)
   local running = redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`')
+  work = work + #running + count / 4000
   for _, member in ipairs(running) do
     local element, execution = string.match(member, '^(.*):(%d+)$')
     local node = redis.pcall('HGET', job_key(element), 'pq_node')
@@ -74,6 +76,7 @@ local function cancel(id)
   if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
   if status == 'canceled' and (v[10] or v[11]) then return status end
   changed = true
+  work = work + 1
   if v[4] then return v[10] and 'stopping' or cancel_array(id, v) end
   local member = id .. ':' .. (v[2] or '')
   local wip = registry('wip', queue_of(v[5] or v[9]))
@@ -91,6 +94,7 @@ end
 
 local answer = {}
 for i = 5, #ARGV do
+  if work >= WORK_MAX then break end
   local done, status = guarded({now, now_iso, ttl}, ARGV[i], cancel, ARGV[i])
   if not done then
     status = redis.pcall('HGET', job_key(ARGV[i]), 'status')

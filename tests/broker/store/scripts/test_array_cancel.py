@@ -116,6 +116,16 @@ def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
     assert engine.nothing_left()
 
 
+def test_one_call_cancels_a_bounded_number(engine: Engine) -> None:
+    ids = engine.submit(*[task()] * 300, array(600_000), array(600_000), array(10))
+    now = (1.0, "2026-01-31T12:00:00.000000Z", 60)
+    assert len(engine.store.run("cancel", *now, *ids)) == 250
+    assert len(engine.store.run("cancel", *now, *ids[299:])) == 3
+    assert engine.cancel(*ids) == ["canceled"] * 303
+    assert engine.counts() == {"total": 1_200_310, "canceled": 1_200_310}
+    assert engine.claim() == [] and engine.nothing_left()
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 9, 64, 67, 1030])
 def test_cancel_of_a_retried_array_that_finished_in_parts(engine: Engine, count: int) -> None:
     """Whatever the pattern, one script writes the outcomes once, and once those that wait for its elements are told."""

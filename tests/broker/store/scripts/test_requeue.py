@@ -115,6 +115,21 @@ def test_a_release_that_is_pending_does_not_count_for_a_later_wait(engine: Engin
     assert engine.status(child) == "finished" and engine.nothing_left()
 
 
+def test_canceled_while_a_release_is_pending_it_waits_for_the_other(engine: Engine) -> None:
+    """A's release, queued before the cancel, says nothing about the second wait, nor does B's own earlier entry."""
+    _, _, c = engine.submit(task(name="a"), task(name="b"), task(after=["a", "b"], time_limit=60))
+    a, b = engine.claim(2)
+    engine.complete([a])
+    for _ in range(2):
+        engine.cancel(c)
+        assert again(engine, c) == {c: "deferred"}
+    engine.release_dependents()
+    assert engine.status(c) == "deferred" and engine.registry("deferred") == [c]
+    engine.complete([b])
+    engine.release_dependents()
+    assert engine.status(c) == "queued" and engine.list("default.p0.1c-t60") == [c]
+
+
 def test_a_forgotten_class_is_known_again(engine: Engine) -> None:
     (a,) = engine.submit(wide(3))
     three = "default.p0.3c"
