@@ -62,7 +62,7 @@ class Reconciler:
         for queue in queues:
             self._check_running(queue, nodes)
         self.repair.turn(queues, now)
-        # RQ's delete of what runs takes it out of the registry, too: nothing seems to run, and its end is still to come.
+        # RQ's delete of what runs takes it out of the registry, too: nothing seems to run, its end is still to come.
         if idle and self.store.run("count_vanished", self.store.term, self.store.settings.failed_ttl_s, *queues):
             log("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:

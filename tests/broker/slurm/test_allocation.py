@@ -102,7 +102,7 @@ JobId={job} {more}JobName={name}
    StartTime=2026-11-22T20:00:00 EndTime={end} Deadline=N/A
    ReqNodeList=(null) ExcNodeList=(null)
    NodeList={nodes}
-   Command=/home/u/run EndTime=2030-01-01T00:00:00
+   Command=/data/u/run EndTime=2030-01-01T00:00:00
 """
 
 
