@@ -3,8 +3,8 @@
 A launcher is a child subreaper: whatever a task starts, in whatever session or group, stays below the task's main
 process, and a process that loses its parent (an orphan) becomes a child of the launcher. So the tree below a launch is
 complete, and only the orphans must be assigned to their launches: by their session, else by the mark in their
-environment. `ProcessTracker` does that. Once a launcher is dead its tree is lost: then the marks alone identify it
-(`kill_marked`).
+environment, else by their CPUs, where only one launch can be meant. `ProcessTracker` does that. Once a launcher is dead
+its tree is lost: then the marks alone identify it (`kill_marked`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from signal import SIGKILL
 from typing import NamedTuple
 
@@ -202,10 +202,13 @@ def _marked(marks: Mapping[str, str] | Callable[[Mapping[str, str]], bool]) -> I
 class _Launch:
     """One launch: its main process, and what identifies others of it. ``group`` is False once its group was empty."""
 
-    __slots__ = ("pid", "env", "began", "running", "group")
+    __slots__ = ("pid", "env", "began", "slot", "cpus", "subreaper", "running", "group")
 
-    def __init__(self, pid: int, env: Mapping[bytes, bytes], began: float) -> None:
+    def __init__(self, pid: int, env: Mapping[bytes, bytes], began: float, slot: str, cpus: Collection[int]) -> None:
         self.pid = pid
+        self.slot = slot
+        self.cpus = cpus
+        self.subreaper = False
         self.env = env
         self.began = began
         self.running = True
@@ -244,10 +247,19 @@ class ProcessTracker:
         self._orphans: dict[int, int] = {}  # number of an orphan -> key
         self._children = _Children()
 
-    def add(self, key: int, pid: int, env: Mapping[bytes, bytes], began: float) -> None:
-        """``env`` is what it was started with, ``began`` monotonic seconds of just before."""
-        self._launches[key] = _Launch(pid, env, began)
+    def add(
+        self, key: int, pid: int, env: Mapping[bytes, bytes], began: float, slot: str = "", cpus: Collection[int] = ()
+    ) -> None:
+        """``env`` is what it was started with, ``began`` monotonic seconds of just before, ``cpus`` what it may use.
+
+        Of one ``slot`` only one launch runs at a time.
+        """
+        self._launches[key] = _Launch(pid, env, began, slot, cpus)
         self._mains[pid] = key
+
+    def set_subreaper(self, key: int) -> None:
+        """While its main process lives, orphans of this launch are that one's children."""
+        self._launches[key].subreaper = True
 
     def set_marks(self, key: int, env: Mapping[bytes, bytes]) -> None:
         """Processes that it has started since then carry the marks in ``env``."""
@@ -339,13 +351,30 @@ class ProcessTracker:
             marks = launch.marks()
             if marks and all(mark in data for mark in marks):
                 return k
-        # It hides its origin. It is taken for part of the launch that has just ended, unless it is older: then it
-        # stays unassigned until one that is older still has ended.
+        # It hides its origin: a daemon with a session and an environment of its own. It has the CPUs of its slot, unless
+        # it has chosen others. While more than one slot can be meant it stays unassigned, until others have ended.
+        possible = self._older(process)
+        try:
+            cpus = os.sched_getaffinity(process.pid)
+        except OSError:
+            return None  # it has ended
+        possible = {k: launch for k, launch in possible.items() if cpus == set(launch.cpus)} or possible
+        if len({launch.slot for launch in possible.values()}) != 1:
+            return None
+        if len(possible) == 1:
+            return next(iter(possible))
+        return key if key in possible and not candidate.running else None
+
+    def _older(self, process: Process) -> dict[int, _Launch]:
+        """The launches that could have started a process: those that are older."""
         boot = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-        began = int((candidate.began + boot) * TICKS_PER_S)
         # A tick is long: within one the numbers, which are given out in turn, show which process is the older.
-        younger = (process.start, process.pid) > (began, candidate.pid)
-        return key if younger and not candidate.running else None
+        return {
+            k: launch
+            for k, launch in self._launches.items()
+            if not (launch.subreaper and launch.running)  # it keeps its own orphans
+            and (process.start, process.pid) > (int((launch.began + boot) * TICKS_PER_S), launch.pid)
+        }
 
 
 class _Children:

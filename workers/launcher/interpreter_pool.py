@@ -142,7 +142,9 @@ class InterpreterPool:
             raise Refusal("launch", f"Base {call.base!r} or slot {call.slot!r} was not sent or cannot be used.")
         began = time.monotonic()
         interpreter = InterpreterProcess(-next(self._numbers), call, context, self._spawner, self._options)
-        self._tracker.add(interpreter.number, interpreter.pid, {}, began)  # no marks: each call has its own
+        # No marks: each call has its own.
+        self._tracker.add(interpreter.number, interpreter.pid, {}, began, call.slot, context.cpus)
+        self._tracker.set_subreaper(interpreter.number)
         self.living[interpreter.number] = interpreter
         self._by_fd[interpreter.sock.fileno()] = interpreter
         self._loading[interpreter.number] = interpreter

@@ -195,7 +195,7 @@ class Launcher:
             self._reports.request_wake()
             return
         failpoints.hit("spawned")
-        self._tracker.add(key, spawned.pid, spawned.env, began)
+        self._tracker.add(key, spawned.pid, spawned.env, began, launch.slot, context.cpus if context else ())
         files = spawned.stdout, spawned.stderr
         self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain, spawned.script)
         failpoints.hit("tracked")

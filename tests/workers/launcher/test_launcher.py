@@ -347,6 +347,49 @@ def test_what_runs_behind_another_task_is_left_alone(each_driver: Driver, tmp_pa
         assert has_ended(pid)
 
 
+# A program that becomes a daemon while its task goes on: two forks, a session and an environment of its own.
+DAEMON = "(setsid env -i sh -c 'echo $$ >pid; exec sleep 1000' &); exec sleep 1000"
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="it needs two CPUs")
+def test_the_end_of_another_task_leaves_a_daemon_alone(each_driver: Driver, tmp_path: Path) -> None:
+    """Whatever began first, and however many end: a daemon has the CPUs of its own task."""
+    os.mkfifo(tmp_path / "go")
+    before = each_driver.launch("sh", "-c", "read word <go", cpus=CPUS[1:2])
+    each_driver.get(Started, before)
+    key = each_driver.launch("sh", "-c", DAEMON, cpus=CPUS[:1])
+    pid = pid_in(tmp_path / "pid")
+    wait_until(lambda: read_process(pid).parent == each_driver.process.pid)
+    (tmp_path / "go").write_text("now\n")
+    assert each_driver.get(Exited, before).remaining == 0
+    for _ in range(3):
+        assert each_driver.run("true", cpus=CPUS[1:2]).remaining == 0
+    assert not has_ended(pid)
+    each_driver.signal(key, signal.SIGKILL)
+    if each_driver.get(Exited, key).remaining:
+        each_driver.get(GroupSwept, key)
+    assert has_ended(pid)
+
+
+def test_a_daemon_that_may_be_of_several_tasks_waits_until_only_one_is_left(
+    each_driver: Driver, tmp_path: Path
+) -> None:
+    """Two slots with the same CPUs, as on a node that has more cores than its machine."""
+    os.mkfifo(tmp_path / "go")
+    before = each_driver.launch("sh", "-c", "read word <go", cpus=CPUS[:1] * 2)
+    each_driver.get(Started, before)
+    key = each_driver.launch("sh", "-c", DAEMON, cpus=CPUS[:1])
+    pid = pid_in(tmp_path / "pid")
+    wait_until(lambda: read_process(pid).parent == each_driver.process.pid)
+    (tmp_path / "go").write_text("now\n")
+    assert each_driver.get(Exited, before).remaining == 0
+    assert not has_ended(pid)
+    each_driver.signal(key, signal.SIGKILL)
+    if each_driver.get(Exited, key).remaining:
+        each_driver.get(GroupSwept, key)
+    assert has_ended(pid)
+
+
 def test_orphans_of_a_later_task_are_known_by_session_or_mark(each_driver: Driver, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "go")
     earlier = each_driver.launch("sh", "-c", "read word <go")
