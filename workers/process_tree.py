@@ -351,8 +351,8 @@ class ProcessTracker:
             marks = launch.marks()
             if marks and all(mark in data for mark in marks):
                 return k
-        # It hides its origin: a daemon with a session and an environment of its own. It has the CPUs of its slot, unless
-        # it has chosen others. While more than one slot can be meant it stays unassigned, until others have ended.
+        # It hides its origin: a daemon with a session and an environment of its own. It has the CPUs of its slot,
+        # unless it has chosen others. While more than one slot can be meant it stays unassigned.
         possible = self._older(process)
         try:
             cpus = os.sched_getaffinity(process.pid)

@@ -231,6 +231,7 @@ class LaunchBuilder:
             "PILOTQ_CORES": str(sum(cores)),
             "PILOTQ_NODES": str(len(nodes)),
             "PILOTQ_NODELIST": ",".join(nodes),
+            "PILOTQ_NODE": share.node,
             "PILOTQ_CPUS": ",".join(map(str, share.cores)),
             "QCG_PM_NNODES": str(len(nodes)),
             "QCG_PM_NODELIST": ",".join(nodes),
@@ -246,7 +247,7 @@ class LaunchBuilder:
             lines = "".join(f"{node}\n" * number for node, number in zip(nodes, cores, strict=True))
             files[encode(env["SLURM_HOSTFILE"])] = lines.encode()
         if len(parts) > 1:
-            env |= {"PILOTQ_NODE": share.node, "PILOTQ_HOST": self._address}
+            env["PILOTQ_HOST"] = self._address
         if share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
         cpus = [self._real.get(core, core) for core in share.cores]

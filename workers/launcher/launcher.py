@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import sys
@@ -55,6 +56,7 @@ from pilotq.workers.shortage import is_shortage
 POLL_S = 0.02  # how often ended launches with living processes are checked; the end of a child of ours wakes us sooner
 ANNOUNCE_S = 0.02  # a process that has ended by then, and left nothing, gets no Started: its Exited says enough
 READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped for each read
+FAULT_BYTES = 16 * os.sysconf("SC_PAGE_SIZE")  # the kernel maps so much of a file around each page fault
 SHUTDOWN_S = 5.0  # how long the last kill may take; a process that lives then hangs in the kernel
 # They may be sent to a whole process group or job step (Ctrl-C, scancel, srun --signal): our end is the pipe's.
 IGNORED = (
@@ -268,7 +270,7 @@ class Launcher:
                 continue
             now = time.monotonic()
             cpu = usage.ru_utime + usage.ru_stime
-            rss = usage.ru_maxrss * 1024
+            rss = _peak(usage)
             if key < 0:
                 if (ended := self._interpreters.reaped(key, status, cpu, rss)) is not None:
                     reports.append(ended)
@@ -337,6 +339,17 @@ class Launcher:
             time.sleep(KILL_POLL_S)
         self._capture.close()
         self._scripts.close()
+
+
+def _peak(usage: resource.struct_rusage) -> int:
+    """The peak memory of a child in bytes.
+
+    Until it executes its program a child shares our memory, which the kernel counts for it. So what has needed less
+    than we do would show our peak: there it is at most what its page faults can have mapped.
+    """
+    if usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+        return usage.ru_maxrss * 1024
+    return min(usage.ru_maxrss * 1024, (usage.ru_minflt + usage.ru_majflt) * FAULT_BYTES)
 
 
 def _child_signals() -> int:

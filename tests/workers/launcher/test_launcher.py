@@ -137,6 +137,7 @@ def test_the_end_comes_with_times_and_resources(driver: Driver) -> None:
     started, exited = driver.get(Started, key), driver.get(Exited, key)
     assert exited.cpu >= 0.2
     assert 64 << 20 <= exited.max_rss < 1 << 30
+    assert 0 < driver.run("true").max_rss < 8 << 20  # not what its launcher has needed
     assert exited.seconds >= 0.1
     assert started.at <= exited.ended <= started.at + exited.seconds + 1
 
