@@ -134,9 +134,9 @@ def job_request_of(queue: str, timeout: bytes, meta: bytes) -> JobRequest:
 
 
 def _limit(timeout: bytes) -> float | None:
-    """RQ's timeout in seconds; -1 is none."""
+    """RQ's timeout in seconds; -1 is none, and 0 is its default, as for RQ's worker."""
     try:
-        seconds = float(timeout) if timeout else DEFAULT_TIMEOUT_S
+        seconds = float(timeout or 0) or DEFAULT_TIMEOUT_S
     except ValueError:
         raise InvalidInput(f"its timeout {timeout.decode('utf-8', 'replace')!r} is no number of seconds") from None
     return seconds if 0 < seconds < 1e9 else None

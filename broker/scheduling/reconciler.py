@@ -24,6 +24,7 @@ from pilotq.broker.store.store import Store, iso, pack, to_worker
 
 T = TypeVar("T")
 SLICE = 500
+TIMED = (0, "(inf")  # scores of what expires: RQ writes -1 or inf for what is kept for ever
 CANCELED_PAGE = 5000  # members of a registry of canceled tasks that are read at once
 CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
 POLL_S = 3.0  # of the time between two polls of the heartbeats more does not count: we, or the server, were away
@@ -45,6 +46,7 @@ class Reconciler:
         self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
         self.canceled: dict[str, tuple[float, frozenset[str]]] = {}  # queue -> score to read from, ids seen from there
         self.canceled_read_at = 0.0  # unix seconds
+        self.canceled_kept: dict[str, int] = {}  # queue -> how many of the oldest were found to have a record
 
     def due(self, now: float) -> bool:
         return now >= self.next_turn
@@ -246,17 +248,28 @@ class Reconciler:
         now = time.time()
         keep = self.store.settings.keep_records
         for queue in queues:
-            self.link.call("ZREMRANGEBYSCORE", keys.registry("finished", queue), "-inf", now)
-            self.link.call("ZREMRANGEBYSCORE", keys.registry("failed", queue), "-inf", now)
-            canceled_before = now - self.store.settings.failed_ttl_s
-            self.link.call("ZREMRANGEBYSCORE", keys.registry("canceled", queue), "-inf", canceled_before)
+            self.link.call("ZREMRANGEBYSCORE", keys.registry("finished", queue), 0, now)
+            self.link.call("ZREMRANGEBYSCORE", keys.registry("failed", queue), 0, now)
+            self._trim_canceled(queue, now - self.store.settings.failed_ttl_s)
             for kind in ("finished", "canceled", "failed"):
                 key = keys.registry(kind, queue)
-                excess = int(self.link.call("ZCARD", key)) - keep
+                excess = int(self.link.call("ZCOUNT", key, *TIMED)) - keep
                 while excess > 0:
-                    ids = self.link.call("ZRANGE", key, 0, min(excess, SLICE) - 1)
+                    ids = self.link.call("ZRANGEBYSCORE", key, *TIMED, "LIMIT", 0, min(excess, SLICE))
                     self.store.run("trim", self.store.term, kind, queue, *ids)
                     excess -= SLICE
+
+    def _trim_canceled(self, queue: str, before: float) -> None:
+        """Remove entries whose records are gone: RQ keeps its jobs for ever, others have expired by then."""
+        key, first = keys.registry("canceled", queue), self.canceled_kept.get(queue, 0)
+        while ids := self.link.call("ZRANGEBYSCORE", key, "-inf", before, "LIMIT", first, SLICE):
+            there = self.link.pipeline([("EXISTS", keys.job(i.decode())) for i in ids])
+            gone = [i for i, found in zip(ids, there, strict=True) if not found]
+            first += len(ids) - len(gone)
+            if not gone:
+                break
+            self.link.call("ZREM", key, *gone)
+        self.canceled_kept[queue] = first if ids else 0
 
 
 def _has_no_process(info: NodeInfo) -> bool:

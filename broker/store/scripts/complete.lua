@@ -64,7 +64,7 @@ end
 
 -- RQ's rules for the record of a producer's job.
 local function final_rq_job(r, f, id, status, reason, text, kind)
-  local queue, ttl = f.queue, rq_ttl(id, status, ttl_failed)
+  local queue, ttl = f.queue, rq_ttl(id, status)
   count_end('', status, 1)
   rq_ended(id, queue, now, r[5])
   if ttl == 0 then
@@ -103,6 +103,7 @@ end
 local function requeue(id, f, command)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
   redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
+  if f.submission == '' then begin_wait(id) end
   if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
   offer(f.class)
   requeued = true
@@ -134,11 +135,11 @@ local function decide_rq_job(outcome, reason, f, id, r, text)
     redis.call('HSET', job_key(id), 'number_of_retries', number + 1)
     front = front == ':front' or v[3] == '1'
     if front then redis.call('HSET', job_key(id), 'enqueue_at_front_on_retry', 1) end -- from now on, as in RQ
-    add_result(id, '4', '', worker, rq_ttl(id, 'failed', ttl_failed))
+    add_result(id, '4', '', worker, rq_ttl(id, 'failed'))
     again(id, f, intervals[math.min(number + 1, #intervals)], front, r)
     return 'failed', 'returned retry', true
   elseif outcome == 'finished' and whole(v[5], 0) > 0 then
-    local intervals, ttl = intervals_of(v[6]), rq_ttl(id, 'finished', ttl_failed)
+    local intervals, ttl = intervals_of(v[6]), rq_ttl(id, 'finished')
     redis.call('HSET', job_key(id), 'repeats_left', whole(v[5], 0) - 1)
     if #intervals > 1 then
       redis.call('HSET', job_key(id), 'repeat_intervals', cjson.encode({unpack(intervals, 2)}))

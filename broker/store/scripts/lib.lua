@@ -443,7 +443,8 @@ local function end_unrun(id, reason, now, now_iso, ttl)
     rq_ended(id, queue, now, now_iso)
   end
   redis.call('HSET', job_key(id), 'status', 'canceled', 'origin', queue, 'pq_reason', reason, 'ended_at', now_iso)
-  redis.call('EXPIRE', job_key(id), ttl)
+  -- RQ keeps a canceled job as long as it would have waited, or for ever.
+  if (v[4] or '') ~= '' then redis.call('EXPIRE', job_key(id), ttl) end
   redis.call('ZREM', registry('deferred', queue), id)
   redis.call('ZADD', registry('canceled', queue), now, id)
   count_end(v[4], 'canceled', 1)

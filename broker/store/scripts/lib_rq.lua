@@ -1,9 +1,23 @@
 -- Behind lib.lua in front of every script: what RQ 3 owes to the jobs of its own producers (their pq_sub is empty), and
 -- what its tools show of running tasks.
 
+-- Numbers of a record that somebody else wrote: whole, and such that the server takes them as a TTL.
+local function whole(text, default)
+  local number = tonumber(text or '') or default
+  if number ~= number then return default end
+  return math.floor(math.max(-1, math.min(number, 4e9)))
+end
+
+-- A producer's job waits (again): its `ttl` is for that time, and begins anew each time.
+local function begin_wait(id)
+  local ttl = whole(redis.call('HGET', job_key(id), 'ttl'), 0)
+  if ttl > 0 then redis.call('EXPIRE', job_key(id), ttl) end
+end
+
 -- A job goes to the list that its producer would push it to; the dispatcher routes it from there.
 local function to_rq_list(id, queue, front, now_iso)
   redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', now_iso)
+  begin_wait(id)
   redis.call('SADD', 'rq:queues', list_key(queue))
   redis.call(front and 'LPUSH' or 'RPUSH', list_key(queue), id)
 end
@@ -92,19 +106,12 @@ local function add_result(id, kind, text, worker, ttl)
     redis.call('XADD', key, 'MAXLEN', '10', '*', 'type', kind, 'exc_string', trace, 'worker_name', worker,
       'pq_exception', exception)
   end
-  if ttl > 0 then redis.call('EXPIRE', key, ttl) end
-end
-
--- Numbers of a record that somebody else wrote: whole, and such that the server takes them as a TTL.
-local function whole(text, default)
-  local number = tonumber(text or '') or default
-  if number ~= number then return default end
-  return math.floor(math.max(-1, math.min(number, 4e9)))
+  if ttl > 0 then redis.call('EXPIRE', key, ttl) else redis.call('PERSIST', key) end -- that of an earlier execution had a TTL
 end
 
 -- RQ's times: how long the record of a job that ended so is kept; 0 = not at all, below 0 = for ever.
-local function rq_ttl(id, status, ttl_failed)
-  if status == 'canceled' then return ttl_failed end
+local function rq_ttl(id, status)
+  if status == 'canceled' then return -1 end
   local v = redis.call('HMGET', job_key(id), 'result_ttl', 'failure_ttl')
   if status == 'finished' then return whole(v[1], 500) end
   return whole(v[2], 31536000)

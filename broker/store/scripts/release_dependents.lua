@@ -27,6 +27,7 @@ end
 local function release_rq_job(id, class)
   local v = redis.call('HMGET', job_key(id), 'rate_limit_key', 'enqueue_at_front')
   forget_parents(id)
+  begin_wait(id)
   if v[1] then
     redis.call('HSET', job_key(id), 'status', 'rate_limited', 'origin', queue_of(class))
     redis.call('ZADD', 'rq:rl:' .. v[1] .. ':rate_limited', now, id)

@@ -242,7 +242,7 @@ end
 -- A job of RQ's producers: route_rq.lua does the rest, as after RQ's own requeue.
 local function requeue_rq_job(id, status, class)
   if not bad(status) then return status end
-  if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
+  if status == 'canceled' and redis.call('HEXISTS', job_key(id), 'pq_reason') == 0 then return 'ending' end
   redis.call('ZREM', registry('failed', queue_of(class)), id)
   redis.call('ZREM', registry('canceled', queue_of(class)), id)
   to_rq_list(id, queue_of(class), false, now_iso)
@@ -255,7 +255,7 @@ local function requeue(item)
     'pq_array_of')
   if v[1] and not STATUSES[v[1]] then damaged('status', v[1]) end
   -- What a submit has staged and not committed yet nobody can know.
-  if (v[1] == 'queued' and not v[7] or v[1] == 'deferred') and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
+  if (v[1] == 'queued' and not v[7] or v[1] == 'deferred') and (v[3] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
   if not v[1] or v[8] then return requeue_element(id, string.match(id, '^(.-)_(%d+)$')) end
   if v[6] then return item[2] and requeue_array(id, item) or v[1] end
   if not v[2] then return v[1] end -- only RQ's own producers know it

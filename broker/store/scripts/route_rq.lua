@@ -56,7 +56,7 @@ local function reserve(id)
 end
 
 local function refuse(id, queue, why, shown)
-  local kept = rq_ttl(id, 'failed', ttl)
+  local kept = rq_ttl(id, 'failed')
   count_end('', 'failed', 1)
   rq_ended(id, queue, now, now_iso)
   journal(cmsgpack.pack({id = id, message = why}),
@@ -65,7 +65,7 @@ local function refuse(id, queue, why, shown)
   redis.call('ZREM', registry('deferred', queue), id)
   if kept == 0 then return redis.call('DEL', job_key(id)) end
   redis.call('HSET', job_key(id), 'status', 'failed', 'origin', queue, 'pq_reason', 'refused', 'ended_at', now_iso)
-  if kept > 0 then redis.call('EXPIRE', job_key(id), kept) end
+  if kept > 0 then redis.call('EXPIRE', job_key(id), kept) else redis.call('PERSIST', job_key(id)) end
   redis.call('ZADD', registry('failed', queue), kept > 0 and now + kept or -1, id)
   add_result(id, '2', shown, '', kept)
 end
