@@ -1,4 +1,4 @@
-"""How long what is kept: each value of ttl, result_ttl, failure_ttl and timeout, by our scripts and by RQ's own worker."""
+"""How long RQ keeps a job: each value of ttl, result_ttl, failure_ttl and timeout, here and by RQ's own worker."""
 
 from __future__ import annotations
 
