@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pilotq.broker.client.views import NodeView, TaskView
 from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
 from pilotq.broker.store.resources import NodeInfo
@@ -31,8 +31,32 @@ def _text(value: bytes | None) -> str:
     return value.decode("utf-8", "replace") if value else ""
 
 
+# Others can write to records: what is damaged in one is shown as if it were not there, and hides no other task.
 def _number(text: str) -> float | None:
-    return float(text) if text else None
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
+
+
+def _whole(text: str | bytes | None) -> int:
+    try:
+        return int(text or 0)
+    except ValueError:
+        return 0
+
+
+def _time(text: str) -> float | None:
+    try:
+        return from_iso(text)
+    except ValueError:
+        return None
+
+
+def _span(text: str) -> tuple[int, int, int] | None:
+    """Start, step and number of the elements of an array."""
+    start, step, count = map(_whole, (text.split(":") + ["", "", ""])[:3])
+    return (start, step, count) if step > 0 and count > 0 else None
 
 
 def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
@@ -50,25 +74,25 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         name=f["pq_name"],
         status=status,
         reason=reason,
-        exit_code=int(exit_text) if exit_text else None,
-        execution=int(f["pq_exec"] or 0),
+        exit_code=_whole(exit_text) if exit_text else None,
+        execution=_whole(f["pq_exec"]),
         node=f["pq_node"].rpartition(":")[0] if status != "queued" else "",
         cores=f["pq_cpus"],
         times={
             "queued": _number(f["pq_queued_at"]),
-            "handed": None if launched else from_iso(f["started_at"]),
-            "started": from_iso(f["started_at"]) if launched else None,
-            "ended": from_iso(f["ended_at"]),
+            "handed": None if launched else _time(f["started_at"]),
+            "started": _time(f["started_at"]) if launched else None,
+            "ended": _time(f["ended_at"]),
         },
         queue=keys.queue_of(f["origin"]),
         command=f["description"],
-        retries=int(f["pq_retries"] or 0),
+        retries=_whole(f["pq_retries"]),
         array=f["pq_array_of"],
-        index=int(task_id.rpartition("_")[2]) if f["pq_array_of"] else None,
+        index=_whole(task_id.rpartition("_")[2]) if f["pq_array_of"] else None,
         ended=status in ENDED,
     )
-    if f["pq_array"]:
-        view.array_size = int(f["pq_array"].rpartition(":")[2])
+    if (span := _span(f["pq_array"])) is not None:
+        view.array_size = span[2]
     return view
 
 
@@ -153,9 +177,16 @@ class TaskQueries:
         found: list[TaskView | None] = []
         for first in range(0, len(ids), SLICE):
             part = ids[first : first + SLICE]
-            rows = self.link.pipeline([("HMGET", keys.job(i), *VIEW_FIELDS) for i in part])
+            rows = self._read(part)
             found += [view_of_record(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
         return found
+
+    def _read(self, ids: Sequence[str]) -> list[Sequence[bytes | None]]:
+        commands = [("HMGET", keys.job(i), *VIEW_FIELDS) for i in ids]
+        try:
+            return self.link.pipeline(commands)
+        except ReplyError:  # under the name of one of them is something else: it has no record
+            return [self._read([i])[0] for i in ids] if len(ids) > 1 else [[None] * len(VIEW_FIELDS)]
 
     def task(self, task_id: str) -> TaskView | None:
         """All that is known of one task."""
@@ -176,7 +207,7 @@ class TaskQueries:
         row, bits = self.link.pipeline(
             [("HMGET", keys.job(task_id), "pq_array", "pq_next"), ("GET", keys.outcomes(task_id))]
         )
-        return _text(row[0]), int(row[1] or 0), bits or b""
+        return _text(row[0]), _whole(row[1]), bits or b""
 
     def _element_without_record(self, task_id: str) -> TaskView | None:
         """An element without a record: not assigned yet, or never, or its entry is not in the journal yet."""
@@ -189,7 +220,7 @@ class TaskQueries:
             return element_view(entries[0], task_id) if entries else None
         index = int(task_id.rpartition("_")[2])
         span, following, bits = self._array(array)
-        start, step, count = map(int, span.split(":"))
+        start, step, count = _span(span) or (0, 1, 0)
         position, rest = divmod(index - start, step)
         if rest or not 0 <= position < count:
             return None

@@ -213,6 +213,8 @@ end
 -- counts as canceled, once: its place in wip tells.
 local function vanished(r, id, execution, line)
   local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
+  -- A heartbeat may have shown it again between two steps of RQ's delete.
+  if not array then hide_execution(id, execution, worker) end
   -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
   if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
   if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.errors import PilotqError
 from pilotq.broker.store import keys
 from pilotq.broker.store.messages import Run
@@ -187,6 +188,19 @@ def test_what_is_damaged_has_failed_with_a_sentence(engine: Engine, field: str) 
     assert ending["final"]
     number = 2 if field in ("pq_array", "pq_next") else 1
     assert engine.counts() == {"total": number, "failed": number} == engine.counts(keys.submission("k"))
+
+
+def test_what_is_damaged_hides_no_other_task_from_readers(engine: Engine) -> None:
+    victim, other = engine.submit(array(2), task())
+    queries = TaskQueries(engine.link, None)
+    for damage in list(damages(engine, [keys.job(victim)])):
+        dumped = engine.admin.call("DUMP", damage[0])
+        plant(engine, damage)
+        found = [queries.views([victim, other])[1], *queries.tasks(None, 9), queries.task(other)]
+        queries.task(victim)
+        queries.task(f"{victim}_1")
+        assert other in [view.id for view in found if view is not None], damage
+        engine.admin.call("RESTORE", damage[0], 0, dumped, "REPLACE")
 
 
 def test_a_job_with_the_id_of_a_deleted_task_waits_for_its_own_turn(engine: Engine) -> None:
