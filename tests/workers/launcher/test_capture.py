@@ -170,3 +170,15 @@ def test_the_end_of_large_output_travels_with_its_place(capture: Capture) -> Non
     small = capture.take()
     os.write(small.fd, b"small")
     assert tail(capture.collect(small, "a.1.out"), 3) == b"all"
+
+
+def test_the_pack_of_an_earlier_process_is_kept(tmp_path: Path) -> None:
+    """Pids come again, above all in a container that is started again: what was kept is somebody's output."""
+    kept = []
+    for content_of in (b"a", b"b"):
+        capture = Capture(str(tmp_path), "n1")
+        file = capture.take()
+        os.write(file.fd, content_of * 10_000)
+        kept += [capture.collect(file, "1.1.out"), capture.keep(content_of.upper() * 10_000, "1.1.result")]
+        capture.close()
+    assert [content(captured) for captured in kept] == [letter * 10_000 for letter in (b"a", b"A", b"b", b"B")]
