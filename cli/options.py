@@ -166,7 +166,9 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
 def _given(options: Mapping[str, Any]) -> set[str]:
     """What of a task the command line says itself."""
     source = click.get_current_context().get_parameter_source
-    names = {name for name in options if source(name) == click.core.ParameterSource.COMMANDLINE}
+    # Not `nodes`: those of `pilotq run` are the pilot's.
+    of_tasks = TASK_OPTIONS | {"task_nodes", "after"}
+    names = {n for n in options if n in of_tasks and source(n) == click.core.ParameterSource.COMMANDLINE}
     return {{"task_nodes": "nodes", "each_line": "values"}.get(name, name) for name in names}
 
 

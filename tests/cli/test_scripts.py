@@ -94,7 +94,7 @@ def test_file_names_reach_scripts_as_they_are(tmp_path: Path) -> None:
 JOB = """#!/bin/bash
 #SBATCH --cpus-per-task=2 --array=0-3:3   # two of two cores
 #SBATCH --output=out/%x-%A_%a.txt -J job
-#SBATCH --partition=long --time=5
+#SBATCH --partition=long --time=5 --nodes=1
 test -z "$FAIL" || exit 3
 echo "$PILOTQ_CORES $SLURM_CPUS_PER_TASK $SLURM_ARRAY_TASK_ID $SLURM_ARRAY_TASK_MAX"
 echo "to stderr" >&2
@@ -107,8 +107,8 @@ def test_a_script_makes_its_requests_itself(tmp_path: Path) -> None:
     ran = cli("run", "--nodes", "2", "--script", "job.sh")
     assert "2 tasks: 2 finished" in ran.stdout, ran.stderr
     assert ran.stderr.splitlines() == [
-        "pilotq: job.sh: #SBATCH: obeyed: -J job --time=5 --array=0-3:3 --cpus-per-task=2 --output=out/%x-%A_%a.txt; "
-        "not obeyed, it has no meaning here: --partition=long"
+        "pilotq: job.sh: #SBATCH: obeyed: -J job --time=5 --array=0-3:3 --cpus-per-task=2 --nodes=1 "
+        "--output=out/%x-%A_%a.txt; not obeyed, it has no meaning here: --partition=long"
     ]
     files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert files == {f"job-1_{n}.txt": f"2 2 {n} 3\nto stderr\n" for n in (0, 3)}
