@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store, pack
 from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.states import ENDED, STATUSES
-from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
+from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_host_limits, without_secret
 
 if TYPE_CHECKING:
     import redis
@@ -51,6 +53,7 @@ class Broker:
         self.store = Store(self.link, queue_id, load(os.environ.get("PILOTQ_SETTINGS")))
         self._queries = TaskQueries(self.link, Journal(pilot.journal) if pilot is not None else None)
         self._redis: redis.Redis | None = None
+        self._elsewhere = False  # the pilot runs on another host than this process
 
     @classmethod
     def connect(cls, dir: str | None = None, *, timeout: float = 10.0) -> Broker:
@@ -58,7 +61,16 @@ class Broker:
         pilot = find(dir)
         connection = pilot.connection()
         broker = cls(connection.address, connection.queue_id, pilot, timeout=timeout)
-        broker.link.connect()
+        broker._elsewhere = connection.host != socket.gethostname()
+        try:
+            broker.link.connect()
+        except ServerUnavailable:
+            if pilot.alive():
+                raise
+            raise ServerUnavailable(
+                f"no pilot runs in {pilot.directory}: it was killed; `pilotq start --resume "
+                f"{shlex.quote(pilot.directory)}` goes on with what has not ended"
+            ) from None
         return broker
 
     @classmethod
@@ -99,6 +111,8 @@ class Broker:
         if context is None:
             context = capture_context(functions=any(task.function is not None for task in tasks))
         context = without_secret(context, self.link.address.password)
+        if self._elsewhere:
+            context = without_host_limits(context)
         return submit(self.link, self.store, tasks, context, key, self._statuses_in_journal)
 
     def _statuses_in_journal(self, ids: Sequence[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,7 +84,8 @@ class Pilot(msgspec.Struct, frozen=True):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NoPilot(
-                f"no pilot runs in {self.directory}: it has ended, or is not ready yet; start one with `pilotq start`"
+                f"no pilot runs in {self.directory}: it has ended, or is not ready yet; go on with it by "
+                f"`pilotq start --resume {shlex.quote(self.directory)}`, or start one with `pilotq start`"
             ) from None
         except OSError as error:
             raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None

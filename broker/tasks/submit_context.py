@@ -24,6 +24,8 @@ CLEAN_VARIABLES: Final = frozenset({b"HOME", b"LANG", b"LOGNAME", b"PATH", b"SHE
 RESOURCE_LIMITS: Final = tuple(
     sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 )
+# What a login node limits for its own sake: tasks elsewhere would end by SIGXCPU, or lose RDMA.
+HOST_LIMITS: Final = frozenset({resource.RLIMIT_CPU, resource.RLIMIT_MEMLOCK, resource.RLIMIT_AS})
 
 
 class SubmitContext(msgspec.Struct, array_like=True):
@@ -84,6 +86,12 @@ def environment(source: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
         for name, value in source.items()
         if not WORKER_VARIABLES.fullmatch(name) and (name, value) != (b"OMP_NUM_THREADS", threads)
     }
+
+
+def without_host_limits(context: SubmitContext) -> SubmitContext:
+    """The context without the limits that belong to the host of the process that submits: the pilot is on another."""
+    limits = {number: soft for number, soft in context.limits.items() if number not in HOST_LIMITS}
+    return msgspec.structs.replace(context, limits=limits)
 
 
 def without_secret(context: SubmitContext, secret: str) -> SubmitContext:

@@ -159,6 +159,10 @@ def test_after_a_kill_the_journal_answers_and_wait_does_not_promise_too_much(tmp
         assert "does not know what never ran" in result.stderr
         assert "does not know what never ran" in cli("list").stderr
         assert "nodes  none: the pilot was killed, and its journal does not know" in cli("status").stdout
+        for verb in (("enqueue", "--", "true"), ("stop",)):
+            refused = cli(*verb)
+            assert refused.returncode == 3
+            assert "it was killed; `pilotq start --resume /" in refused.stderr
         left = cli("status", "--left")
         assert left.returncode == 3 and not left.stdout and "does not know what never ran" in left.stderr
         # Its successor cleans up.

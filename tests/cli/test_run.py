@@ -91,6 +91,27 @@ def test_a_run_ends_when_nothing_that_is_left_can_run_on_its_nodes(cli: Cli) -> 
     assert "1 of 4 tasks ended: 1 finished" in ran.stdout
 
 
+def test_limits_of_another_host_are_left_there(pilot: Cli, tmp_path: Path) -> None:
+    """A login node limits CPU time, locked memory and address space for its own sake; all else is taken over."""
+    show = ("--", "bash", "-c", "ulimit -St; ulimit -Sl; ulimit -Sv; ulimit -Sc")
+    words = ["bash", "-c", 'ulimit -St 70; ulimit -Sl 16; ulimit -Sv 20000000; ulimit -Sc 0; "$@"', "-"]
+
+    def seen() -> list[str]:
+        submit = subprocess.run(
+            [*words, *command("enqueue", *show)], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        )
+        assert submit.returncode == 0, submit.stderr
+        assert pilot("wait", submit.stdout.strip()).returncode == 0
+        return pilot("logs", submit.stdout.strip()).stdout.split()
+
+    assert seen() == ["70", "16", "20000000", "0"]
+    connection = tmp_path / ".pilotq" / "current" / "connection.json"
+    record = json.loads(connection.read_text())
+    connection.write_text(json.dumps({**record, "host": "elsewhere"}))
+    cpu, locked, space, core = seen()
+    assert cpu != "70" and locked != "16" and space != "20000000" and core == "0"
+
+
 def test_run_an_array_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "values").write_text("x\n\ny z\n")
     result = cli("run", "--nodes", "2", "--array", "1-5:2", "--", "touch", "i{index}")
