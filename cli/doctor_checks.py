@@ -25,9 +25,9 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.env_vars import KNOWN
 from pilotq.broker.errors import PilotqError
 from pilotq.broker.pilot.directory import Pilot
-from pilotq.broker.pilot.lock import start_time
 from pilotq.broker.pilot.recovery import recorded_parts
 from pilotq.broker.pilot.server import MIN_VERSION, find_server, memory_for_server
+from pilotq.broker.process_identity import start_time
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal_repair import damaged_lines
 

@@ -20,6 +20,7 @@ import msgspec
 from pilotq.broker import failpoints
 from pilotq.broker.errors import PilotFailed, ServerUnavailable, Superseded
 from pilotq.broker.log import log
+from pilotq.broker.process_identity import machine_id, start_time
 from pilotq.broker.rq.commands import WorkerCommands
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
@@ -110,6 +111,7 @@ class Session:
         store = Store(self._fetch_link, self._store.queue_id, self.settings)
         self._last_contact = time.monotonic()
         info.incarnation = int(store.write("INCR", keys.NEXT_INCARNATION))
+        info.machine, info.start = machine_id(), start_time(info.pid) or 0
         self._info = info
         now = iso(time.time())
         fields = {

@@ -16,27 +16,15 @@ from contextlib import suppress
 import msgspec
 
 from pilotq.broker.errors import PilotExists, Superseded
+from pilotq.broker.process_identity import machine_id, start_time
 
 HEARTBEAT_S = 5.0
 POLL_S = 0.2
 STALE_S = 60.0  # a holder on another machine is dead when its last heartbeat is so old
 
 
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when it is dead or a zombie.
-
-    Together with the pid it identifies a process for good: pids alone are used again.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in b"ZX" else int(fields[19])
-
-
 class Holder(msgspec.Struct):
-    """Who holds a lock. ``machine`` is where ``pid`` is valid: one boot of a machine, and one pid namespace."""
+    """Who holds a lock. ``machine`` is where ``pid`` is valid: see `machine_id`."""
 
     host: str
     machine: str
@@ -46,10 +34,8 @@ class Holder(msgspec.Struct):
 
     @classmethod
     def here(cls) -> Holder:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            machine = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
         pid = os.getpid()
-        return cls(socket.gethostname(), machine, pid, start_time(pid), os.urandom(8).hex())
+        return cls(socket.gethostname(), machine_id(), pid, start_time(pid), os.urandom(8).hex())
 
 
 class Lock:

@@ -18,8 +18,9 @@ import msgspec
 from pilotq.broker.errors import NoPilot
 from pilotq.broker.log import log
 from pilotq.broker.pilot.directory import Pilot, write_private
-from pilotq.broker.pilot.lock import Holder, start_time
+from pilotq.broker.pilot.lock import Holder
 from pilotq.broker.pilot.server import remove_socket
+from pilotq.broker.process_identity import start_time
 from pilotq.broker.processes import PilotProcess
 
 NAME = "parts.json"

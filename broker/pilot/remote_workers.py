@@ -184,7 +184,7 @@ class RemoteWorkers:
             raise PilotFailed(f"{part.argv[0]} cannot be run, so no worker can be started: {error.strerror}") from None
 
     def _command(self, nodes: list[str]) -> list[str]:
-        worker = [*self._program, "worker", "--keep", "--dir", self._pilot.directory, *self.remote.options]
+        worker = [*self._program, "worker", "--keep", "--replace", "--dir", self._pilot.directory, *self.remote.options]
         count = str(len(nodes))
         if self.remote.method == "srun":
             where = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}"]

@@ -20,12 +20,13 @@ from pilotq.broker.errors import PilotFailed, PilotqError, StateLost, Superseded
 from pilotq.broker.log import log
 from pilotq.broker.pilot import recovery
 from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, establish_queue_id, remember_total
-from pilotq.broker.pilot.lock import HEARTBEAT_S, Lock, start_time
+from pilotq.broker.pilot.lock import HEARTBEAT_S, Lock
 from pilotq.broker.pilot.queue_client import POLL_S, QueueClient
 from pilotq.broker.pilot.remote_workers import RemoteWorkers
 from pilotq.broker.pilot.rollback import open_journal
 from pilotq.broker.pilot.server import RunningServer, remove_socket, wait_ready
 from pilotq.broker.pilot.start import ALLOCATION_ENDED, FAILURE_PREFIX, LocalNode, SupervisorOptions, program
+from pilotq.broker.process_identity import start_time
 from pilotq.broker.processes import PilotProcess, RestartBudget, become_subreaper, reap_orphans
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.slurm.deadline import Deadline
@@ -89,7 +90,7 @@ class Supervisor:
     def _worker(self, node: LocalNode) -> list[str]:
         real = ",".join(f"{core}:{cpu}" for core, cpu in node.real.items())
         argv = ["worker", "--dir", self.pilot.directory, "--node", node.name, "--cores", ",".join(map(str, node.cores))]
-        return [*argv, "--real", real, *(["--shared"] if node.shared else [])]
+        return [*argv, "--replace", "--real", real, *(["--shared"] if node.shared else [])]
 
     # -- the whole life ---------------------------------------------------------------------------------------------
 

@@ -7,13 +7,12 @@ process, in slices, so that no round takes long.
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from pilotq.broker.log import log
+from pilotq.broker.process_identity import machine_id, start_time
 from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal import JournalEntry
@@ -28,7 +27,7 @@ TIMED = (0, "(inf")  # scores of what expires: RQ writes -1 or inf for what is k
 CANCELED_PAGE = 5000  # members of a registry of canceled tasks that are read at once
 CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
 POLL_S = 3.0  # of the time between two polls of the heartbeats more does not count: we, or the server, were away
-LOST_S = 120.0  # a worker of this machine without a heartbeat for so long, and without a process, is lost
+LOST_S = 120.0  # a worker without a heartbeat for so long, and without a process on this machine, is lost
 
 
 class Reconciler:
@@ -273,8 +272,11 @@ class Reconciler:
 
 
 def _has_no_process(info: NodeInfo) -> bool:
-    """Whether this is the worker's machine, and it has no such process."""
-    return info.host == socket.gethostname() and not os.path.exists(f"/proc/{info.pid}")
+    """Whether no process of this machine is that worker.
+
+    One of another machine belonged to a pilot that was resumed here: nobody reaches a unix socket from there.
+    """
+    return info.machine != machine_id() or start_time(info.pid) != info.start
 
 
 def _slices(items: Sequence[T]) -> list[Sequence[T]]:

@@ -30,6 +30,8 @@ class NodeInfo(msgspec.Struct):
     memory: int = 0  # bytes, 0 = not counted
     counters: dict[str, int] = {}
     job: str = ""  # the Slurm job whose allocation it is part of
+    machine: str = ""  # where ``pid`` is valid, as `machine_id` has it; ``start`` is the start time of that process
+    start: int = 0
     withheld: int = 0  # CPUs that Slurm has granted there, and that its worker may not use
 
     @property

@@ -36,6 +36,7 @@ from pilotq.workers.machine.topology import CORES_MAX, check_node_name
 @grace_option
 @notice_option
 @click.option("--keep", is_flag=True, help="Start the worker again when it dies.  [default: in an allocation]")
+@click.option("--replace", is_flag=True, help="Take the place of a living worker of this name; what it runs is ended.")
 @click.option("--until-eof", is_flag=True, hidden=True)
 @click.option("--system-core", metavar="NODE", hidden=True)
 def worker_command(directory: str | None, redis: str | None, **values: Any) -> int:
@@ -69,6 +70,11 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     set_counters(values["counters"])
     shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
     local = LocalNode(values["node"] or identity.name, numbers, cpus, shared)
+
+    if not values["replace"]:
+        from pilotq.workers.machine.name_in_use import check_name_is_free
+
+        check_name_is_free(Connection(address), local.name, settings())
 
     def work() -> int:
         info, own = identity.complete(node_info(local)), settings()

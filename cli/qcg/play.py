@@ -18,8 +18,8 @@ import msgspec
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.pilot.directory import write_private
-from pilotq.broker.pilot.lock import start_time
 from pilotq.broker.pilot.start import StartedPilot
+from pilotq.broker.process_identity import start_time
 from pilotq.broker.qcg.service.address import address_of
 from pilotq.broker.qcg.service.play import PlayResult, play, reply_writer
 from pilotq.broker.qcg.service.report import NAMED_MAX, Report

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pilotq.broker import Broker
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.server import start_server
+from pilotq.broker.store import keys
 from tests.support.waiting import wait_until
 
 TIMEOUT = 60.0
@@ -70,6 +72,32 @@ def test_parts_by_hand_make_a_pilot(start: Start, tmp_path: Path, bind: tuple[st
     assert pilotq("logs", "-f", task, "--dir", "p", cwd=tmp_path).stdout == "n1\n"
     url = pilotq("url", "--dir", "p", cwd=tmp_path).stdout
     assert url.startswith("redis://" if bind else "unix://")
+
+
+def test_a_worker_does_not_take_a_name_in_use(start: Start, tmp_path: Path) -> None:
+    """It would end what runs there. One whose number and machine are not known here lives as long as its heartbeats."""
+    start("server", "--dir", "p", "--bind", "127.0.0.1")
+    wait_until((tmp_path / "p" / "connection.json").exists)
+    start("dispatcher", "--dir", "p")
+    words = ("worker", "--dir", "p", "--node", "n1", "--cores", "0")
+    with subprocess.Popen(
+        [sys.executable, "-m", "pilotq", *words], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
+    ) as first:
+        script = "touch up; until [ -e go ]; do sleep 0.05; done; echo $PILOTQ_EXECUTION"
+        task = pilotq("enqueue", "--dir", "p", "--", "sh", "-c", script, cwd=tmp_path).stdout.strip()
+        wait_until((tmp_path / "up").exists, seconds=60)
+        with Broker.connect(str(tmp_path / "p")) as broker:
+            [record] = broker.link.call("HVALS", keys.NODES)
+            for change in ({}, {"machine": "another"}):
+                broker.link.call("HSET", keys.NODES, "n1", json.dumps({**json.loads(record), **change}))
+                refused = pilotq(*words, cwd=tmp_path)
+                assert refused.returncode == 2
+                assert f"node n1 has a worker already (process {first.pid} on " in refused.stderr
+        (tmp_path / "go").touch()
+        assert pilotq("wait", task, "--dir", "p", "--timeout", "30", cwd=tmp_path).returncode == 0
+        assert pilotq("logs", "-f", task, "--dir", "p", cwd=tmp_path).stdout == "1\n"
+        start(*words, "--replace")
+        assert first.wait(TIMEOUT) == 3
 
 
 def test_parts_find_a_server_of_the_users_own_without_a_password_in_argv(start: Start, tmp_path: Path) -> None:

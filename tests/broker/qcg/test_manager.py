@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pilotq.broker.pilot.lock import holder, start_time
+from pilotq.broker.pilot.lock import holder
+from pilotq.broker.process_identity import start_time
 from pilotq.broker.qcg import Jobs, LocalManager, Manager, errors
 from tests.support.live_pilot import left_of
 from tests.support.waiting import wait_until
