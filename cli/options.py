@@ -18,7 +18,7 @@ from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
 from pilotq.broker.tasks.model import MODELS, Request, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
+from pilotq.broker.tasks.quantities import parse_arrays, parse_duration, request_of
 from pilotq.broker.tasks.submit_context import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,8 +66,8 @@ task_options = all_of(
     click.option("--gpus", type=int, metavar="N", help="GPUs."),
     click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G."),
     click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter; may be repeated."),
-    click.option("--array", callback=parsed(parse_array), metavar="A-B[:STEP]",
-                 help="A task for each index, {index} in CMD."),
+    click.option("--array", callback=parsed(parse_arrays), metavar="A-B[:STEP],...",
+                 help="A task for each index, {index} in CMD; an array for each range."),
     click.option("--each-line", "--values", "each_line", metavar="FILE",
                  help="A task for each line: {value} in CMD, $PILOTQ_VALUE in a script."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
@@ -113,8 +113,14 @@ file_options = all_of(
 )
 
 
-def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
-    """The task that a command and the values of `task_options` describe; raises InvalidInput."""
+def tasks_of(command: Sequence[str], options: dict[str, Any]) -> list[Task]:
+    """The task that a command and the values of `task_options` describe, or one for each part of its array; raises
+    InvalidInput."""
+    task = _task_of(command, options)
+    return [msgspec.structs.replace(task, array=part) for part in options["array"] or ()] or [task]
+
+
+def _task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
     if bool(command) == (options["script"] is not None):
         raise InvalidInput("give a command after `--`, or --script FILE" + (", not both" if command else ""))
     script, directives = None, None
@@ -140,7 +146,7 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         script=script,
         name=options["name"],
         request=request,
-        array=options["array"],
+        array=(options["array"] or [None])[0],
         values=values,
         after=list(options.get("after", ())),
         priority=options["priority"],

@@ -225,8 +225,8 @@ class _Loop:
 
     def _longest(self) -> list[tuple[str, int, float, str]]:
         """What RQ's tools are to show as running: what lives longest, and not only for a moment."""
-        before = time.time() - SHOWN_AFTER_S
-        found = sorted((e.started, e.key, e.run) for e in self._node.running() if e.started < before)[:SHOWN_MAX]
+        before = time.monotonic() - SHOWN_AFTER_S
+        found = sorted((e.started, e.key, e.run) for e in self._node.running() if e.began < before)[:SHOWN_MAX]
         return [(h.id, h.execution, started, h.class_name) for started, _, h in found]
 
     def _check_contact(self, now: float) -> None:

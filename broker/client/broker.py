@@ -289,8 +289,8 @@ class Broker:
         return self._queries.nodes()
 
     def running(self) -> int:
-        """How many executions run, or are assigned to a worker."""
-        return sum(not member.endswith(":0") for member in self._queries.executions())
+        """How many executions run, or are about to: what is only prefetched does not count."""
+        return self._queries.running()
 
     def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """The captured output of the last execution that has ended, in pieces; nothing if there is none.

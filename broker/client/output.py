@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -64,9 +65,29 @@ def _of_last(pilot: Pilot, entries: Sequence[JournalEntry], stream: str) -> Iter
         yield from output_of_entry(pilot, max(entries, key=lambda entry: entry.execution), stream)
 
 
+def end_of_output(pilot: Pilot, entry: JournalEntry, stream: str, size: int) -> bytes:
+    """The last ``size`` bytes of what `output_of_entry` gives; no more of a file is read. Raises as that does."""
+    inline, place = (entry.stdout, entry.stdout_at) if stream == "stdout" else (entry.stderr, entry.stderr_at)
+    if not place:
+        total = len(inline.encode() if isinstance(inline, str) else inline)
+    elif len(place) > 1:
+        total = int(place[2])
+    else:
+        total = 0
+        with suppress(FileNotFoundError):
+            total = os.stat(pilot.path(from_utf8(str(place[0])))).st_size
+    return b"".join(output_of_entry(pilot, entry, stream, max(total - size, 0)))[-size:]
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def _read(path: str, offset: int, left: int) -> Iterator[bytes]:
     """``left`` bytes from ``offset`` on; all there is if negative."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
+    with suppress(FileNotFoundError), open(path, "rb", opener=_open) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return  # what a task wrote to a FIFO, a terminal or a device is gone, and a FIFO would be waited for
         file.seek(offset)
         while left and (data := file.read(PIECE if left < 0 else min(PIECE, left))):
             left -= len(data) if left > 0 else 0

@@ -18,6 +18,7 @@ from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, ou
 from pilotq.broker.tasks.states import ENDED, WAITING
 
 SLICE = 500
+RUNNING_READ_MAX = 1000  # tasks with a worker that are read to see which of them run
 VIEW_FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
     "pq_queued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
@@ -101,6 +102,7 @@ def view_of_entry(entry: JournalEntry) -> TaskView:
     return TaskView(
         id=entry.id,
         name=entry.name,
+        command=entry.command,
         status=entry.status,
         reason=entry.reason,
         exit_code=entry.exit_code,
@@ -135,7 +137,7 @@ def element_view(entry: JournalEntry, task_id: str) -> TaskView | None:
     times = {"queued": entry.queued, "ended": entry.ended}
     return TaskView(
         id=task_id, name=entry.name, status=status, reason=entry.reason if status == "canceled" else "", array=entry.id,
-        index=index, times=times, ended=True,
+        index=index, times=times, ended=True, command=entry.command,
     )  # fmt: skip
 
 
@@ -277,6 +279,14 @@ class TaskQueries:
         queues = self._queues()
         for members in self.link.pipeline([("ZRANGE", keys.registry("wip", queue), 0, -1) for queue in queues]):
             yield from (member.decode() for member in members)
+
+    def running(self) -> int:
+        """How many executions have a slot. Which of the very short ones run is told to nobody: of those at most as many
+        as there are slots."""
+        members = [member for member in self.executions() if not member.endswith(":0")]
+        read = [("HGET", keys.job(member.rpartition(":")[0]), "pq_slot") for member in members[:RUNNING_READ_MAX]]
+        slots, *own = self.link.pipeline([("HGET", keys.STATUS, "slots"), *read])
+        return max(sum(slot is not None for slot in own), min(len(members), int(slots or 0)))
 
     def _running(self) -> Iterator[str]:
         yield from sorted((member.rpartition(":")[0] for member in self.executions()), key=_age, reverse=True)

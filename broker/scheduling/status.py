@@ -30,6 +30,7 @@ class StatusPublisher:
         self._store = store
         self._busy = -1
         self._used: dict[str, str] = {}
+        self._slots = -1
         self._hold: Hold | None = None
         self._hold_unknown = True  # an earlier dispatcher may have left one
 
@@ -41,12 +42,15 @@ class StatusPublisher:
             self._busy = busy
 
     def publish_usage(self, inventory: Inventory) -> None:
-        """The cores reserved and the slots of each node."""
+        """The cores reserved and the slots of each node, and the number of slots on all of them."""
         used = {name: f"{inventory.cluster.used(name)} {len(node.slots)}" for name, node in inventory.nodes.items()}
         changed = [item for item in used.items() if self._used.get(item[0]) != item[1]]
         if changed:
             self._store.write("HSET", keys.USAGE, *(text for item in changed for text in item))
         self._used = used
+        if len(inventory.slots) != self._slots:
+            self._slots = len(inventory.slots)
+            self._store.write("HSET", keys.STATUS, "slots", self._slots)
 
     def publish_hold(self, hold: Hold | None, now: float) -> None:
         """The cores that are kept free; ``now`` is monotonic, as the times of the hold."""

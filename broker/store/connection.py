@@ -45,10 +45,10 @@ class Address(msgspec.Struct, omit_defaults=True):
         who = f"{quote(self.user)}:{quote(self.password)}@" if self.password and secret else ""
         if self.path:
             return f"unix://{who}{quote(self.path)}?db={self.db}"
-        return f"redis://{who}{self.host}:{self.port}/{self.db}"
+        return f"redis://{who}{_bracketed(quote(self.host, safe=':'))}:{self.port}/{self.db}"
 
     def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
+        return self.path or f"{_bracketed(self.host)}:{self.port}"
 
 
 class ScriptMissing(PilotFailed):
@@ -271,6 +271,11 @@ def _checked(reply: Any) -> Any:
     return reply
 
 
+def _bracketed(host: str) -> str:
+    """A host before a colon and a port; an address of IPv6 has colons of its own."""
+    return f"[{host}]" if ":" in host else host
+
+
 def parse_url(url: str) -> Address:
     """``redis://[user:password@]host:port/db`` or ``unix://[user:password@]/path?db=0``."""
     from urllib.parse import parse_qs, unquote, urlsplit
@@ -282,7 +287,7 @@ def parse_url(url: str) -> Address:
         return Address(path=unquote(parts.path), user=user, password=password, db=db)
     if parts.scheme == "redis" and parts.hostname:
         return Address(
-            host=parts.hostname,
+            host=unquote(parts.hostname),
             port=parts.port or 6379,
             user=user,
             password=password,

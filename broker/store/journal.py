@@ -59,6 +59,7 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
     cpu: float | None = None
     array: str = ""
     index: int | None = None
+    command: str = ""  # one line, shortened
     message: str = ""  # more than the reason, for people
     stdout: str | bytes = ""
     stderr: str | bytes = ""

@@ -214,5 +214,10 @@ def description(task: Task) -> str:
         text = call_text(task.function, task.args, task.kwargs)
     else:
         text = " ".join(task.command) if task.command else (task.script or "").strip()
+    return one_line(text)
+
+
+def one_line(text: str | bytes) -> str:
+    """A text of users for listings: shortened, control characters removed."""
     text = printable(text[:200])
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from pilotq.broker.os_strings import encode
-from pilotq.broker.tasks.functions import pack_call
-from pilotq.broker.tasks.model import Task
+from pilotq.broker.tasks.functions import decode_payload, pack_call
+from pilotq.broker.tasks.model import Task, one_line
 
 # Spec.flags
 FLAG_ARRAY = 1  # {index} and {value} are filled in
@@ -41,6 +41,14 @@ class Spec(msgspec.Struct, array_like=True):
     retries: int = 0  # these three as in Task
     backoff: float = 0.0
     retry_on: str = ""
+
+
+def command_text(spec: Spec) -> str:
+    """One line for the journal, as `description` has it of the whole task; of a call only the function's name."""
+    if not spec.flags & FLAG_FUNCTION:
+        return one_line(b" ".join(spec.argv) if spec.argv else spec.script.strip())
+    payload = decode_payload(spec.argv[0])
+    return one_line(f"{payload.name}(...)") if payload.name else ""
 
 
 def spec_of(task: Task, payload: bytes | None = None) -> Spec:

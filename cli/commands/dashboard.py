@@ -194,7 +194,8 @@ def _advice(bind: str, port: int, where: str) -> list[str]:
         who = socket.gethostname()
     lines = [f"pilotq: log in as {USER}, with {where}"]
     if bind in LOOPBACK:
-        lines.append(f"pilotq: to open it on your own machine, run there first: ssh -N -L {port}:{bind}:{port} {who}")
+        host = f"[{bind}]" if ":" in bind else bind
+        lines.append(f"pilotq: to open it on your own machine, run there first: ssh -N -L {port}:{host}:{port} {who}")
     else:
         lines.append(f"pilotq: other machines reach {bind}, and the password travels unencrypted")
     return [*lines, "pilotq: Ctrl-C ends it"]

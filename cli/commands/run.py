@@ -9,14 +9,15 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import click
+import msgspec
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.fit import fit_is_known, nothing_left_fits
-from pilotq.broker.client.output import output_of_entry
+from pilotq.broker.client.output import end_of_output, output_of_entry
 from pilotq.broker.client.submit import check
 from pilotq.broker.errors import InvalidInput, PilotFailed, UnknownTask, WaitTimedOut
 from pilotq.broker.pilot.directory import Pilot
@@ -26,7 +27,7 @@ from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task, description
 from pilotq.broker.tasks.submit_context import capture_context
-from pilotq.cli import exit_codes, formatting, progress, summary
+from pilotq.cli import exit_codes, formatting, progress, stdin, summary
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.lifetime import Lifetime
 from pilotq.cli.options import (
@@ -35,8 +36,8 @@ from pilotq.cli.options import (
     file_options,
     json_option,
     open_replies,
-    task_of,
     task_options,
+    tasks_of,
 )
 from pilotq.cli.pilot_options import (
     CLUSTER_OPTIONS,
@@ -50,6 +51,8 @@ from pilotq.cli.pilot_options import (
 )
 
 FIT_POLL_S = 0.05
+STDIN = "stdin"  # in the pilot's directory: a link to the standard input of `pilotq run -- CMD`
+STDERR_BYTES = 4096  # of each failed task, read for the summary
 
 
 class FileOrCommand(click.Command):
@@ -92,6 +95,8 @@ def run_command(
     with Interrupts(allocation=options.remote is not None) as interrupts:
         pilot = start(values, options)
         run = Run(pilot, interrupts, progress.display(quiet=single or as_json), batch.tasks, values["env_policy"])
+        if single and values["stdin"] is None and values["script"] is None:
+            run.stdin = stdin.source(local=options.remote is None)
         run.run_to_end()
         found = _summary(run, options.expected_nodes)
         found.commands = run.commands({line.array or line.id for line in found.failed})
@@ -103,6 +108,8 @@ def run_command(
         code = exit_codes.INVALID
         left = plural(found.counts.left, "task")
         _say(f"{run.never_runs}; {left} left: go on with other nodes with `{_again(pilot, files)}`")
+    if word := stdin.unread(passed=bool(run.stdin)):
+        _say(word)
     if as_json:
         click.echo(formatting.to_json(summary.as_json(found, code)))
     elif single:
@@ -161,7 +168,7 @@ def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], val
                 # Only what is left.
                 return Batch([], [] if os.path.exists(os.path.join(values["resume"], FILE)) else None)
             raise InvalidInput("give a FILE of tasks, or `--` and a command: see `pilotq run --help`")
-        return Batch([task_of(command, values)])
+        return Batch(tasks_of(command, values))
     if len(files) > 1 or (not os.path.exists(files[0]) and files[0] != "-" and shutil.which(files[0])):
         hint = f": for a command write `pilotq run -- {' '.join(files)}`"
         raise InvalidInput(("give one FILE" if len(files) > 1 else f"there is no file {files[0]}") + hint)
@@ -196,12 +203,24 @@ class Run(Lifetime):
         self.policy = policy
         self.ids: list[str] = []
         self.never_runs = ""  # why nothing of what is left can run on the nodes of this pilot
+        self.stdin = ""  # what the one task reads as its standard input, "" for nothing
 
     def begin(self, broker: Broker) -> None:
         # The key makes a resumed run of the same file submit nothing twice.
         key = "run-" + hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:24]
         self._await_fit(broker)
-        self.ids = broker.enqueue_many(self.tasks, key=key, context=capture_context(self.policy))
+        tasks = self.tasks
+        # A resumed run has a standard input of its own: the task names a link, which is turned.
+        link = self.pilot.path(STDIN)
+        self.close()
+        os.symlink(self.stdin or os.devnull, link)
+        if self.stdin:
+            tasks = [msgspec.structs.replace(task, stdin=link) for task in tasks]
+        self.ids = broker.enqueue_many(tasks, key=key, context=capture_context(self.policy))
+
+    def close(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self.pilot.path(STDIN))
 
     def done(self, broker: Broker) -> bool:
         try:
@@ -250,8 +269,8 @@ def _print_summary(found: summary.Summary) -> None:
 def _end(pilot: Pilot, line: JournalEntry) -> bytes:
     """The end of what a failed task wrote to stderr."""
     try:
-        return b"".join(output_of_entry(pilot, line, "stderr"))[-4096:]
-    except PilotFailed as error:
+        return end_of_output(pilot, line, "stderr", STDERR_BYTES)
+    except (PilotFailed, OSError) as error:
         return str(error).encode()
 
 

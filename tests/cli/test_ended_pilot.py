@@ -26,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cli("enqueue", "--name", "bad", "--", "sh", "-c", "exit 3")
         cli("enqueue", "--name", "child", "--after", "bad", "--", "true")
         cli("enqueue", "--name", "many", "--array", "0-9", "--", "sh", "-c", "echo $PILOTQ_INDEX; test {index} != 4")
+        (folder / "call.toml").write_text("[[tasks]]\nname = 'call'\nfunction = 'os:getpid'\n")
+        assert cli("submit", "call.toml").returncode == 0
         assert cli("wait").returncode == 1
         cli("enqueue", "--name", "cut-off", "--", "sh", "-c", "touch started; sleep 600")
         cli("enqueue", "--name", "never", "--cores", "2", "--", "true")
@@ -44,6 +46,7 @@ def test_list(cli: Cli) -> None:
     rows = {row["name"]: row for row in json.loads(result.stdout) if "_" not in row["id"]}
     assert {name: row["status"] for name, row in rows.items()} == {
         "good": "finished", "bad": "failed", "child": "canceled", "many": "failed", "cut-off": "queued",
+        "call": "finished",
     }  # fmt: skip
     assert rows["bad"]["exit_code"] == 3
     assert (rows["cut-off"]["reason"], rows["cut-off"]["exit_code"]) == ("pilot ended", None)
@@ -52,6 +55,14 @@ def test_list(cli: Cli) -> None:
     }  # fmt: skip
     table = cli("list")
     assert "has ended" in table.stderr and "cut-off" in table.stdout
+    commands = {line.split()[1]: line for line in table.stdout.splitlines() if "_" not in line.split()[0]}
+    assert "echo $PILOTQ_INDEX; test 7 != 4" in table.stdout, "of an element with its index"
+    ends = {
+        "good": "sh -c echo out; echo err >&2", "bad": "sh -c exit 3", "child": "true",
+        "many": "sh -c echo $PILOTQ_INDEX; test {index} != 4", "cut-off": "sh -c touch started; sleep 600",
+        "call": "os:getpid(...)",
+    }  # fmt: skip
+    assert {name: text for name, text in ends.items() if not commands[name].endswith(text)} == {}
     assert [row["name"] for row in json.loads(cli("list", "--status", "finished", "--json").stdout)].count("good") == 1
     assert len(json.loads(cli("list", "--limit", "3", "--json").stdout)) == 3
     assert "--limit" in cli("list", "--limit", "3").stderr
@@ -75,7 +86,7 @@ def test_logs(cli: Cli) -> None:
 
 def test_status(cli: Cli) -> None:
     result = cli("status")
-    assert "13 of 15 tasks ended: 10 finished, 2 failed, 1 canceled" in result.stdout
+    assert "14 of 16 tasks ended: 11 finished, 2 failed, 1 canceled" in result.stdout
     assert "has ended" in result.stdout
     facts = json.loads(cli("status", "--json").stdout)
     assert facts["ended"] and facts["tasks"]["left"] == 2 and facts["running"] == 0
@@ -90,7 +101,7 @@ def test_status(cli: Cli) -> None:
         (["cut-off"], 1, "1 of 1 tasks had not"),
         (["good", "vvv"], 1, "1 of 2 tasks had not"),  # it may have been one that never ran
         (["good", "no such name"], 2, "'no such name'"),
-        ([], 1, "2 of 15 tasks had not"),
+        ([], 1, "2 of 16 tasks had not"),
     ],
 )
 def test_wait_returns_at_once_by_the_outcome(cli: Cli, words: list[str], code: int, sentence: str) -> None:

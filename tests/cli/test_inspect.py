@@ -175,6 +175,20 @@ def test_executions_under_way_are_counted_and_arrays_are_not(live: LivePilot, tm
     assert live.broker.running() == 0
 
 
+def test_what_is_only_prefetched_does_not_run(live: LivePilot) -> None:
+    # The dispatcher learns from the first ones that tasks of this class are short, and prefetches.
+    live.broker.wait(live.broker.enqueue_many([Task(command=["true"]) for _ in range(200)]), timeout=TIMEOUT)
+    ids = live.broker.enqueue_many([Task(command=["sleep", "1000"]) for _ in range(40)])
+    handed = f"{keys.registry('wip', 'default')}"
+    wait_until(lambda: live.broker.link.call("ZCARD", handed) > 2, what="some are prefetched")
+    assert live.broker.running() <= 2
+    wait_until(lambda: live.broker.running() == 2)
+    assert "; 2 running" in live.cli("status").stdout.decode() and "; 2 running" in live.cli("top").stdout.decode()
+    live.broker.cancel(ids)
+    live.broker.wait(ids, timeout=TIMEOUT)
+    wait_until(lambda: live.broker.running() == 0)
+
+
 def test_a_long_queue_is_listed_by_its_newest(live: LivePilot) -> None:
     live.broker.pause(True)
     ids = live.broker.enqueue_many([Task(command=["true"], priority=i % 3) for i in range(5000)])

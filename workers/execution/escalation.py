@@ -87,7 +87,7 @@ class Escalation:
     def started(self, e: Execution, at: float, now: float) -> Action | None:
         """It started at ``at`` (unix seconds), which is ``now``. TERM when it was asked to end meanwhile."""
         e.phase = Phase.RUNNING
-        e.started = at
+        e.started, e.began = at, now
         if e.reason:
             return self._end(e, now + e.grace)
         if e.limit:

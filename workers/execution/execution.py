@@ -48,7 +48,7 @@ class Execution:
     """Holds what the worker knows of one execution. ``key`` names it on this node, ``slot`` 0 means none."""
 
     __slots__ = (
-        "key", "run", "phase", "slot", "allocation", "launcher", "limit", "limit_at", "grace", "unkillable_at",
+        "began", "key", "run", "phase", "slot", "allocation", "launcher", "limit", "limit_at", "grace", "unkillable_at",
         "reason", "outcome", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live_outputs",
         "launch_begun", "to_retract", "spec", "function", "held_back",
     )  # fmt: skip
@@ -69,6 +69,7 @@ class Execution:
         self.message = ""
         self.pid = 0  # of its main process, once it has started
         self.started = 0.0  # unix seconds, 0 = never
+        self.began = 0.0  # the same moment by the monotonic clock
         self.exited: Exited | Returned | None = None
         self.function = False  # it is a call, which an interpreter runs
         self.stdout = b""  # files named by the user

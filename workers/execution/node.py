@@ -201,7 +201,7 @@ class Node:
         early = e.phase is Phase.LAUNCHING or (isinstance(record, Returned) and e.reason == "time limit")
         if early and record.status == 0:
             e.reason = ""  # it succeeded before it got SIGTERM, or in spite of it
-        e.pid, e.started = record.pid, record.started
+        e.pid, e.started, e.began = record.pid, record.started, now - record.seconds
         self._slots.add_runtime(e.run.class_name, record.seconds)
         self._end(e, record.ended, now)
 
@@ -443,7 +443,7 @@ class Node:
             self._to_chain.add(follower.slot)
         elif follower is not None:
             self._ready.append(follower)
-        seconds = ended - e.started if e.started and not late else -1.0
+        seconds = now - e.began if e.started and not late else -1.0
         end = ExecutionEnd(e.slot, e.run.class_name, seconds, follower is not None)
         if late:
             log(f"task {e.run.id} has ended after all: {e.allocation} is free again")

@@ -15,6 +15,7 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
+from pilotq.broker.tasks.spec import command_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
@@ -82,6 +83,7 @@ class Reporter:
             pid=e.pid or None,
             array=run.array,
             index=run.index if run.array else None,
+            command="" if e.spec is None else command_text(e.spec),
             message=message.encode("utf-8", "backslashreplace").decode(),
             submission=run.submission,
         )

@@ -322,7 +322,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_unfinished', bad) end
   if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
-    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise')
+    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description')
   if f[10] then return end
   span_in(f[9])
   class_in(f[7])
@@ -348,7 +348,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   end
   redis.call('DEL', elementwise_key(array) .. ':seen')
   redis.call('SREM', 'pilotq:parents', array)
-  journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4])}),
+  journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4]), command = printable(f[12])}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or tonumber(now),
       outcomes = outcomes, array = f[9]})
   request_release(array, f[6], status)
@@ -428,7 +428,7 @@ end
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.
 local function end_unrun(id, reason, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_has_dependents',
-    'pq_array_of', 'pq_pos')
+    'pq_array_of', 'pq_pos', 'description')
   -- A producer's job that was not routed yet has no class.
   local queue = v[1] and queue_of(v[1]) or v[2] or ''
   redis.call('ZREM', registry('scheduled', queue), id)
@@ -448,7 +448,7 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   redis.call('ZREM', registry('deferred', queue), id)
   redis.call('ZADD', registry('canceled', queue), now, id)
   count_end(v[4], 'canceled', 1)
-  journal(cmsgpack.pack({id = id, name = printable(v[3]), submission = printable(v[4])}),
+  journal(cmsgpack.pack({id = id, name = printable(v[3]), submission = printable(v[4]), command = printable(v[9])}),
     {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or '') or tonumber(now)})
   request_release(id, v[6], 'canceled')
   notify_executor(v[4], id, 'canceled', reason, '')

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-from pilotq.broker.store.connection import Connection
+import pytest
+import redis
+
+from pilotq.broker.store.connection import Connection, parse_url
 from tests.support.engine import Engine, fixtures
 
 engine, server, node = fixtures
@@ -34,3 +37,21 @@ def test_a_forked_process_has_a_connection_of_its_own(engine: Engine) -> None:
     for end in (ours, theirs):
         os.close(end)
     link.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "shown"),
+    [
+        ("redis://[::1]:7000/2", "::1", "[::1]:7000"),
+        ("redis://u:p%40ss@[2001:db8::17]/0", "2001:db8::17", "[2001:db8::17]:6379"),
+        ("redis://[fe80::1%25eth0]:7000/0", "fe80::1%eth0", "[fe80::1%eth0]:7000"),
+        ("redis://login.example:7000/0", "login.example", "login.example:7000"),
+        ("redis://10.0.0.7/0", "10.0.0.7", "10.0.0.7:6379"),
+    ],
+)
+def test_a_url_of_any_host_comes_back_as_it_was_written(url: str, host: str, shown: str) -> None:
+    address = parse_url(url)
+    assert (address.host, str(address)) == (host, shown)
+    assert parse_url(address.url()) == address
+    taken = redis.connection.parse_url(address.url())
+    assert (taken["host"], taken["port"]) == (host, address.port), "RQ's programs read it alike"

@@ -15,7 +15,7 @@ from pilotq.broker.taskfiles.lines import split_words
 from pilotq.broker.taskfiles.native import tomllib
 from pilotq.broker.taskfiles.reader import read_tasks
 from pilotq.broker.tasks.model import ArrayRange, Request, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_duration, parse_size, parse_span, request_of
+from pilotq.broker.tasks.quantities import parse_array, parse_arrays, parse_duration, parse_size, parse_span, request_of
 
 
 def write(folder: Path, text: str | bytes, name: str = "jobs") -> Path:
@@ -60,6 +60,32 @@ def test_sizes(text: str, value: int) -> None:
 )
 def test_durations(text: str, value: float) -> None:
     assert parse_duration(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "arrays"),
+    [
+        ("0-20:5", [(0, 20, 5)]), ("7", [(7, 7, 1)]), ("1,3-5,10-20", [(1, 1, 1), (3, 5, 1), (10, 20, 1)]),
+        ("1,3,5,7", [(1, 7, 2)]), ("1,2,4", [(1, 2, 1), (4, 4, 1)]), ("0-9:3, 1-9:3", [(0, 9, 3), (1, 9, 3)]),
+        ("5,1", [(5, 5, 1), (1, 1, 1)]), ("0-9:2,10", [(0, 10, 2)]),
+    ],
+)  # fmt: skip
+def test_an_array_of_several_ranges(text: str, arrays: list[tuple[int, int, int]]) -> None:
+    assert parse_arrays(text) == [ArrayRange(*one) for one in arrays]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1,3-5,10-20%4", "no limit of its own.*--counter"), ("0-9%2", "no limit of its own.*--counter"),
+        ("1,1", "the index 1 twice"), ("0-20:5,10-12", "the index 10 twice"), ("1,", "'' is no array"),
+        ("5-1,7", "'5-1' is an array without"), (",".join(map(str, range(600, 0, -3))), "at most 100 parts"),
+        ("0-999999999,1000000-999999999", "too many indices"),
+    ],
+)  # fmt: skip
+def test_an_array_of_several_ranges_that_is_refused(text: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        parse_arrays(text)
 
 
 def test_spans_and_arrays() -> None:
