@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, table
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.pilot.directory import Pilot
@@ -280,6 +280,7 @@ def run() -> list[Figure]:
             before = _in_tree(tree, shape, count) if tree else None
             found = _in_tree("", shape, count)
             figures += _figures(f"{shape} ({count:,})", found, before)
+            print(table(figures[-1:]).rpartition("\n")[2], file=sys.stderr, flush=True)
     return figures
 
 

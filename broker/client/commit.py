@@ -58,9 +58,7 @@ def commit(
 
 def _commit_large(store: Store, submission: Submission, calls: _Calls, stage: Callable[[], None]) -> list[str]:
     name, number = keys.staged(submission.first), 0
-    for work in _checks(submission):
-        if calls.answer("check", work)[0] == b"again":
-            break
+    calls.look_up_parents(_checks(submission))
     for piece in _pieces(submission, calls.past):
         commands: list[tuple[Argument, ...]] = [("RPUSH", name, pack(piece))]
         # Its time runs from the first piece on, that of each hash later: while it is there, they all are.
@@ -92,18 +90,29 @@ class _Calls:
         plan = self._submission.plan
         return self._store.commit(self._submission.key, first, len(plan.tasks), plan.total, work, what)
 
+    def look_up_parents(self, checks: Iterator[dict[str, Any]]) -> None:
+        """Look at all parents, and then once into the journal, before anything is written."""
+        works = list(checks)
+        answers = [self.make("check", work, self._submission.first) for work in works]
+        self._look_up([p.decode() for answer in answers if answer[0] == b"unknown" for p in answer[1]])
+        for work in works:
+            self.answer("check", work)
+
+    def _look_up(self, missing: Sequence[str]) -> None:
+        """The statuses of parents without records; raises UnknownTask where the journal does not know one either."""
+        found = self._statuses_in_journal([p for p in missing if p not in self._each]) if missing else {}
+        for parent in missing:
+            if parent not in found:
+                raise UnknownTask(f"after: there is no task {parent!r} here (any more)")
+        self.past.update(found)
+
     def answer(self, what: str, work: dict[str, Any]) -> list[Any]:
         """The answer when all parents are known; a refusal is raised."""
         while True:
             answer = self.make(what, {**work, "past": self.past}, self._submission.first)
             if answer[0] != b"unknown":
                 break
-            missing = [parent.decode() for parent in answer[1]]
-            found = self._statuses_in_journal([parent for parent in missing if parent not in self._each])
-            for parent in missing:
-                if parent not in found:
-                    raise UnknownTask(f"after: there is no task {parent!r} here (any more)")
-            self.past.update(found)
+            self._look_up([parent.decode() for parent in answer[1]])
         if answer[0] == b"unequal":
             parent = answer[1].decode()
             raise InvalidInput(f"after_each: {parent!r} is no array of as many elements as the one that waits")

@@ -65,10 +65,10 @@ local function next_open(id, position, count)
   while position < count do
     if position % 4 == 0 then
       OPEN = OPEN or open_byte()
-      local chunk = redis.call('GETRANGE', outcomes_key(id), position / 4, position / 4 + 65535)
+      local chunk = redis.call('GETRANGE', outcomes_key(id), position / 4, position / 4 + 4095)
       local at = string.find(chunk, OPEN)
       position = position + 4 * (at and at - 1 or #chunk)
-      if not at and #chunk == 65536 then position = position - 1 end -- look on from there
+      if not at and #chunk == 4096 then position = position - 1 end -- look on from there
     end
     if redis.call('BITFIELD', outcomes_key(id), 'GET', 'u2', '#' .. string.format('%d', position))[1] == 0 then break end
     position = position + 1

@@ -369,33 +369,28 @@ local function end_run(array, submission, first, last, now, now_iso, ttl)
   count_canceled(array, submission, first, last, last - first + 1, now, now_iso, ttl)
 end
 
--- Of each byte of outcomes: how many of its elements have not ended, and the byte with these canceled.
-local open_in, with_open_canceled = {}, nil
+-- Each byte of outcomes in which an element has not ended, and the byte with these canceled.
+local with_open_canceled
 
-local function make_byte_tables()
+local function make_byte_table()
   with_open_canceled = {}
   for byte = 0, 255 do
-    local left, ended = 0, byte
+    local ended = byte
     for shift = 0, 6, 2 do
-      if bit.band(bit.rshift(byte, shift), 3) == 0 then
-        left, ended = left + 1, bit.bor(ended, bit.lshift(3, shift))
-      end
+      if bit.band(bit.rshift(byte, shift), 3) == 0 then ended = bit.bor(ended, bit.lshift(3, shift)) end
     end
-    open_in[byte] = left
-    if left > 0 then with_open_canceled[string.char(byte)] = string.char(ended) end
+    if ended ~= byte then with_open_canceled[string.char(byte)] = string.char(ended) end
   end
 end
 
--- The whole bytes first..last of the outcomes: what has not ended there is canceled. Returns how many elements.
+-- The whole bytes first..last of the outcomes: what has not ended there is canceled. Returns how many elements: each sets two bits.
 local function cancel_bytes(array, first, last)
-  if not with_open_canceled then make_byte_tables() end
-  local outcomes, number = redis.call('GETRANGE', outcomes_key(array), first, last), 0
+  if not with_open_canceled then make_byte_table() end
+  local key = outcomes_key(array)
+  local outcomes, before = redis.call('GETRANGE', key, first, last), redis.call('BITCOUNT', key, first, last)
   outcomes = outcomes .. string.rep('\0', last - first + 1 - #outcomes)
-  for at = 1, #outcomes, 64 do
-    for _, byte in ipairs({string.byte(outcomes, at, at + 63)}) do number = number + open_in[byte] end
-  end
-  if number > 0 then redis.call('SETRANGE', outcomes_key(array), first, (string.gsub(outcomes, '.', with_open_canceled))) end
-  return number
+  redis.call('SETRANGE', key, first, (string.gsub(outcomes, '.', with_open_canceled)))
+  return (redis.call('BITCOUNT', key, first, last) - before) / 2
 end
 
 local function cancel_position(array, position)
