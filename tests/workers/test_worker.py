@@ -134,7 +134,8 @@ def test_a_task_finds_its_cores_and_its_surroundings(tmp_path: Path) -> None:
     expected = {
         "PILOTQ_TASK_ID": "a", "PILOTQ_EXECUTION": "1", "PILOTQ_DIR": str(tmp_path), "PILOTQ_CORES": "3",
         "PILOTQ_NODES": "2", "PILOTQ_NODELIST": "n1,n2", "PILOTQ_NODE": "n1", "PILOTQ_CPUS": "1",
-        "PILOTQ_ARRAY_ID": "arr", "PILOTQ_INDEX": "5", "OMP_NUM_THREADS": "1", "QCG_PM_NNODES": "2", "QCG_PM_NODELIST": "n1,n2",
+        "PILOTQ_ARRAY_ID": "arr", "PILOTQ_INDEX": "5", "OMP_NUM_THREADS": "1", "QCG_PM_NNODES": "2",
+        "QCG_PM_NODELIST": "n1,n2",
         "QCG_PM_NPROCS": "3", "QCG_PM_NTASKS": "3", "QCG_PM_TASKS_PER_NODE": "1,2", "TWO": "2", "PWD": str(tmp_path),
     }  # fmt: skip
     assert {key: env.get(key) for key in expected} == expected
