@@ -23,10 +23,10 @@ def test_a_silent_worker_is_lost_unless_its_process_is_here(engine: Engine) -> N
     }
     engine.link.call("HSET", keys.CONTROL, "contact", 0)
     reconciler = Reconciler(engine.store)
-    assert reconciler.turn(100.0, nodes, [], walked=True) == []
+    assert reconciler.turn(100.0, nodes, [], walked=True, idle=False) == []
     clock, lost = 100.0, []
     while not lost and clock < 100.0 + 2 * LOST_S:
         clock += POLL_S
-        lost = reconciler.turn(clock, nodes, [], walked=True)
+        lost = reconciler.turn(clock, nodes, [], walked=True, idle=False)
     assert {info.name for info in lost} == {"number used again", "elsewhere"}
     assert clock - 100.0 >= LOST_S
