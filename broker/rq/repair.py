@@ -56,8 +56,8 @@ class RqRepair:
         cursor, flat = self.connection.call("ZSCAN", registry, self._deferred_cursors.get(queue, 0), "COUNT", BATCH)
         self._deferred_cursors[queue] = int(cursor)
         ids = flat[::2]
-        there = self.connection.pipeline([("EXISTS", keys.job(i.decode())) for i in ids]) if ids else []
-        missing = [i for i, found in zip(ids, there, strict=True) if not found]
+        there = self.connection.pipeline([("TYPE", keys.job(i.decode())) for i in ids]) if ids else []
+        missing = [i for i, kind in zip(ids, there, strict=True) if kind != b"hash"]
         if missing:
             self.connection.call("ZREM", registry, *missing)
 

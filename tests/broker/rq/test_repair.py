@@ -222,3 +222,11 @@ def test_what_runs_and_was_deleted_by_rq_counts_once(engine: Engine, node: Make,
         turns.clear()
         pump([runner], lambda: turns.add(reconciler.next_turn) or len(turns) > 3)
     assert engine.counts() == {"total": 1, "canceled": 1} and engine.registry("wip") == []
+
+
+def test_a_key_that_is_no_record_does_not_wait(engine: Engine) -> None:
+    _, victim = engine.submit(task(name="p"), task(after=["p"]))
+    engine.link.call("DEL", keys.job(victim))
+    engine.link.call("SET", keys.job(victim), "junk")
+    turns(engine)
+    assert engine.registry("deferred") == []
