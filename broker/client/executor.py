@@ -142,9 +142,10 @@ class Executor(futures.Executor):
         self._open: set[TaskFuture] = set()  # those that are not done
         self._closing = False
         self._pid = os.getpid()
-        roles = (self._send, self._collect)
+        # Each has an event for its end: before Python 3.13 a `join` that Ctrl-C interrupts takes the thread for ended.
+        self._ends = {role: threading.Event() for role in (self._send, self._collect)}
         self._threads = [
-            threading.Thread(target=self._guarded, args=(role,), daemon=True, name="pilotq") for role in roles
+            threading.Thread(target=self._guarded, args=(role,), daemon=True, name="pilotq") for role in self._ends
         ]
         _living.add(self)
         for thread in self._threads:
@@ -196,6 +197,8 @@ class Executor(futures.Executor):
             future.cancel()
         self._submit_queue.put(None)
         if wait and threading.current_thread() not in self._threads:
+            for end in self._ends.values():
+                end.wait()
             for thread in self._threads:
                 thread.join()
 
@@ -278,6 +281,8 @@ class Executor(futures.Executor):
                 self._set_outcome(future, Outcome(error=PilotFailed(f"a thread of the executor has failed: {error!r}")))
             self._submit_queue.put(None)
             raise
+        finally:
+            self._ends[role].set()
 
     def _send(self) -> None:
         """Submit and cancel: the first thread."""
