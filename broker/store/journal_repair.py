@@ -57,7 +57,7 @@ def move_damaged_lines(path: str) -> tuple[int, str]:
 
 def keep_aside(path: str, lines: Iterable[bytes]) -> str:
     """Write lines of the journal at ``path`` to a file beside it, and return the path of that file."""
-    aside = f"{path.removesuffix('.jsonl')}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}.jsonl"
+    aside = f"{path.removesuffix('.jsonl')}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(6).hex()}.jsonl"
     with os.fdopen(_create(aside), "wb") as file:
         file.writelines(lines)
         file.flush()

@@ -44,10 +44,16 @@ class Spec(msgspec.Struct, array_like=True):
 
 
 def command_text(spec: Spec) -> str:
-    """One line for the journal, as `description` has it of the whole task; of a call only the function's name."""
+    """One line for the journal, as `description` has it of the whole task; of a call only the function's name.
+
+    Empty for a call whose payload is damaged: its end says that.
+    """
     if not spec.flags & FLAG_FUNCTION:
         return one_line(b" ".join(spec.argv) if spec.argv else spec.script.strip())
-    payload = decode_payload(spec.argv[0])
+    try:
+        payload = decode_payload(spec.argv[0])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
+        return ""
     return one_line(f"{payload.name}(...)") if payload.name else ""
 
 

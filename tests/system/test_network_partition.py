@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker import Task
-from tests.support.fault_rig import Rig
+from tests.support.fault_rig import Rig, Work
 from tests.support.network_namespace import CUT, FarNode, possible
 from tests.support.waiting import wait_until
 
@@ -47,6 +47,13 @@ def ended(r: Rig, key: str) -> bool:
 
 def begun(r: Rig, node: str) -> list[str]:
     return [line[0] for line in r.ledger() if line[2] == "begin" and line[5] == node]
+
+
+def occupy_here(r: Rig) -> Work:
+    """The node here, with which the pilot was started, comes first: while this runs others go to node far."""
+    blocker = r.submit([r.probe(2.0)])
+    wait_until(lambda: begun(r, "n1"), seconds=60, what="a task on node n1")
+    return blocker
 
 
 @pytest.mark.parametrize("direction", CUT)
@@ -89,16 +96,17 @@ def test_a_long_cut_ends_the_tasks_there_before_others_get_them(tmp_path: Path, 
 def test_a_worker_that_tries_to_connect_keeps_its_deadline(tmp_path: Path, direction: str) -> None:
     """An attempt may take much longer than the margin of others; it ends when this worker's time is over."""
     with apart(tmp_path, connect_s=30.0) as (r, far):
+        blocker = occupy_here(r)
         work = r.submit([r.probe(20.0)])
         wait_until(lambda: begun(r, "far"), seconds=60, what="the task on node far")
         far.cut(direction)
-        wait_until(lambda: begun(r, "n1"), seconds=60, what="it runs again, on node n1")
+        wait_until(lambda: len(begun(r, "n1")) == 2, seconds=60, what="it runs again, on node n1")
         assert far.worker is not None
         assert far.worker.wait(60) == 3
         assert not [line for line in r.ledger() if line[2] == "again"]
         with r.broker() as broker:
             broker.cancel(work.ids)
-        wait_until(lambda: ended(r, work.key), seconds=60, what="its end")
+        wait_until(lambda: ended(r, work.key) and ended(r, blocker.key), seconds=60, what="its end")
 
 
 def test_the_newer_outcome_stands_when_a_stopped_worker_goes_on(tmp_path: Path) -> None:
@@ -106,9 +114,9 @@ def test_the_newer_outcome_stands_when_a_stopped_worker_goes_on(tmp_path: Path) 
     and that ends as soon as the worker goes on."""
     with apart(tmp_path, contact=1.0) as (r, far):
         script = f"echo $PILOTQ_EXECUTION; exec {sys.executable} -I -S {r.probe().command[3]} {r.folder} 8"  # type: ignore[index]
+        blocker = occupy_here(r)
         work = r.submit([Task(script=script, stdout=str(r.folder / "out"))])
         wait_until(lambda: begun(r, "far"), seconds=60, what="the task on node far")
-        blocker = r.submit([r.probe(1.0)])
         assert far.worker is not None
         os.kill(far.worker.pid, signal.SIGSTOP)
         wait_until(lambda: far not in far, seconds=60, what="node far is given up")
