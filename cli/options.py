@@ -116,6 +116,11 @@ file_options = all_of(
 def tasks_of(command: Sequence[str], options: dict[str, Any]) -> list[Task]:
     """The task that a command and the values of `task_options` describe, or one for each part of its array; raises
     InvalidInput."""
+    if options["name"] is not None and len(options["array"] or ()) > 1:
+        raise InvalidInput(
+            f"--name {options['name']}: --array has {len(options['array'])} ranges, each is an array of its own, and a "
+            "name is that of one task: leave it away, or submit each range by itself"
+        )
     task = _task_of(command, options)
     return [msgspec.structs.replace(task, array=part) for part in options["array"] or ()] or [task]
 
@@ -165,7 +170,7 @@ def _task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         queue=options["queue"],
     )
     if directives is not None:
-        _say(directives.complete(task, _given(options)))
+        _say(directives.complete(task, _given(options), options["array"] or ()))
     return task
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles.directive_options import Option, Requested, Syntax, number_of
-from pilotq.broker.tasks.model import PRIORITY_LIMIT, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_size, parse_span
+from pilotq.broker.tasks.model import PRIORITY_LIMIT, ArrayRange, Task
+from pilotq.broker.tasks.quantities import parse_arrays, parse_size, parse_span
 
 _VALUES = """
     account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container
@@ -89,7 +89,7 @@ def read(options: dict[str, Option], asked: Requested) -> None:
     job = options["job-name"].value if "job-name" in options else ""
     for name, what in (("output", "stdout"), ("error", "stderr"), ("input", "stdin")):
         if name in options:
-            path = _file(options[name].value, job, is_array="array" in asked.fields)
+            path = _file(options[name].value, job)
             if path is None:
                 asked.ignored.append(options[name])
             else:
@@ -99,19 +99,17 @@ def read(options: dict[str, Option], asked: Requested) -> None:
         asked.fields.setdefault("stderr", asked.fields["stdout"])
 
 
-def variables(task: Task, asked: Requested) -> dict[str, str]:
+def variables(task: Task, asked: Requested, arrays: Sequence[ArrayRange]) -> dict[str, str]:
     """Variables that such a script reads. They are set for its whole array, whoever has asked for it."""
     found = dict(asked.env)
     if task.is_array:
-        first, last, step = 0, task.size - 1, 1
-        if task.array is not None:
-            first, last, step = task.array.start, task.array.stop, task.array.step
+        parts = arrays or [task.array or ArrayRange(0, task.size - 1)]
         found |= {
             "SLURM_ARRAY_TASK_ID": "{index}",
-            "SLURM_ARRAY_TASK_COUNT": str(task.size),
-            "SLURM_ARRAY_TASK_MIN": str(first),
-            "SLURM_ARRAY_TASK_MAX": str(last - (last - first) % step),
-            "SLURM_ARRAY_TASK_STEP": str(step),
+            "SLURM_ARRAY_TASK_COUNT": str(sum(map(len, parts))),
+            "SLURM_ARRAY_TASK_MIN": str(min(part.start for part in parts)),
+            "SLURM_ARRAY_TASK_MAX": str(max(part.start + (len(part) - 1) * part.step for part in parts)),
+            "SLURM_ARRAY_TASK_STEP": str(parts[0].step if len(parts) == 1 else 1),
         }
     return found
 
@@ -134,7 +132,11 @@ def _array(options: dict[str, Option], asked: Requested) -> None:
     if (option := options.get("array")) is None:
         return
     indices, percent, _ = option.value.partition("%")
-    asked.fields["array"] = asked.parsed(option._replace(value=indices), parse_array)
+    parts = asked.parsed(option._replace(value=indices), parse_arrays)
+    if len(parts) == 1:
+        asked.fields["array"] = parts[0]
+    else:
+        asked.needed["array"] = f"{option.text}: it is {len(parts)} arrays here: give --array {indices}"
     asked.obeyed[option] = "array"
     if percent:
         asked.ignored.append(option._replace(text=f"{percent}{option.value.partition('%')[2]} of {option.text}"))
@@ -219,7 +221,7 @@ def _memory(options: dict[str, Option], asked: Requested, cores: int, gpus: int)
             asked.ignored.append(option)  # all memory of a node
 
 
-def _file(text: str, job: str, *, is_array: bool) -> str | None:
+def _file(text: str, job: str) -> str | None:
     """The path for a pattern of file names; None where something in it is not known here."""
     known = {
         "%": "%",
@@ -233,8 +235,7 @@ def _file(text: str, job: str, *, is_array: bool) -> str | None:
         "t": "0",
     }
     known["u"] = getpass.getuser() if "%u" in text else ""
-    if is_array:
-        text = text.replace("%A_%a", "%j")  # that is how an element is called here
+    text = text.replace("%A_%a", "%j")  # that is how an element is called here, whoever has asked for the array
     if any(match[1] or not known.get(match[2]) for match in _PATTERN.finditer(text)):
         return None
     return _PATTERN.sub(lambda match: known[match[2]], text)

@@ -69,7 +69,7 @@ def parse_array(text: str) -> ArrayRange:
     if not match and _ARRAYS.fullmatch(text.replace(" ", "")):
         _refuse_limit(text)
         raise InvalidInput(
-            f"{text!r} is no array of one range: write FIRST-LAST:STEP; `pilotq enqueue --array` takes several"
+            f"{text!r} is no array of one range: write FIRST-LAST:STEP; the option --array takes several"
         )
     if not match:
         raise InvalidInput(f"{text!r} is no array: write FIRST-LAST or FIRST-LAST:STEP, such as 0-99")

@@ -133,7 +133,8 @@ def test_what_has_no_meaning_is_named(line: str, named: str) -> None:
     ("line", "said"),
     [
         ("#SBATCH --cpus-per-task=x", "job.sh: line 4: #SBATCH --cpus-per-task=x: 'x' is no whole number from 1 on"),
-        ("#SBATCH --array=1,3", "job.sh: line 4: #SBATCH --array=1,3: '1,3' is no array"),
+        ("#SBATCH -a 1,3-5%2", "job.sh: #SBATCH -a 1,3-5%2: it is 2 arrays here: give --array 1,3-5"),
+        ("#SBATCH --array=1-x", "job.sh: line 4: #SBATCH --array=1-x: '1-x' is no array"),
         ("#SBATCH --time=soon", "job.sh: line 4: #SBATCH --time=soon: 'soon' is no time"),
         ("#SBATCH --nodes=0", "job.sh: line 4: #SBATCH --nodes=0: '0' is no number or range"),
         ("#SBATCH --mem=much", "job.sh: line 4: #SBATCH --mem=much: 'much' is no size"),
