@@ -8,6 +8,7 @@ import time
 import click
 
 from pilotq.broker.client.broker import open_pilot
+from pilotq.broker.errors import InvalidInput
 from pilotq.cli.options import dir_option
 from pilotq.cli.task_selection import ids_of
 
@@ -20,7 +21,7 @@ FOLLOW_S = 0.2  # how often `logs -f` polls
 @click.option("--stderr", "stderr", is_flag=True, help="Show stderr instead of stdout.")
 @dir_option
 def logs_command(word: str, follow: bool, stderr: bool, directory: str | None) -> None:
-    """Print the output of the last execution of a task so far, byte for byte.
+    """Print the output of the last execution of a task so far, byte for byte. Of an array, name an element: 1f_7.
 
     \b
     Example: pilotq logs 1f --stderr
@@ -29,6 +30,11 @@ def logs_command(word: str, follow: bool, stderr: bool, directory: str | None) -
     out = sys.stdout.buffer
     with open_pilot(directory) as pilot:
         (task_id,) = ids_of(pilot, [word])
+        if size := pilot.task(task_id).array_size:
+            raise InvalidInput(
+                f"{task_id} is an array of {size:,} tasks, and each has its own output: name one, `pilotq logs "
+                f"{task_id}_INDEX`"
+            )
         for piece in pilot.follow(task_id, stream):
             out.write(piece)
             if not piece:

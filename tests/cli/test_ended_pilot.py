@@ -82,6 +82,11 @@ def test_logs(cli: Cli) -> None:
     assert cli("logs", "-f", "good", "--stderr").stdout == "err\n"
     (row,) = json.loads(cli("show", "many", "--json").stdout)
     assert cli("logs", f"{row['id']}_7").stdout == "7\n"
+    array = cli("logs", "many")
+    assert (
+        array.returncode == 2
+        and f"array of 10 tasks, and each has its own output: name one, `pilotq logs {row['id']}_" in array.stderr
+    )
 
 
 def test_status(cli: Cli) -> None:
