@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.errors import NoPilot, ServerUnavailable
+from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable
 from pilotq.broker.pilot.directory import find
 from pilotq.broker.tasks.quantities import parse_duration
 from pilotq.cli.options import dir_option, parsed
@@ -18,17 +18,19 @@ STOP_S = 90.0  # workers get 30 s, the server as much again; then something is w
 
 
 @click.command("stop")
-@click.option("--drain", "mode", flag_value="drain", help="Start nothing more, and wait for running tasks.")
-@click.option("--now", "mode", flag_value="now", help="Kill running tasks at once.")
+@click.option("--drain", is_flag=True, help="Start nothing more, and wait for running tasks.")
+@click.option("--now", is_flag=True, help="Kill running tasks at once.")
 @click.option("--timeout", metavar="TIME", callback=parsed(parse_duration),
               help="Wait at most this long for its end.  [default: 90s; with --drain: for ever]")  # fmt: skip
 @dir_option
-def stop_command(mode: str | None, timeout: float | None, directory: str | None) -> None:
+def stop_command(drain: bool, now: bool, timeout: float | None, directory: str | None) -> None:
     """End a pilot, and wait until it has ended. Tasks that have not ended stay for `pilotq start --resume`.
 
     \b
     Example: pilotq stop --drain
     """
+    if drain and now:
+        raise InvalidInput("give --drain, which waits for running tasks, or --now, which kills them, not both")
     pilot = find(directory)
     try:
         broker = Broker.connect(directory)
@@ -39,7 +41,7 @@ def stop_command(mode: str | None, timeout: float | None, directory: str | None)
         await_end(pilot, timeout=STOP_S if timeout is None else timeout)
         return
     with broker:
-        broker.request_stop(mode or "stop")
+        broker.request_stop("drain" if drain else "now" if now else "stop")
 
         def say() -> str:
             try:
@@ -49,6 +51,6 @@ def stop_command(mode: str | None, timeout: float | None, directory: str | None)
             whom = plural(running, "running task") if running else "the pilot"
             return f"waiting for {whom} to end"
 
-        if timeout is None and mode != "drain":
+        if timeout is None and not drain:
             timeout = STOP_S
         await_end(pilot, timeout=timeout, say=say)

@@ -72,6 +72,7 @@ WRONG = [
     (["submit", "tasks.txt", "tasks.txt"], "tasks.txt"),
     (["cancel"], "cancel"),
     (["cancel", "--all", "1"], "not both"),
+    (["stop", "--drain", "--now"], "not both"),
     (["show"], "show"),
     (["exec"], "exec"),
     (["run"], "FILE"),
