@@ -116,5 +116,6 @@ def _plural(count: int, word: str) -> str:
 def _memory(count: int) -> str:
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= unit:
-            return f"{count / unit:.3g} {name} of memory"
+            number = f"{count / unit:.3g}" if count < 1000 * unit else f"{count // unit:,}"
+            return f"{number} {name} of memory"
     return f"{count} bytes of memory"

@@ -15,6 +15,7 @@ from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.client.explain import PREDICATES, Explainer, duration
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.views import Explanation
+from pilotq.broker.errors import NeverFits
 from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
 from pilotq.broker.tasks.states import REASONS
@@ -106,6 +107,8 @@ def test_memory_gpus_and_counters(engine: Engine) -> None:
     ):
         (a,) = engine.submit(task(request=request))
         assert explain(engine, a).why[0] == text
+    with pytest.raises(NeverFits, match="needs 1,023 GiB of memory on one node; the largest, n1, has 8 GiB of memory"):
+        engine.submit(task(request=Request(memory=1023 << 30)))
 
 
 def test_what_fits_on_no_node_any_more(engine: Engine) -> None:
