@@ -124,7 +124,7 @@ class Executor(futures.Executor):
             pool.options(cores=4, time_limit=600.0).submit(simulate)
     """
 
-    def __init__(self, dir: str | None = None, *, nodes: str | None = None) -> None:
+    def __init__(self, dir: str | None = None, *, nodes: str | int | None = None) -> None:
         pilot = None if nodes is not None and dir is None else private_pilot.running(dir)
         self._private = pilot is None
         pilot = pilot or private_pilot.start(nodes)

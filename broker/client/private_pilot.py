@@ -30,10 +30,10 @@ def running(dir: str | None) -> Pilot | None:
     return pilot if pilot.alive() else None
 
 
-def start(nodes: str | None) -> Pilot:
+def start(nodes: str | int | None) -> Pilot:
     """A pilot in a temporary directory; it ends with this process, too. Raises PilotFailed when it does not start."""
     pilot = Pilot(os.path.join(tempfile.mkdtemp(prefix="pilotq-"), "pilot"))
-    more = ["--nodes", nodes] if nodes else []
+    more = [] if nodes is None else ["--nodes", str(nodes)]
     started = _pilotq(pilot, "start", "--owner", str(os.getpid()), *more)
     if started.returncode:
         _remove(pilot, os.getpid())

@@ -427,8 +427,11 @@ def test_without_a_pilot_it_has_one_of_its_own(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("pilotq-*"))
     with pytest.raises(NoPilot):
         Executor(str(tmp_path))
-    with pytest.raises(PilotFailed, match="--nodes"):
-        Executor(nodes="no")
+    for nodes in ("no", "", 0):
+        with pytest.raises(PilotFailed, match="--nodes"):
+            Executor(nodes=nodes)
+    with Executor(nodes=1) as executor:
+        assert executor.submit(abs, -1).result() == 1
 
 
 def test_when_the_pilot_is_gone_its_futures_say_so(tmp_path: Path) -> None:
