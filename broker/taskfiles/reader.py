@@ -30,6 +30,7 @@ DOCUMENT_BYTES = 64 << 20  # a JSON or TOML file is decoded as a whole
 HEAD_BYTES = 1 << 16  # a file's kind shows within these
 
 _TABLES = re.compile(rb"^[ \t]*\[\[[ \t]*tasks[ \t]*\]\]", re.MULTILINE)
+_SCRIPT = re.compile(rb"#!(?!.*pilotq)")
 _LIST = re.compile(rb"\[\s*[{\]]")
 
 
@@ -98,7 +99,8 @@ def _without_collector() -> Iterator[None]:
 
 
 def recognise(head: bytes, file: str) -> str:
-    """The format of a file by its first bytes, and by its name if that ends in ``.toml``."""
+    """The format of a file by its first bytes, and by its name if that ends in ``.toml``; raises InvalidInput for a
+    script."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if file.endswith(".toml"):
         return "toml"
@@ -106,7 +108,14 @@ def recognise(head: bytes, file: str) -> str:
         return "json"
     if _LIST.match(text):
         return "qcg"
-    return "toml" if _TABLES.search(text) else "lines"
+    if _TABLES.search(text):
+        return "toml"
+    if _SCRIPT.match(text):
+        raise InvalidInput(
+            f"{file}: it is a script (its first line names the program that runs it), and each line would be a task: "
+            f"run it with --script {'-' if file == 'standard input' else file}, or say --format lines"
+        )
+    return "lines"
 
 
 def _read_all(head: bytes, stream: BinaryIO, file: str) -> bytes:

@@ -136,7 +136,7 @@ def _array(options: dict[str, Option], asked: Requested) -> None:
     if len(parts) == 1:
         asked.fields["array"] = parts[0]
     else:
-        asked.needed["array"] = f"{option.text}: it is {len(parts)} arrays here: give --array {indices}"
+        asked.needed["array"] = f"{option.text}: a task has one range: give --array {indices} on the command line"
     asked.obeyed[option] = "array"
     if percent:
         asked.ignored.append(option._replace(text=f"{percent}{option.value.partition('%')[2]} of {option.text}"))

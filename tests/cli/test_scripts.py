@@ -129,7 +129,7 @@ def test_a_script_with_several_ranges_says_which_option_to_give(tmp_path: Path) 
     )
     cli = prompt(tmp_path)
     ran = cli("run", "--nodes", "2", "--script", "job.sh")
-    assert ran.returncode == 2 and "#SBATCH --array=1,3-4%1: it is 2 arrays here: give --array 1,3-4" in ran.stderr
+    assert ran.returncode == 2 and "#SBATCH --array=1,3-4%1: a task has one range: give --array 1,3-4 on" in ran.stderr
     ran = cli("run", "--nodes", "2", "--array", "1,3-4", "--script", "job.sh")
     assert "3 tasks: 3 finished" in ran.stdout, ran.stderr
     files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}

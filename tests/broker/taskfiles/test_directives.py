@@ -133,7 +133,7 @@ def test_what_has_no_meaning_is_named(line: str, named: str) -> None:
     ("line", "said"),
     [
         ("#SBATCH --cpus-per-task=x", "job.sh: line 4: #SBATCH --cpus-per-task=x: 'x' is no whole number from 1 on"),
-        ("#SBATCH -a 1,3-5%2", "job.sh: #SBATCH -a 1,3-5%2: it is 2 arrays here: give --array 1,3-5"),
+        ("#SBATCH -a 1,3-5%2", "job.sh: #SBATCH -a 1,3-5%2: a task has one range: give --array 1,3-5"),
         ("#SBATCH --array=1-x", "job.sh: line 4: #SBATCH --array=1-x: '1-x' is no array"),
         ("#SBATCH --time=soon", "job.sh: line 4: #SBATCH --time=soon: 'soon' is no time"),
         ("#SBATCH --nodes=0", "job.sh: line 4: #SBATCH --nodes=0: '0' is no number or range"),
@@ -238,7 +238,9 @@ def test_directives_of_disbatch_that_would_change_what_runs_are_refused(tmp_path
 def test_a_script_that_is_given_as_lines_is_told(tmp_path: Path) -> None:
     path = tmp_path / "job.sh"
     path.write_text("#!/bin/bash\n#SBATCH -c 2\n#SBATCH -n 2\necho one\n#!no\n")
-    assert read_tasks(path).notes == [
+    with pytest.raises(InvalidInput, match=f"it is a script .* run it with --script {path}, or say --format lines"):
+        read_tasks(path, shell=True)
+    assert read_tasks(path, format="lines").notes == [
         f"{path}: each line is a task here, and #! has no meaning: a script is --script {path}",
         f"{path}: each line is a task here, and #SBATCH has no meaning: a script is --script {path}",
     ]
