@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.errors import ServerUnavailable
+from pilotq.broker.errors import NoPilot, ServerUnavailable
+from pilotq.broker.pilot.directory import Pilot, find
 from pilotq.broker.pilot.start import ALLOCATION_ENDED, StartedPilot
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.pilot_options import (
@@ -39,7 +40,11 @@ def start_command(owner: int, foreground: bool | None, **values: Any) -> None:
     options = supervisor_options(values, owner_pid=owner)
     if foreground is None:
         foreground = options.remote is not None and os.environ.get("ENVIRONMENT") == "BATCH" and not owner
+    other = _other_pilot()
     pilot = start(values, options)
+    if other is not None and not owner and other.directory != pilot.directory:
+        stop = f"pilotq stop --dir {shlex.quote(other.directory)}"
+        click.echo(f"pilotq: the pilot in {other.directory} runs, too: `{stop}` ends it", err=True)
     with Broker.connect(pilot.directory) as broker:
         await_nodes(broker, pilot, options)
         if less := withheld(broker):
@@ -48,6 +53,15 @@ def start_command(owner: int, foreground: bool | None, **values: Any) -> None:
         if foreground:
             with Interrupts(allocation=options.remote is not None) as interrupts:
                 _stay_until_end(pilot, broker, interrupts)
+
+
+def _other_pilot() -> Pilot | None:
+    """The pilot that commands have meant so far, if it runs."""
+    try:
+        pilot = find(None)
+    except NoPilot:
+        return None
+    return pilot if pilot.alive() else None
 
 
 def _print_ready(pilot: StartedPilot, broker: Broker, values: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,17 @@ def test_what_failed_is_named_with_its_command_and_runs_again(cli: Cli, tmp_path
 
 
 # start, and what other shells do
+
+
+def test_start_names_the_pilot_that_commands_meant_so_far(cli: Cli, tmp_path: Path) -> None:
+    current = tmp_path / ".pilotq" / "current"
+    with ExitStack() as stack:
+        for earlier in (False, True):
+            first = str(current.resolve())
+            started = cli("start", "--nodes", "1")
+            stack.callback(cli, "stop", "--now", "--dir", str(current.resolve()))
+            note = f"pilotq: the pilot in {first} runs, too: `pilotq stop --dir {first}` ends it\n"
+            assert (note in started.stderr) == earlier and (" runs, too" in started.stderr) == earlier
 
 
 def test_a_pilot_in_the_background(pilot: Cli, tmp_path: Path) -> None:
