@@ -79,11 +79,13 @@ def from_json(data: bytes | str, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError:
         raise
+    except RecursionError:
+        raise msgspec.DecodeError("its values are nested too deep") from None
     except msgspec.DecodeError as error:
         if (b"\\ud" if isinstance(data, bytes) else "\\ud") not in data:  # type: ignore[operator]
             raise
         try:
             plain = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise error from None
         return msgspec.convert(plain, kind, str_keys=True)

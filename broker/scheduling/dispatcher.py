@@ -32,6 +32,7 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection
 from pilotq.broker.store.messages import (
+    UNREADABLE,
     ControlChanged,
     Draining,
     ExecutionEnd,
@@ -182,7 +183,7 @@ class Dispatcher:
     def _handle_event(self, item: bytes, now: float) -> None:
         try:
             message = _event.decode(item)
-        except msgspec.DecodeError as error:  # whatever somebody else has written there must not end the loop
+        except UNREADABLE as error:  # whatever somebody else has written there must not end the loop
             log(f"unreadable event dropped: {error}")
             return
         if isinstance(message, NodeReport):

@@ -212,7 +212,7 @@ def decode_entry(raw: bytes) -> JournalEntry:
     """The entry in a line; raises ValueError where it is none that could be used."""
     try:
         entry = _decode(raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         entry = from_json(raw, _Line)  # it may have escapes that only this knows
     if b'_b64":' in raw:
         fields = from_json(raw, dict[str, Any])

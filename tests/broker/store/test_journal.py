@@ -348,6 +348,7 @@ DAMAGES = [
     (b"\0" * 60, "it is no JSON"),
     (b'{"id":"x","name":"n"', "it is no JSON"),
     (b'{"id":"x","name":"caf\xe9"}', "it is not UTF-8"),
+    pytest.param(b'{"id":"x","other":' + b"[" * 9999 + b"]" * 9999 + b"}", "it is no JSON", id="nested too deep"),
     (b"[]", "it is no entry of a journal"),
     (b'{"name":"n"}', "it is no entry of a journal"),
     (b'{"id":"x","name":"n","exit_code":"one"}', "it is no entry of a journal"),
