@@ -425,7 +425,7 @@ class Executor(futures.Executor):
             self._set_outcome(future, Outcome(error=error))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._finish(cancel=kind is not None and not issubclass(kind, Exception))
+        self._finish(cancel=kind is not None and issubclass(kind, KeyboardInterrupt))
 
 
 _living: set[Executor] = set()  # those whose calls have not all ended

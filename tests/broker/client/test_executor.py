@@ -341,6 +341,14 @@ def test_the_end_of_a_program_waits_for_what_it_has_submitted(pilot: LivePilot, 
     assert len((tmp_path / "ran").read_text()) == 1000
 
 
+def test_an_exit_within_the_block_waits_for_what_was_submitted(pilot: LivePilot, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text(f"def f(n): open({str(tmp_path)!r} + '/ran', 'a').write('x')\n")
+    text = "import beside\nwith Executor(DIR) as e:\n    for n in range(100): e.submit(beside.f, n)\n    sys.exit(5)\n"
+    with run_program(tmp_path, text, pilot) as program:
+        assert program.communicate(timeout=WAIT_S) == ("", "") and program.returncode == 5
+    assert len((tmp_path / "ran").read_text()) == 100
+
+
 @pytest.mark.parametrize("text", [
     "with Executor(DIR) as e:\n    for n in range(700): e.submit(signal.pause)\n    print('waiting', flush=True)\n",
     "e = Executor(DIR)\nfor n in range(700): e.submit(signal.pause)\ne.shutdown(wait=False)\n"
