@@ -20,7 +20,7 @@ MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpi
 ONE_PROCESS_MODELS = frozenset({"default", "threads"})
 PRIORITY_LIMIT = 1000
 ARRAY_LIMIT = 10_000_000
-INDEX_LIMIT = 2**53 - 1  # the server's scripts and many readers of JSON have no exact larger ones
+INDEX_LIMIT = 2**53 - 1  # also of retries: the server's scripts and many readers of JSON have no exact larger ones
 COUNTER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")  # names of counters
 # Time limits are rounded up to these steps (seconds) where they become part of a shape, so that tasks with
 # slightly different limits share a class list. Rounding up keeps them true upper bounds.

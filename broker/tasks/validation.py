@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
 from itertools import chain
 from typing import Any
 
@@ -58,7 +59,7 @@ def _table(value: Any) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int or isinstance(value, IntEnum)
 
 
 def _number(value: Any) -> bool:
@@ -281,8 +282,8 @@ def _launch_problems(task: Task) -> Iterator[str]:
 
 
 def _retry_problems(task: Task) -> Iterator[str]:
-    if task.retries < 0:
-        yield "retries cannot be negative"
+    if not 0 <= task.retries <= INDEX_LIMIT:
+        yield f"retries cannot be negative, and at most {INDEX_LIMIT:,}"
     if not 0 <= task.backoff < 1e7:
         yield "backoff must be a number of seconds, at most 115 days"
     if not task.retries and (task.backoff or task.retry_on):

@@ -30,6 +30,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"request": Request(cores=[1, 2])}, r"cores must be a tuple \(min, max\), not list"),  # type: ignore[arg-type]
     ({"request": Request(use={"a": 1})}, r"use must be a tuple of \(name, number\)"),  # type: ignore[arg-type]
     ({"time_limit": "10m"}, "time_limit must be a number of seconds, not str"),
+    ({"retries": 10**30}, "retries cannot be negative, and at most 9,007,199,254,740,991"),
     ({"retries": True}, "retries must be a whole number, not bool"),
     ({"priority": "high"}, "priority must be a whole number, not str"),
     ({"env": {"A": 1}}, "env must be a dict of texts, not dict with int in it"),
