@@ -71,7 +71,7 @@ class RqRepair:
         arrays = [member.decode().removesuffix(":0") for member in flat[::2]]
         if not arrays:
             return
-        left = self.connection.pipeline([("HGET", keys.job(i), "pq_left") for i in arrays])
+        left = [row[0] for row in self.connection.read_hashes([keys.job(i) for i in arrays], "pq_left")]
         running = self.connection.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
         # Most often all open elements run. Otherwise some wait: queued, for other tasks, or for ever without a record.
         waiting = [
@@ -134,8 +134,8 @@ class RqRepair:
     def _return_compacted(self, name: str) -> None:
         """Return each id to its list; twice does not matter, as a task is claimed by its status."""
         ids = self.connection.call("LRANGE", name, 0, BATCH - 1)
-        rows = self.connection.pipeline([("HMGET", keys.job(i.decode()), "pq_class", "origin") for i in ids])
-        homes = [(row[0] or row[1], i) for row, i in zip(rows, ids, strict=True) if row[0] or row[1]]
+        rows = self.connection.read_hashes([keys.job(i.decode()) for i in ids], "pq_class", "origin")
+        homes = [(home, i) for row, i in zip(rows, ids, strict=True) if (home := row[0] or row[1])]
         classes = {row[0] for row in rows if row[0]}
         log(f"{len(homes)} ids that RQ's compact had left in {name} are returned to their lists")
         pushes = [("RPUSH", keys.queue(home.decode()), i) for home, i in homes]

@@ -122,7 +122,7 @@ class Reconciler:
         if not members:
             return
         ids = [m.rpartition(":")[0] for m in members]
-        rows = self.link.pipeline([("HMGET", keys.job(i), "status", "pq_cancel", "pq_array_of") for i in ids])
+        rows = self.link.read_hashes([keys.job(i) for i in ids], "status", "pq_cancel", "pq_array_of")
         arrays = sorted({array.decode() for _, _, array in rows if array is not None})
         there = dict(zip(arrays, self.link.pipeline([("EXISTS", keys.job(a)) for a in arrays]), strict=True))
         unwanted = [
@@ -149,7 +149,7 @@ class Reconciler:
             self.store.write(*to_worker(info.name, info.incarnation, Stop(task_id, 0, "canceled")))
         now = time.time()
         array, _, index = task_id.partition("_")
-        span = self.link.call("HGET", keys.job(array), "pq_array") if index.isdigit() else None
+        span = self.link.read_hashes([keys.job(array)], "pq_array")[0][0] if index.isdigit() else None
         start, step = map(int, span.split(b":")[:2]) if span else (0, 1)
         position = (int(index) - start) // step if span else 0
         entry = pack(JournalEntry(id=task_id, execution=int(execution), ended=now, message="its record was deleted"))
@@ -214,7 +214,7 @@ class Reconciler:
                 now = time.time()
                 node = address.rpartition(":")[0]
                 fields = ("pq_name", "pq_sub", "pq_array_of", "pq_cpus")
-                rows = self.link.pipeline([("HMGET", keys.job(i), *fields) for i, _ in batch])
+                rows = self.link.read_hashes([keys.job(i) for i, _ in batch], *fields)
                 reports = []
                 for (task_id, execution), row in zip(batch, rows, strict=True):
                     name, submission, array, cpus = (text.decode() if text else "" for text in row)
@@ -235,8 +235,8 @@ class Reconciler:
         for first in range(0, len(members), SLICE):
             batch = members[first : first + SLICE]
             ids = [m.rpartition(":")[0] for m in batch]
-            nodes = self.link.pipeline([("HGET", keys.job(i), "pq_node") for i in ids])
-            for member, task_id, node in zip(batch, ids, nodes, strict=True):
+            nodes = self.link.read_hashes([keys.job(i) for i in ids], "pq_node")
+            for member, task_id, (node,) in zip(batch, ids, nodes, strict=True):
                 found.append((task_id, node.decode() if node else "", int(member.rpartition(":")[2])))
         return found
 

@@ -132,6 +132,18 @@ class Connection:
         """Send all, then return all replies; the first error is raised after every reply was read."""
         return self.stream([commands])
 
+    def read_hashes(self, keys: Sequence[str], *fields: str) -> list[list[bytes | None]]:
+        """These fields of many hashes; a key of another type reads as one that is missing."""
+        try:
+            return self.pipeline([("HMGET", key, *fields) for key in keys])
+        except ReplyError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+        kinds = self.pipeline([("TYPE", key) for key in keys])
+        hashes = [key for key, kind in zip(keys, kinds, strict=True) if kind == b"hash"]
+        rows = dict(zip(hashes, self.pipeline([("HMGET", key, *fields) for key in hashes]), strict=True))
+        return [rows.get(key, [None] * len(fields)) for key in keys]
+
     def stream(self, batches: Iterable[Sequence[tuple[Argument, ...]]]) -> list[Any]:
         """As `pipeline`, in batches: while the server works on one, the next is made. Only the last one's replies are
         returned."""

@@ -38,7 +38,9 @@ def read_node(connection: Connection, name: str) -> NodeInfo | None:
 
 def user_queues(connection: Connection) -> list[str]:
     """The queues of users: RQ's list of queues without the class lists."""
-    names = [name.decode().removeprefix(keys.queue("")) for name in connection.call("SMEMBERS", keys.QUEUES)]
+    members = [name.decode("utf-8", "replace") for name in connection.call("SMEMBERS", keys.QUEUES)]
+    # RQ's own names are UTF-8: what somebody else has put there is no queue.
+    names = [name.removeprefix(keys.queue("")) for name in members if "\ufffd" not in name]
     classes = connection.call("HMGET", keys.CLASSES, *names) if names else []
     return sorted(name for name, found in zip(names, classes, strict=True) if found is None)
 
@@ -53,4 +55,7 @@ def unavailable_nodes(connection: Connection) -> dict[str, str]:
 
 def decode_texts(flat: list[bytes]) -> dict[str, str]:
     """A hash, as the server gives it."""
-    return {k.decode(): text.decode("utf-8", "replace") for k, text in zip(flat[::2], flat[1::2], strict=True)}
+    return {
+        k.decode("utf-8", "replace"): text.decode("utf-8", "replace")
+        for k, text in zip(flat[::2], flat[1::2], strict=True)
+    }

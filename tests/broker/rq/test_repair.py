@@ -17,6 +17,7 @@ from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.scheduling.reconciler import CLOCKS_S, Reconciler
 from pilotq.broker.store import keys
+from pilotq.broker.store.registry import user_queues
 from pilotq.broker.tasks.model import ArrayRange
 from tests.support.engine import NODE, ONE, Engine, FakeNode, RunningDispatcher, end_report, fixtures, pump, task
 from tests.support.rq_producer import CLASS, producing, route, text_of, work
@@ -230,3 +231,20 @@ def test_a_key_that_is_no_record_does_not_wait(engine: Engine) -> None:
     engine.link.call("SET", keys.job(victim), "junk")
     turns(engine)
     assert engine.registry("deferred") == []
+
+
+def test_what_runs_and_whose_key_is_no_record_any_more_ends_alone(engine: Engine, node: Make) -> None:
+    engine.reset(reconcile_s=0.02)
+    runner = node()
+    victim, other = engine.submit(task(), task())
+    with RunningDispatcher(engine):
+        pump([runner], lambda: len(runner.running) == 2)
+        engine.link.call("SET", keys.job(victim), "junk")
+        pump([runner], lambda: engine.counts().get("canceled") == 1)
+        runner.finish(other)
+        pump([runner], lambda: engine.counts() == {"total": 2, "canceled": 1, "finished": 1})
+
+
+def test_a_queue_whose_name_is_no_text_is_passed_over(engine: Engine) -> None:
+    engine.link.call("SADD", keys.QUEUES, keys.queue("mine"), b"rq:queue:\xff")
+    assert "mine" in user_queues(engine.link) and not any("\xff" in name for name in user_queues(engine.link))
