@@ -65,5 +65,11 @@ def _remove(pilot: Pilot, owner: int) -> None:
 def _pilotq(pilot: Pilot, verb: str, *args: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _PROGRAM, verb, "--dir", pilot.directory, *args]
     return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        check=False,
+        timeout=timeout,
     )

@@ -396,16 +396,18 @@ def test_a_forked_process_is_told_that_it_needs_its_own(executor: Executor, pilo
 
 
 def test_a_large_result_of_a_private_pilot_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = tmp_path / os.fsdecode(b"caf\xe9")  # what the pilot's commands print may be bytes that are not UTF-8
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr("tempfile.tempdir", None)
     with Executor(nodes="1") as executor:
         made = [executor.submit(os.urandom, 10_000_000) for _ in range(2)]
     del executor
     assert [len(future.result()) for future in made] == [10_000_000] * 2
-    assert list(tmp_path.glob("pilotq-*"))
+    assert list(folder.glob("pilotq-*"))
     made.clear()
     gc.collect()
-    assert not list(tmp_path.glob("pilotq-*"))
+    assert not list(folder.glob("pilotq-*"))
     monkeypatch.setattr("tempfile.tempdir", None)
 
 
