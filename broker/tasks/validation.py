@@ -197,7 +197,7 @@ def _problems(task: Task) -> Iterator[str]:
     for name in ("time_limit", "time_request"):
         value = getattr(task, name)
         if value is not None and not 0 < value < 1e9:
-            yield f"{name} must be a positive number of seconds"
+            yield f"{name} must be a positive number of seconds, at most 31 years"
     for key in task.env:
         if not key or "=" in key:
             yield f"env: {key!r} cannot be an environment variable"
