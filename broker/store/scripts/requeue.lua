@@ -202,6 +202,13 @@ local function drop_record(id, array, f)
   return execution
 end
 
+-- Did an element that this one waits for end, and not finish? It would be omitted at once, again.
+local function failed_above(f, at)
+  for parent in string.gmatch(f.parents and f.after or '', '%S+') do
+    if redis.call('BITFIELD', outcomes_key(parent), 'GET', 'u2', at)[1] > 1 then return true end
+  end
+end
+
 local function requeue_element(id, array, index)
   local f = array and read_array(array)
   if not f then return 'unknown' end
@@ -215,6 +222,7 @@ local function requeue_element(id, array, index)
     return STATUSES[status] and status or 'damaged'
   end
   local why = hindrance(f) or f.ended and not f.parents and #open_parents(f.after) > 0 and 'dependency'
+    or failed_above(f, at) and 'dependency'
   if why then return why end
   local execution = drop_record(id, array, f)
   redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', at, 0)

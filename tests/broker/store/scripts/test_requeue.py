@@ -270,6 +270,8 @@ def test_element_by_element(engine: Engine) -> None:
     fail(engine, 2)
     assert engine.run_all() == [f"{b}_0", f"{b}_1"]
     assert (engine.outcomes(b, 4), engine.status(b)) == ("1133", "failed")
+    assert again(engine, f"{b}_2") == {f"{b}_2": "dependency"}
+    assert (engine.outcomes(b, 4), engine.status(b)) == ("1133", "failed")
     assert again(engine, a, b) == {a: "queued", b: "deferred"}
     engine.release_dependents()
     assert engine.run_all() == [*(f"{a}_{n}" for n in (2, 3)), *(f"{b}_{n}" for n in (2, 3))]
