@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import chain, islice
@@ -25,6 +26,7 @@ VIEW_FIELDS = (
 )  # fmt: skip
 WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
+_ELEMENT = re.compile(r"(.+)_(0|[1-9][0-9]{0,15})")  # an index has one spelling, and at most 16 digits (INDEX_LIMIT)
 Pages = Callable[[int, int], Iterable[bytes]]
 
 
@@ -143,8 +145,8 @@ def element_view(entry: JournalEntry, task_id: str) -> TaskView | None:
 
 def array_of(task_id: str) -> str | None:
     """The array of an element: ``7f_3`` -> ``7f``; None when the text has not the form of an element's id."""
-    array, _, index = task_id.rpartition("_")
-    return array if array and index.isdecimal() else None
+    found = _ELEMENT.fullmatch(task_id)
+    return found and found[1]
 
 
 def newest_entries(journal: Journal) -> Iterator[JournalEntry]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pilotq.broker.client import queries
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.past import PastTasks
 from pilotq.broker.client.submit import submit
@@ -104,3 +105,15 @@ def test_forgotten_parents_are_looked_up_together(engine: Engine) -> None:
     parents = [f"v{n}" for n in range(500)]
     submit(engine.link, engine.store, [task(after=[p]) for p in parents], SHARED, None, statuses)
     assert asked == [parents] and len(engine.list()) == 500
+
+
+@pytest.mark.parametrize(
+    ("task_id", "array"),
+    [
+        ("7f_3", "7f"), ("7f_0", "7f"), ("a_b_9007199254740991", "a_b"), ("7f", None), ("_3", None), ("7f_", None),
+        ("7f_03", None), ("7f_\u0663", None), ("7f_-3", None), ("7f_" + "9" * 5000, None),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_an_element_has_one_id(task_id: str, array: str | None) -> None:
+    assert queries.array_of(task_id) == array
