@@ -38,14 +38,11 @@ class FileThreads:
         self._syncing = False
 
     def run(self, action: Callable[[], None]) -> None:
-        """Run it soon; an OSError of it is logged."""
+        """Run it soon; an error of it is logged."""
         with self._changed:
             self._left += 1
-            new = self._left > self._threads and self._threads < THREADS_MAX
-            self._threads += new
         self._actions.put(action)
-        if new:
-            threading.Thread(target=self._serve, daemon=True).start()
+        self._add_thread()
 
     def sync(self, path: bytes) -> None:
         """Have the content of a file, and its name, written to disk; many calls of the same moment cost one."""
@@ -59,8 +56,22 @@ class FileThreads:
     def finish(self, seconds: float = FINISH_S) -> bool:
         """Wait until all has been done, at most for so long; whether it has."""
         self._hurry.set()
+        self._add_thread()  # there is none if none could be started yet
         with self._changed:
             return self._changed.wait_for(lambda: not self._left, seconds)
+
+    def _add_thread(self) -> None:
+        """Start one where it is needed. Where none can be started now, the others go on, or the next call tries again."""
+        with self._changed:
+            if self._left <= self._threads or self._threads >= THREADS_MAX:
+                return
+            self._threads += 1
+        try:
+            threading.Thread(target=self._serve, daemon=True).start()
+        except RuntimeError as error:  # so Python says that the limit of processes is reached
+            with self._changed:
+                self._threads -= 1
+            log(f"a thread for files cannot be started: {error}")
 
     def _serve(self) -> None:
         # Signals are the loop's: it is woken by them.
@@ -71,6 +82,8 @@ class FileThreads:
                 action()
             except OSError as error:
                 log(f"{printable(error.filename or 'a file')}: {error.strerror}")
+            except Exception as error:  # noqa: BLE001  # of one task: a thread that ended would be missing for the others
+                log(f"something with files of a task has failed: {type(error).__name__}: {error}")
             finally:
                 with self._changed:
                     self._left -= 1
@@ -85,13 +98,13 @@ class FileThreads:
             began = time.monotonic()
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
             except FileNotFoundError:
                 continue  # somebody has removed it
-            try:
-                os.fsync(fd)
-            except OSError as error:
+            except OSError as error:  # only that of this file: the others are still to be written
                 log(f"output in {printable(path)} may be lost: it cannot be written to disk ({error.strerror})")
-            finally:
-                os.close(fd)
             if (seconds := time.monotonic() - began) > 10:
                 log(f"it took {seconds:.0f} s to write {printable(path)} to disk")

@@ -40,6 +40,46 @@ def test_an_error_ends_no_thread(capfd: Any) -> None:
     assert capfd.readouterr().err.count("/no/such/file: No such file or directory") == THREADS_MAX + 1
 
 
+def test_what_nobody_thought_of_ends_no_thread(capfd: Any) -> None:
+    threads = FileThreads(0.0)
+    for _ in range(THREADS_MAX + 1):
+        threads.run(lambda: os.unlink("a\0b"))
+    assert threads.finish()
+    assert capfd.readouterr().err.count("ValueError") == THREADS_MAX + 1
+
+
+def test_where_no_thread_can_be_started_it_is_tried_again(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads = FileThreads(0.0)
+    done: list[int] = []
+    with monkeypatch.context() as shortage:
+        shortage.setattr(threading.Thread, "start", start)
+        threads.run(lambda: done.append(1))
+    assert "a thread for files cannot be started: can't start new thread" in capfd.readouterr().err
+    threads.run(lambda: done.append(2))
+    assert threads.finish()
+    assert sorted(done) == [1, 2]
+
+
+def test_a_file_that_cannot_be_opened_keeps_no_other_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    pack, no_directory = tmp_path / "n1.7.pack", tmp_path / "n1.7.pack" / "file"
+    pack.touch()
+    synced: list[int] = []
+    monkeypatch.setattr("pilotq.workers.execution.file_threads.os.fsync", synced.append)
+    threads = FileThreads(0.0)
+    threads.sync(bytes(tmp_path / "a" / "file"))
+    threads.sync(bytes(no_directory))
+    threads.sync(bytes(tmp_path / "z"))
+    (tmp_path / "z").touch()
+    assert threads.finish()
+    assert "Not a directory" in capfd.readouterr().err
+    assert len(synced) >= 2
+
+
 def test_output_is_written_to_disk_once_for_many_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
