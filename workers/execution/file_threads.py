@@ -61,7 +61,7 @@ class FileThreads:
             return self._changed.wait_for(lambda: not self._left, seconds)
 
     def _add_thread(self) -> None:
-        """Start one where it is needed. Where none can be started now, the others go on, or the next call tries again."""
+        """Start one where it is needed. If none can be started now, the others go on, or the next call tries again."""
         with self._changed:
             if self._left <= self._threads or self._threads >= THREADS_MAX:
                 return
