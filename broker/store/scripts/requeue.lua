@@ -42,25 +42,18 @@ local function note(id, name, submission, array)
     {status = 'queued', reason = '', final = false})
 end
 
--- What has no record any more had finished: what did not is kept longer than those that depend on it.
-local function status_of(parent)
-  local status = redis.pcall('HGET', job_key(parent), 'status')
-  if type(status) ~= 'string' then status = nil end
-  local array, index = string.match(parent, '^(.-)_(%d+)$')
-  local start, step, count = span_of(array and redis.pcall('HMGET', job_key(array), 'pq_array')[1])
-  if not start then return status or 'finished' end
-  local position = position_of(index, start, step, count)
-  if not position then return status or 'finished' end
-  position = string.format('%d', position)
-  local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
-  return ({[0] = 'queued', 'finished', 'failed', 'canceled'})[outcome]
+-- What has no record any more had finished: what did not is kept longer than those that depend on it. Not `status_of`, which
+-- remembers: a parent may be requeued in this very call.
+local function present_status(parent)
+  local status = read_parent(parent) or redis.pcall('HGET', job_key(parent), 'status')
+  return type(status) == 'string' and status or 'finished'
 end
 
 -- Those of the parents that have not ended; nil when one ended, and did not finish.
 local function open_parents(after)
   local open = {}
   for parent in string.gmatch(after or '', '%S+') do
-    local status = status_of(parent)
+    local status = present_status(parent)
     if bad(status) then return nil end
     if status ~= 'finished' then open[#open + 1] = parent end
   end
@@ -76,7 +69,7 @@ local function wait_for(id, class, parents)
   for _, parent in ipairs(parents) do
     redis.call('RPUSH', dependents_key(parent), string.format('%s#%d', id, wait))
     track_parent(parent)
-    local array = string.match(parent, '^(.-)_%d+$')
+    local array = elements[parent]
     redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
   end
   return 'deferred'

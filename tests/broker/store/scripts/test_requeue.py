@@ -289,3 +289,13 @@ def test_one_element_after_anothers(engine: Engine) -> None:
     assert engine.outcomes(b, 2) == "21"
     engine.link.call("DEL", keys.job(a))
     assert again(engine, b) == {b: "gone"}
+
+
+def test_a_parent_that_is_only_called_as_an_element_is_waited_for_again(engine: Engine) -> None:
+    """RQ's producers name their jobs as they like."""
+    engine.link.call("HSET", keys.job("report_7"), "status", "started")
+    (child,) = engine.submit(task(after=["report_7"]))
+    engine.cancel(child)
+    assert again(engine, child) == {child: "deferred"}
+    assert engine.hash("report_7")["pq_has_dependents"] == "1"
+    assert engine.link.call("EXISTS", keys.job("report")) == 0, "no record is made that nobody removes"
