@@ -119,24 +119,34 @@ class _Reader:
         self._current = 0
         self._given_up = threading.Event()
         self._done = threading.Event()
-        threading.Thread(target=self._read, args=(waiting, found), daemon=True).start()
+        try:
+            threading.Thread(target=self._read_beside, args=(waiting, found), daemon=True).start()
+        except RuntimeError:
+            # The limit of processes is reached: the worker, and all that it runs, must not end for that.
+            self._read(waiting, found)
 
     def wait(self) -> bool:
         """Wait; False when it hangs: the caller goes on with what is still waiting."""
         before = -1
         while not self._done.wait(READ_S):
             if self._current == before:
-                self._given_up.set()
                 _hung[before] = _start(before)
+                self._given_up.set()
+                if self._current != before:  # it has come to its end at this moment
+                    _hung.pop(before, None)
                 return False
             before = self._current
         return True
 
-    def _read(self, waiting: deque[int], found: dict[int, bytes]) -> None:
+    def _read_beside(self, waiting: deque[int], found: dict[int, bytes]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the caller's
+        self._read(waiting, found)
+
+    def _read(self, waiting: deque[int], found: dict[int, bytes]) -> None:
         while waiting and not self._given_up.is_set():
             self._current = pid = waiting.popleft()
             data = environment(pid)
+            self._current = 0
             if self._given_up.is_set():
                 _hung.pop(pid, None)
                 return
