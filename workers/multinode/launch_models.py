@@ -64,8 +64,10 @@ class _Lookup:
     def run(self, find: Callable[[], Found]) -> None:
         try:
             self.found = find()
-        except (UnlaunchableError, OSError) as error:
-            self.error = UnlaunchableError("launch", str(error)) if isinstance(error, OSError) else error
+        except OSError as error:
+            self.error = UnlaunchableError("launch", str(error))
+        except Exception as error:  # noqa: BLE001  # raised again where it is asked for: the boundary of one task
+            self.error = error
         finally:
             self.done.set()
 
@@ -131,7 +133,8 @@ class ParallelLaunchModel:
         lookup = self._lookups.get(key)
         now = time.monotonic()
         if lookup is None:
-            self._lookups = {k: known for k, known in self._lookups.items() if now < known.give_up_at}
+            # What is asked for again finds its own: else it would begin anew, and never be given up.
+            self._lookups = {k: one for k, one in self._lookups.items() if now < one.give_up_at + LOOKUP_S}
             lookup = self._lookups[key] = _Lookup(now + LOOKUP_S)
             self._beside(lambda: lookup.run(find))
             lookup.done.wait(LOOKUP_WAIT_S)
