@@ -54,7 +54,8 @@ class Reporter:
         if isinstance(e.exited, Exited):
             e.exited = msgspec.structs.replace(e.exited, stdout=NO_OUTPUT, stderr=NO_OUTPUT)
         else:
-            e.exited, e.reason = None, e.reason if e.reason in REASONS else "result"
+            # Without a reason it would have finished.
+            e.exited, e.reason = None, e.reason if e.reason and e.reason in REASONS else "result"
         e.stdout, e.stderr, e.spec = b"", b"", None
         return self._report(e, ended)
 
