@@ -11,6 +11,7 @@ An execution is forgotten when nothing of it lives any more.
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 from pilotq.broker.store.messages import Run
 from pilotq.broker.store.resources import parse_allocation
@@ -42,6 +43,14 @@ class Action(Enum):
     KILL = "kill"
     HANGS = "hangs"  # its launch, or its retraction, was not confirmed in time
     UNKILLABLE = "unkillable"
+
+
+class HeldBack(NamedTuple):
+    """A shortage that prevents a launch; times are monotonic."""
+
+    since: float
+    tried: float  # the last time
+    message: str
 
 
 class Execution:
@@ -79,8 +88,7 @@ class Execution:
         self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
         self.spec: Spec | None = None  # its description, once its launch was built
-
-        self.held_back: tuple[float, str] | None = None  # since when (monotonic) a shortage prevents it, and which
+        self.held_back: HeldBack | None = None  # while a shortage prevents its launch
 
     @property
     def first_core(self) -> int:
