@@ -200,9 +200,9 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     """The main process ended. ``remaining`` of its processes still live: ``GroupSwept`` follows when none does.
 
     ``status`` is as of waitpid, ``started`` as in Started. ``cpu`` seconds and ``max_rss`` bytes are of the main
-    process and the children it waited for (of one smaller than the launcher, ``max_rss`` is an
-    upper bound). ``seconds`` is by the monotonic clock. With ``remaining`` == 0 the outputs
-    are final, else they only have what was written so far, the ``end`` of it.
+    process and the children it waited for (of one smaller than the launcher, ``max_rss`` is an upper bound).
+    ``seconds`` is by the monotonic clock. With ``remaining`` == 0 the outputs are final, else they only have the
+    ``end`` of what was written so far.
     """
 
     key: int

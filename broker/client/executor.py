@@ -253,9 +253,8 @@ class Executor(futures.Executor):
             )
 
     def _on_cancel(self, future: TaskFuture) -> None:
-        self._submit_queue.put(
-            future
-        )  # first: the thread that cancels ends when nothing is open and its queue is empty
+        # First this: the thread that cancels ends when nothing is open and its queue is empty.
+        self._submit_queue.put(future)
         self._forget(future)
 
     def _forget(self, future: TaskFuture) -> None:

@@ -30,9 +30,7 @@ class Variables(msgspec.Struct):
     task_id: str
     name: str = ""
     index: int = -1  # as the user counts; -1 when the task is no element of an array
-    value: str | None = (
-        None  # the element's value, as os.fsdecode shows it; None in arrays without values: then it is the index
-    )
+    value: str | None = None  # the element's, as os.fsdecode shows it; None in arrays without values: it is the index
     position: int = 0
     cores: int = 1  # all cores of the reservation
     nodes: tuple[str, ...] = ()

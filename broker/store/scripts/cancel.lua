@@ -1,9 +1,9 @@
 -- cancel: the user wants these tasks not to run (any more). Event cancel.
 --
 -- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5... ids.
--- Returns for each id, or for the first ones when they are much work, 'canceled' (it was waiting), 'stopping' (it runs, or elements of it do: their workers have the
--- message to stop it),
--- its status when it has ended ('failed' with it, if its record is damaged), or 'unknown'. Ids stay in the middle of their lists: claim drops them.
+-- Returns for each id, or for the first ones only when they are much work: 'canceled' (it was waiting), 'stopping' (it runs,
+-- or elements of it do: their workers have the message to stop it), its status when it has ended (that of a damaged record is
+-- 'failed' from now on), or 'unknown'. Ids stay in the middle of their lists: claim drops them.
 -- RQ's own job.cancel() sets the status and sends no message: a task that it has met and we do not know of yet (no reason, no
 -- pq_cancel) is treated like any other; the reconciler calls for that.
 if not queue_id_ok() then return queue_id_error() end
