@@ -142,7 +142,8 @@ class Dispatcher:
         now = time.monotonic()
         if now >= self.next_check:
             self._run_periodic_work(now)
-        timeout = f"{max(0.0 if self.backlog.more else self.next_check - now, 0.001):.3f}"
+        reads_on = self.backlog.more and not (self.paused or self.expected_nodes)
+        timeout = f"{max(0.0 if reads_on else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
         reply, term = self.ingest.pipeline(self.link, [wait, ("GET", keys.TERM)], self._refuse)
         now = time.monotonic()
