@@ -71,10 +71,13 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
     local = LocalNode(values["node"] or identity.name, numbers, cpus, shared)
 
-    if not values["replace"]:
+    if not values["replace"]:  # the supervisor, which says so, has looked after these
+        from pilotq.workers.machine.cleanup import clean_node
         from pilotq.workers.machine.name_in_use import check_name_is_free
 
         check_name_is_free(Connection(address), local.name, settings())
+        # One that was killed together with its launchers has left its tasks: they must end before others run them.
+        clean_node(pilot.directory, local.name)
 
     def work() -> int:
         info, own = identity.complete(node_info(local)), settings()
@@ -86,7 +89,6 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     if not (values["keep"] or (identity.job and not named)):
         return work()
     from pilotq.broker.slurm.end_reporter import AllocationEndReporter
-    from pilotq.workers.machine.cleanup import clean_node
     from pilotq.workers.machine.node_supervisor import NodeSupervisor
 
     name, eof, connection = local.name, values["until_eof"], Connection(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pilotq.broker import Broker
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.server import start_server
 from pilotq.broker.store import keys
+from pilotq.workers.process_tree import processes, read_process
 from tests.support.waiting import wait_until
 
 TIMEOUT = 60.0
@@ -98,6 +100,34 @@ def test_a_worker_does_not_take_a_name_in_use(start: Start, tmp_path: Path) -> N
         assert pilotq("logs", "-f", task, "--dir", "p", cwd=tmp_path).stdout == "1\n"
         start(*words, "--replace")
         assert first.wait(TIMEOUT) == 3
+
+
+def test_a_worker_ends_what_one_that_was_killed_with_its_launchers_has_left(start: Start, tmp_path: Path) -> None:
+    """Nobody else does, where it was started by hand: the task would run twice at one time."""
+    start("server", "--dir", "p", "--bind", "127.0.0.1")
+    wait_until((tmp_path / "p" / "connection.json").exists)
+    start("dispatcher", "--dir", "p")
+    words = ("worker", "--dir", "p", "--node", "n1", "--cores", "0")
+    script = (
+        "exec 9>lock; flock -n 9 || touch twice; echo $$ >pid.$PILOTQ_EXECUTION; until [ -e go ]; do sleep 0.05; done"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "pilotq", *words], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
+    ) as first:
+        task = pilotq("enqueue", "--dir", "p", "--", "sh", "-c", script, cwd=tmp_path).stdout.strip()
+        wait_until((tmp_path / "pid.1").exists, seconds=60)
+        everybody = processes()
+        below = [p.pid for p in everybody.values() if p.parent == first.pid]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (first.pid, *below):
+                os.kill(pid, number)
+    left = read_process(int((tmp_path / "pid.1").read_text()))
+    assert left is not None and left.alive
+    start(*words)
+    wait_until((tmp_path / "pid.2").exists, seconds=60)
+    assert not (tmp_path / "twice").exists()
+    (tmp_path / "go").touch()
+    assert pilotq("wait", task, "--dir", "p", "--timeout", "30", cwd=tmp_path).returncode == 0
 
 
 def test_parts_find_a_server_of_the_users_own_without_a_password_in_argv(start: Start, tmp_path: Path) -> None:
