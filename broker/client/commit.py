@@ -13,7 +13,7 @@ from pilotq.broker.tasks.dependencies import Element, Parent, Parents
 from pilotq.broker.tasks.model import Task, id_of
 
 # What one script call handles: it holds up the server for some milliseconds.
-PIECE_TASKS, PIECE_PARENTS = 250, 500
+PIECE_TASKS, PIECE_PARENTS = 500, 500
 LARGE_TASKS, LARGE_PARENTS = 1000, 500  # above this a submission is committed in pieces
 
 StatusesInJournal = Callable[[Sequence[str]], Mapping[str, str]]

@@ -170,7 +170,8 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"function must be a callable or module:name, not {type(task.function).__name__}"
     if task.command is not None and (not task.command or not task.command[0]):
         yield "command is empty"
-    yield from _string_problems(task)
+    if not _is_plain(task):
+        yield from _string_problems(task)
     if task.script is not None and not (task.qcg or task.login_shell) and (problem := problem_of(task.script)):
         yield problem
     if task.env or task.script is not None or sum(map(len, task.command or ())) > ARGUMENT_BYTES // 4:
@@ -206,7 +207,8 @@ def _problems(task: Task) -> Iterator[str]:
     elif not task.qcg and (unknown := task.model_opts.keys() - MODEL_OPTS[task.model]):
         known = ", ".join(sorted(MODEL_OPTS[task.model])) or "it has none"
         yield f"model_opts: {', '.join(sorted(unknown))} unknown for model {task.model!r} (known: {known})"
-    yield from _launch_problems(task)
+    if task.model_opts or task.launch_at:
+        yield from _launch_problems(task)
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):
         if span is not None and not 1 <= span[0] <= span[1]:
             yield f"{name} must be at least 1, and min not above max"
@@ -219,6 +221,20 @@ def _problems(task: Task) -> Iterator[str]:
         yield "after_each is for arrays: use after"
 
 
+def _is_plain(task: Task) -> bool:
+    """Whether all that it gives to the system is ASCII without NUL characters: then there is no problem with that."""
+    texts = [*(task.command or ()), task.script or "", task.cwd or "", task.stdin or "", task.stdout or ""]
+    texts.append(task.stderr or "")
+    if task.env:
+        texts += chain.from_iterable(task.env.items())
+    if task.model_opts:
+        texts += task.model_opts.values()
+    if task.values and task.function is None:
+        texts += task.values
+    together = "".join(texts)
+    return together.isascii() and "\0" not in together
+
+
 def _string_problems(task: Task) -> Iterator[str]:
     """What the system cannot take as an argument, a variable or a path."""
     command: tuple[str, ...] = (*(task.command or ()), task.script or "")
@@ -228,10 +244,7 @@ def _string_problems(task: Task) -> Iterator[str]:
     if task.function is None:
         fields.append(("values", task.values or ()))
     for name, texts in fields:
-        texts = tuple(texts)
-        together = "".join(texts)  # for speed: nearly always there is nothing to say
-        if not together.isascii() or "\0" in together:
-            yield from (f"{name} {why}" for why in map(unusable, texts) if why)
+        yield from (f"{name} {why}" for why in map(unusable, texts) if why)
 
 
 def _too_long(task: Task) -> Iterator[str]:
