@@ -159,7 +159,6 @@ def _kind(value: Any, *, texts: bool) -> str:
 
 
 def _problems(task: Task) -> Iterator[str]:
-    request = task.request
     if (task.command is not None) + (task.script is not None) + (task.function is not None) != 1:
         yield "give exactly one of command, script and function"
     if task.function is None and (task.args or task.kwargs):
@@ -209,6 +208,12 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"model_opts: {', '.join(sorted(unknown))} unknown for model {task.model!r} (known: {known})"
     if task.model_opts or task.launch_at:
         yield from _launch_problems(task)
+    yield from _request_problems(task.request)
+    if task.after_each and not task.is_array:
+        yield "after_each is for arrays: use after"
+
+
+def _request_problems(request: Request) -> Iterator[str]:
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):
         if span is not None and not 1 <= span[0] <= span[1]:
             yield f"{name} must be at least 1, and min not above max"
@@ -217,8 +222,6 @@ def _problems(task: Task) -> Iterator[str]:
     for name, _ in request.use:
         if not COUNTER.fullmatch(name):
             yield f"use: {name!r} is no name of a counter: use letters, digits and _"
-    if task.after_each and not task.is_array:
-        yield "after_each is for arrays: use after"
 
 
 def _is_plain(task: Task) -> bool:
