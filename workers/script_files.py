@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pilotq.workers.process_tree import read_process
+from pilotq.workers.whole_writes import write_whole
 
 FOLDER = "scripts"  # below the pilot's directory
 
@@ -57,9 +58,7 @@ class ScriptFiles:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700)
         try:
             os.fchmod(fd, 0o700)
-            rest = memoryview(text)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
+            write_whole(fd, text)
         finally:
             os.close(fd)
 

@@ -6,6 +6,7 @@ import base64
 import os
 
 from pilotq.broker.tasks.functions import Stored, stored_text
+from pilotq.workers.whole_writes import write_whole
 
 
 class SpilledResults:
@@ -21,9 +22,7 @@ class SpilledResults:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             offset = os.lseek(fd, 0, os.SEEK_END)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
+            write_whole(fd, data)
         finally:
             os.close(fd)
         return "\n".join([*before, stored_text(Stored(os.path.basename(self._path), offset, len(data)))])

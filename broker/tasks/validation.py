@@ -256,7 +256,7 @@ def _too_long(task: Task) -> Iterator[str]:
     if task.script is not None and (task.qcg or task.login_shell):
         texts = [task.script]
     if texts and len(longest := max(texts, key=len)) > ARGUMENT_BYTES // 4:
-        size = len(longest.encode("utf-8", "surrogateescape"))
+        size = len(encode(longest))
         if size > ARGUMENT_BYTES:
             yield (
                 f"an argument has {size:,} bytes, and the system takes at most {ARGUMENT_BYTES:,}: put it into a file"
@@ -264,7 +264,7 @@ def _too_long(task: Task) -> Iterator[str]:
     for name, value in task.env.items():
         if len(name) + len(value) <= ARGUMENT_BYTES // 4:
             continue
-        size = len(f"{name}={value}".encode("utf-8", "surrogateescape"))
+        size = len(encode(f"{name}={value}"))
         if size > ARGUMENT_BYTES:
             yield f"env: {name} has {size:,} bytes, and the system takes at most {ARGUMENT_BYTES:,}: put it into a file"
 

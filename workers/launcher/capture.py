@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 from pilotq.workers.protocol import END_BYTES, INLINE_BYTES, NO_OUTPUT, Captured
+from pilotq.workers.whole_writes import write_whole
 
 PACK_BYTES = 1 << 20  # copying so much takes about 0.5 ms, in which no other task is launched; larger files are renamed
 
@@ -80,9 +81,7 @@ class Capture:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(fd, 0o600)  # the umask is a task's
-            done = 0
-            while done < len(data):
-                done += os.write(fd, memoryview(data)[done:])
+            write_whole(fd, data)
         except OSError:
             os.unlink(path)  # a half is of no use, and its disk may be full
             raise

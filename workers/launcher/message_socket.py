@@ -12,6 +12,8 @@ import array
 import os
 import socket
 
+from pilotq.workers.whole_writes import write_whole
+
 INLINE_BYTES = 48 << 10  # larger ones would fill the socket's buffer by twos and threes
 _READ_BYTES = INLINE_BYTES + 1
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4)  # one descriptor
@@ -35,9 +37,7 @@ def send(sock: socket.socket, data: bytes) -> None:
         return
     file = os.memfd_create("message", os.MFD_CLOEXEC)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
+        write_whole(file, data)
         rights = array.array("i", [file])
         sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     finally:

@@ -25,6 +25,7 @@ local key, now, now_iso, first, records, total, ttl = ARGV[2], ARGV[3], ARGV[4],
 local mode = ARGV[10]
 if mode == 'rest' then
   if not admit_piece(first, now, now_iso, ttl) then return {'ok'} end
+  flush_ready()
   flush_tally(ttl)
   flush_lines()
   wake()
@@ -81,6 +82,7 @@ if mode == 'accept' then
 else
   admit(work, false, now, now_iso, ttl)
 end
+flush_ready()
 flush_tally(ttl)
 flush_lines()
 wake()

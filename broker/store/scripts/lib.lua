@@ -116,6 +116,28 @@ local function offer(class)
   if redis.call('SCARD', 'rq:queues') < QUEUES_SHOWN then redis.call('SADD', 'rq:queues', list_key(class)) end
 end
 
+-- Tasks that get into their lists, in this order; `flush_ready` writes the lists.
+local ready = {}
+
+local function line_up(id, class)
+  ready[class] = ready[class] or {}
+  table.insert(ready[class], id)
+end
+
+local function queue_up(id, class)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+  line_up(id, class)
+  return 'queued'
+end
+
+local function flush_ready()
+  for class, ids in pairs(ready) do
+    redis.call('SADD', 'rq:queues', list_key(queue_of(class)))
+    offer(class)
+    push('RPUSH', list_key(class), ids)
+  end
+end
+
 -- A message to a worker: its inbox is a stream, each entry holds a packed list of messages.
 local function send(node, number, packed)
   local head = string.char(220, math.floor(number / 256), number % 256)

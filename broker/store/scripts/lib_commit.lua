@@ -32,20 +32,16 @@ local function status_of(parent, past)
   return parents[parent]
 end
 
--- The tasks of `work` (see commit.lua) get what makes them tasks. `staged`: they are a piece of a large submission, which has
--- been accepted: their records have a TTL, and what has expired before anybody came here counts as canceled.
+-- The tasks of `work` (see commit.lua) get what makes them tasks; `flush_ready` puts them into their lists. `staged`: they are a
+-- piece of a large submission, which has been accepted: their records have a TTL, and what has expired before anybody came here
+-- counts as canceled.
 local function admit(work, staged, now, now_iso, ttl)
-  local seen_queues, omitted, ready = {}, {}, {}
+  local seen_queues, omitted = {}, {}
 
   local function know(class)
     local queue = queue_of(class)
     if not seen_queues[queue] then redis.call('SADD', 'rq:queues', list_key(queue)) end
     seen_queues[queue] = true
-  end
-
-  local function queue_up(class, id)
-    ready[class] = ready[class] or {}
-    table.insert(ready[class], id)
   end
 
   local function is_there(id, size)
@@ -96,8 +92,7 @@ local function admit(work, staged, now, now_iso, ttl)
     if not is_first then left = redis.call('HINCRBY', job_key(id), 'pq_open_parents', left) end
     if left == 0 then
       if not is_first then redis.call('ZREM', registry('deferred', queue_of(class)), id) end
-      redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
-      queue_up(class, id)
+      queue_up(id, class)
     elseif is_first then
       redis.call('HSET', job_key(id), 'pq_open_parents', left, 'origin', queue_of(class))
       redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
@@ -125,21 +120,12 @@ local function admit(work, staged, now, now_iso, ttl)
   for _, group in ipairs(work.groups) do
     know(group[1])
     for _, id in ipairs(group[2]) do
-      if is_there(id, work.sizes and work.sizes[id] or 1) then queue_up(group[1], id) end
+      if is_there(id, work.sizes and work.sizes[id] or 1) then line_up(id, group[1]) end
     end
   end
-  for class, ids in pairs(ready) do
-    offer(class)
-    push('RPUSH', list_key(class), ids)
-  end
-  ready = {}
   local moment = {now, now_iso, ttl}
   for _, item in ipairs(work.waits) do guarded(moment, item[1], admit_waiting, item) end
   for _, item in ipairs(work.elementwise) do guarded(moment, item[1], admit_elementwise, item) end
-  for class, ids in pairs(ready) do
-    offer(class)
-    push('RPUSH', list_key(class), ids)
-  end
 end
 
 -- The next piece of a large submission; false when there is none (any more).

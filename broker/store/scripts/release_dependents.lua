@@ -14,14 +14,8 @@
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, limit, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local ready, moment = {}, {now, now_iso, ttl}
+local moment = {now, now_iso, ttl}
 local PIECE_WORTH = 200 -- of the limit, a piece of a submission
-
-local function queue_up(id, class)
-  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
-  ready[class] = ready[class] or {}
-  table.insert(ready[class], id)
-end
 
 -- A producer's job has nothing to wait for any more. With a rate limit it takes its turn there.
 local function release_rq_job(id, class)
@@ -177,10 +171,7 @@ while handled < limit do
     handled = handled + (done and number or 0)
   end
 end
-for class, ids in pairs(ready) do
-  offer(class)
-  push('RPUSH', list_key(class), ids)
-end
+flush_ready()
 flush_tally(ttl)
 flush_lines()
 local left = redis.call('LLEN', 'pilotq:release')

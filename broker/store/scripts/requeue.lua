@@ -13,7 +13,6 @@
 --       is nothing to run again.
 if not queue_id_ok() then return queue_id_error() end
 local now, now_iso = ARGV[2], ARGV[3]
-local ready = {}
 
 local function bad(status) return status == 'failed' or status == 'stopped' or status == 'canceled' end
 
@@ -73,13 +72,6 @@ local function wait_for(id, class, parents)
     redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
   end
   return 'deferred'
-end
-
-local function queue_up(id, class)
-  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
-  ready[class] = ready[class] or {}
-  table.insert(ready[class], id)
-  return 'queued'
 end
 
 -- A record that has ended is one that waits again.
@@ -271,11 +263,7 @@ end
 
 local answer = {}
 for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do answer[number] = answer_of(item) end
-for class, ids in pairs(ready) do
-  redis.call('SADD', 'rq:queues', list_key(queue_of(class)))
-  offer(class)
-  push('RPUSH', list_key(class), ids)
-end
+flush_ready()
 flush_lines()
 wake()
 return answer

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -352,23 +352,34 @@ def test_what_runs_behind_another_task_is_left_alone(each_driver: Driver, tmp_pa
 DAEMON = "(setsid env -i sh -c 'echo $$ >pid; exec sleep 1000' &); exec sleep 1000"
 
 
+def daemon_after(driver: Driver, folder: Path, cpus: Sequence[int]) -> tuple[int, int]:
+    """A launch on the first CPU that starts a daemon, behind one on ``cpus`` that ends then: its key, the daemon."""
+    os.mkfifo(folder / "go")
+    before = driver.launch("sh", "-c", "read word <go", cpus=cpus)
+    driver.get(Started, before)
+    key = driver.launch("sh", "-c", DAEMON, cpus=CPUS[:1])
+    pid = pid_in(folder / "pid")
+    wait_until(lambda: read_process(pid).parent == driver.process.pid)
+    (folder / "go").write_text("now\n")
+    assert driver.get(Exited, before).remaining == 0
+    return key, pid
+
+
+def kill(driver: Driver, key: int) -> None:
+    """Kill a launch, and wait until nothing of it is left."""
+    driver.signal(key, signal.SIGKILL)
+    if driver.get(Exited, key).remaining:
+        driver.get(GroupSwept, key)
+
+
 @pytest.mark.skipif(len(CPUS) < 2, reason="it needs two CPUs")
 def test_the_end_of_another_task_leaves_a_daemon_alone(each_driver: Driver, tmp_path: Path) -> None:
     """Whatever began first, and however many end: a daemon has the CPUs of its own task."""
-    os.mkfifo(tmp_path / "go")
-    before = each_driver.launch("sh", "-c", "read word <go", cpus=CPUS[1:2])
-    each_driver.get(Started, before)
-    key = each_driver.launch("sh", "-c", DAEMON, cpus=CPUS[:1])
-    pid = pid_in(tmp_path / "pid")
-    wait_until(lambda: read_process(pid).parent == each_driver.process.pid)
-    (tmp_path / "go").write_text("now\n")
-    assert each_driver.get(Exited, before).remaining == 0
+    key, pid = daemon_after(each_driver, tmp_path, CPUS[1:2])
     for _ in range(3):
         assert each_driver.run("true", cpus=CPUS[1:2]).remaining == 0
     assert not has_ended(pid)
-    each_driver.signal(key, signal.SIGKILL)
-    if each_driver.get(Exited, key).remaining:
-        each_driver.get(GroupSwept, key)
+    kill(each_driver, key)
     assert has_ended(pid)
 
 
@@ -376,18 +387,9 @@ def test_a_daemon_that_may_be_of_several_tasks_waits_until_only_one_is_left(
     each_driver: Driver, tmp_path: Path
 ) -> None:
     """Two slots with the same CPUs, as on a node that has more cores than its machine."""
-    os.mkfifo(tmp_path / "go")
-    before = each_driver.launch("sh", "-c", "read word <go", cpus=CPUS[:1] * 2)
-    each_driver.get(Started, before)
-    key = each_driver.launch("sh", "-c", DAEMON, cpus=CPUS[:1])
-    pid = pid_in(tmp_path / "pid")
-    wait_until(lambda: read_process(pid).parent == each_driver.process.pid)
-    (tmp_path / "go").write_text("now\n")
-    assert each_driver.get(Exited, before).remaining == 0
+    key, pid = daemon_after(each_driver, tmp_path, CPUS[:1] * 2)
     assert not has_ended(pid)
-    each_driver.signal(key, signal.SIGKILL)
-    if each_driver.get(Exited, key).remaining:
-        each_driver.get(GroupSwept, key)
+    kill(each_driver, key)
     assert has_ended(pid)
 
 
