@@ -7,9 +7,11 @@ used: every process of a pilot imports something below this package, and start-u
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # importing typing would take longer than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from pilotq.broker.client.broker import Broker
     from pilotq.broker.client.executor import Executor
     from pilotq.broker.tasks.model import ArrayRange, Request, Task

@@ -14,9 +14,11 @@ Names are imported when they are first used: neither this package nor `install` 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # importing typing would take longer than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from pilotq.broker.qcg.aliases import install
     from pilotq.broker.qcg.executor import BasicTemplate, QCGPJExecutor, QCGPJFuture, QCGPJTemplate
     from pilotq.broker.qcg.jobinfo import JobInfo

@@ -8,11 +8,13 @@ replace (``qcg.pilotjob.utils``...) is still found there. A module is made when 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import find_spec
-from types import CodeType, ModuleType
+
+TYPE_CHECKING = False  # every program of an environment may import this: without typing and its like it takes a third
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import CodeType, ModuleType
 
 _OURS = "pilotq.broker.qcg"
 _HOMES = {
@@ -80,6 +82,8 @@ class _Finder:
 
 def _code_of(fullname: str) -> tuple[str | None, CodeType | None]:
     """The file and the code of our program in the place of ``fullname``."""
+    from importlib.util import find_spec
+
     home = _PROGRAMS[fullname]
     spec = find_spec(home)
     assert spec is not None and spec.loader is not None, "it is part of this package"

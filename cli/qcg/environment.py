@@ -16,11 +16,15 @@ from typing import NamedTuple
 from pilotq.broker.errors import InvalidInput
 
 PROGRAM = "qcg-pm-service"
-# Without pilotq the line does nothing: it may have been uninstalled first.
-_LINE = (
-    "import importlib.util; "
-    "importlib.util.find_spec('pilotq') and __import__('pilotq.broker.qcg', fromlist=['install']).install()\n"
-)
+# One line, for every start of Python. Without pilotq it does nothing: that may have been uninstalled first.
+_CODE = """try:
+    from pilotq.broker.qcg import install
+except ModuleNotFoundError:
+    pass
+else:
+    install()
+"""
+_LINE = f"import sys; exec({_CODE!r})\n"
 _SCRIPT = "#!{python}\n# Made by `pilotq qcg install`.\nfrom pilotq.cli.qcg.service import main\n\nmain()\n"
 
 
