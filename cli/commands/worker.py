@@ -49,6 +49,7 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     Example: pilotq worker --dir p --node n2 --cores 0,1
     Example: srun --overlap --cpu-bind=none pilotq worker --dir p
     """
+    from pilotq.workers.machine.cleanup import clean_node
     from pilotq.workers.worker import run_worker
 
     check_node_name(values["node"] or "here", "--node")
@@ -72,7 +73,6 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     local = LocalNode(values["node"] or identity.name, numbers, cpus, shared)
 
     if not values["replace"]:  # the supervisor, which says so, has looked after these
-        from pilotq.workers.machine.cleanup import clean_node
         from pilotq.workers.machine.name_in_use import check_name_is_free
 
         check_name_is_free(Connection(address), local.name, settings())
