@@ -180,8 +180,8 @@ class _Loop:
             self._check_contact(now)
         self._node.launch(now)
 
-    def _wait(self) -> Descriptors:
-        """Wait for a descriptor or the next deadline; returns the descriptors that are ready."""
+    def wanted(self, now: float) -> tuple[Descriptors, float]:
+        """The descriptors to wait for, and the time (monotonic) of the next deadline."""
         wanted: Descriptors = {self._signals.fileno: select.POLLIN}
         for launcher in self._launchers.living.values():
             if not launcher.closed:
@@ -189,20 +189,24 @@ class _Loop:
             if launcher.full:
                 wanted[launcher.down] = select.POLLOUT
         wanted.update(dict.fromkeys(self._node.filenos(), select.POLLIN))
-        now = time.monotonic()
         moments = [self._node.next(), self._leave_by]
         if self._online:
             # poll goes by number: a connection made again under the old number needs no new registration.
             wanted.update(dict.fromkeys(self._session.filenos(), select.POLLIN))
             moments += [self._heartbeat_at, now + self._session.pause(now), self._node.outbox.due(now)]
             moments.append(now + self._contact_bound() - self._session.out_of_touch(now))
+        return wanted, min(moment for moment in moments if moment is not None)
+
+    def _wait(self) -> Descriptors:
+        """Wait for a descriptor or the next deadline; returns the descriptors that are ready."""
+        now = time.monotonic()
+        wanted, first = self.wanted(now)
         if wanted != self._registered:
             for fd in self._registered.keys() - wanted.keys():
                 self._poll.unregister(fd)
             for fd, events in wanted.items():
                 self._poll.register(fd, events)
             self._registered = wanted
-        first = min(moment for moment in moments if moment is not None)
         return dict(self._poll.poll(max(first - now, 0.0) * 1000))
 
     def _exchange(self, ready: Descriptors, heartbeat_due: bool, now: float) -> None:

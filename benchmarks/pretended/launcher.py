@@ -1,0 +1,170 @@
+"""A launcher that starts nothing: each task ends after its simulated time, as if a process had run so long.
+
+It takes the place of `LauncherHandle`, and answers with the records that a real launcher sends: begun, started when the
+task lives for a moment, ended with exit code 0. ``sleep N`` runs N seconds, any other program no time. A chained task
+begins when the one before it has ended, as on a machine that has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Sequence
+from itertools import count
+
+from pilotq.broker.settings import Settings
+from pilotq.workers.execution.launcher_pool import ISOLATED, LauncherHandle, LauncherPool
+from pilotq.workers.launcher.launcher import ANNOUNCE_S
+from pilotq.workers.launcher.report_pipe import WAKE_DELAY_S, WAKE_REPORTS
+from pilotq.workers.protocol import (
+    NO_OUTPUT,
+    Begun,
+    Call,
+    Exited,
+    FromLauncher,
+    Launch,
+    LaunchBase,
+    LaunchSlot,
+    Quit,
+    Retract,
+    Retracted,
+    Signal,
+    Started,
+)
+
+FIRST_NUMBER = 1 << 30  # no descriptor has such a number
+_numbers = count(FIRST_NUMBER)
+
+
+def seconds_of(argv: Sequence[bytes]) -> float:
+    """How long a command runs."""
+    return float(argv[1]) if len(argv) == 2 and argv[0].rpartition(b"/")[2] == b"sleep" else 0.0
+
+
+class PretendedLauncher(LauncherHandle):
+    """Has no process, and no pipe: ``wake`` and ``down`` are numbers of no descriptor.
+
+    With ``speed`` 60 a task that sleeps for a minute ends after a second.
+    """
+
+    def __init__(self, number: int, core_group: int, speed: float) -> None:
+        self.number = number
+        self.core_group = core_group
+        self.stopping = self.closed = self.full = False
+        self.starting_key = 0
+        self.down, self.wake, self._number = next(_numbers), next(_numbers), next(_numbers)
+        self._speed = speed
+        self._wall = time.time() - time.monotonic()
+        self._records: list[FromLauncher] = []
+        self._running: dict[int, float] = {}  # key -> when it began (monotonic)
+        self._moments: list[tuple[float, int, bool]] = []  # heap: when, key, whether it ends then, or is announced
+        self._behind: dict[int, Launch] = {}  # key -> what is chained behind it
+        self._before: dict[int, int] = {}  # key of what is chained -> key it waits for
+        self._unseen = 0  # reports since the reader was woken, as in ReportPipe
+        self._wake_at = 0.0  # monotonic: when they are old enough
+        self.launched = 0
+        self.seconds = 0.0  # that all of this took
+
+    @property
+    def pid(self) -> int:
+        return self._number
+
+    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:  # noqa: ARG002
+        assert isinstance(launch, Launch), "functions are not pretended"
+        began = time.perf_counter()
+        self.launched += 1
+        if launch.after in self._running or launch.after in self._before:
+            self._behind[launch.after] = launch
+            self._before[launch.key] = launch.after
+        else:
+            self._start(launch, time.monotonic())
+        self.seconds += time.perf_counter() - began
+
+    def send(self, record: Retract | Signal | Quit) -> None:
+        if isinstance(record, Retract) and record.key in self._before:
+            before = self._before.pop(record.key)
+            del self._behind[before]
+            follower = self._behind.pop(record.key, None)
+            if follower is not None:
+                self._behind[before], self._before[follower.key] = follower, before
+            self._records.append(Retracted(record.key))
+            self._unseen += WAKE_REPORTS
+        elif isinstance(record, Signal) and record.key in self._running:
+            self._end(record.key, time.monotonic(), record.signal)
+
+    def flush(self) -> None:
+        """There is no pipe to write to."""
+
+    def advance(self, now: float) -> bool:
+        """Let happen what is due; returns whether its reader would be woken."""
+        began = time.perf_counter()
+        while self._moments and self._moments[0][0] <= now:
+            at, key, ends = heapq.heappop(self._moments)
+            if key in self._running and ends:
+                self._end(key, at, 0)
+            elif key in self._running:
+                self._records.append(Started(key, 1, self._wall + self._running[key], ANNOUNCE_S, b"", b""))
+                self._unseen += WAKE_REPORTS
+        self.seconds += time.perf_counter() - began
+        return self._unseen >= WAKE_REPORTS or (self._unseen > 0 and now >= self._wake_at)
+
+    def due(self) -> float:
+        """Monotonic time at which `advance` is to be called again."""
+        moments = [self._moments[0][0]] if self._moments else []
+        if self._unseen:
+            moments.append(0.0 if self._unseen >= WAKE_REPORTS else self._wake_at)
+        return min(moments, default=math.inf)
+
+    def receive(self) -> list[FromLauncher]:
+        records, self._records = self._records, []
+        self._unseen = 0
+        return records
+
+    def kill(self) -> None:
+        self.stopping = self.closed = True
+
+    def reap(self, seconds: float | None = None) -> None:
+        """There is no process to wait for."""
+
+    def _start(self, launch: Launch, at: float) -> None:
+        seconds = seconds_of(launch.argv) / self._speed
+        self._running[launch.key] = at
+        heapq.heappush(self._moments, (at + seconds, launch.key, True))
+        if seconds > ANNOUNCE_S:
+            heapq.heappush(self._moments, (at + ANNOUNCE_S, launch.key, False))
+        self._records.append(Begun(launch.key))
+
+    def _end(self, key: int, at: float, status: int) -> None:
+        began = self._running.pop(key)
+        self._records.append(
+            Exited(key, 1, status, self._wall + began, self._wall + at, at - began, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT)
+        )
+        follower = self._behind.pop(key, None)
+        if follower is None:
+            self._unseen += WAKE_REPORTS
+            return
+        if not self._unseen:
+            self._wake_at = time.monotonic() + WAKE_DELAY_S
+        self._unseen += 1
+        del self._before[follower.key]
+        self._start(follower, at)
+
+
+class PretendedPool(LauncherPool):
+    """The launchers of a node, as many as it would have; they end when they are told to."""
+
+    def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings, speed: float) -> None:
+        self._speed = speed
+        super().__init__(directory, node, cores, settings)
+
+    def _start(self, core_group: int) -> LauncherHandle:
+        self._started += 1
+        launcher = PretendedLauncher(self._started, core_group, self._speed)
+        self.living[launcher.number] = launcher
+        if core_group != ISOLATED:
+            self._serving[core_group] = launcher
+        return launcher
+
+    def pretended(self) -> list[PretendedLauncher]:
+        return [launcher for launcher in self.living.values() if isinstance(launcher, PretendedLauncher)]
