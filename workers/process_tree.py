@@ -253,7 +253,9 @@ class ProcessTracker:
 
     def __init__(self) -> None:
         self._launches: dict[int, _Launch] = {}
-        self._mains: dict[int, int] = {}  # number of a main process not waited for -> key
+        self.mains: dict[int, int] = {}  # number of a main process not waited for -> key
+        # Called before an orphan is assigned: the launches of all main processes must have been added by then.
+        self.before_assigning: Callable[[], None] | None = None
         self._orphans: dict[int, int] = {}  # number of an orphan -> key
         self._children = _Children()
 
@@ -265,7 +267,7 @@ class ProcessTracker:
         Of one ``slot`` only one launch runs at a time.
         """
         self._launches[key] = _Launch(pid, env, began, slot, cpus)
-        self._mains[pid] = key
+        self.mains[pid] = key
 
     def set_subreaper(self, key: int) -> None:
         """While its main process lives, orphans of this launch are that one's children."""
@@ -277,7 +279,7 @@ class ProcessTracker:
 
     def reaped(self, pid: int) -> int | None:
         """The key of the launch whose main process this was."""
-        key = self._mains.pop(pid, None)
+        key = self.mains.pop(pid, None)
         if key is None:
             self._orphans.pop(pid, None)
         else:
@@ -344,9 +346,11 @@ class ProcessTracker:
 
     def _assign_orphans(self, candidate: _Launch, key: int) -> None:
         """Find the launch of each new orphan; ``candidate`` is the launch that may have ended just now."""
-        for pid in self._children.unknown(self._mains, self._orphans, candidate.pid):
+        for pid in self._children.unknown(self.mains, self._orphans, candidate.pid):
             process = read_process(pid)
             if process is not None and process.alive and process.parent == os.getpid():
+                if self.before_assigning is not None:
+                    self.before_assigning()
                 owner = self._owner(process, candidate, key)
                 if owner is not None:
                     self._orphans[pid] = owner

@@ -18,17 +18,20 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 
 from pilotq.broker import failpoints
+from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper
 from pilotq.workers.launcher.capture import Capture
 from pilotq.workers.launcher.chain import Chain, Running
 from pilotq.workers.launcher.interpreter_pool import InterpreterPool
 from pilotq.workers.launcher.interpreter_process import LauncherOptions
+from pilotq.workers.launcher.plain_launches import ChildEnd, Events, PlainLaunches, TakenLaunch
 from pilotq.workers.launcher.report_pipe import ReportPipe
-from pilotq.workers.launcher.spawn import Refusal, Spawner
+from pilotq.workers.launcher.spawn import Refusal, Spawner, full_environment
 from pilotq.workers.process_tree import KILL_POLL_S, ProcessTracker
 from pilotq.workers.protocol import (
     NO_OUTPUT,
@@ -68,10 +71,11 @@ IGNORED = (
 class Launcher:
     """Does what messages ask for, and reports what happened.
 
-    ``down``, ``up`` and ``wake`` are our ends of the pipes; the directory of ``options`` is absolute.
+    ``down``, ``up`` and ``wake`` are our ends of the pipes; the directory of ``options`` is absolute. With ``native``
+    plain launches are left to the native core.
     """
 
-    def __init__(self, options: LauncherOptions, down: int, up: int, wake: int) -> None:
+    def __init__(self, options: LauncherOptions, down: int, up: int, wake: int, *, native: bool) -> None:
         self._down = down
         self._up = up
         self._decoder: FrameDecoder[ToLauncher] = FrameDecoder(ToLauncher)  # type: ignore[arg-type]
@@ -94,6 +98,12 @@ class Launcher:
             self._startable.append,
         )  # fmt: skip
         self._unannounced = self._interpreters.unannounced  # not reported as started, oldest first
+        self._plain = None
+        if native:
+            self._plain = PlainLaunches(
+                (down, up, wake), self._poll.fileno(), self._children, self._chains, self._capture, self._spawner,
+                self._tracker, self._take_over,
+            )  # fmt: skip
 
     def run(self) -> None:
         """Returns when the worker process sends Quit or has ended; no process that was started lives then."""
@@ -105,17 +115,25 @@ class Launcher:
 
     def _turn(self) -> bool:
         """Wait for an event and handle it; False when the pipe has closed or Quit arrived."""
-        for fd, _ in self._poll.poll(self._pause()):
-            if fd == self._down:
-                if not self._receive():
-                    return False
-            elif fd == self._children:
-                os.read(self._children, 128)
-                self._reap()
-            elif fd == self._up:
+        if self._plain is None:
+            events = self._wait()
+        else:
+            self._spawner.unpin()
+            events = self._plain.run(self._pause(), may_start=not self._reports.full)
+        if events.unsent:
+            self._reports.resend(events.unsent)
+        if events.ends:
+            self._reap(events.ends)
+        for message in events.messages:
+            if not self._receive(message):
+                return False
+        for fd in events.ready:
+            if fd == self._up:
                 self._reports.flush()
             else:
                 self._interpreters.receive(fd)
+        if events.closed:
+            return False
         now = time.monotonic()
         if self._ended and now >= self._check_at:
             self._check_ended()
@@ -139,27 +157,67 @@ class Launcher:
         moments += [moment for moment in pending if moment is not None]
         return max(min(moments) - time.monotonic(), 0.0) if moments else -1
 
-    def _receive(self) -> bool:
-        data = os.read(self._down, READ_BYTES)
-        for message in self._decoder.feed(data):
-            if isinstance(message, (Launch, Call)):
-                self._enqueue(message)
-            elif isinstance(message, Retract):
-                self._retract(message.key)
-            elif isinstance(message, Signal):
-                self._signal(message)
-            elif isinstance(message, (LaunchBase, LaunchSlot)):
-                self._spawner.add(message)
-            elif isinstance(message, Forget):
-                self._spawner.forget()
+    def _wait(self) -> Events:
+        """Wait for an event, as `PlainLaunches.run` does; without the native core all launches are ours."""
+        messages: list[ToLauncher] = []
+        ready: list[int] = []
+        ends: list[ChildEnd] = []
+        closed = False
+        for fd, _ in self._poll.poll(self._pause()):
+            if fd == self._down:
+                data = os.read(self._down, READ_BYTES)
+                messages, closed = self._decoder.feed(data), not data
+            elif fd == self._children:
+                os.read(self._children, 128)
+                ends = list(_ended_children())
             else:
-                return False  # Quit
-        return bool(data)
+                ready.append(fd)
+        return Events(messages, ready, ends, b"", closed)
+
+    def _receive(self, message: ToLauncher) -> bool:
+        """Do what a message asks for; False when it is Quit."""
+        if isinstance(message, (Launch, Call)):
+            self._enqueue(message)
+        elif isinstance(message, Retract):
+            self._retract(message.key)
+        elif isinstance(message, Signal):
+            self._signal(message)
+        elif isinstance(message, (LaunchBase, LaunchSlot)):
+            self._spawner.add(message)
+        elif isinstance(message, Forget):
+            self._spawner.forget()
+            if self._plain is not None:
+                self._plain.forget()
+        else:
+            return False  # Quit
+        return True
+
+    def _chain_of(self, key: int) -> Chain | None:
+        """The chain of a launch that waits, runs, or has living processes; from now on it is ours."""
+        if self._plain is not None and key not in self._chains:
+            self._plain.take(key)
+        return self._chains.get(key)
+
+    def _take_over(self, chain: Chain, taken: TakenLaunch | None) -> None:
+        """A chain of the native core is ours from now on; ``taken`` is the launch of it that runs or has just ended."""
+        for launch, _ in chain:
+            self._chains[launch.key] = chain
+        if taken is None:
+            self._startable.append(chain)
+            return
+        launch, context = taken.launch, taken.context
+        key = launch.key
+        env = full_environment(launch, context)
+        self._tracker.add(key, taken.pid, env, taken.began, launch.slot, context.cpus)
+        running = Running(launch, key, taken.pid, taken.files, chain)
+        running.began, running.started = taken.since, taken.started
+        self._chains[key] = chain
+        self._running[key] = self._unannounced[key] = running
 
     def _enqueue(self, launch: Launch | Call) -> None:
         """Put it at the end of the chain it names, or of a new one."""
         failpoints.hit("launch received")
-        chain = self._chains.get(launch.after)
+        chain = self._chain_of(launch.after)
         if chain is None:
             chain = Chain()
             self._startable.append(chain)
@@ -201,6 +259,8 @@ class Launcher:
         files = spawned.stdout, spawned.stderr
         self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain, spawned.script)
         failpoints.hit("tracked")
+        if self._plain is not None and context is not None:
+            self._plain.learn(launch, context, spawned)
 
     def _complete(self, key: int, chain: Chain, *, held_back: bool = False) -> None:
         """No process of a launch is left: its chain goes on, unless the launch was ``held_back`` to be tried again."""
@@ -210,7 +270,8 @@ class Launcher:
             del self._chains[launch.key]
             self._reports.report(Retracted(launch.key))
         if chain:
-            self._startable.append(chain)
+            if self._plain is None or not self._plain.adopt(chain, self._chains):
+                self._startable.append(chain)
             self._reports.defer_wake()
         elif chain.interpreter:
             self._reports.defer_wake()
@@ -218,7 +279,7 @@ class Launcher:
             self._reports.request_wake()
 
     def _retract(self, key: int) -> None:
-        chain = self._chains.get(key)
+        chain = self._chain_of(key)
         if chain is None:
             return
         self._interpreters.retract(key, chain)
@@ -245,42 +306,34 @@ class Launcher:
 
     def _signal(self, message: Signal) -> None:
         key, number = message.key, message.signal
+        chain = self._chain_of(key)
         running = self._running.get(key) or self._ended.get(key)
         if running is not None:
             running.killed |= number == signal.SIGKILL
             self._tracker.send_signal(running.tracker_key, number)
-        elif (chain := self._chains.get(key)) is not None:
+        elif chain is not None:
             self._interpreters.signal(message, chain)
 
-    def _reap(self) -> None:
-        """Wait for every child that has ended, then report those that were main processes."""
+    def _reap(self, ends: list[ChildEnd]) -> None:
+        """Report those of the children that have ended, and were waited for, that were main processes."""
         # First all, then the reports: a zombie that a main process leaves must not count as alive.
         reports: list[tuple[Running, Exited | Returned]] = []
-        now = 0.0
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if not pid:
-                break
+        now = time.monotonic()
+        for end in ends:
+            pid = end.pid
             key = self._tracker.reaped(pid)
             if key is None:
                 self._check_at = 0.0  # it may have been the last one of its launch
-                continue
-            now = time.monotonic()
-            cpu = usage.ru_utime + usage.ru_stime
-            rss = _peak(usage)
-            if key < 0:
-                if (ended := self._interpreters.reaped(key, status, cpu, rss)) is not None:
+            elif key < 0:
+                if (ended := self._interpreters.reaped(key, end.status, end.cpu, _peak(end))) is not None:
                     reports.append(ended)
             else:
                 failpoints.hit("reaped")
                 running = self._running.pop(key)
-                seconds = now - running.began
                 exited = Exited(
-                    key, pid, status, running.started, time.time(), seconds, cpu, rss, 0, NO_OUTPUT, NO_OUTPUT
-                )
+                    key, pid, end.status, running.started, time.time(), now - running.began, end.cpu, _peak(end), 0,
+                    NO_OUTPUT, NO_OUTPUT,
+                )  # fmt: skip
                 reports.append((running, exited))
         for running, report in reports:
             key = running.key
@@ -328,6 +381,8 @@ class Launcher:
 
     def _shut_down(self) -> None:
         """Kill every process below this one, wait for it, remove the files of the pool."""
+        if self._plain is not None:
+            self._plain.take_running()
         deadline = time.monotonic() + SHUTDOWN_S
         while time.monotonic() < deadline:
             self._tracker.kill_all()
@@ -341,15 +396,28 @@ class Launcher:
         self._scripts.close()
 
 
-def _peak(usage: resource.struct_rusage) -> int:
+def _ended_children() -> Iterator[ChildEnd]:
+    """Every child that has ended; it is waited for."""
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        cpu, faults = usage.ru_utime + usage.ru_stime, usage.ru_minflt + usage.ru_majflt
+        yield ChildEnd(pid, status, cpu, usage.ru_maxrss, faults)
+
+
+def _peak(end: ChildEnd) -> int:
     """The peak memory of a child in bytes.
 
     Until it executes its program a child shares our memory, which the kernel counts for it. So what has needed less
     than we do would show our peak: there it is at most what its page faults can have mapped.
     """
-    if usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
-        return usage.ru_maxrss * 1024
-    return min(usage.ru_maxrss * 1024, (usage.ru_minflt + usage.ru_majflt) * FAULT_BYTES)
+    if end.max_rss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+        return end.max_rss * 1024
+    return min(end.max_rss * 1024, end.faults * FAULT_BYTES)
 
 
 def _child_signals() -> int:
@@ -379,7 +447,7 @@ def main(argv: list[str]) -> None:
                 pass  # the descriptor of the listing
     pipes = [int(options[name]) for name in ("--down", "--up", "--wake")]
     own = LauncherOptions(os.path.abspath(options["--dir"]), options["--node"], int(options["--calls"]))
-    Launcher(own, *pipes).run()
+    Launcher(own, *pipes, native=launcher_kind() == "native").run()
 
 
 if __name__ == "__main__":

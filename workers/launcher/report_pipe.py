@@ -48,6 +48,11 @@ class ReportPipe:
         if len(self._messages) >= REPORT_MAX:
             self.flush()
 
+    def resend(self, rest: bytes) -> None:
+        """Write what is left of a frame that somebody else has begun to write; before any other message."""
+        self._unsent += rest
+        self.flush()
+
     def flush(self) -> None:
         """Write what was reported, as far as the pipe takes it."""
         if self._unsent:

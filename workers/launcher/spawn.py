@@ -42,6 +42,8 @@ class Spawned(NamedTuple):
     stdout: PoolFile | None  # None: it goes to a named file
     stderr: PoolFile | None
     script: str  # path of the file of its script; empty without one
+    program: bytes  # the file that was executed
+    is_cached: bool  # it was searched on PATH, and such a search finds it again for a moment
 
 
 class LaunchContext:
@@ -67,16 +69,17 @@ class Spawner:
         self._capture = capture
         self._scripts = scripts
         # A child inherits 0, 1 and 2: these are the launcher's own, set back after each spawn.
-        self._own_stdio = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), os.dup(1), os.dup(2)
-        os.dup2(self._own_stdio[0], 0)
+        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._own_stdio = self.null, os.dup(1), os.dup(2)
+        os.dup2(self.null, 0)
         # All signals are at their defaults in a child: exec resets those that are caught, the spawn those ignored.
         self._ignored = [s for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
         self._bases: dict[str, LaunchBase] = {}
         self._slots: dict[str, LaunchSlot] = {}
         self._contexts: dict[tuple[str, str], LaunchContext] = {}
         self._programs: dict[tuple[bytes, bytes], tuple[float, bytes]] = {}
-        self._all_cpus = sorted(os.sched_getaffinity(0))
-        self._cpus = self._all_cpus
+        self.all_cpus = sorted(os.sched_getaffinity(0))
+        self._cpus = self.all_cpus
         self._umask = os.umask(0o077)
         os.umask(self._umask)
 
@@ -112,7 +115,7 @@ class Spawner:
     def spawn(self, launch: Launch, context: LaunchContext | None, stdin: int = -1) -> Spawned:
         """Start it in its `context`, or raise Refusal: also for whatever else is wrong with this one launch.
 
-        With ``stdin`` an open descriptor is its standard input. An attempt of 0 is no task: it gets no marks.
+        With ``stdin`` an open descriptor is its standard input.
         """
         opened: list[int] = []
         pool: list[PoolFile] = []
@@ -121,17 +124,15 @@ class Spawner:
             if context is None:
                 raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent or cannot be used.")
             self._apply(launch, context)
-            env = {**context.env, **launch.env}
-            if launch.attempt:
-                env[b"PILOTQ_TASK_ID"] = launch.id.encode()
-                env[b"PILOTQ_EXECUTION"] = b"%d" % launch.attempt
+            env = full_environment(launch, context)
             if launch.script:
                 script = self._write_script(launch)
                 argv = [*argv, os.fsencode(script)]
             program = self._program(argv, env)
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
             pid = self._start(program, argv, env, files, context)
-            return Spawned(pid, env, stdout, stderr, script)
+            cached = (argv[0], env.get(b"PATH", DEFAULT_PATH)) in self._programs
+            return Spawned(pid, env, stdout, stderr, script, program, cached)
         except Refusal as refusal:
             self._release(pool, script)
             if script and refusal.reason == "not found":
@@ -143,6 +144,12 @@ class Spawner:
         finally:
             for fd in opened:
                 os.close(fd)
+
+    def unpin(self) -> None:
+        """Let this process use all its CPUs again."""
+        if self._cpus != self.all_cpus:
+            os.sched_setaffinity(0, self.all_cpus)
+            self._cpus = self.all_cpus
 
     def _release(self, pool: list[PoolFile], script: str) -> None:
         for file in pool:
@@ -161,7 +168,7 @@ class Spawner:
         if context.requested_limits is not None:
             context.limits, context.own_limits = _find_limits(context.requested_limits)
             context.requested_limits = None
-        cpus = context.cpus or self._all_cpus
+        cpus = context.cpus or self.all_cpus
         if cpus != self._cpus:
             try:
                 os.sched_setaffinity(0, cpus)
@@ -264,6 +271,15 @@ class Spawner:
                 os.dup2(null, 0)
             os.dup2(own_stdout, 1)
             os.dup2(own_stderr, 2)
+
+
+def full_environment(launch: Launch, context: LaunchContext) -> dict[bytes, bytes]:
+    """The environment of its process. An attempt of 0 is no task: it gets no marks."""
+    env = {**context.env, **launch.env}
+    if launch.attempt:
+        env[b"PILOTQ_TASK_ID"] = launch.id.encode()
+        env[b"PILOTQ_EXECUTION"] = b"%d" % launch.attempt
+    return env
 
 
 def _write_files(files: dict[bytes, bytes]) -> None:

@@ -1,0 +1,260 @@
+/* Reads and writes the messages of workers/protocol.py; see records.h. */
+
+#include "records.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { DEPTH_MAX = 32, LAUNCH_FIELDS = 17 }; /* the tag is the first field */
+
+static size_t left(const struct reader *from) { return (size_t)(from->end - from->at); }
+
+/* An unsigned number of `size` bytes, most significant first; 0 with `*good` cleared when they are not there. */
+static uint64_t read_number(struct reader *from, size_t size, int *good) {
+    uint64_t value = 0;
+    if (left(from) < size) {
+        *good = 0;
+        return 0;
+    }
+    for (size_t n = 0; n < size; n++)
+        value = value << 8 | *from->at++;
+    return value;
+}
+
+/* What follows the head of an object: `bytes` of content and `objects` in it. 0 when it is not whole. */
+static int read_head(struct reader *from, uint64_t *bytes, uint64_t *objects) {
+    static const unsigned char fixed[16] = {[0xa] = 4, [0xb] = 8, [0xc] = 1, [0xd] = 2, [0xe] = 4, [0xf] = 8};
+    int good = 1;
+    unsigned char head;
+    *bytes = *objects = 0;
+    if (from->at >= from->end)
+        return 0;
+    head = *from->at++;
+    if (head < 0x80 || head >= 0xe0) /* small integers */
+        return 1;
+    if (head < 0x90)
+        *objects = 2 * (uint64_t)(head & 0xf); /* fixmap */
+    else if (head < 0xa0)
+        *objects = head & 0xf; /* fixarray */
+    else if (head < 0xc0)
+        *bytes = head & 0x1f; /* fixstr */
+    else if (head >= 0xc4 && head <= 0xc6)
+        *bytes = read_number(from, (size_t)1 << (head - 0xc4), &good); /* bin */
+    else if (head >= 0xc7 && head <= 0xc9)
+        *bytes = 1 + read_number(from, (size_t)1 << (head - 0xc7), &good); /* ext */
+    else if (head >= 0xca && head <= 0xcb)
+        *bytes = fixed[head & 0xf]; /* floats */
+    else if (head >= 0xcc && head <= 0xcf)
+        *bytes = (uint64_t)1 << (head - 0xcc); /* unsigned integers */
+    else if (head >= 0xd0 && head <= 0xd3)
+        *bytes = (uint64_t)1 << (head - 0xd0); /* signed integers */
+    else if (head >= 0xd4 && head <= 0xd8)
+        *bytes = 1 + ((uint64_t)1 << (head - 0xd4)); /* fixext */
+    else if (head >= 0xd9 && head <= 0xdb)
+        *bytes = read_number(from, (size_t)1 << (head - 0xd9), &good); /* str */
+    else if (head == 0xdc || head == 0xdd)
+        *objects = read_number(from, head == 0xdc ? 2 : 4, &good); /* array */
+    else if (head == 0xde || head == 0xdf)
+        *objects = 2 * read_number(from, head == 0xde ? 2 : 4, &good); /* map */
+    else if (head == 0xc1)
+        return 0; /* never used; the others are nil and truth values */
+    return good && *bytes <= left(from) && *objects <= left(from);
+}
+
+/* Go behind one object; 0 when it is not whole, or too deep. */
+static int skip(struct reader *from) {
+    uint64_t waiting[DEPTH_MAX], bytes, objects;
+    int depth = 0;
+    waiting[0] = 1;
+    while (depth >= 0) {
+        if (!waiting[depth]) {
+            depth--;
+            continue;
+        }
+        waiting[depth]--;
+        if (!read_head(from, &bytes, &objects))
+            return 0;
+        from->at += bytes;
+        if (objects) {
+            if (++depth == DEPTH_MAX)
+                return 0;
+            waiting[depth] = objects;
+        }
+    }
+    return 1;
+}
+
+size_t object_size(struct reader from) {
+    const unsigned char *begin = from.at;
+    return skip(&from) ? (size_t)(from.at - begin) : 0;
+}
+
+/* The number of elements of an array (`pairs` 0) or of pairs of a map (1). */
+static int read_count(struct reader *from, int pairs, uint32_t *count) {
+    static const unsigned char small[2] = {0x90, 0x80}, large[2] = {0xdc, 0xde};
+    uint64_t bytes, objects;
+    unsigned char head = from->at < from->end ? *from->at : 0xc1;
+    if (!((head & 0xf0) == small[pairs] || (head | 1) == (large[pairs] | 1)) || !read_head(from, &bytes, &objects))
+        return 0;
+    *count = (uint32_t)(objects >> pairs);
+    return 1;
+}
+
+int read_list(struct reader *list, uint32_t *count) { return read_count(list, 0, count); }
+
+static int read_string(struct reader *from, struct text *text) {
+    uint64_t bytes, objects;
+    unsigned char head = from->at < from->end ? *from->at : 0xc1;
+    int string = (head >= 0xa0 && head < 0xc0) || (head >= 0xc4 && head <= 0xc6) || (head >= 0xd9 && head <= 0xdb);
+    if (!string || !read_head(from, &bytes, &objects))
+        return 0;
+    *text = (struct text){from->at, (size_t)bytes};
+    from->at += bytes;
+    return 1;
+}
+
+struct text next_string(struct reader *from) {
+    struct text text = {from->at, 0};
+    read_string(from, &text);
+    return text;
+}
+
+static int read_integer(struct reader *from, int64_t *value) {
+    int good = 1;
+    uint64_t number;
+    unsigned char head = from->at < from->end ? *from->at : 0xc1;
+    if (head < 0x80) {
+        *value = head;
+        from->at++;
+        return 1;
+    }
+    if (head < 0xcc || head > 0xcf)
+        return 0; /* keys and attempts are not negative */
+    from->at++;
+    number = read_number(from, (size_t)1 << (head - 0xcc), &good);
+    *value = (int64_t)number;
+    return good && number <= INT64_MAX;
+}
+
+static int contains(struct text text, unsigned char sign) { return text.size && memchr(text.at, sign, text.size) != 0; }
+
+static int is_word(struct text text, const char *word) {
+    return text.size == strlen(word) && memcmp(text.at, word, text.size) == 0;
+}
+
+/* A string that the system takes as an argument. */
+static int read_argument(struct reader *from, struct text *text) {
+    return read_string(from, text) && !contains(*text, 0);
+}
+
+static int read_path(struct reader *from, struct text *text, int may_be_empty) {
+    return read_argument(from, text) && (text->size ? text->at[0] == '/' : may_be_empty);
+}
+
+static int read_arguments(struct reader *from, struct launch_record *record) {
+    struct text text = {0, 0};
+    int bare; /* the program is to be found on PATH */
+    if (!read_count(from, 0, &record->argc) || !record->argc)
+        return 0;
+    record->argv = *from;
+    for (uint32_t n = 0; n < record->argc; n++)
+        if (!read_argument(from, &text) || (n == 0 && !text.size))
+            return 0;
+    struct reader first = record->argv;
+    bare = !contains(next_string(&first), '/');
+    if (!read_count(from, 1, &record->variables))
+        return 0;
+    record->env = *from;
+    for (uint32_t n = 0; n < record->variables; n++) {
+        if (!read_argument(from, &text) || !text.size || contains(text, '=') || (bare && is_word(text, "PATH")))
+            return 0;
+        if (!read_argument(from, &text))
+            return 0;
+    }
+    return 1;
+}
+
+enum record_kind read_record(const unsigned char *at, size_t size, struct launch_record *record) {
+    struct reader from = {at, at + size};
+    struct text text = {0, 0};
+    uint32_t fields, files;
+    if (!read_count(&from, 0, &fields) || !fields || !read_string(&from, &text))
+        return OTHER_RECORD;
+    if (is_word(text, "forget"))
+        return FORGET_RECORD;
+    if (!is_word(text, "launch") || fields != LAUNCH_FIELDS)
+        return OTHER_RECORD;
+    if (!read_integer(&from, &record->key) || !read_argument(&from, &record->id)
+        || !read_integer(&from, &record->attempt) || !record->attempt || !read_string(&from, &record->base)
+        || !read_string(&from, &record->slot) || !read_arguments(&from, record) || !read_path(&from, &record->cwd, 0)
+        || !read_path(&from, &record->stdin_path, 1) || !read_path(&from, &record->stdout_path, 1)
+        || !read_path(&from, &record->stderr_path, 1))
+        return OTHER_RECORD;
+    /* suffix, after, script, whether the directory is to be made, files */
+    if (!read_string(&from, &text) || text.size || !read_integer(&from, &record->after) || !read_string(&from, &text)
+        || text.size || from.at >= from.end || *from.at++ != 0xc2 || !read_count(&from, 1, &files) || files
+        || from.at != from.end)
+        return OTHER_RECORD;
+    return PLAIN_LAUNCH;
+}
+
+static unsigned char *extend(struct buffer *to, size_t size) {
+    unsigned char *place;
+    if (to->room - to->size < size) {
+        size_t room = 2 * to->room + size + 1024;
+        unsigned char *bytes = to->failed ? NULL : realloc(to->at, room);
+        if (!bytes) {
+            to->failed = 1;
+            return NULL;
+        }
+        to->at = bytes;
+        to->room = room;
+    }
+    place = to->at + to->size;
+    to->size += size;
+    return place;
+}
+
+void put_raw(struct buffer *to, const void *at, size_t size) {
+    unsigned char *place = extend(to, size);
+    if (place && size)
+        memcpy(place, at, size);
+}
+
+/* A head byte and a number of `size` bytes, most significant first. */
+static void put_number(struct buffer *to, unsigned char head, uint64_t value, int size) {
+    unsigned char bytes[9];
+    bytes[0] = head;
+    for (int n = size; n > 0; n--, value >>= 8)
+        bytes[n] = (unsigned char)value;
+    put_raw(to, bytes, (size_t)size + 1);
+}
+
+void put_list(struct buffer *to, unsigned count) { put_number(to, (unsigned char)(0x90 | count), 0, 0); }
+
+void put_word(struct buffer *to, const char *word) {
+    size_t size = strlen(word);
+    put_number(to, (unsigned char)(0xa0 | size), 0, 0);
+    put_raw(to, word, size);
+}
+
+void put_bytes(struct buffer *to, const void *at, size_t size) {
+    if (size < 256)
+        put_number(to, 0xc4, size, 1);
+    else
+        put_number(to, 0xc6, size, 4);
+    put_raw(to, at, size);
+}
+
+void put_integer(struct buffer *to, int64_t value) {
+    if (value >= 0 && value < 0x80)
+        put_number(to, (unsigned char)value, 0, 0);
+    else
+        put_number(to, 0xd3, (uint64_t)value, 8);
+}
+
+void put_real(struct buffer *to, double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    put_number(to, 0xcb, bits, 8);
+}
