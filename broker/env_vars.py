@@ -31,6 +31,7 @@ OF_COMMANDS: Final[dict[str, str]] = {
     "PILOTQ_REDIS_URL": "a server that exists, as --redis; it may hold a password",
     "PILOTQ_PASSWORD_FILE": "the file with that server's password",
     "PILOTQ_COUNTERS": "NAME=N, with spaces between: counters of every node, as --counter",
+    "PILOTQ_MEMORY_POLICY": "as --memory-policy, also of workers that are started by hand",
     "PILOTQ_SETTINGS": "intervals and bounds as a JSON object, for tests: see broker/settings.py",
     "NO_COLOR": "no colours, if it is set to anything",
 }

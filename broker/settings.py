@@ -87,6 +87,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # The journal is put onto the disk every so many seconds.
     journal_fsync_s: float = 1.0
 
+    # The memory of a running task is measured at least every so many seconds; near its limit oftener.
+    memory_sample_s: float = 1.0
+
     # -- failures -----------------------------------------------------------------------------------------------------
 
     # A process of the pilot may be restarted so many times within the window; one more time, and the pilot ends.

@@ -30,7 +30,7 @@ from pilotq.broker.slurm.allocation import (
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA
 from pilotq.broker.store.registry import read_nodes
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.broker.tasks.quantities import parse_duration
+from pilotq.broker.tasks.quantities import MEMORY_POLICIES, parse_duration
 from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
 from pilotq.workers.machine.topology import memory_bytes, numa_groups, usable_cpus, virtual_nodes, without_siblings
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pilotq.broker.client.broker import Broker
 
 COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
+MEMORY_POLICY = "PILOTQ_MEMORY_POLICY"  # one of MEMORY_POLICIES
 GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
 ENV_SCHEMAS = ("auto", "slurm", "common")
 CLUSTER_OPTIONS = ("min_nodes", "start_method", "no_smt", "bind")  # options that only some clusters need
@@ -81,6 +82,8 @@ pilot_options = all_of(
     click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec", metavar="HOW",
                  help="To disk at once (strict), everysec, or none."),
     counter_option,
+    click.option("--memory-policy", type=click.Choice(MEMORY_POLICIES), metavar="HOW",
+                 help="What --memory of a task means: limit, watch (the same, only by measuring), reserve."),
     click.option("--system-core", is_flag=True, help="Leave the first core to the pilot itself."),
     click.option("--envschema", type=click.Choice(ENV_SCHEMAS), default="auto",
                  help="Variables of tasks; slurm: a job step's, too."),
@@ -100,6 +103,9 @@ def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> Supervi
     os.environ[ENV_SCHEMA] = env_schema(values["envschema"])
     slurm = values["resources"] == "slurm" or (values["resources"] == "auto" and bool(job_id(os.environ)))
     set_counters(values["counters"])
+    if values.get("memory_policy"):
+        os.environ[MEMORY_POLICY] = values["memory_policy"]
+    memory_policy()
     options = SupervisorOptions(
         bind=[values["bind"]] if values["bind"] else [],
         server=_server(values),
@@ -199,6 +205,14 @@ def set_counters(words: Sequence[str]) -> None:
         os.environ[COUNTERS] = " ".join(words)
 
 
+def memory_policy() -> str:
+    """How nodes hold tasks to the memory that they ask for; raises InvalidInput."""
+    policy = os.environ.get(MEMORY_POLICY) or MEMORY_POLICIES[0]
+    if policy not in MEMORY_POLICIES:
+        raise InvalidInput(f"{MEMORY_POLICY}={policy}: it must be one of {', '.join(MEMORY_POLICIES)}")
+    return policy
+
+
 def start(values: dict[str, Any], options: SupervisorOptions) -> StartedPilot:
     """Start the pilot that the values of `pilot_options` describe; raises as `start_pilot`."""
     directory = _directory_of(values)
@@ -256,7 +270,8 @@ def node_info(node: LocalNode) -> NodeInfo:
         node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
         cpus=[node.real.get(core, core) for core in node.cores],
         gpus=gpus() if os.environ.get(GPU_NODE, node.name) == node.name else [],
-        memory=memory_bytes() if whole else 0, counters=counters_of(os.environ.get(COUNTERS, "").split()),
+        memory=memory_bytes() if whole else 0, memory_by="" if memory_policy() == "reserve" else "watcher",
+        counters=counters_of(os.environ.get(COUNTERS, "").split()),
     )  # fmt: skip
 
 

@@ -16,17 +16,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from signal import SIGKILL
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 TASK_MARK = "PILOTQ_TASK_ID"  # a process with it in its environment is part of a task
 CALL_MARK = "PILOTQ_PATH"  # ... and one with this is an interpreter of functions, or was forked by one
 MARKS = (b"PILOTQ_TASK_ID", b"PILOTQ_EXECUTION", b"PILOTQ_DIR")
 READ_S = 0.2  # a process whose environment takes longer hangs in the kernel
+LONG_READ_S = 10.0  # ... and one whose pages cannot be counted in this time: a terabyte takes some seconds
 SCAN_MAX = 200  # so many process numbers are read one by one; listing /proc is cheaper from about there
 ROUNDS_MAX = 20  # passes over processes that keep forking while they are signalled; the caller tries again later
 KILL_POLL_S = 0.01  # between two scans for processes that were killed
 CLEAN_SCANS = 2  # a process in the middle of exec has no environment for a moment: one scan without a find is no proof
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+T = TypeVar("T")
 
 
 class Process(NamedTuple):
@@ -95,28 +97,46 @@ def environment(pid: int) -> bytes:
         return b"\0"
 
 
-_hung: dict[int, int] = {}  # processes whose environment cannot be read, as they hang in the kernel: number -> start
+_hung: dict[int, int] = {}  # processes of which something cannot be read, as they hang in the kernel: number -> start
 
 
-def _environments(pids: Iterable[int]) -> dict[int, bytes]:
-    """The environments of these processes, but for those whose reading hangs: then so does the process itself.
+def environments(pids: Iterable[int]) -> dict[int, bytes]:
+    """The environments of these processes, but for those whose reading hangs: then so does the process itself."""
+    return _read_each(pids, environment)
 
-    They are read in a thread, as the caller must not wait for a process that hangs.
-    """
+
+def proportional_sizes(pids: Iterable[int]) -> dict[int, int]:
+    """The memory of these processes in bytes, each page that several share in parts; without those that do not tell."""
+    return {pid: size for pid, size in _read_each(pids, _proportional_size, LONG_READ_S).items() if size >= 0}
+
+
+def _proportional_size(pid: int) -> int:
+    """-1 of a process that has ended, or may not be read."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb", buffering=0) as file:
+            _, found, rest = file.read(4096).partition(b"\nPss:")
+    except OSError:
+        return -1
+    return int(rest.split()[0]) * 1024 if found else -1
+
+
+def _read_each(pids: Iterable[int], read: Callable[[int], T], seconds: float = READ_S) -> dict[int, T]:
+    """What ``read`` returns for each process. It runs in a thread, as the caller must not wait for one that hangs."""
     waiting = deque(pid for pid in pids if pid not in _hung or _start(pid) != _hung[pid])
-    found: dict[int, bytes] = {}
+    found: dict[int, T] = {}
     while waiting:
-        reader = _Reader(waiting, found)
-        if reader.wait():
+        reader = _Reader(waiting, found, read)
+        if reader.wait(seconds):
             break
     return found
 
 
-class _Reader:
-    """Reads environments of ``waiting`` into ``found``, until there is none left or one of them hangs."""
+class _Reader(Generic[T]):
+    """Reads of the ``waiting`` into ``found``, until there is none left or one of them hangs."""
 
-    def __init__(self, waiting: deque[int], found: dict[int, bytes]) -> None:
+    def __init__(self, waiting: deque[int], found: dict[int, T], read: Callable[[int], T]) -> None:
         self._current = 0
+        self._read_one = read
         self._given_up = threading.Event()
         self._done = threading.Event()
         try:
@@ -125,10 +145,10 @@ class _Reader:
             # The limit of processes is reached: the worker, and all that it runs, must not end for that.
             self._read(waiting, found)
 
-    def wait(self) -> bool:
-        """Wait; False when it hangs: the caller goes on with what is still waiting."""
+    def wait(self, seconds: float) -> bool:
+        """Wait; False when one takes longer: the caller goes on with what is still waiting."""
         before = -1
-        while not self._done.wait(READ_S):
+        while not self._done.wait(seconds):
             if self._current == before:
                 _hung[before] = _start(before)
                 self._given_up.set()
@@ -138,14 +158,14 @@ class _Reader:
             before = self._current
         return True
 
-    def _read_beside(self, waiting: deque[int], found: dict[int, bytes]) -> None:
+    def _read_beside(self, waiting: deque[int], found: dict[int, T]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the caller's
         self._read(waiting, found)
 
-    def _read(self, waiting: deque[int], found: dict[int, bytes]) -> None:
+    def _read(self, waiting: deque[int], found: dict[int, T]) -> None:
         while waiting and not self._given_up.is_set():
             self._current = pid = waiting.popleft()
-            data = environment(pid)
+            data = self._read_one(pid)
             self._current = 0
             if self._given_up.is_set():
                 _hung.pop(pid, None)
@@ -199,7 +219,7 @@ def kill_marked(
 def _marked(marks: Mapping[str, str] | Callable[[Mapping[str, str]], bool]) -> Iterator[Process]:
     task, call = (b"\0" + mark.encode() + b"=" for mark in (TASK_MARK, CALL_MARK))
     numbers = [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]
-    for pid, data in _environments(pid for pid in numbers if pid != os.getpid()).items():
+    for pid, data in environments(pid for pid in numbers if pid != os.getpid()).items():
         if task not in data and call not in data:
             continue
         pairs = (os.fsdecode(item).partition("=") for item in data.split(b"\0") if item)

@@ -24,7 +24,7 @@ CHAIN = 100  # how far the cause of an omitted task is followed
 SEARCHED_MAX = 100_000  # entries of a class list that are searched for the place of a task
 SHORT = 60  # characters of ranges of elements
 # Beginnings of texts of REASONS that continue a sentence with "it"; the others name a thing.
-PREDICATES = ("ended", "was", "ran", "could", "failed", "raised", "returned", "asks", "asked")
+PREDICATES = ("ended", "was", "ran", "could", "failed", "raised", "returned", "asks", "asked", "used")
 
 
 class Explainer:

@@ -390,6 +390,8 @@ def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | Non
         shared_cores=info.shared_cores,
         running=int(running or 0),
         last_beat=from_iso(beat),
+        memory=info.memory,
+        memory_by=info.memory_by,
     )
 
 

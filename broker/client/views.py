@@ -64,6 +64,8 @@ class NodeView(msgspec.Struct, kw_only=True):
     running: int = 0
     last_beat: float | None = None
     why: str = ""  # of a node that is assigned nothing
+    memory: int = 0  # bytes, 0 = not counted
+    memory_by: str = ""  # who holds tasks to the memory that they ask for; empty: nobody
 
 
 class Counts(msgspec.Struct, kw_only=True):

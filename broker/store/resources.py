@@ -28,6 +28,7 @@ class NodeInfo(msgspec.Struct):
     numa: list[list[int]] = []  # groups of ``cores``; empty: one group
     gpus: list[str] = []
     memory: int = 0  # bytes, 0 = not counted
+    memory_by: str = "watcher"  # who holds tasks to the memory that they ask for; empty: nobody
     counters: dict[str, int] = {}
     job: str = ""  # the Slurm job whose allocation it is part of
     machine: str = ""  # where ``pid`` is valid, as `machine_id` has it; ``start`` is the start time of that process

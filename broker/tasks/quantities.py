@@ -15,6 +15,8 @@ from pilotq.broker.tasks.model import COUNTER, ArrayRange, Request
 
 # No number below has more than 15 digits: larger ones are mistakes, and would not fit into a record.
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+MEMORY_POLICIES = ("limit", "watch", "reserve")  # how the memory that tasks ask for is enforced
+SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)s?)?", re.I)
 _CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
 _SLURM = re.compile(r"([0-9]{1,9})-([0-9]{1,9})(?::([0-9]{2})(?::([0-9]{2}))?)?")
@@ -32,6 +34,18 @@ def parse_size(text: str) -> int:
         raise InvalidInput(f"{text!r} is no size: write a number of bytes, or a number with K, M, G or T, such as 512M")
     number, unit = match.groups()
     return int(float(number) * 1024.0 ** " KMGTP".index(unit.upper() or " "))
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people, with three digits and the units of `parse_size`.
+
+    >>> size_text(2254857830)
+    '2.1 GiB'
+    """
+    number, unit = float(size), 0
+    while number >= 999.5 and unit < len(SIZE_UNITS) - 1:
+        number, unit = number / 1024, unit + 1
+    return f"{number:.3g} {SIZE_UNITS[unit]}"
 
 
 def parse_duration(text: str) -> float:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-REASONS_BY_WORD = {"signal": "signal", "limit": "time limit"}  # the word -> the reason of states.REASONS
+REASONS_BY_WORD = {
+    "signal": "signal",
+    "limit": "time limit",
+    "memory": "memory",
+}  # the word -> the reason of states.REASONS
 MAX_DELAY_S = 3600.0  # no delay between two executions grows beyond this, unless the first one is longer
 
 
@@ -31,7 +35,9 @@ def parse_retry_on(retry_on: str) -> RetryOn:
         if piece in REASONS_BY_WORD:
             reasons.add(REASONS_BY_WORD[piece])
         elif not (first.isdecimal() and end.isdecimal() and 1 <= int(first) <= int(end) <= 255):
-            raise ValueError(f"{piece!r} is no exit code (1 to 255), no range such as 100-110, and not signal or limit")
+            raise ValueError(
+                f"{piece!r} is no exit code (1 to 255), no range such as 100-110, and not signal, limit or memory"
+            )
         else:
             codes.update(range(int(first), int(end) + 1))
     return RetryOn(frozenset(codes), frozenset(reasons))

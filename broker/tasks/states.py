@@ -93,6 +93,7 @@ REASONS: Final[dict[str, str]] = {
     "interpreter": "ended its Python interpreter before it returned",
     "result": "returned what cannot be stored",
     "time limit": "ran longer than its time limit",
+    "memory": "used too much memory",
     "canceled": "was canceled by its user",
     "stopped": "was stopped by its user",
     "dependency": "a task it depends on did not finish",

@@ -9,6 +9,12 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 
+# NodeInfo.memory_by -> a sentence
+MEMORY_BY = {
+    "": "memory that tasks ask for is reserved, and nothing holds them to it",
+    "watcher": "tasks are ended when they use more memory than they asked for: each worker measures them",
+}
+
 
 @click.group("nodes", invoke_without_command=True)
 @dir_option
@@ -32,6 +38,9 @@ def nodes_command(ctx: click.Context, directory: str | None, as_json: bool) -> N
     click.echo(formatting.nodes_table(nodes))
     if any(node.shared_cores for node in nodes):
         click.echo("* several of these cores share a physical one")
+    for how in sorted({node.memory_by for node in nodes}):
+        names = [node.name for node in nodes if node.memory_by == how]
+        click.echo(f"{MEMORY_BY.get(how, how)}{'' if len(names) == len(nodes) else ': ' + ', '.join(names)}")
     for node in nodes:
         if node.why:
             click.echo(f"{node.name} is {node.state}: {formatting.clean(node.why)}")

@@ -119,6 +119,15 @@ class Escalation:
             self._deadlines.set(e.key, min(now + grace, self._deadlines.get(e.key) or now))
         return None
 
+    def kill(self, e: Execution, reason: str, now: float) -> Action | None:
+        """End an execution that runs, or what is left of it, without any grace."""
+        if e.phase not in (Phase.RUNNING, Phase.NOTICED, Phase.ENDING):
+            return None
+        if e.exited is None:  # else its outcome stands
+            e.reason = e.reason or reason
+        e.phase = Phase.ENDING
+        return self._advance(e, now)
+
     def exited(self, e: Execution, now: float) -> Action | None:
         """The main process ended and left others behind: they are given the usual grace."""
         alive = e.phase is Phase.RUNNING or e.phase is Phase.NOTICED

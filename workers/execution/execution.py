@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pilotq.broker.store.messages import Run
 from pilotq.broker.store.resources import parse_allocation
 from pilotq.broker.tasks.spec import Spec
+from pilotq.workers.memory_watch import WatchedTask
 from pilotq.workers.protocol import Exited, Returned
 
 
@@ -59,7 +60,7 @@ class Execution:
     __slots__ = (
         "began", "key", "run", "phase", "slot", "allocation", "launcher", "limit", "limit_at", "grace", "unkillable_at",
         "reason", "outcome", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live_outputs",
-        "launch_begun", "to_retract", "spec", "function", "held_back",
+        "launch_begun", "to_retract", "spec", "function", "held_back", "memory",
     )  # fmt: skip
 
     def __init__(self, key: int, run: Run) -> None:
@@ -88,6 +89,7 @@ class Execution:
         self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
         self.spec: Spec | None = None  # its description, once its launch was built
+        self.memory: WatchedTask | None = None  # what it uses, while it runs
         self.held_back: HeldBack | None = None  # while a shortage prevents its launch
 
     @property

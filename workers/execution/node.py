@@ -34,6 +34,7 @@ from pilotq.workers.execution.held_back import hold_back, shortage_of
 from pilotq.workers.execution.hooks import NodeActions, NodeHooks
 from pilotq.workers.execution.launch_builder import LaunchBuilder, NotYetError, Prepared, UnlaunchableError, refusal
 from pilotq.workers.execution.launcher_pool import LauncherHandle, LauncherPool
+from pilotq.workers.execution.memory_limit import MemoryLimits
 from pilotq.workers.execution.orphans import OrphanReaper
 from pilotq.workers.execution.output_files import PendingOutputs
 from pilotq.workers.execution.reporting import LEAVE_REASONS, Outbox, Reporter
@@ -75,6 +76,7 @@ class Node:
         self._builder = builder
         self._reporter = Reporter(info.name, directory)
         self._orphans = OrphanReaper(directory, settings)
+        self._memory = MemoryLimits(info, settings)
         self.outbox = Outbox(session, settings)
         self._ready: deque[Execution] = deque()  # have a slot: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a slot, but must wait for the server or their turn
@@ -177,6 +179,7 @@ class Node:
             suffix = e.suffix.encode()
             e.live_outputs = (record.stdout_path or e.stdout + suffix, record.stderr_path or e.stderr + suffix)
             e.pid = record.pid
+            self._memory.started(e, record.pid)
             self._carry_out(e, self._escalation.started(e, record.at, now - record.seconds), now)
         elif isinstance(record, GroupSwept):
             if e.exited is not None:
@@ -195,6 +198,7 @@ class Node:
 
     def _exited(self, e: Execution, record: Exited | Returned, now: float) -> None:
         e.exited = record
+        self._memory.exited(e, record, now)
         if record.remaining:
             self._carry_out(e, self._escalation.exited(e, now), now)
             return
@@ -469,6 +473,7 @@ class Node:
         self._report(e, time.time(), None, now)
 
     def _report(self, e: Execution, ended: float, end: ExecutionEnd | None, now: float) -> None:
+        self._memory.ended(e)
         report = self._reporter.report(e, ended)
         for captured in (e.exited.stdout, e.exited.stderr) if e.exited is not None else ():
             if captured.path:
@@ -490,10 +495,20 @@ class Node:
 
     def filenos(self) -> list[int]:
         """Descriptors to wait on for reading; then call `serve`."""
-        return self._hooks.filenos()
+        return [self._memory.watch.fileno, *self._hooks.filenos()]
 
     def serve(self, ready: set[int]) -> None:
+        if self._memory.watch.fileno in ready:
+            self._end_those_over_limit(time.monotonic())
         self._hooks.serve(ready)
+
+    def _end_those_over_limit(self, now: float) -> None:
+        """Kill what uses more memory than it asked for: any grace would be time to use more."""
+        for task in self._memory.watch.take_over_limit():
+            e = self._escalation.executions.get(task.name) if isinstance(task.name, int) else None
+            if e is not None:
+                e.message = e.message if e.reason or e.exited else self._memory.over(task)
+                self._carry_out(e, self._escalation.kill(e, "memory", now), now)
 
     def stop_execution(self, e: Execution, reason: str) -> None:
         self._stop(e, reason, self._settings.kill_grace_s, time.monotonic())
@@ -509,5 +524,6 @@ class Node:
 
     def close(self) -> None:
         self._hooks.close()
+        self._memory.watch.close()
         if not self._files.finish():
             log("what was still to be done with files of tasks is left undone: their file systems do not answer")

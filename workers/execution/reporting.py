@@ -19,6 +19,7 @@ from pilotq.broker.tasks.spec import command_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
+from pilotq.workers.execution.memory_limit import KILLED
 from pilotq.workers.protocol import NO_OUTPUT, Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
 
@@ -67,6 +68,8 @@ class Reporter:
             ending = os.waitstatus_to_exitcode(exited.status)
             code, number = (ending, None) if ending >= 0 else (None, -ending)
         outcome, reason, message = _outcome(e, code, number)
+        if reason == "memory":
+            code, number = KILLED, None
         entry = JournalEntry(
             id=run.id,
             name=run.name,

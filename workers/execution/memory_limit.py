@@ -1,0 +1,65 @@
+"""Holds the executions of a node to the memory that they asked for, and tells what each of them has used."""
+
+from __future__ import annotations
+
+import os
+from signal import SIGKILL
+
+from pilotq.broker.settings import Settings
+from pilotq.broker.store.resources import NodeInfo, class_info
+from pilotq.broker.tasks.quantities import size_text
+from pilotq.workers.execution.execution import Execution
+from pilotq.workers.memory_watch import MemoryWatch, WatchedTask
+from pilotq.workers.protocol import Exited, Returned
+
+KILLED = 128 + SIGKILL  # what a shell says of a command that was killed
+
+
+class MemoryLimits:
+    """The memory of the executions of one node."""
+
+    def __init__(self, info: NodeInfo, settings: Settings) -> None:
+        self._node = info.name
+        self._enforced = bool(info.memory_by)
+        self.watch = MemoryWatch(settings.memory_sample_s)
+
+    def limit_of(self, class_name: str) -> int:
+        """The bytes that a task of this class may use on a node; 0: any."""
+        found = class_info(class_name) if self._enforced else None
+        return found.request.memory if found is not None else 0
+
+    def started(self, e: Execution, pid: int) -> None:
+        """Its main process runs, or that of the function's interpreter."""
+        if e.memory is None:
+            e.memory = watched(e.key, e.run.id, e.run.execution, self.limit_of(e.run.class_name))
+        self.watch.add(e.memory, pid)
+
+    def over(self, task: WatchedTask) -> str:
+        """Why a task ends that was found above its limit: a sentence for people."""
+        return f"It used {size_text(task.over)} of {size_text(task.limit)} on {self._node}: its worker has killed it."
+
+    def exited(self, e: Execution, record: Exited | Returned, now: float) -> None:
+        """Its main process has ended: take down what it has used, and whether the kernel has killed it for that."""
+        record.max_rss = max(record.max_rss, e.memory.peak if e.memory is not None else 0)
+        if e.reason == "memory" and not record.status and not record.remaining:
+            e.reason = e.message = ""  # it succeeded before its end could reach it
+        killed = isinstance(record, Exited) and os.waitstatus_to_exitcode(record.status) in (-SIGKILL, KILLED)
+        if killed and not e.reason and self.watch.kernel_has_killed(now):
+            e.reason = "memory"
+            e.message = (
+                f"It was killed by the kernel for memory, probably: {self._node} had none left at that moment, and the "
+                f"task has used up to {size_text(record.max_rss)}."
+            )
+
+    def ended(self, e: Execution) -> None:
+        """Nothing of it lives any more, or it was given up."""
+        if e.memory is not None:
+            if e.exited is not None:
+                e.exited.max_rss = max(e.exited.max_rss, e.memory.peak)
+            self.watch.remove(e.memory)
+            e.memory = None
+
+
+def watched(name: object, task_id: str, execution: int, limit: int) -> WatchedTask:
+    """What `MemoryWatch` needs to know of an execution; all its processes bear these marks, unless they hide them."""
+    return WatchedTask(name, limit, {b"PILOTQ_TASK_ID": task_id.encode(), b"PILOTQ_EXECUTION": b"%d" % execution})
