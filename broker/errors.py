@@ -12,7 +12,8 @@
     │   ├── StateLost                3   the server came back empty or rolled back: nothing is guessed
     │   └── Superseded               3   another dispatcher, or another worker of this node, has taken over
     ├── FunctionFailed               1   a Python function returned no value, and not because of its own exception
-    │   └── FunctionCanceled         1   it was canceled, or stopped
+    │   ├── FunctionCanceled         1   it was canceled, or stopped
+    │   └── MemoryExceeded           1   it used too much memory
     └── WaitTimedOut                 4   a wait asked for by the user ran out of time
 
 A message is one sentence that says what is wrong, where, and what to do about it. `JournalDamaged` is a warning.
@@ -81,6 +82,10 @@ class FunctionFailed(PilotqError):
 
 class FunctionCanceled(FunctionFailed):
     """The function was canceled, or stopped."""
+
+
+class MemoryExceeded(FunctionFailed):
+    """The function used more memory than it may, and was ended with its interpreter."""
 
 
 class WaitTimedOut(PilotqError):

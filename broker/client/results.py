@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput, NoPilot, UnknownTask
+from pilotq.broker.errors import (
+    FunctionCanceled,
+    FunctionFailed,
+    InvalidInput,
+    MemoryExceeded,
+    NoPilot,
+    UnknownTask,
+)
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
@@ -191,7 +198,8 @@ def _told(task_id: str, status: str, reason: str, text: str) -> FunctionFailed:
         return FunctionFailed(f"{what}: {lines[-1][:MESSAGE_CHARS]}")
     # The worker's first line says the reason, too; the others where it ran, and what is known.
     more = "; ".join(line.strip() for line in lines[1:])[:MESSAGE_CHARS]
-    return FunctionFailed(f"{what} failed: {why}" + (f" ({more})" if more else ""))
+    kind = MemoryExceeded if reason == "memory" else FunctionFailed
+    return kind(f"{what} failed: {why}" + (f" ({more})" if more else ""))
 
 
 def _decoded_trace(trace: str) -> str:

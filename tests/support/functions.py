@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,11 @@ def note(word: str) -> str:
 
 def divide(n: int) -> float:
     return 1 / n
+
+
+def use_memory(megabytes: int, seconds: float) -> int:
+    """Uses so much memory, for so long."""
+    kept = bytearray(megabytes << 20)
+    kept[::4096] = b"1" * (len(kept) // 4096)
+    time.sleep(seconds)
+    return len(kept) >> 20
