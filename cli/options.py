@@ -18,7 +18,7 @@ from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
 from pilotq.broker.tasks.model import MODELS, Request, Task
-from pilotq.broker.tasks.quantities import parse_arrays, parse_duration, request_of
+from pilotq.broker.tasks.quantities import parse_arrays, parse_duration, parse_size, request_of
 from pilotq.broker.tasks.submit_context import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,7 +79,13 @@ task_options = all_of(
     click.option("--backoff", metavar="TIME", callback=parsed(parse_duration),
                  help="Pause before the first retry; doubles each time."),
     click.option("--retry-on", metavar="LIST", default="",
-                 help="Only after these failures: 75,100-110,signal,limit."),
+                 help="Only after these failures: 75,100-110,signal,limit,memory."),
+    click.option("--memory-grow", type=float, default=0.0, metavar="FACTOR",
+                 help="What used too much memory is tried again with more ..."),
+    click.option("--memory-max", callback=parsed(parse_size), metavar="SIZE", help="... up to this."),
+    click.option("--time-grow", type=float, default=0.0, metavar="FACTOR",
+                 help="What reached its time limit is tried again with more ..."),
+    click.option("--time-max", callback=parsed(parse_duration), metavar="TIME", help="... up to this."),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; may be repeated."),
     click.option("--env-policy", type=click.Choice(POLICIES), default="submit", metavar="WHOSE",
                  help="submit (yours), worker (its own), or clean."),
@@ -160,6 +166,10 @@ def _task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         retries=options["retries"],
         backoff=options["backoff"] or 0.0,
         retry_on=options["retry_on"],
+        memory_grow=options["memory_grow"],
+        memory_max=options["memory_max"] or 0,
+        time_grow=options["time_grow"],
+        time_max=options["time_max"] or 0.0,
         env=dict(_variable(word) for word in options["env"]),
         cwd=options["cwd"],
         stdin=options["stdin"],

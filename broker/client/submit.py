@@ -21,6 +21,7 @@ from pilotq.broker.store.store import Store, iso, pack
 from pilotq.broker.tasks.dependencies import Parents, check_cycles, resolve
 from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of
+from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.spec import spec_of
 from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.broker.tasks.validation import validate
@@ -50,6 +51,8 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
         validate(task, where)
         if task.function is not None:
             payloads[number] = pack_call(task.function, task.args, task.kwargs)
+        if task.memory_max and nodes and (why := cluster.never_fits(task.largest_shape())):
+            raise NeverFits(f"{where}: memory_max {size_text(task.memory_max)} can never be had here: {why}")
         kind = (task.queue, task.priority, task.shape())
         name = seen.get(kind)
         if name is None:

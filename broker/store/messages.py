@@ -312,3 +312,5 @@ class EndReport(msgspec.Struct):
     submission: str = ""
     retries: int = 0
     delay: float = 0.0  # seconds until it is tried again
+    next_class: str = ""  # these two of a retry that asks for more: its class, and its Spec if that is another
+    next_spec: bytes = b""

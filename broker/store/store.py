@@ -44,6 +44,9 @@ def from_iso(text: str) -> float | None:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
+FIRST_REPORT = 10  # number of the argument of complete.lua that has the first journal line
+
+
 class Script(NamedTuple):
     text: str
     sha: str
@@ -198,17 +201,20 @@ class Store:
     def complete_arguments(self, node: str, call: int, message: bytes, reports: Sequence[EndReport]) -> list[Argument]:
         """ARGV of complete.lua after the queue id; ``message`` is for the dispatcher, ``call`` its number."""
         s = self.settings
-        rows = [
-            (
+        rows, specs = [], []
+        for r in reports:
+            row: tuple[str | int | float, ...] = (
                 r.id, r.execution, r.outcome, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
                 r.class_name, r.submission, r.retries, r.delay,
-            )
-            for r in reports
-        ]  # fmt: skip
+            )  # fmt: skip
+            if r.next_class:
+                specs += [r.next_spec] if r.next_spec else []
+                row += (r.next_class, FIRST_REPORT + 2 * len(reports) + len(specs) - 1 if r.next_spec else 0)
+            rows.append(row)
         now = f"{time.time():.6f}"
         head: list[Argument] = [
             node, call, message, now, s.finished_ttl_s, s.failed_ttl_s, s.crash_limit, pack(rows)
         ]  # fmt: skip
         for report in reports:
             head += (report.entry, report.text)
-        return head
+        return head + specs

@@ -19,7 +19,7 @@ from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.lines import split_words
 from pilotq.broker.tasks.dependencies import check_cycles, resolve
 from pilotq.broker.tasks.model import Request, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_duration, request_of
+from pilotq.broker.tasks.quantities import parse_array, parse_duration, parse_size, request_of
 from pilotq.broker.tasks.validation import validate
 
 if sys.version_info >= (3, 11):
@@ -56,6 +56,10 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     retries: Count | None = None
     backoff: float | str | None = None
     retry_on: str | int | list[str | int] | None = None
+    memory_grow: float | None = None
+    memory_max: Count | str | None = None
+    time_grow: float | None = None
+    time_max: float | str | None = None
     env: dict[str, Scalar] | None = None
     cwd: str | None = None
     stdin: str | None = None
@@ -75,7 +79,26 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 
 KEYS = (*Entry.__struct_fields__, "tasks", "defaults")
 # Keys whose value is the field of Task unchanged.
-_PLAIN = ("args", "kwargs", "name", "priority", "retries", "cwd", "stdin", "stdout", "stderr", "model", "queue")
+_PLAIN = (
+    "args",
+    "kwargs",
+    "name",
+    "priority",
+    "retries",
+    "memory_grow",
+    "time_grow",
+    "cwd",
+    "stdin",
+    "stdout",
+    "stderr",
+    "model",
+    "queue",
+)
+# Keys whose text these read.
+_QUANTITIES: dict[str, Callable[[str], Any]] = {
+    "time_limit": parse_duration, "time_request": parse_duration, "backoff": parse_duration, "time_max": parse_duration,
+    "memory_max": parse_size,
+}  # fmt: skip
 _NO_REQUEST = (None,) * 5
 
 
@@ -158,10 +181,10 @@ def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict
     if entry.retry_on is not None:
         codes = entry.retry_on if isinstance(entry.retry_on, list) else [entry.retry_on]
         changes["retry_on"] = ",".join(map(str, codes))
-    for key in ("time_limit", "time_request", "backoff"):
-        time = getattr(entry, key)
-        if time is not None:
-            changes[key] = _read(parse_duration, time, f"{where}.{key}") if isinstance(time, str) else time
+    for key, parse in _QUANTITIES.items():
+        value = getattr(entry, key)
+        if value is not None:
+            changes[key] = _read(parse, value, f"{where}.{key}") if isinstance(value, str) else value
     if entry.env is not None:
         changes["env"] = base.env | {name: str(value) for name, value in entry.env.items()}
     changes["model_opts"] = {name: str(value) for name, value in (entry.model_opts or base.model_opts).items()}

@@ -39,7 +39,7 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
     "gpus": ("number", "GPUs on each node"),
     "memory": (
         'number of bytes, or text `"2G"`',
-        "on each node; K, M, G, T, P are powers of 1024. Reserved, not enforced; counted if the node is the machine",
+        "on each node; K, M, G, T, P are powers of 1024. Reserved if the node is a machine, and a limit",
     ),
     "use": ("table, name to number", "units of counters that the nodes were given with `--counter NAME=N`"),
     "after": (
@@ -66,7 +66,15 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
     ),
     "retry_on": (
         'text `"75,100-110"`, number, list',
-        "only these failures are tried again: exit codes, ranges, `signal`, `limit` (its time limit). Default all",
+        "only these failures are tried again: exit codes, ranges, `signal`, `limit` (of time), `memory`. Default all",
+    ),
+    "memory_grow, memory_max": (
+        'number, and number of bytes or text `"16G"`',
+        "what has used too much memory is tried again with so many times as much, up to `memory_max`: beside `retries`",
+    ),
+    "time_grow, time_max": (
+        'number, and seconds or text `"4h"`',
+        "what has reached its time limit is tried again with so many times as much, up to `time_max`: beside `retries`",
     ),
     "env": ("table, name to text or number", "variables, on top of the environment"),
     "cwd": ("text", "where it runs. Relative to the submitter's directory, which is the default. It must exist"),

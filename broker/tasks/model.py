@@ -134,6 +134,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     In an array ``{index}`` and ``{value}`` in ``command``, ``script``, ``env`` values, ``cwd`` and the three files
     stand for the element's own (only these two: any other braces stay as they are). A value is never code of a shell:
     see shell_code.py. Programs have it as PILOTQ_VALUE, too. In ``cwd`` and the three files ``{id}`` is the task's id.
+    In all of these ``{attempt}`` is the number of the execution, 1 at first, of any task.
     ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id); ``after_each`` names
     arrays of the same length, whose element i must end before element i of this array starts.
     """
@@ -155,6 +156,10 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     retries: int = 0
     backoff: float = 0.0  # seconds before the first retry, twice as many before each further one
     retry_on: str = ""  # which failures are tried again, as broker/tasks/retry_policy.py says; empty: all
+    memory_grow: float = 0.0  # what has used too much memory is tried again with so many times as much ...
+    memory_max: int = 0  # ... up to so many bytes
+    time_grow: float = 0.0  # the same of what has reached its time limit
+    time_max: float = 0.0  # seconds
     env: dict[str, str] = {}
     cwd: str | None = None
     stdin: str | None = None
@@ -183,6 +188,10 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
         """The request with the bound on its run time that placement may count on."""
         bounds = [b for b in (self.time_request, self.time_limit) if b is not None]
         return msgspec.structs.replace(self.request, limit=limit_step(min(bounds) if bounds else None))
+
+    def largest_shape(self) -> Request:
+        """The same of the last retry, when it has asked for all that it may ask for."""
+        return msgspec.structs.replace(self.shape(), memory=max(self.memory_max, self.request.memory))
 
 
 def class_name(queue: str, priority: int, shape: Request) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from pilotq.broker.os_strings import encode
@@ -16,6 +18,19 @@ FLAG_VALUES = 8  # elements have values, to be fetched by array and position
 FLAG_FUNCTION = 32  # a Python function: argv holds functions.pack_call
 FLAG_RQ_JOB = 64  # a job of RQ's own producers: its record says what to run
 FLAG_ID = 128  # {id} is filled in, in paths
+FLAG_ATTEMPT = 256  # {attempt} is filled in
+
+
+ATTEMPT = "{attempt}"
+
+
+class Grow(msgspec.Struct, array_like=True):
+    """By which factors a task asks for more when it is tried again, and how far; 0: it does not."""
+
+    memory: float = 0.0
+    memory_max: int = 0  # bytes
+    time: float = 0.0
+    time_max: float = 0.0  # seconds
 
 
 class Spec(msgspec.Struct, array_like=True):
@@ -41,6 +56,7 @@ class Spec(msgspec.Struct, array_like=True):
     retries: int = 0  # these three as in Task
     backoff: float = 0.0
     retry_on: str = ""
+    grow: Grow | None = None
 
 
 def command_text(spec: Spec) -> str:
@@ -64,6 +80,8 @@ def spec_of(task: Task, payload: bytes | None = None) -> Spec:
     flags |= FLAG_VALUES if task.values is not None else 0
     if (task.stdout or task.stderr or task.stdin or task.cwd) and not task.qcg:
         flags |= FLAG_ID if "{id}" in f"{task.cwd}{task.stdin}{task.stdout}{task.stderr}" else 0
+    if not task.qcg and any(ATTEMPT in text for text in _texts_of(task)):
+        flags |= FLAG_ATTEMPT
     if task.function is not None:
         argv = [payload if payload is not None else pack_call(task.function, task.args, task.kwargs)]
         flags |= FLAG_FUNCTION
@@ -84,4 +102,16 @@ def spec_of(task: Task, payload: bytes | None = None) -> Spec:
         retries=task.retries,
         backoff=task.backoff,
         retry_on=task.retry_on,
+        grow=_grow_of(task) if task.memory_grow or task.time_grow else None,
     )
+
+
+def _texts_of(task: Task) -> Iterator[str]:
+    """Texts in which variables are filled in."""
+    yield from task.command or ()
+    yield from (text for text in (task.script, task.cwd, task.stdin, task.stdout, task.stderr) if text)
+    yield from task.env.values()
+
+
+def _grow_of(task: Task) -> Grow:
+    return Grow(task.memory_grow, task.memory_max, task.time_grow, task.time_max)

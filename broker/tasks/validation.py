@@ -41,6 +41,7 @@ MODEL_OPTS = {
     "intelmpi": frozenset({"mpirun", "mpirun_args"}),
     "srunmpi": frozenset({"srun_args", "mpi"}),
 }
+GROW_MIN, GROW_MAX = 1.1, 100.0  # factors: with a smaller one a task would be tried for ever
 SPLIT_OPTS = frozenset({"mpirun_args", "srun_args"})  # of these, those that are split as a shell does
 
 Check = tuple[Callable[[Any], bool], str]
@@ -98,6 +99,10 @@ _TASK: dict[str, Check] = {
     "retries": _WHOLE,
     "backoff": _SECONDS,
     "retry_on": _TEXT,
+    "memory_grow": (_number, "a number"),
+    "memory_max": (_whole, "a whole number of bytes"),
+    "time_grow": (_number, "a number"),
+    "time_max": _SECONDS,
     "env": _TABLE,
     "cwd": _TEXT,
     "stdin": _TEXT,
@@ -297,11 +302,23 @@ def _launch_problems(task: Task) -> Iterator[str]:
         yield f"launch_at {task.launch_at} is no place in a command of {len(task.command or ())} words"
 
 
+def _grow_problems(what: str, factor: float, first: float, most: float) -> Iterator[str]:
+    limit = {"memory": "memory", "time": "time_limit"}[what]
+    if bool(factor) != bool(most):
+        yield f"{what}_grow and {what}_max go together: by which factor it grows, and how far"
+    elif factor and not first:
+        yield f"{what}_grow makes {limit} larger for the next try: give {limit}, too"
+    elif factor and not (GROW_MIN <= factor <= GROW_MAX and first < most < 1e15):
+        yield f"{what}_grow must be a number from {GROW_MIN:g} to {GROW_MAX:g}, and {what}_max above {limit}"
+
+
 def _retry_problems(task: Task) -> Iterator[str]:
     if not 0 <= task.retries <= INDEX_LIMIT:
         yield f"retries cannot be negative, and at most {INDEX_LIMIT:,}"
     if not 0 <= task.backoff < 1e7:
         yield "backoff must be a number of seconds, at most 115 days"
+    yield from _grow_problems("memory", task.memory_grow, task.request.memory, task.memory_max)
+    yield from _grow_problems("time", task.time_grow, task.time_limit or 0.0, task.time_max)
     if not task.retries and (task.backoff or task.retry_on):
         yield "backoff and retry_on say how retries go: give retries, too"
     if task.retry_on:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -246,5 +245,5 @@ def use_memory(megabytes: int, seconds: float) -> int:
     """Uses so much memory, for so long."""
     kept = bytearray(megabytes << 20)
     kept[::4096] = b"1" * (len(kept) // 4096)
-    time.sleep(seconds)
+    threading.Event().wait(seconds)
     return len(kept) >> 20

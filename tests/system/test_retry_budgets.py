@@ -3,13 +3,15 @@ free. And a poisonous task, which kills its worker."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pilotq.broker import ArrayRange, Task
+from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
@@ -140,3 +142,63 @@ def settled(r: Rig, key: str) -> None:
 def full(r: Rig, work: Work) -> dict[str, list[JournalEntry]]:
     lines = r.lines(work)
     return lines if all(any(x.final for x in lines.get(i, ())) for i in work.ids) else {}
+
+
+# -- more for the next try -------------------------------------------------------------------------------------------
+
+# Needs so many MB, for a moment.
+NEED = "import sys, time; kept = bytearray(int(sys.argv[1]) << 20); kept[::4096] = kept[1::4096]; time.sleep(1)"
+MB = 1 << 20
+
+
+def needing(pilot: LivePilot, size: int, memory: int, **fields: Any) -> str:
+    command = [sys.executable, "-I", "-S", "-c", NEED, str(size)]
+    return pilot.enqueue(*command, request=Request(memory=memory * MB), **fields)
+
+
+def test_what_used_too_much_memory_is_tried_again_with_more(pilot: LivePilot) -> None:
+    """Twice as much each time, up to the most; `retries` are for other failures."""
+    task = needing(pilot, 200, 60, memory_grow=2, memory_max=300 * MB)
+    assert executions(pilot, task) == [(1, "memory", False), (2, "memory", False), (3, "", True)]
+    assert "of 120 MiB on n1" in pilot.lines(task)[1].message
+    hopeless = needing(pilot, 200, 60, memory_grow=4, memory_max=100 * MB, retries=1, retry_on="75")
+    assert executions(pilot, hopeless) == [(1, "memory", False), (2, "memory", True)]
+    assert "of 100 MiB on n1" in pilot.lines(hopeless)[0].message
+
+
+def test_memory_can_be_a_failure_to_retry(pilot: LivePilot) -> None:
+    task = needing(pilot, 200, 60, retries=1, retry_on="memory")
+    assert executions(pilot, task) == [(1, "memory", False), (2, "memory", True)]
+
+
+def test_what_reached_its_time_limit_is_tried_again_with_more_time(pilot: LivePilot) -> None:
+    """Each element for itself; the command is told which attempt it is."""
+    script = "echo {attempt} $PILOTQ_EXECUTION; test {index} = 0 || sleep 1.2"
+    array = pilot.broker.enqueue(
+        Task(script=script, array=ArrayRange(0, 1), time_limit=0.4, time_grow=2, time_max=10.0)
+    )
+    assert executions(pilot, f"{array}_1") == [(1, "time limit", False), (2, "time limit", False), (3, "", True)]
+    assert executions(pilot, f"{array}_0") == [(1, "", True)]
+    assert (pilot.output(f"{array}_0"), pilot.output(f"{array}_1")) == (b"1 1\n", b"3 3\n")
+
+
+def test_the_attempt_is_filled_in_for_any_task(pilot: LivePilot) -> None:
+    task = pilot.enqueue(
+        "sh", "-c", "echo {attempt} $X '{id}' >&2; test {attempt} = 2", env={"X": "{attempt}"}, retries=1
+    )
+    assert executions(pilot, task) == [(1, "exit", False), (2, "", True)]
+    assert pilot.output(task, "stderr") == b"2 2 {id}\n"
+
+
+def test_what_is_no_way_to_grow_is_refused(pilot: LivePilot) -> None:
+    for options, why in (
+        (["--memory-grow", "2"], b"memory_grow and memory_max go together"),
+        (["--memory-grow", "2", "--memory-max", "1G"], b"give memory, too"),
+        (["--memory", "1G", "--memory-grow", "1", "--memory-max", "2G"], b"memory_grow must be a number from 1.1"),
+        (["--memory", "1G", "--memory-grow", "2", "--memory-max", "1G"], b"memory_max above memory"),
+        (["--time-grow", "2", "--time-max", "1h"], b"give time_limit, too"),
+        (["--memory", "1G", "--memory-grow", "2", "--memory-max", "900T"], b"memory_max 900 TiB can never be had here"),
+    ):  # fmt: skip
+        done = pilot.cli("enqueue", *options, "--", "true")
+        assert done.returncode == 2
+        assert why in done.stderr, done.stderr

@@ -24,6 +24,7 @@ from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import (
     FLAG_ARRAY,
+    FLAG_ATTEMPT,
     FLAG_FUNCTION,
     FLAG_ID,
     FLAG_LOGIN,
@@ -130,7 +131,7 @@ class LaunchBuilder:
         reservation = self._reservation(e.allocation)
         spec = self._decode(run)
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
-        if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID):
+        if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID | FLAG_ATTEMPT):
             spec = render(spec, _variables(run, value, reservation, context.cwd))
         cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
         e.limit = spec.time_limit
@@ -265,6 +266,7 @@ class LaunchBuilder:
 def _variables(run: Run, value: bytes | None, reservation: Reservation, root: bytes) -> Variables:
     return Variables(
         task_id=run.id,
+        attempt=run.execution,
         name=run.name,
         index=run.index,
         value=None if value is None else decode(value),

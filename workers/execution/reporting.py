@@ -19,6 +19,7 @@ from pilotq.broker.tasks.spec import command_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
+from pilotq.workers.execution.larger_request import larger_request
 from pilotq.workers.execution.memory_limit import KILLED
 from pilotq.workers.protocol import NO_OUTPUT, Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
@@ -96,6 +97,7 @@ class Reporter:
             entry.stdout, entry.stdout_at = self._output(exited.stdout, e.stdout)
             entry.stderr, entry.stderr_at = self._output(exited.stderr, e.stderr)
         retries, delay = _retry(e, outcome, reason, code)
+        more = larger_request(run, e.spec, reason) if outcome == "failed" and e.spec is not None else ("", b"")
         return EndReport(
             id=run.id,
             execution=run.execution,
@@ -113,6 +115,8 @@ class Reporter:
             submission=run.submission,
             retries=retries,
             delay=delay,
+            next_class=more[0],
+            next_spec=more[1],
         )
 
     def _output(self, captured: Captured, named: bytes) -> tuple[str | bytes, list[str | bytes | int]]:

@@ -1,7 +1,8 @@
 """Fills in the variables of a task at its launch. Pure.
 
-In paths ``{id}``; in arrays ``{index}`` and ``{value}``, in the code of a shell as broker/tasks/shell_code.py says; in
-tasks of QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``, ``${nnodes}``, ``${nlist}`` and ``${root_wd}``
+``{attempt}``; in paths ``{id}``; in arrays ``{index}`` and ``{value}``, in the code of a shell as
+broker/tasks/shell_code.py says; in tasks of QCG-PilotJob files ``${it}``, ``${itval}``, ``${ncores}``, ``${nnodes}``,
+``${nlist}`` and ``${root_wd}``
 (broker/taskfiles/qcg_variables.py has the rules). What was filled in is not filled in again: a value that contains
 ``{index}`` stays as it is.
 """
@@ -17,10 +18,11 @@ import msgspec
 from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.taskfiles.qcg_variables import fill
 from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_to_value
-from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_FUNCTION, FLAG_ID, FLAG_QCG, Spec
+from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_ATTEMPT, FLAG_FUNCTION, FLAG_ID, FLAG_QCG, Spec
 
 # `${index}` is a variable of the shell, not ours.
 _BRACES = re.compile(r"(?<!\$)\{(index|value)\}")
+_ATTEMPT = re.compile(r"(?<!\$)\{attempt\}")
 _ID = re.compile(rb"(?<!\$)\{id\}")
 
 
@@ -28,6 +30,7 @@ class Variables(msgspec.Struct):
     """Values of the variables of one execution."""
 
     task_id: str
+    attempt: int = 1
     name: str = ""
     index: int = -1  # as the user counts; -1 when the task is no element of an array
     value: str | None = None  # the element's, as os.fsdecode shows it; None in arrays without values: it is the index
@@ -54,6 +57,13 @@ def render(spec: Spec, variables: Variables) -> Spec:
         return _render(spec, lambda text: fill(text, known), lambda text: fill(text, known, script=True), b"$")
     if spec.flags & FLAG_ID:
         spec = _render_id(spec, variables.task_id.encode())
+    if spec.flags & FLAG_ATTEMPT:
+        attempt = str(variables.attempt)
+
+        def numbered(text: str) -> str:
+            return _ATTEMPT.sub(attempt, text)
+
+        spec = _render(spec, numbered, lambda text: numbered(text) if is_for_shell(text) else text, b"{")
     if spec.flags & FLAG_ARRAY:
         index = str(variables.index)
         value = index if variables.value is None else variables.value

@@ -143,7 +143,8 @@ local function claim_one(id, class, targets)
     end
     if (a[4] or '') == '' then damaged('pq_sub', a[4]) end
     if a[7] then return false end -- the array was canceled: release_dependents.lua ends what waits of it
-    f = {spec = a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
+    -- One that was tried again with more has its own spec.
+    f = {spec = v[2] or a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
       position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], suspect_node = v[12],
       last_attempt = a[8]}
   end

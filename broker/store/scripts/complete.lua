@@ -6,8 +6,10 @@
 -- ARGV: 1 queue id, 2 node:incarnation ('' = the dispatcher, for a lost node), 3 number of the call, 4 message (packed, may be ''),
 --       5 now (unix s), 6 ttl of finished, 7 ttl of failed (s), 8 crash limit,
 --       9 msgpack [[id, execution, outcome, reason, ended ISO, exit, started ISO, allocation, array, position,
---         class, submission, retries left, seconds until a retry], ...]; an empty class: all three are read from the record,
---       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none).
+--         class, submission, retries left, seconds until a retry, and of one that asks for more when it is tried again: the
+--         class of that, and the number of the argument that has its spec, 0 = as it is], ...]; an empty class: all three are
+--         read from the record,
+--       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none); then specs.
 -- outcome: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), requeue (not counted),
 -- suspect
 -- (failed at once, like others before it on its node: requeued for another node to try, within EXCUSE_LIMIT), retried (a
@@ -118,6 +120,14 @@ local function again(id, f, seconds, front, r)
   free_rate_slot(id, redis.call('HGET', job_key(id), 'rate_limit_key'), now, r[5])
 end
 
+-- It had too little of something: it is tried again with more, as often as it may ask for more. No retry is charged.
+local function again_with_more(id, f, class, spec)
+  f.class = class_in(class)
+  redis.call('HSET', job_key(id), 'pq_class', class)
+  if spec then redis.call('HSET', job_key(id), 'pq_spec', spec) end
+  requeue(id, f, 'RPUSH')
+end
+
 -- The same as `decide` where RQ has rules of its own: Retry of an exception, a returned Retry, Repeat. Last: the type of
 -- the result that RQ keeps, if it is an unusual one.
 local function decide_rq_job(outcome, reason, f, id, r, text)
@@ -188,7 +198,10 @@ local function decide(outcome, reason, f, id, r, text)
   if f.submission == '' and (outcome == 'finished' or outcome == 'failed' or outcome == 'retried') then
     return decide_rq_job(outcome, reason, f, id, r, text)
   end
-  if outcome == 'failed' and f.retries > 0 then
+  if outcome == 'failed' and r[15] then
+    again_with_more(id, f, r[15], ARGV[r[16]])
+    return 'failed', reason, true
+  elseif outcome == 'failed' and f.retries > 0 then
     redis.call('HSETNX', job_key(id), 'pq_budget', f.retries)
     redis.call('HSET', job_key(id), 'pq_retries', f.retries - 1)
     again(id, f, r[14], false, r)
