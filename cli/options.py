@@ -17,8 +17,8 @@ from pilotq.broker.store.connection import parse_url
 from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
-from pilotq.broker.tasks.model import MODELS, Request, Task
-from pilotq.broker.tasks.quantities import parse_arrays, parse_duration, parse_size, request_of
+from pilotq.broker.tasks.model import MODELS, ArrayRange, Request, Task
+from pilotq.broker.tasks.quantities import parse_duration, parse_size, request_of
 from pilotq.broker.tasks.submit_context import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,8 +66,8 @@ task_options = all_of(
     click.option("--gpus", type=int, metavar="N", help="GPUs."),
     click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G."),
     click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter; may be repeated."),
-    click.option("--array", callback=parsed(parse_arrays), metavar="A-B[:STEP],...",
-                 help="A task for each index, {index} in CMD; an array for each range."),
+    click.option("--array", callback=parsed(ArrayRange.parse), metavar="A-B[:STEP],...[%N]",
+                 help="A task for each index, {index} in CMD; at most N at a time."),
     click.option("--each-line", "--values", "each_line", metavar="FILE",
                  help="A task for each line: {value} in CMD, $PILOTQ_VALUE in a script."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
@@ -119,19 +119,8 @@ file_options = all_of(
 )
 
 
-def tasks_of(command: Sequence[str], options: dict[str, Any]) -> list[Task]:
-    """The task that a command and the values of `task_options` describe, or one for each part of its array; raises
-    InvalidInput."""
-    if options["name"] is not None and len(options["array"] or ()) > 1:
-        raise InvalidInput(
-            f"--name {options['name']}: --array has {len(options['array'])} ranges, each is an array of its own, and a "
-            "name is that of one task: leave it away, or submit each range by itself"
-        )
-    task = _task_of(command, options)
-    return [msgspec.structs.replace(task, array=part) for part in options["array"] or ()] or [task]
-
-
-def _task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
+def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
+    """The task that a command and the values of `task_options` describe; raises InvalidInput."""
     if bool(command) == (options["script"] is not None):
         raise InvalidInput("give a command after `--`, or --script FILE" + (", not both" if command else ""))
     script, directives = None, None
@@ -157,7 +146,7 @@ def _task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         script=script,
         name=options["name"],
         request=request,
-        array=(options["array"] or [None])[0],
+        array=options["array"],
         values=values,
         after=list(options.get("after", ())),
         priority=options["priority"],
@@ -180,7 +169,7 @@ def _task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         queue=options["queue"],
     )
     if directives is not None:
-        _say(directives.complete(task, _given(options), options["array"] or ()))
+        _say(directives.complete(task, _given(options)))
     return task
 
 

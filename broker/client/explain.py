@@ -17,6 +17,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.registry import nodes_and_missing, unavailable_nodes
 from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, parse_allocation
+from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.states import REASONS
 
 NAMED = 5  # tasks that are named where there are more
@@ -113,12 +114,28 @@ class Explainer:
         after = self._fields(task_id, "pq_after")[0].split()
         if not after and (array := array_of(task_id)) is not None:
             text, each = self._fields(array, "pq_after", "pq_parents")
-            index = task_id.rpartition("_")[2]
-            after = [f"{parent}_{index}" for parent in text.split()] if each else text.split()
+            after = self._same_elements(task_id, array, text.split()) if each else text.split()
         if not after:
             after = sorted(m.decode() for m in self._link.call("SMEMBERS", keys.dependencies(task_id)))
         views = (self._queries.task(parent) for parent in after)
         return [view for view in views if view is not None]
+
+    def _same_elements(self, task_id: str, array: str, parents: Sequence[str]) -> list[str]:
+        """The elements of these arrays at the position of this one."""
+        found = []
+        own = self._indices(array)
+        position = own.position(int(task_id.rpartition("_")[2])) if own is not None else None
+        for parent in parents:
+            indices = self._indices(parent)
+            if indices is not None and position is not None and position < len(indices):
+                found.append(f"{parent}_{indices[position]}")
+        return found
+
+    def _indices(self, array: str) -> Indices | None:
+        try:
+            return Indices.read(self._fields(array, "pq_array")[0])
+        except ValueError:  # it has no record any more, or a damaged one
+            return None
 
     # -- what waits for its turn ------------------------------------------------------------------------------------
 
@@ -142,8 +159,21 @@ class Explainer:
             found.why.append("no node is there: `pilotq nodes` lists those that have joined")
             return
         found.why += self._closed_nodes(nodes)
+        if self._is_full(name, info, found):
+            return
         self._resources(name, info, take_snapshot(self._link, nodes, self._queries.executions(), self._now), found)
         found.why += self._tasks_before(where, name, info)
+
+    def _is_full(self, name: str, info: ClassInfo, found: Explanation) -> bool:
+        """Whether it waits only because as many elements of its array run as may."""
+        if not info.at_most:
+            return False
+        text = self._link.call("HGET", keys.STATUS, "full")
+        if text and name in msgspec.json.decode(text):
+            found.why.append(f"at most {info.at_most:,} elements of its array may run at a time, and as many do")
+            return True
+        found.why.append(f"at most {info.at_most:,} elements of its array may run at a time, and fewer do")
+        return False
 
     def _closed_nodes(self, nodes: Sequence[NodeInfo]) -> Iterator[str]:
         """Nodes that are assigned nothing, and the number of nodes without which nothing starts."""

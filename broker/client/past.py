@@ -8,6 +8,7 @@ from pilotq.broker.client.queries import array_of
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal, JournalReader
+from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import indices_of, outcome_at
 
 
@@ -49,10 +50,9 @@ class PastTasks:
             )
             if row[0] is None:
                 continue
-            start, step, count = map(int, row[0].split(b":"))
+            indices = Indices.read(row[0])
             for task_id in elements:
-                position, rest = divmod(int(task_id.rpartition("_")[2]) - start, step)
-                if not rest and 0 <= position < count:
+                if (position := indices.position(int(task_id.rpartition("_")[2]))) is not None:
                     outcome = outcome_at(outcomes or b"", position, int(row[1] or 0))
                     found[task_id] = "queued" if outcome == "waiting" else outcome
         return found

@@ -15,6 +15,7 @@ from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import from_iso
+from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
 from pilotq.broker.tasks.states import ENDED, WAITING
 
@@ -26,6 +27,7 @@ VIEW_FIELDS = (
 )  # fmt: skip
 WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
+_HEAD = re.compile(r"[0-9]+:[0-9]+:([0-9]{1,16})(?= |$)")  # of pq_array
 _ELEMENT = re.compile(r"(.+)_(0|[1-9][0-9]{0,15})")  # an index has one spelling, and at most 16 digits (INDEX_LIMIT)
 Pages = Callable[[int, int], Iterable[bytes]]
 
@@ -56,10 +58,17 @@ def _time(text: str) -> float | None:
         return None
 
 
-def _span(text: str) -> tuple[int, int, int] | None:
-    """Start, step and number of the elements of an array."""
-    start, step, count = map(_whole, (text.split(":") + ["", "", ""])[:3])
-    return (start, step, count) if step > 0 and count > 0 else None
+def _size(text: str) -> int:
+    """The number of the elements of an array; 0 of what is none."""
+    found = _HEAD.match(text)
+    return int(found[1]) if found else 0
+
+
+def _indices(text: str) -> Indices | None:
+    try:
+        return Indices.read(text)
+    except ValueError:
+        return None
 
 
 def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
@@ -94,8 +103,7 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         index=_whole(task_id.rpartition("_")[2]) if f["pq_array_of"] else None,
         ended=status in ENDED,
     )
-    if (span := _span(f["pq_array"])) is not None:
-        view.array_size = span[2]
+    view.array_size = _size(f["pq_array"])
     return view
 
 
@@ -202,7 +210,7 @@ class TaskQueries:
             return view_of_entry(entries[0])
         if view.array_size:
             array, following, bits = self._array(task_id)
-            view.elements = element_ranges(bits, array, following)
+            view.elements = element_ranges(bits, array, following) if _indices(array) else {}
         if view.ended and entries:
             add_journal_facts(view, entries[0])
         return view
@@ -224,9 +232,9 @@ class TaskQueries:
             return element_view(entries[0], task_id) if entries else None
         index = int(task_id.rpartition("_")[2])
         span, following, bits = self._array(array)
-        start, step, count = _span(span) or (0, 1, 0)
-        position, rest = divmod(index - start, step)
-        if rest or not 0 <= position < count:
+        indices = _indices(span)
+        position = indices.position(index) if indices is not None else None
+        if position is None:
             return None
         outcome = outcome_at(bits, position, following)
         status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(outcome, outcome)

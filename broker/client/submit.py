@@ -18,9 +18,10 @@ from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack
+from pilotq.broker.tasks.array_indices import text_of
 from pilotq.broker.tasks.dependencies import Parents, check_cycles, resolve
 from pilotq.broker.tasks.functions import pack_call
-from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of
+from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of, limited_class_name
 from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.spec import spec_of
 from pilotq.broker.tasks.submit_context import SubmitContext
@@ -112,6 +113,9 @@ def submit(
     failpoints.hit("submit checked")
     first = int(replies[1]) - len(tasks) + 1
     ids = [id_of(first + n) for n in range(len(tasks))]
+    for number, task in enumerate(tasks):
+        if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
+            plan.classes[number] = limited_class_name(plan.classes[number], task.array.limit, ids[number])
 
     def stage() -> None:
         _stage(link, store, plan, ids, context, key)
@@ -167,9 +171,8 @@ def _staging_commands(
         if task.retries:
             fields += ["pq_retries", task.retries]
         if task.is_array:
-            span = task.array
-            start, step = (span.start, span.step) if span is not None else (0, 1)
-            fields += ["pq_array", f"{start}:{step}:{task.size}", "pq_next", 0, "pq_left", task.size]
+            ranges = task.array.ranges if task.array is not None else (range(task.size),)
+            fields += ["pq_array", text_of(ranges), "pq_next", 0, "pq_left", task.size]
         job = keys.job(ids[number])
         commands += [("HSET", job, *fields), ("EXPIRE", job, ttl)]
         if task.values is not None:

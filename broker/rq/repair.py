@@ -13,6 +13,7 @@ from pilotq.broker.log import log
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import ReplyError
 from pilotq.broker.store.store import Store
+from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import open_positions, outcome_at
 
 BATCH = 500
@@ -106,9 +107,9 @@ class RqRepair:
         finished = [found for found in self.connection.pipeline([("GET", key) for key in parents]) if found is not None]
         if parents and self.connection.call("EXISTS", keys.RELEASE):
             return []
-        start, step, _ = map(int, span.split(":"))
+        indices = Indices.read(span)
         waiting = (
-            f"{array}_{start + position * step}"
+            f"{array}_{indices[position]}"
             for position in islice(open_positions(bits or b"", int(following)), ELEMENTS_MAX)
             if all(outcome_at(found, position, 0) == "finished" for found in finished)
         )

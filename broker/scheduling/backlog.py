@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pilotq.broker.scheduling.placement import Waiting
 from pilotq.broker.store import keys
-from pilotq.broker.store.resources import class_info
+from pilotq.broker.store.resources import ClassInfo, class_info
 from pilotq.broker.store.store import Head, Store
 from pilotq.broker.tasks.model import Request, order_of
 
@@ -19,6 +19,8 @@ CLASSES_MAX = 256  # classes that one pass of placement looks at: the first in t
 SLICE = 250  # class lists read in one script call
 TURN_MAX = 5_000  # changed lists read in one turn of the dispatcher
 
+# How many more tasks of a class may begin now, where that has a limit.
+Room = Callable[[ClassInfo, str], int]
 Key = tuple[int, int, str]  # minus priority, place of the first task, class name
 
 
@@ -88,19 +90,28 @@ class Backlog:
 
     # -- for placement ----------------------------------------------------------------------------------------------
 
-    def first(self, is_possible: Callable[[Request], bool]) -> dict[str, Head]:
-        """The classes that placement looks at: the first ones in its order that the nodes could hold."""
+    def first(self, is_possible: Callable[[Request], bool], room: Room) -> dict[str, Head]:
+        """The classes that placement looks at: the first ones in its order that the nodes could hold.
+
+        Beside these the first ones of which as many tasks run at a time as may: they can only be prefetched.
+        """
         found: dict[str, Head] = {}
+        full = 0
         for _, _, name in self._order:
             info = class_info(name)
-            if info is not None and is_possible(info.request):
-                found[name] = self.heads[name]
-                if len(found) == CLASSES_MAX:
-                    break
+            if info is None or not is_possible(info.request):
+                continue
+            if info.at_most and not room(info, name):
+                if full == CLASSES_MAX:
+                    continue
+                full += 1
+            found[name] = self.heads[name]
+            if len(found) - full == CLASSES_MAX:
+                break
         return found
 
 
-def waiting_tasks(heads: dict[str, Head], limit: int) -> Iterable[Waiting]:
+def waiting_tasks(heads: dict[str, Head], limit: int, room: Room) -> Iterable[Waiting]:
     """The waiting tasks of these classes as placement takes them; ``limit``: how many it places at most."""
     for name, head in heads.items():
         info = class_info(name)
@@ -111,4 +122,7 @@ def waiting_tasks(heads: dict[str, Head], limit: int) -> Iterable[Waiting]:
             orders, count = [first, first], head.elements  # what stands behind an array has an order of its own
         else:
             orders = [first] * head.elements + [order_of(place) for place in head.places[bool(head.elements) :]]
-        yield Waiting(name, info.priority, info.request, orders, count)
+        if info.at_most:
+            count = min(count, room(info, name))
+        if count:
+            yield Waiting(name, info.priority, info.request, orders, count)

@@ -48,7 +48,7 @@ from pilotq.broker.store.messages import (
     ToWorker,
 )
 from pilotq.broker.store.registry import read_nodes
-from pilotq.broker.store.resources import NodeInfo, class_info, format_allocation
+from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, format_allocation
 from pilotq.broker.store.store import ClaimTarget, Head, Store, to_worker
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
 
@@ -282,7 +282,7 @@ class Dispatcher:
             heads = self._first()
             if not heads:
                 return
-            waiting = waiting_tasks(heads, CLAIM_LIMIT)
+            waiting = waiting_tasks(heads, CLAIM_LIMIT, self._room)
             running = ((slot.shares, slot.ends_by) for slot in self.inventory.slots.values())
             placed = plan(
                 self.inventory.cluster, waiting, running, self.backfill, now, self.settings.backfill_wait_s, CLAIM_LIMIT
@@ -290,7 +290,7 @@ class Dispatcher:
             targets = self._open_slots(placed, now)
             self.prefetch.add_targets(targets, heads, self.backfill, CLAIM_LIMIT)
             if not targets or not (
-                self._claim(targets, now) or len(placed) == CLAIM_LIMIT or (placed and len(heads) == CLASSES_MAX)
+                self._claim(targets, now) or len(placed) == CLAIM_LIMIT or (placed and len(heads) >= CLASSES_MAX)
             ):
                 return
 
@@ -310,7 +310,14 @@ class Dispatcher:
 
     def _first(self) -> dict[str, Head]:
         """The heads of the class lists that placement looks at."""
-        return self.backlog.first(self.inventory.cluster.is_possible) if self.inventory.nodes else {}
+        return self.backlog.first(self.inventory.cluster.is_possible, self._room) if self.inventory.nodes else {}
+
+    def _room(self, info: ClassInfo, name: str) -> int:
+        """How many more tasks of a class may begin that has a limit; none while a node has not said what it runs."""
+        return self.inventory.room(info, name) if self._all_have_reported() else 0
+
+    def _all_have_reported(self) -> bool:
+        return self.known_nodes.keys() <= self.inventory.nodes.keys()
 
     def _open_slots(self, placed: Iterable[tuple[str, Shares]], now: float) -> dict[str, list[ClaimTarget]]:
         """A slot for each reservation; returns what to claim for, by class."""
@@ -369,7 +376,7 @@ class Dispatcher:
 
     def _is_idle(self) -> bool:
         """Whether no node holds a task; not while one that was asked has not said what it holds."""
-        return not self.inventory.busy and all(name in self.inventory.nodes for name in self.known_nodes)
+        return not self.inventory.busy and self._all_have_reported()
 
     def _addresses(self) -> dict[str, NodeInfo]:
         return {info.address: info for info in self.known_nodes.values()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from pilotq.broker.scheduling.cluster import Cluster, with_counted
@@ -18,7 +20,7 @@ from pilotq.broker.store.messages import (
     TasksReturned,
     ToWorker,
 )
-from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
+from pilotq.broker.store.resources import ClassInfo, NodeInfo, NodeShare, class_info, parse_allocation
 from pilotq.broker.tasks.model import Request
 
 
@@ -49,6 +51,7 @@ class Inventory:
         self.cluster = Cluster()
         self.nodes: dict[str, NodeRecord] = {}
         self.slots: dict[int, Slot] = {}
+        self.slots_of: Counter[str] = Counter()  # by class
         self.unswept: dict[tuple[str, str], list[NodeShare]] = {}  # (lost primary node, node): reserved until swept
 
     def add_node(self, info: NodeInfo, state: StateReport, now: float) -> None:
@@ -66,7 +69,7 @@ class Inventory:
             if known is not None:
                 shares = with_counted(shares, known.request)
             slot = Slot(number, class_name, shares, ends_by(known, now), now)
-            node.slots[number] = self.slots[number] = slot
+            self._add(node, slot)
         # Shares on this node of slots that other nodes run count here too, whichever node reports first.
         for slot in self.slots.values():
             mine = tuple(share for share in slot.shares if share.node == info.name)
@@ -98,8 +101,8 @@ class Inventory:
         self.cluster.remove_node(name)
         for key in [key for key in self.unswept if key[1] == name]:
             del self.unswept[key]
-        for number, slot in node.slots.items():
-            self.slots.pop(number, None)
+        for slot in node.slots.values():
+            self._forget(slot)
             for share in slot.shares:
                 if share.node in self.nodes:
                     self.unswept.setdefault((node.address, share.node), []).append(share)
@@ -138,14 +141,29 @@ class Inventory:
         node = self.nodes.get(message.node)
         return node if node is not None and node.info.incarnation == message.incarnation else None
 
+    def room(self, info: ClassInfo, class_name: str) -> int:
+        """How many more slots a class may have whose tasks are limited in how many run at a time: each runs one."""
+        return max(info.at_most - self.slots_of[class_name], 0)
+
     def is_idle(self, name: str) -> bool:
         """Whether no slot uses this node, and it has prefetched nothing."""
         node = self.nodes[name]
         return not node.slots and not node.prefetched and not self.cluster.used(name)
 
     def open_slot(self, slot: Slot) -> None:
-        self.slots[slot.number] = slot
-        self.nodes[slot.shares[0].node].slots[slot.number] = slot
+        self._add(self.nodes[slot.shares[0].node], slot)
+
+    def _add(self, node: NodeRecord, slot: Slot) -> None:
+        self._forget(self.slots.get(slot.number))
+        node.slots[slot.number] = self.slots[slot.number] = slot
+        self.slots_of[slot.class_name] += 1
+
+    def _forget(self, slot: Slot | None) -> None:
+        if slot is None or self.slots.pop(slot.number, None) is None:
+            return
+        self.slots_of[slot.class_name] -= 1
+        if not self.slots_of[slot.class_name]:
+            del self.slots_of[slot.class_name]
 
     def end_execution(self, node: NodeRecord, end: ExecutionEnd, now: float) -> None:
         """One execution has ended; its slot goes on (``kept``) or is closed. A slot older than our term is unknown
@@ -159,6 +177,6 @@ class Inventory:
         self.close_slot(node, slot)
 
     def close_slot(self, node: NodeRecord, slot: Slot) -> None:
-        del self.slots[slot.number]
+        self._forget(slot)
         node.slots.pop(slot.number, None)
         self.cluster.release(tuple(share for share in slot.shares if share.node in self.nodes))

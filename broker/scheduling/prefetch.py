@@ -76,7 +76,7 @@ class Prefetch:
         own_slots = sum(slot.class_name == class_name for slot in node.slots.values())
         if not own_slots:
             return 0
-        all_slots = sum(slot.class_name == class_name for slot in self._inventory.slots.values())
+        all_slots = self._inventory.slots_of[class_name]
         # Never more than a fair share of what waits, so that the last tasks of a run are spread over all slots.
         per_slot = min(
             self._settings.prefetch_s / max(estimate.mean_s, 1e-4),
@@ -95,7 +95,7 @@ class Prefetch:
         waiting = [name for name, number in remaining.items() if number > 0 and is_possible(_class(name).request)]
         highest = max((_class(name).priority for name in waiting), default=0)
         first = {name: order_of(heads[name].places[0]) for name in waiting if _class(name).priority == highest}
-        running = {slot.class_name for slot in self._inventory.slots.values()}
+        running = self._inventory.slots_of
         blocked = min((order for name, order in first.items() if name not in running), default=math.inf)
         return [name for name, order in first.items() if order < blocked]
 
@@ -121,7 +121,8 @@ class Prefetch:
                 if not is_closed and now - prefetched.since < self._settings.retract_after_s:
                     continue
                 info = class_info(class_name)
-                shares = cluster.reserve(info.request) if info is not None else None
+                is_full = info is not None and info.at_most and not self._inventory.room(info, class_name)
+                shares = cluster.reserve(info.request) if info is not None and not is_full else None
                 if shares is not None:
                     cluster.release(shares)
                 priority = info.priority if info is not None else math.inf

@@ -20,6 +20,7 @@ from pilotq.broker.store.messages import EndReport, Stop
 from pilotq.broker.store.registry import user_queues
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack, to_worker
+from pilotq.broker.tasks.array_indices import Indices
 
 T = TypeVar("T")
 SLICE = 500
@@ -150,13 +151,12 @@ class Reconciler:
         now = time.time()
         array, _, index = task_id.partition("_")
         span = self.link.read_hashes([keys.job(array)], "pq_array")[0][0] if index.isdigit() else None
-        start, step = map(int, span.split(b":")[:2]) if span else (0, 1)
-        position = (int(index) - start) // step if span else 0
+        position = Indices.read(span).position(int(index)) if span else None
         entry = pack(JournalEntry(id=task_id, execution=int(execution), ended=now, message="its record was deleted"))
         report = EndReport(
             task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", entry, class_name=queue
         )
-        if span:
+        if position is not None:
             report.array, report.position = array, position
         self.store.report_lost([report])
 

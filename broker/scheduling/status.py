@@ -10,7 +10,7 @@ import msgspec
 from pilotq.broker.scheduling.inventory import Inventory
 from pilotq.broker.scheduling.placement import Hold
 from pilotq.broker.store import keys
-from pilotq.broker.store.resources import format_allocation
+from pilotq.broker.store.resources import class_info, format_allocation
 from pilotq.broker.store.store import Store
 
 
@@ -23,6 +23,12 @@ class HoldStatus(msgspec.Struct):
     frees_at: float | None
 
 
+def _is_full(class_name: str, slots: int) -> bool:
+    """Whether as many tasks of a class run as may."""
+    info = class_info(class_name)
+    return info is not None and 0 < info.at_most <= slots
+
+
 class StatusPublisher:
     """Writes the status to Redis; only what has changed since it was last written."""
 
@@ -31,6 +37,7 @@ class StatusPublisher:
         self._busy = -1
         self._used: dict[str, str] = {}
         self._slots = -1
+        self._full: dict[str, int] | None = None
         self._hold: Hold | None = None
         self._hold_unknown = True  # an earlier dispatcher may have left one
 
@@ -42,7 +49,7 @@ class StatusPublisher:
             self._busy = busy
 
     def publish_usage(self, inventory: Inventory) -> None:
-        """The cores reserved and the slots of each node, and the number of slots on all of them."""
+        """The cores reserved and the slots of each node, all slots, and the classes that have all they may have."""
         used = {name: f"{inventory.cluster.used(name)} {len(node.slots)}" for name, node in inventory.nodes.items()}
         changed = [item for item in used.items() if self._used.get(item[0]) != item[1]]
         if changed:
@@ -51,6 +58,10 @@ class StatusPublisher:
         if len(inventory.slots) != self._slots:
             self._slots = len(inventory.slots)
             self._store.write("HSET", keys.STATUS, "slots", self._slots)
+        full = {name: number for name, number in inventory.slots_of.items() if _is_full(name, number)}
+        if full != self._full:
+            self._full = full
+            self._store.write("HSET", keys.STATUS, "full", msgspec.json.encode(full))
 
     def publish_hold(self, hold: Hold | None, now: float) -> None:
         """The cores that are kept free; ``now`` is monotonic, as the times of the hold."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pilotq.broker.store import keys
 from pilotq.broker.store.store import Store
+from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import CANCELED, FAILED, number_with, only_finished, positions_with
 from pilotq.broker.tasks.states import ENDED
 
@@ -53,17 +54,21 @@ def _array(store: Store, array: str) -> str:
     """Requeue what did not finish of an array, whether it has ended or not."""
     answer = "changed"
     for _ in range(ATTEMPTS):
-        (indices, status), outcomes = store.link.pipeline(
+        (text, status), outcomes = store.link.pipeline(
             [("HMGET", keys.job(array), "pq_array", "status"), ("GET", keys.outcomes(array))]
         )
-        if indices is None:
+        if text is None:
             return "unknown"
-        start, step, count = map(int, indices.split(b":"))
+        try:
+            indices = Indices.read(text)
+        except ValueError:
+            return "damaged"
+        count = len(indices)
         outcomes = outcomes or b""
         unfinished = positions_with(outcomes, (FAILED, CANCELED), count)
         if status.decode() not in ENDED and number_with(outcomes, FAILED) + number_with(outcomes, CANCELED):
-            return _elements(store, (f"{array}_{start + position * step}" for position in unfinished))
-        failed = [f"{array}_{start + position * step}" for position in positions_with(outcomes, (FAILED,), count)]
+            return _elements(store, (f"{array}_{indices[position]}" for position in unfinished))
+        failed = [f"{array}_{indices[position]}" for position in positions_with(outcomes, (FAILED,), count)]
         item = _whole(store, array, outcomes, next(unfinished, count), failed)
         (answer,) = store.requeue([item], only_finished(outcomes))
         if answer != "changed":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from pilotq.broker.tasks.model import Request, shape_of
+from pilotq.broker.tasks.model import Request, limit_of_label, shape_of
 
 
 class NodeInfo(msgspec.Struct):
@@ -47,6 +47,7 @@ class ClassInfo(msgspec.Struct, frozen=True):
     queue: str
     priority: int
     request: Request
+    at_most: int = 0  # tasks of the class that may run at a time, 0: any number
 
 
 _CLASS = re.compile(r"(.*)\.p(-?[0-9]+)\.([^.]*)", re.DOTALL)
@@ -60,8 +61,11 @@ def class_info(name: str) -> ClassInfo | None:
     10
     """
     match = _CLASS.fullmatch(name)
-    shape = shape_of(match[3]) if match is not None else None
-    return ClassInfo(match[1], int(match[2]), shape) if match is not None and shape is not None else None
+    if match is None:
+        return None
+    label, at_most = limit_of_label(match[3])
+    shape = shape_of(label)
+    return None if shape is None else ClassInfo(match[1], int(match[2]), shape, at_most)
 
 
 class NodeShare(NamedTuple):

@@ -6,14 +6,14 @@ named for people; what would change a result if it were passed over is refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles import hq_directives, slurm_directives
 from pilotq.broker.taskfiles.directive_options import Option, Requested, words_of
-from pilotq.broker.tasks.model import ArrayRange, Request, Task
+from pilotq.broker.tasks.model import Request, Task
 
 OTHERS = frozenset({"#BSUB", "#COBALT", "#FLUX:", "#MSUB", "#OAR", "#PBS", "#PJM"})  # of other systems
 KINDS = {module.SYNTAX.word: module for module in (slurm_directives, hq_directives)}
@@ -43,15 +43,13 @@ class Directives:
                 del asked.obeyed[option]
                 asked.ignored.append(option)
 
-    def complete(self, task: Task, given: Collection[str], parts: Sequence[ArrayRange] = ()) -> list[str]:
+    def complete(self, task: Task, given: Collection[str]) -> list[str]:
         """Set what they ask for and is not ``given`` (fields of Task); returns sentences for people.
 
-        ``given`` also has the parts of the request, which is left to the caller. ``parts`` are the arrays that the
-        task is to be; several have no common name. Raises InvalidInput for what cannot be passed over.
+        ``given`` also has the parts of the request, which is left to the caller. Raises InvalidInput for what cannot be
+        passed over.
         """
         notes = []
-        if len(parts) > 1:
-            self.pass_over("name")
         own = frozenset(given)
         arrays = {"array", "values"}
         own |= arrays if own & arrays else set()
@@ -65,7 +63,7 @@ class Directives:
                 if name not in own and not follows:
                     setattr(task, name, value)
         for asked in self._kinds:
-            task.env = {**KINDS[asked.word].variables(task, asked, parts), **task.env}
+            task.env = {**KINDS[asked.word].variables(task, asked), **task.env}
             notes.append(f"{self._where}: {asked.word}: {'; '.join(asked.sentences(own))}")
         return notes + [f"{self._where}: {word} is not obeyed: {' and '.join(KINDS)} are" for word in self._others]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles.directive_options import Option, Requested, Syntax, number_of
 from pilotq.broker.tasks.model import COUNTER, PRIORITY_LIMIT, ArrayRange, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_duration
+from pilotq.broker.tasks.quantities import parse_duration
 
 _VALUES = """
     array cpus crash-limit cwd directives each-line env from-json job log max-fails name nodes on-notify output-mode pin
@@ -59,7 +59,7 @@ def read(options: dict[str, Option], asked: Requested) -> None:
             asked.ignored.append(option)
 
 
-def variables(task: Task, asked: Requested, _arrays: Sequence[ArrayRange]) -> dict[str, str]:
+def variables(task: Task, asked: Requested) -> dict[str, str]:
     """Variables that such a script reads."""
     found = {**asked.env, "HQ_TASK_ID": "{index}" if task.is_array else "0"}
     if task.values is not None:
@@ -74,7 +74,7 @@ def _priority(value: str) -> int:
 
 
 _SIMPLE: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "array": ("array", parse_array),
+    "array": ("array", ArrayRange.parse),
     "name": ("name", str),
     "cwd": ("cwd", str),
     "priority": ("priority", _priority),

@@ -18,8 +18,8 @@ from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, ut
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.lines import split_words
 from pilotq.broker.tasks.dependencies import check_cycles, resolve
-from pilotq.broker.tasks.model import Request, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_duration, parse_size, request_of
+from pilotq.broker.tasks.model import ArrayRange, Request, Task
+from pilotq.broker.tasks.quantities import parse_duration, parse_size, request_of
 from pilotq.broker.tasks.validation import validate
 
 if sys.version_info >= (3, 11):
@@ -172,7 +172,7 @@ def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict
     if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use)) != _NO_REQUEST:
         changes["request"] = _request(asked, where, base.request, requests)
     if entry.array is not None or entry.values is not None:
-        changes["array"] = None if entry.array is None else _read(parse_array, entry.array, f"{where}.array")
+        changes["array"] = None if entry.array is None else _read(ArrayRange.parse, entry.array, f"{where}.array")
         changes["values"] = None if entry.values is None else texts(entry.values)
     if entry.after is not None:
         changes["after"] = [entry.after] if isinstance(entry.after, str) else entry.after

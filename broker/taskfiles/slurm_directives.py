@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles.directive_options import Option, Requested, Syntax, number_of
 from pilotq.broker.tasks.model import PRIORITY_LIMIT, ArrayRange, Task
-from pilotq.broker.tasks.quantities import parse_arrays, parse_size, parse_span
+from pilotq.broker.tasks.quantities import parse_size, parse_span
 
 _VALUES = """
     account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container
@@ -34,7 +34,7 @@ _SHORT = """
     w nodelist W wait x exclude
 """
 _RESOURCE_OPTIONS = """
-    array output error input nodes ntasks ntasks-per-node cpus-per-task exclusive mem mem-per-cpu mem-per-gpu gpus
+    output error input nodes ntasks ntasks-per-node cpus-per-task exclusive mem mem-per-cpu mem-per-gpu gpus
     gpus-per-node gpus-per-task gres
 """
 SYNTAX = Syntax(
@@ -84,7 +84,6 @@ def read(options: dict[str, Option], asked: Requested) -> None:
             _export(option, asked)
         elif name not in _RESOURCES:
             asked.ignored.append(option)
-    _array(options, asked)
     _resources(options, asked)
     job = options["job-name"].value if "job-name" in options else ""
     for name, what in (("output", "stdout"), ("error", "stderr"), ("input", "stdin")):
@@ -99,17 +98,17 @@ def read(options: dict[str, Option], asked: Requested) -> None:
         asked.fields.setdefault("stderr", asked.fields["stdout"])
 
 
-def variables(task: Task, asked: Requested, arrays: Sequence[ArrayRange]) -> dict[str, str]:
+def variables(task: Task, asked: Requested) -> dict[str, str]:
     """Variables that such a script reads. They are set for its whole array, whoever has asked for it."""
     found = dict(asked.env)
     if task.is_array:
-        parts = arrays or [task.array or ArrayRange(0, task.size - 1)]
+        ranges = (task.array or ArrayRange(0, task.size - 1)).ranges
         found |= {
             "SLURM_ARRAY_TASK_ID": "{index}",
-            "SLURM_ARRAY_TASK_COUNT": str(sum(map(len, parts))),
-            "SLURM_ARRAY_TASK_MIN": str(min(part.start for part in parts)),
-            "SLURM_ARRAY_TASK_MAX": str(max(part.start + (len(part) - 1) * part.step for part in parts)),
-            "SLURM_ARRAY_TASK_STEP": str(parts[0].step if len(parts) == 1 else 1),
+            "SLURM_ARRAY_TASK_COUNT": str(task.size),
+            "SLURM_ARRAY_TASK_MIN": str(ranges[0][0]),
+            "SLURM_ARRAY_TASK_MAX": str(ranges[-1][-1]),
+            "SLURM_ARRAY_TASK_STEP": str(ranges[0].step if len(ranges) == 1 else 1),
         }
     return found
 
@@ -120,26 +119,13 @@ def _priority(value: str) -> int:
 
 
 _SIMPLE: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "array": ("array", ArrayRange.parse),
     "time": ("time_limit", parse_time),
     "job-name": ("name", str),
     "chdir": ("cwd", str),
     "nice": ("priority", _priority),
 }
 _RESOURCES = frozenset(_RESOURCE_OPTIONS.split())
-
-
-def _array(options: dict[str, Option], asked: Requested) -> None:
-    if (option := options.get("array")) is None:
-        return
-    indices, percent, _ = option.value.partition("%")
-    parts = asked.parsed(option._replace(value=indices), parse_arrays)
-    if len(parts) == 1:
-        asked.fields["array"] = parts[0]
-    else:
-        asked.needed["array"] = f"{option.text}: a task has one range: give --array {indices} on the command line"
-    asked.obeyed[option] = "array"
-    if percent:
-        asked.ignored.append(option._replace(text=f"{percent}{option.value.partition('%')[2]} of {option.text}"))
 
 
 def _export(option: Option, asked: Requested) -> None:

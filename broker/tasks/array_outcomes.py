@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator
 
+from pilotq.broker.tasks.array_indices import Indices
+
 FINISHED, FAILED, CANCELED = 1, 2, 3  # the two bits of an element; 0: it has not ended
 OUTCOMES = ("waiting", "finished", "failed", "canceled")  # by the two bits
 _SHIFTS = (6, 4, 2, 0)  # of a byte, for its four elements
@@ -54,14 +56,18 @@ def open_positions(outcomes: bytes, next_position: int) -> Iterator[int]:
 
 
 def element_ranges(outcomes: bytes, array: str, next_position: int = 0) -> dict[str, str]:
-    """Outcome, as of `outcome_at` -> ranges of indices. ``array`` is ``start:step:count``."""
-    start, step, count = map(int, array.split(":"))
-    suffix = f":{step}" if step > 1 else ""
+    """Outcome, as of `outcome_at` -> ranges of indices. ``array`` as `array_indices.text_of` has it."""
+    indices = Indices.read(array)
     found: dict[str, list[str]] = {}
-    for word, first, end in _joined(_runs(outcomes, count, next_position)):
-        low, high = start + first * step, start + (end - 1) * step
-        found.setdefault(word, []).append(str(low) if low == high else f"{low}-{high}{suffix}")
+    for word, first, end in _joined(_runs(outcomes, len(indices), next_position)):
+        found.setdefault(word, []).extend(map(_range_text, indices.between(first, end)))
     return {word: ",".join(pieces) for word, pieces in found.items()}
+
+
+def _range_text(part: range) -> str:
+    if len(part) == 1:
+        return str(part[0])
+    return f"{part[0]}-{part[-1]}:{part.step}" if part.step > 1 else f"{part[0]}-{part[-1]}"
 
 
 def _joined(runs: Iterator[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:

@@ -107,7 +107,7 @@ def _element(text: str, tasks: Sequence[Task], names: dict[str, int]) -> Element
     array, values, index = tasks[number].array, tasks[number].values, int(match[2])
     if values is not None:
         return Element(number, index) if index < len(values) else None
-    if array is not None and array.start <= index <= array.stop and (index - array.start) % array.step == 0:
+    if array is not None and index in array:
         return Element(number, index)
     return None
 

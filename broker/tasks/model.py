@@ -7,12 +7,15 @@ stored for the workers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
 
+from pilotq.broker.errors import InvalidInput
 from pilotq.broker.os_strings import printable
+from pilotq.broker.tasks import array_indices
 from pilotq.broker.tasks.functions import call_text
 
 MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpich"})
@@ -20,7 +23,7 @@ MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpi
 ONE_PROCESS_MODELS = frozenset({"default", "threads"})
 PRIORITY_LIMIT = 1000
 ARRAY_LIMIT = 10_000_000
-INDEX_LIMIT = 2**53 - 1  # also of retries: the server's scripts and many readers of JSON have no exact larger ones
+INDEX_LIMIT = array_indices.INDEX_LIMIT  # also of retries
 COUNTER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")  # names of counters
 # Time limits are rounded up to these steps (seconds) where they become part of a shape, so that tasks with
 # slightly different limits share a class list. Rounding up keeps them true upper bounds.
@@ -109,15 +112,55 @@ def limit_step(seconds: float | None) -> int | None:
     return next((step for step in LIMIT_STEPS if seconds <= step), None)
 
 
-class ArrayRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The indices of an array: ``start, start+step, ...`` up to and including ``stop``. `ArrayRange(0, 99)` has 100."""
+class ArrayRange(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The indices of an array, and how many of its elements may run at a time.
+
+        ArrayRange(0, 99)                         # 0 to 99, both included: 100 elements
+        ArrayRange(0, 99, 5, limit=4)             # 0, 5, ... 95, at most four of them at a time
+        ArrayRange.parse("1,3-5,10-20:2%4")       # as files and the command line have it
+        ArrayRange.of([3, 1, 40], limit=2)
+
+    ``more`` has the further ranges, (start, stop, step) each, as `parse` and `of` make them. Elements are ordered by
+    their indices. ``limit`` None: as many at a time as there is room for.
+    """
 
     start: int
     stop: int
     step: int = 1
+    limit: int | None = None
+    more: tuple[tuple[int, int, int], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> ArrayRange:
+        """From ``1,3-5,10-20:2%4``; raises InvalidInput, also for an index that is named twice."""
+        ranges, limit = array_indices.ranges_of(text)
+        return cls._of_ranges(ranges, limit)
+
+    @classmethod
+    def of(cls, indices: Iterable[int], limit: int | None = None) -> ArrayRange:
+        """Of any indices, in any order; raises InvalidInput when there are none, or one of them is there twice."""
+        ranges = array_indices.joined_indices(indices)
+        if not ranges:
+            raise InvalidInput("an array needs an index: there is none")
+        return cls._of_ranges(ranges, limit)
+
+    @classmethod
+    def _of_ranges(cls, ranges: Sequence[range], limit: int | None) -> ArrayRange:
+        (start, stop, step), *more = ((part.start, part.stop - 1, part.step) for part in ranges)
+        return cls(start, stop, step, limit, tuple(more))
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        return tuple(range(low, high + 1, by) for low, high, by in ((self.start, self.stop, self.step), *self.more))
 
     def __len__(self) -> int:
-        return (self.stop - self.start) // self.step + 1
+        return sum(max((high - low) // by + 1, 0) for low, high, by in ((self.start, self.stop, self.step), *self.more))
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(self.ranges)
+
+    def __contains__(self, index: object) -> bool:
+        return any(index in part for part in self.ranges)
 
 
 class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -197,6 +240,24 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 def class_name(queue: str, priority: int, shape: Request) -> str:
     """The class list of a queue, a priority and a shape: ``default.p10.2c``."""
     return f"{queue}.p{priority}.{shape.label()}"
+
+
+_LIMITED = re.compile(r"-([0-9]+)at[0-9a-v]+$")
+
+
+def limited_class_name(name: str, limit: int, array: str) -> str:
+    """The class of an array of which only so many elements may run at a time: it has that of no other task.
+
+    >>> limited_class_name("default.p10.2c", 4, "1f")
+    'default.p10.2c-4at1f'
+    """
+    return f"{name}-{limit}at{array}"
+
+
+def limit_of_label(label: str) -> tuple[str, int]:
+    """The label of the shape within a class name, and how many of the class may run at a time; 0: any number."""
+    match = _LIMITED.search(label)
+    return (label[: match.start()], int(match[1])) if match else (label, 0)
 
 
 DIGITS = "0123456789abcdefghijklmnopqrstuv"

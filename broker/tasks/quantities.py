@@ -1,4 +1,4 @@
-"""Parsers of sizes, durations, spans, arrays and resource requests, as files and the command line write them. Pure.
+"""Parsers of sizes, durations, spans and resource requests, as files and the command line write them. Pure.
 
 Every function raises InvalidInput with a sentence that fits after "where: ".
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.model import COUNTER, ArrayRange, Request
+from pilotq.broker.tasks.model import COUNTER, Request
 
 # No number below has more than 15 digits: larger ones are mistakes, and would not fit into a record.
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE)
@@ -21,10 +21,6 @@ _UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:(
 _CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
 _SLURM = re.compile(r"([0-9]{1,9})-([0-9]{1,9})(?::([0-9]{2})(?::([0-9]{2}))?)?")
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
-_ARRAY = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18})(?::([0-9]{1,18}))?)?")
-_ARRAYS = re.compile(r"[0-9:,-]+(%[0-9]+)?")
-_PARTS_MAX = 100  # of one text: each is an array with a record of its own
-_COMPARED_MAX = 1_000_000  # indices of one part that are looked up in another
 
 
 def parse_size(text: str) -> int:
@@ -75,64 +71,6 @@ def parse_span(text: str) -> tuple[int, int]:
     if not 1 <= low <= high:
         raise InvalidInput(f"{text!r} is no number or range of numbers from 1 on: write 4 or 2-4")
     return low, high
-
-
-def parse_array(text: str) -> ArrayRange:
-    """``0-99`` and ``0-99:5``, both ends included, or a single index."""
-    match = _ARRAY.fullmatch(text.strip())
-    if not match and _ARRAYS.fullmatch(text.replace(" ", "")):
-        _refuse_limit(text)
-        raise InvalidInput(
-            f"{text!r} is no array of one range: write FIRST-LAST:STEP; the option --array takes several"
-        )
-    if not match:
-        raise InvalidInput(f"{text!r} is no array: write FIRST-LAST or FIRST-LAST:STEP, such as 0-99")
-    found = ArrayRange(int(match[1]), int(match[2] or match[1]), int(match[3] or 1))
-    if found.stop < found.start or found.step < 1:
-        raise InvalidInput(f"{text!r} is an array without elements: LAST must not be below FIRST, and STEP at least 1")
-    return found
-
-
-def parse_arrays(text: str) -> list[ArrayRange]:
-    """``1,3-5,10-20:2`` -> an array for each part, as few as there can be; no index may stand in two of them."""
-    _refuse_limit(text)
-    found: list[ArrayRange] = []
-    for part in map(parse_array, text.split(",")):
-        indices = range(part.start, part.stop + 1, part.step)
-        for other in found:
-            theirs = range(other.start, other.stop + 1, other.step)
-            few, many = sorted((indices, theirs), key=len)
-            if len(few) > _COMPARED_MAX:
-                raise InvalidInput(f"{text!r} has too many indices in two of its parts: submit them one by one")
-            if (twice := next((index for index in few if index in many), None)) is not None:
-                raise InvalidInput(f"{text!r} names the index {twice} twice: each element runs once")
-        found.append(part)
-        if len(found) > _PARTS_MAX:
-            raise InvalidInput(f"an array may have at most {_PARTS_MAX} parts: name the values with --each-line")
-    return _joined(found)
-
-
-def _joined(parts: list[ArrayRange]) -> list[ArrayRange]:
-    """Single indices that follow each other in even steps are one array."""
-    out: list[ArrayRange] = []
-    for part in parts:
-        last = out[-1] if out else None
-        if last is not None and len(part) == 1 and part.start > last.stop:
-            first, end = last.start, last.start + last.step * (len(last) - 1)
-            step = part.start - end
-            if len(last) == 1 or step == last.step:
-                out[-1] = ArrayRange(first, part.start, step)
-                continue
-        out.append(part)
-    return out
-
-
-def _refuse_limit(text: str) -> None:
-    if "%" in text:
-        raise InvalidInput(
-            f"{text!r}: an array has no limit of its own for how many of its elements run at once: give each node a "
-            "counter, `pilotq start --counter NAME=4`, and the array `--use NAME=1`"
-        )
 
 
 def request_of(

@@ -15,6 +15,7 @@ from typing import Any
 
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.os_strings import encode, unusable
+from pilotq.broker.tasks.array_indices import RANGES_MAX, range_problem
 from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import (
     ARRAY_LIMIT,
@@ -65,6 +66,10 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return type(value) in (int, float)
+
+
+def _ranges(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(r, tuple) and len(r) == 3 and all(map(_whole, r)) for r in value)
 
 
 def _span(value: Any) -> bool:
@@ -124,7 +129,10 @@ _REQUEST: dict[str, Check] = {
     "memory": (_whole, "a whole number of bytes"),
     "use": (_counters, "a tuple of (name, number)"),
 }
-_ARRAY: dict[str, Check] = {"start": _WHOLE, "stop": _WHOLE, "step": _WHOLE}
+_ARRAY: dict[str, Check] = {
+    "start": _WHOLE, "stop": _WHOLE, "step": _WHOLE, "limit": _WHOLE,
+    "more": (_ranges, "a tuple of (start, stop, step)"),
+}  # fmt: skip
 _DEFAULT = Task()
 
 
@@ -186,10 +194,8 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"queue {task.queue!r} must be 1 to 60 of A-Z a-z 0-9 _ -"
     if task.array is not None and task.values is not None:
         yield "give array or values, not both"
-    if task.array is not None and (task.array.step < 1 or task.array.start < 0 or task.array.stop < task.array.start):
-        yield f"array {task.array.start}-{task.array.stop}:{task.array.step} has no elements"
-    elif task.array is not None and max(task.array.stop, task.array.step) > INDEX_LIMIT:
-        yield f"array {task.array.start}-{task.array.stop}:{task.array.step}: an index may be at most {INDEX_LIMIT:,}"
+    if task.array is not None:
+        yield from _array_problems(task.array)
     if task.values is not None and not task.values:
         yield "values is empty"
     if task.values and task.function is None:
@@ -216,6 +222,20 @@ def _problems(task: Task) -> Iterator[str]:
     yield from _request_problems(task.request)
     if task.after_each and not task.is_array:
         yield "after_each is for arrays: use after"
+
+
+def _array_problems(array: ArrayRange) -> Iterator[str]:
+    end = -1
+    for start, stop, step in ((array.start, array.stop, array.step), *array.more):
+        if problem := range_problem(start, stop, step):
+            yield f"array {problem}"
+        if start <= end:
+            yield "array: its ranges must be apart and ascending, as ArrayRange.of and ArrayRange.parse make them"
+        end = stop
+    if len(array.more) >= RANGES_MAX:
+        yield f"an array may have at most {RANGES_MAX:,} ranges of indices, not {len(array.more) + 1:,}"
+    if array.limit is not None and not 1 <= array.limit <= INDEX_LIMIT:
+        yield f"array: limit must be at least 1, or None for as many at a time as there is room for, not {array.limit}"
 
 
 def _request_problems(request: Request) -> Iterator[str]:

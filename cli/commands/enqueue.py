@@ -12,8 +12,8 @@ from pilotq.cli import formatting
 from pilotq.cli.options import (
     dir_option,
     json_option,
+    task_of,
     task_options,
-    tasks_of,
 )
 from pilotq.cli.task_selection import ids_of
 
@@ -26,16 +26,13 @@ from pilotq.cli.task_selection import ids_of
 @json_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] CMD [ARGS]...")
 def enqueue_command(command: tuple[str, ...], directory: str | None, as_json: bool, **options: Any) -> None:
-    """Submit one task, or an array of tasks; prints its id, and of several ranges one id each.
+    """Submit one task, or an array of tasks; prints its id.
 
     \b
     Example: pilotq enqueue --cores 2 --array 0-99 -- ./simulate --seed {index}
     """
-    tasks = tasks_of(command, options)
+    task = task_of(command, options)
     with Broker.connect(directory) as broker:
-        after = [f"={task_id}" for task_id in ids_of(broker, tasks[0].after)]
-        for task in tasks:
-            task.after = after
-        ids = broker.enqueue_many(tasks, context=capture_context(options["env_policy"]))
-    rows = [(task_id, task.name or "", task.size) for task_id, task in zip(ids, tasks, strict=True)]
-    formatting.print_ids(rows, as_json)
+        task.after = [f"={task_id}" for task_id in ids_of(broker, task.after)]
+        (task_id,) = broker.enqueue_many([task], context=capture_context(options["env_policy"]))
+    formatting.print_ids([(task_id, task.name or "", task.size)], as_json)

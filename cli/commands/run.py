@@ -36,8 +36,8 @@ from pilotq.cli.options import (
     file_options,
     json_option,
     open_replies,
+    task_of,
     task_options,
-    tasks_of,
 )
 from pilotq.cli.pilot_options import (
     CLUSTER_OPTIONS,
@@ -168,7 +168,7 @@ def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], val
                 # Only what is left.
                 return Batch([], [] if os.path.exists(os.path.join(values["resume"], FILE)) else None)
             raise InvalidInput("give a FILE of tasks, or `--` and a command: see `pilotq run --help`")
-        return Batch(tasks_of(command, values))
+        return Batch([task_of(command, values)])
     if len(files) > 1 or (not os.path.exists(files[0]) and files[0] != "-" and shutil.which(files[0])):
         hint = f": for a command write `pilotq run -- {' '.join(files)}`"
         raise InvalidInput(("give one FILE" if len(files) > 1 else f"there is no file {files[0]}") + hint)

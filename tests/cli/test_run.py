@@ -42,17 +42,6 @@ def test_run_lines(cli: Cli, tmp_path: Path) -> None:
     assert "2 cores" in result.stdout
 
 
-def test_an_array_of_several_ranges_is_an_array_for_each(pilot: Cli, tmp_path: Path) -> None:
-    ids = pilot("enqueue", "--array", "1,3-5,10-20:5", "--", "touch", "at-{index}").stdout.split()
-    assert len(ids) == 3
-    assert pilot("enqueue", "--array", "0-9%2", "--", "true").returncode == 2
-    named = pilot("enqueue", "--array", "1,3-5", "--name", "n", "--", "true")
-    assert named.returncode == 2 and named.stderr.startswith("pilotq: --name n: --array has 2 ranges, each is an array")
-    after = pilot("enqueue", *(word for i in ids for word in ("--after", i)), "--", "touch", "after").stdout.strip()
-    assert pilot("wait", after).returncode == 0
-    assert {path.name for path in tmp_path.glob("at-*")} == {f"at-{index}" for index in (1, 3, 4, 5, 10, 15, 20)}
-
-
 QCG = (
     '[{"request": "submit", "jobs": [{"name": "one", "execution": {"exec": "touch", "args": ["a"]}},'
     '{"name": "two", "execution": {"exec": "touch", "args": ["b"]}, "dependencies": {"after": ["one"]}}]},'

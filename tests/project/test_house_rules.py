@@ -37,7 +37,8 @@ MAY_IMPORT = {
 
 # These can be tested and simulated without a server or a process: time is an argument.
 PURE = (
-    "scheduling.placement", "scheduling.quarantine", "tasks.dependencies", "tasks.model", "tasks.quantities",
+    "scheduling.placement", "scheduling.quarantine", "tasks.array_indices", "tasks.dependencies",
+    "tasks.model", "tasks.quantities",
     "tasks.retry_policy", "tasks.runtime_estimate", "tasks.spec", "tasks.states", "tasks.validation",
 )  # fmt: skip
 IMPURE = {

@@ -20,7 +20,7 @@ end
 -- or waits element by element, is found by release_dependents.lua in slices.
 local function cancel_array(id, v)
   class_in(v[5])
-  local count, queue = select(3, span_in(v[4])), queue_of(v[5])
+  local count, queue = count_in(v[4]), queue_of(v[5])
   local handed = v[7] and count or number_in('pq_next', v[6])
   redis.call('HSET', job_key(id), 'pq_cancel', 'canceled', 'pq_next', count)
   local running = redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`')
@@ -47,8 +47,7 @@ local function cancel_element(id)
   local v = array and redis.call('HMGET', job_key(array), 'pq_array', 'pq_next', 'pq_parents', 'pq_sub', 'pq_cancel',
     'pq_class') or {}
   if not v[1] then return 'unknown' end
-  local start, step, count = span_in(v[1])
-  local position = position_of(index, start, step, count)
+  local position = count_in(v[1]) and position_of(index, v[1])
   if not position then return 'unknown' end
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end

@@ -11,7 +11,7 @@ for i = 3, #ARGV do
   -- A stranger's key under its name is no record.
   local own = redis.pcall('HMGET', job_key(id), 'status', 'pq_reason')
   local of = array and redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_reason') or {}
-  local there = own[1] or span_of(of[1])
+  local there = own[1] or count_of(of[1])
   -- What was refused because its record is damaged says no more how its elements end.
   if own[2] == 'refused' and redis.call('EXISTS', elementwise_key(id)) == 1 or of[2] == 'refused' then there = false end
   if redis.call('EXISTS', dependents_key(id), elementwise_key(id)) == 0 then

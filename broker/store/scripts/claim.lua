@@ -80,13 +80,13 @@ local from -- the next target of the class that is to be filled
 
 -- As many elements of an array as there are targets; returns whether some are left.
 local function claim_array(id, class, f, targets)
-  local start, step, count = span_in(f.array)
+  local count = count_in(f.array)
   local execution, position = number_in('pq_first_attempt', f.first_attempt, 1), number_in('pq_next', f.next)
   while position < count and from <= #targets do
     -- With gaps: some have ended, canceled one by one or before a retry.
     if f.gaps then position = next_open(id, position, count) end
     if position == count then break end
-    local target, index = targets[from], start + position * step
+    local target, index = targets[from], index_at(f.array, position)
     local message = run_message(target, class, id .. '_' .. string.format('%d', index), execution, {name = f.name,
       queued = f.queued, shared = f.shared, array = id, index = index, position = position, retries = f.retries,
       submission = f.submission, spec = f.spec})

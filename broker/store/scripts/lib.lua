@@ -49,25 +49,64 @@ local STATUSES = {queued = true, deferred = true, scheduled = true, rate_limited
 
 local ENDED = {finished = true, failed = true, stopped = true, canceled = true}
 
--- Start, step and count of an array; nil where the text is none.
-local function span_of(text)
-  local start, step, count = string.match(text or '', '^(%d+):(%d+):(%d+)$')
+-- How many elements an array has; nil where the text is none. An array of one range is 'start:step:count'. Of several it is
+-- 'first:0:count', and for each range ' position start step', in numbers of one width (broker/tasks/array_indices.py).
+local function count_of(text)
+  local start, step, count, rest = string.match(text or '', '^(%d+):(%d+):(%d+)()')
   start, step, count = tonumber(start), tonumber(step), tonumber(count)
-  if count and count > 0 and start + step * (count - 1) < EXACT then return start, step, count end
+  if not count or count < 1 or start + step * (count - 1) >= EXACT then return nil end
+  if step > 0 and rest > #text or step == 0 and string.match(text, '^ %d+ %d+ %d+', rest) then return count end
+end
+
+local function count_in(text)
+  return count_of(text) or damaged('pq_array', text)
+end
+
+-- Of a range of an array of several: position of its first element, its start, its step; nil when there is none.
+local function range_at(text, head, width, number)
+  local from = head + number * 3 * (width + 1)
+  local function field(place)
+    local at = from + place * (width + 1)
+    return tonumber(string.sub(text, at + 2, at + 1 + width))
+  end
+  local position, start, step = field(0), field(1), field(2)
+  if position and start and step then return position, start, step end
+end
+
+-- The last range of which the position (`by` 1) or the start (2) is not above `value`: its position, start, step and length.
+local function range_of(text, by, value)
+  local count, rest = string.match(text, '^%d+:0:(%d+)()')
+  local width = #string.match(text, '^ (%d+)', rest)
+  local head, low, high = rest - 1, 0, (#text - rest + 1) / 3 / (width + 1) - 1
+  if high % 1 ~= 0 or high < 0 then damaged('pq_array', text) end
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if (select(by, range_at(text, head, width, middle)) or damaged('pq_array', text)) <= value then low = middle else high = middle - 1 end
+  end
+  local position, start, step = range_at(text, head, width, low)
+  local behind = range_at(text, head, width, low + 1) or tonumber(count)
+  if not position or step < 1 or behind <= position then damaged('pq_array', text) end
+  return position, start, step, behind - position
+end
+
+-- The index of an element by its position, in an array whose text `count_of` knows. Behind it the step to the next index, and
+-- how many elements follow each other in that step from here on.
+local function index_at(text, position)
+  local start, step, count = string.match(text, '^(%d+):([1-9]%d*):(%d+)$')
+  local first = 0
+  if not start then first, start, step, count = range_of(text, 1, position) end
+  return start + (position - first) * step, tonumber(step), count - (position - first)
 end
 
 -- The position of an element by its index, as it stands in its id; nil of what is no element.
-local function position_of(index, start, step, count)
+local function position_of(index, text)
   local number = tonumber(index or '')
   if not number or number >= EXACT or string.format('%d', number) ~= index then return nil end
+  local start, step, count = string.match(text, '^(%d+):([1-9]%d*):(%d+)$')
+  local first = 0
+  if not start then first, start, step, count = range_of(text, 2, number) end
   local position = (number - start) / step
-  if position >= 0 and position < count and position % 1 == 0 then return position end
-end
-
-local function span_in(text)
-  local start, step, count = span_of(text)
-  if not start then damaged('pq_array', text) end
-  return start, step, count
+  if position >= 0 and position < tonumber(count) and position % 1 == 0 then return first + position end
 end
 
 -- Messages to workers are decoded as a whole: one name that is not UTF-8 would cost all tasks in it.
@@ -250,7 +289,7 @@ end
 -- How many elements of an array were not handed out; 0 of what is none.
 local function elements_left(id)
   local f = redis.pcall('HMGET', job_key(id), 'pq_array', 'pq_next')
-  local count = select(3, span_of(f[1]))
+  local count = count_of(f[1])
   return count and math.max(count - (tonumber(f[2] or '') or count), 0) or 0
 end
 
@@ -346,7 +385,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
     'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description')
   if f[10] then return end
-  span_in(f[9])
+  count_in(f[9])
   class_in(f[7])
   local outcomes = redis.call('GET', outcomes_key(array)) or ''
   local status, reason = 'finished', ''
@@ -475,7 +514,7 @@ end
 local function omit(id, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_array', 'pq_sub')
   if not v[1] then return end_unrun(id, 'dependency', now, now_iso, ttl) end
-  end_elements(id, v[2], 0, select(3, span_in(v[1])) - 1, now, now_iso, ttl)
+  end_elements(id, v[2], 0, count_in(v[1]) - 1, now, now_iso, ttl)
 end
 
 -- -- damaged records --------------------------------------------------------------------------------------------------------
@@ -483,8 +522,7 @@ end
 -- An element whose record or whose array's is damaged: it has failed, if its array can still count that.
 local function end_damaged_element(id, array, now, now_iso, ttl)
   local a = redis.call('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
-  local start, step, count = span_of(a[1])
-  local position = start and position_of(string.match(id, '_(%d+)$'), start, step, count)
+  local position = count_of(a[1]) and position_of(string.match(id, '_(%d+)$'), a[1])
   if not position then return false end
   set_outcomes(array, position, position, 2)
   if a[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, position, position)) end
@@ -503,7 +541,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   if not submission or submission ~= '' and redis.call('EXISTS', submit_key(submission)) == 0 then submission = submission_of(id) end
   local queue, number = queue_of(class), 1
   if v[10] then -- those of its elements that run are counted when they end
-    local open = tonumber(v[11] or '') or select(3, span_of(v[10])) or 1
+    local open = tonumber(v[11] or '') or count_of(v[10]) or 1
     number = math.max(open - redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`'), 0)
     for _, key in ipairs({outcomes_key(id), values_key(id)}) do redis.call('EXPIRE', key, ttl) end
   end
@@ -542,8 +580,7 @@ end
 
 -- The record of one element of an array, made when the element gets a life of its own.
 local function make_element(array, position, f, extra)
-  local start, step = span_in(f.array)
-  local index = start + position * step
+  local index = index_at(f.array, position)
   local id = array .. '_' .. string.format('%d', index)
   local n, created = #extra, f.created or ''
   for i, value in ipairs({'pq_class', f.class, 'pq_array_of', array, 'pq_pos', string.format('%d', position), 'pq_sub',

@@ -14,12 +14,11 @@ local function read_parent(parent)
   local array, index = string.match(parent, '^(.-)_(%d+)$')
   -- Jobs of RQ's producers may be called as elements are.
   if not array or status and not redis.call('HGET', job_key(parent), 'pq_array_of') then
-    counts[parent] = select(3, span_of(redis.call('HGET', job_key(parent), 'pq_array')))
+    counts[parent] = count_of(redis.call('HGET', job_key(parent), 'pq_array'))
     return status
   end
-  local start, step, count = span_of(redis.pcall('HMGET', job_key(array), 'pq_array')[1])
-  if not start then return false end
-  local position = position_of(index, start, step, count)
+  local text = redis.pcall('HMGET', job_key(array), 'pq_array')[1]
+  local position = count_of(text) and position_of(index, text)
   if not position then return false end
   elements[parent] = array
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]

@@ -68,7 +68,7 @@ local function release_element(child, number, position, outcome)
   local v = redis.call('HMGET', job_key(child), 'status', 'pq_class', 'pq_parents', 'pq_array', 'data', 'description',
     'created_at', 'pq_sub', 'pq_retries', 'pq_cancel', 'pq_first_attempt')
   if not v[1] or v[10] then return end
-  local start, step, count = span_in(v[4])
+  local count = count_in(v[4])
   local parents, first_attempt = number_in('pq_parents', v[3]), number_in('pq_first_attempt', v[11], 1)
   class_in(v[2])
   if position >= count then return end
@@ -88,7 +88,7 @@ local function release_element(child, number, position, outcome)
       'pq_next', string.format('%d', count))
     redis.call('ZADD', registry('wip', queue_of(v[2])), 'inf', child .. ':0')
   end
-  local index = start + position * step
+  local index = index_at(v[4], position)
   if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
   local id = make_element(child, position,
     {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
@@ -97,23 +97,23 @@ local function release_element(child, number, position, outcome)
 end
 
 -- One ended element: returns how much was handled, and whether dependents of it are left.
-local function release_position(array, children, span, position)
+local function release_position(array, children, text, ended, position)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
-  if outcome == 0 and span.ended then outcome = 3 end -- somebody deleted the outcomes
+  if outcome == 0 and ended then outcome = 3 end -- somebody deleted the outcomes
   if outcome == 0 then return 1, false end
   for _, entry in ipairs(children) do
     local number, child = string.match(entry, '^(%d+):(.*)$')
     if child then guarded(moment, child, release_element, child, tonumber(number), position, outcome) end
   end
-  local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
+  local element = array .. '_' .. string.format('%d', index_at(text, position))
   local handled, more = release_dependents_of(element, ({'k', 'f', 'o'})[outcome])
   return 1 + #children + handled, more
 end
 
 -- One element of a canceled array: a retried one, one that was given back, or one that waited for another array's.
-local function sweep_position(array, submission, span, position)
+local function sweep_position(array, submission, text, position)
   if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1, false end
-  local element = array .. '_' .. string.format('%d', span[1] + position * span[2])
+  local element = array .. '_' .. string.format('%d', index_at(text, position))
   local status = redis.pcall('HGET', job_key(element), 'status')
   if type(status) ~= 'string' then status = nil end
   if status == 'queued' or status == 'scheduled' then
@@ -129,16 +129,15 @@ local function walk(kind, array, position, last, budget)
   local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status')
   if not v[1] then return 0 end -- somebody deleted it
   if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
-  local span = {span_in(v[1])}
-  span.ended = ENDED[v[4]]
+  count_in(v[1])
   local children = kind == 'e' and redis.call('LRANGE', elementwise_key(array), 0, -1)
   local handled = 0
   while position <= last and handled < budget do
     local number, more
     if kind == 'e' then
-      number, more = release_position(array, children, span, position)
+      number, more = release_position(array, children, v[1], ENDED[v[4]], position)
     else
-      number, more = sweep_position(array, v[2], span, position)
+      number, more = sweep_position(array, v[2], v[1], position)
     end
     handled = handled + number
     if not more then position = position + 1 end

@@ -125,7 +125,7 @@ local function read_array(id)
   for i, name in ipairs(ARRAY) do f[string.match(name, '^p?q?_?(.*)$')] = v[i] end
   if not f.array then return nil end
   class_in(f.class)
-  f.start, f.step, f.count = span_in(f.array)
+  f.count = count_in(f.array)
   for _, name in ipairs({'left', 'unfinished', 'kept'}) do number_in('pq_' .. name, f[name], 0) end
   f.next, f.retries = number_in('pq_next', f.next), tostring(number_in('pq_retries', f.retries, 0))
   f.ended = (bad(f.status) or f.status == 'finished') and redis.call('TTL', job_key(id)) >= 0
@@ -197,7 +197,7 @@ end
 local function requeue_element(id, array, index)
   local f = array and read_array(array)
   if not f then return 'unknown' end
-  local position = position_of(index, f.start, f.step, f.count)
+  local position = position_of(index, f.array)
   if not position then return 'unknown' end
   local at = '#' .. string.format('%d', position)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', at)[1]

@@ -61,6 +61,8 @@ SLURM: list[tuple[str, dict[str, Any]]] = [
     ("--gpus-per-node=h100:1", {"request": Request(gpus=1)}),
     ("--gpus-per-task=2 --ntasks-per-node=2", {"request": Request(cores=(2, 2), gpus=4)}),
     ("--array=0-9:3", {"array": ArrayRange(0, 9, 3), "env": ARRAY}),
+    ("--array=1,4-5,0%2", {"array": ArrayRange(0, 1, limit=2, more=((4, 5, 1),)),
+                           "env": {**ARRAY, "SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_STEP": "1"}}),
     ("-a 5", {"array": ArrayRange(5, 5), "env": {**ARRAY, "SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_MIN": "5",
                                                  "SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_STEP": "1"}}),
     ("--time=90", {"time_limit": 5400.0}),
@@ -94,6 +96,7 @@ def test_slurm(options: str, fields: dict[str, Any]) -> None:
         ("--nodes 2", {"request": Request(nodes=(2, 2), whole=True)}),
         ("--resource mem=100 --resource gpus/nvidia=1 --resource fpga=2",
          {"request": Request(memory=100 << 20, gpus=1, use=(("fpga", 2),))}),
+        ("--array 1,4-5%2", {"array": ArrayRange(1, 1, limit=2, more=((4, 5, 1),)), "env": {"HQ_TASK_ID": "{index}"}}),
         ("--array 1-10:2", {"array": ArrayRange(1, 10, 2), "env": {"HQ_TASK_ID": "{index}"}}),
         ("--time-limit=10min --time-request 5m", {"time_limit": 600.0, "time_request": 300.0}),
         ("--time-limit='1h 30m'\n#HQ --priority=-5", {"time_limit": 5400.0, "priority": -5}),
@@ -113,7 +116,6 @@ def test_hyperqueue(options: str, fields: dict[str, Any]) -> None:
     [
         ("#SBATCH -p long --mail-type=END -c 1 --hold", "-p long --mail-type=END --hold"),
         ("#SBATCH --no-such-option=3 -y", "--no-such-option=3 -y"),
-        ("#SBATCH --array=0-9%4", "%4 of --array=0-9%4"),
         ("#SBATCH --mem=0", "--mem=0"),
         ("#SBATCH --exclusive=user", "--exclusive=user"),
         ("#SBATCH --gres=gpu:1,tmp:2", "--gres=gpu:1,tmp:2"),
@@ -133,7 +135,7 @@ def test_what_has_no_meaning_is_named(line: str, named: str) -> None:
     ("line", "said"),
     [
         ("#SBATCH --cpus-per-task=x", "job.sh: line 4: #SBATCH --cpus-per-task=x: 'x' is no whole number from 1 on"),
-        ("#SBATCH -a 1,3-5%2", "job.sh: #SBATCH -a 1,3-5%2: a task has one range: give --array 1,3-5"),
+        ("#SBATCH -a 1,3-5%0", "job.sh: line 4: #SBATCH -a 1,3-5%0: '1,3-5%0': at most 0 at a time would run nothing"),
         ("#SBATCH --array=1-x", "job.sh: line 4: #SBATCH --array=1-x: '1-x' is no array"),
         ("#SBATCH --time=soon", "job.sh: line 4: #SBATCH --time=soon: 'soon' is no time"),
         ("#SBATCH --nodes=0", "job.sh: line 4: #SBATCH --nodes=0: '0' is no number or range"),

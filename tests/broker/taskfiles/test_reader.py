@@ -15,7 +15,7 @@ from pilotq.broker.taskfiles.lines import split_words
 from pilotq.broker.taskfiles.native import tomllib
 from pilotq.broker.taskfiles.reader import read_tasks
 from pilotq.broker.tasks.model import ArrayRange, Request, Task
-from pilotq.broker.tasks.quantities import parse_array, parse_arrays, parse_duration, parse_size, parse_span, request_of
+from pilotq.broker.tasks.quantities import parse_duration, parse_size, parse_span, request_of
 
 
 def write(folder: Path, text: str | bytes, name: str = "jobs") -> Path:
@@ -66,34 +66,50 @@ def test_durations(text: str, value: float) -> None:
     ("text", "arrays"),
     [
         ("0-20:5", [(0, 20, 5)]), ("7", [(7, 7, 1)]), ("1,3-5,10-20", [(1, 1, 1), (3, 5, 1), (10, 20, 1)]),
-        ("1,3,5,7", [(1, 7, 2)]), ("1,2,4", [(1, 2, 1), (4, 4, 1)]), ("0-9:3, 1-9:3", [(0, 9, 3), (1, 9, 3)]),
-        ("5,1", [(5, 5, 1), (1, 1, 1)]), ("0-9:2,10", [(0, 10, 2)]),
+        ("1,3,5,7", [(1, 7, 2)]), ("1,2,4", [(1, 2, 1), (4, 4, 1)]),
+        ("1-7:3, 2-8:3", [(1, 2, 1), (4, 5, 1), (7, 8, 1)]),
+        ("5,1", [(1, 1, 1), (5, 5, 1)]), ("0-9:2,10", [(0, 10, 2)]), ("5-9,0-4", [(0, 9, 1)]),
+        ("0,5-20:5", [(0, 20, 5)]),
+        ("0-10:2,1-11:2", [(0, 11, 1)]), ("1,10,11,12", [(1, 1, 1), (10, 12, 1)]), ("0-8:5", [(0, 8, 5)]),
+        ("0-8:5,7", [(0, 5, 5), (7, 7, 1)]),
+        (",".join(map(str, range(1, 2_000_000, 2))), [(1, 1_999_999, 2)]),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )  # fmt: skip
 def test_an_array_of_several_ranges(text: str, arrays: list[tuple[int, int, int]]) -> None:
-    assert parse_arrays(text) == [ArrayRange(*one) for one in arrays]
+    first, *more = arrays
+    assert ArrayRange.parse(text) == ArrayRange(*first, more=tuple(more))
+
+
+def test_the_limit_of_an_array() -> None:
+    assert ArrayRange.parse("0-9:2%4") == ArrayRange(0, 9, 2, limit=4)
+    assert ArrayRange.parse(" 1, 3-5 %1 ") == ArrayRange(1, 1, limit=1, more=((3, 5, 1),))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("1,3-5,10-20%4", "no limit of its own.*--counter"), ("0-9%2", "no limit of its own.*--counter"),
-        ("1,1", "the index 1 twice"), ("0-20:5,10-12", "the index 10 twice"), ("1,", "'' is no array"),
-        ("5-1,7", "'5-1' is an array without"), (",".join(map(str, range(600, 0, -3))), "at most 100 parts"),
-        ("0-999999999,1000000-999999999", "too many indices"),
+        ("1,3-5,10-20%0", "at most 0 at a time would run nothing"), ("0-9%", "no number behind %"),
+        ("0-9%-1", "no number behind %"), ("0-9%2%3", "no number behind %"), ("%4", "'' in '%4' is no array"),
+        ("1,1", "the index 1 is named twice"), ("0-20:5,10-12", "the index 10 is named twice"),
+        ("1,", "'' in '1,' is no array"), ("5-1,7", "'5-1' is an array without"), ("7,-3", "'-3' is no array: .* negative"),
+        ("1,9007199254740992", "at most 9,007,199,254,740,991"), ("0-" + "9" * 5000, "at most 9,007,199,254,740,991"),
+        (",".join(str(n * n) for n in range(10_002)), "at most 10,000 ranges of indices, not 10,001"),
+        ("0-999999999,1000000-999999999", "at most 1,000,000 indices"),
     ],
+    ids=lambda value: value[:20],
 )  # fmt: skip
 def test_an_array_of_several_ranges_that_is_refused(text: str, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
-        parse_arrays(text)
+        ArrayRange.parse(text)
 
 
 def test_spans_and_arrays() -> None:
     assert parse_span("4") == (4, 4)
     assert parse_span("2-4") == (2, 4)
-    assert parse_array("0-99:5") == ArrayRange(0, 99, 5)
-    assert len(parse_array("0-99:5")) == 20
-    assert parse_array("7") == ArrayRange(7, 7)
+    assert ArrayRange.parse("0-99:5") == ArrayRange(0, 99, 5)
+    assert len(ArrayRange.parse("0-99:5")) == 20
+    assert ArrayRange.parse("7") == ArrayRange(7, 7)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +118,7 @@ def test_spans_and_arrays() -> None:
         (parse_size, ["", "x", "-1", "5X", "1e3", "٣", "9" * 5000]),
         (parse_duration, ["", "x", "-1", "s", "1:3", "1m1h", "nan", "9" * 5000]),
         (parse_span, ["", "0", "4-2", "-1", "1-", "a", "1-2-3", "9" * 5000]),
-        (parse_array, ["", "5-1", "0-9:0", "a", "1,2", "-3", "9" * 5000]),
+        (ArrayRange.parse, ["", "5-1", "0-9:0", "a", "1,2,", "-3", "9" * 5000]),
     ],
 )
 def test_quantities_that_are_none(parse: object, texts: list[str]) -> None:
