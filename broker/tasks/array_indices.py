@@ -195,7 +195,7 @@ class Indices:
         """From the array's record. Raises ValueError where that is damaged."""
         head, *rest = (text.decode() if isinstance(text, bytes) else text).split(" ")
         start, step, count = map(int, head.split(":"))
-        if start < 0 or count < 1 or step < (not rest) or len(rest) % 3:
+        if start < 0 or count < 1 or step < 0 or bool(step) == bool(rest) or len(rest) % 3:
             raise ValueError(f"{head!r} is no array")
         if not rest:
             return cls([range(start, start + step * count, step)])

@@ -24,8 +24,9 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.messages import Run
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store
+from pilotq.broker.tasks.model import ArrayRange
 from pilotq.broker.tasks.states import ENDED
-from tests.support.engine import ONE, QUEUE_ID, Engine, array, fixtures, task
+from tests.support.engine import ONE, QUEUE_ID, Engine, fixtures, task
 
 engine, server, node = fixtures
 CRASH_LIMIT = 3
@@ -142,19 +143,21 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), size=st.integers(1, 5), retries=st.integers(0, 1), by_element=st.booleans())
     def submit_array(self, data: st.DataObject, size: int, retries: int, by_element: bool) -> None:
         born = "waiting"
+        indices = sorted(data.draw(st.sets(st.integers(0, 12), min_size=size, max_size=size)))
+        span = ArrayRange.of(indices)
         like = [a for a, members in self.model.arrays.items() if len(members) == size]
         if by_element and like:
             each = data.draw(st.lists(st.sampled_from(like), min_size=1, max_size=2, unique=True))
-            (name,) = self.engine.submit(array(size, retries=retries, after_each=each))
+            (name,) = self.engine.submit(task(array=span, retries=retries, after_each=each))
             parents = [[self.model.arrays[p][n] for p in each] for n in range(size)]
             self.model.each.add(name)
         else:
             after = self._parents(data)
-            (name,) = self.engine.submit(array(size, retries=retries, after=after))
+            (name,) = self.engine.submit(task(array=span, retries=retries, after=after))
             parents = [after] * size
             born = self.model.born(after)
         self.model.retries[name] = retries
-        self.model.arrays[name] = [f"{name}_{n}" for n in range(size)]
+        self.model.arrays[name] = [f"{name}_{n}" for n in indices]
         for member, waits_for in zip(self.model.arrays[name], parents, strict=True):
             self.model.units[member] = Unit(member, retries, waits_for, name, born)
 
