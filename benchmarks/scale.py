@@ -29,7 +29,8 @@ from pilotq.broker.scheduling.dispatcher import Dispatcher
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.messages import EndReport
+from pilotq.broker.store.messages import EndReport, StateReport
+from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import ClaimTarget, iso, pack
 from pilotq.broker.tasks.model import ArrayRange, Request, Task
 
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 LONGEST_MS = 50.0  # of a script call
 ONE = "default.p0.1c"
 NODE = "n1:1"
+GIB = 2**30
 MEASURE = "import sys; from benchmarks import scale; scale.measure(sys.argv[1], int(sys.argv[2]))"
 
 
@@ -75,6 +77,11 @@ class Lab:
     def complete(self, task_id: str) -> None:
         words = ("finished", "", iso(time.time()), "0", iso(time.time()), "n1[0]")
         self.store.report_lost([EndReport(task_id, 1, *words, pack({"id": task_id}))])
+
+    def release(self) -> None:
+        """Until nothing is left of what was left to the dispatcher."""
+        while self.store.release_dependents(200)[1]:
+            pass
 
     def journal(self, count: int, line: Callable[[int], dict[str, Any]]) -> None:
         with open(self.pilot.journal, "w") as file:
@@ -120,14 +127,11 @@ def submit_kinds(lab: Lab, count: int) -> None:
 def release_dependents(lab: Lab, count: int) -> None:
     first, *_ = lab.broker.enqueue_many([Task(command=["true"], name="first"), *_tasks(count // 10, after=["first"])])
     dispatcher = lab.dispatcher()
-    for _ in range(10_000):  # what a commit has left to the dispatcher
-        if lab.store.release_dependents(200)[1] == 0:
-            break
+    lab.release()
     lab.claim(1)
     with lab.watched():
         lab.complete(first)
-        while lab.store.release_dependents(200)[1]:
-            pass
+        lab.release()
     dispatcher.close()
 
 
@@ -200,6 +204,99 @@ def reconcile_canceled(lab: Lab, count: int) -> None:
             dispatcher._run_periodic_work(time.monotonic())
 
 
+def kinds_too_large(lab: Lab, count: int) -> None:
+    """A tenth as many kinds of requests that the one node cannot hold; all are examined, and looked at ten times."""
+    tasks = [Task(command=["true"], request=Request(memory=GIB + n)) for n in range(count // 10)]
+    lab.broker.enqueue_many(tasks)
+    dispatcher = lab.dispatcher()
+    info = NodeInfo("n1", 1, "here", 1, [0], memory=GIB // 2)
+    dispatcher.inventory.add_node(info, StateReport("n1", 1, lab.store.term, [], {}), time.monotonic())
+    with lab.watched():
+        for _ in range(10):
+            dispatcher._start_tasks(time.monotonic())
+            while dispatcher.backlog.more:
+                dispatcher._start_tasks(time.monotonic())
+
+
+def release_arrays(lab: Lab, count: int) -> None:
+    """A hundredth as many arrays of two that wait element by element for one."""
+    pair = ArrayRange(0, 1)
+    first, *_ = lab.broker.enqueue_many(
+        [
+            Task(command=["true"], array=pair, name="first"),
+            *_tasks(count // 100, array=pair, after_each=["first"]),
+        ]
+    )
+    dispatcher = lab.dispatcher()
+    lab.release()
+    lab.claim(2)
+    with lab.watched():
+        for n in range(2):
+            lab.complete(f"{first}_{n}")
+        lab.release()
+    dispatcher.close()
+
+
+def _fan(lab: Lab, tasks: list[Task]) -> list[str]:
+    """These tasks have been canceled, and what waited for them."""
+    ids = lab.broker.enqueue_many(tasks)
+    dispatcher = lab.dispatcher()
+    lab.release()
+    lab.broker.cancel(ids)
+    lab.release()
+    dispatcher.close()
+    return ids
+
+
+def retry_dependents(lab: Lab, count: int) -> None:
+    ids = _fan(lab, [Task(command=["true"], name="first"), *_tasks(count // 10, after=["first"])])
+    with lab.watched():
+        lab.broker.retry(ids)
+
+
+def retry_with_parents(lab: Lab, count: int) -> None:
+    parents = [Task(command=["true"], name=f"t{n}") for n in range(count // 10)]
+    ids = _fan(lab, [*parents, Task(command=["true"], after=[f"t{n}" for n in range(count // 10)])])
+    with lab.watched():
+        lab.broker.retry(ids)
+        lab.release()
+
+
+def count_vanished(lab: Lab, count: int) -> None:
+    tasks = [Task(command=["true"], request=Request(memory=1 + n)) for n in range(count // 10)]
+    ids = lab.broker.enqueue_many(tasks)
+    lists = [keys.queue(name.decode()) for name in lab.admin.call("HKEYS", keys.CLASSES)]
+    for first in range(0, len(ids), 5000):
+        lab.admin.call("DEL", *map(keys.job, ids[first : first + 5000]), *lists[first : first + 5000])
+    lab.admin.call("DEL", keys.CHANGED_CLASSES)
+    dispatcher = lab.dispatcher()
+    lab.release()
+    with lab.watched():
+        lab.store.count_vanished(["default"])
+    dispatcher.close()
+    assert lab.broker.counts().left == 0
+
+
+def free_rate_slots(lab: Lab, count: int) -> None:
+    """A tenth as many limits, each held by a job that is gone, and one with as many holders and jobs that wait."""
+    names = [f"limit {n}" for n in range(count // 10)]
+    for first in range(0, len(names), 5000):
+        part = names[first : first + 5000]
+        lab.admin.call("SADD", "rq:rl-keys", *part)
+        lab.admin.pipeline([("HSET", f"rq:rl:{n}", "concurrency", len(names)) for n in part])
+        lab.admin.pipeline([("ZADD", f"rq:rl:{n}:allowed", 1, "gone") for n in part])
+        for kind in ("allowed", "rate_limited"):
+            lab.admin.call("ZADD", f"rq:rl:limit 0:{kind}", *(text for n in part for text in (1, f"{kind} {n}")))
+        lab.admin.pipeline(
+            [("HSET", keys.job(f"rate_limited {n}"), "status", "rate_limited", "origin", "default") for n in part]
+        )
+    dispatcher, cursor = lab.dispatcher(), b""
+    with lab.watched():
+        while cursor != b"0":
+            cursor = lab.store.run("free_rate_slots", lab.store.term, "1", "now", cursor or "0")
+    dispatcher.close()
+
+
 def _finished(n: int) -> dict[str, Any]:
     return {"id": f"v{n:x}", "status": "finished", "execution": 1, "node": "n1", "cpus": "n1[0]", "stdout": "x" * 200}
 
@@ -208,11 +305,17 @@ SHAPES: dict[str, Callable[[Lab, int], None]] = {
     "submit of independent tasks": submit_independent,
     "submit of tasks that wait for one": submit_dependents,
     "a tenth as many kinds of requests": submit_kinds,
+    "a tenth as many kinds of requests too large for the nodes": kinds_too_large,
     "release of a tenth as many that waited for one": release_dependents,
+    "release of a hundredth as many arrays, element by element": release_arrays,
     "cancel of an array, every other element finished": cancel_half_finished,
     "retry of that array": retry_half_finished,
+    "retry of a tenth as many that wait for one": retry_dependents,
+    "retry of one that waits for a tenth as many": retry_with_parents,
     "claim of that array": claim_half_finished,
     "claim where all records were deleted": claim_deleted,
+    "a tenth as many kinds whose records were deleted": count_vanished,
+    "a tenth as many rate limits of RQ": free_rate_slots,
     "cancel of a tenth as many tasks": cancel_all,
     "2,000 tasks after expired ones": after_expired,
     "wait for 2,000 expired ones": wait_expired,

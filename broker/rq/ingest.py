@@ -24,6 +24,7 @@ from pilotq.broker.tasks.submit_context import SubmitContext
 
 POLL_S = 0.25  # interval at which all lists are read, as a notification may have been lost
 LIMITS_S = 60.0  # interval at which slots of RQ's rate limits are freed
+LIMIT_CALLS_MAX = 10  # calls for that in a row: then the rest of the dispatcher runs
 BATCH = 500  # jobs routed in one call
 BATCHES_MAX = 40  # calls in a row: then the rest of the dispatcher runs
 RELEASE_STEP_S = 2.0  # a process of RQ's may take so long between two steps of a release
@@ -51,6 +52,7 @@ class RqIngest:
         self.queues: list[str] = []
         self.next_refresh = 0.0
         self.next_limits = 0.0
+        self._limits_cursor = b"0"  # of the walk through all rate limits
         self._reading = 0  # number of the last reading
         self._notified = 0  # ... whose notification has arrived
         self._front_pushes: Counter[str] = Counter()  # channel -> pushes to the front since the last reading
@@ -157,8 +159,11 @@ class RqIngest:
                 *self.queues,
             )
         if now >= self.next_limits:
-            self.next_limits = now + LIMITS_S
-            self.store.run("free_rate_slots", self.store.term, *stamp)
+            for _ in range(LIMIT_CALLS_MAX):
+                self._limits_cursor = self.store.run("free_rate_slots", self.store.term, *stamp, self._limits_cursor)
+                if self._limits_cursor == b"0":
+                    self.next_limits = now + LIMITS_S
+                    break
         self._to_route = True
 
     def _listen(self, wanted: set[str]) -> None:

@@ -17,6 +17,7 @@ from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import open_positions, outcome_at
 
 BATCH = 500
+ORPHAN_CALLS_MAX = 10  # calls in one turn, each of which may find BATCH arrays that wait for deleted ones
 SCAN = 1000  # keys examined in one turn for lists that a compact has left
 ELEMENTS_MAX = 20_000  # elements examined in one turn of an array that waits element by element: the first open ones
 UNCHANGED_S = 5.0  # ids in a list of RQ's compact that has not changed for so long return to their lists
@@ -45,11 +46,12 @@ class RqRepair:
         """Cancel what waits for a deleted record; an array that waits element by element, too: some of it may run."""
         cursor, members = self.connection.call("SSCAN", keys.PARENTS, self._orphan_cursor, "COUNT", BATCH)
         self._orphan_cursor = int(cursor)
-        if members:
+        for _ in range(ORPHAN_CALLS_MAX if members else 0):
             found = self.store.run("cancel_orphans", self.store.term, *members)
-            if found:
-                log("an array that others wait for was deleted: they are canceled")
-                self.store.cancel([array.decode() for array in found])
+            if not found:
+                break
+            log("an array that others wait for was deleted: they are canceled")
+            self.store.cancel([array.decode() for array in found])
 
     def _drop_missing_records(self, queue: str) -> None:
         """Remove ids of deferred tasks whose record is missing."""

@@ -1,13 +1,15 @@
 """The backlog: what waits in the class lists, as the dispatcher has read it, in the order of placement.
 
 There may be very many classes (tasks that each ask for another amount of memory): the scripts note those whose lists
-have got something, and only these are read again.
+have got something, and only these are read again. Those that the open nodes cannot hold are set aside until the nodes
+change.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from pilotq.broker.scheduling.placement import Waiting
 from pilotq.broker.store import keys
@@ -16,6 +18,7 @@ from pilotq.broker.store.store import Head, Store
 from pilotq.broker.tasks.model import Request, order_of
 
 CLASSES_MAX = 256  # classes that one pass of placement looks at: the first in the order
+EXAMINED_MAX = 1000  # classes of which one pass finds out whether the nodes can hold them
 SLICE = 250  # class lists read in one script call
 TURN_MAX = 5_000  # changed lists read in one turn of the dispatcher
 
@@ -25,15 +28,22 @@ Key = tuple[int, int, str]  # minus priority, place of the first task, class nam
 
 
 class Backlog:
-    """The heads of all class lists that are not empty. ``more``: some that have changed are still to be read."""
+    """The heads of all class lists that are not empty."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.heads: dict[str, Head] = {}
-        self.more = False
-        self._order: list[Key] = []
+        self._order: list[Key] = []  # without those that are set aside
         self._keys: dict[str, Key] = {}
+        self._aside: set[str] = set()  # what the open nodes cannot hold
+        self._widenings = 0  # of the cluster, when these were set aside
+        self._unread = self._unexamined = False
         self._cursor = 0
+
+    @property
+    def more(self) -> bool:
+        """Whether some lists that have changed are still to be read, or some classes to be examined."""
+        return self._unread or self._unexamined
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -65,9 +75,9 @@ class Backlog:
             names = self.store.write("SPOP", keys.CHANGED_CLASSES, SLICE)
             self.read([name.decode() for name in names])
             if len(names) < SLICE:
-                self.more = False
+                self._unread = False
                 return
-        self.more = True
+        self._unread = True
 
     def read(self, names: Sequence[str]) -> None:
         for first in range(0, len(names), SLICE):
@@ -79,28 +89,40 @@ class Backlog:
         """What waits in one list now."""
         info = class_info(name)
         known = self._keys.pop(name, None)
-        if known is not None:
+        if known is not None and name not in self._aside:
             del self._order[bisect_left(self._order, known)]
         if info is None or not head.length:
             self.heads.pop(name, None)
+            self._aside.discard(name)
             return
         self.heads[name] = head
         self._keys[name] = (-info.priority, order_of(head.places[0]), name)
-        insort(self._order, self._keys[name])
+        if name not in self._aside:
+            insort(self._order, self._keys[name])
 
     # -- for placement ----------------------------------------------------------------------------------------------
 
-    def first(self, is_possible: Callable[[Request], bool], room: Room) -> dict[str, Head]:
+    def first(self, is_possible: Callable[[Request], bool], widenings: int, room: Room) -> dict[str, Head]:
         """The classes that placement looks at: the first ones in its order that the nodes could hold.
 
-        Beside these the first ones of which as many tasks run at a time as may: they can only be prefetched.
+        ``widenings``: as long as it is the same, what is not possible stays so. Beside these classes the first ones of
+        which as many tasks run at a time as may: they can only be prefetched.
         """
+        if widenings != self._widenings:
+            self._widenings = widenings
+            self._order = sorted([*self._order, *(self._keys[name] for name in self._aside)])
+            self._aside.clear()
         found: dict[str, Head] = {}
-        full = 0
-        for _, _, name in self._order:
+        kept: list[Key] = []
+        examined = full = 0
+        for key in islice(self._order, EXAMINED_MAX):
+            examined += 1
+            name = key[2]
             info = class_info(name)
             if info is None or not is_possible(info.request):
+                self._aside.add(name)
                 continue
+            kept.append(key)
             if info.at_most and not room(info, name):
                 if full == CLASSES_MAX:
                     continue
@@ -108,6 +130,10 @@ class Backlog:
             found[name] = self.heads[name]
             if len(found) - full == CLASSES_MAX:
                 break
+        # Only where some have left the order there is more to see the next time.
+        self._unexamined = len(found) - full < CLASSES_MAX and len(kept) < examined < len(self._order)
+        if len(kept) < examined:
+            self._order[:examined] = kept
         return found
 
 

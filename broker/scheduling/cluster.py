@@ -33,6 +33,7 @@ class Cluster:
         self._held_for = Request()
         self._held_nodes = 0
         self._possible: dict[tuple[Request, int], bool] = {}  # valid until a node is added, removed, opened or closed
+        self.widenings = 0  # how often nodes have changed so that more may be possible than before
         # Nodes that lack what a request wants besides cores: true until something is released.
         self._barred: dict[Request, int] = {}
         self._ends: dict[float, int] = {}  # when nodes get nothing new -> their indexes
@@ -50,6 +51,7 @@ class Cluster:
         if info.name in self._nodes:
             raise ValueError(f"node {info.name} is there already: remove its last incarnation first")
         self._nodes[info.name] = NodeCores(info)
+        self.widenings += 1
         self._arrange()
 
     def remove_node(self, name: str) -> None:
@@ -64,6 +66,7 @@ class Cluster:
         """A closed node gets no new tasks; what runs there continues. A hold on it ends."""
         node = self._nodes[name]
         node.open = open
+        self.widenings += open
         if node.held:
             self.unhold()
         self._possible.clear()
@@ -78,6 +81,7 @@ class Cluster:
         node = self._nodes[name]
         # It is computed from two clocks, so that it varies a little: equal ends must not clear what is cached.
         if node.end != end and not abs(node.end - end) < END_S:
+            self.widenings += end > node.end
             node.end = end
             self._possible.clear()
             self._count_ends()

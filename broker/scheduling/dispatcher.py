@@ -173,7 +173,7 @@ class Dispatcher:
         if self.reconciler.due(now):
             self._read_control()
             names = self.backlog.read_some()
-            walked, idle = self.backlog.walked, self._is_idle()
+            walked, idle = self.backlog.walked, self._is_idle() and not self.backlog.heads
             for info in self.reconciler.turn(now, self._addresses(), names, walked=walked, idle=idle):
                 self._remove_node(info, "it was out of touch for too long")
             self.store.release_dependents(RELEASE_LIMIT)
@@ -310,7 +310,10 @@ class Dispatcher:
 
     def _first(self) -> dict[str, Head]:
         """The heads of the class lists that placement looks at."""
-        return self.backlog.first(self.inventory.cluster.is_possible, self._room) if self.inventory.nodes else {}
+        if not self.inventory.nodes:
+            return {}
+        cluster = self.inventory.cluster
+        return self.backlog.first(cluster.is_possible, cluster.widenings, self._room)
 
     def _room(self, info: ClassInfo, name: str) -> int:
         """How many more tasks of a class may begin that has a limit; none while a node has not said what it runs."""

@@ -56,7 +56,8 @@ class Reconciler:
     ) -> list[NodeInfo]:
         """One round; returns the nodes that are lost.
 
-        ``classes``: some of all, in turn; ``walked``: the last. ``idle``: no node holds a task.
+        ``classes``: some of all, in turn; ``walked``: the last. ``idle``: no node holds a task, and none is known to
+        wait.
         """
         self.next_turn = now + self.store.settings.reconcile_s
         queues = self._queues()
@@ -65,7 +66,7 @@ class Reconciler:
             self._check_running(queue, nodes)
         self.repair.turn(queues, now)
         # RQ's delete of what runs takes it out of the registry, too: nothing seems to run, its end is still to come.
-        if idle and self.store.run("count_vanished", self.store.term, self.store.settings.failed_ttl_s, *queues):
+        if idle and self.store.count_vanished(queues):
             log("tasks whose records were deleted while they waited count as canceled")
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s

@@ -164,8 +164,12 @@ class Store:
 
     def requeue(self, items: Sequence[Sequence[Any]], *outcomes: bytes) -> list[str]:
         """Have ended tasks run again; each item is [id], or a whole array as requeue.lua says."""
-        now = time.time()
-        return [a.decode() for a in self.run("requeue", f"{now:.6f}", iso(now), pack(items), *outcomes)]
+        answers: list[str] = []
+        while True:
+            now, rest = time.time(), items[len(answers) :]
+            answers += (a.decode() for a in self.run("requeue", f"{now:.6f}", iso(now), pack(rest), *outcomes))
+            if len(answers) == len(items):
+                return answers
 
     # -- dispatcher ---------------------------------------------------------------------------------------------
 
@@ -195,6 +199,18 @@ class Store:
     def report_lost(self, reports: Sequence[EndReport]) -> list[str]:
         """End executions that no worker reports; what reports leave empty is read from the records."""
         return [v.decode() for v in self.run("complete", *self.complete_arguments("", 0, b"", reports))]
+
+    def count_vanished(self, queues: Sequence[str]) -> int:
+        """Count tasks as canceled whose records were deleted, when nothing is left that waits or runs.
+
+        Returns their number. What has changed in class lists must not be read meanwhile.
+        """
+        stage, cursor = b"classes", b"0"
+        while stage:
+            number, stage, cursor = self.run(
+                "count_vanished", self.term, self.settings.failed_ttl_s, stage, cursor, *queues
+            )
+        return int(number)
 
     # -- workers ------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
 -- cancel_orphans: what waits for a record that somebody deleted waits no longer: release_dependents.lua omits it.
 --
 -- ARGV: 1 queue id, 2 term, 3... ids that something waited for.
--- Returns the arrays that wait element by element for an array that is gone: they are to be canceled.
+-- Returns the arrays that wait element by element for an array that is gone, of very many some: they are to be canceled.
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
-local found = {}
+local found, FOUND_MAX = {}, 500
 for i = 3, #ARGV do
   local id = ARGV[i]
   local array = string.match(id, '^(.-)_%d+$')
@@ -16,14 +16,13 @@ for i = 3, #ARGV do
   if own[2] == 'refused' and redis.call('EXISTS', elementwise_key(id)) == 1 or of[2] == 'refused' then there = false end
   if redis.call('EXISTS', dependents_key(id), elementwise_key(id)) == 0 then
     redis.call('SREM', 'pilotq:parents', id)
-  elseif not there then
-    redis.call('SREM', 'pilotq:parents', id)
+  elseif not there and #found < FOUND_MAX then
     -- Behind the entry of its own end, if that is still there: then nothing is left for this one.
     if redis.call('EXISTS', dependents_key(id)) == 1 then redis.call('RPUSH', 'pilotq:release', 'o:' .. id) end
-    for _, entry in ipairs(redis.call('LRANGE', elementwise_key(id), 0, -1)) do
+    for _, entry in ipairs(redis.call('LPOP', elementwise_key(id), FOUND_MAX) or {}) do
       found[#found + 1] = string.match(entry, '^%d+:(.*)$')
     end
-    redis.call('DEL', elementwise_key(id))
+    if redis.call('EXISTS', elementwise_key(id)) == 0 then redis.call('SREM', 'pilotq:parents', id) end
   end
 end
 if redis.call('EXISTS', 'pilotq:release') == 1 then wake() end

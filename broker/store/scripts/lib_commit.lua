@@ -31,6 +31,43 @@ local function status_of(parent, past)
   return parents[parent]
 end
 
+-- -- waiting again, for requeue.lua and release_dependents.lua -----------------------------------------------------------------
+
+local function bad(status) return status == 'failed' or status == 'stopped' or status == 'canceled' end
+
+-- What has no record any more had finished: what did not is kept longer than those that depend on it. Not `status_of`, which
+-- remembers: a parent may be requeued in this very call.
+local function present_status(parent)
+  local status = read_parent(parent) or redis.pcall('HGET', job_key(parent), 'status')
+  return type(status) == 'string' and status or 'finished'
+end
+
+-- Those of the parents (ids with spaces between) that have not ended, from an offset on; nil when one ended, and did not finish.
+-- Also how many were looked at, and the offset to go on from when there may be more than `limit`.
+local function open_parents(after, offset, limit)
+  local open, number = {}, 0
+  while number < limit do
+    local parent, behind = string.match(after or '', '^%s*(%S+)()', offset)
+    if not parent then return open, number end
+    number, offset = number + 1, behind
+    local status = present_status(parent)
+    if bad(status) then return nil, number end
+    if status ~= 'finished' then open[#open + 1] = parent end
+  end
+  return open, number, offset
+end
+
+-- These parents release a task that waits again. `wait`: it may have been canceled while it waited; what stands of that in the
+-- lists of parents counts no more.
+local function wait_for_all(id, wait, parents)
+  for _, parent in ipairs(parents) do
+    redis.call('RPUSH', dependents_key(parent), id .. '#' .. wait)
+    track_parent(parent)
+    local array = elements[parent]
+    redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
+  end
+end
+
 -- The tasks of `work` (see commit.lua) get what makes them tasks; `flush_ready` puts them into their lists. `staged`: they are a
 -- piece of a large submission, which has been accepted: their records have a TTL, and what has expired before anybody came here
 -- counts as canceled.
@@ -52,7 +89,7 @@ local function admit(work, staged, now, now_iso, ttl)
   local function is_broken(item)
     for _, parent in ipairs(item[3]) do
       local status = status_of(parent, work.past)
-      if status == 'failed' or status == 'stopped' or status == 'canceled' or omitted[elements[parent]] then return true end
+      if bad(status) or omitted[elements[parent]] then return true end
     end
     return false
   end

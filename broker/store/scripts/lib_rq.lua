@@ -22,13 +22,16 @@ local function to_rq_list(id, queue, front, now_iso)
   redis.call(front and 'LPUSH' or 'RPUSH', list_key(queue), id)
 end
 
--- Free slots of a rate limit go to those that wait for one, oldest first.
+-- Free slots of a rate limit go to those that wait for one, oldest first; more than PROMOTE_MAX in a call wait for the next one.
+local PROMOTE_MAX, promoted = 500, 0
+
 local function promote(key, now, now_iso)
   local base = 'rq:rl:' .. key
   local room = (tonumber(redis.call('HGET', base, 'concurrency') or 0) or 0) - redis.call('ZCARD', base .. ':allowed')
-  while room > 0 do
+  while room > 0 and promoted < PROMOTE_MAX do
     local id = redis.call('ZPOPMIN', base .. ':rate_limited')[1]
     if not id then return end
+    promoted = promoted + 1
     local v = redis.pcall('HMGET', job_key(id), 'origin', 'status', 'enqueue_at_front')
     if v[1] and v[2] == 'rate_limited' then
       redis.call('ZADD', base .. ':allowed', now, id)

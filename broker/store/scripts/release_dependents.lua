@@ -5,9 +5,11 @@
 --   'k:<id>' a task or array has finished, 'f:<id>' it failed, 'o:<id>' it was stopped, canceled or deleted: what waits for
 --      all of it is in pilotq:dependents:<id>; jobs of RQ's producers may allow that it failed;
 --   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:elementwise:<array> wait for each of them, and
---      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once;
+--      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once.
+--      A fifth part is the number of arrays that were handled of the first position;
 --   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends;
 --   's:<first number>' a large submission was accepted: the pieces of it that are left become tasks;
+--   'w:<id>:<wait>:<offset>' a task that waits again looks at the parents that are left in its list of very many;
 --   'x:<array>:<ttl>' the array has ended, and what stood before this was handled: its record is kept so many seconds more.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s).
 -- Returns {number handled, entries left}.
@@ -96,23 +98,35 @@ local function release_element(child, number, position, outcome)
   queue_up(id, v[2])
 end
 
--- One ended element: returns how much was handled, and whether dependents of it are left.
-local function release_position(array, children, text, ended, position)
+-- The arrays that wait for elements of this one, from a place in their list on; of few they are read once.
+local PAGE, page = 200, {}
+
+local function waiting_arrays(array, first)
+  if page.array ~= array or page.first ~= first then
+    page = {array = array, first = first, entries = redis.call('LRANGE', elementwise_key(array), first, first + PAGE - 1)}
+  end
+  return page.entries
+end
+
+-- One ended element, for the arrays from `first` on: returns how much was handled, and where to go on if something is left of it.
+local function release_position(array, text, ended, position, first)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1]
   if outcome == 0 and ended then outcome = 3 end -- somebody deleted the outcomes
-  if outcome == 0 then return 1, false end
+  if outcome == 0 then return 1 end
+  local children = waiting_arrays(array, first)
   for _, entry in ipairs(children) do
     local number, child = string.match(entry, '^(%d+):(.*)$')
     if child then guarded(moment, child, release_element, child, tonumber(number), position, outcome) end
   end
+  if #children == PAGE then return PAGE, first + PAGE end
   local element = array .. '_' .. string.format('%d', index_at(text, position))
   local handled, more = release_dependents_of(element, ({'k', 'f', 'o'})[outcome])
-  return 1 + #children + handled, more
+  return 1 + #children + handled, more and first + #children
 end
 
 -- One element of a canceled array: a retried one, one that was given back, or one that waited for another array's.
 local function sweep_position(array, submission, text, position)
-  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1, false end
+  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1 end
   local element = array .. '_' .. string.format('%d', index_at(text, position))
   local status = redis.pcall('HGET', job_key(element), 'status')
   if type(status) ~= 'string' then status = nil end
@@ -121,31 +135,56 @@ local function sweep_position(array, submission, text, position)
   elseif not status then
     end_elements(array, submission, position, position, now, now_iso, ttl)
   end
-  return 1, false
+  return 1
 end
 
 -- The positions of an entry, as far as the limit goes.
-local function walk(kind, array, position, last, budget)
+local function walk(kind, array, position, last, first, budget)
   local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status')
   if not v[1] then return 0 end -- somebody deleted it
   if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
   count_in(v[1])
-  local children = kind == 'e' and redis.call('LRANGE', elementwise_key(array), 0, -1)
   local handled = 0
   while position <= last and handled < budget do
-    local number, more
+    local number, rest
     if kind == 'e' then
-      number, more = release_position(array, children, v[1], ENDED[v[4]], position)
+      number, rest = release_position(array, v[1], ENDED[v[4]], position, first)
     else
-      number, more = sweep_position(array, v[2], v[1], position)
+      number = sweep_position(array, v[2], v[1], position)
     end
     handled = handled + number
-    if not more then position = position + 1 end
+    if not rest then position = position + 1 end
+    first = rest or 0
   end
   if position <= last then
-    redis.call('LPUSH', 'pilotq:release', string.format('%s:%s:%d:%d', kind, array, position, last))
+    local rest = first > 0 and string.format(':%d', first) or ''
+    redis.call('LPUSH', 'pilotq:release', string.format('%s:%s:%d:%d%s', kind, array, position, last, rest))
   end
   return handled
+end
+
+local PARENTS = 1000
+
+-- A task that was requeued: some of its parents. Until the last ones it waits for one more.
+local function wait_on(id, wait, offset)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_wait', 'pq_after', 'pq_open_parents')
+  if v[1] ~= 'deferred' or v[3] ~= wait then return 0 end
+  class_in(v[2])
+  local open, number, rest = open_parents(v[4], offset, PARENTS)
+  if not open then
+    omit(id, now, now_iso, ttl)
+    return number
+  end
+  local left = number_in('pq_open_parents', v[5]) + #open - (rest and 0 or 1)
+  wait_for_all(id, wait, open)
+  redis.call('HSET', job_key(id), 'pq_open_parents', string.format('%d', left))
+  if rest then
+    redis.call('LPUSH', 'pilotq:release', string.format('w:%s:%s:%d', id, wait, rest))
+  elseif left == 0 then
+    redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
+    queue_up(id, v[2])
+  end
+  return number
 end
 
 local handled = 0
@@ -164,9 +203,14 @@ while handled < limit do
   elseif kind == 'x' then
     local array, seconds = string.match(rest, '^(.*):(%d+)$')
     guarded(nil, array, expire_array, array, tonumber(seconds))
+  elseif kind == 'w' then
+    local id, wait, offset = string.match(rest, '^(.*):(%d+):(%d+)$')
+    local done, number = guarded(moment, id, wait_on, id, wait, tonumber(offset))
+    handled = handled + (done and number or 0)
   else
-    local array, first, last = string.match(rest or '', '^(.-):(%d+):(%d+)$')
-    local done, number = guarded(moment, array, walk, kind, array, tonumber(first), tonumber(last), limit - handled)
+    local array, first, last, child = string.match(rest or '', '^(.-):(%d+):(%d+):?(%d*)$')
+    local done, number = guarded(moment, array, walk, kind, array, tonumber(first), tonumber(last), tonumber(child) or 0,
+      limit - handled)
     handled = handled + (done and number or 0)
   end
 end

@@ -7,14 +7,17 @@
 --         that has its outcomes as they are to be, number failed, number canceled, position of the first to run, [elements that
 --         have a record]],
 --       5... outcomes of arrays.
--- Returns for each 'queued', 'deferred' (what it depends on has not ended), 'dependency' (what it depends on has not
+-- Returns for each, or for the first ones only when they are much work: 'queued', 'deferred' (what it depends on has not ended;
+--       of very many parents that is looked at later), 'dependency' (what it depends on has not
 --       finished), 'gone' (something that it needs was forgotten), 'ending' (it was canceled, and runs still), 'changed'
 --       (the outcomes are others: read them again), 'damaged' (its record cannot be used), 'unknown', or its status when there
 --       is nothing to run again.
 if not queue_id_ok() then return queue_id_error() end
 local now, now_iso = ARGV[2], ARGV[3]
 
-local function bad(status) return status == 'failed' or status == 'stopped' or status == 'canceled' end
+local WORK_MAX, work = 2000, 0 -- of one call: a task counts WORK_OF_TASK, each of its parents one
+local WORK_OF_TASK = 4
+local MANY = 8000 -- bytes of a list of parents: those of a longer one are looked at by release_dependents.lua, in slices
 
 -- Are the submission's record and what its tasks share there?
 local function needs_there(submission)
@@ -41,36 +44,22 @@ local function note(id, name, submission, array)
     {status = 'queued', reason = '', final = false})
 end
 
--- What has no record any more had finished: what did not is kept longer than those that depend on it. Not `status_of`, which
--- remembers: a parent may be requeued in this very call.
-local function present_status(parent)
-  local status = read_parent(parent) or redis.pcall('HGET', job_key(parent), 'status')
-  return type(status) == 'string' and status or 'finished'
+-- What is to be waited for, see open_parents; of very many it is not known yet.
+local function parents_of(after)
+  work = work + #(after or '') / MANY
+  if #(after or '') > MANY then return {}, true end
+  local open, number = open_parents(after, 1, MANY)
+  work = work + number
+  return open, false
 end
 
--- Those of the parents that have not ended; nil when one ended, and did not finish.
-local function open_parents(after)
-  local open = {}
-  for parent in string.gmatch(after or '', '%S+') do
-    local status = present_status(parent)
-    if bad(status) then return nil end
-    if status ~= 'finished' then open[#open + 1] = parent end
-  end
-  return open
-end
-
-local function wait_for(id, class, parents)
-  redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue_of(class), 'pq_open_parents', #parents)
+local function wait_for(id, class, parents, many)
+  redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue_of(class), 'pq_open_parents', many and 1 or #parents)
   redis.call('ZADD', registry('deferred', queue_of(class)), ADOPTED + now, id)
-  -- It may have been canceled while it waited: what stands of that in the lists of parents counts no more.
-  local wait = (tonumber(redis.call('HGET', job_key(id), 'pq_wait') or '') or 0) + 1
-  redis.call('HSET', job_key(id), 'pq_wait', string.format('%d', wait))
-  for _, parent in ipairs(parents) do
-    redis.call('RPUSH', dependents_key(parent), string.format('%s#%d', id, wait))
-    track_parent(parent)
-    local array = elements[parent]
-    redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
-  end
+  local wait = string.format('%d', (tonumber(redis.call('HGET', job_key(id), 'pq_wait') or '') or 0) + 1)
+  redis.call('HSET', job_key(id), 'pq_wait', wait)
+  wait_for_all(id, wait, parents)
+  if many then redis.call('RPUSH', 'pilotq:release', string.format('w:%s:%s:1', id, wait)) end
   return 'deferred'
 end
 
@@ -91,7 +80,7 @@ local function requeue_task(id, v)
   local requeued = status == 'queued' and v[7]
   if not requeued and not bad(status) then return status end
   if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
-  local parents = open_parents(v[5])
+  local parents, many = parents_of(v[5])
   if not parents then return 'dependency' end
   class_in(class)
   if not needs_there(submission) then return 'gone' end
@@ -99,7 +88,7 @@ local function requeue_task(id, v)
   revive(id, queue_of(class))
   uncount(submission, canceled and 'canceled' or 'failed', 1)
   note(id, v[4], submission)
-  if #parents > 0 then return wait_for(id, class, parents) end
+  if many or #parents > 0 then return wait_for(id, class, parents, many) end
   return queue_up(id, class)
 end
 
@@ -139,7 +128,7 @@ end
 local function hindrance(f)
   if (f.cancel or f.status == 'canceled') and not f.ended then return 'ending' end
   if f.parents and not all_there(f.after) or not needs_there(f.sub) then return 'gone' end
-  if not f.parents and not open_parents(f.after) then return 'dependency' end
+  if not f.parents and not parents_of(f.after) then return 'dependency' end
 end
 
 local function reopen(id, f)
@@ -154,10 +143,13 @@ local function requeue_array(id, item)
   local why = hindrance(f)
   if why then return why end
   reopen(id, f)
-  for _, element in ipairs(item[7]) do
-    redis.call('DEL', job_key(element))
-    redis.call('ZREM', registry('failed', queue_of(f.class)), element)
+  push('ZREM', registry('failed', queue_of(f.class)), item[7])
+  for first = 1, #item[7], PIECE do
+    local records = {}
+    for k = first, math.min(first + PIECE - 1, #item[7]) do records[#records + 1] = job_key(item[7][k]) end
+    redis.call('DEL', unpack(records))
   end
+  work = work + #item[7] / 4
   redis.call('SET', outcomes_key(id), ARGV[item[3]])
   redis.call('HDEL', job_key(id), 'pq_kept')
   redis.call('HSET', job_key(id), 'pq_left', item[4] + item[5], 'pq_unfinished', 0, 'pq_next', item[6],
@@ -166,8 +158,8 @@ local function requeue_array(id, item)
   uncount(f.sub, 'canceled', item[5])
   note(id, f.name, f.sub)
   if not f.parents then
-    local parents = open_parents(f.after)
-    if #parents > 0 then return wait_for(id, f.class, parents) end
+    local parents, many = parents_of(f.after)
+    if many or #parents > 0 then return wait_for(id, f.class, parents, many) end
     return queue_up(id, f.class)
   end
   redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue_of(f.class))
@@ -194,6 +186,13 @@ local function failed_above(f, at)
   end
 end
 
+-- Has what the whole array waits for ended? An element that failed had begun: then it had.
+local function ready_to_run(f, outcome)
+  if f.parents then return true end
+  local open, many = parents_of(f.after)
+  return many and outcome == 2 or not many and #open == 0
+end
+
 local function requeue_element(id, array, index)
   local f = array and read_array(array)
   if not f then return 'unknown' end
@@ -206,8 +205,7 @@ local function requeue_element(id, array, index)
     local status = redis.call('HGET', job_key(id), 'status') or 'queued'
     return STATUSES[status] and status or 'damaged'
   end
-  local why = hindrance(f) or f.ended and not f.parents and #open_parents(f.after) > 0 and 'dependency'
-    or failed_above(f, at) and 'dependency'
+  local why = hindrance(f) or f.ended and not ready_to_run(f, outcome) and 'dependency' or failed_above(f, at) and 'dependency'
   if why then return why end
   local execution = drop_record(id, array, f)
   redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', at, 0)
@@ -262,7 +260,11 @@ local function answer_of(item)
 end
 
 local answer = {}
-for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do answer[number] = answer_of(item) end
+for number, item in ipairs(cmsgpack.unpack(ARGV[4])) do
+  if work >= WORK_MAX then break end
+  work = work + WORK_OF_TASK
+  answer[number] = answer_of(item)
+end
 flush_ready()
 flush_lines()
 wake()

@@ -159,7 +159,7 @@ def test_retries_with_intervals(producer: Producer, engine: Engine) -> None:
         producer.run(job, "failed")
         due = producer.client.zscore(keys.registry("scheduled", "default"), job.id)
         assert due is not None and before + interval - 2 <= due <= time.time() + interval
-        assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 0
+        assert engine.store.count_vanished(["default"]) == 0
         producer.pass_time(job)
         assert producer.waits() == [job.id]
     assert producer.run(job, "failed").is_failed
@@ -305,7 +305,7 @@ def test_rate_limits(producer: Producer, engine: Engine) -> None:
     assert producer.waits() == [second.id]
     producer.run(second, "failed")
     assert engine.cancel(third.id) == ["canceled"]
-    engine.store.run("free_rate_slots", engine.store.term, 1, "x")
+    engine.store.run("free_rate_slots", engine.store.term, 1, "x", 0)
     assert RateLimitRegistry.all(producer.client) == []
     assert engine.counts() == {"total": 3, "finished": 1, "failed": 1, "canceled": 1}
 
@@ -325,7 +325,7 @@ def test_a_slot_is_held_while_its_job_dies(producer: Producer, engine: Engine) -
 def test_a_lost_slot_is_found(producer: Producer, engine: Engine) -> None:
     first, second = (producer.enqueue(rate_limit=RateLimit("api", 1)) for _ in range(2))
     producer.client.delete(first.key)
-    engine.store.run("free_rate_slots", engine.store.term, f"{time.time()}", "2026-01-31T12:00:00.000000Z")
+    engine.store.run("free_rate_slots", engine.store.term, f"{time.time()}", "2026-01-31T12:00:00.000000Z", 0)
     route(producer.ingest)
     assert second.id in producer.waits()
 

@@ -175,7 +175,7 @@ def test_rqs_cancel_and_delete_of_what_waits(engine: Engine, client: redis.Redis
     engine.run_all("default.p1.1c")
     assert engine.run_all() == [third]
     assert engine.counts() == {"total": 4, "finished": 2, "canceled": 1}
-    assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 1
+    assert engine.store.count_vanished(["default"]) == 1
     assert engine.counts()["canceled"] == 2
 
 

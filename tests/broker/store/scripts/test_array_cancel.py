@@ -161,7 +161,7 @@ def test_elements_of_a_deleted_array_make_no_ghost(engine: Engine) -> None:
     assert engine.claim(2) == []
     assert not [k for k in engine.all_keys() if k.startswith(("rq:job:", "pilotq:outcomes"))]
     assert engine.counts() == {"total": 4, "finished": 1, "failed": 1, "canceled": 1}
-    assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 1
+    assert engine.store.count_vanished(["default"]) == 1
     assert engine.nothing_left() and not engine.link.call("EXISTS", keys.SUBMISSIONS)
 
 
@@ -179,7 +179,7 @@ def test_a_deleted_record_closes_its_submission(engine: Engine, status: str) -> 
         engine.return_unstarted(mine)
         engine.link.call("DEL", keys.job(a), *(keys.job(f"{b}_{n}") for n in range(2)), keys.job(b), keys.queue(ONE))
         engine.link.call("DEL", keys.registry("wip", "default"))
-        assert engine.store.run("count_vanished", engine.store.term, 60, "default") == 3
+        assert engine.store.count_vanished(["default"]) == 3
     else:
         engine.link.call("DEL", *(keys.job(h.id) for h in mine))
         now = "2026-01-31T12:00:00.000000Z"

@@ -48,9 +48,9 @@ TERMED: dict[str, Callable[[Store], object]] = {
     "read_rq": lambda s: s.run("read_rq", s.term, 10, 1, "default"),
     "route_rq": lambda s: s.run("route_rq", s.term, 1, "x", 1, "k", 0, "default", "1", 1, 0, 0, "", ""),
     "enqueue_due": lambda s: s.run("enqueue_due", s.term, 1, "x", 10, 1, 9, "default"),
-    "free_rate_slots": lambda s: s.run("free_rate_slots", s.term, 1, "x"),
+    "free_rate_slots": lambda s: s.run("free_rate_slots", s.term, 1, "x", 0),
     "cancel_orphans": lambda s: s.run("cancel_orphans", s.term, "1"),
-    "count_vanished": lambda s: s.run("count_vanished", s.term, 60, "default"),
+    "count_vanished": lambda s: s.count_vanished(["default"]),
 }
 
 
