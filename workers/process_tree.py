@@ -10,6 +10,7 @@ its tree is lost: then the marks alone identify it (`kill_marked`).
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -21,8 +22,9 @@ from typing import Generic, NamedTuple, TypeVar
 TASK_MARK = "PILOTQ_TASK_ID"  # a process with it in its environment is part of a task
 CALL_MARK = "PILOTQ_PATH"  # ... and one with this is an interpreter of functions, or was forked by one
 MARKS = (b"PILOTQ_TASK_ID", b"PILOTQ_EXECUTION", b"PILOTQ_DIR")
-READ_S = 0.2  # a process whose environment takes longer hangs in the kernel
-LONG_READ_S = 10.0  # ... and one whose pages cannot be counted in this time: a terabyte takes some seconds
+READ_S = 0.2  # a process hangs in the kernel if the thread that reads its environment is blocked there for so long
+LONG_READ_S = 10.0  # ... and so long where its pages are counted: a terabyte takes some seconds
+STARVED_S = 30.0  # how long a thread that gets no CPU is waited for
 SCAN_MAX = 200  # so many process numbers are read one by one; listing /proc is cheaper from about there
 ROUNDS_MAX = 20  # passes over processes that keep forking while they are signalled; the caller tries again later
 KILL_POLL_S = 0.01  # between two scans for processes that were killed
@@ -89,7 +91,10 @@ def living_subtree(roots: Iterable[int], snapshot: Mapping[int, Process]) -> lis
 
 
 def environment(pid: int) -> bytes:
-    """``\\0NAME=value\\0...\\0``; ``\\0`` of a process that has ended, or may not be read."""
+    """``\\0NAME=value\\0...\\0``; ``\\0`` of a process that has ended, or may not be read.
+
+    Of a process that hangs in the kernel the call may hang, too.
+    """
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
             return b"\0" + file.readall() + b"\0"
@@ -97,6 +102,7 @@ def environment(pid: int) -> bytes:
         return b"\0"
 
 
+_STATE = re.compile(rb"^(?:State|voluntary_ctxt_switches):\t(\w+)", re.MULTILINE)
 _hung: dict[int, int] = {}  # processes of which something cannot be read, as they hang in the kernel: number -> start
 
 
@@ -124,9 +130,10 @@ def _read_each(pids: Iterable[int], read: Callable[[int], T], seconds: float = R
     """What ``read`` returns for each process. It runs in a thread, as the caller must not wait for one that hangs."""
     waiting = deque(pid for pid in pids if pid not in _hung or _start(pid) != _hung[pid])
     found: dict[int, T] = {}
-    while waiting:
+    deadline = time.monotonic() + STARVED_S
+    while waiting and time.monotonic() < deadline:
         reader = _Reader(waiting, found, read)
-        if reader.wait(seconds):
+        if reader.wait(deadline, seconds):
             break
     return found
 
@@ -135,7 +142,7 @@ class _Reader(Generic[T]):
     """Reads of the ``waiting`` into ``found``, until there is none left or one of them hangs."""
 
     def __init__(self, waiting: deque[int], found: dict[int, T], read: Callable[[int], T]) -> None:
-        self._current = 0
+        self._current = self._thread = 0
         self._read_one = read
         self._given_up = threading.Event()
         self._done = threading.Event()
@@ -145,20 +152,37 @@ class _Reader(Generic[T]):
             # The limit of processes is reached: the worker, and all that it runs, must not end for that.
             self._read(waiting, found)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait; False when one takes longer: the caller goes on with what is still waiting."""
-        before = -1
+    def wait(self, deadline: float, seconds: float) -> bool:
+        """Wait; False when one is blocked for so many seconds, or got no CPU until the deadline: the caller goes on with
+        what is still waiting."""
+        before = None
         while not self._done.wait(seconds):
-            if self._current == before:
-                _hung[before] = _start(before)
+            now = self._blocked()
+            if now is not None and now == before:
+                pid = now[0]
+                _hung[pid] = _start(pid)
                 self._given_up.set()
-                if self._current != before:  # it has come to its end at this moment
-                    _hung.pop(before, None)
+                if self._current != pid:  # it has come to its end at this moment
+                    _hung.pop(pid, None)
                 return False
-            before = self._current
+            if time.monotonic() > deadline:
+                self._given_up.set()
+                return False
+            before = now
         return True
 
+    def _blocked(self) -> tuple[int, bytes] | None:
+        """The process that is read, and how often the thread was blocked, if it is now: it does not wait for a CPU."""
+        pid = self._current
+        try:
+            with open(f"/proc/self/task/{self._thread}/status", "rb", buffering=0) as file:
+                state, switches = _STATE.findall(file.read(4096))
+        except (OSError, ValueError):
+            return None
+        return (pid, switches) if pid and state in b"SD" else None
+
     def _read_beside(self, waiting: deque[int], found: dict[int, T]) -> None:
+        self._thread = threading.get_native_id()
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the caller's
         self._read(waiting, found)
 
@@ -380,13 +404,14 @@ class ProcessTracker:
         by_session = [k for k, launch in self._launches.items() if launch.pid == process.session]
         if by_session:
             return max(by_session)
-        data = environment(process.pid)
+        data = _environments([process.pid]).get(process.pid, b"\0")
         for k, launch in self._launches.items():
             marks = launch.marks()
             if marks and all(mark in data for mark in marks):
                 return k
-        # It hides its origin: a daemon with a session and an environment of its own. It has the CPUs of its slot,
-        # unless it has chosen others. While more than one slot can be meant it stays unassigned.
+        # It hides its origin: a daemon with a session and an environment of its own, or one that hangs in the kernel.
+        # It has the CPUs of its slot, unless it has chosen others. While more than one slot can be meant it stays
+        # unassigned.
         possible = self._older(process)
         try:
             cpus = os.sched_getaffinity(process.pid)

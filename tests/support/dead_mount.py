@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,3 +55,18 @@ def dead_mount(path: Path) -> Iterator[DeadMount]:
         yield mount
     finally:
         mount.unmount()
+
+
+@contextmanager
+def unreadable_environment(pid: int, folder: Path) -> Iterator[None]:
+    """The environment of a process cannot be read, as of one that hangs in the kernel: something that nobody writes
+    stands in its place. What reads it then gets nothing; the test is skipped where that cannot be mounted."""
+    place, fifo = f"/proc/{pid}/environ", folder / "nobody writes"
+    os.mkfifo(fifo)
+    if subprocess.run(["mount", "--bind", str(fifo), place], check=False, capture_output=True).returncode:
+        pytest.skip("a file system that does not answer cannot be mounted here")
+    try:
+        yield
+    finally:
+        os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))  # what waits for its other side goes on
+        subprocess.run(["umount", place], check=False, capture_output=True)  # it goes with the process

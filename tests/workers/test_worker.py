@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import signal
-import subprocess
 import zlib
 from pathlib import Path
 
 import pytest
 
 from pilotq.broker.store.messages import Leave, RetractTasks, StateRequest
-from pilotq.workers import process_tree
 from tests.support.dead_mount import dead_mount
 from tests.support.launcher_driver import hanging_program
 from tests.support.waiting import wait_until
@@ -223,33 +221,6 @@ def test_a_directory_of_a_job_that_cannot_be_made_in_time_is_that_job_s_failure(
         assert host.end_of("job").report.reason == "launch hangs"
         host.run("other", "true", slot=2)
         assert host.end_of("other").report.outcome == "finished"
-
-
-def test_a_process_whose_environment_cannot_be_read_stops_no_scan(tmp_path: Path) -> None:
-    """As one that hangs in the kernel: here something that nobody writes stands in the place of its environment."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system that does not answer")
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    marks = {"PILOTQ_TASK_ID": f"test-{os.getpid()}"}
-    environment = {**os.environ, **marks}
-    with (
-        subprocess.Popen(["sleep", "600"], env=environment) as hangs,
-        subprocess.Popen(["sleep", "600"], env=environment) as other,
-    ):
-        place = f"/proc/{hangs.pid}/environ"
-        if subprocess.run(["mount", "--bind", str(fifo), place], check=False, capture_output=True).returncode:
-            hangs.kill()
-            other.kill()
-            pytest.skip("a file system that does not answer cannot be mounted here")
-        try:
-            for _ in range(2):
-                assert process_tree.kill_marked(marks, seconds=5) == []
-            assert other.wait(10) == -signal.SIGKILL and hangs.poll() is None
-        finally:
-            os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))  # what waits for its other side goes on
-            subprocess.run(["umount", place], check=True)
-            hangs.kill()
 
 
 def test_a_fifo_as_input_stops_nobody_else(tmp_path: Path) -> None:
