@@ -120,6 +120,7 @@ class Launcher:
         else:
             self._spawner.unpin()
             events = self._plain.run(self._pause(), may_start=not self._reports.full)
+            self._spawner.forget_cpus()
         if events.unsent:
             self._reports.resend(events.unsent)
         if events.ends:

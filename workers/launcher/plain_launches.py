@@ -78,7 +78,7 @@ class PlainLaunches:
         down, up, wake = pipes
         hit = failpoints.hit if os.environ.get("PILOTQ_FAILPOINTS") else None
         self._core = native.Core(
-            down, up, wake, poll, children, spawner.null, chains, tracker.mains, capture.take, hit
+            down, up, wake, poll, children, spawner.null, _mask(spawner.all_cpus), chains, tracker.mains, capture.take, hit
         )  # fmt: skip
         self._new_context = native.Context
         self._spawner = spawner

@@ -146,10 +146,13 @@ class Spawner:
                 os.close(fd)
 
     def unpin(self) -> None:
-        """Let this process use all its CPUs again."""
-        if self._cpus != self.all_cpus:
+        """Let this process use all its CPUs again, where it was this object that has changed them."""
+        if self._cpus and self._cpus != self.all_cpus:
             os.sched_setaffinity(0, self.all_cpus)
-            self._cpus = self.all_cpus
+
+    def forget_cpus(self) -> None:
+        """Somebody else may have changed which CPUs this process may use."""
+        self._cpus = []
 
     def _release(self, pool: list[PoolFile], script: str) -> None:
         for file in pool:

@@ -155,6 +155,7 @@ typedef struct {
     int down, up, wake, poll, children, null, last_pid;
     PyObject *chains; /* the caller's, by key */
     PyObject *mains;  /* number of each main process -> key, of the caller's and ours */
+    PyObject *cpus;   /* of this process, as of sched_setaffinity */
     PyObject *take;   /* makes a file for one stream */
     PyObject *hit;    /* failpoints; NULL where there are none */
     PyTypeObject *context_type;
@@ -445,6 +446,7 @@ static pid_t start_process(Core *self, const struct launch *launch, const char *
         .stderr_path = launch->stderr_path, .argv = (char *const *)launch->argv, .envp = (char *const *)launch->envp,
         .files = {self->null, launch->fds[0], launch->fds[1]},
         .cpus = (unsigned char *)PyBytes_AS_STRING(context->cpus), .cpus_size = (size_t)PyBytes_GET_SIZE(context->cpus),
+        .own_cpus = (unsigned char *)PyBytes_AS_STRING(self->cpus), .own_cpus_size = (size_t)PyBytes_GET_SIZE(self->cpus),
         .umask = context->umask, .limits = context->limits, .limit_count = context->limit_count,
         .ignored = self->ignored,
     };
@@ -700,9 +702,10 @@ static int read_captured(const struct launch *launch, unsigned char data[2][INLI
 /* As `_peak` of launcher.py. */
 static int64_t peak(const struct rusage *usage) {
     static long fault_bytes;
-    struct rusage own;
+    static struct rusage own; /* its peak never falls */
     int64_t bytes = (int64_t)usage->ru_maxrss * 1024, faults;
-    getrusage(RUSAGE_SELF, &own);
+    if (usage->ru_maxrss > own.ru_maxrss)
+        getrusage(RUSAGE_SELF, &own);
     if (usage->ru_maxrss > own.ru_maxrss)
         return bytes;
     if (!fault_bytes)
@@ -948,20 +951,21 @@ static PyObject *core_add_program(Core *self, PyObject *arguments) {
 }
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"down", "up", "wake", "poll", "children", "null", "chains", "mains", "take", "hit", NULL};
+    static char *names[] = {"down", "up", "wake", "poll", "children", "null", "cpus", "chains", "mains", "take", "hit", NULL};
     Core *self = (Core *)type->tp_alloc(type, 0);
     PyObject *take, *hit_point;
     int count = 0;
     if (!self)
         return NULL;
     self->last_pid = -1;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iiiiiiO!O!OO", names, &self->down, &self->up, &self->wake,
-            &self->poll, &self->children, &self->null, &PyDict_Type, &self->chains, &PyDict_Type, &self->mains, &take,
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iiiiiiSO!O!OO", names, &self->down, &self->up, &self->wake,
+            &self->poll, &self->children, &self->null, &self->cpus, &PyDict_Type, &self->chains, &PyDict_Type, &self->mains, &take,
             &hit_point)) {
-        self->chains = self->mains = NULL; /* they were borrowed */
+        self->cpus = self->chains = self->mains = NULL; /* they were borrowed */
         Py_DECREF(self);
         return NULL;
     }
+    Py_INCREF(self->cpus);
     Py_INCREF(self->chains);
     Py_INCREF(self->mains);
     self->take = Py_NewRef(take);
@@ -1007,6 +1011,7 @@ static void core_free(PyObject *object) {
         close(self->last_pid);
     free(self->in.at);
     free(self->out.at);
+    Py_XDECREF(self->cpus);
     Py_XDECREF(self->chains);
     Py_XDECREF(self->mains);
     Py_XDECREF(self->take);
