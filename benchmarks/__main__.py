@@ -14,7 +14,7 @@ from benchmarks.figures import Figure, table
 
 NAMES = (
     "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "rq_jobs", "qcg", "faults",
-    "dispatch", "latency", "occupancy", "costs",
+    "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
 # Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools; some minutes.

@@ -84,23 +84,23 @@ def watched(submit: Submit, number: int) -> Run:
     """Run so many tasks of this shape on a pilot of all cores, which has run others before."""
     with pilot() as directory, Broker.connect(directory) as broker, contextlib.closing(ServerUse(directory)) as server:
         submit(broker, WARM)
-        _wait(broker, directory)
+        await_ends(broker, directory)
         pids = parts(directory)
-        used, use, journal, idle = cpu(pids), server.now(), _journal(directory), _idle()
+        used, use, journal, idle = cpu(pids), server.now(), journal_bytes(directory), _idle()
         began = time.perf_counter()
         submit(broker, number)
-        seconds = _wait(broker, directory) - began
+        seconds = await_ends(broker, directory) - began
         idle = (_idle() - idle) / seconds / (os.cpu_count() or 1)
         now = cpu(pids)
         difference = Counter({part: now[part] - used[part] for part in now})
-        found = Run(number, seconds, difference, server.now() - use, _journal(directory) - journal, idle)
+        found = Run(number, seconds, difference, server.now() - use, journal_bytes(directory) - journal, idle)
         counts = broker.counts()
     if counts.finished != WARM + number:
         raise SystemExit(f"{counts.finished} of {WARM + number} tasks finished")
     return found
 
 
-def _wait(broker: Broker, directory: str) -> float:
+def await_ends(broker: Broker, directory: str) -> float:
     """Wait until all tasks have ended; returns when (perf_counter). Their ends are in the journal then."""
     deadline = time.perf_counter() + WAIT_S
     while counts := broker.counts():
@@ -111,13 +111,13 @@ def _wait(broker: Broker, directory: str) -> float:
         time.sleep(LOOK_S)
     ended = time.perf_counter()
     before = -1
-    while (size := _journal(directory)) > before:
+    while (size := journal_bytes(directory)) > before:
         before = size
         time.sleep(JOURNAL_S)
     return ended
 
 
-def _journal(directory: str) -> int:
+def journal_bytes(directory: str) -> int:
     return os.path.getsize(Pilot(directory).journal)
 
 

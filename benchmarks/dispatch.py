@@ -59,13 +59,15 @@ def measure(what: str, submit: Submit, most: int, reach: float) -> Figure:
     while number <= most:
         with pretended_pilot(2, 56) as pilot:
             rate(pilot, submit, FIRST)
+            before = pilot.report()
             rates[number], used = rate(pilot, submit, number)
-        share = pilot.report["pretence"] / pilot.report["cpu"]
+            report = pilot.report() - before
+            share = report["pretence"] / report["cpu"]
         print(f"  {what} {number:,}: {rates[number]:,.0f}/s", _listed(used), file=sys.stderr, flush=True)
         number *= 10
     last = max(rates)
     detail = ", ".join(f"{n:,}: {r:,.0f}/s" for n, r in rates.items())
-    detail += f"; CPU us a task: {_listed(used)}, of which {share:.0%} pretend"
+    detail += f"; CPU us a task: {_listed(used)}, of the nodes' {share:.0%} pretend"
     return Figure(f"dispatch without processes, {what}, {last:,}", rates[last], "/s", reach, detail=detail)
 
 

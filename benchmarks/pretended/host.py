@@ -1,9 +1,9 @@
 """Runs many nodes with pretended launchers in one process: each has the session, the node and the loop of a worker.
 
-    python -m benchmarks.pretended.host --dir <pilot directory> --nodes 1000 --cores 56 [--speed 60] [--first 0]
+    python -m benchmarks.pretended.host --dir <pilot directory> --nodes 1000 --cores 56
 
-It ends when all of its nodes have left, and on SIGTERM. Then it prints one line of JSON: tasks launched, the CPU time
-of the process, and the share of it that went into pretending.
+It ends when all of its nodes have left, and on SIGTERM. For each line that it reads it prints one of JSON: messages
+that its nodes have got, tasks launched, turns taken, CPU seconds of the process, and how many of them were pretence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.pretended.launcher import FIRST_NUMBER, PretendedPool
 from pilotq.broker.pilot.directory import find
 from pilotq.broker.settings import load
 from pilotq.broker.store.connection import Address
-from pilotq.broker.store.messages import Leave
+from pilotq.broker.store.messages import Leave, ToWorker
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.workers.execution.launch_builder import LaunchBuilder
 from pilotq.workers.execution.node import Node
@@ -44,12 +44,21 @@ class _NoSignals(_Signals):
 class VirtualNode(_Loop):
     """A worker without processes; `turn` is a turn of its loop, which does not wait."""
 
-    def __init__(self, directory: str, address: Address, queue_id: str, name: str, cores: int, speed: float) -> None:
+    def __init__(self, directory: str, address: Address, queue_id: str, name: str, cores: int) -> None:
         settings = load(os.environ.get("PILOTQ_SETTINGS"))
         session = Session(address, queue_id, settings)
         info = NodeInfo(name, 0, name, os.getpid(), list(range(cores)), shared_cores=True, cpus=list(range(cores)))
         info.incarnation = session.register(info)
-        self.pool = PretendedPool(directory, name, info.cores, settings, speed)
+        pump = session.pump
+
+        def counted(now: float) -> list[ToWorker]:
+            found = pump(now)
+            self.messages += len(found)
+            return found
+
+        self.messages = 0
+        session.pump = counted  # type: ignore[method-assign]
+        self.pool = PretendedPool(directory, name, info.cores, settings)
         builder = LaunchBuilder(session.shared_data, directory, {}, info.address)
         node = Node(
             session, self.pool, builder, directory, info, settings,
@@ -105,6 +114,7 @@ class Host:
         self.nodes: list[VirtualNode] = []
         self.turns = 0
         self._poll = select.epoll()
+        self._poll.register(0, select.EPOLLIN)
         self._owner: dict[int, VirtualNode] = {}
         self._registered: dict[VirtualNode, Descriptors] = {}
         self._due: list[tuple[float, int, VirtualNode]] = []
@@ -122,6 +132,9 @@ class Host:
             pause = max(self._due[0][0] - now, 0.0) if self._due else 1.0
             ready: dict[VirtualNode, Descriptors] = {}
             for fd, events in self._poll.poll(pause, 1024):
+                if fd == 0:
+                    self._asked()
+                    continue
                 ready.setdefault(self._owner[fd], {})[fd] = events
             now = time.monotonic()
             while self._due and self._due[0][0] <= now:
@@ -132,6 +145,20 @@ class Host:
                 self.turns += 1
                 node.turn(descriptors)
                 self._note(node)
+
+    def _asked(self) -> None:
+        if not os.read(0, 4096):  # nobody will ask any more
+            self._poll.unregister(0)
+            return
+        launchers = [launcher for node in self.nodes for launcher in node.pool.pretended()]
+        report = {
+            "messages": sum(node.messages for node in self.nodes),
+            "launched": sum(launcher.launched for launcher in launchers),
+            "turns": self.turns,
+            "cpu": time.process_time(),
+            "pretence": sum(launcher.seconds for launcher in launchers),
+        }
+        print(json.dumps(report), flush=True)
 
     def _note(self, node: VirtualNode) -> None:
         registered = self._registered[node]
@@ -168,8 +195,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dir", required=True)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--cores", type=int, required=True)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--speed", type=float, default=1.0)
     options = parser.parse_args(argv)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -182,30 +207,11 @@ def main(argv: list[str]) -> int:
             node.next = 0.0
 
     signal.signal(signal.SIGTERM, leave)
-    for number in range(options.first, options.first + options.nodes):
-        host.add(
-            VirtualNode(
-                connection.directory,
-                connection.address,
-                connection.queue_id,
-                f"v{number}",
-                options.cores,
-                options.speed,
-            )
-        )
+    for number in range(options.nodes):
+        where = connection.directory, connection.address, connection.queue_id
+        host.add(VirtualNode(*where, f"v{number}", options.cores))
     print("ready", flush=True)
     host.run()
-    launchers = [launcher for node in host.nodes for launcher in node.pool.pretended()]
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(
-        json.dumps({
-            "launched": sum(launcher.launched for launcher in launchers),
-            "turns": host.turns,
-            "cpu": usage.ru_utime + usage.ru_stime,
-            "pretence": sum(launcher.seconds for launcher in launchers),
-        }),
-        flush=True,
-    )  # fmt: skip
     return 0
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from itertools import count
 
-from pilotq.broker.settings import Settings
 from pilotq.workers.execution.launcher_pool import ISOLATED, LauncherHandle, LauncherPool
 from pilotq.workers.launcher.launcher import ANNOUNCE_S
 from pilotq.workers.launcher.report_pipe import WAKE_DELAY_S, WAKE_REPORTS
@@ -43,18 +42,14 @@ def seconds_of(argv: Sequence[bytes]) -> float:
 
 
 class PretendedLauncher(LauncherHandle):
-    """Has no process, and no pipe: ``wake`` and ``down`` are numbers of no descriptor.
+    """Has no process, and no pipe: ``wake`` and ``down`` are numbers of no descriptor."""
 
-    With ``speed`` 60 a task that sleeps for a minute ends after a second.
-    """
-
-    def __init__(self, number: int, core_group: int, speed: float) -> None:
+    def __init__(self, number: int, core_group: int) -> None:
         self.number = number
         self.core_group = core_group
         self.stopping = self.closed = self.full = False
         self.starting_key = 0
         self.down, self.wake, self._number = next(_numbers), next(_numbers), next(_numbers)
-        self._speed = speed
         self._wall = time.time() - time.monotonic()
         self._records: list[FromLauncher] = []
         self._running: dict[int, float] = {}  # key -> when it began (monotonic)
@@ -128,7 +123,7 @@ class PretendedLauncher(LauncherHandle):
         """There is no process to wait for."""
 
     def _start(self, launch: Launch, at: float) -> None:
-        seconds = seconds_of(launch.argv) / self._speed
+        seconds = seconds_of(launch.argv)
         self._running[launch.key] = at
         heapq.heappush(self._moments, (at + seconds, launch.key, True))
         if seconds > ANNOUNCE_S:
@@ -154,13 +149,9 @@ class PretendedLauncher(LauncherHandle):
 class PretendedPool(LauncherPool):
     """The launchers of a node, as many as it would have; they end when they are told to."""
 
-    def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings, speed: float) -> None:
-        self._speed = speed
-        super().__init__(directory, node, cores, settings)
-
     def _start(self, core_group: int) -> LauncherHandle:
         self._started += 1
-        launcher = PretendedLauncher(self._started, core_group, self._speed)
+        launcher = PretendedLauncher(self._started, core_group)
         self.living[launcher.number] = launcher
         if core_group != ISOLATED:
             self._serving[core_group] = launcher

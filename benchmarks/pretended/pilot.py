@@ -22,21 +22,18 @@ END_S = 120.0
 
 
 class PretendedPilot:
-    """``nodes`` nodes of so many cores; ``report`` has what their process says at its end."""
+    """A pilot with ``nodes`` pretended nodes of so many cores."""
 
-    def __init__(self, directory: str, nodes: int, cores: int, speed: float) -> None:
+    def __init__(self, directory: str, nodes: int, cores: int) -> None:
         self.directory = directory
         self.nodes = nodes
         self.cores = cores
-        self.report: dict[str, Any] = {}
         command = [
             sys.executable, "-m", "benchmarks.pretended.host", "--dir", directory, "--nodes", str(nodes),
-            "--cores", str(cores), "--speed", str(speed),
+            "--cores", str(cores),
         ]  # fmt: skip
-        self._host = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert self._host.stdout is not None
-        self._said = self._host.stdout
-        if self._said.readline().strip() != "ready":
+        self._host = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self._said() != "ready":
             raise SystemExit(f"the pretended nodes ended with {self._host.wait()}")
         self.broker = Broker.connect(directory)
         self.parts = {**parts(directory), self._host.pid: "pretended nodes"}
@@ -45,22 +42,30 @@ class PretendedPilot:
         """CPU seconds of each part so far."""
         return cpu(self.parts)
 
+    def report(self) -> Counter[str]:
+        """What the process of the nodes says of itself: messages, launched, turns, cpu, pretence."""
+        assert self._host.stdin is not None
+        self._host.stdin.write("report\n")
+        self._host.stdin.flush()
+        return Counter(json.loads(self._said()))
+
     def close(self) -> None:
         self.broker.close()
         self._host.terminate()
-        said = self._said.read()
-        self._host.wait(END_S)
-        self._said.close()
-        self.report = json.loads(said.strip().rpartition("\n")[2])
+        self._host.communicate(timeout=END_S)
+
+    def _said(self) -> str:
+        assert self._host.stdout is not None
+        return self._host.stdout.readline().strip()
 
 
 @contextlib.contextmanager
-def pretended_pilot(nodes: int, cores: int, *, speed: float = 1.0, **settings: Any) -> Iterator[PretendedPilot]:
+def pretended_pilot(nodes: int, cores: int, **settings: Any) -> Iterator[PretendedPilot]:
     """Start such a pilot, and end it; ``settings`` as in PILOTQ_SETTINGS."""
     with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder, _settings(settings):
         started = start_pilot(os.path.join(folder, "pilot"), SupervisorOptions())
         try:
-            pilot = PretendedPilot(started.directory, nodes, cores, speed)
+            pilot = PretendedPilot(started.directory, nodes, cores)
             try:
                 yield pilot
             finally:
