@@ -17,8 +17,9 @@ NAMES = (
     "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
-# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs four other tools; some minutes.
-BY_NAME = ("slurm", "endurance", "peers", "scale")
+# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs other tools; some minutes; a quarter
+# of an hour.
+BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation")
 
 
 def main(names: list[str]) -> None:
