@@ -16,7 +16,8 @@ OF_TASKS: Final[dict[str, str]] = {
     "PILOTQ_ARRAY_ID, PILOTQ_INDEX": "in an element of an array: the array's id, the element's index",
     "PILOTQ_VALUE": "in an element of an array of programs: its value, or its index where there are no values",
     "OMP_NUM_THREADS": "the number of cores on its first node, unless the submitter has set it",
-    "CUDA_VISIBLE_DEVICES": "its GPUs, if it asked for some",
+    "CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, ZE_AFFINITY_MASK":
+        "its GPUs, in the variable of their vendor; none where it asked for none",
     "QCG_PM_NNODES, QCG_PM_NODELIST, QCG_PM_NPROCS, QCG_PM_NTASKS, QCG_PM_TASKS_PER_NODE, QCG_PM_STEP_ID":
         "the same, as QCG-PilotJob says it",
     "QCG_PM_ZMQ_ADDRESS":
@@ -32,6 +33,7 @@ OF_COMMANDS: Final[dict[str, str]] = {
     "PILOTQ_PASSWORD_FILE": "the file with that server's password",
     "PILOTQ_COUNTERS": "NAME=N, with spaces between: counters of every node, as --counter",
     "PILOTQ_MEMORY_POLICY": "as --memory-policy, also of workers that are started by hand",
+    "PILOTQ_GPUS": "how many GPUs each node has, as --gpus of `pilotq start`",
     "PILOTQ_SETTINGS": "intervals and bounds as a JSON object, for tests: see broker/settings.py",
     "NO_COLOR": "no colours, if it is set to anything",
 }
@@ -40,6 +42,7 @@ OF_COMMANDS: Final[dict[str, str]] = {
 OF_PARTS: Final = frozenset(
     {
         "PILOTQ_GPU_NODE",
+        "PILOTQ_MACHINE_ROOT",
         "PILOTQ_ENVSCHEMA",
         "PILOTQ_PATH",
         "PILOTQ_FAILPOINTS",

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import msgspec
 
-from pilotq.broker.client.views import Counts, NodeView, TaskView
+from pilotq.broker.client.views import Counts, GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
 
 # ESC or its 8-bit form, then: a string up to its terminator (OSC, DCS, ...), a CSI sequence, or one more character.
@@ -158,6 +158,30 @@ def nodes_table(nodes: Iterable[NodeView]) -> str:
          "" if n.last_beat is None else f"{seconds(max(now - n.last_beat, 0.0))} ago"]
         for n in nodes
     ])  # fmt: skip
+
+
+def gpus_text(gpus: Sequence[GpuView]) -> str:
+    """``8 GPUs: 0-3 NVIDIA A100-SXM4-40GB, 40 GiB; 4-7 ...``: numbers, model and memory, as far as they are known."""
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for gpu in gpus:
+        kinds.setdefault((gpu.model, gpu.memory), []).append(gpu.name)
+    texts = []
+    for (model, memory), names in kinds.items():
+        facts = ", ".join(text for text in (model, f"{memory / (1 << 30):.3g} GiB" if memory else "") if text)
+        texts.append(f"{_ranges(names)} {facts}".rstrip())
+    return f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}: {'; '.join(texts)}"
+
+
+def _ranges(names: Sequence[str]) -> str:
+    """``0-3,6``; names that are no numbers stand one by one."""
+    found: list[list[str]] = []
+    for name in names:
+        last = found[-1][-1] if found else ""
+        if last.isdecimal() and name.isdecimal() and int(name) == int(last) + 1:
+            found[-1] = [found[-1][0], name]
+        else:
+            found.append([name])
+    return ",".join("-".join(span) for span in found)
 
 
 def counts_text(counts: Counts) -> str:

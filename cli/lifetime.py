@@ -13,7 +13,7 @@ from pilotq.broker.errors import ServerUnavailable, WaitTimedOut
 from pilotq.broker.pilot.start import ALLOCATION_ENDED, StartedPilot
 from pilotq.cli import formatting, progress
 from pilotq.cli.interrupts import Interrupts
-from pilotq.cli.pilot_options import pilot_failure, plural, withheld
+from pilotq.cli.pilot_options import differences, pilot_failure, plural
 
 POLL_S = 0.25  # how often the progress is read
 MODES = ("stop", "drain", "now")  # how the pilot ends, by the number of the user's requests to end
@@ -97,8 +97,8 @@ class Lifetime:
     def _count_cores(self, broker: Broker) -> None:
         try:
             self.cores = sum(node.cores for node in broker.nodes())
-            if less := withheld(broker):
-                self.say(less)
+            for sentence in differences(broker):
+                self.say(sentence)
         except ServerUnavailable:
             pass  # it has ended: the planned number stands
 

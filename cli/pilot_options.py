@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,6 +30,7 @@ from pilotq.broker.store.registry import read_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import MEMORY_POLICIES, parse_duration
 from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
+from pilotq.workers.machine.gpus import add_gpus, find_gpus
 from pilotq.workers.machine.topology import memory_bytes, numa_groups, usable_cpus, virtual_nodes, without_siblings
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ if TYPE_CHECKING:
 
 COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
 MEMORY_POLICY = "PILOTQ_MEMORY_POLICY"  # one of MEMORY_POLICIES
+GPUS = "PILOTQ_GPUS"  # how many GPUs each node has, whatever is found there
+MACHINE_ROOT = "PILOTQ_MACHINE_ROOT"  # where tests have another /proc, /sys and /dev, in which GPUs are looked for
+GPUS_MAX = 1024
 GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
 ENV_SCHEMAS = ("auto", "slurm", "common")
 CLUSTER_OPTIONS = ("min_nodes", "start_method", "no_smt", "bind")  # options that only some clusters need
@@ -64,6 +66,10 @@ grace_option = click.option(
 notice_option = click.option(
     "--notice-signal", metavar="NAME", default="TERM", show_default=True, callback=parsed(signal_number),
     help="Sent to running tasks then.",
+)  # fmt: skip
+gpus_option = click.option(
+    "--gpus", "node_gpus", type=click.IntRange(0, GPUS_MAX), metavar="N",
+    help="Each node has N GPUs.  [default: those found there]",
 )  # fmt: skip
 pilot_options = all_of(
     click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4. In an "
@@ -102,9 +108,7 @@ def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> Supervi
     """
     os.environ[ENV_SCHEMA] = env_schema(values["envschema"])
     slurm = values["resources"] == "slurm" or (values["resources"] == "auto" and bool(job_id(os.environ)))
-    set_counters(values["counters"])
-    if values.get("memory_policy"):
-        os.environ[MEMORY_POLICY] = values["memory_policy"]
+    set_resources(values)
     memory_policy()
     options = SupervisorOptions(
         bind=[values["bind"]] if values["bind"] else [],
@@ -198,11 +202,15 @@ def _server(values: dict[str, Any]) -> str:
         raise InvalidInput(str(error)) from None
 
 
-def set_counters(words: Sequence[str]) -> None:
-    """Give the nodes these counters, in this process and those that it starts; raises InvalidInput."""
-    if words:
-        counters_of(words)
-        os.environ[COUNTERS] = " ".join(words)
+def set_resources(values: Mapping[str, Any]) -> None:
+    """Give the nodes these counters, GPUs and memory policy, in this process and its children; raises InvalidInput."""
+    if values["counters"]:
+        counters_of(values["counters"])
+        os.environ[COUNTERS] = " ".join(values["counters"])
+    if values.get("node_gpus") is not None:  # `run` has no such option: there --gpus is the task's
+        os.environ[GPUS] = str(values["node_gpus"])
+    if values.get("memory_policy"):
+        os.environ[MEMORY_POLICY] = values["memory_policy"]
 
 
 def memory_policy() -> str:
@@ -246,9 +254,19 @@ def await_nodes(broker: Broker, pilot: StartedPilot, options: SupervisorOptions)
         time.sleep(0.005)
 
 
-def withheld(broker: Broker) -> str:
-    """A sentence about nodes on which workers may use less than Slurm has granted; empty where there is none."""
-    short = [node for node in read_nodes(broker.link) if node.withheld]
+def differences(broker: Broker) -> Iterator[str]:
+    """A sentence for CPUs, and one for GPUs, of which a batch system has granted more or fewer than workers can use."""
+    nodes = read_nodes(broker.link)
+    if cpus := _withheld(nodes):
+        yield cpus
+    noted = [node for node in nodes if node.gpu_note]
+    if noted:
+        more = f", and so on {plural(len(noted) - 1, 'more node')}" if len(noted) > 1 else ""
+        yield f"GPUs of {noted[0].name}: {noted[0].gpu_note}{more}; `--gpus N` says how many a node has"
+
+
+def _withheld(nodes: Sequence[NodeInfo]) -> str:
+    short = [node for node in nodes if node.withheld]
     if not short:
         return ""
     found = ", ".join(f"{node.withheld} of {node.name}" for node in short[:5])
@@ -261,24 +279,22 @@ def withheld(broker: Broker) -> str:
 
 def node_info(node: LocalNode) -> NodeInfo:
     """What a worker registers. Memory is counted only for a node that is this whole machine, and of several nodes of
-    one machine the first has its GPUs, those of CUDA_VISIBLE_DEVICES."""
+    one machine the first has its GPUs."""
+    root = os.environ.get(MACHINE_ROOT, "/")
     whole = not node.shared and all(core == cpu for core, cpu in node.real.items())
     whole = whole and sorted(node.cores) == usable_cpus()
     by_cpu = {cpu: core for core, cpu in node.real.items()}
-    groups = [] if node.shared else [[by_cpu[cpu] for cpu in group] for group in numa_groups(sorted(by_cpu))]
-    return NodeInfo(
+    groups = [] if node.shared else [[by_cpu[cpu] for cpu in group] for group in numa_groups(sorted(by_cpu), root)]
+    info = NodeInfo(
         node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
         cpus=[node.real.get(core, core) for core in node.cores],
-        gpus=gpus() if os.environ.get(GPU_NODE, node.name) == node.name else [],
         memory=memory_bytes() if whole else 0, memory_by="" if memory_policy() == "reserve" else "watcher",
         counters=counters_of(os.environ.get(COUNTERS, "").split()),
     )  # fmt: skip
-
-
-def gpus() -> list[str]:
-    """The GPUs that CUDA would show here: as CUDA does, ignore everything after the first invalid name."""
-    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return list(takewhile(lambda name: re.fullmatch(r"[0-9]+|(GPU|MIG)-[A-Za-z0-9/-]+", name), names))
+    if os.environ.get(GPU_NODE, node.name) == node.name:
+        count = os.environ.get(GPUS, "")
+        add_gpus(info, find_gpus(os.environ, root, int(count) if count.isdecimal() else None), by_cpu)
+    return info
 
 
 def await_end(

@@ -153,8 +153,8 @@ class _Reader(Generic[T]):
             self._read(waiting, found)
 
     def wait(self, deadline: float, seconds: float) -> bool:
-        """Wait; False when one is blocked for so many seconds, or got no CPU until the deadline: the caller goes on with
-        what is still waiting."""
+        """Wait; False when one is blocked for so many seconds, or got no CPU until the deadline: the caller goes on
+        with what is still waiting."""
         before = None
         while not self._done.wait(seconds):
             now = self._blocked()
@@ -404,7 +404,7 @@ class ProcessTracker:
         by_session = [k for k, launch in self._launches.items() if launch.pid == process.session]
         if by_session:
             return max(by_session)
-        data = _environments([process.pid]).get(process.pid, b"\0")
+        data = environments([process.pid]).get(process.pid, b"\0")
         for k, launch in self._launches.items():
             marks = launch.marks()
             if marks and all(mark in data for mark in marks):

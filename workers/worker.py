@@ -61,7 +61,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
     launchers = LauncherPool(output, info.name, info.cores, settings)
     try:
         info.incarnation = session.register(info)
-        builder = LaunchBuilder(session.shared_data, directory, real, info.address)
+        builder = LaunchBuilder(session.shared_data, directory, real, info)
         node = Node(
             session, launchers, builder, directory, info, settings,
             lambda actions: MultinodeHooks(actions, session, launchers, builder, directory, info, real, settings),

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import chain, islice
 
-from pilotq.broker.client.views import NodeView, TaskView
+from pilotq.broker.client.views import GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
-from pilotq.broker.store.resources import NodeInfo
+from pilotq.broker.store.resources import GpuFacts, NodeInfo
 from pilotq.broker.store.store import from_iso
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
@@ -397,10 +397,17 @@ def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | Non
         used=int(used or 0),
         shared_cores=info.shared_cores,
         running=int(running or 0),
+        gpus=[_gpu_view(name, info.gpu_facts.get(name)) for name in info.gpus],
         last_beat=from_iso(beat),
         memory=info.memory,
         memory_by=info.memory_by,
     )
+
+
+def _gpu_view(name: str, facts: GpuFacts | None) -> GpuView:
+    if facts is None:
+        return GpuView(name=name)
+    return GpuView(name=name, uuid=facts.uuid, model=facts.model, memory=facts.memory)
 
 
 def _pages(read: Pages, page: int) -> Iterator[str]:

@@ -51,6 +51,15 @@ class Explanation(msgspec.Struct, kw_only=True):
     commands: list[str] = []
 
 
+class GpuView(msgspec.Struct, kw_only=True):
+    """One GPU of a node; ``memory`` in bytes, 0 where it is not known."""
+
+    name: str
+    uuid: str = ""
+    model: str = ""
+    memory: int = 0
+
+
 class NodeView(msgspec.Struct, kw_only=True):
     """One node that has joined."""
 
@@ -62,6 +71,7 @@ class NodeView(msgspec.Struct, kw_only=True):
     used: int
     shared_cores: bool = False
     running: int = 0
+    gpus: list[GpuView] = []
     last_beat: float | None = None
     why: str = ""  # of a node that is assigned nothing
     memory: int = 0  # bytes, 0 = not counted

@@ -15,6 +15,15 @@ import msgspec
 from pilotq.broker.tasks.model import Request, limit_of_label, shape_of
 
 
+class GpuFacts(msgspec.Struct, omit_defaults=True):
+    """What is known of a GPU: UUID (tasks get it by that), model, memory in bytes, and the ``cores`` near it."""
+
+    uuid: str = ""
+    model: str = ""
+    memory: int = 0
+    cores: list[int] = []
+
+
 class NodeInfo(msgspec.Struct):
     """A node as its worker registers it. ``cores`` are core numbers as allocations name them."""
 
@@ -26,7 +35,10 @@ class NodeInfo(msgspec.Struct):
     shared_cores: bool = False  # several virtual cores stand for one real one
     cpus: list[int] = []  # the CPU number of each of ``cores``, where they differ
     numa: list[list[int]] = []  # groups of ``cores``; empty: one group
-    gpus: list[str] = []
+    gpus: list[str] = []  # their names, by which allocations call them: numbers, or what the batch system calls them
+    gpu_vendor: str = ""
+    gpu_facts: dict[str, GpuFacts] = {}  # by name
+    gpu_note: str = ""  # a sentence where the GPUs that were granted and those that were found differ
     memory: int = 0  # bytes, 0 = not counted
     memory_by: str = "watcher"  # who holds tasks to the memory that they ask for; empty: nobody
     counters: dict[str, int] = {}
@@ -76,6 +88,11 @@ class NodeShare(NamedTuple):
     gpus: tuple[str, ...] = ()
     memory: int = 0  # bytes
     use: tuple[tuple[str, int], ...] = ()  # named counters; like memory not part of the allocation text
+
+
+def gpu_name(gpu: str) -> str:
+    """The name of the GPU that a share has all of (``0``) or a part of (``0@0.25``)."""
+    return gpu.partition("@")[0]
 
 
 @lru_cache(maxsize=4096)

@@ -42,6 +42,9 @@ def nodes_command(ctx: click.Context, directory: str | None, as_json: bool) -> N
         names = [node.name for node in nodes if node.memory_by == how]
         click.echo(f"{MEMORY_BY.get(how, how)}{'' if len(names) == len(nodes) else ': ' + ', '.join(names)}")
     for node in nodes:
+        if node.gpus:
+            click.echo(f"{node.name} has {formatting.clean(formatting.gpus_text(node.gpus))}")
+    for node in nodes:
         if node.why:
             click.echo(f"{node.name} is {node.state}: {formatting.clean(node.why)}")
 

@@ -17,17 +17,19 @@ from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.pilot_options import (
     POLL_S,
     await_nodes,
+    differences,
+    gpus_option,
     pilot_failure,
     pilot_options,
     plural,
     start,
     supervisor_options,
-    withheld,
 )
 
 
 @click.command("start")
 @pilot_options
+@gpus_option
 @click.option("--owner", type=int, default=0, hidden=True, help="It ends with this process.")
 @click.option("--foreground/--background", default=None,
               help="Stay until it ends, or return when it is ready.  [default: in a batch script stay]")  # fmt: skip
@@ -47,8 +49,8 @@ def start_command(owner: int, foreground: bool | None, **values: Any) -> None:
         click.echo(f"pilotq: the pilot in {other.directory} runs, too: `{stop}` ends it", err=True)
     with Broker.connect(pilot.directory) as broker:
         await_nodes(broker, pilot, options)
-        if less := withheld(broker):
-            click.echo(f"pilotq: {less}", err=True)
+        for sentence in differences(broker):
+            click.echo(f"pilotq: {sentence}", err=True)
         _print_ready(pilot, broker, values)
         if foreground:
             with Interrupts(allocation=options.remote is not None) as interrupts:

@@ -15,7 +15,7 @@ from pilotq.broker.pilot.start import LocalNode
 from pilotq.broker.store.connection import Connection
 from pilotq.cli.options import counter_option, dir_option
 from pilotq.cli.part_options import reach_part, redis_option, settings
-from pilotq.cli.pilot_options import grace_option, node_info, notice_option, set_counters
+from pilotq.cli.pilot_options import gpus_option, grace_option, node_info, notice_option, set_resources
 from pilotq.workers.machine.identity import NodeIdentity
 from pilotq.workers.machine.topology import CORES_MAX, check_node_name
 
@@ -30,6 +30,7 @@ from pilotq.workers.machine.topology import CORES_MAX, check_node_name
 @click.option("--virtual", type=click.IntRange(1, CORES_MAX), metavar="N",
               help="Have N cores, whatever the number of CPUs; other nodes may use the same CPUs.")  # fmt: skip
 @counter_option
+@gpus_option
 @click.option("--no-smt", is_flag=True, help="One core for each physical core, not for each hardware thread.")
 @click.option("--grant", type=click.IntRange(1), metavar="N",
               help="Use at most N cores.  [default: as many as Slurm has granted]")  # fmt: skip
@@ -68,7 +69,7 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
         first = _host_number() * virtual
         cpus = {core: numbers[(first + core) % len(numbers)] for core in range(virtual)}
         numbers = list(cpus)
-    set_counters(values["counters"])
+    set_resources(values)
     shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
     local = LocalNode(values["node"] or identity.name, numbers, cpus, shared)
 

@@ -11,7 +11,6 @@ import pytest
 from pilotq.broker import Broker
 from pilotq.broker.store import keys
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.cli import pilot_options
 from tests.support.command_line import in_background, prompt
 
 ONE_AT_WORK = "mkdir at-work-{index}; ls -d at-work-* | wc -l >>seen; rmdir at-work-{index}"
@@ -66,15 +65,6 @@ def test_run_refuses_them_before_there_is_a_pilot(tmp_path: Path) -> None:
     result = cli("run", "--counter", "lic=2", "--use=lic=2", "--gpus=1", "--", "printenv", "CUDA_VISIBLE_DEVICES",
                  CUDA_VISIBLE_DEVICES="7")  # fmt: skip
     assert result.stdout == "7\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "gpus"),
-    [("0,1", ["0", "1"]), ("2, 3,-1,4", ["2", "3"]), ("GPU-8f-2a,MIG-1/2/0", ["GPU-8f-2a", "MIG-1/2/0"])],
-)
-def test_gpus_are_read_as_cuda_reads_them(monkeypatch: pytest.MonkeyPatch, text: str, gpus: list[str]) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
-    assert pilot_options.gpus() == gpus
 
 
 @pytest.mark.parametrize("word", ["lic", "lic=", "lic=x", "=2", "li-c=2", "lic=-1"])

@@ -18,7 +18,7 @@ from pilotq.broker.log import log
 from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
 from pilotq.broker.store.messages import UNREADABLE, Run, StartRemote
-from pilotq.broker.store.resources import NodeShare, parse_allocation
+from pilotq.broker.store.resources import NodeInfo, NodeShare, parse_allocation
 from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
@@ -36,6 +36,7 @@ from pilotq.broker.tasks.spec import (
 from pilotq.broker.tasks.submit_context import environment
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
+from pilotq.workers.gpu_variables import GPU_VARIABLES, gpu_variables
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
 from pilotq.workers.shortage import is_shortage
@@ -43,7 +44,9 @@ from pilotq.workers.shortage import is_shortage
 Prepared = tuple[LaunchBase, LaunchSlot, Launch | Call]  # a launch, and what it names
 
 # Variables that mean something else on each node of an execution.
-NODE_VARIABLES = frozenset({b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", b"CUDA_VISIBLE_DEVICES"})
+NODE_VARIABLES = frozenset(
+    {b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", *(name.encode() for name in GPU_VARIABLES)}
+)
 
 
 class UnlaunchableError(Exception):
@@ -100,15 +103,16 @@ class ContextView(NamedTuple):
 class LaunchBuilder:
     """Builds launch records. ``directory`` is the pilot's, ``real`` maps core to CPU numbers where they differ.
 
-    ``address`` (name:incarnation) is this worker's. ``launch_model`` makes launches of several processes.
+    ``info`` is this worker's node. ``launch_model`` makes launches of several processes.
     """
 
-    def __init__(self, shared_data: SharedData, directory: str, real: Mapping[int, int], address: str) -> None:
+    def __init__(self, shared_data: SharedData, directory: str, real: Mapping[int, int], info: NodeInfo) -> None:
         self._shared_data = shared_data
         self._directory = directory
         self._real = real
-        self._address = address
-        self._node = address.rpartition(":")[0]
+        self._info = info
+        self._address = info.address
+        self._node = info.name
         self.launch_model: LaunchModel | None = None
         self._spec = msgspec.msgpack.Decoder(Spec)
         self._context = lru_cache(256)(self._fetch_context)
@@ -150,7 +154,7 @@ class LaunchBuilder:
             make_cwd=bool(spec.flags & FLAG_QCG),
         )  # fmt: skip
         if self.launch_model is not None and (len(reservation.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
-            full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
+            full = {**reservation.slot.over(context.base.env), **env}
             launch = self.launch_model.apply(e, spec, reservation, full, launch)
         return context.base, reservation.slot, launch
 
@@ -249,12 +253,11 @@ class LaunchBuilder:
             files[encode(env["SLURM_HOSTFILE"])] = lines.encode()
         if len(parts) > 1:
             env["PILOTQ_HOST"] = self._address
-        if share.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+        env |= gpu_variables(self._info, share.gpus, os.environ)
         cpus = [self._real.get(core, core) for core in share.cores]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
         defaults = {"OMP_NUM_THREADS": str(len(share.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
-        slot = LaunchSlot(allocation, as_bytes(env), as_bytes(defaults), cpus, files)
+        slot = LaunchSlot(allocation, as_bytes(env), as_bytes(defaults), cpus, files, list(map(encode, GPU_VARIABLES)))
         return Reservation(slot, parts, nodes, cores)
 
     def _host_file(self, allocation: str) -> str:

@@ -44,10 +44,10 @@ def without_siblings(cpus: Sequence[int], root: str = "/") -> list[int]:
     taken: set[int] = set()
     found = []
     for cpu in cpus:
-        siblings = _read(os.path.join(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        siblings = read_text(os.path.join(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
         if cpu not in taken:
             found.append(cpu)
-        taken |= {cpu, *_cpu_list(siblings)}
+        taken |= {cpu, *cpu_list(siblings)}
     return found
 
 
@@ -56,7 +56,7 @@ def memory_bytes(root: str = "/") -> int:
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for folder in _cgroups("memory", root):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _read(os.path.join(folder, name))
+            text = read_text(os.path.join(folder, name))
             if text.isdigit():  # else there is no such file, or the text is "max"
                 sizes.append(int(text))
     return min(sizes)
@@ -72,7 +72,7 @@ def numa_groups(cpus: Sequence[int], root: str = "/") -> list[list[int]]:
     groups = []
     left = list(cpus)
     for node in nodes:
-        members = set(_cpu_list(_read(os.path.join(folder, f"node{node}/cpulist"))))
+        members = set(cpu_list(read_text(os.path.join(folder, f"node{node}/cpulist"))))
         groups.append([cpu for cpu in left if cpu in members])
         left = [cpu for cpu in left if cpu not in members]
     return [group for group in [*groups, left] if group]
@@ -127,10 +127,10 @@ def virtual_nodes(spec: str | None, cpus: Sequence[int], hostname: str) -> list[
 def _cgroups(controller: str, root: str) -> Iterator[str]:
     """Folders whose limits of this controller count for this process: its own cgroup's and those above, v1 and v2."""
     paths: dict[str, str] = {}  # controller -> path in its hierarchy; "" is v2
-    for line in _read(os.path.join(root, "proc/self/cgroup")).splitlines():
+    for line in read_text(os.path.join(root, "proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         paths.update(dict.fromkeys(controllers.split(","), path))
-    for line in _read(os.path.join(root, "proc/self/mountinfo")).splitlines():
+    for line in read_text(os.path.join(root, "proc/self/mountinfo")).splitlines():
         before, _, after = line.partition(" - ")
         inside, mount = before.split()[3:5]
         kind, _, options = after.split()[:3]
@@ -154,15 +154,15 @@ def _cgroups(controller: str, root: str) -> Iterator[str]:
 
 def _quota(folder: str) -> float | None:
     """CPUs that the cgroup may keep busy; None without a limit."""
-    fields = _read(os.path.join(folder, "cpu.max")).split()
+    fields = read_text(os.path.join(folder, "cpu.max")).split()
     if not fields:
-        fields = [_read(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period")]
+        fields = [read_text(os.path.join(folder, f"cpu.cfs_{name}_us")) for name in ("quota", "period")]
     if len(fields) == 2 and fields[0].isdigit() and fields[1].isdigit() and int(fields[1]):
         return int(fields[0]) / int(fields[1])
     return None  # "max" or -1
 
 
-def _cpu_list(text: str) -> Iterator[int]:
+def cpu_list(text: str) -> Iterator[int]:
     """``0-3,8`` -> 0 1 2 3 8"""
     for part in text.split(","):
         if part:
@@ -170,7 +170,7 @@ def _cpu_list(text: str) -> Iterator[int]:
             yield from range(int(first), int(last or first) + 1)
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
     """The text of a file of the kernel, without the newline; empty if there is no such file here."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:

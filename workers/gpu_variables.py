@@ -1,0 +1,41 @@
+"""The variables by which a task sees its own GPUs and no others. Each vendor's runtime reads one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from pilotq.broker.store.resources import NodeInfo, gpu_name
+
+VARIABLE_OF: Final = {
+    "nvidia": "CUDA_VISIBLE_DEVICES", "amd": "ROCR_VISIBLE_DEVICES", "intel": "ZE_AFFINITY_MASK"
+}  # fmt: skip
+# What the runtimes read besides: it would mean other devices where a task has only some of the submitter's.
+GPU_VARIABLES: Final = (
+    *VARIABLE_OF.values(), "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_FLAT_DEVICE_HIERARCHY"
+)  # fmt: skip
+# Intel's runtime reads an empty mask as all devices, and passes over numbers that no device has.
+NO_INTEL: Final = "9999"
+
+
+def gpu_variables(info: NodeInfo, gpus: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a task that has these GPUs of a node; ``env`` is that of the node's worker.
+
+    >>> gpu_variables(NodeInfo("n", 1, "h", 1, [0], gpus=["0", "1"], gpu_vendor="nvidia"), ["1"], {})
+    {'CUDA_VISIBLE_DEVICES': '1', 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
+    """
+    if not gpus:
+        found = {"CUDA_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
+        if info.gpu_vendor == "intel" or env.get("ZE_AFFINITY_MASK"):
+            found["ZE_AFFINITY_MASK"] = NO_INTEL
+        return found
+    names = [gpu_name(gpu) for gpu in gpus]
+    facts = [info.gpu_facts.get(name) for name in names]
+    known = [fact.uuid for fact in facts if fact is not None and fact.uuid]
+    vendor = info.gpu_vendor or "nvidia"
+    found = {VARIABLE_OF[vendor]: ",".join(known if len(known) == len(names) else names)}
+    if vendor == "nvidia" and len(known) < len(names):
+        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if vendor == "intel" and not env.get("ZE_AFFINITY_MASK"):
+        found["ZE_FLAT_DEVICE_HIERARCHY"] = "COMPOSITE"  # the numbers that were found are those of cards
+    return found
