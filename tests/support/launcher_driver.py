@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.workers.protocol import (
     Begun,
     Exited,
@@ -48,7 +49,7 @@ class Driver:
         self.wake, wake = os.pipe()
         stray, other = os.pipe()  # descriptors that the launcher inherits and its tasks must not
         os.set_inheritable(stray, True)
-        arguments = ("--dir", str(self.output), "--node", "n1", "--calls", "1000")
+        arguments = ("--dir", str(self.output), "--node", "n1", "--calls", "1000", "--kind", launcher_kind())
         pipes = ("--down", str(down), "--up", str(up), "--wake", str(wake))
         self.process = subprocess.Popen(
             [sys.executable, *program, *arguments, *pipes],

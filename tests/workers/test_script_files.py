@@ -15,6 +15,8 @@ from pilotq.workers.protocol import Exited, Refused
 from tests.support.launcher_driver import Driver
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("each_launcher")
+
 SHOW = b'stat -c "%a %n" "$0" "$(dirname "$0")"; echo "$#"'
 
 

@@ -12,6 +12,8 @@ from tests.support.live_pilot import live_pilot
 from tests.support.waiting import wait_until
 from tests.support.worker_host import Host
 
+pytestmark = pytest.mark.usefixtures("each_launcher")
+
 
 def test_tasks_are_held_back_until_the_shortage_is_over(tmp_path: Path) -> None:
     """None of a class that a launcher chains fails while there are no descriptors, and each runs once."""

@@ -16,6 +16,8 @@ from tests.support.launcher_driver import hanging_program
 from tests.support.waiting import wait_until
 from tests.support.worker_host import Host, alive, children
 
+pytestmark = pytest.mark.usefixtures("each_launcher")
+
 # Writes its number to a file in the pilot directory and waits to be ended; "deaf" ones have to be killed.
 WAITER = "echo $$ > $PILOTQ_DIR/$PILOTQ_TASK_ID.pid; while :; do read -t 100 < <(:) ; sleep 100; done"
 DEAF = "trap : TERM; echo $$ > $PILOTQ_DIR/$PILOTQ_TASK_ID.pid; while :; do sleep 100; done"

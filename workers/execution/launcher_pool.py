@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from pilotq.broker.errors import PilotFailed
+from pilotq.broker.launcher_kind import Kind
 from pilotq.broker.log import log
 from pilotq.broker.processes import RestartBudget
 from pilotq.broker.settings import Settings
@@ -52,7 +53,7 @@ class LauncherHandle:
     readable, and returns the records that have arrived.
     """
 
-    def __init__(self, number: int, core_group: int, directory: str, node: str, calls: int) -> None:
+    def __init__(self, number: int, core_group: int, directory: str, node: str, calls: int, kind: Kind) -> None:
         self.number = number
         self.core_group = core_group
         self.stopping = False  # gets no more work: it was killed, or asked to quit
@@ -70,7 +71,7 @@ class LauncherHandle:
             pass  # the user's pages for pipes are used up: the usual 64 KiB do
         command = [
             sys.executable, "-m", "pilotq.workers.launcher.launcher", "--dir", directory, "--node", node,
-            "--calls", str(calls), "--down", str(down), "--up", str(up), "--wake", str(wake),
+            "--calls", str(calls), "--kind", kind, "--down", str(down), "--up", str(up), "--wake", str(wake),
         ]  # fmt: skip
         try:
             self._process = subprocess.Popen(
@@ -161,9 +162,10 @@ class LauncherHandle:
 
 
 class LauncherPool:
-    """Keeps the launchers of a node: one for each group of cores, replaced when it dies or hangs."""
+    """Keeps the launchers of a node, of one kind: one for each group of cores, replaced when it dies or hangs."""
 
-    def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings) -> None:
+    def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings, kind: Kind) -> None:
+        self._kind = kind
         self._directory = directory
         self._node = node
         self._settings = settings
@@ -178,7 +180,7 @@ class LauncherPool:
     def _start(self, core_group: int) -> LauncherHandle:
         self._started += 1
         launcher = LauncherHandle(
-            self._started, core_group, self._directory, self._node, self._settings.interpreter_calls
+            self._started, core_group, self._directory, self._node, self._settings.interpreter_calls, self._kind
         )
         self.living[launcher.number] = launcher
         if core_group != ISOLATED:

@@ -14,14 +14,15 @@ class Chain(deque[tuple[Launch | Call, LaunchContext | None]]):
     """Launches and calls that are to be started one after the other.
 
     ``interpreter`` is the number of the interpreter that has calls of this chain, or 0: the chain goes on when these
-    have returned.
+    have returned. ``handed_over`` says that the native core has left the first launch to us.
     """
 
-    __slots__ = ("interpreter",)
+    __slots__ = ("interpreter", "handed_over")
 
     def __init__(self) -> None:
         super().__init__()
         self.interpreter = 0
+        self.handed_over = False
 
 
 class Running:

@@ -1,9 +1,10 @@
 """Starts and reaps the processes of tasks, as a child of a worker process: the launcher.
 
     python -m pilotq.workers.launcher.launcher --dir <output directory> --node <name> --calls <number>
-        --down <fd> --up <fd> --wake <fd>
+        --kind <native or python> --down <fd> --up <fd> --wake <fd>
 
-One thread runs one loop over the pipe from the worker process and the ends of children. It knows nothing of Redis,
+One thread runs one loop over the pipe from the worker process and the ends of children; that of kind native leaves
+plain launches to a core in C (`plain_launches.py`). It knows nothing of Redis,
 time limits or grace: it does what messages ask for (`workers/protocol.py`) and reports what happened. It lives as long
 as the pipe: when that closes, for whatever reason, every process below this one is killed.
 """
@@ -22,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from pilotq.broker import failpoints
-from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper
 from pilotq.workers.launcher.capture import Capture
@@ -204,6 +204,7 @@ class Launcher:
         for launch, _ in chain:
             self._chains[launch.key] = chain
         if taken is None:
+            chain.handed_over = True
             self._startable.append(chain)
             return
         launch, context = taken.launch, taken.context
@@ -229,7 +230,7 @@ class Launcher:
 
     def _start_next(self, chain: Chain) -> None:
         """Start the first launch of a chain."""
-        if not chain:
+        if not chain or (self._plain is not None and self._plain.adopt(chain, self._chains)):
             return
         launch, context = chain[0]
         if isinstance(launch, Call):
@@ -246,6 +247,7 @@ class Launcher:
             return
         failpoints.hit("begun sent")
         chain.popleft()
+        chain.handed_over = False
         began = time.monotonic()
         try:
             spawned = self._spawner.spawn(launch, context)
@@ -260,8 +262,6 @@ class Launcher:
         files = spawned.stdout, spawned.stderr
         self._running[key] = self._unannounced[key] = Running(launch, key, spawned.pid, files, chain, spawned.script)
         failpoints.hit("tracked")
-        if self._plain is not None and context is not None:
-            self._plain.learn(launch, context, spawned)
 
     def _complete(self, key: int, chain: Chain, *, held_back: bool = False) -> None:
         """No process of a launch is left: its chain goes on, unless the launch was ``held_back`` to be tried again."""
@@ -271,8 +271,7 @@ class Launcher:
             del self._chains[launch.key]
             self._reports.report(Retracted(launch.key))
         if chain:
-            if self._plain is None or not self._plain.adopt(chain, self._chains):
-                self._startable.append(chain)
+            self._startable.append(chain)
             self._reports.defer_wake()
         elif chain.interpreter:
             self._reports.defer_wake()
@@ -448,7 +447,7 @@ def main(argv: list[str]) -> None:
                 pass  # the descriptor of the listing
     pipes = [int(options[name]) for name in ("--down", "--up", "--wake")]
     own = LauncherOptions(os.path.abspath(options["--dir"]), options["--node"], int(options["--calls"]))
-    Launcher(own, *pipes, native=launcher_kind() == "native").run()
+    Launcher(own, *pipes, native=options["--kind"] == "native").run()
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from pilotq.broker import failpoints
 from pilotq.broker.launcher_kind import native_module
 from pilotq.workers.launcher.capture import Capture, PoolFile
 from pilotq.workers.launcher.chain import Chain
-from pilotq.workers.launcher.spawn import PROGRAM_CACHE_S, LaunchContext, Spawned, Spawner
+from pilotq.workers.launcher.spawn import LaunchContext, Spawner, find_limits
 from pilotq.workers.process_tree import ProcessTracker
 from pilotq.workers.protocol import Launch, ToLauncher
 
+CPUS_MAX = 1 << 16  # numbers of CPUs are below
 MASK_BYTES = 128  # of a set of CPUs: of 1,024 at least, as the C library has it
 _encode = msgspec.msgpack.Encoder().encode
 _decode_launch = msgspec.msgpack.Decoder(Launch).decode
@@ -77,14 +78,16 @@ class PlainLaunches:
         native = native_module()
         down, up, wake = pipes
         hit = failpoints.hit if os.environ.get("PILOTQ_FAILPOINTS") else None
+        own_cpus = _mask(spawner.all_cpus)
         self._core = native.Core(
-            down, up, wake, poll, children, spawner.null, _mask(spawner.all_cpus), chains, tracker.mains, capture.take, hit
+            down, up, wake, poll, children, spawner.null, own_cpus, chains, tracker.mains, capture.take,
+            capture.release, hit
         )  # fmt: skip
         self._new_context = native.Context
         self._spawner = spawner
         self._take_over = take_over
         self._decode = msgspec.msgpack.Decoder(ToLauncher).decode
-        self._learnt: dict[bytes, LaunchContext] = {}  # the contexts that the core has
+        self._added: dict[bytes, LaunchContext] = {}  # the contexts that the core has
         tracker.before_assigning = self.take_running
 
     def run(self, pause: float, *, may_start: bool) -> Events:
@@ -109,11 +112,13 @@ class PlainLaunches:
         self._hand_over(self._core.take_running())
 
     def adopt(self, chain: Chain, chains: dict[int, Chain]) -> bool:
-        """Leave a chain to the core, if it can start all of it."""
-        if chain.interpreter or not all(isinstance(launch, Launch) and context for launch, context in chain):
+        """Leave a chain to the core, if that can start all of it."""
+        if chain.interpreter or chain.handed_over:
             return False
         items = []
         for launch, context in chain:
+            if not isinstance(launch, Launch) or context is None or not self._add_context(launch, context):
+                return False
             items.append((_encode(launch), context))
         if not self._core.adopt(items):
             return False
@@ -121,25 +126,26 @@ class PlainLaunches:
             del chains[chain.popleft()[0].key]
         return True
 
-    def learn(self, launch: Launch, context: LaunchContext, spawned: Spawned) -> None:
-        """Let the core start such launches: one with this context has been started, and its program was found."""
-        if self._spawner.context(launch) is not context:
-            return  # it was forgotten meanwhile: no later launch has it
+    def _add_context(self, launch: Launch, context: LaunchContext) -> bool:
+        """Have the core know the context of a launch; False when its launches are not plain."""
         name = f"{launch.base}\0{launch.slot}".encode()
-        if self._learnt.get(name) is not context:
-            self._learnt[name] = context
-            variables = [key + b"=" + value for key, value in context.env.items()]
-            cpus = _mask(context.cpus or self._spawner.all_cpus)
-            new = self._new_context(context, variables, cpus, context.umask, context.limits)
-            self._core.add_context(name, new)
-        path = context.env.get(b"PATH")
-        program = launch.argv[0] if launch.argv else b""
-        if path and program and b"/" not in program and b"PATH" not in launch.env and spawned.is_cached:
-            self._core.add_program(program, path, spawned.program, time.monotonic() + PROGRAM_CACHE_S)
+        if self._added.get(name) is context:
+            return True
+        cpus = context.cpus or self._spawner.all_cpus
+        if self._spawner.context(launch) is not context or context.files or not 0 <= min(cpus) <= max(cpus) < CPUS_MAX:
+            return False
+        try:
+            variables = [_variable(*pair) for pair in context.env.items()]
+            limits = context.limits if context.requested_limits is None else find_limits(context.requested_limits)[0]
+            self._core.add_context(name, self._new_context(context, variables, _mask(cpus), context.umask, limits))
+        except (ValueError, OverflowError):
+            return False  # one that is wrong: each launch is refused with a sentence
+        self._added[name] = context
+        return True
 
     def forget(self) -> None:
         """No later launch names any of the contexts; the core has seen the message itself."""
-        self._learnt.clear()
+        self._added.clear()
 
     def _hand_over(self, taken: list[_Taken] | None) -> list[ChildEnd]:
         """Hand chains over; the ends of those of their launches that have ended, and were waited for."""
@@ -163,3 +169,10 @@ def _mask(cpus: list[int]) -> bytes:
     for cpu in cpus:
         mask[cpu // 8] |= 1 << cpu % 8
     return bytes(mask)
+
+
+def _variable(name: bytes, value: bytes) -> bytes:
+    """An environment variable as the system has it; raises ValueError for what cannot be one."""
+    if not name or b"=" in name or b"\0" in name + value:
+        raise ValueError("no environment variable")
+    return name + b"=" + value

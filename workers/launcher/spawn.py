@@ -42,8 +42,6 @@ class Spawned(NamedTuple):
     stdout: PoolFile | None  # None: it goes to a named file
     stderr: PoolFile | None
     script: str  # path of the file of its script; empty without one
-    program: bytes  # the file that was executed
-    is_cached: bool  # it was searched on PATH, and such a search finds it again for a moment
 
 
 class LaunchContext:
@@ -131,8 +129,7 @@ class Spawner:
             program = self._program(argv, env)
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
             pid = self._start(program, argv, env, files, context)
-            cached = (argv[0], env.get(b"PATH", DEFAULT_PATH)) in self._programs
-            return Spawned(pid, env, stdout, stderr, script, program, cached)
+            return Spawned(pid, env, stdout, stderr, script)
         except Refusal as refusal:
             self._release(pool, script)
             if script and refusal.reason == "not found":
@@ -169,7 +166,7 @@ class Spawner:
     def _apply(self, launch: Launch, context: LaunchContext) -> None:
         """Give this process what the child is to inherit."""
         if context.requested_limits is not None:
-            context.limits, context.own_limits = _find_limits(context.requested_limits)
+            context.limits, context.own_limits = find_limits(context.requested_limits)
             context.requested_limits = None
         cpus = context.cpus or self.all_cpus
         if cpus != self._cpus:
@@ -300,8 +297,8 @@ def _write_files(files: dict[bytes, bytes]) -> None:
         os.umask(umask)
 
 
-def _find_limits(requested: dict[int, int]) -> tuple[list[Limit], list[Limit]]:
-    """The soft limits that differ from ours: as they are requested, and as they are."""
+def find_limits(requested: dict[int, int]) -> tuple[list[Limit], list[Limit]]:
+    """The soft limits that differ from ours: as they are requested, and as they are. Raises ValueError."""
     limits, own = [], []
     for number, value in requested.items():
         soft, hard = resource.getrlimit(number)

@@ -24,7 +24,7 @@ for fd, seed in ((1, sys.argv[2]), (2, sys.argv[3])):
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Driver]:
+def driver(tmp_path: Path, each_launcher: str) -> Iterator[Driver]:
     driver = Driver(tmp_path)
     yield driver
     driver.close()

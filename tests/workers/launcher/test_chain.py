@@ -17,6 +17,8 @@ from tests.support.launcher_driver import CPUS, Driver, hanging_program
 from tests.support.waiting import wait_until
 from tests.support.worker_host import Host, alive, children
 
+pytestmark = pytest.mark.usefixtures("each_launcher")
+
 MASK = "grep Cpus_allowed_list /proc/self/status"
 HEAD = "read word <go; echo head >>order"
 # So that every prefetched task is chained as soon as one task of its class has ended, and stays so.

@@ -17,6 +17,8 @@ from pilotq.workers.protocol import Exited, GroupSwept, Quit, Refused, Started
 from tests.support.launcher_driver import CPUS, Driver
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("each_launcher")
+
 # The same launcher on a kernel that does not list the children of a process.
 WITHOUT_LIST = """
 import os, sys

@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -31,6 +32,7 @@ enum {
     PROGRAMS_MAX = 64,
 };
 static const double ANNOUNCE_S = 0.02; /* as in launcher.py: what lives longer is handed over */
+static const double PROGRAM_CACHE_S = 1.0; /* as in spawn.py */
 static const double WAKE_DELAY_S = 0.005; /* as in report_pipe.py */
 
 /* -- contexts ----------------------------------------------------------------------------------------------------- */
@@ -67,8 +69,8 @@ static int context_set_variables(Context *self) {
         return -1;
     }
     for (Py_ssize_t n = 0; n < count; n++) {
-        const char *variable = PyBytes_AsString(PyList_GET_ITEM(self->variables, n));
-        if (!variable)
+        char *variable;
+        if (PyBytes_AsStringAndSize(PyList_GET_ITEM(self->variables, n), &variable, NULL) < 0)
             return -1;
         if (!strchr(variable, '=')) {
             PyErr_SetString(PyExc_ValueError, "a variable has no '='");
@@ -137,9 +139,10 @@ static PyType_Spec context_spec = {
 
 /* -- the core ----------------------------------------------------------------------------------------------------- */
 
+/* A program that was found on PATH. */
 struct program {
-    PyObject *name, *path, *file; /* bytes */
-    double until;                 /* monotonic */
+    char *name, *path, *file;
+    double until; /* monotonic: a newer one may stand in front then */
 };
 
 /* A child that has ended. */
@@ -156,7 +159,8 @@ typedef struct {
     PyObject *chains; /* the caller's, by key */
     PyObject *mains;  /* number of each main process -> key, of the caller's and ours */
     PyObject *cpus;   /* of this process, as of sched_setaffinity */
-    PyObject *take;   /* makes a file for one stream */
+    PyObject *take;    /* a file for one stream */
+    PyObject *release; /* ... that no launch uses any more */
     PyObject *hit;    /* failpoints; NULL where there are none */
     PyTypeObject *context_type;
     PyObject *contexts; /* base, NUL, slot -> Context */
@@ -166,7 +170,6 @@ typedef struct {
     uint32_t reports;      /* in `out` */
     struct launch *buckets[BUCKETS], *oldest, *newest;
     struct chain *startable, *startable_last;
-    PyObject *free_files; /* list of the caller's files that no launch uses */
     int unseen;           /* reports since the reader was woken */
     double wake_at;
     /* what `run` returns */
@@ -278,10 +281,15 @@ static void remove_running(Core *self, struct launch *launch) {
 /* Put the files of a launch back among the free ones. */
 static int release_files(Core *self, struct launch *launch) {
     for (int n = 0; n < 2; n++) {
-        PyObject *file = launch->files[n];
+        PyObject *file = launch->files[n], *done;
+        if (!file)
+            continue;
         launch->files[n] = NULL;
-        if (file && append(&self->free_files, file) < 0)
+        done = PyObject_CallOneArg(self->release, file);
+        Py_DECREF(file);
+        if (!done)
             return -1;
+        Py_DECREF(done);
     }
     return 0;
 }
@@ -394,37 +402,64 @@ static void wake_reader(Core *self, int at_once, double at) {
 
 /* -- starting ----------------------------------------------------------------------------------------------------- */
 
-static int same_bytes(PyObject *bytes, const char *string) {
-    return strcmp(PyBytes_AS_STRING(bytes), string) == 0;
+/* Look for a program in the folders of PATH; NULL when it is in none, or a folder depends on the directory. */
+static char *search(const char *name, const char *path) {
+    char *file = malloc(strlen(path) + strlen(name) + 2);
+    while (file && *path) {
+        size_t size = strcspn(path, ":");
+        struct stat status;
+        if (*path != '/')
+            break;
+        sprintf(file, "%.*s/%s", (int)size, path, name);
+        if (stat(file, &status) == 0 && S_ISREG(status.st_mode) && access(file, X_OK) == 0)
+            return file;
+        path += size + (path[size] == ':');
+    }
+    free(file);
+    return NULL;
 }
 
-/* The file of a launch's program; NULL when the caller must look for it. */
+static void forget_program(struct program *program) {
+    free(program->name);
+    free(program->path);
+    free(program->file);
+    memset(program, 0, sizeof *program);
+}
+
+/* The file of a launch's program; NULL when it is not found, or the caller must look for it. */
 static const char *find_program(Core *self, const struct launch *launch, double at) {
     const char *name = launch->argv[0], *path = ((Context *)launch->context)->path;
+    struct program *place = &self->programs[0];
     if (strchr(name, '/'))
         return name;
-    for (int n = 0; path && n < PROGRAMS_MAX; n++) {
-        struct program *program = &self->programs[n];
-        if (program->until > at && same_bytes(program->name, name) && same_bytes(program->path, path))
-            return PyBytes_AS_STRING(program->file);
+    if (!path)
+        return NULL;
+    for (int n = 0; n < PROGRAMS_MAX; n++) {
+        struct program *one = &self->programs[n];
+        if (one->file && strcmp(one->name, name) == 0 && strcmp(one->path, path) == 0) {
+            if (at < one->until)
+                return one->file;
+            place = one;
+            break;
+        }
+        if (one->until < place->until) /* the one that was found longest ago */
+            place = one;
     }
-    return NULL;
+    forget_program(place);
+    *place = (struct program){strdup(name), strdup(path), search(name, path), at + PROGRAM_CACHE_S};
+    if (!place->name || !place->path || !place->file)
+        forget_program(place);
+    return place->file;
 }
 
 /* Get the files that capture its output. -1 with no exception set when none can be made. */
 static int take_files(Core *self, struct launch *launch) {
     for (int n = 0; n < 2; n++) {
-        Py_ssize_t count = self->free_files ? PyList_GET_SIZE(self->free_files) : 0;
         PyObject *file, *number;
         if (*(n ? launch->stderr_path : launch->stdout_path))
             continue;
-        if (count) {
-            file = Py_NewRef(PyList_GET_ITEM(self->free_files, count - 1));
-            if (PyList_SetSlice(self->free_files, count - 1, count, NULL) < 0) {
-                Py_DECREF(file);
-                return -1;
-            }
-        } else if (!(file = PyObject_CallNoArgs(self->take))) {
+        file = PyObject_CallNoArgs(self->take);
+        if (!file) {
             if (PyErr_ExceptionMatches(PyExc_OSError))
                 PyErr_Clear();
             return -1;
@@ -926,41 +961,17 @@ static PyObject *core_add_context(Core *self, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-static PyObject *core_add_program(Core *self, PyObject *arguments) {
-    struct program program, *place = &self->programs[0];
-    if (!PyArg_ParseTuple(arguments, "SSSd", &program.name, &program.path, &program.file, &program.until))
-        return NULL;
-    for (int n = 0; n < PROGRAMS_MAX; n++) {
-        struct program *one = &self->programs[n];
-        if (one->name && same_bytes(one->name, PyBytes_AS_STRING(program.name))
-            && same_bytes(one->path, PyBytes_AS_STRING(program.path))) {
-            place = one;
-            break;
-        }
-        if (one->until < place->until) /* the one that was found longest ago */
-            place = one;
-    }
-    Py_INCREF(program.name);
-    Py_INCREF(program.path);
-    Py_INCREF(program.file);
-    Py_XDECREF(place->name);
-    Py_XDECREF(place->path);
-    Py_XDECREF(place->file);
-    *place = program;
-    Py_RETURN_NONE;
-}
-
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"down", "up", "wake", "poll", "children", "null", "cpus", "chains", "mains", "take", "hit", NULL};
+    static char *names[] = {"down", "up", "wake", "poll", "children", "null", "cpus", "chains", "mains", "take", "release", "hit", NULL};
     Core *self = (Core *)type->tp_alloc(type, 0);
-    PyObject *take, *hit_point;
+    PyObject *take, *release, *hit_point;
     int count = 0;
     if (!self)
         return NULL;
     self->last_pid = -1;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iiiiiiSO!O!OO", names, &self->down, &self->up, &self->wake,
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iiiiiiSO!O!OOO", names, &self->down, &self->up, &self->wake,
             &self->poll, &self->children, &self->null, &self->cpus, &PyDict_Type, &self->chains, &PyDict_Type, &self->mains, &take,
-            &hit_point)) {
+            &release, &hit_point)) {
         self->cpus = self->chains = self->mains = NULL; /* they were borrowed */
         Py_DECREF(self);
         return NULL;
@@ -969,6 +980,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     Py_INCREF(self->chains);
     Py_INCREF(self->mains);
     self->take = Py_NewRef(take);
+    self->release = Py_NewRef(release);
     self->hit = hit_point == Py_None ? NULL : Py_NewRef(hit_point);
     self->context_type = (PyTypeObject *)Py_NewRef(*(PyObject **)PyType_GetModuleState(type));
     self->contexts = PyDict_New();
@@ -1002,11 +1014,8 @@ static void core_free(PyObject *object) {
     for (int n = 0; n < BUCKETS; n++)
         while (self->buckets[n])
             free_launch(self, self->buckets[n]);
-    for (int n = 0; n < PROGRAMS_MAX; n++) {
-        Py_XDECREF(self->programs[n].name);
-        Py_XDECREF(self->programs[n].path);
-        Py_XDECREF(self->programs[n].file);
-    }
+    for (int n = 0; n < PROGRAMS_MAX; n++)
+        forget_program(&self->programs[n]);
     if (self->last_pid >= 0)
         close(self->last_pid);
     free(self->in.at);
@@ -1018,7 +1027,7 @@ static void core_free(PyObject *object) {
     Py_XDECREF(self->hit);
     Py_XDECREF((PyObject *)self->context_type);
     Py_XDECREF(self->contexts);
-    Py_XDECREF(self->free_files);
+    Py_XDECREF(self->release);
     Py_XDECREF(self->messages);
     Py_XDECREF(self->ends);
     Py_XDECREF(self->taken);
@@ -1035,7 +1044,6 @@ static PyMethodDef core_methods[] = {
     {"take_running", (PyCFunction)core_take_running, METH_NOARGS, "take_running(): all chains of which a launch runs."},
     {"adopt", (PyCFunction)core_adopt, METH_O, "adopt([(message, owner of its context)...]): whether it was taken over."},
     {"add_context", (PyCFunction)core_add_context, METH_VARARGS, "add_context(b'base\\0slot', Context(...))"},
-    {"add_program", (PyCFunction)core_add_program, METH_VARARGS, "add_program(name, PATH, file, monotonic until)"},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot core_slots[] = {
