@@ -67,11 +67,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
     launchers = LauncherPool(output, info.name, info.cores, settings, kind)
     try:
         info.incarnation = session.register(info)
-        builder = LaunchBuilder(session.shared_data, directory, real, info)
-        node = Node(
-            session, launchers, builder, directory, info, settings,
-            lambda actions: MultinodeHooks(actions, session, launchers, builder, directory, info, real, settings),
-        )  # fmt: skip
+        node = make_node(session, launchers, directory, info, real, settings)
         log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores, {kind} launcher")
         try:
             return _Loop(session, launchers, node, signals, settings).run()
@@ -84,6 +80,22 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
         launchers.close()
         session.close()
         signals.close()
+
+
+def make_node(
+    session: Session,
+    launchers: LauncherPool,
+    directory: str,
+    info: NodeInfo,
+    real: Mapping[int, int],
+    settings: Settings,
+) -> Node:
+    """What decides for a node whose session has registered; the arguments are as of `serve`."""
+    builder = LaunchBuilder(session.shared_data, directory, real, info)
+    return Node(
+        session, launchers, builder, directory, info, settings,
+        lambda actions: MultinodeHooks(actions, session, launchers, builder, directory, info, real, settings),
+    )  # fmt: skip
 
 
 class _Signals:

@@ -24,11 +24,8 @@ from pilotq.broker.settings import load
 from pilotq.broker.store.connection import Address
 from pilotq.broker.store.messages import Leave, ToWorker
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.workers.execution.launch_builder import LaunchBuilder
-from pilotq.workers.execution.node import Node
-from pilotq.workers.multinode.node import MultinodeHooks
 from pilotq.workers.session import Session
-from pilotq.workers.worker import Descriptors, _Loop, _Signals
+from pilotq.workers.worker import Descriptors, _Loop, _Signals, make_node
 
 READY_S = 60.0
 LEAVE_S = 20.0
@@ -59,11 +56,7 @@ class VirtualNode(_Loop):
         self.messages = 0
         session.pump = counted  # type: ignore[method-assign]
         self.pool = PretendedPool(directory, name, info.cores, settings)
-        builder = LaunchBuilder(session.shared_data, directory, {}, info.address)
-        node = Node(
-            session, self.pool, builder, directory, info, settings,
-            lambda actions: MultinodeHooks(actions, session, self.pool, builder, directory, info, {}, settings),
-        )  # fmt: skip
+        node = make_node(session, self.pool, directory, info, {}, settings)
         super().__init__(session, self.pool, node, _NoSignals(), settings)
         self.descriptors: Descriptors = {}  # it waits for these
         self.next = 0.0  # monotonic: when it wants a turn though none of them is ready
