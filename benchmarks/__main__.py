@@ -17,8 +17,8 @@ NAMES = (
     "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
-# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs other tools; some minutes; half an
-# hour.
+# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs other tools; takes some minutes;
+# takes half an hour.
 BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation")
 
 

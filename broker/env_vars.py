@@ -16,6 +16,7 @@ OF_TASKS: Final[dict[str, str]] = {
     "PILOTQ_ARRAY_ID, PILOTQ_INDEX": "in an element of an array: the array's id, the element's index",
     "PILOTQ_VALUE": "in an element of an array of programs: its value, or its index where there are no values",
     "OMP_NUM_THREADS": "the number of cores on its first node, unless the submitter has set it",
+    "OMP_PLACES, OMP_PROC_BIND": "with `--spread` or `--pack`: a place for each core, and how threads lie on them",
     "CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, ZE_AFFINITY_MASK":
         "its GPUs, in the variable of their vendor; none where it asked for none",
     "QCG_PM_NNODES, QCG_PM_NODELIST, QCG_PM_NPROCS, QCG_PM_NTASKS, QCG_PM_TASKS_PER_NODE, QCG_PM_STEP_ID":

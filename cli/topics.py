@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from pilotq.cli import exit_codes
 
 WIDEST = 100
-RESOURCES = ("cores", "nodes", "gpus", "memory", "use", "priority", "time_limit", "time_request")
+RESOURCES = ("cores", "nodes", "gpus", "memory", "use", "numa", "priority", "time_limit", "time_request")
 
 
 class Topic(NamedTuple):

@@ -10,10 +10,6 @@ from pilotq.broker.store.resources import NodeInfo, gpu_name
 VARIABLE_OF: Final = {
     "nvidia": "CUDA_VISIBLE_DEVICES", "amd": "ROCR_VISIBLE_DEVICES", "intel": "ZE_AFFINITY_MASK"
 }  # fmt: skip
-# What the runtimes read besides: it would mean other devices where a task has only some of the submitter's.
-GPU_VARIABLES: Final = (
-    *VARIABLE_OF.values(), "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_FLAT_DEVICE_HIERARCHY"
-)  # fmt: skip
 # Intel's runtime reads an empty mask as all devices, and passes over numbers that no device has.
 NO_INTEL: Final = "9999"
 

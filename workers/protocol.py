@@ -16,7 +16,7 @@ pipe, ``wake``, means that one has arrived which is worth waking up for.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -44,15 +44,6 @@ class LaunchSlot(msgspec.Struct, array_like=True, tag="slot"):
     defaults: dict[bytes, bytes]  # for variables that the base lacks
     cpus: list[int]  # CPU numbers of this machine
     files: dict[bytes, bytes] = {}  # path -> content: written before the first start in it
-    unset: list[bytes] = []  # variables of the base that launches in this slot do not have
-
-    def over(self, env: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        """The variables of launches in this slot whose base has ``env``."""
-        found = {**self.defaults, **env}
-        for name in self.unset:
-            found.pop(name, None)
-        found.update(self.env)
-        return found
 
 
 class Forget(msgspec.Struct, array_like=True, tag="forget"):

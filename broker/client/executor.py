@@ -169,13 +169,14 @@ class Executor(futures.Executor):
         *,
         cores: int | str | None = None,
         nodes: int | str | None = None,
-        gpus: int | None = None,
+        gpus: float | str | None = None,
         memory: int | str | None = None,
         use: Mapping[str, int] | None = None,
+        numa: str | None = None,
         **fields: Any,
     ) -> Options:
         """`submit` and `map` for tasks that ask for resources, as task files write them, or set ``fields`` of Task."""
-        request = request_of(Request(), cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use)
+        request = request_of(Request(), cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use, numa=numa)
         if fields.get("array") is not None or fields.get("values") is not None:
             raise InvalidInput("options: a future is of one call: submit an array with Broker.enqueue")
         task = msgspec.structs.replace(_PLAIN, request=request, **fields)

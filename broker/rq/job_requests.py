@@ -21,11 +21,13 @@ from pilotq.broker.store.store import pack
 from pilotq.broker.tasks.model import PRIORITY_LIMIT, Request, class_name, limit_step
 from pilotq.broker.tasks.quantities import request_of
 from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec
+from pilotq.broker.tasks.validation import request_problems
 
 DEFAULT_TIMEOUT_S = 180  # RQ's, for a record that names none
 META_BYTES = 1 << 20
 META_TYPES: Final = {  # fields of `meta`, with the types they may have
-    "cores": (int, str), "nodes": (int, str), "gpus": (int,), "memory": (int, str), "use": (dict,), "priority": (int,),
+    "cores": (int, str), "nodes": (int, str), "gpus": (int, float, str), "memory": (int, str), "use": (dict,),
+    "numa": (str,), "priority": (int,),
 }  # fmt: skip
 # What is refused, for docs/rq.md.
 REFUSED: Final = (
@@ -111,9 +113,8 @@ def job_request_of(queue: str, timeout: bytes, meta: bytes) -> JobRequest:
     asked = {field: value for field, value in read_meta(meta).items() if field in META_TYPES}
     for field, value in asked.items():
         if not isinstance(value, META_TYPES[field]) or isinstance(value, bool):
-            kinds = " or ".join(
-                {int: "a number", str: "a text", dict: "a dictionary"}[kind] for kind in META_TYPES[field]
-            )
+            words = {int: "a number", float: "a number", str: "a text", dict: "a dictionary"}
+            kinds = " or ".join(dict.fromkeys(words[kind] for kind in META_TYPES[field]))
             raise InvalidInput(f"meta[{field!r}] must be {kinds}")
     priority = asked.pop("priority", 0)
     if abs(priority) > PRIORITY_LIMIT:
@@ -126,8 +127,8 @@ def job_request_of(queue: str, timeout: bytes, meta: bytes) -> JobRequest:
         request = request_of(Request(), **asked)
     except InvalidInput as error:
         raise InvalidInput(f"meta: {error}") from None
-    if min(request.gpus, request.memory, *(count for _, count in request.use), 0) < 0:
-        raise InvalidInput("meta: gpus, memory and use cannot be negative")
+    for problem in request_problems(request):
+        raise InvalidInput(f"meta: {problem}")
     shape = msgspec.structs.replace(request, limit=limit_step(limit))
     spec = Spec([], time_limit=limit or 0.0, flags=FLAG_RQ_JOB, cores=request.cores[0])
     return JobRequest(class_name(queue, priority, shape), pack(spec), shape)

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from pilotq.broker.scheduling.node_cores import FreeCoreIndex, NodeCores, bits, carve, mask_of
+from pilotq.broker.scheduling.core_masks import bits, carve, mask_of
+from pilotq.broker.scheduling.node_cores import FreeCoreIndex, NodeCores
 from pilotq.broker.scheduling.shortage import Room, shortage
 from pilotq.broker.store.resources import NodeInfo, NodeShare
-from pilotq.broker.tasks.model import Request
+from pilotq.broker.tasks.model import SPREAD, Request
 
 POSSIBLE_MAX = 10_000  # kinds of requests of which it is kept whether they could ever fit
 END_S = 0.5  # ends of nodes that differ by less are the same
@@ -312,9 +313,7 @@ class Cluster:
     def _cut(self, node: NodeCores, size: int, outside: bool, request: Request) -> NodeShare:
         """Take ``size`` cores of a node that is known to have them, and what else the request wants of it."""
         free = node.free & ~node.held if outside else node.free
-        _, (cores,) = carve(free, node.groups, size, 1)
-        gpus = node.gpus_free if request.whole else node.gpus_free[: request.gpus]
-        share = NodeShare(node.name, cores, gpus, request.memory, request.use)
+        share = node.choose(size, request, free)
         node.take(share)
         self._refresh(node)
         return share
@@ -376,8 +375,8 @@ class Cluster:
 
 
 def is_plain(request: Request) -> bool:
-    """Whether it asks for nothing but cores."""
-    return not (request.gpus or request.memory or request.use)
+    """Whether it asks for nothing but cores, and those lie as close together as they can."""
+    return not (request.gpus or request.memory or request.use or request.numa == SPREAD)
 
 
 def competes(request: Request, other: Request) -> bool:
@@ -402,12 +401,16 @@ def _visible(node: NodeCores, outside: bool) -> int:
 
 
 def _total(node: NodeCores) -> Room:
-    return Room(node.name, node.size, len(node.gpus), node.memory or None, node.counters, True)
+    return Room(
+        node.name, node.size, lambda r: node.gpus.room(r, now=False), node.memory or None, node.counters, True
+    )  # fmt: skip
 
 
 def _room(node: NodeCores, free: int) -> Room:
     memory = node.memory_free if node.memory else None
-    return Room(node.name, free.bit_count(), len(node.gpus_free), memory, node.counters_free, free == node.all)
+    return Room(
+        node.name, free.bit_count(), lambda r: node.gpus.room(r, now=True), memory, node.counters_free, free == node.all
+    )  # fmt: skip
 
 
 def _natural(name: str) -> tuple[list[int | str], str]:

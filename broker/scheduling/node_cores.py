@@ -1,7 +1,6 @@
-"""The cores of one node, and an index that finds nodes by their number of free cores. Pure.
+"""One node, what of it is free, and an index that finds nodes by their number of free cores. Pure.
 
-Cores of a node are bits of one number (bit n is core n), nodes are bits of another (bit i is the node with index i), so
-that nothing here loops over all cores or all nodes.
+Nodes are bits of one number (bit i is the node with index i), so that nothing here loops over all nodes.
 """
 
 from __future__ import annotations
@@ -9,70 +8,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
+from pilotq.broker.scheduling.core_masks import bits, carve, compact, mask_of, scatter
+from pilotq.broker.scheduling.node_gpus import NodeGpus
 from pilotq.broker.store.resources import NodeInfo, NodeShare
-from pilotq.broker.tasks.model import Request
-
-
-@lru_cache(maxsize=4096)
-def mask_of(cores: tuple[int, ...]) -> int:
-    mask = 0
-    for core in cores:
-        mask |= 1 << core
-    return mask
-
-
-def bits(mask: int) -> Iterator[int]:
-    """The numbers of the bits that are set, ascending."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
-
-
-def lowest(mask: int, count: int) -> int:
-    """The ``count`` lowest bits of a mask that has at least so many."""
-    low = mask & -mask
-    run = (low << count) - low
-    if mask & run == run:  # mostly they lie side by side
-        return run
-    rest = mask
-    for _ in range(count):
-        rest &= rest - 1
-    return mask ^ rest
-
-
-def compact(free: int, groups: tuple[int, ...], count: int) -> int:
-    """``count`` of the free cores, of as few NUMA groups as can be; of one group the one that has least to spare."""
-    if not groups:
-        return lowest(free, count)
-    shares = [free & group for group in groups]
-    fitting = [share for share in shares if share.bit_count() >= count]
-    if fitting:
-        return lowest(min(fitting, key=int.bit_count), count)
-    largest = max(shares, key=int.bit_count)
-    return largest | compact(free ^ largest, groups, count - largest.bit_count())
-
-
-@lru_cache(maxsize=1024)
-def carve(free: int, groups: tuple[int, ...], size: int, count: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """``count`` pieces of ``size`` cores: the mask of all of them, and the cores of each."""
-    # Cached, because equal nodes are filled in equal ways.
-    left = free
-    pieces = []
-    for _ in range(count):
-        piece = compact(left, groups, size)
-        left ^= piece
-        pieces.append(tuple(bits(piece)))
-    return free ^ left, tuple(pieces)
+from pilotq.broker.tasks.model import SPREAD, Request
 
 
 class NodeCores:
     """One node: what it has and what of it is free now."""
 
     __slots__ = (
-        "all", "counters", "counters_free", "free", "gpus", "gpus_free", "groups", "held", "memory", "memory_free",
+        "all", "counters", "counters_free", "free", "gpus", "groups", "held", "memory", "memory_free",
         "name", "open", "end", "size", "index",
     )  # fmt: skip
 
@@ -87,7 +34,7 @@ class NodeCores:
         groups = [mask_of(tuple(group)) & self.all for group in info.numa]
         groups.append(self.all & ~mask_of(tuple(core for group in info.numa for core in group)))
         self.groups = tuple(g for g in groups if g) if len(info.numa) > 1 else ()
-        self.gpus = self.gpus_free = tuple(info.gpus)
+        self.gpus = NodeGpus(info)
         self.memory = self.memory_free = info.memory
         self.counters = info.counters
         self.counters_free = dict(info.counters)
@@ -95,22 +42,49 @@ class NodeCores:
     def copy(self) -> NodeCores:
         other = copy.copy(self)
         other.counters_free = dict(self.counters_free)
+        other.gpus = self.gpus.copy()
         return other
+
+    def could_give_extras(self, request: Request) -> bool:
+        """Whether it has, free or not, what the request wants besides cores."""
+        if (request.gpus and not self.gpus.has(request, now=False)) or (self.memory and self.memory < request.memory):
+            return False
+        return all(self.counters.get(name, 0) >= count for name, count in request.use)
 
     def has_free_extras(self, request: Request) -> bool:
         """Whether it has free now what the request wants besides cores."""
-        if len(self.gpus_free) < request.gpus or (self.memory and self.memory_free < request.memory):
+        if self.memory and self.memory_free < request.memory:
+            return False
+        if request.gpus and not self.gpus.has(request, now=True):
             return False
         return all(self.counters_free.get(name, 0) >= count for name, count in request.use)
 
+    def choose(self, size: int, request: Request, free: int) -> NodeShare:
+        """``size`` of the ``free`` cores, and what else the request wants of a node that is known to have it."""
+        gpus: tuple[str, ...] = ()
+        near = 0
+        if request.whole:
+            gpus = self.gpus.names
+        elif request.gpus:
+            gpus = self.gpus.choose(request, free, size)
+            near = self.gpus.near_cores(gpus) & free
+        if request.numa == SPREAD and self.groups:
+            mask = scatter(free, self.groups, size)
+        elif near.bit_count() >= size:
+            mask = compact(near, self.groups, size)
+        elif near:
+            mask = near | compact(free & ~near, self.groups, size - near.bit_count())
+        else:
+            return NodeShare(self.name, carve(free, self.groups, size, 1)[1][0], gpus, request.memory, request.use)
+        return NodeShare(self.name, tuple(bits(mask)), gpus, request.memory, request.use)
+
     def take(self, share: NodeShare) -> None:
         mask = mask_of(share.cores)
-        if mask & ~self.free or not set(share.gpus) <= set(self.gpus_free):
+        if mask & ~self.free or not self.gpus.has_free(share.gpus):
             raise ValueError(f"{share.node} does not have all of cores {share.cores} and GPUs {share.gpus} free")
         self.free ^= mask
         self._add(share, -1)
-        if share.gpus:
-            self.gpus_free = tuple(g for g in self.gpus_free if g not in share.gpus)
+        self.gpus.add(share.gpus, -1)
 
     def release(self, share: NodeShare) -> None:
         mask = mask_of(share.cores)
@@ -118,8 +92,7 @@ class NodeCores:
             raise ValueError(f"of cores {share.cores} of {share.node} some are not reserved: they cannot be released")
         self.free |= mask
         self._add(share, 1)
-        if share.gpus:
-            self.gpus_free = tuple(g for g in self.gpus if g in self.gpus_free or g in share.gpus)
+        self.gpus.add(share.gpus, 1)
 
     def _add(self, share: NodeShare, sign: int) -> None:
         self.memory_free += sign * share.memory

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import msgspec
 
 from pilotq.broker.scheduling.cluster import Cluster, is_plain
-from pilotq.broker.scheduling.node_cores import NodeCores, bits, compact, lowest, mask_of
+from pilotq.broker.scheduling.core_masks import bits, compact, lowest, mask_of
+from pilotq.broker.scheduling.node_cores import NodeCores
 from pilotq.broker.store.resources import NodeShare
 from pilotq.broker.tasks.model import Request
 
@@ -253,11 +254,9 @@ def drain(cluster: Cluster, request: Request, running: Iterable[tuple[Shares, fl
 
 
 def _could_hold(node: NodeCores, request: Request) -> bool:
-    if len(node.gpus) < request.gpus or (node.memory and node.memory < request.memory):
-        return False
     if not (request.spread or request.whole) and node.size < request.cores[0]:
         return False
-    return all(node.counters.get(name, 0) >= count for name, count in request.use)
+    return node.could_give_extras(request)
 
 
 def _size(node: NodeCores, request: Request) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pilotq.broker.tasks.model import Request
+from pilotq.broker.scheduling.node_gpus import wanted
+from pilotq.broker.tasks.model import GPU_PARTS, Request
 
 
 class Room(NamedTuple):
@@ -13,7 +14,7 @@ class Room(NamedTuple):
 
     name: str
     cores: int
-    gpus: int
+    gpus: Callable[[Request], int]  # as `NodeGpus.room`
     memory: int | None
     counters: dict[str, int]
     idle: bool
@@ -41,7 +42,7 @@ def shortage(request: Request, rooms: Sequence[Room], *, now: bool) -> str | Non
 def _extras(request: Request) -> list[Want]:
     wants = []
     if request.gpus:
-        wants.append(Want(request.gpus, lambda room: room.gpus, lambda n: _plural(n, "GPU")))
+        wants.append(Want(wanted(request), lambda room: room.gpus(request), lambda n: _gpus(n, request)))
     if request.memory:
         wants.append(Want(request.memory, lambda r: request.memory if r.memory is None else r.memory, _memory))
     for name, count in request.use:
@@ -111,6 +112,11 @@ def _so_many(nodes: int, what: str, free: str) -> str:
 
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _gpus(count: int, request: Request) -> str:
+    text = f"{count / GPU_PARTS:g} of a GPU" if request.gpu_share else _plural(count, "GPU")
+    return f"{text} of kind {request.gpu_kind.replace('_', '-')}" if request.gpu_kind else text
 
 
 def _memory(count: int) -> str:

@@ -43,9 +43,10 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     kwargs: dict[str, Any] | None = None
     cores: Count | str | None = None
     nodes: Count | str | None = None
-    gpus: Count | None = None
+    gpus: float | str | None = None
     memory: Count | str | None = None
     use: dict[str, Count] | None = None
+    numa: str | None = None
     array: str | None = None
     values: list[Scalar] | None = None
     after: str | list[str] | None = None
@@ -80,26 +81,15 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 KEYS = (*Entry.__struct_fields__, "tasks", "defaults")
 # Keys whose value is the field of Task unchanged.
 _PLAIN = (
-    "args",
-    "kwargs",
-    "name",
-    "priority",
-    "retries",
-    "memory_grow",
-    "time_grow",
-    "cwd",
-    "stdin",
-    "stdout",
-    "stderr",
-    "model",
-    "queue",
-)
+    "args", "kwargs", "name", "priority", "retries", "memory_grow", "time_grow", "cwd", "stdin", "stdout", "stderr",
+    "model", "queue",
+)  # fmt: skip
 # Keys whose text these read.
 _QUANTITIES: dict[str, Callable[[str], Any]] = {
     "time_limit": parse_duration, "time_request": parse_duration, "backoff": parse_duration, "time_max": parse_duration,
     "memory_max": parse_size,
 }  # fmt: skip
-_NO_REQUEST = (None,) * 5
+_NO_REQUEST = (None,) * 6
 
 
 def read_json(data: bytes, file: str, *, base: Task, shell: bool) -> Batch:
@@ -169,7 +159,7 @@ def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict
     if entry.command is not None or entry.script is not None or entry.function is not None:
         changes["command"], changes["script"] = _what_runs(entry, where, shell)
         changes["function"] = entry.function
-    if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use)) != _NO_REQUEST:
+    if (asked := (entry.cores, entry.nodes, entry.gpus, entry.memory, entry.use, entry.numa)) != _NO_REQUEST:
         changes["request"] = _request(asked, where, base.request, requests)
     if entry.array is not None or entry.values is not None:
         changes["array"] = None if entry.array is None else _read(ArrayRange.parse, entry.array, f"{where}.array")
@@ -201,11 +191,11 @@ def _what_runs(entry: Entry, where: str, shell: bool) -> tuple[list[str] | None,
 
 def _request(asked: tuple[Any, ...], where: str, base: Request, known: dict[object, Request]) -> Request:
     """Tasks that ask for the same share one Request: a file of many tasks has few shapes."""
-    cores, nodes, gpus, memory, use = asked
-    key = (cores, nodes, gpus, memory, None if use is None else tuple(use.items()))
+    cores, nodes, gpus, memory, use, numa = asked
+    key = (cores, nodes, gpus, memory, None if use is None else tuple(use.items()), numa)
     if key not in known:
         try:
-            known[key] = request_of(base, cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use)
+            known[key] = request_of(base, cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use, numa=numa)
         except InvalidInput as error:
             raise InvalidInput(f"{where}.{error}") from None
     return known[key]

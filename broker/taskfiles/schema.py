@@ -36,10 +36,17 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         "cores on one node; with `nodes` on each of them. Default 1. Of a range the task gets as many as are free",
     ),
     "nodes": ('number, or text `"2-4"`', "nodes; without `cores` entire ones that nothing else uses"),
-    "gpus": ("number", "GPUs on each node"),
+    "gpus": (
+        'number, or text `"a100:2"`',
+        "GPUs on each node; a number below 1 is a share of one. A kind is words of its model",
+    ),
     "memory": (
         'number of bytes, or text `"2G"`',
         "on each node; K, M, G, T, P are powers of 1024. Reserved if the node is a machine, and a limit",
+    ),
+    "numa": (
+        'text `"spread"` or `"pack"`',
+        "cores lie evenly over the NUMA nodes, or on as few as can be, and OpenMP's threads so. Default: pack",
     ),
     "use": ("table, name to number", "units of counters that the nodes were given with `--counter NAME=N`"),
     "after": (

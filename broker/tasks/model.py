@@ -24,6 +24,9 @@ ONE_PROCESS_MODELS = frozenset({"default", "threads"})
 PRIORITY_LIMIT = 1000
 ARRAY_LIMIT = 10_000_000
 INDEX_LIMIT = array_indices.INDEX_LIMIT  # also of retries
+GPU_PARTS = 10_000  # of which shares of a GPU are counted
+GPU_KIND = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
+PACK, SPREAD = "pack", "spread"  # how cores lie over NUMA nodes
 COUNTER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,30}")  # names of counters
 # Time limits are rounded up to these steps (seconds) where they become part of a shape, so that tasks with
 # slightly different limits share a class list. Rounding up keeps them true upper bounds.
@@ -38,7 +41,9 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     ``cores`` is (min, max). Without ``nodes`` they are on one node, or anywhere if ``spread``; with ``nodes``
     (min, max) they are per node; ``nodes`` with ``whole`` asks for entire nodes that nothing else uses.
-    ``gpus`` and ``memory`` (bytes) are per node, ``use`` counts named counters of the node.
+    ``gpus`` and ``memory`` (bytes) are per node, ``use`` counts named counters of the node. ``gpus`` below 1 is a share
+    of one GPU, in steps of 1/GPU_PARTS; ``gpu_kind`` are words of its model, with _ between (``a100``, ``a100_80gb``).
+    ``numa`` is how cores lie over the NUMA nodes of a node: ``spread`` evenly, ``pack`` (or empty) on as few as can be.
     ``limit`` is an upper bound of the run time in seconds, rounded up to LIMIT_STEPS; None means unknown.
     """
 
@@ -46,10 +51,17 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     nodes: tuple[int, int] | None = None
     whole: bool = False
     spread: bool = False
-    gpus: int = 0
+    gpus: float = 0
+    gpu_kind: str = ""
     memory: int = 0
     use: tuple[tuple[str, int], ...] = ()
     limit: int | None = None
+    numa: str = ""
+
+    @property
+    def gpu_share(self) -> int:
+        """How many parts of a GPU it asks for, of GPU_PARTS; 0 where it asks for whole ones, or for none."""
+        return round(self.gpus * GPU_PARTS) if 0 < self.gpus < 1 else 0
 
     def label(self) -> str:
         """A readable name of the shape, of ``[A-Za-z0-9-_]``: ``1c``, ``2-4c``, ``2n4c``, ``1c-t60``.
@@ -65,13 +77,16 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         if self.spread:
             text += "s"
         if self.gpus:
-            text += f"-{self.gpus}g"
+            text += f"-{self.gpu_share}gs" if self.gpu_share else f"-{int(self.gpus)}g"
+            text += f"_{self.gpu_kind}" if self.gpu_kind else ""
         if self.memory:
             text += f"-m{self.memory}"
         for name, count in self.use:
             text += f"-{name}_{count}"
         if self.limit is not None:
             text += f"-t{self.limit}"
+        if self.numa:
+            text += f"-n{self.numa}"
         return text
 
 
@@ -82,7 +97,8 @@ def _span(pair: tuple[int, int]) -> str:
 
 _PAIR = r"([0-9]+)(?:-([0-9]+))?"
 _LABEL = re.compile(
-    rf"(?:{_PAIR}n)?(?:{_PAIR}c)?(s)?(?:-([0-9]+)g)?(?:-m([0-9]+))?((?:-[A-Za-z][A-Za-z0-9_]*_[0-9]+)*)(?:-t([0-9]+))?"
+    rf"(?:{_PAIR}n)?(?:{_PAIR}c)?(s)?(?:-([0-9]+)g(s)?((?:_[a-z0-9]+)*))?(?:-m([0-9]+))?"
+    r"((?:-[A-Za-z][A-Za-z0-9_]*_[0-9]+)*)(?:-t([0-9]+))?(?:-n(pack|spread))?"
 )
 
 
@@ -91,17 +107,19 @@ def shape_of(label: str) -> Request | None:
     match = _LABEL.fullmatch(label)
     if match is None:
         return None
-    fewest, most, low, high, spread, gpus, memory, counters, limit = match.groups()
+    fewest, most, low, high, spread, gpus, share, kind, memory, counters, limit, numa = match.groups()
     use = [counter.rpartition("_") for counter in counters.split("-")[1:]]
     return Request(
         cores=(int(low), int(high or low)) if low else (1, 1),
         nodes=(int(fewest), int(most or fewest)) if fewest else None,
         whole=low is None,
         spread=spread is not None,
-        gpus=int(gpus or 0),
+        gpus=int(gpus) / GPU_PARTS if share else int(gpus or 0),
+        gpu_kind=(kind or "")[1:],
         memory=int(memory or 0),
         use=tuple((name, int(count)) for name, _, count in use),
         limit=int(limit) if limit else None,
+        numa=numa or "",
     )
 
 

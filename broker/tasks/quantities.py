@@ -20,6 +20,7 @@ SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)s?)?", re.I)
 _CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
 _SLURM = re.compile(r"([0-9]{1,9})-([0-9]{1,9})(?::([0-9]{2})(?::([0-9]{2}))?)?")
+_NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
@@ -73,14 +74,29 @@ def parse_span(text: str) -> tuple[int, int]:
     return low, high
 
 
+def parse_gpus(text: str) -> tuple[float, str]:
+    """``2`` -> (2, ""), ``0.25`` -> (0.25, ""), ``A100:2`` -> (2, "a100"), ``a100-80gb`` -> (1, "a100_80gb").
+
+    A kind is words of the model, in any case and with anything between.
+    """
+    kind, colon, number = text.strip().rpartition(":")
+    if not colon and not _NUMBER.fullmatch(number):
+        kind, number = number, "1"
+    words = re.findall(r"[a-z0-9]+", kind.lower())
+    if not text.strip() or not _NUMBER.fullmatch(number) or ((kind or colon) and not words):
+        raise InvalidInput(f"gpus: {text!r} is no number of GPUs: write 2, or 0.25 for a share of one, or a100:2")
+    return (float(number) if "." in number else int(number)), "_".join(words)
+
+
 def request_of(
     base: Request,
     *,
     cores: int | str | None = None,
     nodes: int | str | None = None,
-    gpus: int | None = None,
+    gpus: float | str | None = None,
     memory: int | str | None = None,
     use: Mapping[str, int] | None = None,
+    numa: str | None = None,
 ) -> Request:
     """``base`` with what is given replaced. ``nodes`` without any ``cores`` asks for entire nodes.
 
@@ -94,7 +110,7 @@ def request_of(
         if cores is None and base == Request():
             changes |= {"whole": True}
     if gpus is not None:
-        changes["gpus"] = gpus
+        changes["gpus"], changes["gpu_kind"] = parse_gpus(gpus) if isinstance(gpus, str) else (gpus, "")
     if memory is not None:
         try:
             changes["memory"] = parse_size(memory) if isinstance(memory, str) else memory
@@ -105,6 +121,8 @@ def request_of(
             if not COUNTER.fullmatch(name):
                 raise InvalidInput(f"use: {name!r} is no name of a counter: use letters, digits and _")
         changes["use"] = tuple(sorted((name, count) for name, count in use.items() if count))
+    if numa is not None:
+        changes["numa"] = numa
     return msgspec.structs.replace(base, **changes)
 
 

@@ -20,6 +20,10 @@ from pilotq.broker.errors import InvalidInput
 POLICIES: Final = ("submit", "worker", "clean")
 # What a worker sets for one execution: a task that submits must not pass its own on to the new one.
 WORKER_VARIABLES: Final = re.compile(rb"PILOTQ_.*|QCG_PM_.*", re.DOTALL)
+# By which vendors' runtimes choose GPUs: a task has its own, not those of its submitter.
+GPU_VARIABLES: Final = frozenset({
+    b"CUDA_VISIBLE_DEVICES", b"ROCR_VISIBLE_DEVICES", b"HIP_VISIBLE_DEVICES", b"GPU_DEVICE_ORDINAL", b"ZE_AFFINITY_MASK"
+})  # fmt: skip
 CLEAN_VARIABLES: Final = frozenset({b"HOME", b"LANG", b"LOGNAME", b"PATH", b"SHELL", b"TMPDIR", b"TZ", b"USER"})
 RESOURCE_LIMITS: Final = tuple(
     sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
@@ -77,14 +81,16 @@ def _program_folder(cwd: bytes) -> bytes:
 
 
 def environment(source: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """``source`` without what a worker sets for each execution."""
+    """``source`` without what a worker sets for each execution, and without a choice of GPUs."""
     # Inside a task OMP_NUM_THREADS is ours when it says how many cores the task has; else it is the user's own.
     cpus = source.get(b"PILOTQ_CPUS", b"")
     threads = b"%d" % len(cpus.split(b",")) if cpus else None
     return {
         name: value
         for name, value in source.items()
-        if not WORKER_VARIABLES.fullmatch(name) and (name, value) != (b"OMP_NUM_THREADS", threads)
+        if not WORKER_VARIABLES.fullmatch(name)
+        and name not in GPU_VARIABLES
+        and (name, value) != (b"OMP_NUM_THREADS", threads)
     }
 
 

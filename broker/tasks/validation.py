@@ -20,9 +20,13 @@ from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import (
     ARRAY_LIMIT,
     COUNTER,
+    GPU_KIND,
+    GPU_PARTS,
     INDEX_LIMIT,
     MODELS,
+    PACK,
     PRIORITY_LIMIT,
+    SPREAD,
     ArrayRange,
     Request,
     Task,
@@ -33,6 +37,7 @@ from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_t
 
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
+GPUS_LIMIT = 1_000_000
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 MODEL_OPTS = {
     "default": frozenset[str](),
@@ -125,7 +130,9 @@ _REQUEST: dict[str, Check] = {
     "nodes": (_span, "a tuple (min, max)"),
     "whole": _FLAG,
     "spread": _FLAG,
-    "gpus": _WHOLE,
+    "gpus": (_number, "a number"),
+    "gpu_kind": _TEXT,
+    "numa": _TEXT,
     "memory": (_whole, "a whole number of bytes"),
     "use": (_counters, "a tuple of (name, number)"),
 }
@@ -219,7 +226,7 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"model_opts: {', '.join(sorted(unknown))} unknown for model {task.model!r} (known: {known})"
     if task.model_opts or task.launch_at:
         yield from _launch_problems(task)
-    yield from _request_problems(task.request)
+    yield from request_problems(task.request)
     if task.after_each and not task.is_array:
         yield "after_each is for arrays: use after"
 
@@ -238,15 +245,27 @@ def _array_problems(array: ArrayRange) -> Iterator[str]:
         yield f"array: limit must be at least 1, or None for as many at a time as there is room for, not {array.limit}"
 
 
-def _request_problems(request: Request) -> Iterator[str]:
+def request_problems(request: Request) -> Iterator[str]:
+    """What is wrong with the values of a request, whatever the nodes, as sentences."""
     for name, span in (("cores", request.cores), ("nodes", request.nodes)):
         if span is not None and not 1 <= span[0] <= span[1]:
             yield f"{name} must be at least 1, and min not above max"
     if min(request.gpus, request.memory, *(n for _, n in request.use), 0) < 0:
         yield "gpus, memory and use cannot be negative"
+    if not request.gpus < GPUS_LIMIT or (request.gpus > 1 and request.gpus % 1) or _uneven(request.gpus * GPU_PARTS):
+        yield f"gpus must be a whole number, or a share of one GPU in steps of {1 / GPU_PARTS:g}, such as 0.25"
+    if request.gpu_kind and not (request.gpus and GPU_KIND.fullmatch(request.gpu_kind)):
+        yield "gpu_kind must be words of the model of the GPUs that gpus asks for, with _ between, such as a100_80gb"
+    if request.numa not in ("", PACK, SPREAD):
+        yield f"numa must be {PACK!r} or {SPREAD!r}, not {request.numa!r}"
     for name, _ in request.use:
         if not COUNTER.fullmatch(name):
             yield f"use: {name!r} is no name of a counter: use letters, digits and _"
+
+
+def _uneven(parts: float) -> bool:
+    """Whether it is no whole number; a product of a decimal fraction is one only nearly."""
+    return abs(parts - round(parts)) > 1e-6
 
 
 def _is_plain(task: Task) -> bool:

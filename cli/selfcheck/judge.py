@@ -18,7 +18,9 @@ from pilotq.cli.selfcheck.probe import output
 # Clocks of hosts differ a little; and a launcher may be delayed between a start and reading the clock.
 SLACK_S = 1.0
 # The last three are for MPI launchers that a task calls.
-OWN_PREFIXES = ("PILOTQ_", "QCG_PM_", "OMP_NUM_THREADS", "OMPI_MCA_", "HYDRA_", "I_MPI_HYDRA_")
+OWN_PREFIXES = (
+    "PILOTQ_", "QCG_PM_", "OMP_NUM_THREADS", "CUDA_", "ROCR_", "ZE_", "OMPI_MCA_", "HYDRA_", "I_MPI_HYDRA_"
+)  # fmt: skip
 SHELL_VARIABLES = {"_", "OLDPWD", "PWD", "SHLVL"}  # what a shell sets in the environment of what it runs
 # The C library ignores its own two signals in what it spawns, and Python two more; pilotq is not the cause of either.
 LIBRARY_SIGNALS = {32, 33}

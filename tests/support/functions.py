@@ -247,3 +247,8 @@ def use_memory(megabytes: int, seconds: float) -> int:
     kept[::4096] = b"1" * (len(kept) // 4096)
     threading.Event().wait(seconds)
     return len(kept) >> 20
+
+
+def gpus_seen() -> tuple[int, str]:
+    """Which process this is, and which GPUs of NVIDIA it may use."""
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]

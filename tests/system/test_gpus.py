@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pilotq.broker import Executor
 from tests.support.command_line import Cli, in_background
+from tests.support.functions import gpus_seen
 from tests.support.machines import A100, a100, intel_max, mi250x, mig, uuid
+from tests.support.waiting import wait_until
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 SEEN = 'for name in "$@"; do eval "echo $name=\\"\\${$name-unset}\\""; done'
@@ -71,3 +74,33 @@ def test_a_number_of_the_user_counts(tmp_path: Path) -> None:
         assert seen(cli, "--gpus", "2") == {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         refused = cli("enqueue", "--gpus", "3", "--", "true")
         assert refused.returncode == 2 and "3 GPUs" in refused.stderr
+
+
+def test_shares_are_packed_and_kinds_are_found(tmp_path: Path) -> None:
+    with in_background(tmp_path, "--nodes", "6", **on(a100(tmp_path / "root", count=2))) as cli:
+        holders = [cli("enqueue", "--gpus", "0.25", "--", "sleep", "60").stdout.strip() for _ in range(5)]
+        wait_until(lambda: all(task["status"] == "started" for task in shown(cli, *holders)), what="all to run")
+        assert [task["cores"] for task in shown(cli, *holders)] == [
+            *(f"n0[{core};0@0.25]" for core in range(4)), "n0[4;1@0.25]"
+        ]  # fmt: skip
+        assert seen(cli, "--gpus", "A100:0.75") == {"CUDA_VISIBLE_DEVICES": uuid(1)}
+        for wanted, why in (("h100:1", "no node has any"), ("0.12345", "steps of 0.0001"), (":2", "no number of GPUs")):
+            refused = cli("enqueue", "--gpus", wanted, "--", "true")
+            assert refused.returncode == 2 and why in refused.stderr
+        cli("cancel", *holders)
+
+
+def shown(cli: Cli, *tasks: str) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(cli("show", *tasks, "--json").stdout)
+    return found
+
+
+def test_no_interpreter_is_used_again_with_other_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with Executor(nodes="2") as executor:
+        one = executor.options(gpus=1)
+        futures = [one.submit(gpus_seen) for _ in range(20)] + [executor.submit(gpus_seen) for _ in range(20)]
+        found = [future.result(timeout=60) for future in futures]
+    assert len({gpus for _, gpus in found}) > 1 and {gpus for _, gpus in found} <= {"4", "5", ""}
+    assert {gpus for _, gpus in found[:20]} <= {"4", "5"} and {gpus for _, gpus in found[20:]} == {""}
+    assert len({pid for pid, _ in found}) == len(set(found)), "each process has seen one value"

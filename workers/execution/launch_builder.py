@@ -18,8 +18,8 @@ from pilotq.broker.log import log
 from pilotq.broker.os_strings import decode, encode
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
 from pilotq.broker.store.messages import UNREADABLE, Run, StartRemote
-from pilotq.broker.store.resources import NodeInfo, NodeShare, parse_allocation
-from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS
+from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
+from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS, PACK, SPREAD
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import (
@@ -33,10 +33,10 @@ from pilotq.broker.tasks.spec import (
     FLAG_VALUES,
     Spec,
 )
-from pilotq.broker.tasks.submit_context import environment
+from pilotq.broker.tasks.submit_context import GPU_VARIABLES, environment
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
-from pilotq.workers.gpu_variables import GPU_VARIABLES, gpu_variables
+from pilotq.workers.gpu_variables import gpu_variables
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
 from pilotq.workers.shortage import is_shortage
@@ -45,8 +45,13 @@ Prepared = tuple[LaunchBase, LaunchSlot, Launch | Call]  # a launch, and what it
 
 # Variables that mean something else on each node of an execution.
 NODE_VARIABLES = frozenset(
-    {b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", *(name.encode() for name in GPU_VARIABLES)}
+    {b"PILOTQ_DIR", b"PILOTQ_NODE", b"PILOTQ_CPUS", b"PILOTQ_AGENT", *GPU_VARIABLES, b"CUDA_DEVICE_ORDER"}
 )
+
+
+# Only for those who say how their cores lie: where a task has several processes, binding threads would put the first
+# threads of all of them onto one core.
+PROC_BIND = {PACK: "close", SPREAD: "spread"}
 
 
 class UnlaunchableError(Exception):
@@ -132,7 +137,8 @@ class LaunchBuilder:
     def _build(self, e: Execution, after: int) -> Prepared:
         run = e.run
         context = self._context(run.shared)
-        reservation = self._reservation(e.allocation)
+        known = class_info(run.class_name)
+        reservation = self._reservation(e.allocation, known.request.numa if known is not None else "")
         spec = self._decode(run)
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
         if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID | FLAG_ATTEMPT):
@@ -145,16 +151,16 @@ class LaunchBuilder:
             e.suffix = f".{run.execution}"
         if spec.flags & (FLAG_FUNCTION | FLAG_RQ_JOB):
             e.function = True
-            return context.base, reservation.slot, self._call(e, spec, value, cwd, after)
+            return context.base, reservation.slot, self._call(e, spec, value, cwd, after, reservation.slot.name)
         env = _environment(run, spec, reservation.slot.env, value)
         argv, script = _command(spec)
         launch = Launch(
-            e.key, run.id, run.execution, run.shared, e.allocation, argv, env, cwd,
+            e.key, run.id, run.execution, run.shared, reservation.slot.name, argv, env, cwd,
             _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after, script,
             make_cwd=bool(spec.flags & FLAG_QCG),
         )  # fmt: skip
         if self.launch_model is not None and (len(reservation.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
-            full = {**reservation.slot.over(context.base.env), **env}
+            full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
             launch = self.launch_model.apply(e, spec, reservation, full, launch)
         return context.base, reservation.slot, launch
 
@@ -162,7 +168,7 @@ class LaunchBuilder:
         """The launch of a process for another node's execution; raises as `build`."""
         try:
             context = self._context(start.shared)
-            reservation = self._reservation(start.allocation)
+            reservation = self._reservation(start.allocation, "")
         except Exception as error:  # noqa: BLE001  # the boundary of one process
             raise refusal(error) from None
         env = {name: value for name, value in start.env.items() if name not in NODE_VARIABLES}
@@ -200,13 +206,13 @@ class LaunchBuilder:
             raise UnlaunchableError("launch", f"its record in the server is damaged ({wrong}): submit it again")
         return spec
 
-    def _call(self, e: Execution, spec: Spec, value: bytes | None, cwd: bytes, after: int) -> Call:
+    def _call(self, e: Execution, spec: Spec, value: bytes | None, cwd: bytes, after: int, slot: str) -> Call:
         run = e.run
         env = _array_environment(run)
         if spec.env:
             env.update(spec.env)
         call = Call(
-            e.key, run.id, run.execution, run.shared, e.allocation, env, cwd, _below(cwd, spec.stdin),
+            e.key, run.id, run.execution, run.shared, slot, env, cwd, _below(cwd, spec.stdin),
             e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
         call.submission = run.submission
@@ -224,7 +230,7 @@ class LaunchBuilder:
         path = b"%s:%s" % (shared.cwd, shared.path) if shared.path else shared.cwd
         return ContextView(LaunchBase(key, env, shared.umask, shared.limits, path), shared.cwd)
 
-    def _find_reservation(self, allocation: str) -> Reservation:
+    def _find_reservation(self, allocation: str, numa: str) -> Reservation:
         parts = parse_allocation(allocation)
         share = next((part for part in parts if part.node == self._node), parts[0])
         nodes = tuple(p.node for p in parts)
@@ -257,7 +263,10 @@ class LaunchBuilder:
         cpus = [self._real.get(core, core) for core in share.cores]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
         defaults = {"OMP_NUM_THREADS": str(len(share.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
-        slot = LaunchSlot(allocation, as_bytes(env), as_bytes(defaults), cpus, files, list(map(encode, GPU_VARIABLES)))
+        if numa:
+            defaults |= {"OMP_PLACES": "threads", "OMP_PROC_BIND": PROC_BIND[numa]}
+        name = f"{allocation} {numa}" if numa else allocation
+        slot = LaunchSlot(name, as_bytes(env), as_bytes(defaults), cpus, files)
         return Reservation(slot, parts, nodes, cores)
 
     def _host_file(self, allocation: str) -> str:

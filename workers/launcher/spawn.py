@@ -50,7 +50,7 @@ class LaunchContext:
     __slots__ = ("env", "umask", "cpus", "path", "files", "requested_limits", "limits", "own_limits")
 
     def __init__(self, base: LaunchBase, slot: LaunchSlot) -> None:
-        self.env = slot.over(base.env)
+        self.env = {**slot.defaults, **base.env, **slot.env}
         self.umask = base.umask
         self.cpus = slot.cpus
         self.path = base.path

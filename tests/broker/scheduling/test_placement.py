@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotq.broker.scheduling.cluster import Cluster, with_counted
+from pilotq.broker.scheduling.node_gpus import parts_of
 from pilotq.broker.scheduling.placement import BackfillState, Waiting, plan
-from pilotq.broker.store.resources import NodeInfo, NodeShare, format_allocation, parse_allocation
-from pilotq.broker.tasks.model import Request
+from pilotq.broker.store.resources import GpuFacts, NodeInfo, NodeShare, format_allocation, gpu_name, parse_allocation
+from pilotq.broker.tasks.model import GPU_PARTS, Request
 
 ALL = 1 << 30
 
@@ -239,7 +242,8 @@ REQUESTS = st.builds(
     Request,
     cores=st.tuples(st.integers(1, 5), st.integers(0, 3)).map(lambda p: (p[0], p[0] + p[1])),
     nodes=st.none() | st.tuples(st.integers(1, 2), st.integers(0, 1)).map(lambda p: (p[0], p[0] + p[1])),
-    gpus=st.sampled_from([0, 0, 1, 2]),
+    gpus=st.sampled_from([0, 0, 1, 2, 0.25, 0.3333]),
+    numa=st.sampled_from(["", "", "spread"]),
     memory=st.sampled_from([0, 0, 3]),
     use=st.sampled_from([(), (), (("x", 1),)]),
     limit=st.sampled_from([None, 1, 5]),
@@ -280,7 +284,8 @@ def meets(shares: tuple[NodeShare, ...], request: Request, shape: list[tuple[int
     if not request.spread:
         assert (request.nodes or (1, 1))[0] <= len(shares) <= (request.nodes or (1, 1))[1]
     for share in shares:
-        assert request.whole or len(share.gpus) == request.gpus
+        parts = GPU_PARTS * request.gpus
+        assert request.whole or sum(map(parts_of, share.gpus)) == parts
         assert (share.memory, share.use) == (request.memory, request.use)
 
 
@@ -303,9 +308,13 @@ def test_nothing_is_given_twice_and_release_restores(shape, steps) -> None:  # t
                 meets(shares, step, shape)
                 assert cluster.never_fits(step) is None
                 live.append(shares)
-        for kind in ("cores", "gpus"):
-            taken = [(p.node, x) for shares in live for p in shares for x in getattr(p, kind)]
-            assert len(taken) == len(set(taken))
+        taken = [(p.node, core) for shares in live for p in shares for core in p.cores]
+        assert len(taken) == len(set(taken))
+        parts = Counter[tuple[str, str]]()
+        for p in (p for shares in live for p in shares):
+            for gpu in p.gpus:
+                parts[p.node, gpu_name(gpu)] += parts_of(gpu)
+        assert all(part <= GPU_PARTS for part in parts.values())
         assert cluster.used_cores == sum(len(p.cores) for shares in live for p in shares)
         for i, (_, _, memory, _) in enumerate(shape):
             mine = [p for shares in live for p in shares if p.node == f"n{i}"]
@@ -348,3 +357,57 @@ def test_a_pass_equals_placing_one_after_the_other(shape, drawn, luck, random) -
                 expected.append((w.class_name, shares))
     random.shuffle(waiting)
     assert plan(build(shape), waiting, (), BackfillState(), 0.0, limit=ALL) == expected
+
+
+def gpu_node(name: str, cores: int, *models: str, near: dict[str, list[int]] | None = None) -> NodeInfo:
+    facts = {str(n): GpuFacts(model=model, cores=(near or {}).get(str(n), [])) for n, model in enumerate(models)}
+    return NodeInfo(name, 1, "host", 1, list(range(cores)), gpus=list(facts), gpu_facts=facts)
+
+
+def test_shares_of_gpus_are_packed_and_add_up() -> None:
+    cluster = cluster_of(gpu_node("n1", 16, "", ""))
+    third, whole = Request(gpus=0.3333), Request(gpus=1)
+    assert [got(cluster, third) for _ in range(4)] == [
+        "n1[0;0@0.3333]", "n1[1;0@0.3333]", "n1[2;0@0.3333]", "n1[3;1@0.3333]"
+    ]  # fmt: skip
+    assert cluster.waits_for(whole) == "needs 1 GPU free on one node; no node has any free"
+    assert got(cluster, Request(gpus=0.0001)) == "n1[4;0@0.0001]", "exactly what three thirds leave"
+    assert got(cluster, Request(gpus=0.7)) is None
+    lacks = "needs 0.7 of a GPU free on one node; the most free is 0.6667 of a GPU, on n1"
+    assert cluster.waits_for(Request(gpus=0.7)) == lacks
+    cluster.release(parse_allocation("n1[3;1@0.3333]"))
+    assert got(cluster, whole) == "n1[3;1]"
+    assert got(cluster, Request(gpus=0.5)) is None
+
+
+def test_gpus_of_a_kind() -> None:
+    cluster = cluster_of(
+        gpu_node("n1", 4, "NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), gpu_node("n2", 4, "NVIDIA H100 80GB HBM3")
+    )
+    assert got(cluster, Request(gpus=1, gpu_kind="h100")) == "n2[0;0]"
+    assert got(cluster, Request(gpus=1, gpu_kind="a100_80gb")) == "n1[0;1]"
+    assert got(cluster, Request(gpus=1, gpu_kind="80gb")) is None
+    assert got(cluster, Request(gpus=0.5, gpu_kind="40gb")) == "n1[1;0@0.5]"
+    never = cluster.never_fits(Request(gpus=3, gpu_kind="a100"))
+    assert never == "needs 3 GPUs of kind a100 on one node; the largest, n1, has 2 GPUs of kind a100"
+    never = cluster.never_fits(Request(gpus=1, gpu_kind="mi250x"))
+    assert never == "needs 1 GPU of kind mi250x on one node; no node has any"
+
+
+def test_cores_and_gpus_lie_near_each_other() -> None:
+    near = {"0": [0, 1, 2, 3], "1": [4, 5, 6, 7], "2": [4, 5, 6, 7]}
+    cluster = cluster_of(gpu_node("n1", 8, "", "", "", near=near))
+    assert got(cluster, Request(gpus=2)) == "n1[4;1:2]", "two that are near each other"
+    assert got(cluster, Request(cores=(5, 5), gpus=1)) == "n1[0:1:2:3:5;0]", "all cores near it, and one more"
+    cluster = cluster_of(gpu_node("n1", 8, "", "", near=near))
+    cluster.take([NodeShare("n1", (0, 1, 2))])
+    assert got(cluster, Request(cores=(2, 2), gpus=1)) == "n1[4:5;1]", "near enough free cores"
+
+
+def test_cores_are_spread_over_numa_nodes() -> None:
+    cluster = cluster_of(node("n1", 12, numa=[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]))
+    spread = Request(cores=(6, 6), numa="spread")
+    cluster.take([NodeShare("n1", (0, 1, 2))])
+    assert got(cluster, spread) == "n1[3:4:5:8:9:10]"
+    assert got(cluster, Request(cores=(2, 2), numa="pack")) == "n1[6:7]"
+    assert got(cluster, spread) is None

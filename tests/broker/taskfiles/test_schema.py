@@ -66,7 +66,7 @@ REFUSED: list[Any] = [
     {"tasks": [{**TRUE, "array": 5}]},
     {"tasks": [{**TRUE, "cores": -1}]},
     {"tasks": [{**TRUE, "cores": 1.5}]},
-    {"tasks": [{**TRUE, "gpus": "1"}]},
+    {"tasks": [{**TRUE, "gpus": [1]}]},
     {"tasks": [{**TRUE, "use": {"licence": -1}}]},
     {"tasks": [{**TRUE, "use": ["licence"]}]},
     {"tasks": [{**TRUE, "priority": 1001}]},

@@ -16,6 +16,12 @@ REQUESTS = [
         [(), (("t60", 5), ("m1_2", 30), *((f"c{n}", n + 1) for n in range(20)))], [None, 1, 604_800],
     )
 ]  # fmt: skip
+REQUESTS += [
+    Request(gpus=gpus, gpu_kind=kind, memory=memory, use=use, numa=numa)
+    for gpus, kind, memory, use, numa in product(
+        [2, 0.0001, 0.25, 0.3333, 0.9999], ["", "a100", "1g_5gb"], [0, 3], [(), (("npack", 1),)], ["pack", "spread"]
+    )
+]
 WHOLE = [Request(whole=True), Request(nodes=(2, 4), whole=True, gpus=2, memory=7, limit=60)]
 
 
