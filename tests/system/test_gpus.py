@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pilotq.broker import Executor
-from tests.support.command_line import Cli, in_background
+from tests.support.command_line import Cli, command, environment, in_background
 from tests.support.functions import gpus_seen
 from tests.support.machines import A100, a100, intel_max, mi250x, mig, uuid
 from tests.support.waiting import wait_until
@@ -104,3 +105,25 @@ def test_no_interpreter_is_used_again_with_other_gpus(tmp_path: Path, monkeypatc
     assert len({gpus for _, gpus in found}) > 1 and {gpus for _, gpus in found} <= {"4", "5", ""}
     assert {gpus for _, gpus in found[:20]} <= {"4", "5"} and {gpus for _, gpus in found[20:]} == {""}
     assert len({pid for pid, _ in found}) == len(set(found)), "each process has seen one value"
+
+
+def test_each_node_of_a_task_has_its_own_gpus(tmp_path: Path) -> None:
+    """The nodes of this pilot differ; the second one is started by hand."""
+    with in_background(tmp_path, "--nodes", "n1:1", **on(a100(tmp_path / "one", closed=(0, 2)))) as cli:
+        join = command("worker", "--dir", ".pilotq/current", "--node", "n2", "--virtual", "1")
+        second = subprocess.Popen(
+            join, cwd=tmp_path, env=environment(**on(mi250x(tmp_path / "two"))), stderr=subprocess.DEVNULL
+        )
+        try:
+            wait_until(
+                lambda: "n2 has 8 GPUs: 0-7 AMD Instinct MI250X, 64 GiB" in cli("nodes").stdout, what="n2 to join"
+            )
+            show = "echo $PILOTQ_NODE $CUDA_VISIBLE_DEVICES $ROCR_VISIBLE_DEVICES"
+            script = f"for node in n1 n2; do $HYDRA_LAUNCHER_EXEC $node '{show}'; done"
+            (tmp_path / "script").write_text(script)
+            task = cli("enqueue", "--nodes", "2", "--cores", "1", "--gpus", "1", "--script", "script").stdout.strip()
+            assert cli("wait", task, "--timeout", "60s").returncode == 0
+            assert cli("logs", task).stdout == f"n1 {uuid(1)}\nn2 GPU-00000000000003e8\n"
+        finally:
+            second.terminate()
+            second.wait(timeout=60)

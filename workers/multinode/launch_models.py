@@ -24,6 +24,7 @@ from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
 from pilotq.broker.tasks.spec import FLAG_QCG, Spec
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.launch_builder import NotYetError, Reservation, UnlaunchableError, as_bytes
+from pilotq.workers.gpu_variables import gpu_variables
 from pilotq.workers.multinode import agent
 from pilotq.workers.multinode.mpi import PREFIXES, Host, file_contents, files_in, variables
 from pilotq.workers.protocol import Launch
@@ -160,7 +161,8 @@ class ParallelLaunchModel:
             if info is None:
                 raise UnlaunchableError("worker lost", f"node {part.node} of its reservation is gone")
             numbers = dict(zip(info.cores, info.cpus, strict=False))
-            hosts.append(Host(part.node, tuple(numbers.get(core, core) for core in part.cores)))
+            cpus = tuple(numbers.get(core, core) for core in part.cores)
+            hosts.append(Host(part.node, cpus, tuple(gpu_variables(info, part.gpus, os.environ).items())))
         return {name: info.address for name, info in infos.items()}, tuple(hosts)
 
 

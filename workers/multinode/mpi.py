@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 
 class Host(NamedTuple):
-    """A node as a launcher knows it, and the CPU of each of its ranks."""
+    """A node as a launcher knows it, the CPU of each of its ranks, and the variables of the task's GPUs there."""
 
     name: str
     cpus: tuple[int, ...]
+    gpus: tuple[tuple[str, str], ...] = ()
 
 
 class LauncherFiles(NamedTuple):
@@ -25,6 +26,7 @@ class LauncherFiles(NamedTuple):
     slots: str  # Open MPI's form: a line for each node
     machines: str  # that of Hydra, so of MPICH and Intel MPI
     ranks: str  # Open MPI's rank file
+    gpus: str  # a shell script that sets the variables of GPUs, for ranks that have the environment of the first node
 
 
 class LaunchPrefix(NamedTuple):
@@ -46,12 +48,20 @@ def files_in(folder: str) -> LauncherFiles:
 def file_contents(files: LauncherFiles, hosts: tuple[Host, ...]) -> dict[str, str]:
     """The text of each file, by path."""
     ranks = [(host.name, cpu) for host in hosts for cpu in host.cpus]
-    return {
+    found = {
         files.hosts: "".join(f"{name}\n" for name, _ in ranks),
         files.slots: "".join(f"{host.name} slots={len(host.cpus)}\n" for host in hosts),
         files.machines: "".join(f"{host.name}:{len(host.cpus)}\n" for host in hosts),
         files.ranks: "".join(f"rank {number}={name} slot={cpu}\n" for number, (name, cpu) in enumerate(ranks)),
     }
+    if _gpus_differ(hosts):
+        cases = "".join(f"{host.name}) export {shlex.join(map('='.join, host.gpus))};;\n" for host in hosts)
+        found[files.gpus] = f'case "$SLURMD_NODENAME" in\n{cases}esac\n'
+    return found
+
+
+def _gpus_differ(hosts: tuple[Host, ...]) -> bool:
+    return len({host.gpus for host in hosts}) > 1
 
 
 def variables(files: LauncherFiles, agent: str) -> dict[str, str]:
@@ -114,7 +124,10 @@ def srunmpi(srun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: 
     if opts.get("mpi") and not any(word.startswith("--mpi") for word in args):
         argv.append(f"--mpi={opts['mpi']}")
     env = {"SLURM_HOSTFILE": files.hosts, **_rank_cpus(hosts)}
-    return LaunchPrefix([*argv, *args, *_pin_ranks("SLURM_PROCID", 'export PILOTQ_NODE="$SLURMD_NODENAME"; ')], env)
+    before = 'export PILOTQ_NODE="$SLURMD_NODENAME"; '
+    if _gpus_differ(hosts):
+        before += f". {shlex.quote(files.gpus)}; "
+    return LaunchPrefix([*argv, *args, *_pin_ranks("SLURM_PROCID", before)], env)
 
 
 PREFIXES: dict[str, Callable[[str, Mapping[str, str], tuple[Host, ...], LauncherFiles], LaunchPrefix]] = {

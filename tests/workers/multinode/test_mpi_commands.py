@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from pilotq.broker.errors import InvalidInput
@@ -61,6 +63,14 @@ def test_srunmpi() -> None:
     argv, env = mpi.srunmpi("srun", {}, UNEVEN, FILES)
     assert argv == [*plain, *pin]
     assert env == {"SLURM_HOSTFILE": "/d/hosts", "PILOTQ_RANK_CPUS": "2:5:0"}
+    gpus = tuple(Host(host.name, host.cpus, (("CUDA_VISIBLE_DEVICES", f"GPU-{host.name}"),)) for host in UNEVEN)
+    argv, _ = mpi.srunmpi("srun", {}, gpus, FILES)
+    assert argv[-2].startswith('export PILOTQ_NODE="$SLURMD_NODENAME"; . /d/gpus; exec taskset')
+    text = mpi.file_contents(FILES, gpus)["/d/gpus"]
+    for name in ("n1", "n2"):
+        shown = f"{text} echo $CUDA_VISIBLE_DEVICES"
+        env = {"SLURMD_NODENAME": name}
+        assert subprocess.run(["sh", "-c", shown], env=env, capture_output=True).stdout == f"GPU-{name}\n".encode()
     assert mpi.srunmpi("srun", {"mpi": "pmix"}, UNEVEN, FILES).argv == [*plain, "--mpi=pmix", *pin]
     options = {"mpi": "pmix", "srun_args": "--mpi=pmi2 -l"}
     assert mpi.srunmpi("srun", options, UNEVEN, FILES).argv == [*plain, "--mpi=pmi2", "-l", *pin]
