@@ -45,6 +45,7 @@ OF_PARTS: Final = frozenset(
     {
         "PILOTQ_GPU_NODE",
         "PILOTQ_MACHINE_ROOT",
+        "PILOTQ_THREADS",
         "PILOTQ_ENVSCHEMA",
         "PILOTQ_PATH",
         "PILOTQ_FAILPOINTS",

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +33,14 @@ from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import MEMORY_POLICIES, parse_duration
 from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
 from pilotq.workers.machine.gpus import add_gpus, find_gpus
-from pilotq.workers.machine.topology import memory_bytes, numa_groups, usable_cpus, virtual_nodes, without_siblings
+from pilotq.workers.machine.topology import (
+    memory_bytes,
+    numa_groups,
+    siblings,
+    usable_cpus,
+    virtual_nodes,
+    without_siblings,
+)
 
 if TYPE_CHECKING:
     from pilotq.broker.client.broker import Broker
@@ -41,10 +49,18 @@ COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
 MEMORY_POLICY = "PILOTQ_MEMORY_POLICY"  # one of MEMORY_POLICIES
 GPUS = "PILOTQ_GPUS"  # how many GPUs each node has, whatever is found there
 MACHINE_ROOT = "PILOTQ_MACHINE_ROOT"  # where tests have another /proc, /sys and /dev, in which GPUs are looked for
+THREADS = "PILOTQ_THREADS"  # of a physical core, those that tasks get; not set: each is a core of its own
+ALL_THREADS = 1024
 GPUS_MAX = 1024
 GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
 ENV_SCHEMAS = ("auto", "slurm", "common")
-CLUSTER_OPTIONS = ("min_nodes", "start_method", "no_smt", "bind")  # options that only some clusters need
+CLUSTER_OPTIONS = (
+    "min_nodes",
+    "start_method",
+    "smt",
+    "threads_per_core",
+    "bind",
+)  # options that only some clusters need
 POLL_S = 0.05
 NODES_S = 30.0  # for nodes of this machine to join; others have `nodes_wait_s` more
 LATE_S = 10.0  # the command no longer waits for nodes of an allocation that have not joined by then
@@ -72,6 +88,13 @@ gpus_option = click.option(
     "--gpus", "node_gpus", type=click.IntRange(0, GPUS_MAX), metavar="N",
     help="Each node has N GPUs.  [default: those found there]",
 )  # fmt: skip
+smt_options = all_of(
+    click.option("--smt", type=click.Choice(["yes", "no"]), default="yes", metavar="yes|no", show_default=True,
+                 help="no: a core is a physical core, all hardware threads of which are its task's."),
+    click.option("--no-smt", is_flag=True, hidden=True, help="The same as --smt no."),
+    click.option("--threads-per-core", type=click.IntRange(1, 16), metavar="N",
+                 help="With --smt no: tasks get at most N hardware threads of each core.  [default: all]"),
+)  # fmt: skip
 pilot_options = all_of(
     click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4. In an "
                  "allocation which nodes: 3, or 2-4, or n[1-2].  [default: all]"),
@@ -80,7 +103,7 @@ pilot_options = all_of(
     click.option("--min-nodes", type=click.IntRange(1), default=1, metavar="N",
                  help="Start tasks only when N nodes have joined."),
     click.option("--start-method", type=click.Choice(METHODS), default="srun", help="How workers get onto nodes."),
-    click.option("--no-smt", is_flag=True, help="A core is a physical core, not a hardware thread."),
+    smt_options,
     click.option("--bind", metavar="ADDRESS", help="Listen on this address.  [default: the one Slurm's nodes reach]"),
     grace_option,
     notice_option,
@@ -132,7 +155,7 @@ def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> Supervi
 def _on_this_machine(values: dict[str, Any], options: SupervisorOptions) -> None:
     if values["min_nodes"] > 1:
         raise InvalidInput("--min-nodes is for an allocation: nodes of this machine are all there, or the pilot fails")
-    cpus = without_siblings(usable_cpus()) if values["no_smt"] else usable_cpus()
+    cpus = usable_cpus() if threads_per_core() is None else without_siblings(usable_cpus(), machine_root())
     plans = virtual_nodes(values["nodes"], cpus, socket.gethostname())
     nodes = [LocalNode(plan.name, plan.cores, plan.real, plan.shared) for plan in plans]
     options.nodes = without_system_core(nodes) if values["system_core"] else nodes
@@ -155,7 +178,7 @@ def _in_allocation(values: dict[str, Any], options: SupervisorOptions) -> None:
         nodes=allocation.names,
         method=values["start_method"],
         min_nodes=values["min_nodes"],
-        options=[*(["--no-smt"] if values["no_smt"] else []), *system],
+        options=system,
         grants={node.name: node.cpus for node in allocation.nodes},
     )
 
@@ -209,6 +232,10 @@ def set_resources(values: Mapping[str, Any]) -> None:
     if values["counters"]:
         counters_of(values["counters"])
         os.environ[COUNTERS] = " ".join(values["counters"])
+    if values["threads_per_core"] and values["smt"] == "yes" and not values["no_smt"]:
+        raise InvalidInput("--threads-per-core is for --smt no: else each hardware thread is a core of its own")
+    if values["smt"] == "no" or values["no_smt"]:
+        os.environ[THREADS] = str(values["threads_per_core"] or ALL_THREADS)
     if values.get("node_gpus") is not None:  # `run` has no such option: there --gpus is the task's
         os.environ[GPUS] = str(values["node_gpus"])
     if values.get("memory_policy"):
@@ -221,6 +248,17 @@ def memory_policy() -> str:
     if policy not in MEMORY_POLICIES:
         raise InvalidInput(f"{MEMORY_POLICY}={policy}: it must be one of {', '.join(MEMORY_POLICIES)}")
     return policy
+
+
+def machine_root() -> str:
+    """The directory in which GPUs, NUMA nodes and hardware threads are looked for."""
+    return os.environ.get(MACHINE_ROOT, "/")
+
+
+def threads_per_core() -> int | None:
+    """How many hardware threads of a physical core tasks get; None where each hardware thread is a core of its own."""
+    text = os.environ.get(THREADS, "")
+    return int(text) if text.isdecimal() else None
 
 
 def start(values: dict[str, Any], options: SupervisorOptions) -> StartedPilot:
@@ -282,14 +320,16 @@ def _withheld(nodes: Sequence[NodeInfo]) -> str:
 def node_info(node: LocalNode) -> NodeInfo:
     """What a worker registers. Memory is counted only for a node that is this whole machine, and of several nodes of
     one machine the first has its GPUs."""
-    root = os.environ.get(MACHINE_ROOT, "/")
+    root, threads = machine_root(), threads_per_core()
+    others = {} if threads is None else {core: siblings(cpu, root) for core, cpu in node.real.items()}
     whole = not node.shared and all(core == cpu for core, cpu in node.real.items())
-    whole = whole and sorted(node.cores) == usable_cpus()
+    whole = whole and {*node.cores, *chain(*others.values())} == {*usable_cpus()}
     by_cpu = {cpu: core for core, cpu in node.real.items()}
     groups = [] if node.shared else [[by_cpu[cpu] for cpu in group] for group in numa_groups(sorted(by_cpu), root)]
     info = NodeInfo(
         node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
         cpus=[node.real.get(core, core) for core in node.cores],
+        threads={core: more[: threads - 1] for core, more in others.items()} if threads and not node.shared else {},
         memory=memory_bytes() if whole else 0, memory_by="" if memory_policy() == "reserve" else "watcher",
         counters=counters_of(os.environ.get(COUNTERS, "").split()),
     )  # fmt: skip

@@ -34,6 +34,7 @@ class NodeInfo(msgspec.Struct):
     cores: list[int]
     shared_cores: bool = False  # several virtual cores stand for one real one
     cpus: list[int] = []  # the CPU number of each of ``cores``, where they differ
+    threads: dict[int, list[int]] = {}  # core -> numbers of further hardware threads that belong to it
     numa: list[list[int]] = []  # groups of ``cores``; empty: one group
     gpus: list[str] = []  # their names, by which allocations call them: numbers, or what the batch system calls them
     gpu_vendor: str = ""

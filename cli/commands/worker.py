@@ -15,7 +15,15 @@ from pilotq.broker.pilot.start import LocalNode
 from pilotq.broker.store.connection import Connection
 from pilotq.cli.options import counter_option, dir_option
 from pilotq.cli.part_options import reach_part, redis_option, settings
-from pilotq.cli.pilot_options import gpus_option, grace_option, node_info, notice_option, set_resources
+from pilotq.cli.pilot_options import (
+    gpus_option,
+    grace_option,
+    node_info,
+    notice_option,
+    set_resources,
+    smt_options,
+    threads_per_core,
+)
 from pilotq.workers.machine.identity import NodeIdentity
 from pilotq.workers.machine.topology import CORES_MAX, check_node_name
 
@@ -31,7 +39,7 @@ from pilotq.workers.machine.topology import CORES_MAX, check_node_name
               help="Have N cores, whatever the number of CPUs; other nodes may use the same CPUs.")  # fmt: skip
 @counter_option
 @gpus_option
-@click.option("--no-smt", is_flag=True, help="One core for each physical core, not for each hardware thread.")
+@smt_options
 @click.option("--grant", type=click.IntRange(1), metavar="N",
               help="Use at most N cores.  [default: as many as Slurm has granted]")  # fmt: skip
 @grace_option
@@ -54,6 +62,7 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     from pilotq.workers.worker import run_worker
 
     check_node_name(values["node"] or "here", "--node")
+    set_resources(values)
     virtual = values["virtual"]
     if virtual and (values["cores"] or values["real"]):
         raise InvalidInput("give --virtual, or --cores and --real: --virtual takes the available CPUs in turn")
@@ -61,7 +70,9 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     pilot_job = pilot.job()
     identity = NodeIdentity(os.environ, pilot_job)
     named = values["cores"]
-    numbers = _numbers(named) if named else identity.cores(no_smt=values["no_smt"], grant=values["grant"])
+    numbers = (
+        _numbers(named) if named else identity.cores(physical=threads_per_core() is not None, grant=values["grant"])
+    )
     if values["system_core"] == (values["node"] or identity.name):
         numbers = numbers[1:]
     cpus = {core: core for core in numbers} | (_pairs(values["real"]) if values["real"] else {})
@@ -69,7 +80,6 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
         first = _host_number() * virtual
         cpus = {core: numbers[(first + core) % len(numbers)] for core in range(virtual)}
         numbers = list(cpus)
-    set_resources(values)
     shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
     local = LocalNode(values["node"] or identity.name, numbers, cpus, shared)
 

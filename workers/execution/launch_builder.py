@@ -260,11 +260,13 @@ class LaunchBuilder:
         if len(parts) > 1:
             env["PILOTQ_HOST"] = self._address
         env |= gpu_variables(self._info, share.gpus, os.environ)
+        threads = self._info.threads
         cpus = [self._real.get(core, core) for core in share.cores]
+        cpus += [cpu for core in share.cores for cpu in threads.get(core, ())]
         # Open MPI's own launcher would bind ranks from the machine's first core up, whatever mask it has been given.
         defaults = {"OMP_NUM_THREADS": str(len(share.cores)), "OMPI_MCA_hwloc_base_binding_policy": "none"}
         if numa:
-            defaults |= {"OMP_PLACES": "threads", "OMP_PROC_BIND": PROC_BIND[numa]}
+            defaults |= {"OMP_PLACES": "cores" if threads else "threads", "OMP_PROC_BIND": PROC_BIND[numa]}
         name = f"{allocation} {numa}" if numa else allocation
         slot = LaunchSlot(name, as_bytes(env), as_bytes(defaults), cpus, files)
         return Reservation(slot, parts, nodes, cores)

@@ -35,8 +35,11 @@ class NodeIdentity:
         self._host = host
         self._withheld = 0
 
-    def cores(self, *, no_smt: bool = False, grant: int | None = None) -> list[int]:
-        """Numbers of the CPUs that tasks may use: those of the mask, at most as many as were granted."""
+    def cores(self, *, physical: bool = False, grant: int | None = None) -> list[int]:
+        """Numbers of the CPUs that tasks may use: those of the mask, at most as many as were granted.
+
+        Of each core the first one where ``physical``.
+        """
         cpus = usable_cpus()
         granted = grant or self._granted()
         self._withheld = max(granted - len(cpus), 0)
@@ -44,7 +47,7 @@ class NodeIdentity:
             log(f"node {self.name}: Slurm has granted {granted} CPUs, and this worker may use {len(cpus)} of them")
         if granted and granted < len(cpus):
             cpus = cpus[:granted]
-        return without_siblings(cpus) if no_smt else cpus
+        return without_siblings(cpus) if physical else cpus
 
     def complete(self, info: NodeInfo) -> NodeInfo:
         """Fill in what Slurm has granted: the job, and a limit of memory."""

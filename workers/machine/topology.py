@@ -44,11 +44,21 @@ def without_siblings(cpus: Sequence[int], root: str = "/") -> list[int]:
     taken: set[int] = set()
     found = []
     for cpu in cpus:
-        siblings = read_text(os.path.join(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
         if cpu not in taken:
             found.append(cpu)
-        taken |= {cpu, *cpu_list(siblings)}
+        taken |= {cpu, *_threads(cpu, root)}
     return found
+
+
+def siblings(cpu: int, root: str = "/") -> list[int]:
+    """The other hardware threads of this one's physical core, of those that this process may use."""
+    usable = os.sched_getaffinity(0)
+    return [other for other in _threads(cpu, root) if other != cpu and other in usable]
+
+
+def _threads(cpu: int, root: str) -> Iterator[int]:
+    path = f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+    return cpu_list(read_text(os.path.join(root, path)))
 
 
 def memory_bytes(root: str = "/") -> int:

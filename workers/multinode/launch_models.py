@@ -13,13 +13,14 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from pilotq.broker.os_strings import decode, encode, printable
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_options
+from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS
 from pilotq.broker.tasks.spec import FLAG_QCG, Spec
 from pilotq.workers.execution.execution import Execution
@@ -81,12 +82,13 @@ class ParallelLaunchModel:
     """
 
     def __init__(
-        self, session: Session, directory: str, address: str, real: Mapping[int, int], register: Register,
+        self, session: Session, directory: str, info: NodeInfo, real: Mapping[int, int], register: Register,
         beside: Callable[[Callable[[], None]], None],
     ) -> None:  # fmt: skip
         self._session = session
-        self._node = address.rpartition(":")[0]
-        self._address = address
+        self._info = info
+        self._node = info.name
+        self._address = info.address
         self._real = real
         self._register = register
         self._beside = beside
@@ -152,7 +154,7 @@ class ParallelLaunchModel:
     def _hosts(self, reservation: Reservation, alone: str) -> tuple[dict[str, str], tuple[Host, ...]]:
         """The workers of its nodes by name, and its nodes as launchers see them; a single one is called ``alone``."""
         if len(reservation.nodes) == 1:
-            cpus = tuple(self._real.get(core, core) for core in reservation.parts[0].cores)
+            cpus = _rank_cpus(reservation.parts[0], self._real, self._info.threads)
             return {self._node: self._address}, (Host(alone, cpus),)
         infos = self._session.shared_data.fetch_nodes(reservation.nodes)
         hosts = []
@@ -160,10 +162,20 @@ class ParallelLaunchModel:
             info = infos.get(part.node)
             if info is None:
                 raise UnlaunchableError("worker lost", f"node {part.node} of its reservation is gone")
-            numbers = dict(zip(info.cores, info.cpus, strict=False))
-            cpus = tuple(numbers.get(core, core) for core in part.cores)
+            cpus = _rank_cpus(part, dict(zip(info.cores, info.cpus, strict=False)), info.threads)
             hosts.append(Host(part.node, cpus, tuple(gpu_variables(info, part.gpus, os.environ).items())))
         return {name: info.address for name, info in infos.items()}, tuple(hosts)
+
+
+def _rank_cpus(
+    part: NodeShare, numbers: Mapping[int, int], threads: Mapping[int, Sequence[int]]
+) -> tuple[int | str, ...]:
+    """What the rank on each core is bound to: the number of its CPU, or those of all hardware threads of the core."""
+    found: list[int | str] = []
+    for core in part.cores:
+        first = numbers.get(core, core)
+        found.append(",".join(map(str, (first, *threads[core]))) if threads.get(core) else first)
+    return tuple(found)
 
 
 def _find(spec: Spec, program: bytes, cwd: bytes, env: Mapping[bytes, bytes]) -> Found:

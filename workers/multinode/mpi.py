@@ -15,7 +15,7 @@ class Host(NamedTuple):
     """A node as a launcher knows it, the CPU of each of its ranks, and the variables of the task's GPUs there."""
 
     name: str
-    cpus: tuple[int, ...]
+    cpus: tuple[int | str, ...]  # several with commas between, where a core is several hardware threads
     gpus: tuple[tuple[str, str], ...] = ()
 
 
@@ -108,7 +108,7 @@ def mpich(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: 
 def intelmpi(mpirun: str, opts: Mapping[str, str], hosts: tuple[Host, ...], files: LauncherFiles) -> LaunchPrefix:
     argv = [mpirun, "-machinefile", files.machines, "-n", str(_size(hosts))]
     argv += shlex.split(opts.get("mpirun_args", ""))
-    if len({host.cpus for host in hosts}) == 1:
+    if len({host.cpus for host in hosts}) == 1 and all(isinstance(cpu, int) for cpu in hosts[0].cpus):
         pins = ",".join(map(str, hosts[0].cpus))
         return LaunchPrefix(argv, {"I_MPI_PIN": "1", "I_MPI_PIN_PROCESSOR_LIST": pins})
     return LaunchPrefix([*argv, *_pin_ranks("PMI_RANK")], {"I_MPI_PIN": "0", **_rank_cpus(hosts)})

@@ -41,7 +41,7 @@ class MultinodeHooks:
         )  # fmt: skip
         self._primary = PrimaryNode(session, self._address, settings, self._send, node)
         builder.launch_model = ParallelLaunchModel(
-            session, directory, self._address, real, self._primary.add, node.beside
+            session, directory, info, real, self._primary.add, node.beside
         )  # fmt: skip
 
     def _send(self, address: str, message: ToWorker) -> None:
