@@ -63,26 +63,12 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
 
     check_node_name(values["node"] or "here", "--node")
     set_resources(values)
-    virtual = values["virtual"]
-    if virtual and (values["cores"] or values["real"]):
+    if values["virtual"] and (values["cores"] or values["real"]):
         raise InvalidInput("give --virtual, or --cores and --real: --virtual takes the available CPUs in turn")
     pilot, address, queue_id = reach_part(directory, redis)
     pilot_job = pilot.job()
     identity = NodeIdentity(os.environ, pilot_job)
-    named = values["cores"]
-    numbers = (
-        _numbers(named) if named else identity.cores(physical=threads_per_core() is not None, grant=values["grant"])
-    )
-    if values["system_core"] == (values["node"] or identity.name):
-        numbers = numbers[1:]
-    cpus = {core: core for core in numbers} | (_pairs(values["real"]) if values["real"] else {})
-    if virtual:
-        first = _host_number() * virtual
-        cpus = {core: numbers[(first + core) % len(numbers)] for core in range(virtual)}
-        numbers = list(cpus)
-    shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
-    local = LocalNode(values["node"] or identity.name, numbers, cpus, shared)
-
+    local = _local_node(values, identity)
     if not values["replace"]:  # the supervisor, which says so, has looked after these
         from pilotq.workers.machine.name_in_use import check_name_is_free
 
@@ -95,9 +81,9 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
         if values["real"] and not own.quarantine_local_nodes:
             # The supervisor has cut its machine into nodes: what fails on one of them fails on all.
             own = msgspec.structs.replace(own, quarantine_after=0)
-        return run_worker(pilot.directory, address, queue_id, info, cpus, own)
+        return run_worker(pilot.directory, address, queue_id, info, local.real, own)
 
-    if not (values["keep"] or (identity.job and not named)):
+    if not (values["keep"] or (identity.job and not values["cores"])):
         return work()
     from pilotq.broker.slurm.end_reporter import AllocationEndReporter
     from pilotq.workers.machine.node_supervisor import NodeSupervisor
@@ -110,6 +96,22 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
         name, connection, end_reporter, work, lambda: clean_node(pilot.directory, name), settings(), until_eof=eof
     )
     return supervisor.run(pilot.log(f"worker-{name}"))
+
+
+def _local_node(values: dict[str, Any], identity: NodeIdentity) -> LocalNode:
+    """The node that the options describe."""
+    named, virtual = values["cores"], values["virtual"]
+    physical = threads_per_core() is not None
+    numbers = _numbers(named) if named else identity.cores(physical=physical, grant=values["grant"])
+    if values["system_core"] == (values["node"] or identity.name):
+        numbers = numbers[1:]
+    cpus = {core: core for core in numbers} | (_pairs(values["real"]) if values["real"] else {})
+    if virtual:
+        first = _host_number() * virtual
+        cpus = {core: numbers[(first + core) % len(numbers)] for core in range(virtual)}
+        numbers = list(cpus)
+    shared = values["shared"] or virtual is not None or len(set(cpus.values())) < len(cpus)
+    return LocalNode(values["node"] or identity.name, numbers, cpus, shared)
 
 
 def _host_number() -> int:
