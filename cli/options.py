@@ -56,6 +56,10 @@ counter_option = click.option(
     "--counter", "counters", multiple=True, metavar="NAME=N",
     help="Each node has N units of a counter, for tasks with --use NAME; may be repeated.",
 )  # fmt: skip
+pool_option = click.option(
+    "--pool", "pools", multiple=True, metavar="NAME=N",
+    help="All nodes together have N units, for tasks with --use NAME; may be repeated.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 task_options = all_of(
@@ -67,7 +71,7 @@ task_options = all_of(
     click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G."),
     click.option("--spread", "numa", flag_value="spread", help="Cores evenly over NUMA nodes."),
     click.option("--pack", "numa", flag_value="pack", help="Cores on few NUMA nodes, OpenMP's threads side by side."),
-    click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter; may be repeated."),
+    click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter or pool; may be repeated."),
     click.option("--array", callback=parsed(ArrayRange.parse), metavar="A-B[:STEP],...[%N]",
                  help="A task for each index, {index} in CMD; at most N at a time."),
     click.option("--each-line", "--values", "each_line", metavar="FILE",
@@ -253,13 +257,13 @@ def _values(path: str) -> list[str]:
     return values
 
 
-def counters_of(words: Iterable[str]) -> dict[str, int]:
-    """The counters of a node by the values of ``--counter``; raises InvalidInput."""
-    counters = dict(_counted("counter", word) for word in words)
+def counters_of(words: Iterable[str], option: str = "counter") -> dict[str, int]:
+    """The counters of a node, or the pools of the pilot, by the values of their option; raises InvalidInput."""
+    counters = dict(_counted(option, word) for word in words)
     try:
         request_of(Request(), use=counters)  # has the rule for their names
     except InvalidInput as error:
-        raise InvalidInput(f"--counter{str(error).removeprefix('use')}") from None
+        raise InvalidInput(f"--{option}{str(error).removeprefix('use')}") from None
     return counters
 
 

@@ -31,7 +31,7 @@ from pilotq.broker.slurm.step_environment import ENV_SCHEMA
 from pilotq.broker.store.registry import read_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import MEMORY_POLICIES, parse_duration
-from pilotq.cli.options import all_of, counter_option, counters_of, parsed, server_url
+from pilotq.cli.options import all_of, counter_option, counters_of, parsed, pool_option, server_url
 from pilotq.workers.machine.gpus import add_gpus, find_gpus
 from pilotq.workers.machine.topology import (
     memory_bytes,
@@ -49,6 +49,7 @@ COUNTERS = "PILOTQ_COUNTERS"  # NAME=N, with spaces between: what every node has
 MEMORY_POLICY = "PILOTQ_MEMORY_POLICY"  # one of MEMORY_POLICIES
 GPUS = "PILOTQ_GPUS"  # how many GPUs each node has, whatever is found there
 MACHINE_ROOT = "PILOTQ_MACHINE_ROOT"  # where tests have another /proc, /sys and /dev, in which GPUs are looked for
+POOLS = "PILOTQ_POOLS"  # NAME=N, with spaces between: what all nodes have together
 THREADS = "PILOTQ_THREADS"  # of a physical core, those that tasks get; not set: each is a core of its own
 ALL_THREADS = 1024
 GPUS_MAX = 1024
@@ -112,6 +113,7 @@ pilot_options = all_of(
     click.option("--durability", type=click.Choice(sorted(DURABILITY)), default="everysec", metavar="HOW",
                  help="To disk at once (strict), everysec, or none."),
     counter_option,
+    pool_option,
     click.option("--memory-policy", type=click.Choice(MEMORY_POLICIES), metavar="HOW",
                  help="What --memory of a task means: limit, watch (the same, only by measuring), reserve."),
     click.option("--system-core", is_flag=True, help="Leave the first core to the pilot itself."),
@@ -228,10 +230,16 @@ def _server(values: dict[str, Any]) -> str:
 
 
 def set_resources(values: Mapping[str, Any]) -> None:
-    """Give the nodes these counters, GPUs and memory policy, in this process and its children; raises InvalidInput."""
-    if values["counters"]:
-        counters_of(values["counters"])
-        os.environ[COUNTERS] = " ".join(values["counters"])
+    """Give the nodes their counters, pools, threads, GPUs and memory policy, in this process and its children.
+
+    Raises InvalidInput.
+    """
+    counters, pools = counters_of(values["counters"]), counters_of(values["pools"], "pool")
+    for name in sorted(counters.keys() & pools.keys()):
+        raise InvalidInput(f"--pool {name}: each node has a counter of that name: give one of them another")
+    for variable, words in ((COUNTERS, values["counters"]), (POOLS, values["pools"])):
+        if words:
+            os.environ[variable] = " ".join(words)
     if values["threads_per_core"] and values["smt"] == "yes" and not values["no_smt"]:
         raise InvalidInput("--threads-per-core is for --smt no: else each hardware thread is a core of its own")
     if values["smt"] == "no" or values["no_smt"]:
@@ -332,6 +340,7 @@ def node_info(node: LocalNode) -> NodeInfo:
         threads={core: more[: threads - 1] for core, more in others.items()} if threads and not node.shared else {},
         memory=memory_bytes() if whole else 0, memory_by="" if memory_policy() == "reserve" else "watcher",
         counters=counters_of(os.environ.get(COUNTERS, "").split()),
+        pools=counters_of(os.environ.get(POOLS, "").split(), "pool"),
     )  # fmt: skip
     if os.environ.get(GPU_NODE, node.name) == node.name:
         count = os.environ.get(GPUS, "")

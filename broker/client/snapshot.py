@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pilotq.broker.scheduling.availability import NodeLimits
 from pilotq.broker.scheduling.cluster import Cluster, with_counted
 from pilotq.broker.scheduling.placement import drain
+from pilotq.broker.scheduling.pools import Pools
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
@@ -48,7 +49,8 @@ def take_snapshot(link: Connection, nodes: Sequence[NodeInfo], executions: Itera
         cluster.add_node(node)
         limits.apply(cluster, node, node.name not in limits.quarantined, now, now)
     running: Running = []
-    for parts, end in _reservations(link, (e.rpartition(":")[0] for e in executions if not e.endswith(":0"))):
+    ids = (e.rpartition(":")[0] for e in executions if not e.endswith(":0"))
+    for parts, end in _reservations(link, cluster.pools, ids):
         mine = tuple(part for part in parts if part.node in cluster.names)
         try:
             cluster.take(mine)
@@ -62,7 +64,7 @@ def take_snapshot(link: Connection, nodes: Sequence[NodeInfo], executions: Itera
     return Snapshot(cluster, running)
 
 
-def _reservations(link: Connection, ids: Iterator[str]) -> Iterator[tuple[tuple[NodeShare, ...], float]]:
+def _reservations(link: Connection, pools: Pools, ids: Iterator[str]) -> Iterator[tuple[tuple[NodeShare, ...], float]]:
     fields = ("pq_cpus", "pq_class", "started_at", "pq_running")
     while part := list(islice(ids, SLICE)):
         for cpus, raw, started, launched in link.pipeline([("HMGET", keys.job(i), *fields) for i in part]):
@@ -73,4 +75,4 @@ def _reservations(link: Connection, ids: Iterator[str]) -> Iterator[tuple[tuple[
                 yield parts, math.inf
                 continue
             limit = info.request.limit
-            yield with_counted(parts, info.request), math.inf if limit is None else begun + limit
+            yield with_counted(parts, info.request, pools), math.inf if limit is None else begun + limit

@@ -33,9 +33,9 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 # Variables that srun forwards with the environment, and ssh does not. Without those of the job a worker would not know
 # that its allocation ends, nor how much memory was granted.
 FORWARDED = (
-    "PILOTQ_SETTINGS", "PILOTQ_COUNTERS", "PILOTQ_GPUS", "PILOTQ_THREADS", "PILOTQ_MEMORY_POLICY", "PILOTQ_LAUNCHER",
-    "PILOTQ_SERVER", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE", "SLURM_MEM_PER_NODE",
-    "SLURM_MEM_PER_CPU",
+    "PILOTQ_SETTINGS", "PILOTQ_COUNTERS", "PILOTQ_POOLS", "PILOTQ_GPUS", "PILOTQ_THREADS", "PILOTQ_MEMORY_POLICY",
+    "PILOTQ_LAUNCHER", "PILOTQ_SERVER", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE",
+    "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU",
 )  # fmt: skip
 POLL_S = 0.5  # interval at which the registered nodes are read
 REPORT_S = 10.0  # interval at which a wait for nodes is logged

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from pilotq.broker.scheduling.core_masks import bits, carve, mask_of
 from pilotq.broker.scheduling.node_cores import FreeCoreIndex, NodeCores
+from pilotq.broker.scheduling.pools import Pools
 from pilotq.broker.scheduling.shortage import Room, shortage
 from pilotq.broker.store.resources import NodeInfo, NodeShare
 from pilotq.broker.tasks.model import SPREAD, Request
@@ -29,6 +30,7 @@ class Cluster:
         self._order: list[NodeCores] = []  # by index
         self._named: dict[str, int] = {}  # name -> its place in the order that the user gave
         self._sizes: dict[int, int] = {}  # number of cores -> indexes of the nodes that have so many
+        self.pools = Pools()
         self._inside = FreeCoreIndex([], 0)
         self._outside: FreeCoreIndex | None = None  # only while there is a hold
         self._held_for = Request()
@@ -51,7 +53,8 @@ class Cluster:
         """A node joins, empty and open. One of that name must have been removed before (ValueError)."""
         if info.name in self._nodes:
             raise ValueError(f"node {info.name} is there already: remove its last incarnation first")
-        self._nodes[info.name] = NodeCores(info)
+        node = self._nodes[info.name] = NodeCores(info)
+        node.pools = self.pools.total
         self.widenings += 1
         self._arrange()
 
@@ -120,6 +123,7 @@ class Cluster:
             node.index = index
             self._sizes[node.size] = self._sizes.get(node.size, 0) | 1 << index
         self._count_ends()
+        self.pools.update(node.info for node in self._order)
         self._inside = self._view(outside=False)
         if self._outside is not None:
             self._outside = self._view(outside=True)
@@ -173,7 +177,7 @@ class Cluster:
 
     def never_fits(self, request: Request) -> str | None:
         """Why these nodes, closed ones too, could not hold it even if all were empty; None if they could."""
-        return shortage(request, [_total(node) for node in self._order], now=False)
+        return self._shortage(request, [_total(node) for node in self._order], now=False)
 
     def is_possible(self, request: Request) -> bool:
         """Whether the open nodes could hold it if they were empty, and have it done before they end."""
@@ -183,12 +187,15 @@ class Cluster:
             if len(self._possible) >= POSSIBLE_MAX:
                 self._possible.clear()
             rooms = [_total(node) for node in self.open_nodes if not key[1] >> node.index & 1]
-            found = self._possible[key] = shortage(request, rooms, now=False) is None
+            found = self._possible[key] = self._shortage(request, rooms, now=False) is None
         return found
 
     def fits(self, request: Request) -> bool:
         """Whether the open nodes have free what it asks for, held or not."""
-        return shortage(request, [_room(node, node.free) for node in self.open_nodes], now=True) is None
+        return self._shortage(request, [_room(node, node.free) for node in self.open_nodes], now=True) is None
+
+    def _shortage(self, request: Request, rooms: Sequence[Room], *, now: bool) -> str | None:
+        return self.pools.shortage(request, now=now) or shortage(self.pools.without(request), rooms, now=now)
 
     def waits_for(self, request: Request) -> str:
         """What is missing now, as a sentence."""
@@ -203,12 +210,12 @@ class Cluster:
                 f"it may take {request.limit} s, but the nodes that could hold it take nothing new in {left:.0f} s, "
                 "when their allocation ends: it starts in the next one"
             )
-        missing = shortage(request, [_room(node, node.free) for node in self.open_nodes], now=True)
+        missing = self._shortage(request, [_room(node, node.free) for node in self.open_nodes], now=True)
         if missing is not None:
             return missing
         if self._outside is not None:
             rooms = [_room(node, node.free & ~node.held) for node in self.open_nodes if not self._bars(request, node)]
-            if shortage(request, rooms, now=True) is not None:
+            if self.bars_pools(request) or self._shortage(request, rooms, now=True) is not None:
                 return "what it needs is free, but held for a task that has waited longer"
         return "what it needs is free: it starts as soon as the tasks before it have been placed"
 
@@ -226,8 +233,9 @@ class Cluster:
         usable = ~self._late(request)
         plain = is_plain(request)
         if not plain:
-            if not self.is_possible(request):
+            if not self.is_possible(request) or (outside and self.bars_pools(request)):
                 return []
+            count = self.pools.room(request, count)
             usable &= ~self._barred.get(request, 0)
             if outside and competes(request, self._held_for):
                 usable &= ~self._held_nodes
@@ -239,13 +247,13 @@ class Cluster:
             if indexes is None:
                 break
             left = request.cores[1]
-            shares = []
+            shares: list[NodeShare] = []
             for index in indexes:
                 node = self._order[index]
                 size = node.size if request.whole else min(left, view.counts[index])
                 if request.spread:
                     left -= size
-                shares.append(self._cut(node, size, outside, request))
+                shares.append(self._cut(node, size, outside, self.pools.without(request) if shares else request))
             found.append(tuple(shares))
         return found
 
@@ -315,6 +323,7 @@ class Cluster:
         free = node.free & ~node.held if outside else node.free
         share = node.choose(size, request, free)
         node.take(share)
+        self.pools.count(share, 1)
         self._refresh(node)
         return share
 
@@ -328,6 +337,7 @@ class Cluster:
             node = self._nodes.get(share.node)
             if node is not None:
                 node.take(share)
+                self.pools.count(share, 1)
                 self._refresh(node)
 
     def fill(self, name: str, count: int) -> None:
@@ -345,6 +355,7 @@ class Cluster:
             node = self._nodes.get(share.node)
             if node is not None:
                 node.release(share)
+                self.pools.count(share, -1)
                 self._refresh(node)
         self._barred.clear()
 
@@ -370,6 +381,10 @@ class Cluster:
         self._held_nodes = 0
         self._outside = None
 
+    def bars_pools(self, request: Request) -> bool:
+        """Whether it takes units of a pool that the task of the hold waits for, too."""
+        return self._outside is not None and bool(self.pools.names(request) & self.pools.names(self._held_for))
+
     def _bars(self, request: Request, node: NodeCores) -> bool:
         return bool(node.held) and competes(request, self._held_for)
 
@@ -386,9 +401,13 @@ def competes(request: Request, other: Request) -> bool:
     return bool(request.use and other.use and {n for n, _ in request.use} & {n for n, _ in other.use})
 
 
-def with_counted(shares: Iterable[NodeShare], request: Request) -> tuple[NodeShare, ...]:
+def with_counted(shares: Iterable[NodeShare], request: Request, pools: Pools) -> tuple[NodeShare, ...]:
     """Shares as read from an allocation text, with the memory and counters that the text leaves out."""
-    return tuple(share._replace(memory=request.memory, use=request.use) for share in shares)
+    others = pools.without(request).use
+    return tuple(
+        share._replace(memory=request.memory, use=others if number else request.use)
+        for number, share in enumerate(shares)
+    )
 
 
 _new_share = tuple.__new__  # half the time of calling NodeShare, which is what placing many small tasks spends most on

@@ -67,7 +67,7 @@ class Inventory:
             known = class_info(class_name)
             shares = parse_allocation(allocation)
             if known is not None:
-                shares = with_counted(shares, known.request)
+                shares = with_counted(shares, known.request, self.cluster.pools)
             slot = Slot(number, class_name, shares, ends_by(known, now), now)
             self._add(node, slot)
         # Shares on this node of slots that other nodes run count here too, whichever node reports first.

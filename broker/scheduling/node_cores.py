@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pilotq.broker.scheduling.core_masks import bits, carve, compact, mask_of, scatter
 from pilotq.broker.scheduling.node_gpus import NodeGpus
@@ -20,10 +20,12 @@ class NodeCores:
 
     __slots__ = (
         "all", "counters", "counters_free", "free", "gpus", "groups", "held", "memory", "memory_free",
-        "name", "open", "end", "size", "index",
+        "name", "open", "end", "size", "index", "info", "pools",
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo) -> None:
+        self.info = info
+        self.pools: Mapping[str, int] = {}  # counters of the whole pilot, which are none of the node's
         self.name = info.name
         self.index = 0
         self.open = True
@@ -49,7 +51,7 @@ class NodeCores:
         """Whether it has, free or not, what the request wants besides cores."""
         if (request.gpus and not self.gpus.has(request, now=False)) or (self.memory and self.memory < request.memory):
             return False
-        return all(self.counters.get(name, 0) >= count for name, count in request.use)
+        return all(self.counters.get(name, 0) >= count or name in self.pools for name, count in request.use)
 
     def has_free_extras(self, request: Request) -> bool:
         """Whether it has free now what the request wants besides cores."""
@@ -57,7 +59,7 @@ class NodeCores:
             return False
         if request.gpus and not self.gpus.has(request, now=True):
             return False
-        return all(self.counters_free.get(name, 0) >= count for name, count in request.use)
+        return all(self.counters_free.get(name, 0) >= count or name in self.pools for name, count in request.use)
 
     def choose(self, size: int, request: Request, free: int) -> NodeShare:
         """``size`` of the ``free`` cores, and what else the request wants of a node that is known to have it."""

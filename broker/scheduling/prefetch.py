@@ -61,6 +61,8 @@ class Prefetch:
         closed = self.closed_nodes(backfill)
         remaining = {name: head.waiting - len(targets.get(name, ())) for name, head in heads.items()}
         for name in self._not_outranked(heads, remaining):
+            if self._inventory.cluster.bars_pools(_class(name).request):
+                continue  # slots that go on would never give back what the task of the hold waits for
             for node in self._inventory.nodes.values():
                 number = min(self._missing(node, name, remaining[name]), remaining[name], limit)
                 late = self._inventory.cluster.is_late(node.info.name, _class(name).request)
@@ -116,11 +118,11 @@ class Prefetch:
         would fit elsewhere or delays something of a higher priority."""
         cluster = self._inventory.cluster
         for node in self._inventory.nodes.values():
-            is_closed = node.info.name in closed
             for class_name, prefetched in list(node.prefetched.items()):
+                info = class_info(class_name)
+                is_closed = node.info.name in closed or (info is not None and cluster.bars_pools(info.request))
                 if not is_closed and now - prefetched.since < self._settings.retract_after_s:
                     continue
-                info = class_info(class_name)
                 is_full = info is not None and info.at_most and not self._inventory.room(info, class_name)
                 shares = cluster.reserve(info.request) if info is not None and not is_full else None
                 if shares is not None:

@@ -43,6 +43,7 @@ class NodeInfo(msgspec.Struct):
     memory: int = 0  # bytes, 0 = not counted
     memory_by: str = "watcher"  # who holds tasks to the memory that they ask for; empty: nobody
     counters: dict[str, int] = {}
+    pools: dict[str, int] = {}  # counters of the whole pilot, as its nodes were told
     job: str = ""  # the Slurm job whose allocation it is part of
     machine: str = ""  # where ``pid`` is valid, as `machine_id` has it; ``start`` is the start time of that process
     start: int = 0
@@ -88,7 +89,7 @@ class NodeShare(NamedTuple):
     cores: tuple[int, ...]
     gpus: tuple[str, ...] = ()
     memory: int = 0  # bytes
-    use: tuple[tuple[str, int], ...] = ()  # named counters; like memory not part of the allocation text
+    use: tuple[tuple[str, int], ...] = ()  # named counters, of the node and (in the first share) of the pilot
 
 
 def gpu_name(gpu: str) -> str:

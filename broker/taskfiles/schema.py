@@ -48,7 +48,10 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         'text `"spread"` or `"pack"`',
         "cores lie evenly over the NUMA nodes, or on as few as can be, and OpenMP's threads so. Default: pack",
     ),
-    "use": ("table, name to number", "units of counters that the nodes were given with `--counter NAME=N`"),
+    "use": (
+        "table, name to number",
+        "units of counters, which each node (`--counter NAME=N`) or all together (`--pool NAME=N`) have",
+    ),
     "after": (
         "text, or list of texts",
         "names of tasks of this file, ids, or `name:INDEX` for one element: all of them must have finished",

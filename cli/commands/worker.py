@@ -13,7 +13,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.start import LocalNode
 from pilotq.broker.store.connection import Connection
-from pilotq.cli.options import counter_option, dir_option
+from pilotq.cli.options import counter_option, dir_option, pool_option
 from pilotq.cli.part_options import reach_part, redis_option, settings
 from pilotq.cli.pilot_options import (
     gpus_option,
@@ -38,6 +38,7 @@ from pilotq.workers.machine.topology import CORES_MAX, check_node_name
 @click.option("--virtual", type=click.IntRange(1, CORES_MAX), metavar="N",
               help="Have N cores, whatever the number of CPUs; other nodes may use the same CPUs.")  # fmt: skip
 @counter_option
+@pool_option
 @gpus_option
 @smt_options
 @click.option("--grant", type=click.IntRange(1), metavar="N",

@@ -105,3 +105,15 @@ def test_nodes_and_use_of_cores_are_shown(tmp_path: Path) -> None:
         rows = json.loads(cli("nodes", "--json").stdout)
         assert [(r["name"], r["cores"]) for r in rows] == [("n1", 2), ("n2", 1)], "start returns when all have joined"
         assert cli("nodes").stdout.split()[:5] == ["NAME", "STATE", "HOST", "CORES", "USED"]
+
+
+def test_a_pool_is_shared_by_all_nodes(tmp_path: Path) -> None:
+    with in_background(tmp_path, "--nodes", "2,2", "--pool", "lic=1", "--counter", "seat=1") as cli:
+        cli("enqueue", "--array", "0-19", "--use", "lic=1", "--", "sh", "-c", ONE_AT_WORK)
+        assert cli("wait", "--timeout", "60s").returncode == 0
+        assert (tmp_path / "seen").read_text().split() == ["1"] * 20
+        for wanted, why in (("lic=2", "needs 2 of lic in the pilot; it has 1"), ("seat=2", "2 of seat on one node")):
+            refused = cli("enqueue", "--use", wanted, "--", "true")
+            assert refused.returncode == 2 and why in refused.stderr
+    twice = prompt(tmp_path)("start", "--pool", "a=1", "--counter", "a=1")
+    assert twice.returncode == 2 and "--pool a: each node has a counter of that name" in twice.stderr

@@ -19,11 +19,13 @@ ONE, TWO, FOUR = Request(), Request(cores=(2, 2)), Request(cores=(4, 4))
 Running = list[tuple[tuple[NodeShare, ...], float]]
 
 
-def sized(*sizes: int, gpus: int = 0, memory: int = 0) -> Cluster:
+def sized(*sizes: int, gpus: int = 0, memory: int = 0, pools: dict[str, int] | None = None) -> Cluster:
     cluster = Cluster()
     for number, size in enumerate(sizes, 1):
         names = [f"g{gpu}" for gpu in range(gpus)]
-        cluster.add_node(NodeInfo(f"n{number}", 1, "host", 1, list(range(size)), gpus=names, memory=memory))
+        cluster.add_node(
+            NodeInfo(f"n{number}", 1, "host", 1, list(range(size)), gpus=names, memory=memory, pools=pools or {})
+        )
     return cluster
 
 
@@ -313,7 +315,10 @@ LARGE = {
     "whole": Request(nodes=(1, 2), whole=True),
     "spread": Request(cores=(7, 7), spread=True),
     "gpus": Request(gpus=2),
+    "share of a GPU": Request(gpus=0.9),
     "memory": Request(cores=(2, 2), memory=9),
+    "pool": Request(use=(("lic", 3),)),
+    "pool over nodes": Request(nodes=(2, 2), cores=(1, 1), use=(("lic", 2),)),
 }
 
 
@@ -323,11 +328,17 @@ def simulate(kind: str, limits: bool, luck: list[int], arrives: float, wait_s: f
     There is a pass after each end, and none between, so the time of one pass is nothing. The lengths of small tasks
     are dealt out by ``luck``; with ``limits`` every other class states them.
     """
-    cluster = sized(4, 4, 5, gpus=2, memory=10)
+    cluster = sized(4, 4, 5, gpus=2, memory=10, pools={"lic": 3})
     state = BackfillState()
     stated = [limits and n % 2 == 1 for n in range(len(luck))]
     small = [
-        Request((c, c), gpus=int(n % 3 == 2), memory=3 * int(n % 4 == 3), limit=luck[n] if stated[n] else None)
+        Request(
+            (c, c),
+            gpus=(n % 3) / 2,
+            memory=3 * int(n % 4 == 3),
+            use=(("lic", 1),) if n % 2 else (),
+            limit=luck[n] if stated[n] else None,
+        )
         for n, c in enumerate([1, 2, 1, 2, 1, 2][: len(luck)])
     ]
     step = len(small)

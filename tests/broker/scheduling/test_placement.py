@@ -135,7 +135,7 @@ def test_gpus_memory_and_counters_are_of_the_node_and_come_back() -> None:
 def test_what_ran_before_is_adopted_with_what_its_text_leaves_out() -> None:
     cluster = cluster_of(node("n1", 4, memory=10, counters={"x": 1}))
     request = Request(cores=(2, 2), memory=8, use=(("x", 1),))
-    shares = with_counted(parse_allocation("n1[1:2],gone[0]"), request)
+    shares = with_counted(parse_allocation("n1[1:2],gone[0]"), request, cluster.pools)
     cluster.take(shares)
     assert (cluster.used("n1"), cluster.free("n1"), cluster.used_cores, cluster.total_cores) == (2, 2, 2, 4)
     assert got(cluster, Request(memory=3)) is None
@@ -411,3 +411,33 @@ def test_cores_are_spread_over_numa_nodes() -> None:
     assert got(cluster, spread) == "n1[3:4:5:8:9:10]"
     assert got(cluster, Request(cores=(2, 2), numa="pack")) == "n1[6:7]"
     assert got(cluster, spread) is None
+
+
+def test_pools_are_shared_by_all_nodes() -> None:
+    cluster = cluster_of(node("n1", 4, pools={"lic": 5}), node("n2", 4))
+    two, pair = Request(cores=(3, 3), use=(("lic", 2),)), Request(nodes=(2, 2), use=(("lic", 2),))
+    assert got(cluster, two) == "n1[0:1:2]" and got(cluster, pair) == "n1[3],n2[0]", "a task takes its units once"
+    assert got(cluster, Request(use=(("lic", 2),))) is None
+    assert cluster.waits_for(two) == "needs 2 of lic free in the pilot; 1 of 5 are free"
+    assert cluster.never_fits(Request(use=(("lic", 6),))) == "needs 6 of lic in the pilot; it has 5"
+    assert cluster.never_fits(Request(use=(("other", 1),))) == "needs 1 of other on one node; no node has any"
+    assert len(cluster.reserve_many(Request(use=(("lic", 1),)), 9)) == 1
+    cluster.remove_node("n2")
+    assert cluster.pools.free("lic") == 1, "one ended with its node; what the task over both has is the first one's"
+    cluster.release(with_counted(parse_allocation("n1[3],n2[0]"), pair, cluster.pools))
+    assert cluster.pools.free("lic") == 3
+    cluster.add_node(node("n3", 4, pools={"lic": 5}))
+    cluster.remove_node("n1")
+    assert cluster.pools.free("lic") == 5
+
+
+def test_a_hold_keeps_units_of_a_pool_on_all_nodes() -> None:
+    cluster = cluster_of(*(node(f"n{n}", 4, pools={"lic": 2}) for n in (1, 2)))
+    one, both = wait("one", Request(use=(("lic", 1),)), 2, 3), wait("both", Request(use=(("lic", 2),)), 1)
+    running = cluster.reserve(one.request)
+    assert running is not None
+    state = BackfillState()
+    assert names(plan(cluster, [both], [(running, 9.0)], state, 0.0)) == []
+    assert names(plan(cluster, [both, one, wait("plain", ONE, 4)], [(running, 9.0)], state, 2.0)) == ["plain"]
+    cluster.release(running)
+    assert names(plan(cluster, [both, one], (), state, 9.0)) == ["both"]
