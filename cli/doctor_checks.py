@@ -31,6 +31,7 @@ from pilotq.broker.pilot.server import MIN_VERSION, find_server, memory_for_serv
 from pilotq.broker.process_identity import start_time
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal_repair import damaged_lines
+from pilotq.workers.machine.memory_policy import why_no_cgroup
 
 Level = Literal["good", "note", "bad"]
 SHARED_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs", "fuse.sshfs", "cifs", "smb3", "ceph",
@@ -132,6 +133,9 @@ def memory() -> Iterator[Check]:
     text = f"{_size(available)} available, the server may use {_size(ours)}"
     level: Level = "note" if min(available, ours) < LITTLE_MEMORY else "good"
     yield Check("memory", level, text, "many tasks need more: 0.5 KiB each" if level == "note" else "")
+    why = why_no_cgroup()
+    text = "each task that asks for memory gets a cgroup" if not why else "tasks are measured by their worker"
+    yield Check("memory limits", "good", text + (f": {why}" if why else ""))
     with open("/proc/sys/vm/overcommit_memory") as file:
         if file.read().strip() == "2":
             yield Check(

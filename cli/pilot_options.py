@@ -33,6 +33,7 @@ from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.quantities import MEMORY_POLICIES, parse_duration
 from pilotq.cli.options import all_of, counter_option, counters_of, parsed, pool_option, server_url
 from pilotq.workers.machine.gpus import add_gpus, find_gpus
+from pilotq.workers.machine.memory_policy import memory_by
 from pilotq.workers.machine.topology import (
     memory_bytes,
     numa_groups,
@@ -338,7 +339,7 @@ def node_info(node: LocalNode) -> NodeInfo:
         node.name, 0, socket.gethostname(), os.getpid(), node.cores, shared_cores=node.shared, numa=groups,
         cpus=[node.real.get(core, core) for core in node.cores],
         threads={core: more[: threads - 1] for core, more in others.items()} if threads and not node.shared else {},
-        memory=memory_bytes() if whole else 0, memory_by="" if memory_policy() == "reserve" else "watcher",
+        memory=memory_bytes() if whole else 0, memory_by=memory_by(memory_policy()),
         counters=counters_of(os.environ.get(COUNTERS, "").split()),
         pools=counters_of(os.environ.get(POOLS, "").split(), "pool"),
     )  # fmt: skip

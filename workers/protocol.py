@@ -78,6 +78,8 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     script: bytes = b""
     make_cwd: bool = False  # the working directory is made, parents too, as QCG-PilotJob does
     files: dict[bytes, bytes] = {}  # path -> content: written before it starts
+    cgroup: str = ""  # path of a cgroup that is made for it, ``memory`` bytes large
+    memory: int = 0
 
 
 class Call(msgspec.Struct, array_like=True, tag="call"):
@@ -216,6 +218,7 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     remaining: int
     stdout: Captured
     stderr: Captured
+    killed_at: int = 0  # bytes that its cgroup held when the kernel killed it for that
 
 
 class Returned(msgspec.Struct, array_like=True, tag="returned"):

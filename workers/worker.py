@@ -9,6 +9,7 @@ up: no server, a server with another state, a newer worker of this node, launche
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import select
@@ -26,7 +27,8 @@ from pilotq.broker.processes import become_subreaper
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.store.connection import Address
 from pilotq.broker.store.messages import Leave, Stop
-from pilotq.broker.store.resources import NodeInfo
+from pilotq.broker.store.resources import BY_CGROUP, BY_WATCHER, NodeInfo
+from pilotq.workers import cgroups
 from pilotq.workers.execution.launch_builder import LaunchBuilder
 from pilotq.workers.execution.launcher_pool import LauncherPool, LaunchersFailedError, ended_children
 from pilotq.workers.execution.node import Node
@@ -64,10 +66,11 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
     session.keep_result = SpilledResults(output, info.name).keep
     become_subreaper()
     signals = _Signals()
+    cgroup = _cgroups_of_tasks(directory, info)
     launchers = LauncherPool(output, info.name, info.cores, settings, kind)
     try:
         info.incarnation = session.register(info)
-        node = make_node(session, launchers, directory, info, real, settings)
+        node = make_node(session, launchers, directory, info, real, settings, cgroup)
         log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores, {kind} launcher")
         try:
             return _Loop(session, launchers, node, signals, settings).run()
@@ -78,6 +81,8 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
         return PilotFailed.exit_code
     finally:
         launchers.close()
+        if cgroup:
+            cgroups.clean(*os.path.split(cgroup))
         session.close()
         signals.close()
 
@@ -89,13 +94,33 @@ def make_node(
     info: NodeInfo,
     real: Mapping[int, int],
     settings: Settings,
+    cgroup: str = "",
 ) -> Node:
-    """What decides for a node whose session has registered; the arguments are as of `serve`."""
+    """What decides for a node whose session has registered; the arguments are as of `serve`.
+
+    ``cgroup`` is how the paths of the cgroups of its tasks begin; empty: they get none.
+    """
     builder = LaunchBuilder(session.shared_data, directory, real, info)
     return Node(
         session, launchers, builder, directory, info, settings,
         lambda actions: MultinodeHooks(actions, session, launchers, builder, directory, info, real, settings),
+        cgroup,
     )  # fmt: skip
+
+
+def _cgroups_of_tasks(directory: str, info: NodeInfo) -> str:
+    """How the paths of the cgroups of tasks begin; empty where a watcher must do, which ``info`` says then."""
+    if info.memory_by != BY_CGROUP:
+        return ""
+    try:
+        base = cgroups.prepare()
+    except OSError as error:
+        log(f"tasks get no cgroups, and are measured instead: {error.strerror}")
+        info.memory_by = BY_WATCHER
+        return ""
+    name = hashlib.sha256(os.fsencode(f"{directory} {info.name}")).hexdigest()[:16]
+    cgroups.clean(base, f"pilotq-{name}-")
+    return os.path.join(base, f"pilotq-{name}-")
 
 
 class _Signals:

@@ -24,6 +24,9 @@ class GpuFacts(msgspec.Struct, omit_defaults=True):
     cores: list[int] = []
 
 
+BY_CGROUP, BY_WATCHER = "cgroup", "watcher"
+
+
 class NodeInfo(msgspec.Struct):
     """A node as its worker registers it. ``cores`` are core numbers as allocations name them."""
 
@@ -41,7 +44,7 @@ class NodeInfo(msgspec.Struct):
     gpu_facts: dict[str, GpuFacts] = {}  # by name
     gpu_note: str = ""  # a sentence where the GPUs that were granted and those that were found differ
     memory: int = 0  # bytes, 0 = not counted
-    memory_by: str = "watcher"  # who holds tasks to the memory that they ask for; empty: nobody
+    memory_by: str = BY_WATCHER  # who holds tasks to the memory that they ask for; empty: nobody
     counters: dict[str, int] = {}
     pools: dict[str, int] = {}  # counters of the whole pilot, as its nodes were told
     job: str = ""  # the Slurm job whose allocation it is part of

@@ -6,13 +6,15 @@ import click
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.store.resources import BY_CGROUP, BY_WATCHER
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 
 # NodeInfo.memory_by -> a sentence
 MEMORY_BY = {
     "": "memory that tasks ask for is reserved, and nothing holds them to it",
-    "watcher": "tasks are ended when they use more memory than they asked for: each worker measures them",
+    BY_WATCHER: "tasks are ended when they use more memory than they asked for: each worker measures them",
+    BY_CGROUP: "tasks are ended when they use more memory than they asked for: the kernel limits their cgroups",
 }
 
 

@@ -10,17 +10,18 @@ from pilotq.broker.store.resources import NodeInfo, class_info
 from pilotq.broker.tasks.quantities import size_text
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.memory_watch import MemoryWatch, WatchedTask
-from pilotq.workers.protocol import Exited, Returned
+from pilotq.workers.protocol import Call, Exited, Launch, Returned
 
 KILLED = 128 + SIGKILL  # what a shell says of a command that was killed
 
 
 class MemoryLimits:
-    """The memory of the executions of one node."""
+    """The memory of the executions of one node. With ``cgroup`` programs get cgroups, whose paths begin so."""
 
-    def __init__(self, info: NodeInfo, settings: Settings) -> None:
+    def __init__(self, info: NodeInfo, settings: Settings, cgroup: str = "") -> None:
         self._node = info.name
         self._enforced = bool(info.memory_by)
+        self._cgroup = cgroup
         self.watch = MemoryWatch(settings.memory_sample_s)
 
     def limit_of(self, class_name: str) -> int:
@@ -28,10 +29,16 @@ class MemoryLimits:
         found = class_info(class_name) if self._enforced else None
         return found.request.memory if found is not None else 0
 
+    def confine(self, launch: Launch | Call, class_name: str) -> None:
+        """Give a program that is about to be launched a cgroup with its limit, where it has one."""
+        if self._cgroup and isinstance(launch, Launch) and (limit := self.limit_of(class_name)):
+            launch.cgroup, launch.memory = f"{self._cgroup}{launch.key}", limit
+
     def started(self, e: Execution, pid: int) -> None:
-        """Its main process runs, or that of the function's interpreter."""
+        """Its main process runs, or that of the function's interpreter: it is measured, for its peak at least."""
         if e.memory is None:
-            e.memory = watched(e.key, e.run.id, e.run.execution, self.limit_of(e.run.class_name))
+            limit = 0 if self._cgroup and not e.function else self.limit_of(e.run.class_name)
+            e.memory = watched(e.key, e.run.id, e.run.execution, limit)
         self.watch.add(e.memory, pid)
 
     def over(self, task: WatchedTask) -> str:
@@ -43,6 +50,11 @@ class MemoryLimits:
         record.max_rss = max(record.max_rss, e.memory.peak if e.memory is not None else 0)
         if e.reason == "memory" and not record.status and not record.remaining:
             e.reason = e.message = ""  # it succeeded before its end could reach it
+        if isinstance(record, Exited) and record.killed_at and not e.reason:
+            record.max_rss = max(record.max_rss, record.killed_at)
+            limit = self.limit_of(e.run.class_name)
+            e.reason = "memory"
+            e.message = f"It used all of {size_text(limit)} on {self._node}: the kernel has killed it, in its cgroup."
         killed = isinstance(record, Exited) and os.waitstatus_to_exitcode(record.status) in (-SIGKILL, KILLED)
         if killed and not e.reason and self.watch.kernel_has_killed(now):
             e.reason = "memory"

@@ -61,11 +61,12 @@ class Node:
     """Runs the tasks of one node of the pilot in ``directory``; the dispatcher knows the node from ``info``.
 
     ``hooks`` makes the part that runs tasks over several nodes, which acts on this node by the `NodeActions` given.
+    The paths of tasks' cgroups begin with ``cgroup``, where they get any.
     """
 
     def __init__(
         self, session: Session, launchers: LauncherPool, builder: LaunchBuilder, directory: str, info: NodeInfo,
-        settings: Settings, hooks: Callable[[NodeActions], NodeHooks],
+        settings: Settings, hooks: Callable[[NodeActions], NodeHooks], cgroup: str = "",
     ) -> None:  # fmt: skip
         self._session = session
         self._launchers = launchers
@@ -76,7 +77,7 @@ class Node:
         self._builder = builder
         self._reporter = Reporter(info.name, directory)
         self._orphans = OrphanReaper(directory, settings)
-        self._memory = MemoryLimits(info, settings)
+        self._memory = MemoryLimits(info, settings, cgroup)
         self.outbox = Outbox(session, settings)
         self._ready: deque[Execution] = deque()  # have a slot: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a slot, but must wait for the server or their turn
@@ -383,6 +384,7 @@ class Node:
 
     def _send(self, e: Execution, launcher: LauncherHandle, prepared: Prepared, now: float) -> bool:
         """Send the records to its launcher; False when they cannot be sent, and it has ended."""
+        self._memory.confine(prepared[2], e.run.class_name)
         try:
             launcher.launch(*prepared)
         except Exception as error:  # noqa: BLE001  # the boundary of one task

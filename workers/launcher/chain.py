@@ -34,6 +34,7 @@ class Running:
 
     __slots__ = (
         "key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "chain", "script",
+        "cgroup",
     )  # fmt: skip
 
     def __init__(
@@ -49,4 +50,5 @@ class Running:
         self.stdout, self.stderr = files
         self.killed = False  # SIGKILL was sent: a process that appears later gets it too
         self.chain = chain
+        self.cgroup = launch.cgroup if isinstance(launch, Launch) else ""
         self.script = script  # path of its script's file, to be removed

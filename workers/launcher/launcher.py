@@ -25,6 +25,7 @@ from contextlib import suppress
 from pilotq.broker import failpoints
 from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper
+from pilotq.workers import cgroups
 from pilotq.workers.launcher.capture import Capture
 from pilotq.workers.launcher.chain import Chain, Running
 from pilotq.workers.launcher.interpreter_pool import InterpreterPool
@@ -311,6 +312,8 @@ class Launcher:
         if running is not None:
             running.killed |= number == signal.SIGKILL
             self._tracker.send_signal(running.tracker_key, number)
+            if running.cgroup and running.killed:
+                cgroups.kill(running.cgroup)
         elif chain is not None:
             self._interpreters.signal(message, chain)
 
@@ -334,6 +337,8 @@ class Launcher:
                     key, pid, end.status, running.started, time.time(), now - running.began, end.cpu, _peak(end), 0,
                     NO_OUTPUT, NO_OUTPUT,
                 )  # fmt: skip
+                if running.cgroup:
+                    exited.killed_at = cgroups.killed_at(running.cgroup)
                 reports.append((running, exited))
         for running, report in reports:
             key = running.key
@@ -373,6 +378,8 @@ class Launcher:
         """The output of a launch of which no process is left; the file of its script goes."""
         if running.script:
             self._scripts.remove(running.script)
+        if running.cgroup:
+            cgroups.remove(running.cgroup)
         out, err = running.stdout, running.stderr
         return (
             self._capture.collect(out, running.name + ".out") if out else NO_OUTPUT,

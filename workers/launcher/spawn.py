@@ -14,6 +14,7 @@ import time
 from typing import NamedTuple
 
 from pilotq.broker.os_strings import printable
+from pilotq.workers import cgroups
 from pilotq.workers.launcher.capture import Capture, PoolFile
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.script_files import ScriptFiles
@@ -117,7 +118,7 @@ class Spawner:
         """
         opened: list[int] = []
         pool: list[PoolFile] = []
-        argv, script = launch.argv, ""
+        argv, script, cgroup = launch.argv, "", ""
         try:
             if context is None:
                 raise Refusal("launch", f"Base {launch.base!r} or slot {launch.slot!r} was not sent or cannot be used.")
@@ -128,15 +129,20 @@ class Spawner:
                 argv = [*argv, os.fsencode(script)]
             program = self._program(argv, env)
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
+            if launch.cgroup:
+                _make_cgroup(launch)
+                cgroup = launch.cgroup
             pid = self._start(program, argv, env, files, context)
+            if cgroup:
+                cgroups.enter(cgroup, pid)
             return Spawned(pid, env, stdout, stderr, script)
         except Refusal as refusal:
-            self._release(pool, script)
+            self._release(pool, script, cgroup)
             if script and refusal.reason == "not found":
                 raise Refusal(refusal.reason, f"{refusal} Its script is to be run by that program.") from None
             raise
         except Exception as error:  # noqa: BLE001  # the boundary of one task: none may end its launcher, which has others
-            self._release(pool, script)
+            self._release(pool, script, cgroup)
             raise Refusal("launch", f"Starting it failed: {_error_text(error)}.") from None
         finally:
             for fd in opened:
@@ -151,7 +157,9 @@ class Spawner:
         """Somebody else may have changed which CPUs this process may use."""
         self._cpus = []
 
-    def _release(self, pool: list[PoolFile], script: str) -> None:
+    def _release(self, pool: list[PoolFile], script: str, cgroup: str) -> None:
+        if cgroup:
+            cgroups.remove(cgroup)
         for file in pool:
             self._capture.release(file)
         if script:
@@ -280,6 +288,16 @@ def full_environment(launch: Launch, context: LaunchContext) -> dict[bytes, byte
         env[b"PILOTQ_TASK_ID"] = launch.id.encode()
         env[b"PILOTQ_EXECUTION"] = b"%d" % launch.attempt
     return env
+
+
+def _make_cgroup(launch: Launch) -> None:
+    try:
+        cgroups.make(launch.cgroup, launch.memory)
+    except OSError as error:
+        raise Refusal(
+            "launch",
+            f"Its cgroup cannot be made: {_error_text(error)}: {launch.cgroup}; --memory-policy watch needs none.",
+        ) from None
 
 
 def _write_files(files: dict[bytes, bytes]) -> None:
