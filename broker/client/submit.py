@@ -189,7 +189,10 @@ def _staging_commands(
 def _value_blocks(task: Task) -> list[Argument]:
     # To a function a value is text; to a program it is an argument.
     text = (lambda value: value.encode("utf-8", "surrogatepass")) if task.function is not None else encode
-    values = [text(value) for value in task.values or ()]
+    chosen = task.values or ()
+    if task.array is not None:
+        chosen = [chosen[index] for index in task.array]
+    values = [text(value) for value in chosen]
     blocks: list[Argument] = []
     for first in range(0, len(values), VALUES_BLOCK):
         blocks += [first // VALUES_BLOCK, zlib.compress(pack(values[first : first + VALUES_BLOCK]), 1)]

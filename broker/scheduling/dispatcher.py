@@ -21,7 +21,7 @@ from pilotq.broker.log import log
 from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.job_requests import JobRequest
 from pilotq.broker.scheduling.availability import Availability
-from pilotq.broker.scheduling.backlog import CLASSES_MAX, Backlog, waiting_tasks
+from pilotq.broker.scheduling.backlog import CLASSES_MAX, Backlog, Room, waiting_tasks
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord
 from pilotq.broker.scheduling.placement import BackfillState, Shares, plan
 from pilotq.broker.scheduling.prefetch import Prefetch
@@ -48,7 +48,7 @@ from pilotq.broker.store.messages import (
     ToWorker,
 )
 from pilotq.broker.store.registry import read_nodes
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, format_allocation
+from pilotq.broker.store.resources import NodeInfo, class_info, format_allocation
 from pilotq.broker.store.store import ClaimTarget, Head, Store, to_worker
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
 
@@ -282,7 +282,7 @@ class Dispatcher:
             heads = self._first()
             if not heads:
                 return
-            waiting = waiting_tasks(heads, CLAIM_LIMIT, self._room)
+            waiting = waiting_tasks(heads, CLAIM_LIMIT, self._room())
             running = ((slot.shares, slot.ends_by) for slot in self.inventory.slots.values())
             placed = plan(
                 self.inventory.cluster, waiting, running, self.backfill, now, self.settings.backfill_wait_s, CLAIM_LIMIT
@@ -313,11 +313,11 @@ class Dispatcher:
         if not self.inventory.nodes:
             return {}
         cluster = self.inventory.cluster
-        return self.backlog.first(cluster.is_possible, cluster.widenings, self._room)
+        return self.backlog.first(cluster.is_possible, cluster.widenings, self._room())
 
-    def _room(self, info: ClassInfo, name: str) -> int:
+    def _room(self) -> Room:
         """How many more tasks of a class may begin that has a limit; none while a node has not said what it runs."""
-        return self.inventory.room(info, name) if self._all_have_reported() else 0
+        return self.inventory.room if self._all_have_reported() else lambda *_: 0
 
     def _all_have_reported(self) -> bool:
         return self.known_nodes.keys() <= self.inventory.nodes.keys()

@@ -26,10 +26,13 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
     ),
     "args, kwargs": ("list, table", "its arguments; in an array the element's value comes first, or its index"),
     "name": ("text", "a name, unique in the file: up to 200 characters, without `/`"),
-    "array": ("text", 'a task for each index: `"0-99"`, both ends included, or `"0-99:5"`'),
+    "array": (
+        "text",
+        'a task for each index: `"0-99"`, both ends included, or `"1,3-5,10-20:2"`; `"0-99%4"`: four at a time at most',
+    ),
     "values": (
         "list of texts and numbers",
-        "a task for each value; the index counts from 0. A task has `array` or `values`, or neither",
+        "a task for each value; the index counts from 0. With `array`, too, for the values with these indices",
     ),
     "cores": (
         'number, or text `"2-4"`',

@@ -105,11 +105,8 @@ def _element(text: str, tasks: Sequence[Task], names: dict[str, int]) -> Element
     if match is None or (number := names.get(match[1])) is None:
         return None
     array, values, index = tasks[number].array, tasks[number].values, int(match[2])
-    if values is not None:
-        return Element(number, index) if index < len(values) else None
-    if array is not None and index in array:
-        return Element(number, index)
-    return None
+    indices = array if array is not None else range(len(values or ()))
+    return Element(number, index) if index in indices else None
 
 
 def check_cycles(tasks: Sequence[Task], parents: Parents, place: Place) -> None:

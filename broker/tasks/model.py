@@ -192,6 +192,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     callable, or ``module:name``; it is called with ``args`` and ``kwargs``, in an array with the element's value (or
     its index, where there are no values) in front of them. Paths may be relative: they are then of the submitter's
     directory (``cwd``) or of the task's ``cwd`` (``stdin``, ``stdout``, ``stderr``).
+    ``array`` and ``values`` make it an array: of these indices, of these values (their indices count from 0), or with
+    both of the values that have these indices.
     In an array ``{index}`` and ``{value}`` in ``command``, ``script``, ``env`` values, ``cwd`` and the three files
     stand for the element's own (only these two: any other braces stay as they are). A value is never code of a shell:
     see shell_code.py. Programs have it as PILOTQ_VALUE, too. In ``cwd`` and the three files ``{id}`` is the task's id.
@@ -237,9 +239,9 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     @property
     def size(self) -> int:
         """How many tasks this describes: 1, or the number of elements."""
-        if self.values is not None:
-            return len(self.values)
-        return len(self.array) if self.array is not None else 1
+        if self.array is not None:
+            return len(self.array)
+        return len(self.values) if self.values is not None else 1
 
     @property
     def is_array(self) -> bool:

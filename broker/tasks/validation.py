@@ -199,12 +199,13 @@ def _problems(task: Task) -> Iterator[str]:
         yield f"name {task.name!r} must have 1 to 200 characters, without control characters and '/'"
     if not QUEUE.fullmatch(task.queue):
         yield f"queue {task.queue!r} must be 1 to 60 of A-Z a-z 0-9 _ -"
-    if task.array is not None and task.values is not None:
-        yield "give array or values, not both"
     if task.array is not None:
         yield from _array_problems(task.array)
     if task.values is not None and not task.values:
         yield "values is empty"
+    elif task.values is not None and task.array is not None and task.array.ranges[-1][-1] >= len(task.values):
+        last = task.array.ranges[-1][-1]
+        yield f"array names the index {last:,}, but there are {len(task.values):,} values, which count from 0"
     if task.values and task.function is None:
         yield from _value_problems(task, task.values)
     if task.size > ARRAY_LIMIT:

@@ -44,19 +44,19 @@ end
 -- deleted, is marked as ended, and claim and release pass it over.
 local function cancel_element(id)
   local array, index = string.match(id, '^(.-)_(%d+)$')
-  local v = array and redis.call('HMGET', job_key(array), 'pq_array', 'pq_next', 'pq_parents', 'pq_sub', 'pq_cancel',
-    'pq_class') or {}
-  if not v[1] then return 'unknown' end
-  local position = count_in(v[1]) and position_of(index, v[1])
+  local text = array and text_of(array)
+  if not text then return 'unknown' end
+  local v = redis.call('HMGET', job_key(array), 'pq_sub', 'pq_cancel', 'pq_class')
+  local position = count_in(text) and position_of(index, text)
   if not position then return 'unknown' end
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
-  if v[5] then return 'stopping' end
+  if v[2] then return 'stopping' end
   if redis.call('TTL', job_key(array)) >= 0 then return 'unknown' end -- staged
   -- Somebody deleted its record. If it ran by then its end is still to come, and counts it.
-  if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[6])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'stopping' end
+  if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[3])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'stopping' end
   redis.call('HSET', job_key(array), 'pq_has_gaps', 1)
-  end_elements(array, v[4], position, position, now, now_iso, ttl)
+  end_elements(array, v[1], position, position, now, now_iso, ttl)
   changed = true
   return 'canceled'
 end

@@ -133,7 +133,7 @@ local function claim_one(id, class, targets)
   end
   if v[10] then
     -- An element that had been given back, or released by another array's element: its array knows the rest.
-    local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_array',
+    local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_class',
       'pq_cancel', 'pq_last_attempt')
     local position = number_in('pq_pos', redis.call('HGET', job_key(id), 'pq_pos'))
     if not a[1] and not a[6] then -- somebody deleted the array: what waits of it goes too

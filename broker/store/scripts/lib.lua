@@ -131,6 +131,16 @@ local function printable(value)
   return pcall(text_in, '', value) and value or (string.gsub(value, '[\128-\255]', '?'))
 end
 
+-- The indices of an array; its text may be long, and is read once a call.
+local texts = {}
+
+local function text_of(array)
+  local text = texts[array] or redis.pcall('HGET', job_key(array), 'pq_array')
+  if type(text) ~= 'string' then return nil end
+  texts[array] = text
+  return text
+end
+
 -- True unless the server lost its state; then the script must return queue_id_error().
 local function queue_id_ok() return redis.call('GET', 'pilotq:queue-id') == ARGV[1] end
 local function term_ok() return redis.call('GET', 'pilotq:term') == ARGV[2] end

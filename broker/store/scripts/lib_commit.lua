@@ -14,10 +14,10 @@ local function read_parent(parent)
   local array, index = string.match(parent, '^(.-)_(%d+)$')
   -- Jobs of RQ's producers may be called as elements are.
   if not array or status and not redis.call('HGET', job_key(parent), 'pq_array_of') then
-    counts[parent] = count_of(redis.call('HGET', job_key(parent), 'pq_array'))
+    counts[parent] = count_of(text_of(parent))
     return status
   end
-  local text = redis.pcall('HMGET', job_key(array), 'pq_array')[1]
+  local text = text_of(array)
   local position = count_of(text) and position_of(index, text)
   if not position then return false end
   elements[parent] = array

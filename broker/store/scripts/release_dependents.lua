@@ -67,11 +67,12 @@ end
 
 -- Parent `number` of the child's element at `position` has ended with `outcome` (two bits).
 local function release_element(child, number, position, outcome)
-  local v = redis.call('HMGET', job_key(child), 'status', 'pq_class', 'pq_parents', 'pq_array', 'data', 'description',
-    'created_at', 'pq_sub', 'pq_retries', 'pq_cancel', 'pq_first_attempt')
+  local v = redis.call('HMGET', job_key(child), 'status', 'pq_class', 'pq_parents', 'pq_first_attempt', 'data', 'description',
+    'created_at', 'pq_sub', 'pq_retries', 'pq_cancel')
   if not v[1] or v[10] then return end
-  local count = count_in(v[4])
-  local parents, first_attempt = number_in('pq_parents', v[3]), number_in('pq_first_attempt', v[11], 1)
+  local text = text_of(child)
+  local count = count_in(text)
+  local parents, first_attempt = number_in('pq_parents', v[3]), number_in('pq_first_attempt', v[4], 1)
   class_in(v[2])
   if position >= count then return end
   if redis.call('BITFIELD', outcomes_key(child), 'GET', 'u2', '#' .. position)[1] ~= 0 then return end
@@ -90,10 +91,10 @@ local function release_element(child, number, position, outcome)
       'pq_next', string.format('%d', count))
     redis.call('ZADD', registry('wip', queue_of(v[2])), 'inf', child .. ':0')
   end
-  local index = index_at(v[4], position)
+  local index = index_at(text, position)
   if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
   local id = make_element(child, position,
-    {array = v[4], data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
+    {array = text, data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
     {'status', 'queued', 'pq_exec', first_attempt - 1, 'pq_retries', v[9] or '0'})
   queue_up(id, v[2])
 end

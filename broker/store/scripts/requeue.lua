@@ -106,12 +106,13 @@ local function all_there(parents)
   return true
 end
 
-local ARRAY = {'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_array', 'pq_next', 'pq_parents', 'pq_cancel', 'data',
+local ARRAY = {'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_next', 'pq_parents', 'pq_cancel', 'data',
   'description', 'created_at', 'pq_retries', 'pq_first_attempt', 'pq_last_attempt', 'pq_reason', 'pq_left', 'pq_unfinished', 'pq_kept'}
 
 local function read_array(id)
   local v, f = redis.call('HMGET', job_key(id), unpack(ARRAY)), {}
   for i, name in ipairs(ARRAY) do f[string.match(name, '^p?q?_?(.*)$')] = v[i] end
+  f.array = text_of(id)
   if not f.array then return nil end
   class_in(f.class)
   f.count = count_in(f.array)

@@ -300,7 +300,7 @@ def test_every_key_of_toml_and_json_means_the_same(tmp_path: Path) -> None:
         ({"command": "a", "memory": "2X"}, "jobs.json: tasks[1].memory: '2X' is no size"),
         ({"command": "a", "use": {"a b": 1}}, "jobs.json: tasks[1].use: 'a b' is no name of a counter"),
         ({"command": "a", "array": "9-1"}, "jobs.json: tasks[1].array: '9-1' is an array without elements"),
-        ({"command": "a", "array": "1-2", "values": ["x"]}, "jobs.json: tasks[1]: give array or values, not both"),
+        ({"command": "a", "array": "1-2", "values": ["x"]}, "tasks[1]: array names the index 2, but"),
         ({"command": "a", "time_limit": "soon"}, "jobs.json: tasks[1].time_limit: 'soon' is no duration"),
         ({"command": "a", "time_limit": 0}, "jobs.json: tasks[1]: time_limit must be a positive number"),
         ({"command": "a", "name": "first"}, "jobs.json: tasks[1].name: 'first' is the name of tasks[0] already"),

@@ -15,6 +15,7 @@ from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.tasks.array_indices import RANGES_MAX
 from pilotq.broker.tasks.model import ArrayRange
+from pilotq.workers.shared_data import SharedData
 from tests.support.engine import ONE, Engine, array, fixtures, ids, task
 
 engine, server, _ = fixtures
@@ -156,3 +157,20 @@ def test_a_damaged_list_of_ranges_costs_that_array_alone(engine: Engine, text: s
     assert requeue(engine.store, [a])[a] in ("damaged", "failed", "queued", "started", "unknown")
     listing = TaskQueries(engine.link, None)
     assert (view := listing.task(a)) is not None and view.status in ("failed", "queued", "started", "finished")
+
+
+def test_values_with_these_indices(engine: Engine) -> None:
+    values = [f"value {n}" for n in range(2_500)]
+    a, b = engine.submit(
+        task(values=values, array=ArrayRange.parse("7,1200-2499:3%2"), name="a"), task(after=["a:1203"], priority=9)
+    )
+    (name,) = {engine.hash(a)["pq_class"]}
+    handed = engine.claim(999, name)
+    assert [h.index for h in handed] == [7, *range(1200, 2500, 3)]
+    data = SharedData(engine.link, lambda: None)
+    assert [data.fetch_value(a, h.position) for h in handed] == [f"value {h.index}".encode() for h in handed]
+    engine.complete(handed)
+    engine.release_dependents()
+    assert engine.run_all("default.p9.1c") == [b]
+    with pytest.raises(InvalidInput, match="names the index 2,500, but there are 2,500 values"):
+        engine.submit(task(values=values, array=ArrayRange(0, 2_500)))
