@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from pilotq.broker.client.queries import TaskQueries, array_of
+from pilotq.broker.client.queries import TaskQueries, array_of, indices_in
 from pilotq.broker.client.snapshot import Snapshot, take_snapshot
 from pilotq.broker.client.views import Explanation, TaskView
 from pilotq.broker.scheduling.status import HoldStatus
@@ -17,7 +17,6 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.registry import nodes_and_missing, unavailable_nodes
 from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, parse_allocation
-from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.states import REASONS
 
 NAMED = 5  # tasks that are named where there are more
@@ -122,20 +121,17 @@ class Explainer:
 
     def _same_elements(self, task_id: str, array: str, parents: Sequence[str]) -> list[str]:
         """The elements of these arrays at the position of this one."""
+        index = int(task_id.rpartition("_")[2])
+        own = indices_in(self._fields(array, "pq_array")[0])
+        position = own.position(index) if own is not None else None
         found = []
-        own = self._indices(array)
-        position = own.position(int(task_id.rpartition("_")[2])) if own is not None else None
         for parent in parents:
-            indices = self._indices(parent)
+            indices = indices_in(self._fields(parent, "pq_array")[0])
             if indices is not None and position is not None and position < len(indices):
                 found.append(f"{parent}_{indices[position]}")
+            else:  # only the journal may know it
+                found.append(f"{parent}_{index}")
         return found
-
-    def _indices(self, array: str) -> Indices | None:
-        try:
-            return Indices.read(self._fields(array, "pq_array")[0])
-        except ValueError:  # it has no record any more, or a damaged one
-            return None
 
     # -- what waits for its turn ------------------------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pilotq.broker.client.queries import array_of
+from pilotq.broker.client.queries import array_of, indices_in
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal, JournalReader
-from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import indices_of, outcome_at
 
 
@@ -48,9 +47,8 @@ class PastTasks:
             row, outcomes = self._link.pipeline(
                 [("HMGET", keys.job(array), "pq_array", "pq_next"), ("GET", keys.outcomes(array))]
             )
-            if row[0] is None:
+            if (indices := indices_in(row[0].decode("utf-8", "replace") if row[0] else "")) is None:
                 continue
-            indices = Indices.read(row[0])
             for task_id in elements:
                 if (position := indices.position(int(task_id.rpartition("_")[2]))) is not None:
                     outcome = outcome_at(outcomes or b"", position, int(row[1] or 0))

@@ -64,7 +64,8 @@ def _size(text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _indices(text: str) -> Indices | None:
+def indices_in(text: str) -> Indices | None:
+    """The indices of an array as its record has them; None where that is damaged."""
     try:
         return Indices.read(text)
     except ValueError:
@@ -210,7 +211,7 @@ class TaskQueries:
             return view_of_entry(entries[0])
         if view.array_size:
             array, following, bits = self._array(task_id)
-            view.elements = element_ranges(bits, array, following) if _indices(array) else {}
+            view.elements = element_ranges(bits, array, following) if indices_in(array) else {}
         if view.ended and entries:
             add_journal_facts(view, entries[0])
         return view
@@ -232,7 +233,7 @@ class TaskQueries:
             return element_view(entries[0], task_id) if entries else None
         index = int(task_id.rpartition("_")[2])
         span, following, bits = self._array(array)
-        indices = _indices(span)
+        indices = indices_in(span)
         position = indices.position(index) if indices is not None else None
         if position is None:
             return None

@@ -53,6 +53,7 @@ class Inventory:
         self.slots: dict[int, Slot] = {}
         self.slots_of: Counter[str] = Counter()  # by class
         self.unswept: dict[tuple[str, str], list[NodeShare]] = {}  # (lost primary node, node): reserved until swept
+        self._unswept_slots: dict[str, Counter[str]] = {}  # lost primary node -> the classes of the slots it had there
 
     def add_node(self, info: NodeInfo, state: StateReport, now: float) -> None:
         """A node reports what it runs; replaces what was known of it."""
@@ -101,11 +102,15 @@ class Inventory:
         self.cluster.remove_node(name)
         for key in [key for key in self.unswept if key[1] == name]:
             del self.unswept[key]
+        lost = {primary for primary, _ in self.unswept}
+        self._unswept_slots = {primary: slots for primary, slots in self._unswept_slots.items() if primary in lost}
         for slot in node.slots.values():
             self._forget(slot)
             for share in slot.shares:
                 if share.node in self.nodes:
                     self.unswept.setdefault((node.address, share.node), []).append(share)
+            if any(share.node in self.nodes for share in slot.shares):
+                self._unswept_slots.setdefault(node.address, Counter())[slot.class_name] += 1
         messages: list[tuple[NodeRecord, ToWorker]] = [
             (primary, Gone(node.address, clean))
             for primary in self.nodes.values()
@@ -143,7 +148,9 @@ class Inventory:
 
     def room(self, info: ClassInfo, class_name: str) -> int:
         """How many more slots a class may have whose tasks are limited in how many run at a time: each runs one."""
-        return max(info.at_most - self.slots_of[class_name], 0)
+        lost = {primary for primary, _ in self.unswept}
+        unswept = sum(slots[class_name] for primary, slots in self._unswept_slots.items() if primary in lost)
+        return max(info.at_most - self.slots_of[class_name] - unswept, 0)
 
     def is_idle(self, name: str) -> bool:
         """Whether no slot uses this node, and it has prefetched nothing."""

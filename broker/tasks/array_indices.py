@@ -13,6 +13,7 @@ position of its first element, its start, its step.
 
 from __future__ import annotations
 
+import operator
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,9 +91,15 @@ def joined(ranges: Iterable[range]) -> tuple[range, ...]:
 
 def joined_indices(indices: Iterable[int]) -> tuple[range, ...]:
     """As `joined`, of single indices."""
+    try:
+        ordered = sorted(map(operator.index, indices))
+    except TypeError:
+        raise InvalidInput(
+            "indices are whole numbers; of a text such as '1,3-5' ArrayRange.parse makes an array"
+        ) from None
     found: list[range] = []
     last = -1
-    for index in sorted(indices):
+    for index in ordered:
         if index < 0 or index > INDEX_LIMIT:
             raise InvalidInput(f"an index must be from 0 to {INDEX_LIMIT:,}, not {index:,}")
         if index == last:

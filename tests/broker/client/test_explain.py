@@ -201,6 +201,13 @@ def test_elements_wait_for_elements(engine: Engine) -> None:
     assert explain(engine, a).why[0] == "elements waiting: 0-2"
 
 
+def test_an_element_waits_for_the_one_at_its_position(engine: Engine) -> None:
+    a, b = engine.submit(
+        task(array=ArrayRange.parse("1,5-6"), name="a"), task(array=ArrayRange.parse("0,3,9"), after_each=["a"])
+    )
+    assert explain(engine, f"{b}_9").tasks == [f"{a}_6"] and explain(engine, f"{b}_3").tasks == [f"{a}_5"]
+
+
 def test_statuses_of_rqs_own_producers(engine: Engine) -> None:
     a, b, c, d = engine.submit(*[task()] * 4)
     for task_id, status in ((a, "scheduled"), (b, "rate_limited"), (c, "ready_to_enqueue"), (d, "deferred")):

@@ -8,7 +8,7 @@ from pilotq.broker.scheduling.inventory import Inventory
 from pilotq.broker.scheduling.slot import Slot
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import Gone, PartlyReleased, StateReport, Sweep, Swept
-from pilotq.broker.store.resources import NodeInfo, parse_allocation
+from pilotq.broker.store.resources import NodeInfo, class_info, parse_allocation
 
 CLASS = "default.p0.2n1c"
 BOTH = "n1[0],n2[0]"
@@ -58,6 +58,20 @@ def test_another_node_goes_and_the_host_is_told(inventory: Inventory) -> None:
     assert used(inventory) == [1, 1]
     inventory.close_slot(inventory.nodes["n1"], inventory.slots[7])
     assert used(inventory) == [0, 0]
+
+
+def test_a_slot_counts_for_its_limit_until_all_its_nodes_have_swept(inventory: Inventory) -> None:
+    name = f"{CLASS}-2at1f"
+    info = class_info(name)
+    assert info is not None and inventory.room(info, name) == 2
+    parts = parse_allocation("n1[1],n2[1]")
+    inventory.cluster.take(parts)
+    inventory.open_slot(Slot(8, name, parts, 1e9))
+    assert inventory.room(info, name) == 1
+    inventory.remove_node("n1", "n1:1")
+    assert inventory.room(info, name) == 1
+    inventory.release_swept(Swept("n2", 2, "n1:1", 0))
+    assert inventory.room(info, name) == 2
 
 
 def test_what_is_withheld_stays_taken(inventory: Inventory) -> None:

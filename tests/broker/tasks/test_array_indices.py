@@ -84,7 +84,13 @@ def test_arrays_that_are_refused(array: ArrayRange, said: str) -> None:
 
 @pytest.mark.parametrize(
     ("indices", "said"),
-    [([], "needs an index"), ([3, 1, 3], "index 3 is named twice"), ([-1], "not -1"), ([INDEX_LIMIT + 1], "from 0 to")],
+    [
+        ([], "needs an index"),
+        ([3, 1, 3], "index 3 is named twice"),
+        ([-1], "not -1"),
+        ("1-3", "ArrayRange.parse"),
+        ([INDEX_LIMIT + 1], "from 0 to"),
+    ],
 )
 def test_indices_that_are_refused(indices: list[int], said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
