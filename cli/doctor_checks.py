@@ -31,6 +31,7 @@ from pilotq.broker.pilot.server import MIN_VERSION, find_server, memory_for_serv
 from pilotq.broker.process_identity import start_time
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal_repair import damaged_lines
+from pilotq.broker.store.registry import damaged_nodes, decode_texts
 from pilotq.workers.machine.memory_policy import why_no_cgroup
 
 Level = Literal["good", "note", "bad"]
@@ -352,6 +353,12 @@ def _inside(broker: Broker) -> Iterator[Check]:
         yield Check("journal", "bad", journal.decode("utf-8", "replace"), "no task starts until that is solved")
     if paused or suspended:
         yield Check("pilot", "note", "it is paused: no task starts")
+    for name in damaged_nodes(link):
+        yield Check("nodes", "bad", f"the record of node {name} on the server is damaged: it gets no new tasks",
+                    "its worker writes it again within seconds, if it lives")  # fmt: skip
+    for name, kind in decode_texts(link.call("HGETALL", keys.DAMAGED_CLASSES)).items():
+        yield Check("data", "note", f"something else stood in the place of the list of class {name} ({kind})",
+                    "somebody writes to this server: its tasks are queued again")  # fmt: skip
     nodes = broker.nodes()
     not_up = [node.name for node in nodes if node.state != "up"]
     if not_up or not nodes:

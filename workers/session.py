@@ -8,6 +8,7 @@ which the scripts know by execution and call numbers.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
@@ -33,6 +34,7 @@ from pilotq.broker.store.messages import (
     NodeReport,
     PartlyReleased,
     StateReport,
+    StateRequest,
     Swept,
     TasksReturned,
     ToWorker,
@@ -91,6 +93,8 @@ class Session:
         self.shared_data = SharedData(self._fetch_link, self._limit_timeouts)
         self._store = Store(self._report_link, queue_id, settings)
         self._info: NodeInfo | None = None
+        self._record = b""  # of this node, as it stands on the server
+        self._to_report_state = False
         self._fields: dict[str, str] = {}  # of RQ's worker record
         self._read_to = "0"  # id of the last entry of the inbox that was read
         self._unconfirmed = 0  # entries that were read, but are still in the inbox
@@ -120,7 +124,7 @@ class Session:
         }  # fmt: skip
         state = pack(StateReport(info.name, info.incarnation, 0, [], {}))
         record = msgspec.json.encode(info)
-        self._fields = fields
+        self._fields, self._record = fields, record
         counts = {"successful_job_count": "0", "failed_job_count": "0", "total_working_time": "0"}
         flat = [text for pair in {**fields, **counts}.items() for text in pair]
         if not store.run("register", info.name, info.incarnation, record, state, WORKER_TTL_S, *flat):
@@ -172,6 +176,9 @@ class Session:
             messages = self._read_inbox()  # these count, whatever happens below
             messages += self._commands.read()
             self._read_answers()
+            if self._to_report_state:  # the dispatcher may have forgotten this node meanwhile
+                self._to_report_state = False
+                messages.append(StateRequest(0))
             self._check_replies(now)
         except ServerUnavailable:
             self._disconnect(now)
@@ -273,9 +280,17 @@ class Session:
                     self._post_spilled(call, [place for place, verdict in enumerate(reply) if verdict == b"full"])
             elif call.script == "send" and reply == 0 and call.message is not None:
                 self._undelivered.append((f"{call.args[0]!s}:{call.args[1]!s}", call.message))
-            elif call.script == "heartbeat" and reply == 0:
-                raise Superseded(f"the worker of node {self._registered().name} was given up, or there is a newer one")
+            elif call.script == "heartbeat" and reply != 1:
+                self._heartbeat_refused(reply)
             self._last_contact = max(self._last_contact, call.at)
+
+    def _heartbeat_refused(self, reply: int) -> None:
+        name = self._registered().name
+        if reply == 0:
+            raise Superseded(f"the worker of node {name} was given up, or there is a newer one")
+        log("the record of this node on the server is damaged or gone: it is written again")
+        self._post(_Call("guarded_write", ("HSET", keys.NODES, name, self._record)))
+        self._to_report_state = True
 
     def _script_failed(self, call: _Call, reply: ReplyError) -> None:
         """A record that a script cannot work with must not take with it what was reported in the same call.
@@ -411,7 +426,8 @@ class Session:
         if self._unconfirmed:
             self._confirm_inbox()
         flat = tuple(text for pair in {**self._fields, **fields}.items() for text in pair)
-        args: tuple[Argument, ...] = (info.name, info.incarnation, WORKER_TTL_S, pack(running), *flat)
+        digest = hashlib.sha1(self._record, usedforsecurity=False).hexdigest()
+        args: tuple[Argument, ...] = (info.name, info.incarnation, WORKER_TTL_S, pack(running), digest, *flat)
         apart = (lambda: self.post_heartbeat(fields)) if running else None  # it only helps people
         self._post(_Call("heartbeat", args, apart=apart))
 

@@ -6,18 +6,20 @@ It is a part of the reconciler: each turn examines a slice of everything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from pilotq.broker.log import log
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import ReplyError
+from pilotq.broker.store.connection import Argument, ReplyError
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import open_positions, outcome_at
 
 BATCH = 500
 ORPHAN_CALLS_MAX = 10  # calls in one turn, each of which may find BATCH arrays that wait for deleted ones
+RECORD_PAGES = 20  # of SCAN records, examined in one turn for tasks whose class list was damaged
+RESTORED = "restored"
 SCAN = 1000  # keys examined in one turn for lists that a compact has left
 ELEMENTS_MAX = 20_000  # elements examined in one turn of an array that waits element by element: the first open ones
 UNCHANGED_S = 5.0  # ids in a list of RQ's compact that has not changed for so long return to their lists
@@ -33,6 +35,9 @@ class RqRepair:
         self._deferred_cursors: dict[str, int] = {}
         self._array_cursors: dict[str, int] = {}
         self._key_cursor = 0
+        self._restoring: frozenset[str] = frozenset()  # classes whose tasks are looked for
+        self._restored: list[str] = []  # those that were found
+        self._record_cursor = 0
         self._compacted: dict[str, tuple[int, float]] = {}  # list -> its length, since when (monotonic)
 
     def turn(self, queues: Sequence[str], now: float) -> None:
@@ -41,6 +46,7 @@ class RqRepair:
             self._drop_missing_records(queue)
             self._cancel_deleted_elements(queue)
         self._find_compacted(now)
+        self._restore_lists()
 
     def _cancel_orphans(self) -> None:
         """Cancel what waits for a deleted record; an array that waits element by element, too: some of it may run."""
@@ -119,6 +125,53 @@ class RqRepair:
         there = self.connection.pipeline([("EXISTS", keys.job(i)) for i in ids]) if ids else []
         return [i for i, found in zip(ids, there, strict=True) if not found]
 
+    def _restore_lists(self) -> None:
+        """Queue the tasks again that stood in class lists in whose places somebody has put something else.
+
+        All records are read for that, some in each turn. An id that is in its list already does not matter, as a task
+        is claimed by its status.
+        """
+        if not self._restoring:
+            flat = self.connection.call("HGETALL", keys.DAMAGED_CLASSES)
+            found = {name.decode(): kind.decode() for name, kind in zip(flat[::2], flat[1::2], strict=True)}
+            self._restoring = frozenset(name for name, kind in found.items() if not kind.endswith(RESTORED))
+            for name in sorted(self._restoring):
+                log(f"a {found[name]} stood in the place of the list of class {name}: its tasks are looked for")
+        for _ in range(RECORD_PAGES if self._restoring else 0):
+            cursor, names = self.connection.call("SCAN", self._record_cursor, "MATCH", keys.job("*"), "COUNT", SCAN)
+            self._record_cursor = int(cursor)
+            self._restored += self._queued_in(self._restoring, [name.decode() for name in names])
+            if not self._record_cursor:
+                self._queue_restored()
+                return
+
+    def _queued_in(self, classes: frozenset[str], names: Sequence[str]) -> list[str]:
+        """The ids of those records whose tasks are queued in one of these classes, and are not staged."""
+        there = self.connection.pipeline([("TYPE", name) for name in names]) if names else []
+        hashes = [name for name, kind in zip(names, there, strict=True) if kind == b"hash"]
+        rows = self.connection.read_hashes(hashes, "status", "pq_class", "pq_sub")
+        found = [
+            (name, submission)
+            for name, (status, own, submission) in zip(hashes, rows, strict=True)
+            if status == b"queued" and own is not None and own.decode(errors="replace") in classes
+        ]
+        ttls = self.connection.pipeline([("TTL", name) for name, _ in found]) if found else []
+        prefix = len(keys.job(""))
+        return [name[prefix:] for (name, sub), ttl in zip(found, ttls, strict=True) if ttl < 0 or not sub]
+
+    def _queue_restored(self) -> None:
+        ids = sorted(self._restored, key=lambda i: (len(i), i))
+        homes = self.connection.read_hashes([keys.job(i) for i in ids], "pq_class") if ids else []
+        queued = [(home, i) for (home,), i in zip(homes, ids, strict=True) if home is not None]
+        classes = {home for home, _ in queued}
+        log(f"{len(queued)} tasks of {len(self._restoring)} classes are in their lists again")
+        for first in range(0, len(queued), BATCH):
+            part = queued[first : first + BATCH]
+            self.connection.pipeline([("RPUSH", keys.queue(home.decode()), i) for home, i in part])
+        marks = [("HSET", keys.DAMAGED_CLASSES, name, f"what was no list, {RESTORED}") for name in self._restoring]
+        self.connection.pipeline([*marks, *_known(classes)])
+        self._restoring, self._restored = frozenset(), []
+
     def _find_compacted(self, now: float) -> None:
         cursor, found = self.connection.call(
             "SCAN", self._key_cursor, "MATCH", keys.COMPACTED, "COUNT", SCAN, "TYPE", "list"
@@ -142,6 +195,13 @@ class RqRepair:
         classes = {row[0] for row in rows if row[0]}
         log(f"{len(homes)} ids that RQ's compact had left in {name} are returned to their lists")
         pushes = [("RPUSH", keys.queue(home.decode()), i) for home, i in homes]
-        known = [("HSET", keys.CLASSES, name, "") for name in classes]
-        changed = [("SADD", keys.CHANGED_CLASSES, name) for name in classes]
-        self.connection.pipeline([*pushes, *known, *changed, ("LTRIM", name, len(ids), -1)])
+        self.connection.pipeline([*pushes, *_known(classes), ("LTRIM", name, len(ids), -1)])
+
+
+def _known(classes: Iterable[bytes]) -> list[tuple[Argument, ...]]:
+    """The commands that make the dispatcher read the lists of these classes."""
+    return [
+        command
+        for name in classes
+        for command in (("HSET", keys.CLASSES, name, ""), ("SADD", keys.CHANGED_CLASSES, name))
+    ]

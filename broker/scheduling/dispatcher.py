@@ -47,7 +47,7 @@ from pilotq.broker.store.messages import (
     ToDispatcher,
     ToWorker,
 )
-from pilotq.broker.store.registry import read_nodes
+from pilotq.broker.store.registry import registered_nodes
 from pilotq.broker.store.resources import NodeInfo, class_info, format_allocation
 from pilotq.broker.store.store import ClaimTarget, Head, Store, to_worker
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
@@ -78,6 +78,7 @@ class Dispatcher:
     def _reset(self) -> None:
         self.inventory = Inventory(self.settings)
         self.backlog = Backlog(self.store)
+        self.damaged_nodes: set[str] = set()
         self.backfill = BackfillState()
         self.reconciler = Reconciler(self.store)
         self.next_slot = 0
@@ -221,8 +222,8 @@ class Dispatcher:
         if state.term not in (0, self.store.term):
             return  # the answer to an older dispatcher: ours will follow
         info = self._read_nodes().get(state.node)
-        if info is None or info.incarnation != state.incarnation:
-            return
+        if info is None or info.incarnation != state.incarnation or not info.cores:
+            return  # one whose record is damaged reports again when it has written another one
         present = self.inventory.nodes.get(state.node)
         if present is not None and present.info.incarnation == state.incarnation:
             return  # sent at its start and asked by us, or sent again after a lost connection: what we know is newer
@@ -361,7 +362,11 @@ class Dispatcher:
     # -- reading ------------------------------------------------------------------------------------------------
 
     def _read_nodes(self) -> dict[str, NodeInfo]:
-        return {info.name: info for info in read_nodes(self.link)}
+        nodes, damaged = registered_nodes(self.link)
+        for name in sorted(damaged - self.damaged_nodes):
+            log(f"the record of node {name} is damaged: it gets no new tasks until its worker has written it again")
+        self.damaged_nodes = damaged
+        return {info.name: info for info in nodes}
 
     def _read_control(self) -> None:
         paused, journal, suspended = self.link.pipeline(

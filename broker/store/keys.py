@@ -20,6 +20,7 @@ QUEUE_ID = "pilotq:queue-id"  # random name of this queue: another value means t
 TERM = "pilotq:term"  # fencing token of the dispatcher that may write; grows with each new one
 SEQ = "pilotq:seq"  # last task number given out
 CLASSES = "pilotq:classes"  # hash: class name -> "", or unix seconds: since then its list is empty
+DAMAGED_CLASSES = "pilotq:damaged-classes"  # hash: class name -> what stood in the place of its list
 CHANGED_CLASSES = "pilotq:classes:changed"  # set: classes whose lists have got what the dispatcher has not read
 SUBMISSIONS = "pilotq:submissions"  # sorted set: keys of submissions that have not ended, by their first task number
 PARENTS = "pilotq:parents"  # set: ids that something waits for; the reconciler finds here one that was deleted

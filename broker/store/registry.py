@@ -15,13 +15,61 @@ _decode_node = msgspec.json.Decoder(NodeInfo).decode
 
 
 def decode_nodes(records: Iterable[bytes | None]) -> list[NodeInfo]:
-    """The nodes of these records (the reply to HVALS or HMGET of ``keys.NODES``); None stands for no node."""
-    return [_decode_node(record) for record in records if record]
+    """The nodes of these records (the reply to HVALS or HMGET of ``keys.NODES``); None stands for no node.
+
+    A record that is damaged is left out: its worker writes it again with its next heartbeat.
+    """
+    decoded = (_node_of(record) for record in records if record)
+    return [node for node in decoded if node is not None]
+
+
+def _node_of(record: bytes) -> NodeInfo | None:
+    try:
+        return _decode_node(record)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def read_nodes(connection: Connection) -> list[NodeInfo]:
-    """All nodes that are registered."""
-    return decode_nodes(connection.call("HVALS", keys.NODES))
+    """All nodes that are registered, and whose records can be read."""
+    return [node for node in _registered(connection).values() if node is not None]
+
+
+def damaged_nodes(connection: Connection) -> list[str]:
+    """The names of registered nodes whose records cannot be read."""
+    return [name for name, node in _registered(connection).items() if node is None]
+
+
+def registered_nodes(connection: Connection) -> tuple[list[NodeInfo], set[str]]:
+    """All nodes that are registered, and the names of those whose records cannot be read, or are gone.
+
+    Of these all is unknown but the name and the incarnation, which the worker's own record has, too: they have no
+    cores. One without a record of its worker has been silent for long, and is left out.
+    """
+    nodes = _registered(connection)
+    found = [node for node in nodes.values() if node is not None]
+    workers = {
+        key.decode("utf-8", "replace").removeprefix(keys.worker(""))
+        for key in connection.call("SMEMBERS", keys.WORKERS)
+    }
+    unknown = sorted((workers | set(nodes)) - {node.name for node in found})
+    incarnations = (
+        connection.pipeline([("HGET", keys.worker(name), "pq_incarnation") for name in unknown]) if unknown else []
+    )
+    for name, incarnation in zip(unknown, incarnations, strict=True):
+        if incarnation is not None and incarnation.isdigit():
+            found.append(NodeInfo(name, int(incarnation), "", 0, []))
+    return found, {node.name for node in found if not node.cores}
+
+
+def _registered(connection: Connection) -> dict[str, NodeInfo | None]:
+    """name -> node; None where the record is damaged, or that of another node."""
+    flat = connection.call("HGETALL", keys.NODES)
+    found: dict[str, NodeInfo | None] = {}
+    for field, record in zip(flat[::2], flat[1::2], strict=True):
+        name, node = field.decode("utf-8", "replace"), _node_of(record)
+        found[name] = node if node is not None and node.name == name else None
+    return found
 
 
 def nodes_and_missing(connection: Connection) -> tuple[list[NodeInfo], set[str]]:

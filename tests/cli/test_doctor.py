@@ -86,6 +86,10 @@ def test_what_is_wrong_with_a_pilot(tmp_path: Path) -> None:
         ]
         assert "it is paused: no task starts" in [check.text for check in named(checks, "pilot")]
         live.broker.store.write("HDEL", keys.STATUS, "journal")
+        live.broker.store.write("HSET", keys.NODES, "n9", "{}")
+        (bad,) = named(doctor_checks.examine(pilot, pilot.directory), "nodes")[:1]
+        assert bad.level == "bad" and "node n9 on the server is damaged" in bad.text
+        live.broker.store.write("HDEL", keys.NODES, "n9")
         live.broker.pause(False)
         Path(pilot.journal).chmod(0o644)
         (bad,) = named(doctor_checks.examine(pilot, pilot.directory), "permissions")

@@ -6,6 +6,7 @@ A test module takes from `fixtures`: `engine` (an empty queue), `server` (the mo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import select
 import threading
 import time
@@ -95,6 +96,12 @@ class Engine:
         """A node as its worker registers it, without the worker."""
         record = msgspec.json.encode(NodeInfo(name, incarnation, "here", 1, list(range(cores))))
         self.store.run("register", name, incarnation, record, b"event", 480, "birth", iso(time.time()))
+
+    def beat(self, running: bytes, incarnation: int = 1, *fields: str) -> int:
+        """The heartbeat of node n1; ``running``: packed, as heartbeat.lua has it."""
+        record = self.link.call("HGET", keys.NODES, "n1") or b""
+        digest = hashlib.sha1(record, usedforsecurity=False).hexdigest()
+        return int(self.store.run("heartbeat", "n1", incarnation, 480, running, digest, *fields))
 
     def claim(self, count: int = 1, class_name: str = ONE, *, node: str = NODE, slot: int = 1) -> list[Run]:
         """Claim for ``count`` targets (slot 0: prefetched), and take what was handed out of the inbox."""

@@ -164,6 +164,7 @@ for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
   local class, targets = group[1], group[2]
   from = 1
   local list = list_key(class)
+  set_aside(class)
   while from <= #targets and dropped < DROP_LIMIT do
     local ids = redis.call('LPOP', list, math.min(#targets - from + 1, PIECE))
     if not ids then break end

@@ -106,8 +106,8 @@ local function requeue(id, f, command)
   redis.call('HSET', job_key(id), 'status', 'queued', 'origin', f.class)
   redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
   if f.submission == '' then begin_wait(id) end
-  if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
   offer(f.class)
+  if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
   requeued = true
 end
 

@@ -17,8 +17,8 @@ local function enqueue(id, queue, status)
     -- One of ours, between two executions: its class list is known.
     class_in(v[7])
     redis.call('HSET', job_key(id), 'status', 'queued', 'origin', v[7])
-    redis.call('RPUSH', list_key(v[7]), id)
     offer(v[7])
+    redis.call('RPUSH', list_key(v[7]), id)
     return wake()
   end
   local first = v[3] == '1' or (v[4] == '1' and (v[5] or '') ~= '')

@@ -1,20 +1,21 @@
 -- heartbeat: a worker is alive.
 --
 -- ARGV: 1 queue id, 2 node, 3 incarnation, 4 ttl of the worker's record (s),
---       5 msgpack [[id, execution, started (unix s), class], ...] that RQ's tools are to show, 6... fields and values, all of RQ's record.
--- Returns 1; 0 when a newer incarnation has registered, or this one was given up. A record that expired (a machine that
--- was asleep) is made again.
+--       5 msgpack [[id, execution, started (unix s), class], ...] that RQ's tools are to show, 6 sha1 of its record in pilotq:nodes,
+--       7... fields and values, all of RQ's record.
+-- Returns 1; 2 when its record in pilotq:nodes is damaged or gone; 0 when a newer incarnation has registered, or this one was
+-- given up. A record that expired (a machine that was asleep) is made again.
 if not queue_id_ok() then return queue_id_error() end
 local key = 'rq:worker:' .. ARGV[2]
 local known = redis.call('HGET', key, 'pq_incarnation')
+local record = redis.call('HGET', 'pilotq:nodes', ARGV[2])
 if not known then
-  local record = redis.call('HGET', 'pilotq:nodes', ARGV[2])
   local valid, found = pcall(cjson.decode, record or '')
   known = valid and type(found) == 'table' and string.format('%d', tonumber(found.incarnation) or 0)
 end
 if known ~= ARGV[3] then return 0 end
 enlist('SADD', key)
-redis.call('HSET', key, 'pq_incarnation', ARGV[3], unpack(ARGV, 6))
+redis.call('HSET', key, 'pq_incarnation', ARGV[3], unpack(ARGV, 7))
 redis.call('EXPIRE', key, ARGV[4])
 
 local function show(item)
@@ -29,4 +30,4 @@ local function show(item)
 end
 
 for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do guarded(nil, item[1], show, item) end
-return 1
+return record and redis.sha1hex(record) == ARGV[6] and 1 or 2

@@ -153,13 +153,27 @@ local function push(command, key, items)
   end
 end
 
--- A class list has got something: RQ's tools see the list (of very many not all), and the dispatcher reads it.
+-- What somebody else has put in the place of a class list is set aside; the dispatcher finds the tasks that were in the list.
+local SET_ASIDE_TTL = 604800
+
+local function set_aside(class)
+  local list = list_key(class)
+  local kind = redis.call('TYPE', list).ok
+  if kind == 'list' or kind == 'none' then return end
+  redis.call('RENAME', list, 'pilotq:set-aside:' .. class)
+  redis.call('EXPIRE', 'pilotq:set-aside:' .. class, SET_ASIDE_TTL)
+  redis.call('HSET', 'pilotq:damaged-classes', class, kind)
+  redis.call('EXPIRE', 'pilotq:damaged-classes', SET_ASIDE_TTL)
+end
+
+-- A class list gets something, or has got it: RQ's tools see the list (of very many not all), and the dispatcher reads it.
 local QUEUES_SHOWN = 1000
 local offered = {}
 
 local function offer(class)
   if offered[class] then return end
   offered[class] = true
+  set_aside(class)
   redis.call('HSET', 'pilotq:classes', class, '')
   redis.call('SADD', 'pilotq:classes:changed', class)
   if redis.call('SCARD', 'rq:queues') < QUEUES_SHOWN then redis.call('SADD', 'rq:queues', list_key(class)) end

@@ -16,7 +16,7 @@ if not queue_id_ok() then return queue_id_error() end
 local now, now_iso = ARGV[2], ARGV[3]
 
 local WORK_MAX, work = 2000, 0 -- of one call: a task counts WORK_OF_TASK, each of its parents one
-local WORK_OF_TASK = 4
+local WORK_OF_TASK = 8
 local MANY = 8000 -- bytes of a list of parents: those of a longer one are looked at by release_dependents.lua, in slices
 
 -- Are the submission's record and what its tasks share there?

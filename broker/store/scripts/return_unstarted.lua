@@ -37,9 +37,9 @@ for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
   guarded({now, now_iso, ttl}, item[1], give_back, item[1], tostring(item[2]))
 end
 for class, ids in pairs(lists) do
+  offer(class)
   push('LPUSH', list_key(class), ids)
   push('ZREM', registry('wip', queue_of(class)), wip[class])
-  offer(class)
 end
 flush_tally(ttl)
 flush_lines()

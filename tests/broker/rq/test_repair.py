@@ -217,7 +217,7 @@ def test_what_runs_and_was_deleted_by_rq_counts_once(engine: Engine, node: Make,
         pump([runner], lambda: turns.add(reconciler.next_turn) or len(turns) > 3)
         assert engine.counts() == {"total": 1}
         beat = msgspec.msgpack.encode([(victim, 1, time.time(), ONE)])
-        assert engine.store.run("heartbeat", "n1", runner.info.incarnation, 480, beat, "state", "busy") == 1
+        assert engine.beat(beat, runner.info.incarnation, "state", "busy") == 1
         runner.finish(victim)
         pump([runner], lambda: engine.counts() == {"total": 1, "canceled": 1})
         turns.clear()
