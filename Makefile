@@ -1,14 +1,15 @@
 # `make demo` and `make test` each work alone on a machine that has only make and Python 3.10 or newer.
-# Everything is installed into .venv, again only when pyproject.toml has changed.
+# Everything is installed into .venv, again only when pyproject.toml or the sources of the native launcher have changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := examples/sweep
+NATIVE := $(wildcard workers/launcher/native/*.[ch])
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test retest lint format types types-tree coverage faults sweep bench wheel clean compose-passwords compose-test
+.PHONY: help demo test retest lint format types types-tree coverage faults sweep bench wheel native sanitize clean compose-passwords compose-test
 
 help:
 	@echo "make demo      install the run-time dependencies, run $(DEMO), say where the result is"
@@ -17,6 +18,8 @@ help:
 	@echo "make coverage  tests with coverage   make bench     the benchmarks"
 	@echo "make faults    the fault tests, for docs/guarantees.md"
 	@echo "make sweep     every fault at every failpoint of every process"
+	@echo "make native    compile the native launcher; any warning is an error"
+	@echo "make sanitize  the launchers' tests with the native one under ASan and UBSan"
 	@echo "make compose-passwords, make compose-test: docs/compose.md"
 	@echo "make wheel     build dist/*.whl      make clean     remove all of this, .venv too"
 
@@ -28,11 +31,11 @@ $(BIN)/python:
 	  { echo "$(PYTHON) cannot make virtual environments: install the Debian package python3-venv." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+$(VENV)/demo.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[report]'
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+$(VENV)/dev.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev,report]'
 	@touch $@ $(VENV)/demo.stamp
 
@@ -104,6 +107,22 @@ faults: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(FIGURES)
+
+# pip compiles it, too, if it can: here one sees why it cannot, and nothing is hidden.
+BUILD_NATIVE = $(BIN)/python -W ignore -c 'from setuptools import setup; setup()' --quiet build_ext --inplace --force --build-temp build/native
+native: $(VENV)/dev.stamp
+	CFLAGS='-Wall -Wextra -Werror' $(BUILD_NATIVE)
+	@rm -rf build
+	@$(BIN)/python -c 'import pilotq.workers.launcher._native as m; print("built", m.__file__)'
+
+# Leaks are not looked for: an interpreter that ends frees little. What was built before is built again, whatever fails.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
+sanitize: $(VENV)/dev.stamp
+	CFLAGS='$(SANITIZE)' $(BUILD_NATIVE)
+	@code=0; LD_PRELOAD="$$(cc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest -k 'native or test_plain_launches' tests/workers/launcher/test_launcher.py tests/workers/launcher/test_chain.py \
+	  tests/workers/launcher/test_capture.py tests/workers/launcher/test_plain_launches.py || code=$$?; \
+	$(BUILD_NATIVE); rm -rf build; exit $$code
 
 # A build/ of an earlier time would leak modules that were deleted since into the wheel.
 wheel: $(VENV)/dev.stamp

@@ -86,9 +86,17 @@ def test_the_wheel_holds_every_module_and_script_and_nothing_else(source: Path, 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     info = f"pilotq-{version()}.dist-info/"
-    assert {n for n in names if not n.startswith(info)} == expected
+    native = {n for n in names if n.startswith("pilotq/workers/launcher/_native.") and n.endswith(".so")}
+    assert len(native) == 1 or shutil.which("cc") is None
+    assert {n for n in names if not n.startswith(info)} == expected | native
     assert any(n.startswith("pilotq/broker/store/scripts/") and n.endswith(".lua") for n in names)
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
+
+
+def test_without_a_compiler_the_rest_is_installed(source: Path, tmp_path: Path) -> None:
+    build = (sys.executable, "-W", "ignore", "-c", "from setuptools import setup; setup()", "build_ext")
+    run(*build, "--force", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}", cwd=source, CC="false")
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_python_finds_the_installed_package(installed: Path, somewhere: Path) -> None:
