@@ -17,8 +17,7 @@ NAMES = (
     "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
-# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs other tools; takes some minutes;
-# takes half an hour.
+# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs others; minutes; half an hour.
 BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks simulation
     PILOTQ_SIMULATION=queue,idle python -m benchmarks simulation         # only these parts
-    PILOTQ_SIMULATION_NODES=64 PILOTQ_SIMULATION_QUEUED=100000 ...       # smaller sizes
+    PILOTQ_SIMULATION_NODES=1,8 PILOTQ_SIMULATION_QUEUED=100000 ...      # other sizes
 
 The parts: ``nodes`` (rate and use of cores by number of nodes), ``lengths`` (weak scaling of short tasks), ``idle``
 (cost of nodes without tasks), ``queue`` (rate, memory and latency by what waits), ``many`` (a million queued; 10,000
@@ -20,6 +20,7 @@ from benchmarks.simulation.nodes import measure_nodes
 from benchmarks.simulation.queue import measure_many, measure_queue
 from benchmarks.simulation.tables import Table
 
+NODES = "1,4,16,64,256,1000"
 PARTS = ("nodes", "lengths", "idle", "queue", "many")
 
 
@@ -28,7 +29,7 @@ def run() -> list[Figure]:
     if unknown := set(parts) - set(PARTS):
         raise SystemExit(f"PILOTQ_SIMULATION: unknown parts {', '.join(unknown)}; there are {', '.join(PARTS)}")
     sizes = Sizes(
-        nodes=int(os.environ.get("PILOTQ_SIMULATION_NODES", "1000")),
+        nodes=[int(number) for number in os.environ.get("PILOTQ_SIMULATION_NODES", NODES).split(",")],
         queued=int(os.environ.get("PILOTQ_SIMULATION_QUEUED", "10000000")),
     )
     tables: list[Table] = []

@@ -15,15 +15,10 @@ LOOK_S = 0.005
 
 
 class Sizes(NamedTuple):
-    """The largest number of nodes, and of tasks that wait."""
+    """``nodes``: the numbers of nodes to measure; ``queued``: the largest number of tasks that wait."""
 
-    nodes: int
+    nodes: list[int]
     queued: int
-
-    @property
-    def steps(self) -> list[int]:
-        """Numbers of nodes: powers of 4, and the largest."""
-        return [n for n in (1, 4, 16, 64, 256) if n < self.nodes] + [self.nodes]
 
 
 class Measured(NamedTuple):

@@ -75,7 +75,7 @@ def _urgent(broker: Broker) -> float:
 def measure_many(sizes: Sizes) -> list[Figure]:
     """As in Ray's published runs: a million tasks that wait for one node, and 10,000 tasks on 2,500 cores."""
     queued = min(sizes.queued, SINGLE_MAX)
-    nodes = min(sizes.nodes, MANY_NODES)
+    nodes = min(max(sizes.nodes), MANY_NODES)
     tasks = MANY * nodes // MANY_NODES
     whole = _submit_and_run(1, 64, queued)
     wide = _submit_and_run(nodes, MANY_CORES, tasks)
