@@ -91,15 +91,22 @@ class Prefetch:
         return target - present if present <= target // 2 else 0
 
     def _not_outranked(self, heads: Mapping[str, Head], remaining: Mapping[str, int]) -> list[str]:
-        """The classes whose slots may go on: of the highest priority that waits, and before any of that priority that
-        has no slot yet."""
+        """The classes whose slots may go on: of the highest priority that waits for cores, and before any of that
+        priority that has no slot yet; and of higher ones those that have all the slots that they may have."""
         is_possible = self._inventory.cluster.is_possible
         waiting = [name for name, number in remaining.items() if number > 0 and is_possible(_class(name).request)]
-        highest = max((_class(name).priority for name in waiting), default=0)
+        full = {name for name in waiting if self._is_full(name)}
+        highest = max((_class(name).priority for name in waiting if name not in full), default=-math.inf)
         first = {name: order_of(heads[name].places[0]) for name in waiting if _class(name).priority == highest}
         running = self._inventory.slots_of
         blocked = min((order for name, order in first.items() if name not in running), default=math.inf)
-        return [name for name, order in first.items() if order < blocked]
+        above = [name for name in waiting if name in full and _class(name).priority > highest]
+        return above + [name for name, order in first.items() if order < blocked]
+
+    def _is_full(self, class_name: str) -> bool:
+        """Whether a class has all the slots that it may have: no other slot would be its."""
+        info = _class(class_name)
+        return info.at_most > 0 and not self._inventory.room(info, class_name)
 
     # -- what is retracted -----------------------------------------------------------------------------------------
 
@@ -123,8 +130,8 @@ class Prefetch:
                 is_closed = node.info.name in closed or (info is not None and cluster.bars_pools(info.request))
                 if not is_closed and now - prefetched.since < self._settings.retract_after_s:
                     continue
-                is_full = info is not None and info.at_most and not self._inventory.room(info, class_name)
-                shares = cluster.reserve(info.request) if info is not None and not is_full else None
+                fits = info is not None and not self._is_full(class_name)
+                shares = cluster.reserve(info.request) if info is not None and fits else None
                 if shares is not None:
                     cluster.release(shares)
                 priority = info.priority if info is not None else math.inf
@@ -134,8 +141,8 @@ class Prefetch:
 
     def _is_outranked(self, heads: Mapping[str, Head], priority: float) -> bool:
         """Whether something of a higher priority waits that could run here."""
-        better = [info for info in map(_class, heads) if info.priority > priority]
-        return any(self._inventory.cluster.is_possible(info.request) for info in better)
+        better = [name for name in heads if _class(name).priority > priority and not self._is_full(name)]
+        return any(self._inventory.cluster.is_possible(_class(name).request) for name in better)
 
 
 def _class(name: str) -> ClassInfo:

@@ -40,10 +40,9 @@ def work(nodes: Sequence[FakeNode], engine: Engine, array: str, most: int, *, en
         now = running(nodes, array)
         assert len(now) <= most
         seen = max(seen, len(now))
-        if len(now) == most or not any(waiting for n in nodes for waiting in n.prefetched.values()):
-            for one in nodes:
-                for task_id in [i for i in one.running if i in now][:1]:
-                    one.finish(task_id, ends)
+        for one in nodes:
+            for task_id in [i for i in one.running if i in now][:1]:
+                one.finish(task_id, ends)
         return engine.status(array) in ("finished", "failed", "canceled")
 
     pump(nodes, step)
@@ -60,7 +59,7 @@ def why(engine: Engine, task_id: str) -> str:
 @pytest.mark.parametrize("prefetch_after", [1, NEVER])
 def test_at_most_so_many_run_on_all_nodes_together(engine: Engine, node: Make, prefetch_after: int) -> None:
     engine.reset(prefetch_after=prefetch_after, retract_after_s=0.2)
-    a, b = engine.submit(limited("0-99%3"), limited("7,9-40:3%2", retries=1))
+    a, b = engine.submit(limited("0-39%3"), limited("7,9-20:3%2", retries=1))
     name = engine.hash(a)["pq_class"]
     assert name == f"default.p0.1c-3at{a}" and (info := class_info(name)) is not None and info.at_most == 3
     with RunningDispatcher(engine):
@@ -71,8 +70,8 @@ def test_at_most_so_many_run_on_all_nodes_together(engine: Engine, node: Make, p
         assert work(nodes, engine, b, 2, ends="failed") == 2
     assert (sum(one.most_prefetched for one in nodes) > 0) == (prefetch_after == 1)
     started = Counter(i for one in nodes for i in one.started)
-    assert {i for i in started if i.startswith(f"{a}_")} == {f"{a}_{n}" for n in range(100)}
-    assert all(started[f"{b}_{n}"] == 2 for n in (7, *range(9, 41, 3)))
+    assert {i for i in started if i.startswith(f"{a}_")} == {f"{a}_{n}" for n in range(40)}
+    assert all(started[f"{b}_{n}"] == 2 for n in (7, *range(9, 21, 3)))
     assert engine.nothing_left()
 
 
@@ -89,6 +88,21 @@ def test_a_limit_holds_up_nobody_else(engine: Engine, node: Make) -> None:
         pump([one], lambda: f"{late}_5" in one.running)
         one.finish(f"{arrays[-1]}_0")
         pump([one], lambda: f"{arrays[-1]}_1" in one.running)
+
+
+def test_others_are_prefetched_while_one_of_a_higher_priority_has_all_it_may_have(engine: Engine, node: Make) -> None:
+    engine.reset(prefetch_after=1)
+    high, low = engine.submit(limited("0-9%1", priority=9), task(array=ArrayRange(0, 199)))
+    with RunningDispatcher(engine):
+        one = node(cores=2)
+
+        def work_on_low() -> bool:
+            for task_id in [i for i in one.running if i.startswith(f"{low}_")]:
+                one.finish(task_id)
+            return any(handed.array == low for waiting in one.prefetched.values() for handed in waiting)
+
+        pump([one], work_on_low)
+        assert running([one], high) == [f"{high}_0"]
 
 
 def test_the_limit_holds_when_a_node_is_lost_and_when_the_dispatcher_is_another(engine: Engine, node: Make) -> None:
