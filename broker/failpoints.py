@@ -41,7 +41,7 @@ POINTS: Final[dict[str, tuple[str, ...]]] = {
     "dispatcher": (
         "term taken", "nodes asked", "events taken", *_around(("heads", "claim", "release_dependents", "count_vanished",
         "drop_idle_classes", "trim", "guarded_write", "complete", "deregister", "cancel", "read_rq", "route_rq",
-        "enqueue_due", "free_rate_slots", "cancel_orphans"), _CALLED),
+        "part_rq", "enqueue_due", "free_rate_slots", "cancel_orphans"), _CALLED),
     ),
     "worker": (
         "inbox read", "launch sent", "end received", *_around(("register", "deregister"), _CALLED),

@@ -113,6 +113,9 @@ def submit(
     failpoints.hit("submit checked")
     first = int(replies[1]) - len(tasks) + 1
     ids = [id_of(first + n) for n in range(len(tasks))]
+    while _in_use(link, ids):
+        first = int(link.call("INCRBY", keys.SEQ, len(tasks))) - len(tasks) + 1
+        ids = [id_of(first + n) for n in range(len(tasks))]
     for number, task in enumerate(tasks):
         if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
             plan.classes[number] = limited_class_name(plan.classes[number], task.array.limit, ids[number])
@@ -123,6 +126,12 @@ def submit(
 
     submission = Submission(plan, ids, first, key, context.key())
     return commit(store, submission, statuses_in_journal, stage)
+
+
+def _in_use(link: Connection, ids: list[str]) -> bool:
+    """Whether a producer of RQ has given one of these ids to a job that the dispatcher has not seen yet."""
+    parts = [ids[first : first + CHUNK] for first in range(0, len(ids), CHUNK)]
+    return any(link.pipeline([("EXISTS", *map(keys.job, part)) for part in parts]))
 
 
 def _check_memory(link: Connection, records: int, payloads: int) -> None:

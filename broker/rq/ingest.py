@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pilotq.broker.errors import InvalidInput, ServerUnavailable
-from pilotq.broker.rq.job_requests import JobRequest, job_request_of, rq_error_text
+from pilotq.broker.log import log
+from pilotq.broker.rq.job_requests import JobRequest, job_request_of, own_description, rq_error_text
+from pilotq.broker.rq.jobs import is_own_data
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection, ReplyError
 from pilotq.broker.store.registry import user_queues
@@ -214,6 +216,7 @@ class RqIngest:
         return rows, Counter() if self._cannot_listen else self._last_front_pushes
 
     def _move(self, rows: list[Any], fronts: Counter[str], refuse: Refuse) -> int:
+        rows = self._part([row for row in rows if row[4]], rows)
         requests: dict[JobRequest, int] = {}
         jobs: list[Any] = []
         again = requeue(self.store, [row[1].decode(errors="replace") for row in rows if row[4]])
@@ -239,6 +242,28 @@ class RqIngest:
             "route_rq", self.store.term, f"{now:.6f}", iso(now), self.store.settings.failed_ttl_s, self.context.key(),
             len(requests), *described, *jobs,
         ))  # fmt: skip
+
+    def _part(self, ours: list[Any], rows: list[Any]) -> list[Any]:
+        """Give an id of its own to each job that a producer has enqueued under that of one of our tasks.
+
+        RQ writes it over our record. Returns the other rows.
+        """
+        records = self.store.link.read_hashes(
+            [keys.job(row[1].decode(errors="replace")) for row in ours], "data", "pq_spec"
+        )
+        jobs: list[Any] = []
+        for row, (data, spec) in zip(ours, records, strict=True):
+            if not is_own_data(data or b""):
+                jobs += (row[0], row[1], row[2], own_description(spec or b""))
+        if not jobs:
+            return rows
+        now, ttl = f"{time.time():.6f}", self.store.settings.failed_ttl_s
+        for job, new in zip(jobs[1::4], self.store.run("part_rq", self.store.term, now, ttl, *jobs), strict=True):
+            text = job.decode(errors="replace")
+            log(f"a producer of RQ has enqueued a job with the id {text} of a task: it runs as {new.decode()}")
+        self._to_route = True
+        parted = set(jobs[1::4])
+        return [row for row in rows if row[1] not in parted]
 
     def _job_request(self, queue: str, timeout: bytes, meta: bytes, webhooks: bytes, refuse: Refuse) -> JobRequest:
         if webhooks not in (b"", b"[]"):

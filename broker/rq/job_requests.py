@@ -20,7 +20,7 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.store import pack
 from pilotq.broker.tasks.model import PRIORITY_LIMIT, Request, class_name, limit_step
 from pilotq.broker.tasks.quantities import request_of
-from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec
+from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec, command_text
 from pilotq.broker.tasks.validation import request_problems
 
 DEFAULT_TIMEOUT_S = 180  # RQ's, for a record that names none
@@ -36,6 +36,14 @@ REFUSED: Final = (
     "`meta` that is neither a pickle nor JSON, is no dictionary, or is larger than 1 MiB",
     "A `timeout` that is no number",
 )
+
+
+def own_description(spec: bytes) -> str:
+    """What the record of a task of ours says of its command, from its packed Spec; empty where that is damaged."""
+    try:
+        return command_text(msgspec.msgpack.decode(spec, type=Spec))
+    except msgspec.MsgspecError:
+        return ""
 
 
 class JobRequest(NamedTuple):

@@ -29,6 +29,16 @@ STOPPED_CALLBACK_S = 20  # the most that a callback gets after its job was kille
 Ending = tuple[str, str, str, str]  # outcome, reason, message, text: as of protocol.Returned
 
 
+def is_own_data(data: bytes) -> bool:
+    """Whether this is the `data` of a task of ours; RQ compresses it when it saves the record."""
+    if data == COMMAND_DATA:
+        return True
+    try:
+        return zlib.decompress(data) == COMMAND_DATA
+    except zlib.error:
+        return False
+
+
 def run() -> NoReturn:
     raise RuntimeError("this is a command task of a pilotq pilot: only pilotq's workers can run it")
 

@@ -91,6 +91,12 @@ def enqueue_by_rq(r: Rig, _: Work) -> None:
         Queue(connection=broker.redis).enqueue("time.time")
 
 
+def enqueue_under_our_id(r: Rig, _: Work) -> None:
+    with r.broker() as broker:
+        (task_id,) = broker.enqueue_many([Task(command=["true"])])
+        Queue(connection=broker.redis).enqueue("time.time", job_id=task_id)
+
+
 def only_work(_: Rig, __: Work) -> None:
     """The work of the cell reaches the point by itself, though maybe only once: when all had ended before the poll."""
 
@@ -101,6 +107,7 @@ TRIGGERS: dict[str, Callable[[Rig, Work], None]] = {
     "supervisor.loss announced": kill("n1"),
     "dispatcher.free_rate_slots": kill("dispatcher"),
     "dispatcher.route_rq": enqueue_by_rq,
+    "dispatcher.part_rq": enqueue_under_our_id,
     "dispatcher.term taken": kill("dispatcher"),
     "dispatcher.nodes asked": kill("dispatcher"),
     "dispatcher.complete": kill("n1"),

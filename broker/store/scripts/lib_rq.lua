@@ -129,3 +129,19 @@ local function intervals_of(text)
   for i, interval in ipairs(found) do found[i] = whole(interval, 0) end
   return found
 end
+
+local DIGITS = '0123456789abcdefghijklmnopqrstuv'
+
+-- A number in the order of our own ids, written as these are.
+local function next_place()
+  local number, text = redis.call('INCR', 'pilotq:seq'), ''
+  repeat
+    local digit = number % 32
+    text, number = string.sub(DIGITS, digit + 1, digit + 1) .. text, (number - digit) / 32
+  until number == 0
+  return text
+end
+
+-- The `data` of every record of ours (COMMAND_DATA in broker/rq/jobs.py). Another one is that of a job which a producer has
+-- enqueued under the id of ours: part_rq.lua parts the two.
+local OWN_DATA = '\128\2(X\25\0\0\0pilotq.broker.rq.jobs.runN)}t.'

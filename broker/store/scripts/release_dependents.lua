@@ -43,7 +43,8 @@ local function release(id, wait, kind)
     'pq_wait')
   if (v[6] or '') ~= wait then return end
   if v[2] and not STATUSES[v[1]] then damaged('status', v[1]) end
-  if v[1] ~= 'deferred' then return end
+  -- A producer's job may have been written over it.
+  if v[1] ~= 'deferred' and not (v[1] == 'queued' and v[3] ~= '' and number_in('pq_open_parents', v[5], 0) > 0) then return end
   class_in(v[2])
   if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then return omit(id, now, now_iso, ttl) end
   local open = number_in('pq_open_parents', v[5]) - 1

@@ -70,7 +70,8 @@ local function revive(id, queue)
     'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node')
   local budget = redis.call('HGET', job_key(id), 'pq_budget')
   if budget then redis.call('HSET', job_key(id), 'pq_retries', budget) end
-  redis.call('HSET', job_key(id), 'pq_queued_at', now, 'enqueued_at', now_iso)
+  -- RQ's own requeue has written the same in another form.
+  redis.call('HSET', job_key(id), 'pq_queued_at', now, 'enqueued_at', now_iso, 'data', OWN_DATA)
   redis.call('ZREM', registry('failed', queue), id)
   redis.call('ZREM', registry('canceled', queue), id)
 end

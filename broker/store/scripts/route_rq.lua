@@ -12,7 +12,6 @@
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, ttl, shared = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local DIGITS = '0123456789abcdefghijklmnopqrstuv'
 local back, front, requests = {}, {}, {}
 
 local function queue_up(id, class, first)
@@ -35,16 +34,6 @@ local function counted_as(reason)
 end
 
 -- -- jobs of RQ's producers ---------------------------------------------------------------------------------------------
-
--- A number in the order of our own ids, written as these are.
-local function next_place()
-  local number, text = redis.call('INCR', 'pilotq:seq'), ''
-  repeat
-    local digit = number % 32
-    text, number = string.sub(DIGITS, digit + 1, digit + 1) .. text, (number - digit) / 32
-  until number == 0
-  return text
-end
 
 -- An id that looks like one of ours is never given out by us.
 local function reserve(id)
