@@ -12,6 +12,7 @@ INVALID: Final = 2
 PILOT_FAILED: Final = 3
 TIMED_OUT: Final = 4
 INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
 
 MEANINGS: Final[dict[int, str]] = {
     ALL_FINISHED: "all tasks finished (`run`, `wait`); the command succeeded (the others)",
@@ -21,6 +22,7 @@ MEANINGS: Final[dict[int, str]] = {
     PILOT_FAILED: "the pilot or its server failed; of `doctor`: something would keep a pilot from working",
     TIMED_OUT: "the time to wait ran out",
     INTERRUPTED: "interrupted",
+    BROKEN_PIPE: "nobody reads the output of the command of `run` any more: it was ended",
 }
 
 

@@ -15,7 +15,7 @@ from pilotq.cli import formatting, progress
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.pilot_options import differences, pilot_failure, plural
 
-POLL_S = 0.25  # how often the progress is read
+POLL_S = 0.25  # how often the progress is read, and whether all is done
 MODES = ("stop", "drain", "now")  # how the pilot ends, by the number of the user's requests to end
 
 
@@ -23,6 +23,7 @@ class Lifetime:
     """A pilot and the one purpose it serves, which a subclass defines by `begin`, `done`, `complete` and `close`."""
 
     program = "pilotq"
+    poll_s = POLL_S
 
     def __init__(self, pilot: StartedPilot, interrupts: Interrupts, shown: progress.Silent) -> None:
         self.pilot = pilot
@@ -32,6 +33,7 @@ class Lifetime:
         self.began = 0.0  # unix seconds, as is the next
         self.ended = 0.0  # when the last task had
         self.cores = 0  # of all nodes, as they were at the end
+        self.mode = MODES[0]  # how the pilot ends when nobody has asked for another way
         self.cut_short = False  # the allocation has ended before all tasks had
 
     def run_to_end(self) -> None:
@@ -67,8 +69,8 @@ class Lifetime:
         """Submit the tasks."""
 
     def done(self, broker: Broker) -> bool:
-        """Wait up to POLL_S seconds; whether nothing is left to do. May raise WaitTimedOut in place of False."""
-        self.counts = broker.wait(timeout=POLL_S)
+        """Wait up to `poll_s` seconds; whether nothing is left to do. May raise WaitTimedOut in place of False."""
+        self.counts = broker.wait(timeout=self.poll_s)
         return True
 
     def complete(self) -> None:
@@ -114,7 +116,7 @@ class Lifetime:
         requested = ""
         while not self._pilot_ended():
             count = min(self.interrupts.count, 2)
-            mode = MODES[count] if count or not self.interrupts.end_mode else self.interrupts.end_mode
+            mode = MODES[count] if count else self.interrupts.end_mode or self.mode
             if requested != mode:
                 self._request_end(broker, mode)
                 requested = mode
@@ -134,7 +136,7 @@ class Lifetime:
                 running = broker.running()
                 whom = "it" if running == 1 else "them"
                 self.say(f"waiting for {plural(running, 'running task')}; Ctrl-C again ends {whom}")
-            elif mode == "now":
+            elif mode == "now" and self.interrupts.count:
                 self.say("ending all running tasks")
         except ServerUnavailable:
             pass  # it is ending already

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -17,7 +16,7 @@ import msgspec
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.fit import fit_is_known, nothing_left_fits
-from pilotq.broker.client.output import end_of_output, output_of_entry
+from pilotq.broker.client.output import end_of_output
 from pilotq.broker.client.submit import check
 from pilotq.broker.errors import InvalidInput, PilotFailed, UnknownTask, WaitTimedOut
 from pilotq.broker.pilot.directory import Pilot
@@ -39,6 +38,7 @@ from pilotq.cli.options import (
     task_of,
     task_options,
 )
+from pilotq.cli.passthrough import Passthrough
 from pilotq.cli.pilot_options import (
     CLUSTER_OPTIONS,
     cores_of,
@@ -51,6 +51,7 @@ from pilotq.cli.pilot_options import (
 )
 
 FIT_POLL_S = 0.05
+OUTPUT_POLL_S = 0.05  # how often the output of the one command is passed on
 STDIN = "stdin"  # in the pilot's directory: a link to the standard input of `pilotq run -- CMD`
 STDERR_BYTES = 4096  # of each failed task, read for the summary
 
@@ -95,12 +96,16 @@ def run_command(
     with Interrupts(allocation=options.remote is not None) as interrupts:
         pilot = start(values, options)
         run = Run(pilot, interrupts, progress.display(quiet=single or as_json), batch.tasks, values["env_policy"])
+        run.shows_output = single and not as_json
         if single and values["stdin"] is None and values["script"] is None:
             run.stdin = stdin.source(local=options.remote is None)
         run.run_to_end()
         found = _summary(run, options.expected_nodes)
         found.commands = run.commands({line.array or line.id for line in found.failed})
         code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
+    if run.passed is not None and run.passed.broken:
+        _say("nobody reads the output any more: the command was ended")
+        return exit_codes.BROKEN_PIPE
     if run.cut_short:
         code = exit_codes.ALL_FINISHED
         _say(f"the allocation is ending: go on in the next one with `{_again(pilot, files)}`")
@@ -113,7 +118,7 @@ def run_command(
     if as_json:
         click.echo(formatting.to_json(summary.as_json(found, code)))
     elif single:
-        _print_task(found, run.ids[0], batch.tasks[0])
+        _print_task(found, run.passed)
     else:
         _print_summary(found)
     return code
@@ -204,6 +209,8 @@ class Run(Lifetime):
         self.ids: list[str] = []
         self.never_runs = ""  # why nothing of what is left can run on the nodes of this pilot
         self.stdin = ""  # what the one task reads as its standard input, "" for nothing
+        self.shows_output = False  # of the one task, while it runs
+        self.passed: Passthrough | None = None
 
     def begin(self, broker: Broker) -> None:
         # The key makes a resumed run of the same file submit nothing twice.
@@ -217,12 +224,21 @@ class Run(Lifetime):
         if self.stdin:
             tasks = [msgspec.structs.replace(task, stdin=link) for task in tasks]
         self.ids = broker.enqueue_many(tasks, key=key, context=capture_context(self.policy))
+        if self.shows_output:
+            self.poll_s = OUTPUT_POLL_S
+            named = {"stdout": self.tasks[0].stdout, "stderr": self.tasks[0].stderr}
+            self.passed = Passthrough(self.ids[0], [name for name, file in named.items() if file is None])
 
     def close(self) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self.pilot.path(STDIN))
 
     def done(self, broker: Broker) -> bool:
+        if self.passed is not None:
+            self.passed.poll(broker)
+            if self.passed.broken:
+                self.mode = "now"
+                return True
         try:
             return super().done(broker)
         except WaitTimedOut:
@@ -274,20 +290,12 @@ def _end(pilot: Pilot, line: JournalEntry) -> bytes:
         return str(error).encode()
 
 
-def _print_task(found: summary.Summary, task_id: str, task: Task) -> None:
-    """Pass the output of the one task through; everything about it goes to stderr."""
-    pilot = Pilot(found.directory)
-    lost = ""
-    for line in Journal(pilot.journal).find(task_id)[:1]:
-        for stream, file, out in (("stdout", task.stdout, sys.stdout), ("stderr", task.stderr, sys.stderr)):
-            try:
-                for piece in output_of_entry(pilot, line, stream) if file is None else ():
-                    out.buffer.write(piece)
-            except PilotFailed as error:
-                lost = str(error)
-            out.flush()
+def _print_task(found: summary.Summary, passed: Passthrough | None) -> None:
+    """Pass the rest of the output of the one task on; everything about it goes to stderr."""
+    if passed is not None:
+        passed.finish(Pilot(found.directory))
     for line in found.failed:
         _say(summary.failure(line))
     _say(summary.short(found))
-    if lost:
-        raise PilotFailed(lost)
+    if passed is not None and passed.lost:
+        raise PilotFailed(passed.lost)
