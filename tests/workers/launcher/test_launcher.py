@@ -18,7 +18,6 @@ from tests.support.launcher_driver import CPUS, Driver
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("each_launcher")
-
 # The same launcher on a kernel that does not list the children of a process.
 WITHOUT_LIST = """
 import os, sys
