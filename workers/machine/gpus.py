@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from pilotq.broker.store.resources import GpuFacts, NodeInfo
+from pilotq.workers.machine.nvml import with_nvml
 from pilotq.workers.machine.topology import cpu_list, read_text
 
 NVIDIA, AMD, INTEL = "nvidia", "amd", "intel"
@@ -118,6 +119,8 @@ def _devices(root: str) -> tuple[dict[str, list[Device]], dict[str, int]]:
     for vendor, listing in listings.items():
         listed = list(listing(root))
         found = [device for may_open, device in listed if may_open]
+        if vendor == NVIDIA and found and root == "/":
+            found = with_nvml(found)
         unique = len({device.uuid for device in found}) == len(found)
         here[vendor] = [
             device._replace(
