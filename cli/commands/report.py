@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from pilotq.broker.client.statistics import Spread, Statistics, statistics
+from pilotq.broker.client.usage import Usage, usage
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot, find
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.resources import parse_allocation
+from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
@@ -22,9 +25,10 @@ ROWS_MAX = 512  # rows of one chart: more could not be distinguished
 @click.command("report")
 @click.argument("kind", type=click.Choice(["stats", "gantt"]), default="stats")
 @click.argument("file", required=False)
+@click.option("--by-name", is_flag=True, help="What tasks of each name asked for and used, and what to ask for next.")
 @dir_option
 @json_option
-def report_command(kind: str, file: str | None, directory: str | None, as_json: bool) -> None:
+def report_command(kind: str, file: str | None, by_name: bool, directory: str | None, as_json: bool) -> None:
     """Summarise the journal (stats), or draw which core ran what into FILE: .png, .svg or .pdf (gantt).
 
     Stats are the use of the cores, waits, run times, failures by reason, and the longest executions. Drawing needs
@@ -32,18 +36,56 @@ def report_command(kind: str, file: str | None, directory: str | None, as_json: 
 
     \b
     Example: pilotq report
+    Example: pilotq report --by-name
     Example: pilotq report gantt run.png
     """
     pilot = find(directory)
     if (kind == "gantt") == (file is None):
         raise InvalidInput("report gantt: name the FILE to write" if kind == "gantt" else "report stats takes no FILE")
+    if kind == "gantt" and by_name:
+        raise InvalidInput("report: give gantt or --by-name, not both")
     if kind == "gantt":
         assert file is not None, "checked above"
         number = _draw(pilot, file)
         click.echo(f"pilotq: {number:,} executions are in {file}", err=True)
         return
+    if by_name:
+        usages = usage(Journal(pilot.journal).entries())
+        click.echo(formatting.to_json(usages) if as_json else _usage_text(usages))
+        return
     found = statistics(Journal(pilot.journal).entries())
     click.echo(formatting.to_json(_as_json(found)) if as_json else _as_text(found))
+
+
+def _usage_text(usages: Sequence[Usage]) -> str:
+    rows, advice = [], []
+    for one in usages:
+        name = one.name or f"({one.program})"
+        rows.append([
+            name, f"{one.executions:,}", f"{one.busy:.1f} of {one.cores}" if one.busy else str(one.cores),
+            _of(one.peak, one.memory, size_text), _of(one.longest, one.limit, formatting.seconds),
+        ])  # fmt: skip
+        if ask := _to_ask(one):
+            short = [f"{n:,} ended for {what}" for n, what in
+                     ((one.short_of_memory, "memory"), (one.short_of_time, "their time limit")) if n]  # fmt: skip
+            advice.append(f"{formatting.clean(name)}: ask for {ask}" + (f" ({', '.join(short)})" if short else ""))
+    if not rows:
+        return "no execution has ended"
+    return "\n".join([formatting.table(("NAME", "RUNS", "CORES", "MEMORY", "TIME"), rows), "", *advice])
+
+
+def _of(used: float, asked: float, text: Callable[[Any], str]) -> str:
+    return f"{text(used)} of {text(asked)}" if asked else text(used) if used else ""
+
+
+def _to_ask(one: Usage) -> str:
+    """Options for the next time, with a margin above what was used most."""
+    words = [f"--cores {one.next_cores}"] if one.next_cores else []
+    if one.next_memory:
+        words.append(f"--memory {one.next_memory >> 20}M")
+    if one.next_limit:
+        words.append(f"--time-limit {one.next_limit:.0f}s")
+    return " ".join(words)
 
 
 def _as_json(found: Statistics) -> dict[str, Any]:

@@ -129,3 +129,17 @@ def test_without_matplotlib_it_says_so(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and "needs matplotlib" in done.stderr
+
+
+def test_report_by_name_says_what_to_ask_for(pilot: Cli) -> None:
+    pilot("enqueue", "--name", "fit", "--memory", "2G", "--time-limit", "1h", "--", "sleep", "1.1")
+    assert pilot("wait").returncode == 0
+    wait_until(lambda: "fit" in pilot("report", "--by-name").stdout, what="the journal")
+    said = pilot("report", "--by-name").stdout.splitlines()
+    assert said[1].split()[:2] == ["fit", "1"]
+    assert " of 2 GiB" in said[1]
+    assert " of 1h00m" in said[1]
+    assert said[-1] == "fit: ask for --cores 1 --memory 16M --time-limit 2s"
+    [one] = json.loads(pilot("report", "--by-name", "--json").stdout)
+    assert (one["name"], one["memory"], one["limit"]) == ("fit", 2 << 30, 3600.0)
+    assert pilot("report", "gantt", "x.png", "--by-name").returncode == 2

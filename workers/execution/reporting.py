@@ -14,6 +14,7 @@ from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
+from pilotq.broker.store.resources import class_info
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.spec import command_text
 from pilotq.broker.tasks.states import REASONS
@@ -86,6 +87,8 @@ class Reporter:
             exit_code=code,
             signal=number,
             pid=e.pid or None,
+            memory=info.request.memory if (info := class_info(run.class_name)) is not None else 0,
+            limit=e.limit,
             array=run.array,
             index=run.index if run.array else None,
             command="" if e.spec is None else command_text(e.spec),

@@ -1,0 +1,98 @@
+"""What tasks asked for and what they have used, by their names, and what to ask for next time. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import msgspec
+
+from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.resources import parse_allocation
+
+MEMORY_MARGIN, TIME_MARGIN = 1.2, 1.5  # of what was used most
+LEAST_MEMORY = 16 << 20
+LONG_S = 1.0  # of shorter executions the share of their cores says little: most of it is their start
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """The executions of the tasks with one name; of tasks without a name, of one program.
+
+    ``cores``, ``memory`` (bytes on a node) and ``limit`` (seconds) are the most that any of them had or asked for, 0
+    where none did. ``busy`` is the most cores that one kept busy, ``peak`` the most bytes, ``longest`` the longest run,
+    in seconds. ``next_cores``, ``next_memory`` and ``next_limit`` are to be asked for next time, with a margin; 0 while
+    nothing is known.
+    """
+
+    name: str
+    program: str = ""
+    executions: int = 0
+    finished: int = 0
+    cores: int = 0
+    busy: float = 0.0
+    memory: int = 0
+    peak: int = 0
+    limit: float = 0.0
+    longest: float = 0.0
+    short_of_memory: int = 0  # executions that ended so
+    short_of_time: int = 0
+    next_cores: int = 0
+    next_memory: int = 0
+    next_limit: float = 0.0
+
+
+def usage(entries: Iterable[JournalEntry]) -> list[Usage]:
+    """The usage by name, those that ran longest in all first."""
+    found: dict[tuple[str, str], Usage] = {}
+    seconds: dict[tuple[str, str], float] = {}
+    for entry in entries:
+        if entry.elements or not entry.execution or entry.started is None or entry.ended is None:
+            continue
+        program = "" if entry.name else entry.command.partition(" ")[0]
+        key = (entry.name, program)
+        if key not in found:
+            found[key] = Usage(name=entry.name, program=program)
+        ran = max(entry.ended - entry.started, 0.0)
+        seconds[key] = seconds.get(key, 0.0) + ran
+        _count(found[key], entry, ran)
+    for one in found.values():
+        _advise(one)
+    return [found[key] for key in sorted(found, key=lambda key: -seconds[key])]
+
+
+def _count(one: Usage, entry: JournalEntry, ran: float) -> None:
+    one.executions += 1
+    one.finished += entry.status == "finished"
+    one.short_of_memory += entry.reason == "memory"
+    one.short_of_time += entry.reason == "time limit"
+    one.cores = max(one.cores, sum(len(part.cores) for part in parse_allocation(entry.cpus)) if entry.cpus else 0)
+    one.memory = max(one.memory, entry.memory)
+    one.limit = max(one.limit, entry.limit)
+    one.peak = max(one.peak, entry.max_rss or 0)
+    one.longest = max(one.longest, ran)
+    if ran >= LONG_S:
+        one.busy = max(one.busy, (entry.cpu or 0.0) / ran)
+
+
+def _advise(one: Usage) -> None:
+    if one.peak:
+        # What was ended for it would have used more.
+        used = (
+            max(one.peak, one.memory) * 2
+            if one.short_of_memory and one.peak >= one.memory
+            else one.peak * MEMORY_MARGIN
+        )
+        one.next_memory = _round_up(max(int(used), LEAST_MEMORY))
+    if one.longest:
+        over = one.short_of_time and one.longest >= one.limit
+        one.next_limit = float(math.ceil(one.longest * (2.0 if over else TIME_MARGIN)))
+    if one.longest >= LONG_S:
+        one.next_cores = min(max(math.ceil(one.busy - 0.1), 1), max(one.cores, 1))
+
+
+def _round_up(size: int) -> int:
+    """The next number of bytes with two digits in MiB or GiB."""
+    unit = 1 << 30 if size > 10 << 30 else 1 << 20
+    number = size / unit
+    step: int = 10 ** max(int(math.log10(max(number, 1.0))) - 1, 0)
+    return math.ceil(number / step) * step * unit

@@ -1,0 +1,49 @@
+"""What tasks asked for and used, by name, and what to ask for next time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pilotq.broker.client.usage import Usage, usage
+from pilotq.broker.store.journal import JournalEntry
+
+MB = 1 << 20
+
+
+def ran(name: str, seconds: float, **fields: Any) -> JournalEntry:
+    fields = {"status": "finished", "execution": 1, "cpus": "n1[0:1]", "command": "fit x", **fields}
+    return JournalEntry(id="1", name=name, started=100.0, ended=100.0 + seconds, **fields)
+
+
+def only(*entries: JournalEntry) -> Usage:
+    [found] = usage(entries)
+    return found
+
+
+def test_what_was_used_most_and_a_margin_is_asked_for_next_time() -> None:
+    one = only(
+        ran("fit", 10.0, cpu=11.0, max_rss=100 * MB, memory=1000 * MB, limit=600.0),
+        ran("fit", 40.0, cpu=10.0, max_rss=300 * MB, memory=1000 * MB, limit=600.0),
+    )
+    assert (one.executions, one.finished, one.cores, one.busy) == (2, 2, 2, 1.1)
+    assert (one.peak, one.memory, one.longest, one.limit) == (300 * MB, 1000 * MB, 40.0, 600.0)
+    assert (one.next_cores, one.next_memory, one.next_limit) == (1, 360 * MB, 60.0)
+
+
+def test_what_was_ended_for_memory_or_time_asks_for_more_than_it_had() -> None:
+    short = only(ran("fit", 5.0, status="failed", reason="memory", max_rss=210 * MB, memory=200 * MB))
+    assert (short.short_of_memory, short.next_memory) == (1, 420 * MB)
+    grown = only(
+        ran("fit", 5.0, status="failed", reason="memory", max_rss=210 * MB, memory=200 * MB),
+        ran("fit", 5.0, execution=2, max_rss=250 * MB, memory=400 * MB),
+    )
+    assert (grown.short_of_memory, grown.finished, grown.next_memory) == (1, 1, 300 * MB)
+    late = only(ran("fit", 60.1, status="failed", reason="time limit", limit=60.0))
+    assert (late.short_of_time, late.next_limit) == (1, 121.0)
+
+
+def test_names_and_programs_are_apart_and_short_runs_say_nothing_of_cores() -> None:
+    found = usage([ran("", 0.1, cpu=0.2), ran("b", 9.0, cpu=18.0), ran("", 0.1), JournalEntry(id="2", name="b")])
+    assert [(one.name, one.program, one.executions, one.next_cores) for one in found] == [
+        ("b", "", 1, 2), ("", "fit", 2, 0),
+    ]  # fmt: skip
