@@ -84,6 +84,7 @@ class StartRemote(msgspec.Struct, array_like=True, tag="start_remote"):
     argv: list[bytes]
     env: dict[bytes, bytes]
     cwd: bytes
+    memory: int = 0  # bytes that all processes of the execution on this node may use together, 0 = any
 
 
 class StopRemote(msgspec.Struct, array_like=True, tag="stop_remote"):
@@ -101,6 +102,8 @@ class RemoteEnded(msgspec.Struct, array_like=True, tag="remote_ended"):
     stdout: bytes = b""  # the end of what it wrote
     stderr: bytes = b""
     lost: bool = False  # through no fault of its own
+    peak: int = 0  # bytes that all processes of the execution there have used at most, so far
+    too_much: str = ""  # a sentence, when they were ended because they used more memory than they may
 
 
 class Sweep(msgspec.Struct, array_like=True, tag="sweep"):

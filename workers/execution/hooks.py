@@ -11,6 +11,7 @@ from typing import Protocol
 
 from pilotq.broker.store.messages import ToWorker
 from pilotq.workers.execution.execution import Execution
+from pilotq.workers.memory_watch import MemoryWatch, WatchedTask
 from pilotq.workers.protocol import FromLauncher
 
 
@@ -25,6 +26,13 @@ class NodeActions(Protocol):
 
     def beside(self, action: Callable[[], None]) -> None:
         """Do something with files that may hang, in a thread beside the loop."""
+
+    def memory_of(self, class_name: str) -> int:
+        """The bytes that a task of this class may use on each node; 0: any."""
+
+    @property
+    def memory_watch(self) -> MemoryWatch:
+        """Measures processes here. What is found above its limit, and is not the node's own, is told `over_limit`."""
 
     def free_slot(self, number: int) -> None:
         """The part of a slot that stayed reserved after its task had ended is free."""
@@ -50,6 +58,9 @@ class NodeHooks(Protocol):
 
     def receive_record(self, record: FromLauncher) -> bool:
         """A launcher's record of no execution of this node; True if it was of a process for another node's."""
+
+    def over_limit(self, task: WatchedTask, why: str, now: float) -> None:
+        """What was started for another node's execution uses too much memory: ``why`` is a sentence for people."""
 
     def filenos(self) -> list[int]:
         """Descriptors to wait on for reading; then `serve` is called."""

@@ -65,9 +65,9 @@ class MemoryLimits:
 
     def ended(self, e: Execution) -> None:
         """Nothing of it lives any more, or it was given up."""
+        if e.exited is not None:
+            e.exited.max_rss = max(e.exited.max_rss, e.peak, e.memory.peak if e.memory is not None else 0)
         if e.memory is not None:
-            if e.exited is not None:
-                e.exited.max_rss = max(e.exited.max_rss, e.memory.peak)
             self.watch.remove(e.memory)
             e.memory = None
 

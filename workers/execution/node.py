@@ -39,6 +39,7 @@ from pilotq.workers.execution.orphans import OrphanReaper
 from pilotq.workers.execution.output_files import PendingOutputs
 from pilotq.workers.execution.reporting import LEAVE_REASONS, Outbox, Reporter
 from pilotq.workers.execution.slots import Slot, SlotTable
+from pilotq.workers.memory_watch import MemoryWatch
 from pilotq.workers.protocol import (
     Begun,
     Exited,
@@ -508,7 +509,9 @@ class Node:
         """Kill what uses more memory than it asked for: any grace would be time to use more."""
         for task in self._memory.watch.take_over_limit():
             e = self._escalation.executions.get(task.name) if isinstance(task.name, int) else None
-            if e is not None:
+            if not isinstance(task.name, int):
+                self._hooks.over_limit(task, self._memory.over(task), now)
+            elif e is not None:
                 e.message = e.message if e.reason or e.exited else self._memory.over(task)
                 self._carry_out(e, self._escalation.kill(e, "memory", now), now)
 
@@ -520,6 +523,13 @@ class Node:
 
     def beside(self, action: Callable[[], None]) -> None:
         self._files.run(action)
+
+    def memory_of(self, class_name: str) -> int:
+        return self._memory.limit_of(class_name)
+
+    @property
+    def memory_watch(self) -> MemoryWatch:
+        return self._memory.watch
 
     def free_slot(self, number: int) -> None:
         self._slots.release(number)

@@ -15,6 +15,7 @@ from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.hooks import NodeActions
 from pilotq.workers.execution.launch_builder import LaunchBuilder
 from pilotq.workers.execution.launcher_pool import LauncherPool
+from pilotq.workers.memory_watch import WatchedTask
 from pilotq.workers.multinode.launch_models import ParallelLaunchModel
 from pilotq.workers.multinode.peer import RemoteProcesses
 from pilotq.workers.multinode.primary import PrimaryNode
@@ -37,9 +38,9 @@ class MultinodeHooks:
         self._to_self: deque[ToWorker] = deque()
         virtual = info.name != info.host.partition(".")[0]
         self._remote_processes = RemoteProcesses(
-            self._address, directory, launchers, builder, self._send, settings, virtual=virtual
+            self._address, directory, launchers, builder, self._send, settings, node, virtual=virtual
         )  # fmt: skip
-        self._primary = PrimaryNode(session, self._address, settings, self._send, node)
+        self._primary = PrimaryNode(session, self._address, settings, self._send, node, node.memory_of)
         builder.launch_model = ParallelLaunchModel(
             session, directory, info, real, self._primary.add, node.beside
         )  # fmt: skip
@@ -72,6 +73,9 @@ class MultinodeHooks:
 
     def receive_record(self, record: FromLauncher) -> bool:
         return self._remote_processes.receive_record(record)
+
+    def over_limit(self, task: WatchedTask, why: str, now: float) -> None:
+        self._remote_processes.over_limit(task, why, now)
 
     def filenos(self) -> list[int]:
         return self._primary.filenos()

@@ -21,8 +21,11 @@ from pilotq.broker.ownership import private_folder
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import RemoteEnded, StartRemote, StopRemote, Sweep, Swept, ToWorker
 from pilotq.workers import process_tree
+from pilotq.workers.execution.hooks import NodeActions
 from pilotq.workers.execution.launch_builder import LaunchBuilder, refusal
 from pilotq.workers.execution.launcher_pool import LauncherPool
+from pilotq.workers.execution.memory_limit import watched
+from pilotq.workers.memory_watch import WatchedTask
 from pilotq.workers.protocol import (
     Captured,
     Exited,
@@ -43,6 +46,7 @@ FIRST_KEY = 1 << 48
 SCAN_S = 0.02  # between two scans for what was killed
 OUTPUT_BYTES = 4096  # of what a process wrote, in the message of its end
 NOT_STARTED = 255  # the status that a shell's remote commands have when there was no connection
+_Execution = tuple[str, str, int]  # address of its primary worker, id, number
 Send = Callable[[str, ToWorker], None]  # to a worker by its address; "" is the dispatcher
 
 
@@ -51,7 +55,7 @@ class _RemoteProcess:
 
     __slots__ = (
         "allocation", "began", "execution", "exited", "id", "key", "kill_at", "launch_at", "launcher", "number",
-        "output_paths", "prepared", "primary", "reported",
+        "memory", "output_paths", "peak", "prepared", "primary", "reported", "too_much",
     )  # fmt: skip
 
     def __init__(self, key: int, request: StartRemote) -> None:
@@ -61,6 +65,9 @@ class _RemoteProcess:
         self.id = request.id
         self.execution = request.execution
         self.allocation = request.allocation
+        self.memory = request.memory
+        self.peak = 0
+        self.too_much = ""  # why it was killed, when that was because of memory
         self.launcher = 0
         self.exited: Exited | None = None
         self.output_paths = (b"", b"")  # where its outputs can be read while something of it lives
@@ -69,6 +76,10 @@ class _RemoteProcess:
         self.prepared: tuple[LaunchBase, LaunchSlot, Launch] | None = None  # what its launcher gets
         self.began = time.monotonic()
         self.launch_at: float | None = None  # monotonic: a shortage prevented its launch, which is tried again then
+
+    @property
+    def of(self) -> _Execution:
+        return self.primary, self.id, self.execution
 
 
 class _PendingSweep:
@@ -94,7 +105,7 @@ class RemoteProcesses:
 
     def __init__(
         self, address: str, directory: str, launchers: LauncherPool, builder: LaunchBuilder, send: Send,
-        settings: Settings, *, virtual: bool,
+        settings: Settings, node: NodeActions, *, virtual: bool,
     ) -> None:  # fmt: skip
         self._address = address
         self._directory = directory
@@ -102,6 +113,8 @@ class RemoteProcesses:
         self._builder = builder
         self._send = send
         self._settings = settings
+        self._node = node
+        self._memory: dict[_Execution, WatchedTask] = {}
         self._keys = FIRST_KEY
         self._processes: dict[int, _RemoteProcess] = {}
         # By primary node: a request that is repeated after a lost connection is known by its number.
@@ -180,6 +193,7 @@ class RemoteProcesses:
             self._report(process, RemoteEnded(process.number, NOT_STARTED, b"", f"{record.message}\n".encode()))
         elif isinstance(record, Started):
             process.output_paths = (record.stdout_path, record.stderr_path)
+            self._watch(process, record.pid)
         elif isinstance(record, Exited):
             process.exited = record
             if not record.remaining:
@@ -196,14 +210,38 @@ class RemoteProcesses:
         del self._processes[process.key]
         if not self._processes:
             self.close()
+        process.peak = task.peak if (task := self._memory.get(process.of)) is not None else 0
+        self._ended_of(process)
         status = _status(process.exited.status) if process.exited is not None else NOT_STARTED
         out, err = tail(stdout, OUTPUT_BYTES), tail(stderr, OUTPUT_BYTES)
         self._report(process, RemoteEnded(process.number, status, out, err))
+
+    def _watch(self, process: _RemoteProcess, pid: int) -> None:
+        """All processes of an execution here are held to its limit together."""
+        task = self._memory.get(process.of)
+        if task is None:
+            task = self._memory[process.of] = watched(process.of, process.id, process.execution, process.memory)
+        self._node.memory_watch.add(task, pid)
+
+    def over_limit(self, task: WatchedTask, why: str, now: float) -> None:
+        """Kill what an execution has here: its primary node ends the rest, when it learns of this."""
+        for process in self._processes.values():
+            if process.of == task.name:
+                process.too_much = why
+                self._signal(process, SIGKILL)
+                process.kill_at = now + 1.0
+
+    def _ended_of(self, process: _RemoteProcess) -> None:
+        """It is gone: with the last one of its execution here nothing is left to be measured."""
+        others = any(other.of == process.of for other in self._processes.values())
+        if not others and (task := self._memory.pop(process.of, None)) is not None:
+            self._node.memory_watch.remove(task)
 
     def launcher_ended(self, number: int) -> None:
         """Its processes become children of this worker, which kills all such orphans."""
         for process in [p for p in self._processes.values() if p.launcher == number]:
             del self._processes[process.key]
+            self._ended_of(process)
             text = b"Its launcher has died.\n"
             self._report(process, RemoteEnded(process.number, NOT_STARTED, b"", text, lost=True))
 
@@ -219,6 +257,7 @@ class RemoteProcesses:
     def _report(self, process: _RemoteProcess, message: RemoteEnded) -> None:
         if not process.reported:
             process.reported = True
+            message.peak, message.too_much = process.peak, process.too_much
             self._send(process.primary, message)
 
     # -- time ------------------------------------------------------------------------------------------------------

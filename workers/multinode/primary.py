@@ -56,11 +56,15 @@ class MultinodeTask:
 class PrimaryNode:
     """Keeps the executions of which this node is the first.
 
-    ``address`` is this worker's, ``send`` sends to another one.
+    ``address`` is this worker's, ``send`` sends to another one; ``memory_of`` is the limit of a class, on each node.
     """
 
-    def __init__(self, session: Session, address: str, settings: Settings, send: Send, node: NodeActions) -> None:
+    def __init__(
+        self, session: Session, address: str, settings: Settings, send: Send, node: NodeActions,
+        memory_of: Callable[[str], int],
+    ) -> None:  # fmt: skip
         self._session = session
+        self._memory_of = memory_of
         self._address = address
         self._settings = settings
         self._send = send
@@ -118,7 +122,7 @@ class PrimaryNode:
             address,
             StartRemote(
                 run.id, run.execution, self._address, self._numbers, task.e.allocation, run.shared, argv,
-                env, encode(from_utf8(request.cwd)),
+                env, encode(from_utf8(request.cwd)), self._memory_of(run.class_name),
             ),
         )  # fmt: skip
         return ""
@@ -131,7 +135,11 @@ class PrimaryNode:
             if connection is not None:
                 out, err = (text.decode("utf-8", "surrogateescape") for text in (message.stdout, message.stderr))
                 self._agent_server.reply(connection, AgentReply(message.status, out, err))
-                if message.lost and task.give_up_at is None:
+                task.e.peak = max(task.e.peak, message.peak)
+                if message.too_much and task.give_up_at is None:
+                    task.e.message = task.e.message or message.too_much
+                    self._node.stop_execution(task.e, "memory")
+                elif message.lost and task.give_up_at is None:
                     self._node.stop_execution(task.e, NODE_LOST)
                 return
 

@@ -178,3 +178,24 @@ def test_a_node_that_leaves_costs_the_task_nothing(tmp_path: Path) -> None:
         assert pilot.ended(task).status == "finished"
         assert pilot.output(task) == b"again\n"
         assert [(line.reason, line.final) for line in pilot.lines(task)] == [("", True), ("worker lost", False)]
+
+
+def test_each_node_of_a_task_has_its_part_of_memory(pilot: LivePilot) -> None:
+    """What is above the limit on another node ends the task; the peak is that of the node that has used most."""
+    mb = 1 << 20
+    use = "kept = bytearray({} << 20); kept[::4096] = kept[1::4096]; import time; time.sleep({})"
+    request = Request(nodes=(2, 2), cores=(1, 1), memory=150 * mb)
+
+    def script(here: int, there: int, seconds: int) -> str:
+        run = f"{sys.executable} -I -S -c"
+        remote = f"{run} '{use.format(there, seconds)}'"
+        return f"{run} '{use.format(here, 1)}' & {AGENT} n2 \"{remote}\"; wait"
+
+    fits = pilot.enqueue(script=script(60, 110, 2), request=request)
+    assert pilot.ended(fits).status == "finished"
+    peak = pilot.lines(fits)[0].max_rss
+    assert peak is not None and 110 * mb < peak < 150 * mb
+    much = pilot.enqueue(script=script(60, 400, 60), request=request)
+    assert pilot.ended(much).reason == "memory"
+    assert pilot.lines(much)[0].message.endswith(" of 150 MiB on n2: its worker has killed it.")
+    assert processes_on(much, "n2") == []
