@@ -78,7 +78,12 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     script: bytes = b""
     make_cwd: bool = False  # the working directory is made, parents too, as QCG-PilotJob does
     files: dict[bytes, bytes] = {}  # path -> content: written before it starts
-    cgroup: str = ""  # path of a cgroup that is made for it, ``memory`` bytes large
+
+
+class ConfinedLaunch(Launch, array_like=True, tag="confined"):
+    """A launch in a cgroup of its own, which is made for it and may use ``memory`` bytes."""
+
+    cgroup: str = ""  # its path
     memory: int = 0
 
 
@@ -258,7 +263,7 @@ class GroupSwept(msgspec.Struct, array_like=True, tag="swept"):
     stderr: Captured
 
 
-ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | Call | Retract | Signal | Quit
+ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | ConfinedLaunch | Call | Retract | Signal | Quit
 FromLauncher = Begun | Started | Retracted | Refused | Exited | Returned | GroupSwept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()

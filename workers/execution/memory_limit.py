@@ -10,7 +10,7 @@ from pilotq.broker.store.resources import NodeInfo, class_info
 from pilotq.broker.tasks.quantities import size_text
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.memory_watch import MemoryWatch, WatchedTask
-from pilotq.workers.protocol import Call, Exited, Launch, Returned
+from pilotq.workers.protocol import Call, ConfinedLaunch, Exited, Launch, Returned
 
 KILLED = 128 + SIGKILL  # what a shell says of a command that was killed
 
@@ -29,10 +29,13 @@ class MemoryLimits:
         found = class_info(class_name) if self._enforced else None
         return found.request.memory if found is not None else 0
 
-    def confine(self, launch: Launch | Call, class_name: str) -> None:
-        """Give a program that is about to be launched a cgroup with its limit, where it has one."""
-        if self._cgroup and isinstance(launch, Launch) and (limit := self.limit_of(class_name)):
-            launch.cgroup, launch.memory = f"{self._cgroup}{launch.key}", limit
+    def confine(self, launch: Launch | Call, class_name: str) -> Launch | Call:
+        """The launch of a program, in a cgroup with its limit, where it has one; of a function, as it is."""
+        limit = self.limit_of(class_name) if self._cgroup and isinstance(launch, Launch) else 0
+        if not limit or not isinstance(launch, Launch):
+            return launch
+        fields = {name: getattr(launch, name) for name in Launch.__struct_fields__}
+        return ConfinedLaunch(**fields, cgroup=f"{self._cgroup}{launch.key}", memory=limit)
 
     def started(self, e: Execution, pid: int) -> None:
         """Its main process runs, or that of the function's interpreter: it is measured, for its peak at least."""

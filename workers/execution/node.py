@@ -385,9 +385,9 @@ class Node:
 
     def _send(self, e: Execution, launcher: LauncherHandle, prepared: Prepared, now: float) -> bool:
         """Send the records to its launcher; False when they cannot be sent, and it has ended."""
-        self._memory.confine(prepared[2], e.run.class_name)
+        base, slot, launch = prepared
         try:
-            launcher.launch(*prepared)
+            launcher.launch(base, slot, self._memory.confine(launch, e.run.class_name))
         except Exception as error:  # noqa: BLE001  # the boundary of one task
             self._refuse(e, "launch", str(refusal(error)), now, passing=is_shortage(error))
             return False

@@ -7,7 +7,7 @@ from collections import deque
 
 from pilotq.workers.launcher.capture import PoolFile
 from pilotq.workers.launcher.spawn import LaunchContext
-from pilotq.workers.protocol import Call, Launch
+from pilotq.workers.protocol import Call, ConfinedLaunch, Launch
 
 
 class Chain(deque[tuple[Launch | Call, LaunchContext | None]]):
@@ -50,5 +50,5 @@ class Running:
         self.stdout, self.stderr = files
         self.killed = False  # SIGKILL was sent: a process that appears later gets it too
         self.chain = chain
-        self.cgroup = launch.cgroup if isinstance(launch, Launch) else ""
+        self.cgroup = launch.cgroup if isinstance(launch, ConfinedLaunch) else ""
         self.script = script  # path of its script's file, to be removed

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pilotq.broker.os_strings import printable
 from pilotq.workers import cgroups
 from pilotq.workers.launcher.capture import Capture, PoolFile
-from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
+from pilotq.workers.protocol import Call, ConfinedLaunch, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.script_files import ScriptFiles
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
@@ -129,7 +129,7 @@ class Spawner:
                 argv = [*argv, os.fsencode(script)]
             program = self._program(argv, env)
             files, stdout, stderr = self._files(launch, opened, pool, stdin)
-            if launch.cgroup:
+            if isinstance(launch, ConfinedLaunch):
                 _make_cgroup(launch)
                 cgroup = launch.cgroup
             pid = self._start(program, argv, env, files, context)
@@ -290,7 +290,7 @@ def full_environment(launch: Launch, context: LaunchContext) -> dict[bytes, byte
     return env
 
 
-def _make_cgroup(launch: Launch) -> None:
+def _make_cgroup(launch: ConfinedLaunch) -> None:
     try:
         cgroups.make(launch.cgroup, launch.memory)
     except OSError as error:

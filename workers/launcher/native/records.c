@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEPTH_MAX = 32, LAUNCH_FIELDS = 19 }; /* the tag is the first field */
+enum { DEPTH_MAX = 32, LAUNCH_FIELDS = 17 }; /* the tag is the first field */
 
 static size_t left(const struct reader *from) { return (size_t)(from->end - from->at); }
 
@@ -178,7 +178,6 @@ enum record_kind read_record(const unsigned char *at, size_t size, struct launch
     struct reader from = {at, at + size};
     struct text text = {0, 0};
     uint32_t fields, files;
-    int64_t memory;
     if (!read_count(&from, 0, &fields) || !fields || !read_string(&from, &text))
         return OTHER_RECORD;
     if (is_word(text, "forget"))
@@ -191,10 +190,10 @@ enum record_kind read_record(const unsigned char *at, size_t size, struct launch
         || !read_path(&from, &record->stdin_path, 1) || !read_path(&from, &record->stdout_path, 1)
         || !read_path(&from, &record->stderr_path, 1))
         return OTHER_RECORD;
-    /* suffix, after, script, whether the directory is to be made, files, cgroup, its memory */
+    /* suffix, after, script, whether the directory is to be made, files */
     if (!read_string(&from, &text) || text.size || !read_integer(&from, &record->after) || !read_string(&from, &text)
         || text.size || from.at >= from.end || *from.at++ != 0xc2 || !read_count(&from, 1, &files) || files
-        || !read_string(&from, &text) || text.size || !read_integer(&from, &memory) || from.at != from.end)
+        || from.at != from.end)
         return OTHER_RECORD;
     return PLAIN_LAUNCH;
 }
