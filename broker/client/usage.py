@@ -67,7 +67,7 @@ def _count(one: Usage, entry: JournalEntry, ran: float) -> None:
     one.short_of_time += entry.reason == "time limit"
     one.cores = max(one.cores, sum(len(part.cores) for part in parse_allocation(entry.cpus)) if entry.cpus else 0)
     one.memory = max(one.memory, entry.memory)
-    one.limit = max(one.limit, entry.limit)
+    one.limit = max(one.limit, entry.limit or 0.0)
     one.peak = max(one.peak, entry.max_rss or 0)
     one.longest = max(one.longest, ran)
     if ran >= LONG_S:

@@ -88,7 +88,7 @@ class Reporter:
             signal=number,
             pid=e.pid or None,
             memory=info.request.memory if (info := class_info(run.class_name)) is not None else 0,
-            limit=e.limit,
+            limit=e.limit or None,
             array=run.array,
             index=run.index if run.array else None,
             command="" if e.spec is None else command_text(e.spec),
