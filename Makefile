@@ -71,6 +71,7 @@ types-tree:
 
 types: $(VENV)/dev.stamp types-tree
 	MYPYPATH=.types $(BIN)/python -m mypy --strict -p pilotq
+	MYPYPATH=.types:integrations/snakemake $(BIN)/python -m mypy --strict -p snakemake_executor_plugin_pilotq
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .

@@ -259,6 +259,14 @@ class Broker:
             raise UnknownTask(f"there is no task {task_id!r} in this pilot: `pilotq list` shows those it has")
         return view
 
+    def statuses(self, ids: Iterable[str]) -> dict[str, str]:
+        """id -> its status, or 'unknown'. One round trip for each 500, and the journal where records have expired."""
+        wanted = _unique(ids)
+        found = self._queries.statuses(wanted)
+        if left := [task_id for task_id in wanted if task_id not in found]:
+            found |= PastTasks(self.link, self._queries.journal, left).statuses(left)
+        return {task_id: found.get(task_id, "unknown") for task_id in wanted}
+
     def explain(self, task_id: str) -> Explanation:
         """Why a task waits and when it may start, or why it ended as it did. Raises UnknownTask."""
         from pilotq.broker.client.explain import Explainer  # brings placement along, which a submit does not need

@@ -41,9 +41,12 @@ def start(nodes: str | int | None) -> Pilot:
     return pilot
 
 
-def end(pilot: Pilot, files: OutputFiles) -> None:
+def end(pilot: Pilot, files: OutputFiles | None = None) -> None:
     """End what `start` has returned. What it leaves is removed when nobody can read results from ``files`` any more."""
     _pilotq(pilot, "stop", "--now", timeout=END_S)
+    if files is None:
+        _remove(pilot, os.getpid())
+        return
     _kept[:] = [removal for removal in _kept if removal.alive]
     _kept.append(weakref.finalize(files, _remove, pilot, os.getpid()))
 

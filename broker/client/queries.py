@@ -194,12 +194,21 @@ class TaskQueries:
             found += [view_of_record(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
         return found
 
-    def _read(self, ids: Sequence[str]) -> list[Sequence[bytes | None]]:
-        commands = [("HMGET", keys.job(i), *VIEW_FIELDS) for i in ids]
+    def statuses(self, ids: Sequence[str]) -> dict[str, str]:
+        """id -> status, of those that have a record."""
+        found: dict[str, str] = {}
+        for first in range(0, len(ids), SLICE):
+            part = ids[first : first + SLICE]
+            rows = self._read(part, ("status",))
+            found.update((i, _text(row[0])) for i, row in zip(part, rows, strict=True) if row[0])
+        return found
+
+    def _read(self, ids: Sequence[str], fields: Sequence[str] = VIEW_FIELDS) -> list[Sequence[bytes | None]]:
+        commands = [("HMGET", keys.job(i), *fields) for i in ids]
         try:
             return self.link.pipeline(commands)
         except ReplyError:  # under the name of one of them is something else: it has no record
-            return [self._read([i])[0] for i in ids] if len(ids) > 1 else [[None] * len(VIEW_FIELDS)]
+            return [self._read([i], fields)[0] for i in ids] if len(ids) > 1 else [[None] * len(fields)]
 
     def task(self, task_id: str) -> TaskView | None:
         """All that is known of one task."""

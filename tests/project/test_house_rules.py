@@ -20,7 +20,11 @@ else:
 
 ROOMS = ("package", "broker", "workers", "cli")
 CODE = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+INTEGRATIONS = [path for path in sorted((ROOT / "integrations").rglob("*.py")) if "build" not in path.parts]
 OTHER = [path for room in ("tests", "benchmarks", "examples") for path in sorted((ROOT / room).rglob("*.py"))]
+OTHER += INTEGRATIONS
+# What a program of a user imports.
+USABLE = {"pilotq.broker", "pilotq.broker.__init__", "pilotq.broker.client", "pilotq.broker.tasks"}
 
 # Longer than this asks for a reason: a file as "broker/x.py", a function as "broker/x.py:name" -> why it is one thing.
 FILE_LINES, FUNCTION_LINES = 500, 60
@@ -171,6 +175,12 @@ def test_only_the_broker_talks_to_redis_and_one_module_to_rq(path: Path) -> None
         assert not under(imported, "rq") or name(path) == "broker/rq/jobs.py", "only broker/rq/jobs.py imports rq"
 
 
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=name)
+def test_integrations_are_programs_of_users(path: Path) -> None:
+    """They use what any program may use."""
+    assert not {row_of(imported) for imported in imports(path) if under(imported, "pilotq")} - USABLE
+
+
 @pytest.mark.parametrize("path", CODE + OTHER, ids=name)
 def test_no_import_of_the_bare_folders(path: Path) -> None:
     for imported in imports(path):
@@ -201,9 +211,9 @@ def texts() -> Iterator[Path]:
     for path in [*ROOT.iterdir(), *(ROOT / ".ci").rglob("*")]:
         if path.is_file() and path.suffix in kinds and (path.name == ".gitignore" or not path.name.startswith(".")):
             yield path
-    for folder in (*ROOMS, "tests", "benchmarks", "examples", "docs", "scripts"):
+    for folder in (*ROOMS, "integrations", "tests", "benchmarks", "examples", "docs", "scripts"):
         for path in sorted((ROOT / folder).rglob("*")):
-            hidden = any(part.startswith(".") or part == "results" for part in path.relative_to(ROOT).parts)
+            hidden = any(part.startswith(".") or part in ("results", "build") for part in path.relative_to(ROOT).parts)
             if path.is_file() and path.suffix in kinds and not hidden:
                 yield path
 

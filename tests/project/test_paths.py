@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("package", "broker", "workers", "cli", "tests", "benchmarks", "examples", "docs")
+FOLDERS = ("package", "broker", "workers", "cli", "integrations", "tests", "benchmarks", "examples", "docs")
 PATH = re.compile(rf"(?<![\w./{{}}$-])(?:{'|'.join(FOLDERS)})/[\w*][\w./*-]*")
 # An example of a name, or what only a build or a run makes.
 NAMED_ONLY = re.compile(r"[A-Z]{2,}[./]|[A-Z]{2,}$|\*|^broker/x\.py|^tests/\.|^(benchmarks|examples/sweep)/results")

@@ -8,14 +8,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pilotq.broker import ArrayRange
 from pilotq.broker.client import queries
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.past import PastTasks
 from pilotq.broker.client.submit import submit
 from pilotq.broker.client.views import Counts
 from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.store import keys
 from pilotq.broker.store.journal import Journal, JournalEntry
 from tests.support.engine import SHARED, Engine, array, fixtures, task
+from tests.support.live_pilot import live_pilot
 
 engine, server, node = fixtures
 
@@ -117,3 +120,21 @@ def test_forgotten_parents_are_looked_up_together(engine: Engine) -> None:
 )  # fmt: skip
 def test_an_element_has_one_id(task_id: str, array: str | None) -> None:
     assert queries.array_of(task_id) == array
+
+
+def test_statuses_of_many_are_read_from_records_elements_and_the_journal(tmp_path: Path) -> None:
+    with live_pilot(tmp_path, "n1:1") as pilot:
+        broker = pilot.broker
+        done, bad, several = (
+            pilot.enqueue("true"), pilot.enqueue("false"), pilot.enqueue("true", array=ArrayRange(0, 2))
+        )  # fmt: skip
+        waits = pilot.enqueue("true", after=[pilot.enqueue("sleep", "100", name="long")])
+        broker.wait([done, bad, several], timeout=60)
+        pilot.ended(done)
+        broker.link.call("DEL", keys.job(done))
+        asked = [done, bad, several, f"{several}_1", f"{several}_7", waits, "zz", done]
+        assert broker.statuses(asked) == {
+            done: "finished", bad: "failed", several: "finished", f"{several}_1": "finished", f"{several}_7": "unknown",
+            waits: "deferred", "zz": "unknown",
+        }  # fmt: skip
+        broker.cancel(broker.open_ids())
