@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -26,6 +26,8 @@ import msgspec
 from pilotq.broker.client import private_pilot
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.completions import Completions
+from pilotq.broker.client.mapping import mapped, run_each
+from pilotq.broker.client.resource_dict import task_of
 from pilotq.broker.client.results import Ended, Outcome, OutputFiles, StoredValue, outcome_of
 from pilotq.broker.errors import (
     FunctionCanceled,
@@ -35,8 +37,8 @@ from pilotq.broker.errors import (
     PilotqError,
     ServerUnavailable,
 )
-from pilotq.broker.tasks.functions import Packed, pack_call, target_of
-from pilotq.broker.tasks.model import Request, Task
+from pilotq.broker.tasks.functions import Packed, pack_call
+from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.quantities import request_of
 from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.broker.tasks.validation import validate
@@ -93,30 +95,88 @@ class TaskFuture(futures.Future[Any]):
         return done, cancelled, value, error
 
 
-class Options:
-    """An executor whose tasks ask for resources, or have other fields of `Task` set: made by `Executor.options`."""
+class _Calls(futures.Executor):
+    """What an executor and its `Options` have in common: calls whose tasks are as ``_base``."""
 
-    def __init__(self, executor: Executor, task: Task) -> None:
-        self._executor = executor
-        self._task = task
+    _base: Task
+    _max_workers: int  # how many of its calls can run at once; Dask and joblib read it
+    # Not None: the argument ``resource_dict`` of a call is not the function's, but executorlib's; on top of these.
+    _resources: Mapping[str, Any] | None = None
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TaskFuture:
-        """As `Executor.submit`."""
-        return self._executor._submit(self._task, fn, args, kwargs)
+        """Run ``fn(*args, **kwargs)`` as one task. Raises InvalidInput when the call cannot be pickled."""
+        if not callable(fn):
+            raise TypeError(f"submit takes a function and its arguments, not {type(fn).__name__}")
+        base = self._base
+        if self._resources is not None and "resource_dict" in kwargs:
+            base = task_of(base, {**self._resources, **kwargs.pop("resource_dict")})
+        return self._call(base, fn, args, kwargs)
 
     def map(
-        self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
     ) -> Iterator[Any]:
-        """As `Executor.map`."""
-        return self._executor._map(self._task, fn, iterables, timeout, chunksize)
+        """Results in order; one task for ``chunksize`` calls. The rest is canceled when one raises, or after
+        ``timeout`` seconds (TimeoutError). With ``buffersize`` at most so many tasks are ahead of the results that were
+        taken, and the iterables are read as they are needed; else they are read, and submitted, at once."""
+        calls = zip(*iterables, strict=False)
+        return mapped(self._put_call, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+
+    def starmap(
+        self,
+        fn: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """As `map`, of ``fn(*args)`` for each ``args`` of the iterable."""
+        calls = map(tuple, iterable)
+        return mapped(self._put_call, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+
+    def _put_call(self, fn: Any, args: tuple[Any, ...]) -> TaskFuture:
+        return self._call(self._base, fn, args, {})
+
+    def _call(self, base: Task, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskFuture:
+        return self._put(msgspec.structs.replace(base, function=Packed(pack_call(fn, args, kwargs))))
+
+    def _put(self, task: Task) -> TaskFuture:
+        raise NotImplementedError
 
 
-class Executor(futures.Executor):
+class Options(_Calls):
+    """An executor whose tasks ask for resources, or have other fields of `Task` set: made by `Executor.options`."""
+
+    def __init__(self, executor: Executor, base: Task) -> None:
+        self._executor = executor
+        self._base = base
+        self._resources = executor._resources
+        self._max_workers = max(executor._max_workers // base.request.cores[0], 1)
+
+    @property
+    def directory(self) -> str:
+        """As `Executor.directory`."""
+        return self._executor.directory
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the executor that it is of."""
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+    def _put(self, task: Task) -> TaskFuture:
+        return self._executor._put(task)
+
+
+class Executor(_Calls):
     """Runs Python functions on a pilot: that of ``dir`` (found as by `Broker.connect`), else a private one.
 
     A private pilot has the nodes of ``nodes`` (as of `pilotq start`; default: all cores here). It ends with
     `shutdown`, or with this process. Raises NoPilot when ``dir`` names a pilot that does not run, and whatever
-    `pilotq start` says. May be used by several threads.
+    `pilotq start` says. May be used by several threads. With a ``resource_dict``, which may be empty, it takes calls as
+    executorlib does: ``submit(fn, resource_dict={"threads_per_core": 4})``.
 
         with Executor() as pool:
             future = pool.submit(math.sqrt, 2)
@@ -124,12 +184,21 @@ class Executor(futures.Executor):
             pool.options(cores=4, time_limit=600.0).submit(simulate)
     """
 
-    def __init__(self, dir: str | None = None, *, nodes: str | int | None = None) -> None:
+    def __init__(
+        self,
+        dir: str | None = None,
+        *,
+        nodes: str | int | None = None,
+        resource_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._base = Task() if resource_dict is None else task_of(Task(), resource_dict)
+        self._resources = resource_dict
         pilot = None if nodes is not None and dir is None else private_pilot.running(dir)
         self._private = pilot is None
         pilot = pilot or private_pilot.start(nodes)
         self._broker = Broker.connect(pilot.directory)
         self._reader = Broker.connect(pilot.directory)
+        self._max_workers = max(sum(node.cores for node in self._reader.nodes() if node.state == "up"), 1)
         self._pilot = pilot
         self._files = OutputFiles(pilot)
         self._name = secrets.token_hex(6)
@@ -151,18 +220,12 @@ class Executor(futures.Executor):
         for thread in self._threads:
             thread.start()
 
-    # -- what concurrent.futures has -------------------------------------------------------------------------------
+    # -- what users call -------------------------------------------------------------------------------------------
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TaskFuture:
-        """Run ``fn(*args, **kwargs)`` on one core. Raises InvalidInput when the call cannot be pickled."""
-        return self._submit(_PLAIN, fn, args, kwargs)
-
-    def map(
-        self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
-    ) -> Iterator[Any]:
-        """Results in order; one task for ``chunksize`` calls. The rest is canceled when one raises, or after
-        ``timeout`` seconds (TimeoutError)."""
-        return self._map(_PLAIN, fn, iterables, timeout, chunksize)
+    @property
+    def directory(self) -> str:
+        """The directory of its pilot, which all nodes of the pilot see."""
+        return self._pilot.directory
 
     def options(
         self,
@@ -175,12 +238,12 @@ class Executor(futures.Executor):
         numa: str | None = None,
         **fields: Any,
     ) -> Options:
-        """`submit` and `map` for tasks that ask for resources, as task files write them, or set ``fields`` of Task."""
-        request = request_of(Request(), cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use, numa=numa)
+        """An executor for tasks that ask for resources, as task files write them, or set ``fields`` of Task."""
+        request = request_of(self._base.request, cores=cores, nodes=nodes, gpus=gpus, memory=memory, use=use, numa=numa)
         if fields.get("array") is not None or fields.get("values") is not None:
             raise InvalidInput("options: a future is of one call: submit an array with Broker.enqueue")
-        task = msgspec.structs.replace(_PLAIN, request=request, **fields)
-        validate(msgspec.structs.replace(task, function=_run_each), "options")  # any function: it comes later
+        task = msgspec.structs.replace(self._base, request=request, **fields)
+        validate(msgspec.structs.replace(task, function=run_each), "options")  # any function: it comes later
         return Options(self, task)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -212,29 +275,6 @@ class Executor(futures.Executor):
             raise
 
     # -- submitting ------------------------------------------------------------------------------------------------
-
-    def _submit(self, task: Task, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskFuture:
-        if not callable(fn):
-            raise TypeError(f"submit takes a function and its arguments, not {type(fn).__name__}")
-        return self._put(msgspec.structs.replace(task, function=Packed(pack_call(fn, args, kwargs))))
-
-    def _map(
-        self, task: Task, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], timeout: float | None, size: int
-    ) -> Iterator[Any]:
-        if size < 1:
-            raise ValueError("chunksize must be at least 1")
-        if not callable(fn):
-            raise TypeError(f"map takes a function and iterables, not {type(fn).__name__}")
-        end_at = None if timeout is None else time.monotonic() + timeout
-        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        if size > 1:
-            several = iter(lambda: list(islice(calls, size)), [])
-            found = self._map(task, _run_each, (iter(lambda: fn, None), several), timeout, 1)
-            return chain.from_iterable(found)
-        target = target_of(fn)  # once for all
-        replace = msgspec.structs.replace
-        made = [self._put(replace(task, function=Packed(pack_call(target, args, {})))) for args in calls]
-        return _results(made, end_at)
 
     def _put(self, task: Task) -> TaskFuture:
         future = TaskFuture(self)
@@ -446,20 +486,3 @@ def _finish_all() -> None:
     private_pilot.remove_kept()
     if interrupted is not None:
         raise interrupted
-
-
-_PLAIN = Task()
-
-
-def _run_each(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    return [fn(*args) for args in calls]
-
-
-def _results(made: list[TaskFuture], end_at: float | None) -> Iterator[Any]:
-    made.reverse()  # so that a result that was yielded is not kept
-    try:
-        while made:
-            yield made.pop().result(None if end_at is None else max(end_at - time.monotonic(), 0.0))
-    finally:
-        for future in made:
-            future.cancel()

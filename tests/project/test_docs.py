@@ -36,7 +36,8 @@ else:
     import tomli as tomllib
 
 BOOKS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOOLS = {"docs/snakemake.md": ("snakemake", "Snakemake")}  # pages whose commands need a tool: its module, its name
+# Pages whose commands need a tool: its module, its name.
+TOOLS = {"docs/snakemake.md": ("snakemake", "Snakemake"), "docs/python-pools.md": ("joblib_pilotq", "joblib")}
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLE = r"^\| [^|]* \| pilotq \|\n\|---\|---\|\n((?:\|[^\n]*\|\n)+)"
 SHOWN_PARTS = re.compile(f"{FENCE.pattern}|{TABLE}", re.MULTILINE | re.DOTALL)

@@ -1,0 +1,73 @@
+"""`mapped`: the results of many calls, in order, for `map` and `starmap` of an executor."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from itertools import chain, islice
+from typing import Any
+
+from pilotq.broker.tasks.functions import target_of
+
+Put = Callable[[Any, tuple[Any, ...]], "futures.Future[Any]"]
+
+
+def mapped(
+    put: Put,
+    fn: Callable[..., Any],
+    calls: Iterator[tuple[Any, ...]],
+    *,
+    timeout: float | None,
+    chunksize: int,
+    buffersize: int | None,
+) -> Iterator[Any]:
+    """Submit ``fn(*args)`` for each of ``calls`` by ``put(fn, args)``, ``chunksize`` calls together; yield results.
+
+    With ``buffersize`` only so many are submitted ahead of what was yielded. Raises ValueError and TypeError for wrong
+    arguments.
+    """
+    if chunksize < 1:
+        raise ValueError("chunksize must be at least 1")
+    if buffersize is not None and not isinstance(buffersize, int):
+        raise TypeError("buffersize must be an integer or None")
+    if buffersize is not None and buffersize < 1:
+        raise ValueError("buffersize must be None or at least 1")
+    if not callable(fn):
+        raise TypeError(f"map takes a function and iterables, not {type(fn).__name__}")
+    end_at = None if timeout is None else time.monotonic() + timeout
+    if chunksize > 1:
+        several = iter(lambda: list(islice(calls, chunksize)), [])
+        submitted = (put(run_each, (fn, part)) for part in several)
+    else:
+        target = target_of(fn)  # once for all
+        submitted = (put(target, args) for args in calls)
+    found = _results(deque(islice(submitted, buffersize)), submitted, end_at)
+    return chain.from_iterable(found) if chunksize > 1 else found
+
+
+def run_each(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Several calls as one."""
+    return [fn(*args) for args in calls]
+
+
+def _results(
+    made: deque[futures.Future[Any]], more: Iterator[futures.Future[Any]], end_at: float | None
+) -> Iterator[Any]:
+    try:
+        while made:
+            made.extend(islice(more, 1))
+            left = None if end_at is None else max(end_at - time.monotonic(), 0.0)
+            yield _take(made.popleft(), left)  # without a name: a result that was yielded is not kept
+    finally:
+        for future in made:
+            future.cancel()
+
+
+def _take(future: futures.Future[Any], timeout: float | None) -> Any:
+    """The result; a future that has none in time is canceled."""
+    try:
+        return future.result(timeout)
+    finally:
+        future.cancel()
