@@ -87,6 +87,7 @@ local function claim_array(id, class, f, targets)
     if f.gaps then position = next_open(id, position, count) end
     if position == count then break end
     local target, index = targets[from], index_at(f.array, position)
+    f.index = index
     local message = run_message(target, class, id .. '_' .. string.format('%d', index), execution, {name = f.name,
       queued = f.queued, shared = f.shared, array = id, index = index, position = position, retries = f.retries,
       submission = f.submission, spec = f.spec})

@@ -604,7 +604,7 @@ end
 
 -- The record of one element of an array, made when the element gets a life of its own.
 local function make_element(array, position, f, extra)
-  local index = index_at(f.array, position)
+  local index = f.index or index_at(f.array, position)
   local id = array .. '_' .. string.format('%d', index)
   local n, created = #extra, f.created or ''
   for i, value in ipairs({'pq_class', f.class, 'pq_array_of', array, 'pq_pos', string.format('%d', position), 'pq_sub',
