@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -40,6 +41,8 @@ def main(names: list[str]) -> None:
     path = Path(__file__).with_name("results.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")
+    if missing := [f.what for f in figures if math.isnan(f.value)]:
+        raise SystemExit(f"not measured: {'; '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,21 @@ def install(place: Path, requirement: str) -> Path:
     return programs
 
 
-def quietly(command: Sequence[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=WAIT_S, env=environment)
+def unpack(place: Path, package: str) -> Path:
+    """Unpack a package of this Debian, without installing it; returns the folder of its programs."""
+    place.mkdir()
+    quietly(["apt-get", "download", package], dict(os.environ), place)
+    (file,) = place.glob("*.deb")
+    quietly(["dpkg-deb", "--extract", str(file), str(place)], dict(os.environ))
+    return place / "usr" / "bin"
+
+
+def quietly(command: Sequence[str], environment: dict[str, str], folder: Path | None = None) -> None:
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=WAIT_S, env=environment, cwd=folder
+        )
+    except FileNotFoundError as error:
+        raise SystemExit(f"{' '.join(command)} cannot be started: {error}") from None
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")

@@ -13,7 +13,8 @@ from statistics import median
 TRUE = "/bin/true"
 CHAIN = "chain"
 LINKS, CHAINS = 200, 3  # of each chain; the median of so many counts
-TRIAL_S = 1.0
+LEAST = 0.7  # a measurement takes at least this share of the seconds
+STEP = 8
 WARM = 20
 
 # Does so many tasks, from the first submit to the end of the last one as the client sees it; what it returns tells
@@ -43,11 +44,11 @@ def chained(play: Play) -> float:
 
 def scaled(what: str, play: Play, seconds: float) -> float:
     timed(what, play, WARM)  # a system may take seconds to have its workers; that would pass for a low rate
-    number, took = 10, 0.0
-    while (took := timed(what, play, number)) < TRIAL_S:
-        number *= 3
-    number = math.ceil(number / took * seconds)
-    return number / timed(what, play, number)
+    number = WARM
+    # Step by step: what a system needs for any number of tasks must not pass for what each of them takes.
+    while (took := timed(what, play, number)) < seconds * LEAST:
+        number = math.ceil(number * min(seconds / took, STEP))
+    return number / took
 
 
 def timed(what: str, play: Play, number: int) -> float:

@@ -6,7 +6,7 @@
 
 The parts: ``nodes`` (rate and use of cores by number of nodes), ``lengths`` (weak scaling of short tasks), ``idle``
 (cost of nodes without tasks), ``queue`` (rate, memory and latency by what waits), ``many`` (a million queued; 10,000
-tasks on 2,500 cores). Tables are printed, and plots written to docs/simulation.
+tasks on 2,500 cores). Tables are printed, and plots written to docs/plots.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.figures import Figure
 
-PLOTS = Path(__file__).parents[2] / "docs" / "simulation"
+PLOTS = Path(__file__).parents[2] / "docs" / "plots"
 
 
 class Column(NamedTuple):
@@ -58,7 +58,7 @@ class Table(NamedTuple):
         return found
 
     def plot(self) -> None:
-        """Writes docs/simulation/<name>.svg; needs matplotlib (the extra ``report``)."""
+        """Writes docs/plots/<name>.svg; needs matplotlib (the extra ``report``)."""
         import matplotlib as mpl
 
         mpl.use("svg")
