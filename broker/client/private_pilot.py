@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -39,6 +40,11 @@ def start(nodes: str | int | None) -> Pilot:
         _remove(pilot, os.getpid())
         raise PilotFailed(started.stderr.strip().removeprefix("pilotq: "))
     return pilot
+
+
+def end_with_program(pilot: Pilot) -> None:
+    """End what `start` has returned when this program ends."""
+    atexit.register(end, pilot)
 
 
 def end(pilot: Pilot, files: OutputFiles | None = None) -> None:

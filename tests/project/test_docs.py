@@ -37,7 +37,11 @@ else:
 
 BOOKS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Pages whose commands need a tool: its module, its name.
-TOOLS = {"docs/snakemake.md": ("snakemake", "Snakemake"), "docs/python-pools.md": ("joblib_pilotq", "joblib")}
+TOOLS = {
+    "docs/python-pools.md": ("joblib_pilotq", "joblib"),
+    "docs/snakemake.md": ("snakemake", "Snakemake"),
+    "docs/submitit.md": ("submitit_pilotq", "submitit"),
+}
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLE = r"^\| [^|]* \| pilotq \|\n\|---\|---\|\n((?:\|[^\n]*\|\n)+)"
 SHOWN_PARTS = re.compile(f"{FENCE.pattern}|{TABLE}", re.MULTILINE | re.DOTALL)
