@@ -33,6 +33,8 @@ from pilotq.broker.store.messages import (
     NodeLost,
     NodeReport,
     PartlyReleased,
+    Run,
+    RunEnd,
     StateReport,
     StateRequest,
     Swept,
@@ -61,6 +63,9 @@ def _not_kept(_: str) -> str:
     raise OSError("this worker has no file for it")
 
 
+Apart = Callable[[], list[EndReport]]  # makes a report for each element of a run
+
+
 class _Call(NamedTuple):
     script: str  # "" for a plain command
     args: tuple[Argument, ...]
@@ -68,6 +73,7 @@ class _Call(NamedTuple):
     apart: Callable[[], None] | None = None  # posts the same in several calls, for one record each
     message: ToWorker | None = None  # of a message to another worker
     at: float = 0.0  # monotonic: when it was sent
+    runs: tuple[Apart, ...] = ()  # what makes the reports of the elements of its runs
 
     def step(self, moment: str) -> str:
         return f"{self.script or 'inbox trim'}:{moment}"
@@ -273,16 +279,23 @@ class Session:
             if isinstance(reply, ReplyError):
                 self._script_failed(call, reply)
             elif call.script == "complete":
-                for (task_id, execution), verdict in zip(call.reports, reply, strict=True):
-                    if verdict != b"full":
-                        self._verdicts.append((task_id, execution, verdict.decode()))
-                if b"full" in reply:
-                    self._post_spilled(call, [place for place, verdict in enumerate(reply) if verdict == b"full"])
+                self._read_verdicts(call, reply)
             elif call.script == "send" and reply == 0 and call.message is not None:
                 self._undelivered.append((f"{call.args[0]!s}:{call.args[1]!s}", call.message))
             elif call.script == "heartbeat" and reply != 1:
                 self._heartbeat_refused(reply)
             self._last_contact = max(self._last_contact, call.at)
+
+    def _read_verdicts(self, call: _Call, reply: list[bytes]) -> None:
+        number = len(call.reports)
+        for (task_id, execution), verdict in zip(call.reports, reply[:number], strict=True):
+            if verdict != b"full":
+                self._verdicts.append((task_id, execution, verdict.decode()))
+        for make, verdict in zip(call.runs, reply[number:], strict=True):
+            if verdict == b"apart":
+                self.post_ends(make(), [])
+        if b"full" in reply:
+            self._post_spilled(call, [place for place, verdict in enumerate(reply) if verdict == b"full"])
 
     def _heartbeat_refused(self, reply: int) -> None:
         name = self._registered().name
@@ -323,20 +336,29 @@ class Session:
 
     # -- reports ------------------------------------------------------------------------------------------------
 
-    def post_ends(self, reports: list[EndReport], ends: list[ExecutionEnd]) -> None:
-        """Report ended executions, and what became of their slots, in one script call."""
+    def post_ends(
+        self, reports: list[EndReport], ends: list[ExecutionEnd], runs: Sequence[tuple[RunEnd, Apart]] = ()
+    ) -> None:
+        """Report ended executions, and what became of their slots, in one script call.
+
+        Each of ``runs`` comes with what makes the reports of its elements, for the case that they are needed.
+        """
         info = self._registered()
         self._call_number += 1
         message = pack(NodeReport(info.name, info.incarnation, ends))
-        args = self._store.complete_arguments(self._address(), self._call_number, message, reports)
+        args = self._store.complete_arguments(
+            self._address(), self._call_number, message, reports, [run for run, _ in runs]
+        )
+        apart_of_runs = tuple(make for _, make in runs)
 
         def apart() -> None:
-            for report in reports:
+            for report in (*reports, *(report for make in apart_of_runs for report in make())):
                 self.post_ends([report], [])
             self.post_ends([], ends)
 
         ids = tuple((r.id, r.execution) for r in reports)
-        self._post(_Call("complete", tuple(args), ids, apart if reports and (ends or len(reports) > 1) else None))
+        several = runs or (reports and (ends or len(reports) > 1))
+        self._post(_Call("complete", tuple(args), ids, apart if several else None, runs=apart_of_runs))
 
     def _post_spilled(self, call: _Call, places: list[int]) -> None:
         """Report some ends of a call again, with their results in a file: the server has no room for them."""
@@ -379,7 +401,7 @@ class Session:
         ids = tuple((start[0], start[1]) for start in starts)
         self._post(_Call("report_started", args, ids, apart if len(starts) > 1 else None))
 
-    def post_returned(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
+    def post_returned(self, tasks: list[Run], counts: dict[str, int]) -> None:
         """Tasks that were not started go back to the head of their lists (oldest first); counts by class."""
         info = self._registered()
         self._call_number += 1
@@ -392,10 +414,10 @@ class Session:
                 self.post_returned([task], {})
             self.post_returned([], counts)
 
-        args: tuple[Argument, ...] = (self._address(), self._call_number, message, pack(tasks), *late)
-        self._post(
-            _Call("return_unstarted", args, tuple(tasks), apart if tasks and (counts or len(tasks) > 1) else None)
-        )
+        packed = pack([(run.id, run.execution, run.class_name, run.array, run.position) for run in tasks])
+        args: tuple[Argument, ...] = (self._address(), self._call_number, message, packed, *late)
+        ids = tuple((run.id, run.execution) for run in tasks)
+        self._post(_Call("return_unstarted", args, ids, apart if tasks and (counts or len(tasks) > 1) else None))
 
     def post_state(self, state: StateReport) -> None:
         """Answer to StateRequest: all slots and prefetched tasks."""

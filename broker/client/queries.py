@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 
 from pilotq.broker.client.views import GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.leases import LeasedElement, leased_elements, number_leased, read_leases
 from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
 from pilotq.broker.store.resources import GpuFacts, NodeInfo
 from pilotq.broker.store.store import from_iso
@@ -152,6 +153,17 @@ def element_view(entry: JournalEntry, task_id: str) -> TaskView | None:
     )  # fmt: skip
 
 
+def leased_view(element: LeasedElement, array: TaskView) -> TaskView:
+    """A view of an element that a lease holds, by that of its array."""
+    lease = element.lease
+    times = {"queued": array.times["queued"], "handed": _time(lease.started)}
+    return TaskView(
+        id=element.id, name=array.name, status="started", reason="handed", execution=lease.execution,
+        node=lease.address.rpartition(":")[0], queue=array.queue, command=array.command, retries=array.retries,
+        array=array.id, index=int(element.id.rpartition("_")[2]), times=times,
+    )  # fmt: skip
+
+
 def array_of(task_id: str) -> str | None:
     """The array of an element: ``7f_3`` -> ``7f``; None when the text has not the form of an element's id."""
     found = _ELEMENT.fullmatch(task_id)
@@ -247,6 +259,11 @@ class TaskQueries:
         if position is None:
             return None
         outcome = outcome_at(bits, position, following)
+        if outcome == "started":
+            leases = [lease for lease in read_leases(self.link) if lease.array == array]
+            for element in leased_elements(self.link, leases):
+                if element.id == task_id:
+                    return leased_view(element, view)
         status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(outcome, outcome)
         return TaskView(
             id=task_id, name=view.name, status=status, queue=view.queue, command=view.command, array=array,
@@ -277,6 +294,7 @@ class TaskQueries:
         """Tasks with a record in Redis that may have this status. ``page``: how much of each list is read at once."""
         if status in (None, "started"):
             yield from self._views(self._running(), page)
+            yield from self._leased()
         if status is None or status in WAITING:
             yield from self._views(self._waiting(page), page)
         kinds = sorted(set(ENDED_KINDS.values())) if status is None else [ENDED_KINDS.get(status, "")]
@@ -286,6 +304,13 @@ class TaskQueries:
             for queue in self._queues()
         ]  # fmt: skip
         yield from merge(*ended, key=lambda view: view.times.get("ended") or 0.0, reverse=True)
+
+    def _leased(self) -> Iterator[TaskView]:
+        """Elements that a node has got and that have no record: short ones, or such that have not begun."""
+        leases = sorted(read_leases(self.link), key=lambda lease: _age(lease.array), reverse=True)
+        for array, mine in groupby(leases, key=lambda lease: lease.array):
+            if (view := self.views([array])[0]) is not None:
+                yield from (leased_view(element, view) for element in leased_elements(self.link, list(mine)))
 
     def _views(self, ids: Iterator[str], page: int) -> Iterator[TaskView]:
         while batch := list(islice(ids, page)):
@@ -306,7 +331,8 @@ class TaskQueries:
         members = [member for member in self.executions() if not member.endswith(":0")]
         read = [("HGET", keys.job(member.rpartition(":")[0]), "pq_slot") for member in members[:RUNNING_READ_MAX]]
         slots, *own = self.link.pipeline([("HGET", keys.STATUS, "slots"), *read])
-        return max(sum(slot is not None for slot in own), min(len(members), int(slots or 0)))
+        handed = len(members) + sum(number_leased(self.link).values())
+        return max(sum(slot is not None for slot in own), min(handed, int(slots or 0)))
 
     def _running(self) -> Iterator[str]:
         yield from sorted((member.rpartition(":")[0] for member in self.executions()), key=_age, reverse=True)

@@ -12,6 +12,7 @@ from itertools import islice
 from pilotq.broker.log import log
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, ReplyError
+from pilotq.broker.store.leases import leased_elements, number_leased, read_leases
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import open_positions, outcome_at
@@ -82,11 +83,12 @@ class RqRepair:
             return
         left = [row[0] for row in self.connection.read_hashes([keys.job(i) for i in arrays], "pq_left")]
         running = self.connection.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
+        leased = number_leased(self.connection)
         # Most often all open elements run. Otherwise some wait: queued, for other tasks, or for ever without a record.
         waiting = [
             array
             for array, own, there in zip(arrays, left, running, strict=True)
-            if own and own.isdigit() and int(own) > there
+            if own and own.isdigit() and int(own) > there + leased[array]
         ]
         for array in waiting:
             try:
@@ -103,7 +105,7 @@ class RqRepair:
 
         An element that waits for other arrays' elements has no record before these have finished, and before the
         script that releases dependents has queued it. So these are read first, then what is to be released, then the
-        records.
+        leases of what runs without a record, then the records.
         """
         (row, bits) = self.connection.pipeline([
             ("HMGET", keys.job(array), "pq_array", "pq_next", "pq_parents", "pq_after"), ("GET", keys.outcomes(array)),
@@ -115,13 +117,15 @@ class RqRepair:
         finished = [found for found in self.connection.pipeline([("GET", key) for key in parents]) if found is not None]
         if parents and self.connection.call("EXISTS", keys.RELEASE):
             return []
+        leases = [lease for lease in read_leases(self.connection) if lease.array == array]
+        held = {element.id for element in leased_elements(self.connection, leases)}
         indices = Indices.read(span)
         waiting = (
             f"{array}_{indices[position]}"
             for position in islice(open_positions(bits or b"", int(following)), ELEMENTS_MAX)
             if all(outcome_at(found, position, 0) == "finished" for found in finished)
         )
-        ids = list(islice(waiting, BATCH))
+        ids = list(islice((i for i in waiting if i not in held), BATCH))
         there = self.connection.pipeline([("EXISTS", keys.job(i)) for i in ids]) if ids else []
         return [i for i, found in zip(ids, there, strict=True) if not found]
 

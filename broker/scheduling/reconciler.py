@@ -16,6 +16,7 @@ from pilotq.broker.process_identity import machine_id, start_time
 from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.leases import leased_elements, read_leases
 from pilotq.broker.store.messages import EndReport, Stop
 from pilotq.broker.store.registry import user_queues
 from pilotq.broker.store.resources import NodeInfo
@@ -64,6 +65,7 @@ class Reconciler:
         self._adopt_canceled(queues, classes)
         for queue in queues:
             self._check_running(queue, nodes)
+        self._stop_deleted_arrays(nodes)
         self.repair.turn(queues, now)
         # RQ's delete of what runs takes it out of the registry, too: nothing seems to run, its end is still to come.
         if idle and self.store.count_vanished(queues):
@@ -140,6 +142,16 @@ class Reconciler:
             if self.link.call("ZSCORE", wip, member) is not None:
                 self._end_vanished(queue, member, nodes)
 
+    def _stop_deleted_arrays(self, nodes: dict[str, NodeInfo]) -> None:
+        """Elements without a record, of an array that somebody has deleted, are stopped. Their ends count them."""
+        leases = read_leases(self.link)
+        arrays = sorted({lease.array for lease in leases})
+        there = self.link.pipeline([("EXISTS", keys.job(a)) for a in arrays]) if arrays else []
+        deleted = {array for array, found in zip(arrays, there, strict=True) if not found}
+        for array, address in sorted({(lease.array, lease.address) for lease in leases if lease.array in deleted}):
+            if (info := nodes.get(address)) is not None:
+                self.store.write(*to_worker(info.name, info.incarnation, Stop(array, 0, "canceled")))
+
     def _end_vanished(self, queue: str, member: str, nodes: dict[str, NodeInfo]) -> None:
         """The record of a running task was deleted. It is not known where it runs, so every node is told."""
         task_id, _, execution = member.rpartition(":")
@@ -198,6 +210,7 @@ class Reconciler:
             for _, node, _ in self._running(queue):
                 if node and node not in alive:
                     lost.add(node)
+        lost |= {lease.address for lease in read_leases(self.link)} - alive
         return sum(self.requeue_node(node, "the pilot was started again") for node in sorted(lost))
 
     def requeue_node(self, address: str, why: str, *, clean: bool = False) -> int:
@@ -206,7 +219,8 @@ class Reconciler:
         ``clean``: it had left, so none of them had started, and no task is charged.
         """
         outcome, reason = ("requeue", "pilot ended") if clean else ("lost", "worker lost")
-        number = 0
+        # What has no record yet is younger: it goes to the head first.
+        number = self._requeue_leased(address, outcome, reason, why)
         for queue in self._queues():
             mine = [(i, e) for i, node, e in self._running(queue) if node == address]
             mine.sort(key=_order)
@@ -228,6 +242,46 @@ class Reconciler:
                 self.store.report_lost(reports)
                 number += len(batch)
         return number
+
+    def _requeue_leased(self, address: str, outcome: str, reason: str, why: str) -> int:
+        """End what leases of a lost incarnation hold; returns how many elements."""
+        leases = [lease for lease in read_leases(self.link) if lease.address == address]
+        held = list(leased_elements(self.link, leases))
+        node = address.rpartition(":")[0]
+        names = {lease.array: "" for lease in leases}
+        rows = self.link.read_hashes([keys.job(array) for array in names], "pq_name", "pq_sub", "pq_class")
+        fields = {
+            array: tuple(text.decode() if text else "" for text in row) for array, row in zip(names, rows, strict=True)
+        }
+        for batch in reversed(_slices(held)):
+            now = time.time()
+            reports = []
+            for element in batch:
+                array, execution = element.lease.array, element.lease.execution
+                name, submission, class_name = fields[array]
+                entry = JournalEntry(
+                    id=element.id, execution=execution, node=node, ended=now, message=why, name=name, array=array,
+                    submission=submission, index=int(element.id.rpartition("_")[2]),
+                )  # fmt: skip
+                reports.append(
+                    EndReport(
+                        element.id,
+                        execution,
+                        outcome,
+                        reason,
+                        iso(now),
+                        "",
+                        "",
+                        "",
+                        pack(entry),
+                        array=array,
+                        position=element.position,
+                        class_name=class_name,
+                        submission=submission,
+                    )
+                )
+            self.store.report_lost(reports)
+        return len(held)
 
     def _running(self, queue: str) -> list[tuple[str, str, int]]:
         """(id, node:incarnation, execution) of all members of the queue's wip registry; arrays have no node."""

@@ -21,6 +21,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.journal import HEADER, OUTPUTS, PackedEntry
 from pilotq.broker.store.journal_repair import keep_aside
+from pilotq.broker.store.journal_runs import RunLines
 from pilotq.broker.store.messages import ControlChanged
 from pilotq.broker.tasks.array_outcomes import OUTCOMES, element_ranges
 
@@ -51,6 +52,8 @@ class PlaceOfEntry(msgspec.Struct):
 
 
 _items = msgspec.msgpack.Decoder(list[tuple[PackedEntry, _Ending]])
+_runs = msgspec.msgpack.Decoder(list[RunLines])
+RUNS = b"r"  # the field of an entry of the stream that holds runs of elements
 
 
 class JournalWriter:
@@ -147,8 +150,8 @@ class JournalWriter:
             stream_id = raw_id.decode()
             place = _place(stream_id)
             try:
-                items = _items.decode(fields[1])
-            except ValueError as error:
+                items = _items_of(*fields)
+            except (ValueError, LookupError) as error:
                 # The boundary to what scripts pack: one entry that cannot be read must not stop all others.
                 self._leave_out(stream_id, fields[1], error)
                 items = []
@@ -212,6 +215,13 @@ class JournalWriter:
         if self._size <= self._pause_bytes and self._paused:
             return {"resume": ("HDEL", keys.STATUS, "journal"), "notify": notify}
         return {}
+
+
+def _items_of(field: bytes, data: bytes) -> list[tuple[PackedEntry, _Ending]]:
+    """What an entry of the stream holds; raises ValueError or LookupError where that cannot be read."""
+    if field == RUNS:
+        return [(entry, _Ending()) for run in _runs.decode(data) for entry in run.entries()]
+    return _items.decode(data)
 
 
 def _log(text: str) -> None:

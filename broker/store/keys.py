@@ -29,6 +29,7 @@ EXPECTED_NODES = (
     "pilotq:expected-nodes"  # list: names of nodes that the supervisor starts itself, as ordered by the user
 )
 NEXT_INCARNATION = "pilotq:next-incarnation"  # counter: the last incarnation (fencing token) given to a node
+LEASES = "pilotq:leases"  # hash: <array>:<first position> -> elements of the lease without an end and a record
 COUNTS = "pilotq:counts"  # hash: total, finished, failed, canceled tasks since the queue began
 SHARED_REFS = "pilotq:shared-refs"  # hash: key of a shared record -> submissions that use it and have not ended
 EVENTS = "pilotq:events"  # list the dispatcher blocks on: messages of workers, supervisor and clients
@@ -51,12 +52,12 @@ WORKERS = "rq:workers"
 PERMANENT = (
     SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, CHANGED_CLASSES, SUBMISSIONS, PARENTS, NODES, EXPECTED_NODES,
     NEXT_INCARNATION, COUNTS, SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS,
-    DRAINED, QUARANTINE, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
+    DRAINED, QUARANTINE, LEASES, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
     "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:dependents:*", "pilotq:outcomes:*",
-    "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*",
+    "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*", "pilotq:leases:*",
 )  # fmt: skip
 
 
@@ -138,6 +139,11 @@ def executor_of(submission_key: str) -> str:
 def outcomes(array_id: str) -> str:
     """Two bits an element, by position: 0 not ended, 1 finished, 2 failed, 3 canceled or omitted."""
     return f"pilotq:outcomes:{array_id}"
+
+
+def leases(array_id: str) -> str:
+    """Sorted set, by first position: "first count execution slots time address" of each lease of elements."""
+    return f"pilotq:leases:{array_id}"
 
 
 def values(array_id: str) -> str:

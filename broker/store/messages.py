@@ -1,10 +1,11 @@
 """The messages between dispatcher and workers, and what a worker reports of an ended execution. All are msgpack.
 
-Dispatcher to worker: a stream for each incarnation of a node (the inbox), each entry a list of ``Run`` (added by the
-claim script itself), ``Stop``, ``RetractTasks``, ``StateRequest``, ``Leave``. Worker to dispatcher: the list of events,
-each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``, ``NodeLost``, ``Draining``, ``PartlyReleased``,
-``Swept``; clients add ``ControlChanged``. Worker to worker, into the inbox too, about a multinode task:
-``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others, ``RemoteEnded`` and ``Swept`` back.
+Dispatcher to worker: a stream for each incarnation of a node (the inbox), each entry a list of ``Run`` and ``Lease``
+(added by the claim script itself), ``Stop``, ``RetractTasks``, ``StateRequest``, ``Leave``. Worker to dispatcher: the
+list of events, each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``, ``NodeLost``, ``Draining``,
+``PartlyReleased``, ``Swept``; clients add ``ControlChanged``. Worker to worker, into the inbox too, about a multinode
+task: ``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others, ``RemoteEnded`` and ``Swept``
+back.
 
 A *slot* is one reservation as dispatcher and worker both know it: a number and an allocation text. A task is handed out
 with a slot, or with slot 0: then it is *prefetched*, and takes over the slot of the next task of its class that ends on
@@ -13,6 +14,7 @@ this node.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -38,10 +40,49 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     spec: bytes  # msgpack Spec; decoded by itself, so that a damaged one costs nothing else
     crashes: int = 0  # executions whose launcher or worker died under them
     last_suspect_node: str = ""  # the suspect node on which it failed at once: see quarantine.py
+    leased: bool = False  # it came in a `Lease`, and has no record on the server
+
+
+class Lease(msgspec.Struct, array_like=True, tag="lease"):
+    """Run these elements of an array. The order of the fields is fixed by claim.lua.
+
+    The first ones have the ``slots`` (number, allocation), the others are prefetched. The other fields are as in Run.
+    """
+
+    array: str
+    execution: int
+    class_name: str
+    name: str
+    queued: float
+    handed: float
+    shared: str
+    first: int  # position of the first element
+    number: int  # of elements
+    index: int  # of the first element
+    step: int  # from one index to the next
+    retries: int
+    submission: str
+    spec: bytes
+    slots: list[tuple[int, str]]
+
+    def runs(self) -> Iterator[Run]:
+        """A `Run` for each element, in order."""
+        for number in range(self.number):
+            slot, allocation = self.slots[number] if number < len(self.slots) else (0, "")
+            position = self.first + number
+            index = self.index + self.step * number
+            yield Run(
+                f"{self.array}_{index}", self.execution, slot, allocation, self.class_name, self.name, self.queued,
+                self.handed, self.shared, self.array, index, position, self.retries, self.submission, self.spec,
+                leased=True,
+            )  # fmt: skip
 
 
 class Stop(msgspec.Struct, array_like=True, tag="stop"):
-    """End this task if that execution is still here; ``reason`` is one of states.REASONS."""
+    """End this task if that execution is still here; ``reason`` is one of states.REASONS.
+
+    Of an array all its elements here are ended.
+    """
 
     id: str  # empty: all that run
     execution: int  # 0: whichever is here
@@ -145,8 +186,8 @@ class ClearSuspicion(msgspec.Struct, array_like=True, tag="clear_suspicion"):
 
 
 ToWorker = (
-    Run | Stop | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded | Sweep | Swept | Gone
-    | ClearSuspicion
+    Run | Lease | Stop | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded | Sweep | Swept
+    | Gone | ClearSuspicion
 )  # fmt: skip
 
 
@@ -162,10 +203,11 @@ _NEEDED = frozenset({"id", "execution", "slot", "allocation", "class_name"})  # 
 def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
     """The messages of one entry of an inbox, and a sentence for each that is damaged.
 
+    For a `Lease` a `Run` for each of its elements.
     A `Run` of which a field cannot be read comes with an empty ``spec``: so that task ends, and no other.
     """
     try:
-        return _decode(packed), []
+        return _with_runs(_decode(packed)), []
     except UNREADABLE:
         pass
     messages: list[ToWorker] = []
@@ -181,7 +223,16 @@ def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
             run = _read_run(part)
             damaged.append(f"a message cannot be read: {error}" if run is None else f"task {run.id}: {error}")
             messages += [run] if run is not None else []
-    return messages, damaged
+    return _with_runs(messages), damaged
+
+
+def _with_runs(messages: list[ToWorker]) -> list[ToWorker]:
+    if not any(isinstance(message, Lease) for message in messages):
+        return messages
+    found: list[ToWorker] = []
+    for message in messages:
+        found += message.runs() if isinstance(message, Lease) else (message,)
+    return found
 
 
 def _read_run(packed: msgspec.Raw) -> Run | None:
@@ -317,3 +368,18 @@ class EndReport(msgspec.Struct):
     delay: float = 0.0  # seconds until it is tried again
     next_class: str = ""  # these two of a retry that asks for more: its class, and its Spec if that is another
     next_spec: bytes = b""
+
+
+class RunEnd(NamedTuple):
+    """Elements of an array that a lease holds, at consecutive positions, and that have finished, for complete.lua.
+
+    Nothing is kept of them but lines of the journal.
+    """
+
+    array: str
+    execution: int
+    submission: str
+    ended: str  # RQ's ISO form, of the last
+    first: int
+    number: int  # of elements
+    lines: bytes  # packed RunLines

@@ -21,7 +21,7 @@ from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection, ReplyError, ScriptMissing
-from pilotq.broker.store.messages import EndReport, ToWorker
+from pilotq.broker.store.messages import EndReport, RunEnd, ToWorker
 
 pack = msgspec.msgpack.Encoder().encode
 HEADS_SHOWN = 16  # ids of each class list that `heads` and `claim` return
@@ -54,11 +54,11 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """A script of broker/store/scripts, with lib.lua, lib_rq.lua and lib_commit.lua in front."""
+    """A script of broker/store/scripts, with lib.lua, lib_leases.lua, lib_rq.lua and lib_commit.lua in front."""
     folder = files("pilotq.broker.store.scripts")
     # Out of memory only a submit is refused, and before it has written anything: ends make room.
     flags = "" if name == "commit" else " flags=allow-oom"
-    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_rq", "lib_commit", name)]
+    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_leases", "lib_rq", "lib_commit", name)]
     text = f"#!lua{flags}\n" + "".join(parts)
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
@@ -214,10 +214,13 @@ class Store:
 
     # -- workers ------------------------------------------------------------------------------------------------
 
-    def complete_arguments(self, node: str, call: int, message: bytes, reports: Sequence[EndReport]) -> list[Argument]:
+    def complete_arguments(
+        self, node: str, call: int, message: bytes, reports: Sequence[EndReport], runs: Sequence[RunEnd] = ()
+    ) -> list[Argument]:
         """ARGV of complete.lua after the queue id; ``message`` is for the dispatcher, ``call`` its number."""
         s = self.settings
         rows, specs = [], []
+        behind = FIRST_REPORT + 2 * len(reports) + 1 + len(runs)  # the place of the specs among the arguments
         for r in reports:
             row: tuple[str | int | float, ...] = (
                 r.id, r.execution, r.outcome, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
@@ -225,7 +228,7 @@ class Store:
             )  # fmt: skip
             if r.next_class:
                 specs += [r.next_spec] if r.next_spec else []
-                row += (r.next_class, FIRST_REPORT + 2 * len(reports) + len(specs) - 1 if r.next_spec else 0)
+                row += (r.next_class, behind + len(specs) - 1 if r.next_spec else 0)
             rows.append(row)
         now = f"{time.time():.6f}"
         head: list[Argument] = [
@@ -233,4 +236,5 @@ class Store:
         ]  # fmt: skip
         for report in reports:
             head += (report.entry, report.text)
+        head += (pack([run[:-1] for run in runs]), *(run.lines for run in runs))
         return head + specs

@@ -24,6 +24,7 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.leases import leased_elements, read_leases
 from pilotq.broker.store.messages import (
     EndReport,
     ExecutionEnd,
@@ -34,18 +35,21 @@ from pilotq.broker.store.messages import (
     StateRequest,
     Stop,
     ToWorker,
+    decode_inbox,
 )
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import ClaimTarget, Store
 from pilotq.broker.tasks.model import ArrayRange, Request, Task
 from pilotq.broker.tasks.submit_context import SubmitContext
+from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.leased_ends import LeasedEnd, runs_of
+from pilotq.workers.protocol import NO_OUTPUT, Exited
 from pilotq.workers.session import Session, iso
 
 QUEUE_ID = "queue-of-tests"
 SHARED = SubmitContext({}, b"/", 0o022, {})
 ONE = "default.p0.1c"  # the class of a task that asks for nothing
 NODE = "n1:1"
-_messages = msgspec.msgpack.Decoder(list[ToWorker])
 
 
 def task(*argv: str, **fields: Any) -> Task:
@@ -120,6 +124,30 @@ class Engine:
         arguments = self.store.complete_arguments(node, call or self.next_call(), message, reports)
         return [v.decode() for v in self.store.run("complete", *arguments)]
 
+    def complete_runs(self, tasks: Sequence[Run], *, node: str = NODE) -> list[str]:
+        """Report elements that finished as a worker does: as runs, and those by themselves that the server wants so."""
+        ends = [leased_end(h) for h in tasks]
+        runs = list(runs_of(ends, node.rpartition(":")[0]))
+        arguments = self.store.complete_arguments(node, self.next_call(), b"event", [], [run for run, _ in runs])
+        verdicts = [v.decode() for v in self.store.run("complete", *arguments)]
+        found: dict[str, str] = {}
+        for (run, make), verdict in zip(runs, verdicts, strict=True):
+            reports = make()
+            answers = [verdict] * run.number
+            if verdict == "apart":
+                arguments = self.store.complete_arguments(node, self.next_call(), b"event", reports)
+                answers = [v.decode() for v in self.store.run("complete", *arguments)]
+            found |= zip([r.id for r in reports], answers, strict=True)
+        return [found[h.id] for h in tasks]
+
+    def report_started(self, h: Run) -> None:
+        """An execution lives longer than a moment."""
+        self.store.run("report_started", h.id, h.execution, h.allocation or "n1[0]", iso(time.time()), b"", b"")
+
+    def leased(self) -> list[str]:
+        """What leases hold, as ``<id>:<execution>``."""
+        return [f"{e.id}:{e.lease.execution}" for e in leased_elements(self.link, read_leases(self.link))]
+
     def report_lost(self, tasks: Sequence[Run]) -> list[str]:
         """End executions of a dead node, as the dispatcher does."""
         now = iso(time.time())
@@ -128,7 +156,7 @@ class Engine:
 
     def return_unstarted(self, tasks: Sequence[Run], *, call: int | None = None) -> int:
         now = time.time()
-        packed = msgspec.msgpack.encode([(h.id, h.execution) for h in tasks])
+        packed = msgspec.msgpack.encode([(h.id, h.execution, h.class_name, h.array, h.position) for h in tasks])
         late = (f"{now:.6f}", iso(now), self.settings.failed_ttl_s)
         return int(self.store.run("return_unstarted", NODE, call or self.next_call(), b"event", packed, *late))
 
@@ -166,7 +194,7 @@ class Engine:
         """Take all messages out of a node's inbox."""
         name, _, incarnation = node.rpartition(":")
         inbox = keys.inbox(name, int(incarnation))
-        found = [m for _, (_, packed) in self.link.call("XRANGE", inbox, "-", "+") for m in _messages.decode(packed)]
+        found = [m for _, (_, packed) in self.link.call("XRANGE", inbox, "-", "+") for m in decode_inbox(packed)[0]]
         self.link.call("DEL", inbox)
         return found
 
@@ -197,7 +225,7 @@ class Engine:
         """Entries with what the script decided laid over them, oldest first."""
         entries = self.link.call("XRANGE", keys.JOURNAL, "-", "+")
         # Lua packs bytes as text: the outcomes of elements need not be UTF-8.
-        items = [item for _, (_, packed) in entries for item in _loose(packed)]
+        items = [item for _, fields in entries for item in _loose(*fields)]
         return [{**entry, **ending} for entry, ending in items]
 
     def final_entry(self, task_id: str) -> dict[str, Any]:
@@ -208,7 +236,8 @@ class Engine:
     def nothing_left(self) -> bool:
         """No list, no registry of what has not ended, nothing to release; and everything was counted."""
         total = self.counts()["total"]
-        lists = [k for k in self.all_keys() if k.startswith(("rq:queue:", "rq:wip:", "rq:deferred:", keys.RELEASE))]
+        open_keys = ("rq:queue:", "rq:wip:", "rq:deferred:", keys.RELEASE, keys.LEASES)
+        lists = [k for k in self.all_keys() if k.startswith(open_keys)]
         return not lists and sum(self.counts().values()) == 2 * total
 
     def events(self) -> list[bytes]:
@@ -255,14 +284,24 @@ def end_report(h: Run, outcome: str, reason: str) -> EndReport:
     )  # fmt: skip
 
 
-def _loose(packed: bytes) -> list[Any]:
+def leased_end(h: Run) -> LeasedEnd:
+    """The end of an element that has run for a millisecond."""
+    e = Execution(1, h)
+    now = time.time()
+    e.allocation, e.started = h.allocation or "n1[0]", now
+    e.exited = Exited(1, 1, 0, now, now, 0.001, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT)
+    return LeasedEnd(e, now, "true", {}, lambda e, ended: end_report(e.run, "finished", ""))
+
+
+def _loose(field: bytes, packed: bytes) -> list[Any]:
     """Msgpack whose strings need not be UTF-8 (they become bytes then)."""
-    from pilotq.broker.store.journal_writer import _bytes_of, _items
+    from pilotq.broker.store.journal_writer import _bytes_of, _items_of
     from pilotq.broker.tasks.array_outcomes import element_ranges
 
     decoded = []
-    for entry, ending in _items.decode(packed):
+    for entry, ending in _items_of(field, packed):
         found = {n: getattr(ending, n) for n in ("status", "reason", "final")}
+        found = {n: getattr(entry, n) if value is msgspec.UNSET else value for n, value in found.items()}
         if ending.outcomes is not msgspec.UNSET:
             found["elements"] = element_ranges(_bytes_of(ending.outcomes), ending.array)
         decoded.append(
@@ -318,6 +357,10 @@ class FakeNode:
         if report:
             self.report()
 
+    def report_started(self, task_id: str) -> None:
+        handed, _, allocation = self.running[task_id]
+        self.link.post_starts([(task_id, handed.execution, allocation, iso(time.time()), b"", b"")])
+
     def report(self) -> None:
         if self._reports:
             self.link.post_ends(self._reports, self._ends)
@@ -342,7 +385,7 @@ class FakeNode:
             self.retractions.append(message)
             waiting = self.prefetched[message.class_name]
             back = [waiting.pop() for _ in range(min(len(waiting), message.count))][::-1]
-            self.link.post_returned([(h.id, h.execution) for h in back], {message.class_name: len(back)})
+            self.link.post_returned(back, {message.class_name: len(back)})
         elif isinstance(message, Stop):
             self._stop(message)
         elif isinstance(message, Leave):
@@ -350,10 +393,10 @@ class FakeNode:
 
     def _stop(self, stop: Stop) -> None:
         self.stops.append(stop)
-        if stop.id in self.running:
-            self.finish(stop.id, stop.reason)
+        for task_id in [i for i, (h, _, _) in self.running.items() if stop.id in (i, h.array)]:
+            self.finish(task_id, stop.reason)
         for waiting in self.prefetched.values():
-            for handed in [h for h in waiting if h.id == stop.id]:
+            for handed in [h for h in waiting if stop.id in (h.id, h.array)]:
                 waiting.remove(handed)
                 self._end(handed, 0, stop.reason, kept=False)
 

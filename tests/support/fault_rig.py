@@ -115,7 +115,7 @@ class Rig:
         word, found = words.get(part, f"pilotq {part}"), dict[int, int]()
         for pid, process in processes().items():
             with suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
                 fits = word in command and (part[0] != "n" or "pilotq worker" in command)
                 if process.alive and fits and self.pilot.directory in command:
                     found[pid] = process.parent

@@ -21,10 +21,20 @@ import msgspec
 from pilotq.broker import errors
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.broker.store.messages import EndReport, ExecutionEnd, Run, StateReport, Stop, ToWorker, decode_inbox
+from pilotq.broker.store.messages import (
+    EndReport,
+    ExecutionEnd,
+    Run,
+    RunEnd,
+    StateReport,
+    Stop,
+    ToWorker,
+    decode_inbox,
+)
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.tasks.spec import Spec
 from pilotq.broker.tasks.submit_context import SubmitContext
+from pilotq.workers.session import Apart
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -127,7 +137,10 @@ class SocketSession:
                 raise getattr(errors, args[0])("the test wants it")
         return messages
 
-    def post_ends(self, reports: list[EndReport], ends: list[ExecutionEnd]) -> None:
+    def post_ends(
+        self, reports: list[EndReport], ends: list[ExecutionEnd], runs: Sequence[tuple[RunEnd, Apart]] = ()
+    ) -> None:
+        reports = [*reports, *(report for _, make in runs for report in make())]
         self._unanswered += 1
         self._channel.send(("ends", reports, ends))
 
@@ -138,8 +151,8 @@ class SocketSession:
     def post_starts(self, starts: list[tuple[str, int, str, str, bytes, bytes]]) -> None:
         self._channel.send(("starts", starts))
 
-    def post_returned(self, tasks: list[tuple[str, int]], counts: dict[str, int]) -> None:
-        self._channel.send(("back", tasks, counts))
+    def post_returned(self, tasks: list[Run], counts: dict[str, int]) -> None:
+        self._channel.send(("back", [(run.id, run.execution) for run in tasks], counts))
 
     def post_state(self, state: StateReport) -> None:
         self._channel.send(("state", state))

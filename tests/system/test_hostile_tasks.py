@@ -92,10 +92,10 @@ def test_it_runs_away(pilot: LivePilot, tmp_path: Path) -> None:
 import os, time
 end = time.time() + {FOREVER}
 while time.time() < end:
+    os.open("{tmp_path}/ran", os.O_CREAT)
     if os.fork():
         os._exit(0)
     os.setsid()
-    os.open("{tmp_path}/ran", os.O_CREAT)
 """
     task = pilot.ended(pilot.python(code))
     assert (task.status, task.exit_code) == ("finished", 0)

@@ -60,7 +60,7 @@ class Execution:
     __slots__ = (
         "began", "key", "run", "phase", "slot", "allocation", "launcher", "limit", "limit_at", "grace", "unkillable_at",
         "reason", "outcome", "message", "pid", "started", "exited", "stdout", "stderr", "suffix", "live_outputs",
-        "launch_begun", "to_retract", "spec", "function", "held_back", "memory", "peak",
+        "launch_begun", "to_retract", "spec", "function", "held_back", "leased", "memory", "peak",
     )  # fmt: skip
 
     def __init__(self, key: int, run: Run) -> None:
@@ -89,6 +89,7 @@ class Execution:
         self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
         self.spec: Spec | None = None  # its description, once its launch was built
+        self.leased = run.leased  # the server has no record of it
         self.memory: WatchedTask | None = None  # what it uses, while it runs
         self.peak = 0  # bytes that it has used on any other node at most
         self.held_back: HeldBack | None = None  # while a shortage prevents its launch

@@ -30,28 +30,28 @@ class FailureStreak:
         self._since = 0.0  # unix seconds: only what began later counts as a success
         self.failed: set[str] = set()  # ids of this streak
 
-    def classify(self, e: Execution, report: EndReport, end: ExecutionEnd) -> ExecutionEnd:
-        """The end of an execution as it is reported to the dispatcher.
+    def classify(self, e: Execution, report: EndReport | None, end: ExecutionEnd) -> ExecutionEnd:
+        """The end of an execution as it is reported to the dispatcher. ``report`` is None of one that has finished.
 
         A failure that may be its node's makes the report's outcome ``suspect``.
         """
         suspect_node = e.run.last_suspect_node
         if not self._settings.quarantine_after:
             return end
-        if report.outcome == "finished" and not self._count and not suspect_node:
+        is_finished = report is None or report.outcome == "finished"
+        if is_finished and not self._count and not suspect_node:
             return end
         health = self._health(e, report, end.seconds)
         why = ""
-        if health == FAILED and self._count >= self._threshold:
+        if report is not None and health == FAILED and self._count >= self._threshold:
             health, report.outcome = SUSPECT, "suspect"
             why = self._explain(e, report)
         return end._replace(health=health, last_suspect_node=suspect_node, why=why)
 
-    def _health(self, e: Execution, report: EndReport, seconds: float) -> int:
-        outcome = report.outcome
-        if outcome not in ("finished", "failed"):
+    def _health(self, e: Execution, report: EndReport | None, seconds: float) -> int:
+        if report is not None and report.outcome not in ("finished", "failed"):
             return UNKNOWN
-        if outcome == "finished" or seconds >= self._settings.quick_failure_s:
+        if report is None or report.outcome == "finished" or seconds >= self._settings.quick_failure_s:
             if e.started >= self._since:
                 self._reset()
             return HEALTHY

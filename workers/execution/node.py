@@ -17,6 +17,7 @@ from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import (
     ClearSuspicion,
+    EndReport,
     ExecutionEnd,
     Leave,
     RetractTasks,
@@ -79,7 +80,7 @@ class Node:
         self._reporter = Reporter(info.name, directory)
         self._orphans = OrphanReaper(directory, settings)
         self._memory = MemoryLimits(info, settings, cgroup)
-        self.outbox = Outbox(session, settings)
+        self.outbox = Outbox(session, settings, info.name)
         self._ready: deque[Execution] = deque()  # have a slot: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a slot, but must wait for the server or their turn
         self._retry_at = self._look_at = 0.0
@@ -106,7 +107,7 @@ class Node:
         if isinstance(message, Run):
             self._add(message)
         elif isinstance(message, Stop):
-            if (e := self._slots.find(message.id, message.execution)) is not None:
+            for e in self._slots.find_all(message.id, message.execution):
                 self._stop(e, message.reason, self._settings.kill_grace_s, now)
         elif isinstance(message, RetractTasks):
             tasks = self._slots.retract(message.class_name, message.count)
@@ -151,7 +152,7 @@ class Node:
         for e in tasks:
             counts[e.run.class_name] = counts.get(e.run.class_name, 0) + 1
         if counts:
-            self._session.post_returned([(e.run.id, e.run.execution) for e in tasks], counts)
+            self._session.post_returned([e.run for e in tasks], counts)
         for e in tasks:
             self._hooks.forget(e)
 
@@ -297,6 +298,7 @@ class Node:
             for other in self._slots.chained_behind(e):
                 self._carry_out(other, self._escalation.retract(other, now), now)
         if action is Action.ANNOUNCE:
+            e.leased = False
             self._starts.append((e.run.id, e.run.execution, e.allocation, iso(e.started), *e.live_outputs))
         elif action is Action.HANGS:
             self._give_up_launcher(e, now)
@@ -477,12 +479,12 @@ class Node:
 
     def _report(self, e: Execution, ended: float, end: ExecutionEnd | None, now: float) -> None:
         self._memory.ended(e)
-        report = self._reporter.report(e, ended)
+        report = self._reporter.end(e, ended)
         for captured in (e.exited.stdout, e.exited.stderr) if e.exited is not None else ():
             if captured.path:
                 self._files.sync(captured.path)
         if e.suffix and e.started:
-            self._outputs.add(e, counts=report.outcome not in ("lost", "requeue"))
+            self._outputs.add(e, counts=isinstance(report, EndReport) and report.outcome not in ("lost", "requeue"))
         self.outbox.add(e, report, end, now)
 
     def report(self, now: float) -> None:

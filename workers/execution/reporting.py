@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 import zlib
+from typing import Any
 
 import msgspec
 
@@ -21,6 +22,7 @@ from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
 from pilotq.workers.execution.larger_request import larger_request
+from pilotq.workers.execution.leased_ends import LeasedEnd, runs_of
 from pilotq.workers.execution.memory_limit import KILLED
 from pilotq.workers.protocol import NO_OUTPUT, Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
@@ -46,6 +48,15 @@ class Reporter:
         self._node = node
         self._directory = directory
         self._prefix = os.fsencode(directory.rstrip("/") + "/")
+
+    def end(self, e: Execution, ended: float) -> EndReport | LeasedEnd:
+        """How an execution has ended, or why it never began, at ``ended`` (unix seconds)."""
+        if e.leased and type(e.exited) is Exited and not (e.exited.status or e.reason or e.suffix or e.message):
+            try:
+                return LeasedEnd(e, ended, command_of(e), self._outputs(e), self.report)
+            except Exception:  # noqa: BLE001  # the boundary of one task: its own report says what is wrong
+                pass
+        return self.report(e, ended)
 
     def report(self, e: Execution, ended: float) -> EndReport:
         """The report of an execution that has ended, or never began, at ``ended`` (unix seconds)."""
@@ -91,14 +102,14 @@ class Reporter:
             limit=e.limit or None,
             array=run.array,
             index=run.index if run.array else None,
-            command="" if e.spec is None else command_text(e.spec),
+            command=command_of(e),
             message=message.encode("utf-8", "backslashreplace").decode(),
             submission=run.submission,
         )
         if exited is not None:
             entry.max_rss, entry.cpu = exited.max_rss, exited.cpu
-            entry.stdout, entry.stdout_at = self._output(exited.stdout, e.stdout)
-            entry.stderr, entry.stderr_at = self._output(exited.stderr, e.stderr)
+            for name, value in self._outputs(e).items():
+                setattr(entry, name, value)
         retries, delay = _retry(e, outcome, reason, code)
         more = larger_request(run, e.spec, reason) if outcome == "failed" and e.spec is not None else ("", b"")
         return EndReport(
@@ -121,6 +132,22 @@ class Reporter:
             next_class=more[0],
             next_spec=more[1],
         )
+
+    def _outputs(self, e: Execution) -> dict[str, Any]:
+        """The fields of an entry that say what an execution has written, or where that is; nothing of what is empty."""
+        if e.exited is None or (e.exited.stdout is e.exited.stderr is NO_OUTPUT and not (e.stdout or e.stderr)):
+            return {}
+        fields: dict[str, Any] = {}
+        for name, captured, named in (
+            ("stdout", e.exited.stdout, e.stdout),
+            ("stderr", e.exited.stderr, e.stderr),
+        ):
+            data, place = self._output(captured, named)
+            if data:
+                fields[name] = data
+            if place:
+                fields[f"{name}_at"] = place
+        return fields
 
     def _output(self, captured: Captured, named: bytes) -> tuple[str | bytes, list[str | bytes | int]]:
         if named:
@@ -151,6 +178,11 @@ class Reporter:
         if e.exited is not None and (end := tail(e.exited.stderr, TAIL_BYTES)):
             lines += ["stderr ends with:", end.decode("utf-8", "replace")]
         return base64.b64encode(zlib.compress("\n".join(lines).encode("utf-8", "backslashreplace"))).decode()
+
+
+def command_of(e: Execution) -> str:
+    """Its command on one line, shortened."""
+    return "" if e.spec is None else command_text(e.spec)
 
 
 def _outcome(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:
@@ -190,18 +222,19 @@ class Outbox:
     way: what ends meanwhile goes into the next one, so a busy server makes batches larger, not queues longer.
     """
 
-    def __init__(self, session: Session, settings: Settings) -> None:
+    def __init__(self, session: Session, settings: Settings, node: str) -> None:
         self._session = session
         self._settings = settings
+        self._node = node
         self.streak = FailureStreak(settings)
-        self._waiting: list[tuple[EndReport, ExecutionEnd | None]] = []
+        self._waiting: list[tuple[EndReport | LeasedEnd, ExecutionEnd | None]] = []
         self._since = 0.0
         self._urgent = False
 
-    def add(self, e: Execution, report: EndReport, end: ExecutionEnd | None, now: float) -> None:
+    def add(self, e: Execution, report: EndReport | LeasedEnd, end: ExecutionEnd | None, now: float) -> None:
         """``end`` is None when the slot stays taken."""
         if end is not None:
-            end = self.streak.classify(e, report, end)
+            end = self.streak.classify(e, report if isinstance(report, EndReport) else None, end)
             if end.health == SUSPECT:
                 self._mark_suspect()
         if not self._waiting:
@@ -213,7 +246,7 @@ class Outbox:
     def _mark_suspect(self) -> None:
         """The node is suspect: those of the streak not yet reported are no more to blame than the last."""
         for report, _ in self._waiting:
-            if report.outcome == "failed" and report.id in self.streak.failed:
+            if isinstance(report, EndReport) and report.outcome == "failed" and report.id in self.streak.failed:
                 report.outcome = "suspect"
 
     def due(self, now: float) -> float | None:
@@ -232,7 +265,10 @@ class Outbox:
         while self._waiting:
             call = self._waiting[: self._batch_size()]
             del self._waiting[: len(call)]
-            self._session.post_ends([report for report, _ in call], [end for _, end in call if end is not None])
+            reports = [report for report, _ in call if isinstance(report, EndReport)]
+            leased = [report for report, _ in call if isinstance(report, LeasedEnd)]
+            runs = list(runs_of(leased, self._node))
+            self._session.post_ends(reports, [end for _, end in call if end is not None], runs)
             if not all_now:
                 break
         self._urgent = bool(self._waiting)
@@ -242,7 +278,7 @@ class Outbox:
         """How many of those that wait go into one call."""
         size = 0
         for number, (report, _) in enumerate(self._waiting[:CALL_MAX]):
-            size += len(report.text)
+            size += len(report.text) if isinstance(report, EndReport) else 0
             if size > CALL_BYTES and number:
                 return number
         return CALL_MAX

@@ -62,6 +62,11 @@ class SlotTable:
         e = self._by_id.get(task_id)
         return e if e is not None and execution in (0, e.run.execution) else None
 
+    def find_all(self, task_id: str, execution: int) -> list[Execution]:
+        """The same, or of an array all elements that are here."""
+        e = self.find(task_id, execution)
+        return [e] if e is not None else [e for e in self._by_id.values() if e.run.array == task_id]
+
     def end(self, e: Execution, *, go_on: bool = True) -> Execution | None:
         """An execution has ended. Its slot goes to the task returned, or is released when None.
 

@@ -16,13 +16,28 @@ local function send_stop(id, node, execution)
   send(node, 1, string.char(148) .. cmsgpack.pack('stop', id, tonumber(execution), 'canceled'))
 end
 
--- An array: elements that never had a record end here; those handed out are stopped one by one; what went back to its list,
+-- Nodes that leases of an array name stop what they have of it. Returns whether there are any.
+local function stop_leased(array)
+  local nodes = {}
+  for _, member in ipairs(redis.call('ZRANGE', leases_key(array), 0, -1)) do
+    local node = string.match(member, '^%d+ %d+ %d+ %d+ %S+ (.+)$')
+    if node and not nodes[node] then
+      nodes[node] = true
+      send(node, 1, string.char(148) .. cmsgpack.pack('stop', array, 0, 'canceled'))
+    end
+  end
+  return next(nodes) ~= nil
+end
+
+-- An array: elements that never had a record end here; those handed out are stopped, one by
+-- one where they have a record; what went back to its list,
 -- or waits element by element, is found by release_dependents.lua in slices.
 local function cancel_array(id, v)
   class_in(v[5])
   local count, queue = count_in(v[4]), queue_of(v[5])
   local handed = v[7] and count or number_in('pq_next', v[6])
   redis.call('HSET', job_key(id), 'pq_cancel', 'canceled', 'pq_next', count)
+  local leased_too = stop_leased(id)
   local running = redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`')
   work = work + #running + count / 4000
   for _, member in ipairs(running) do
@@ -37,7 +52,7 @@ local function cancel_array(id, v)
   end
   if handed > 0 then redis.call('RPUSH', 'pilotq:release', string.format('c:%s:0:%d', id, handed - 1)) end
   if handed < count then end_elements(id, v[8], handed, count - 1, now, now_iso, ttl) end
-  return #running > 0 and 'stopping' or 'canceled'
+  return (leased_too or #running > 0) and 'stopping' or 'canceled'
 end
 
 -- An element without a record: one that waits to be handed out, or for another array's element, or whose record somebody
@@ -52,6 +67,7 @@ local function cancel_element(id)
   local outcome = redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1]
   if outcome ~= 0 then return ({'finished', 'failed', 'canceled'})[outcome] end
   if v[2] then return 'stopping' end
+  if record_leased(id) then return nil end -- it runs, or is about to: as one that has a record
   if redis.call('TTL', job_key(array)) >= 0 then return 'unknown' end -- staged
   -- Somebody deleted its record. If it ran by then its end is still to come, and counts it.
   if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[3])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'stopping' end
@@ -61,12 +77,13 @@ local function cancel_element(id)
   return 'canceled'
 end
 
-local function cancel(id)
+local cancel
+cancel = function(id, is_recorded)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
     'pq_sub', 'origin', 'pq_cancel', 'pq_reason')
   local status = v[1]
   if not status and v[5] then damaged('status') end
-  if not status then return cancel_element(id) end
+  if not status then return cancel_element(id) or not is_recorded and cancel(id, true) or 'unknown' end
   local waiting = status == 'queued' or status == 'deferred' or status == 'scheduled' or status == 'rate_limited'
     or status == 'ready_to_enqueue'
   -- What a submit has staged and not committed yet nobody can know.

@@ -2,7 +2,7 @@
 --
 -- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped, at most
 -- DROP_LIMIT of them in a call. One whose record is damaged has failed. An array stays at the head until its last element is handed out. The inbox gets
--- messages.Run, field by field.
+-- messages.Run, and messages.Lease for a run of elements, field by field.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
 --       7 msgpack [[class, [[node:incarnation, slot, allocation], ...]], ...]; slot 0 = prefetched.
 -- Returns for each class {number handed, length left, places of the first ids, elements left in the first one}: targets are
@@ -29,10 +29,14 @@ local function run_message(target, class, id, execution, f)
     .. binary(f.spec) .. pack(number_in('pq_crashes', f.crashes, 0), text_in('pq_suspect_node', f.suspect_node))
 end
 
-local function hand(target, class, id, execution, message)
-  local inbox = inboxes[target[1]]
-  if not inbox then inbox = {}; inboxes[target[1]] = inbox end
+local function put(address, message)
+  local inbox = inboxes[address]
+  if not inbox then inbox = {}; inboxes[address] = inbox end
   inbox[#inbox + 1] = message
+end
+
+local function hand(target, class, id, execution, message)
+  put(target[1], message)
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
@@ -78,24 +82,46 @@ end
 
 local from -- the next target of the class that is to be filled
 
--- As many elements of an array as there are targets; returns whether some are left.
+-- So many of the next targets are of one node, and so many of the next elements have not ended and have indices in even steps.
+local function length_of_run(id, position, count, f, targets)
+  local address, number = targets[from][1], 1
+  local most = math.min(#targets - from + 1, select(3, index_at(f.array, position)))
+  while number < most and targets[from + number][1] == address
+    and (not f.gaps or next_open(id, position + number, count) == position + number) do
+    number = number + 1
+  end
+  return number
+end
+
+-- Raises where the array's record is damaged, so it is made before anything is written.
+local function lease_message(id, class, f, execution, position, number, targets)
+  if not f.spec then damaged('pq_spec') end
+  local slots = {}
+  for k = from, from + number - 1 do
+    if targets[k][2] ~= 0 then slots[#slots + 1] = pack(targets[k][2], targets[k][3]) end
+  end
+  for k, slot in ipairs(slots) do slots[k] = '\146' .. slot end
+  local index, step = index_at(f.array, position)
+  return string.char(220, 0, 16) .. pack('lease', text_in('id', id), execution, class, text_in('pq_name', f.name),
+    number_in('pq_queued_at', f.queued, 0), tonumber(now), text_in('pq_shared', f.shared), position, number, index, step,
+    number_in('pq_retries', f.retries, 0), text_in('pq_sub', f.submission)) .. binary(f.spec)
+    .. string.char(220, math.floor(#slots / 256), #slots % 256) .. table.concat(slots), #slots
+end
+
+-- As many elements of an array as there are targets, in leases; returns whether some are left.
 local function claim_array(id, class, f, targets)
   local count = count_in(f.array)
   local execution, position = number_in('pq_first_attempt', f.first_attempt, 1), number_in('pq_next', f.next)
+  class_in(class)
   while position < count and from <= #targets do
     -- With gaps: some have ended, canceled one by one or before a retry.
     if f.gaps then position = next_open(id, position, count) end
     if position == count then break end
-    local target, index = targets[from], index_at(f.array, position)
-    f.index = index
-    local message = run_message(target, class, id .. '_' .. string.format('%d', index), execution, {name = f.name,
-      queued = f.queued, shared = f.shared, array = id, index = index, position = position, retries = f.retries,
-      submission = f.submission, spec = f.spec})
-    local element = make_element(id, position, f, {started(target, class, execution)})
-    hand(target, class, element, execution, message)
-    from = from + 1
-    if tonumber(f.retries or 0) > 0 then redis.call('HSET', job_key(element), 'pq_retries', f.retries) end
-    position = position + 1
+    local number, address = length_of_run(id, position, count, f, targets), targets[from][1]
+    local message, slots = lease_message(id, class, f, execution, position, number, targets)
+    add_lease(id, position, number, execution, slots, now_iso, address)
+    put(address, message)
+    from, position = from + number, position + number
   end
   redis.call('HSET', job_key(id), 'pq_next', string.format('%d', position))
   if position == count then

@@ -9,14 +9,18 @@
 --         class, submission, retries left, seconds until a retry, and of one that asks for more when it is tried again: the
 --         class of that, and the number of the argument that has its spec, 0 = as it is], ...]; an empty class: all three are
 --         read from the record,
---       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none); then specs.
+--       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none); then msgpack
+--         [[array, execution, submission, ended ISO (of the last), first position, number], ...]: runs of elements that a lease
+--         of this node holds, and that have finished: nothing is to be kept of them but lines of the journal; for each run those
+--         lines, packed (journal_runs.py); then specs.
 -- outcome: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), requeue (not counted),
 -- suspect
 -- (failed at once, like others before it on its node: requeued for another node to try, within EXCUSE_LIMIT), retried (a
 -- producer's function returned RQ's Retry: the text is "<max>:<seconds>,<seconds>...", with ":front" behind it if it is to
 -- go first).
 -- Returns for each report 'ok', 'retry' (counted, and queued again), 'stale' (a newer execution stands, or the record is
--- gone) or 'full' (nothing was done: there is no room for its result, which is to be kept in a file).
+-- gone) or 'full' (nothing was done: there is no room for its result, which is to be kept in a file); then for each run
+-- 'ok', or 'apart': some of its elements have a record meanwhile, or have ended, so each must be reported by itself.
 if not queue_id_ok() then return queue_id_error() end
 local node, call, message, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
@@ -26,6 +30,7 @@ local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
 local EXCUSE_LIMIT, OTHER_NODE = 12, 4
 local answers, done, wip, front, arrays, elementwise = {}, {}, {}, {}, {}, {}
 local requeued, last_ended = false, ''
+local runs, finished_number = {}, 0
 
 local function add(map, key, ...)
   local items = map[key]
@@ -222,16 +227,52 @@ local function decide(outcome, reason, f, id, r, text)
   return outcome, reason, false
 end
 
+-- The elements first..last of an array: 'ok' if all of them were held by a lease of this execution and have finished now.
+local function end_run_of_lease(r, lines_of_run)
+  local array, first, number = r[1], r[5], r[6]
+  local v = known(array)
+  local lease = count_of(v[1]) and lease_around(array, first)
+  if not lease or lease.address ~= node or lease.execution ~= tostring(r[2]) or first + number > lease.first + lease.count then
+    return 'apart'
+  end
+  local finished = finished_bytes(array, first, number)
+  if not finished then return 'apart' end
+  local records = {}
+  local index, step = index_at(v[1], first)
+  for k = 0, number - 1 do records[#records + 1] = job_key(array .. '_' .. string.format('%d', index + k * step)) end
+  if redis.call('EXISTS', unpack(records)) > 0 then return 'apart' end
+  redis.call('SETRANGE', outcomes_key(array), math.floor(first / 4), finished)
+  leave_lease(array, lease, number)
+  last_ended = r[4]
+  count_end(r[3], 'finished', number)
+  local state = arrays[array]
+  if not state then state = {0, 0}; arrays[array] = state end
+  state[1] = state[1] + number
+  if v[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, first + number - 1)) end
+  runs[#runs + 1] = lines_of_run
+  finished_number = finished_number + number
+  return 'ok'
+end
+
 -- There is no record: an element that finished, or a task whose record expired, or was deleted while it ran. That
--- counts as canceled, once: its place in wip tells.
+-- counts as canceled, once: its place in wip tells. Returns nil when it is an element that has got a record now, as its lease
+-- holds it.
 local function vanished(r, id, execution, line)
   local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
   -- A heartbeat may have shown it again between two steps of RQ's delete.
   if not array then hide_execution(id, execution, worker) end
   -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
   if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
-  if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
+  local status = (r[3] == 'finished' or r[3] == 'canceled') and r[3] or 'failed'
+  local held = record_or_end(id, r[9], r[10], r[11], execution, status, now, r[5], ttl_failed)
+  if held == 'record' then return end
   last_ended = r[5]
+  if held then
+    notify_executor(r[12], id, held, r[4], '')
+    journal(line, packed_ending(held, r[4], true))
+    return 'ok'
+  end
+  if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
   count_end(r[12] ~= '' and r[12] or submission_of(id), 'canceled', 1)
   if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
   notify_executor(r[12], id, 'canceled', 'canceled', '')
@@ -272,13 +313,17 @@ end
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
-  if not v[1] and not v[2] then return vanished(r, id, execution, line) end
+  if not v[1] and not v[2] then
+    local answer = vanished(r, id, execution, line)
+    if answer then return answer end
+    v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
+  end
   if not string.match(v[2] or '', '^%d+$') or not STATUSES[v[1]] then v[1], v[2] = mend(id, v, execution, r[11]) end
   if v[2] ~= execution then return 'stale' end
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
   local f = {status = v[1], cancel = v[3], dependents = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
     submission = r[12], retries = r[13]}
-  if f.class == '' then
+  if f.class == '' or f.array and f.submission == '' then
     local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
     f.class, f.submission, f.retries = class_in(more[1]), more[2], number_in('pq_retries', more[3], 0)
     f.array, f.position = more[4], more[4] and number_in('pq_pos', more[5])
@@ -303,18 +348,28 @@ local function report(r, line, text)
 end
 
 local finished, failed = 0, 0
-for number, r in ipairs(cmsgpack.unpack(ARGV[9])) do
+local reports = cmsgpack.unpack(ARGV[9])
+local behind = 10 + 2 * #reports -- the place of the runs
+for number, r in ipairs(reports) do
   local _, answer = guarded({now, r[5], ttl_failed}, r[1], report, r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
   answers[number] = answer or 'stale'
   if answers[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
   if answers[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
 end
+for number, r in ipairs(ARGV[behind] and cmsgpack.unpack(ARGV[behind]) or {}) do
+  local _, answer = guarded(nil, r[1], end_run_of_lease, r, ARGV[behind + number])
+  answers[#answers + 1] = answer or 'apart'
+end
+finished = finished + finished_number
 for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
 for key, members in pairs(done) do push('ZADD', key, members) end
 for class, ids in pairs(front) do
   local back = {}
   for k = #ids, 1, -1 do back[#back + 1] = ids[k] end
   push('LPUSH', list_key(class), back)
+end
+if #runs > 0 then -- before the line of an array that ends with them
+  redis.call('XADD', 'pilotq:journal', '*', 'r', string.char(220, math.floor(#runs / 256), #runs % 256) .. table.concat(runs))
 end
 for array, state in pairs(arrays) do
   guarded({now, last_ended, ttl_failed}, array, array_ended, array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed)

@@ -13,7 +13,7 @@ local stage, cursor = ARGV[4], ARGV[5]
 local v = redis.call('HMGET', 'pilotq:counts', 'total', 'finished', 'failed', 'canceled')
 for i = 1, 4 do v[i] = tonumber(v[i] or '') or 0 end
 local left = v[1] - v[2] - v[3] - v[4]
-if left <= 0 or redis.call('EXISTS', 'pilotq:release') == 1 then return {0, '', ''} end
+if left <= 0 or redis.call('EXISTS', 'pilotq:release', LEASES) > 0 then return {0, '', ''} end
 if (stage ~= 'classes' or cursor ~= '0') and redis.call('EXISTS', 'pilotq:classes:changed') == 1 then return {0, '', ''} end
 for i = 6, #ARGV do
   local open = redis.call('EXISTS', list_key(ARGV[i]), registry('wip', ARGV[i]), registry('deferred', ARGV[i]),

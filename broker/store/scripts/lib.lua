@@ -361,8 +361,9 @@ local function track_parent(parent) redis.call('SADD', 'pilotq:parents', parent)
 -- Tasks that wait for others, as ours know it, have this added to the time in their score; RQ's producers have not.
 local ADOPTED = 1e12
 
--- Defined in lib_rq.lua.
+-- Defined in lib_rq.lua, and in lib_leases.lua.
 local rq_ended, rq_count_in
+local drop_leases, number_leased
 
 -- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
 local function set_outcomes(array, first, last, outcome)
@@ -413,7 +414,8 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   class_in(f[7])
   local outcomes = redis.call('GET', outcomes_key(array)) or ''
   local status, reason = 'finished', ''
-  if f[2] then
+  -- Where all of its elements finished all the same there was nothing to cancel, but for RQ's tools, which have said so.
+  if f[2] and (tonumber(f[1] or 0) > 0 or f[8] == 'canceled') then
     status, reason = 'canceled', f[2]
   elseif f[8] == 'deferred' then
     status, reason = 'canceled', 'dependency' -- none of its elements ever ran
@@ -432,6 +434,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
     expire_array(array, ttl)
   end
   redis.call('DEL', elementwise_key(array) .. ':seen')
+  drop_leases(array)
   redis.call('SREM', 'pilotq:parents', array)
   journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4]), command = printable(f[12])}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or tonumber(now),
@@ -566,7 +569,8 @@ local function end_damaged(id, why, now, now_iso, ttl)
   local queue, number = queue_of(class), 1
   if v[10] then -- those of its elements that run are counted when they end
     local open = tonumber(v[11] or '') or count_of(v[10]) or 1
-    number = math.max(open - redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`'), 0)
+    local running = redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`') + number_leased(id)
+    number = math.max(open - running, 0)
     for _, key in ipairs({outcomes_key(id), values_key(id)}) do redis.call('EXPIRE', key, ttl) end
   end
   redis.call('ZREM', registry('wip', queue), id .. ':' .. (v[10] and '0' or v[8] or ''))

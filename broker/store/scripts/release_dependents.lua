@@ -127,14 +127,14 @@ local function release_position(array, text, ended, position, first)
 end
 
 -- One element of a canceled array: a retried one, one that was given back, or one that waited for another array's.
-local function sweep_position(array, submission, text, position)
+local function sweep_position(array, submission, text, position, queue)
   if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1 end
   local element = array .. '_' .. string.format('%d', index_at(text, position))
   local status = redis.pcall('HGET', job_key(element), 'status')
   if type(status) ~= 'string' then status = nil end
   if status == 'queued' or status == 'scheduled' then
     end_unrun(element, 'canceled', now, now_iso, ttl)
-  elseif not status then
+  elseif not status and not lease_of(array, position, element, queue) then
     end_elements(array, submission, position, position, now, now_iso, ttl)
   end
   return 1
@@ -142,7 +142,7 @@ end
 
 -- The positions of an entry, as far as the limit goes.
 local function walk(kind, array, position, last, first, budget)
-  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status')
+  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status', 'pq_class')
   if not v[1] then return 0 end -- somebody deleted it
   if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
   count_in(v[1])
@@ -152,7 +152,7 @@ local function walk(kind, array, position, last, first, budget)
     if kind == 'e' then
       number, rest = release_position(array, v[1], ENDED[v[4]], position, first)
     else
-      number = sweep_position(array, v[2], v[1], position)
+      number = sweep_position(array, v[2], v[1], position, queue_of(v[5] or ''))
     end
     handled = handled + number
     if not rest then position = position + 1 end

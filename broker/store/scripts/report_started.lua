@@ -6,6 +6,9 @@ if not queue_id_ok() then return queue_id_error() end
 local number = 0
 for i = 2, #ARGV, 6 do
   local v = redis.pcall('HMGET', job_key(ARGV[i]), 'status', 'pq_exec')
+  if not v[1] and select(2, guarded(nil, ARGV[i], record_leased, ARGV[i])) then
+    v = redis.pcall('HMGET', job_key(ARGV[i]), 'status', 'pq_exec')
+  end
   if v[1] == 'started' and v[2] == ARGV[i + 1] then
     redis.call('HSET', job_key(ARGV[i]), 'pq_cpus', ARGV[i + 2], 'started_at', ARGV[i + 3], 'pq_slot', '1',
       'pq_running', '1', 'pq_out', ARGV[i + 4], 'pq_err', ARGV[i + 5])

@@ -140,7 +140,7 @@ end
 
 local function requeue_array(id, item)
   local f = read_array(id)
-  if not f.ended or f.status == 'finished' then return f.status end
+  if not f.ended or f.status == 'finished' or item[4] + item[5] == 0 then return f.status end
   if redis.sha1hex(redis.call('GET', outcomes_key(id)) or '') ~= item[2] then return 'changed' end
   local why = hindrance(f)
   if why then return why end

@@ -1,7 +1,8 @@
 -- return_unstarted: handed tasks that were never launched return to the head of their lists. Events return,
 -- return_canceled.
 --
--- ARGV: 1 queue id, 2 node:incarnation, 3 number of the call, 4 message (packed), 5 msgpack [[id, execution], ...] oldest first,
+-- ARGV: 1 queue id, 2 node:incarnation, 3 number of the call, 4 message (packed), 5 msgpack [[id, execution, class, array, position], ...] oldest
+--       first (array and position of elements),
 --       6 now (unix s), 7 now (ISO), 8 ttl of canceled records (s).
 -- Returns the number of tasks that went back; ids with another execution or status are left alone. A task that was
 -- canceled meanwhile ends: the message to stop it passes the task that is on its way back.
@@ -9,9 +10,13 @@ if not queue_id_ok() then return queue_id_error() end
 local node, call, message, now, now_iso, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[6], ARGV[7], ARGV[8]
 local lists, wip, number = {}, {}, 0
 
-local function give_back(id, execution)
+local function give_back(id, execution, class, array, position)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
-  local class = v[3]
+  if not v[1] and not v[3] and array ~= '' then
+    record_or_end(id, array, position, class, execution, 'canceled', now, now_iso, ttl)
+    v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
+  end
+  class = v[3]
   if v[3] and not string.match(v[2] or '', '^%d+$') then damaged('pq_exec', v[2]) end
   if v[3] and not STATUSES[v[1]] then damaged('status', v[1]) end
   if v[2] == execution and (v[1] == 'started' or v[1] == 'canceled') then
@@ -34,7 +39,7 @@ local function give_back(id, execution)
 end
 
 for _, item in ipairs(cmsgpack.unpack(ARGV[5])) do
-  guarded({now, now_iso, ttl}, item[1], give_back, item[1], tostring(item[2]))
+  guarded({now, now_iso, ttl}, item[1], give_back, item[1], tostring(item[2]), item[3], item[4], item[5])
 end
 for class, ids in pairs(lists) do
   offer(class)

@@ -82,6 +82,8 @@ def test_an_array_does_not_wait_for_a_deleted_element(engine: Engine, client: re
         report = end_report(handed[0], "failed", "exit")
         report.retries, report.delay = 1, 60.0
         engine.store.run("complete", *engine.store.complete_arguments(NODE, engine.next_call(), b"mail", [report]))
+    elif state == "running":
+        engine.report_started(handed[0])
     turns(engine)
     assert engine.status(gone) in ("queued", "scheduled", "started")
     Job.fetch(gone, connection=client).delete()

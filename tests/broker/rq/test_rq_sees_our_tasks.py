@@ -82,6 +82,7 @@ def test_arrays_and_elements(engine: Engine, client: redis.Redis) -> None:
     (a,) = engine.submit(array(3, name="many"))
     assert Job.fetch(a, connection=client).get_status() == JobStatus.QUEUED
     good, bad = engine.claim(2)
+    engine.report_started(good)
     assert Job.fetch(good.id, connection=client).is_started
     engine.complete([good])
     engine.complete([bad], "failed", "exit")
@@ -155,6 +156,8 @@ def test_cleaning_up_harms_nothing(engine: Engine, client: redis.Redis) -> None:
     """Mere reading triggers it: what runs is not judged by RQ's clock."""
     a, b = engine.submit(task(), array(2))
     running = engine.claim(3)
+    for handed in running:
+        engine.report_started(handed)
     before = engine.dump(without=("rq:clean_registries",))
     StartedJobRegistry("default", connection=client).cleanup()
     for name in ("default", ONE):

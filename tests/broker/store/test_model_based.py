@@ -197,6 +197,27 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
+    def end_run(self, data: st.DataObject) -> None:
+        """Elements that finished are reported as runs; those that have a record or another order, by themselves."""
+        array_id = data.draw(st.sampled_from(sorted({h.array for h, _ in self.held})))
+        mine = [(h, slot) for h, slot in self.held if h.array == array_id]
+        if not array_id:
+            return
+        self.held = [one for one in self.held if one not in mine]
+        self.past += [h for h, _ in mine]
+        expected = [self.model.end(self.model.units[h.id], "finished", slot=slot) for h, slot in mine]
+        assert self.engine.complete_runs([h for h, _ in mine]) == expected
+        for h, _ in mine:
+            self.model.units[h.id].finals += 1
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def report_started(self, data: st.DataObject) -> None:
+        h, _ = data.draw(st.sampled_from(self.held))
+        self.engine.report_started(h)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         h, _ = self._take(data)
         self.model.requeue(self.model.units[h.id])
@@ -233,7 +254,7 @@ class Machine(RuleBasedStateMachine):
             link.call("ZREM", keys.registry("deferred", "default"), name)
         (answer,) = self.engine.cancel(name)
         self.engine.inbox()
-        if name in units and units[name].array and real is None and units[name].status != "waiting":
+        if name in units and units[name].array and real is None and units[name].status not in ("waiting", "started"):
             # An element that has ended, and its record with it; or release_dependents.lua has still to do that.
             assert answer in (COUNTED[units[name].status], "stopping")
             return
@@ -317,7 +338,7 @@ class Machine(RuleBasedStateMachine):
             return
         e = self.engine
         places = {i: [k] for k in ("deferred", "finished", "failed", "canceled") for i in e.registry(k)}
-        listed, running = Counter(e.list()), Counter(e.registry("wip"))
+        listed, running = Counter(e.list()), Counter([*e.registry("wip"), *e.leased()])
         for name, members in self.model.arrays.items():
             self._look_at_array(name, [self.model.units[i] for i in members], places, listed, running)
         ready = set(self.model.ready())
@@ -325,7 +346,7 @@ class Machine(RuleBasedStateMachine):
             real = e.status(unit.id)
             expected = unit.status if unit.status != "waiting" else "queued" if unit.id in ready else "deferred"
             if unit.array and (real is None or (not unit.met and expected == "deferred")):
-                assert running[f"{unit.id}:{unit.execution}"] == 0
+                assert running[f"{unit.id}:{unit.execution}"] == (unit.status == "started")
                 continue
             if unit.status == "started" and real == "canceled":
                 assert unit.rq

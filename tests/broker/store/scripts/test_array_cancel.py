@@ -30,7 +30,7 @@ def test_cancel_of_an_array_of_which_some_run(engine: Engine) -> None:
     engine.complete([ended])
     engine.return_unstarted([given_back])
     assert engine.cancel(a) == ["stopping"]
-    assert engine.inbox() == [Stop(runs.id, 1, "canceled"), Stop(other.id, 1, "canceled")]
+    assert engine.inbox() == [Stop(a, 0, "canceled")]
     engine.release_dependents()
     assert engine.outcomes(a, 7) == "1030333"
     assert engine.status(a) == "started"
@@ -186,7 +186,7 @@ def test_a_deleted_record_closes_its_submission(engine: Engine, status: str) -> 
         for h in mine:  # as the reconciler does: nobody knows any more whose it was
             report = EndReport(h.id, 1, "canceled", "canceled", now, "", "", "", end_entry(h), class_name="default")
             report.array, report.position = h.array, h.position
-            assert engine.store.report_lost([report]) == ["stale"]
+            assert engine.store.report_lost([report]) == ["ok" if h.array else "stale"]  # elements have no record
     assert engine.link.call("HMGET", keys.submission("mine"), "left", "canceled") == [b"0", b"3"]
     assert engine.ttl(keys.submission("mine")) > 0
     assert engine.counts() == {"total": 5, "finished": 2, "canceled": 3}
@@ -196,6 +196,7 @@ def test_a_deleted_record_closes_its_submission(engine: Engine, status: str) -> 
 def test_a_deleted_element_does_not_hold_up_its_array(engine: Engine) -> None:
     (a,) = engine.submit(array(2))
     handed = engine.claim(2)
+    engine.report_started(handed[0])
     engine.link.call("DEL", keys.job(handed[0].id))
     assert engine.complete(handed) == ["stale", "ok"]
     assert engine.complete(handed) == ["ok", "ok"]

@@ -117,6 +117,7 @@ def test_a_running_element_whose_record_is_deleted_ends_at_its_position(engine: 
     (a,) = engine.submit(task(array=GAPS))
     engine.register()
     handed = engine.claim(9)
+    engine.report_started(next(h for h in handed if h.index == 15))
     engine.link.call("DEL", keys.job(f"{a}_15"))
     reconciler = Reconciler(engine.store)
     reconciler.turn(time.monotonic(), {}, [], walked=True, idle=False)

@@ -1,0 +1,134 @@
+-- Behind lib.lua in front of every script: leases of runs of elements.
+--
+-- A lease says that a node has some elements of an array, at consecutive positions, for one execution. Such an element has
+-- no record while it is short and ends well. `own_record` makes the one it needs when it lives longer, fails, is stopped or
+-- given back; from then on that record is the truth about it.
+
+local LEASES = 'pilotq:leases' -- hash: <array>:<first position> -> elements that have neither ended nor got a record
+local function leases_key(array) return 'pilotq:leases:' .. array end
+
+-- The lease whose elements are around this position; nil when there is none.
+local function lease_around(array, position)
+  local member = redis.call('ZREVRANGEBYSCORE', leases_key(array), position, '-inf', 'LIMIT', 0, 1)[1]
+  if not member then return end
+  local first, count, execution, slots, started, address = string.match(member, '^(%d+) (%d+) (%d+) (%d+) (%S+) (.+)$')
+  first, count = tonumber(first), tonumber(count)
+  if position >= first + count then return end
+  return {field = array .. ':' .. string.format('%d', first), member = member, first = first, count = count,
+    execution = execution, slots = tonumber(slots), started = started, address = address}
+end
+
+-- The lease of an element that has not ended and has no record; nil when there is none.
+local function lease_of(array, position, id, queue)
+  local lease = lease_around(array, position)
+  if not lease then return end
+  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1] ~= 0 then return end
+  if redis.call('EXISTS', job_key(id)) == 1 then return end
+  -- It had a record, which somebody has deleted while it ran.
+  if redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. ':', '(' .. id .. ';') > 0 then return end
+  return lease
+end
+
+-- The bytes of the outcomes around `number` elements from `first` on, with these finished; nil when one of them has ended.
+local function finished_bytes(array, first, number)
+  local from = math.floor(first / 4)
+  local to = math.floor((first + number - 1) / 4)
+  local bytes = redis.call('GETRANGE', outcomes_key(array), from, to)
+  local found = {}
+  for at = from, to do
+    local byte = string.byte(bytes, at - from + 1) or 0
+    for k = math.max(first - 4 * at, 0), math.min(first + number - 1 - 4 * at, 3) do
+      if bit.band(bit.rshift(byte, 6 - 2 * k), 3) ~= 0 then return end
+      byte = bit.bor(byte, bit.lshift(1, 6 - 2 * k))
+    end
+    found[#found + 1] = string.char(byte)
+  end
+  return table.concat(found)
+end
+
+local function add_lease(array, first, count, execution, slots, started, address)
+  local member = string.format('%d %d %d %d %s %s', first, count, execution, slots, started, address)
+  redis.call('ZADD', leases_key(array), string.format('%d', first), member)
+  redis.call('HSET', LEASES, array .. ':' .. string.format('%d', first), count)
+end
+
+-- So many elements have left their lease: ended, or with a record of their own.
+local function leave_lease(array, lease, number)
+  if redis.call('HINCRBY', LEASES, lease.field, -number) > 0 then return end
+  redis.call('HDEL', LEASES, lease.field)
+  redis.call('ZREM', leases_key(array), lease.member)
+end
+
+-- All leases of an array end: it has ended, so what they say is left was deleted.
+drop_leases = function(array)
+  local members = redis.call('ZRANGE', leases_key(array), 0, -1)
+  if #members == 0 then return end
+  for _, member in ipairs(members) do redis.call('HDEL', LEASES, array .. ':' .. string.match(member, '^(%d+)')) end
+  redis.call('DEL', leases_key(array))
+end
+
+-- The element gets the record that it would have if it had been handed out by itself; false when its array has none.
+-- Raises where that is damaged, before anything is written.
+local function own_record(array, position, lease)
+  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'data', 'description', 'created_at', 'pq_sub', 'pq_class',
+    'pq_retries', 'pq_cancel')
+  if v.err or not v[1] then return false end
+  local queue = queue_of(class_in(v[6]))
+  local extra = {'status', 'started', 'origin', queue, 'pq_exec', lease.execution, 'pq_node', lease.address, 'worker_name',
+    string.match(lease.address, '^(.*):'), 'started_at', lease.started}
+  local function add(field, value)
+    extra[#extra + 1] = field
+    extra[#extra + 1] = value
+  end
+  if position < lease.first + lease.slots then add('pq_slot', '1') end -- it may have begun by itself
+  if number_in('pq_retries', v[7], 0) > 0 then add('pq_retries', v[7]) end
+  if v[8] then add('pq_cancel', v[8]) end
+  local f = {array = v[1], data = v[2], description = v[3], created = v[4], submission = v[5], class = v[6]}
+  local id = make_element(array, position, f, extra)
+  redis.call('ZADD', registry('wip', queue), 'inf', id .. ':' .. lease.execution)
+  leave_lease(array, lease, 1)
+  return true
+end
+
+-- Array, position and lease of an element by its id; nil of what is no element that a lease holds.
+local function leased(id)
+  local array, index = string.match(id, '^(.-)_(%d+)$')
+  local v = array and redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_class') or {}
+  local position = count_of(v[1]) and position_of(index, v[1])
+  local lease = position and lease_of(array, position, id, queue_of(v[2] or ''))
+  if lease then return array, position, lease end
+end
+
+-- True when an element that a lease holds has got a record now.
+local function record_leased(id)
+  local array, position, lease = leased(id)
+  return lease and own_record(array, position, lease)
+end
+
+-- The same for an element of which something must become: 'record'; nil when no lease of this execution holds it. If its array
+-- was deleted or is damaged (it has failed then) it has none: it ends with `status`, or failed, which is returned.
+local function record_or_end(id, array, position, class, execution, status, now, now_iso, ttl)
+  local lease
+  if array == '' then array, position, lease = leased(id) else lease = lease_of(array, position, id, queue_of(class)) end
+  if not lease or lease.execution ~= execution then return end
+  local done, made = pcall(own_record, array, position, lease)
+  if done and made then return 'record' end
+  if not done then
+    pcall(end_damaged, array, type(made) == 'table' and made.err or tostring(made), now, now_iso, ttl)
+    status = 'failed'
+  end
+  set_outcomes(array, position, position, status == 'finished' and 1 or status == 'canceled' and 3 or 2)
+  leave_lease(array, lease, 1)
+  if redis.call('EXISTS', leases_key(array)) == 0 then redis.call('DEL', outcomes_key(array)) end
+  count_end(submission_of(id), status, 1)
+  return status
+end
+
+-- How many elements of an array are held by leases.
+number_leased = function(array)
+  local number = 0
+  for _, member in ipairs(redis.call('ZRANGE', leases_key(array), 0, -1)) do
+    number = number + (tonumber(redis.call('HGET', LEASES, array .. ':' .. string.match(member, '^(%d+)')) or '') or 0)
+  end
+  return number
+end

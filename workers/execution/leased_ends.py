@@ -1,0 +1,62 @@
+"""Collects the ends of elements that finished and that a lease holds: they are reported together, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pilotq.broker.store.journal_runs import RunLines
+from pilotq.broker.store.messages import EndReport, Run, RunEnd
+from pilotq.workers.execution.execution import Execution
+from pilotq.workers.session import Apart, iso
+
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class LeasedEnd(NamedTuple):
+    """The end of an element that finished, of which nothing is to be kept but a line of the journal."""
+
+    e: Execution
+    ended: float  # unix seconds
+    command: str
+    outputs: dict[str, Any]  # fields of its entry in the journal: what it has written
+    report: Callable[[Execution, float], EndReport]  # makes its own report, for the case that it is needed
+
+
+def runs_of(ends: list[LeasedEnd], node: str) -> Iterator[tuple[RunEnd, Apart]]:
+    """The runs that these elements make on this node, each with what makes the reports of its elements."""
+    ends = sorted(ends, key=lambda end: (end.e.run.array, end.e.run.execution, end.e.run.position))
+    first = 0
+    for number in range(1, len(ends) + 1):
+        if number == len(ends) or not _follows(ends[number - 1].e.run, ends[number].e.run):
+            yield _run_of(ends[first:number], node)
+            first = number
+
+
+def _follows(run: Run, other: Run) -> bool:
+    """Whether the other is the next element of the same lease."""
+    same = run.array == other.array and run.execution == other.execution and run.handed == other.handed
+    return same and other.position == run.position + 1
+
+
+def _run_of(ends: list[LeasedEnd], node: str) -> tuple[RunEnd, Apart]:
+    run, base, command = ends[0].e.run, ends[0].e.started, ends[0].command
+    places: dict[str, int] = {}  # of allocations
+    rows, more = [], {}
+    for number, end in enumerate(ends):
+        e, exited = end.e, end.e.exited
+        assert exited is not None
+        place = places.setdefault(e.allocation, len(places))
+        after, lasted = round((e.started - base) * 1e6), max(round((end.ended - e.started) * 1e6), 0)
+        rows.append((e.run.index, place, after, lasted, e.pid, exited.max_rss, round(exited.cpu * 1e6)))
+        if end.outputs or end.command != command:
+            more[number] = end.outputs if end.command == command else end.outputs | {"command": end.command}
+    lines = RunLines(
+        run.array, run.name, run.submission, node, run.execution, run.queued, run.handed, command, list(places), base,
+        rows, more,
+    )  # fmt: skip
+    last = iso(max(end.ended for end in ends))
+    packed = RunEnd(run.array, run.execution, run.submission, last, run.position, len(ends), _pack(lines))
+    return packed, lambda: [end.report(end.e, end.ended) for end in ends]
