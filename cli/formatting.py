@@ -32,8 +32,8 @@ ESCAPE = re.compile(
 COLOURS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped": "yellow", "started": "cyan"}
 TASK_COLUMNS = ("ID", "NAME", "STATUS", "REASON", "EXIT", "CORES", "RAN", "COMMAND")
 DETAILS = (
-    "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "elements",
-    "ended",
+    "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "array_limit",
+    "elements", "ended",
 )  # fmt: skip
 NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "HEARTBEAT")
 

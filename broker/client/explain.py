@@ -161,7 +161,7 @@ class Explainer:
         found.why += self._tasks_before(where, name, info)
 
     def _is_full(self, name: str, info: ClassInfo, found: Explanation) -> bool:
-        """Whether it waits only because as many elements of its array run as may."""
+        """Add the limit of its array, if that has one; returns whether nothing else is in its way."""
         if not info.at_most:
             return False
         text = self._link.call("HGET", keys.STATUS, "full")

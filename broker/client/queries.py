@@ -14,7 +14,7 @@ from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.leases import LeasedElement, leased_elements, number_leased, read_leases
 from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
-from pilotq.broker.store.resources import GpuFacts, NodeInfo
+from pilotq.broker.store.resources import GpuFacts, NodeInfo, class_info
 from pilotq.broker.store.store import from_iso
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
@@ -25,6 +25,7 @@ RUNNING_READ_MAX = 1000  # tasks with a worker that are read to see which of the
 VIEW_FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
     "pq_queued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
+    "pq_class",
 )  # fmt: skip
 WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
@@ -106,6 +107,8 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         ended=status in ENDED,
     )
     view.array_size = _size(f["pq_array"])
+    if view.array_size and (info := class_info(f["pq_class"])) is not None:
+        view.array_limit = info.at_most
     return view
 
 

@@ -25,6 +25,7 @@ class TaskView(msgspec.Struct, kw_only=True):
     cpu: float | None = None
     retries: int = 0
     array_size: int = 0  # > 0: an array
+    array_limit: int = 0  # of an array that Redis knows: how many of its elements may run at a time; 0: any number
     elements: dict[str, str] = {}  # of an array: status -> compact ranges of indices, "0-3,7"
     array: str = ""  # of an element: its array
     index: int | None = None

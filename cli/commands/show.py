@@ -45,6 +45,7 @@ def _details(task: TaskView) -> str:
         ("queue", task.queue),
         ("array", f"{task.array}, index {task.index}" if task.array else ""),
         ("elements", f"{task.array_size:,}" if task.array_size else ""),
+        ("at a time", f"at most {task.array_limit:,}" if task.array_limit else ""),
         *((f"  {status}", ranges) for status, ranges in task.elements.items()),
         ("execution", str(task.execution or "")),
         ("retries left", str(task.retries or "")),

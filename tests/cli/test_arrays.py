@@ -56,6 +56,7 @@ def test_a_limit_in_a_file_holds_while_the_pilot_is_stopped_and_resumed(tmp_path
     (tmp_path / "tasks.toml").write_text(TASKS.replace("{script}", AT_WORK))
     with in_background(tmp_path, "--nodes", "4,4") as cli:
         first, second = cli("submit", "tasks.toml").stdout.split()
+        assert "\nat a time     at most 2\n" in cli("show", first).stdout
         wait_until(lambda: (tmp_path / "ran").exists() and len((tmp_path / "ran").read_text().split()) > 3)
         assert cli("stop", "--now").returncode == 0
         for folder in tmp_path.glob("at-*"):
