@@ -90,14 +90,14 @@ def run() -> list[Figure]:
             except SystemExit as error:
                 failed |= {(peer.name, play): str(error) for play in peer.plays}
         for number in range(rounds):
-            for peer in programs:
+            for peer, program in programs.items():
                 for play in peer.plays:
                     if (peer.name, play) in failed:
                         continue
                     load = os.getloadavg()[0]
                     ours = measured(OURS.get(play, play), seconds)
                     try:
-                        theirs = beside(peer, play, programs[peer], home / "rate.json", cores, seconds)
+                        theirs = beside(peer, play, program, home / "rate.json", cores, seconds)
                     except SystemExit as error:
                         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
                             raise  # it is this benchmark that is ended

@@ -28,7 +28,7 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.completions import Completions
 from pilotq.broker.client.mapping import mapped, run_each
 from pilotq.broker.client.resource_dict import task_of
-from pilotq.broker.client.results import Ended, Outcome, OutputFiles, StoredValue, outcome_of
+from pilotq.broker.client.results import Ended, Outcome, OutputFiles, StoredValue, discard, outcome_of
 from pilotq.broker.errors import (
     FunctionCanceled,
     FunctionFailed,
@@ -428,11 +428,13 @@ class Executor(_Calls):
         for ended in ends:
             with self._lock:
                 future = self._waiting.pop(ended.id, None)
-                if future is None and self._committing:
+                early = future is None and bool(self._committing)
+                if early:
                     self._ended_early.append(ended)
-            # Those of canceled futures come late, and nobody asks for their values.
             if future is not None and not future.cancelled():
                 self._set_outcome(future, outcome_of(ended, self._files))
+            elif not early:  # of a canceled future it comes late, and nobody asks for its value
+                discard(ended, self._files)
 
     def _set_outcome_of(self, task_id: str, outcome: Outcome) -> None:
         with self._lock:

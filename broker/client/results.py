@@ -128,6 +128,14 @@ def outcome_of(ended: Ended, files: OutputFiles) -> Outcome:
     return Outcome(error=_failure(ended.id, ended.status, ended.reason, trace, exception, files))
 
 
+def discard(ended: Ended, files: OutputFiles) -> None:
+    """Remove the file that holds the value of a function alone, which nobody will read."""
+    with suppress(ValueError):
+        stored = read_text(ended.text) if ended.text.startswith("file:") else None
+        if isinstance(stored, Stored) and stored.name.endswith(RESULT_SUFFIX):
+            files.remove(stored, os.getpid())
+
+
 def _fields(entries: list[Any]) -> dict[bytes, bytes]:
     flat = entries[0][1] if entries else []
     return dict(zip(flat[::2], flat[1::2], strict=True))

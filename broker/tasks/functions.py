@@ -46,7 +46,14 @@ class Payload(msgspec.Struct, array_like=True):
     arguments: bytes
 
 
+class PayloadName(msgspec.Struct, array_like=True):
+    """The beginning of a packed call: what stands behind the name is passed over."""
+
+    name: str
+
+
 decode_payload = msgspec.msgpack.Decoder(Payload).decode
+decode_payload_name = msgspec.msgpack.Decoder(PayloadName).decode
 
 
 Function = Callable[..., Any] | str | bytes | Packed

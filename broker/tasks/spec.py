@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from pilotq.broker.os_strings import encode
-from pilotq.broker.tasks.functions import decode_payload, pack_call
+from pilotq.broker.tasks.functions import decode_payload_name, pack_call
 from pilotq.broker.tasks.model import Task, one_line
 
 # Spec.flags
@@ -67,7 +67,7 @@ def command_text(spec: Spec) -> str:
     if not spec.flags & FLAG_FUNCTION:
         return one_line(b" ".join(spec.argv) if spec.argv else spec.script.strip())
     try:
-        payload = decode_payload(spec.argv[0])
+        payload = decode_payload_name(spec.argv[0])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
         return ""
     return one_line(f"{payload.name}(...)") if payload.name else ""

@@ -117,6 +117,14 @@ def wait_for_ever(mark: str, stubborn: bool = False) -> str:
                 raise
 
 
+def large_when_ended(mark: str, size: int) -> bytes:
+    try:
+        wait_for_ever(mark)
+    except KeyboardInterrupt:
+        pass
+    return bytes(size)
+
+
 def survive(mark: str) -> str:
     try:
         wait_for_ever(mark)

@@ -33,8 +33,8 @@ class Running:
     """
 
     __slots__ = (
-        "key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "chain", "script",
-        "cgroup",
+        "key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "unwanted", "chain",
+        "script", "cgroup",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +49,7 @@ class Running:
         self.started = time.time()
         self.stdout, self.stderr = files
         self.killed = False  # SIGKILL was sent: a process that appears later gets it too
+        self.unwanted = False  # a call that was asked to end: whatever it returns, nobody is told of its result
         self.chain = chain
         self.cgroup = launch.cgroup if isinstance(launch, ConfinedLaunch) else ""
         self.script = script  # path of its script's file, to be removed

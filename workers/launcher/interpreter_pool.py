@@ -12,12 +12,14 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from typing import Protocol
 
 import msgspec
 
 from pilotq.broker.os_strings import printable
+from pilotq.broker.tasks.functions import RESULT_SUFFIX
 from pilotq.workers.launcher import message_socket
 from pilotq.workers.launcher.capture import Capture, reopen
 from pilotq.workers.launcher.chain import Chain, Running
@@ -185,6 +187,7 @@ class InterpreterPool:
         if not interpreter.calls or interpreter.calls[0][0].key != returned.key:
             return  # a function has written to its socket
         running = interpreter.calls[0][0]
+        self._drop_unwanted(running)
         interpreter.calls_done += 1
         interpreter.cpu += returned.cpu
         if returned.remaining:
@@ -202,6 +205,12 @@ class InterpreterPool:
             self._set_idle(interpreter, chain)
         self._complete(running.key, chain)
         self._reports.report(returned)
+
+    def _drop_unwanted(self, running: Running) -> None:
+        """Remove the file of a large result that nobody is told of."""
+        if running.unwanted:
+            with suppress(OSError):
+                os.unlink(os.path.join(self._options.directory, running.name + RESULT_SUFFIX))
 
     def _set_idle(self, interpreter: InterpreterProcess, chain: Chain) -> None:
         interpreter.draining = False
@@ -254,6 +263,7 @@ class InterpreterPool:
         self.receive(interpreter.sock.fileno())
         if not interpreter.calls or interpreter.calls[0][0].key != key:
             return
+        running.unwanted = True
         if message.signal != signal.SIGKILL:
             try:
                 message_socket.send(interpreter.sock, _encode(Interrupt(key, message.reason)))
@@ -282,6 +292,7 @@ class InterpreterPool:
         if ended is None and not self._requeue_callback(interpreter):
             running = self._failed_call(interpreter, loaded)
             if running is not None:
+                self._drop_unwanted(running)
                 now = time.monotonic()
                 exited = Exited(
                     running.key, interpreter.pid, status, running.started, time.time(), now - running.began,

@@ -19,7 +19,7 @@ from rq.job import Job
 
 from pilotq.broker import Executor, Task
 from pilotq.broker.client import executor as executor_module
-from pilotq.broker.client.results import StoredValue
+from pilotq.broker.client.results import Ended, StoredValue
 from pilotq.broker.errors import FunctionFailed, InvalidInput, NoPilot, PilotFailed, UnknownTask
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
@@ -393,6 +393,24 @@ def test_a_forked_process_is_told_that_it_needs_its_own(executor: Executor, pilo
     os.close(here)
     os.close(there)
     assert not open_one.done() and open_one.cancel()
+
+
+def test_a_large_result_that_nobody_wants_any_more_leaves_no_file(
+    executor: Executor, pilot: LivePilot, tmp_path: Path
+) -> None:
+    """A call that is asked to end, and has a result all the same; and one that ended as it was canceled."""
+    output, mark = Path(pilot.pilot.directory, "output"), tmp_path / "mark"
+    future = executor.submit(functions.large_when_ended, str(mark), 10 * INLINE_BYTES)
+    wait_until(mark.exists, what="start of the call")
+    (task_id,) = executor._waiting
+    pilot.broker.cancel([task_id])
+    with pytest.raises(futures.CancelledError):
+        future.result(WAIT_S)
+    assert not list(output.glob(f"{task_id}.*.result"))
+    late = output / "late.1.result"
+    late.write_bytes(b"x")
+    executor._take([Ended("late", "finished", "", f"file:0:1:{late.name}")])
+    assert not late.exists()
 
 
 def test_a_large_result_of_a_private_pilot_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
