@@ -68,7 +68,7 @@ task_options = all_of(
     click.option("--name", help="A name to find it by."),
     click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),
     click.option("--gpus", metavar="N|KIND:N", help="GPUs; 0.25 is a share of one, a100:2 two of a kind."),
-    click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G."),
+    click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G; below 1 MiB with a unit."),
     click.option("--spread", "numa", flag_value="spread", help="Cores evenly over NUMA nodes."),
     click.option("--pack", "numa", flag_value="pack", help="Cores on few NUMA nodes, OpenMP's threads side by side."),
     click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter or pool; may be repeated."),

@@ -17,6 +17,7 @@ from pilotq.broker.tasks.model import COUNTER, Request
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE)
 MEMORY_POLICIES = ("limit", "watch", "reserve")  # how the memory that tasks ask for is enforced
 SIZE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+LEAST_MEMORY = 1 << 20  # a request for fewer bytes, without a unit, is a mistake: no process needs so little
 _UNITS = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)s?)?", re.I)
 _CLOCK = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2}(?:\.[0-9]{1,9})?)")
 _SLURM = re.compile(r"([0-9]{1,9})-([0-9]{1,9})(?::([0-9]{2})(?::([0-9]{2}))?)?")
@@ -100,7 +101,7 @@ def request_of(
 ) -> Request:
     """``base`` with what is given replaced. ``nodes`` without any ``cores`` asks for entire nodes.
 
-    The text of an InvalidInput starts with the name of the argument.
+    A ``memory`` below 1 MiB needs a unit. The text of an InvalidInput starts with the name of the argument.
     """
     changes: dict[str, object] = {}
     if cores is not None:
@@ -113,7 +114,7 @@ def request_of(
         changes["gpus"], changes["gpu_kind"] = parse_gpus(gpus) if isinstance(gpus, str) else (gpus, "")
     if memory is not None:
         try:
-            changes["memory"] = parse_size(memory) if isinstance(memory, str) else memory
+            changes["memory"] = _memory(memory)
         except InvalidInput as error:
             raise InvalidInput(f"memory: {error}") from None
     if use is not None:
@@ -124,6 +125,14 @@ def request_of(
     if numa is not None:
         changes["numa"] = numa
     return msgspec.structs.replace(base, **changes)
+
+
+def _memory(value: int | str) -> int:
+    size = parse_size(value) if isinstance(value, str) else value
+    bare = value.strip() if isinstance(value, str) else str(value)
+    if bare.isdecimal() and 0 < size < LEAST_MEMORY:
+        raise InvalidInput(f"{bare} without a unit would be {bare} bytes: write {bare}M, or {bare}G")
+    return size
 
 
 def _named(name: str, value: int | str) -> tuple[int, int]:

@@ -62,6 +62,7 @@ WRONG = [
     (["run", "--node", "2", "f"], "--nodes"),
     (["enqueue", "--cores", "many", "--", "true"], "--cores"),
     (["enqueue", "--memory", "2 buckets", "--", "true"], "--memory"),
+    (["enqueue", "--memory", "500", "--", "true"], "--memory: 500 without a unit would be 500 bytes: write 500M"),
     (["enqueue", "--array", "9-1:x", "--", "true"], "--array"),
     (["enqueue", "--name", "x"], "command"),
     (["enqueue", "--script", "no-such-file"], "no-such-file"),

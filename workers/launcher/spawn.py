@@ -20,6 +20,7 @@ from pilotq.workers.protocol import Call, ConfinedLaunch, Launch, LaunchBase, La
 from pilotq.workers.script_files import ScriptFiles
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"  # where a task without PATH finds its program
+PATH_SHOWN = 80  # bytes of a directory in a message
 PROGRAM_CACHE_S = 1.0  # a program found on PATH is searched again after this: a newer one may stand in front
 PROGRAMS_MAX = 1000  # so many found programs are kept
 CONTEXTS_MAX = 1000  # so many contexts are kept
@@ -345,9 +346,11 @@ def _search(name: bytes, path: bytes) -> bytes:
             denied = denied or candidate
     if denied:
         raise Refusal("not found", f"Permission denied: {_quoted(denied)} is not executable.")
-    raise Refusal(
-        "not found", f"No such file or directory: {_quoted(name)} is in no directory of its PATH ({_quoted(path)})."
+    number, first = path.count(b":") + 1, _quoted(path.split(b":")[0][:PATH_SHOWN])
+    where = (
+        f"its PATH ({first})" if number == 1 else f"the {number} directories of its PATH, of which {first} is the first"
     )
+    raise Refusal("not found", f"No such file or directory: {_quoted(name)} is not in {where}.")
 
 
 def _open(path: bytes, flags: int) -> int:

@@ -297,6 +297,7 @@ def test_every_key_of_toml_and_json_means_the_same(tmp_path: Path) -> None:
         ({"command": "a", "function": "m:f"}, "jobs.json: tasks[1]: give exactly one of command, script and function"),
         ({"command": "a", "args": [1]}, "jobs.json: tasks[1]: args and kwargs are for a function"),
         ({"function": "m:f", "args": {}}, "jobs.json: tasks[1].args: expected a list"),
+        ({"command": "a", "memory": 500}, "jobs.json: tasks[1].memory: 500 without a unit would be 500 bytes"),
         ({"command": "a", "memory": "2X"}, "jobs.json: tasks[1].memory: '2X' is no size"),
         ({"command": "a", "use": {"a b": 1}}, "jobs.json: tasks[1].use: 'a b' is no name of a counter"),
         ({"command": "a", "array": "9-1"}, "jobs.json: tasks[1].array: '9-1' is an array without elements"),
