@@ -61,7 +61,7 @@ static _Noreturn void become(const struct child *child, int inherits, volatile i
     if (chdir(child->cwd) < 0 || !open_streams(child))
         goto failure;
     for (size_t n = 0; n < child->limit_count; n++)
-        if (setrlimit((__rlimit_resource_t)child->limits[n].number, &child->limits[n].value) < 0)
+        if (setrlimit(child->limits[n].number, &child->limits[n].value) < 0)
             goto failure;
     for (const int *number = child->ignored; *number; number++)
         sigaction(*number, &standard, NULL);

@@ -819,11 +819,13 @@ static int reap(Core *self) {
 /* -- the loop ----------------------------------------------------------------------------------------------------- */
 
 /* Milliseconds, rounded up, until the caller's moment or one of ours; -1: for ever. */
-static int pause_ms(Core *self, double until) {
+static int pause_ms(Core *self, double until, int may_start) {
     double moment = until;
+    if (may_start && (self->startable || self->reports))
+        return 0;
     if (self->oldest && (moment < 0 || self->oldest->running_since + ANNOUNCE_S < moment))
         moment = self->oldest->running_since + ANNOUNCE_S;
-    if (self->unseen && (moment < 0 || self->wake_at < moment))
+    if (self->unseen && !self->reports && (moment < 0 || self->wake_at < moment))
         moment = self->wake_at;
     if (moment < 0)
         return -1;
@@ -831,9 +833,9 @@ static int pause_ms(Core *self, double until) {
     return moment <= 0 ? 0 : moment > 3600 ? 3600 * 1000 : (int)(1000 * moment) + 1;
 }
 
-static int serve_events(Core *self, double until) {
+static int serve_events(Core *self, int timeout) {
     struct epoll_event events[EVENTS_MAX];
-    int count, timeout = pause_ms(self, until);
+    int count;
     Py_BEGIN_ALLOW_THREADS
     count = epoll_wait(self->poll, events, EVENTS_MAX, timeout);
     Py_END_ALLOW_THREADS
@@ -857,7 +859,7 @@ static int serve_events(Core *self, double until) {
 static int turn(Core *self, double until, int may_start) {
     double at;
     int started = 1;
-    if (serve_events(self, self->startable && may_start ? 0 : until) < 0)
+    if (serve_events(self, pause_ms(self, until, may_start)) < 0)
         return -1;
     at = now(CLOCK_MONOTONIC);
     while (self->oldest && at >= self->oldest->running_since + ANNOUNCE_S)
