@@ -51,7 +51,10 @@ class Table(NamedTuple):
         """The slopes, and each column's last value."""
         found = []
         for column in self.columns:
-            last = max(number for number, value in enumerate(column.values) if not math.isnan(value))
+            measured = [number for number, value in enumerate(column.values) if not math.isnan(value)]
+            if not measured:
+                continue
+            last = measured[-1]
             detail = f"slope {self._slope_text(column)}" if column.slope else ""
             what = f"{self.title}: {column.name}, {self.points[last]:,g} {self.x}"
             found.append(Figure(what, column.values[last], column.unit, detail=detail))
