@@ -19,6 +19,8 @@ from pilotq.broker.pilot.start import SupervisorOptions, start_pilot
 
 ROOT = Path(__file__).parents[2]
 END_S = 120.0
+# A few cores stand for all of a large machine, so that answers may take long; nobody is to be given up for it.
+PATIENCE_S = 120.0
 
 
 class PretendedPilot:
@@ -36,6 +38,7 @@ class PretendedPilot:
         if self._said() != "ready":
             raise SystemExit(f"the pretended nodes ended with {self._host.wait()}")
         self.broker = Broker.connect(directory)
+        self.broker.link.timeout = PATIENCE_S
         self.parts = {**parts(directory), self._host.pid: "pretended nodes"}
 
     def cpu(self) -> Counter[str]:
@@ -62,7 +65,7 @@ class PretendedPilot:
 @contextlib.contextmanager
 def pretended_pilot(nodes: int, cores: int, **settings: Any) -> Iterator[PretendedPilot]:
     """Start such a pilot, and end it; ``settings`` as in PILOTQ_SETTINGS."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder, _settings(settings):
+    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder, _settings({"reply_s": PATIENCE_S, **settings}):
         started = start_pilot(os.path.join(folder, "pilot"), SupervisorOptions())
         try:
             pilot = PretendedPilot(started.directory, nodes, cores)

@@ -13,6 +13,7 @@ from benchmarks.pretended.pilot import PretendedPilot, pretended_pilot
 from benchmarks.server_use import ServerUse
 from benchmarks.simulation.measured import CORES, Sizes, play
 from benchmarks.simulation.tables import Column, Table
+from pilotq.broker.errors import PilotqError
 
 # As in the study of RADICAL-Pilot with Flux and Dragon on Frontier: four tasks a core, of no time and of 180 s.
 A_CORE, LONG_S = 4, 180.0
@@ -28,19 +29,26 @@ Points = defaultdict[str, dict[int, float]]
 def measure_nodes(sizes: Sizes, parts: Sequence[str]) -> list[Table]:
     found: Points = defaultdict(dict)
     for nodes in sizes.nodes:
-        began = time.perf_counter()
-        with pretended_pilot(nodes, CORES) as pilot:
-            play(pilot, 0.0, nodes * CORES)  # all nodes have joined, and the run time of such tasks is known
-            found["joined"][nodes] = time.perf_counter() - began
-            if "idle" in parts:
-                _idle(pilot, nodes, found)
-            if "nodes" in parts:
-                _four_a_core(pilot, nodes, found)
-            if "lengths" in parts and nodes <= SHORT_NODES:
-                _ten_a_core(pilot, nodes, found)
+        try:
+            _measure(nodes, parts, found)
+        except (PilotqError, SystemExit) as error:  # a machine that is too small for so many: the others count
+            print(f"  {nodes} nodes: not all could be measured: {error}", file=sys.stderr, flush=True)
         print(f"  {nodes} nodes: {({name: values[nodes] for name, values in found.items() if nodes in values})}",
               file=sys.stderr, flush=True)  # fmt: skip
     return [table for part, table in _tables(sizes.nodes, found) if part in parts]
+
+
+def _measure(nodes: int, parts: Sequence[str], found: Points) -> None:
+    began = time.perf_counter()
+    with pretended_pilot(nodes, CORES) as pilot:
+        play(pilot, 0.0, nodes * CORES)  # all nodes have joined, and the run time of such tasks is known
+        found["joined"][nodes] = time.perf_counter() - began
+        if "idle" in parts:
+            _idle(pilot, nodes, found)
+        if "nodes" in parts:
+            _four_a_core(pilot, nodes, found)
+        if "lengths" in parts and nodes <= SHORT_NODES:
+            _ten_a_core(pilot, nodes, found)
 
 
 def _idle(pilot: PretendedPilot, nodes: int, found: Points) -> None:
