@@ -35,7 +35,7 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 FORWARDED = (
     "PILOTQ_SETTINGS", "PILOTQ_COUNTERS", "PILOTQ_POOLS", "PILOTQ_GPUS", "PILOTQ_THREADS", "PILOTQ_MEMORY_POLICY",
     "PILOTQ_LAUNCHER", "PILOTQ_SERVER", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE",
-    "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU",
+    "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_GPUS_PER_NODE",
 )  # fmt: skip
 POLL_S = 0.5  # interval at which the registered nodes are read
 REPORT_S = 10.0  # interval at which a wait for nodes is logged

@@ -22,6 +22,7 @@ REPEATED = frozenset({"env", "resource"})
 _UNIT = re.compile(
     r"(\d{1,9}(?:\.\d{1,9})?)\s*(d|days?|h|hr|hrs|hours?|m|min|mins|minutes?|s|sec|secs|seconds?)\b\s*", re.I
 )
+_SHARE = re.compile(r"0?\.[0-9]{1,4}")  # of a GPU
 _SECONDS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -92,6 +93,9 @@ def _request(option: str, value: str, request: dict[str, Any]) -> str:
         request |= {"nodes": (number_of(value),) * 2, "whole": True}
         return "nodes"
     name, _, count = value.partition("=") if option == "resource" else (option, "", value)
+    if option == "resource" and name.partition("/")[0] == "gpus" and _SHARE.fullmatch(count):
+        request["gpus"] = float(count)
+        return "gpus"
     if not count.isdecimal() or not number_of(count, 0):
         return ""
     number = int(count)

@@ -46,8 +46,8 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
     "memory": (
         'number of bytes, or text `"2G"`',
         (
-            "on each node; K, M, G, T, P are powers of 1024, and below 1 MiB one of them is needed. Reserved if the node "
-            "is a machine, and a limit"
+            "on each node; K, M, G, T, P are powers of 1024, and below 1 MiB one of them is needed. Reserved if the "
+            "node is a machine, and a limit"
         ),
     ),
     "numa": (

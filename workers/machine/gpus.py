@@ -24,7 +24,7 @@ VARIABLES = (
     (AMD, "ROCR_VISIBLE_DEVICES", re.compile(r"[0-9]+|GPU-[A-Za-z0-9]+"), True),
     (INTEL, "ZE_AFFINITY_MASK", re.compile(r"[0-9]+(\.[0-9]+)*"), False),
 )
-SLURM_COUNTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # global numbers: they serve to count
+SLURM_COUNTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # numbers of the whole machine: they serve to count
 NVIDIA_UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 AMD_MODELS = {
     0x738C: "AMD Instinct MI100", 0x7408: "AMD Instinct MI250X", 0x740C: "AMD Instinct MI250",
@@ -180,7 +180,8 @@ def _slurm_numbers(env: Mapping[str, str]) -> list[str]:
 
 
 def _slurm_note(env: Mapping[str, str], found: int) -> str:
-    granted = len(_slurm_numbers(env))
+    each = env.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]  # 2, or a100:2
+    granted = len(_slurm_numbers(env)) or (int(each) if each.isdecimal() else 0)
     return f"Slurm has granted {_gpus(granted)}, and {found} can be used" if granted and granted != found else ""
 
 
@@ -203,7 +204,7 @@ def _entries(root: str, path: str, pattern: str) -> list[re.Match[str]]:
     except OSError:
         return []
     found = [match for name in names if (match := re.fullmatch(pattern, name))]
-    return sorted(found, key=lambda match: [int(n, 16) for n in re.findall(r"[0-9a-f]+", match[0])])
+    return sorted(found, key=lambda match: [int(n, 16) for n in re.findall(r"[0-9a-f]+", match[0].lower())])
 
 
 def _nvidia(root: str) -> Iterator[tuple[bool, Device]]:

@@ -97,6 +97,7 @@ def test_slurm(options: str, fields: dict[str, Any]) -> None:
         ("--resource mem=100 --resource gpus/nvidia=1 --resource fpga=2",
          {"request": Request(memory=100 << 20, gpus=1, use=(("fpga", 2),))}),
         ("--array 1,4-5%2", {"array": ArrayRange(1, 1, limit=2, more=((4, 5, 1),)), "env": {"HQ_TASK_ID": "{index}"}}),
+        ("--resource gpus/nvidia=0.25", {"request": Request(gpus=0.25)}),
         ("--array 1-10:2", {"array": ArrayRange(1, 10, 2), "env": {"HQ_TASK_ID": "{index}"}}),
         ("--time-limit=10min --time-request 5m", {"time_limit": 600.0, "time_request": 300.0}),
         ("--time-limit='1h 30m'\n#HQ --priority=-5", {"time_limit": 5400.0, "priority": -5}),

@@ -117,6 +117,11 @@ def test_where_granted_and_found_differ_is_a_sentence(
     assert (" ".join(device.name for device in found.devices), found.note) == (expected, note)
 
 
+def test_a_number_of_each_node_is_compared(tmp_path: Path) -> None:
+    found = find_gpus({"SLURM_GPUS_PER_NODE": "a100:4"}, a100(tmp_path))
+    assert len(found.devices) == 8 and found.note == "Slurm has granted 4 GPUs, and 8 can be used"
+
+
 def test_a_number_overrides_what_is_found(tmp_path: Path) -> None:
     root = a100(tmp_path)
     assert names({}, root, 3) == ["0", "1", "2"] and names({}, root, 0) == []
