@@ -28,9 +28,10 @@ EXCESS_SHARE, EXCESS_BYTES = (
     1.3,
     256 << 20,
 )  # a task is to be ended before it uses this share of its limit, and so much more
-FASTEST = 1 << 30  # bytes a second that a task may begin to grow by at any time
-REACTION_S = 0.1  # from the measurement to the end of the processes
+FASTEST = 10**9  # bytes a second that a task may begin to grow by at any time
+REACTION_S = 0.07  # from the measurement to the end of the processes
 SHORTEST_S = 0.02  # between two measurements of a task
+TOGETHER_S = 0.05  # tasks are measured together, at times that are multiples of this
 LOOK_SHARE = 0.005  # of a core that looking for new processes may take
 PEAK_STEP = 1.25  # so much above the last peak that of several processes is measured exactly
 LATE_S = 1.5  # a kill by the kernel that was seen so long ago may be that of a task whose end is told now
@@ -206,6 +207,8 @@ class _Loop:
         task.size, task.measured_at = size, now
         task.peak = max(task.peak, size)
         task.next_at = now + self._period(task, rate)
+        if task.next_at - now > 2 * TOGETHER_S:
+            task.next_at -= task.next_at % TOGETHER_S
         if not task.limit or size <= task.limit or task.over:
             return False
         task.over = size

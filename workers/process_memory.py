@@ -14,6 +14,7 @@ from pilotq.workers.process_tree import Process, environments, proportional_size
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LISTED_FROM = 64  # so many new process numbers are looked at one by one; beyond that /proc is listed
+FILES_MAX = 256  # so many files are kept open
 STRAY_S = 0.5  # a child of a launcher that is no task's main process by then may be one that has left its task
 
 
@@ -50,10 +51,12 @@ class ProcessTable:
         self._launchers: set[int] = set()
         self._strays: dict[int, tuple[float, Process]] = {}
         self._last = -1  # the process number that was given out last, when we looked
+        self._files: dict[int, int] = {}  # number -> its open file of sizes: opening it costs more than reading it
         self._loadavg = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        os.close(self._loadavg)
+        for fd in (self._loadavg, *self._files.values()):
+            os.close(fd)
 
     def add(self, group: ProcessGroup, pid: int) -> None:
         """A launcher has started this process; what it has started so far is found, too."""
@@ -80,7 +83,7 @@ class ProcessTable:
                 del self._mains[pid]
         for pid, process in group.members.items():
             if self._owners.get(pid) is group:
-                del self._owners[pid]
+                self._leave(pid)
                 self._others[pid] = process
         group.members.clear()
 
@@ -143,16 +146,37 @@ class ProcessTable:
         """The memory that a group uses at most, in bytes: what is resident, as `ProcessGroup.estimate` has it."""
         size: dict[int, int] = {}
         for pid in group.members:
-            pages = _resident(pid)
+            pages = self._resident(pid)
             if pages:
                 size[pid] = pages * PAGE
         for pid in group.members.keys() - size.keys():
             process = read_process(pid)
-            if process is None or not process.alive:
+            if process is None or not process.alive or process.start != group.members[pid].start:
                 del group.members[pid]
-                self._owners.pop(pid, None)
+                self._leave(pid)
         group.size = size
         return group.estimate()
+
+    def _leave(self, pid: int) -> None:
+        self._owners.pop(pid, None)
+        if (fd := self._files.pop(pid, None)) is not None:
+            os.close(fd)
+
+    def _resident(self, pid: int) -> int:
+        """Pages; 0 of a process that has ended."""
+        fd = self._files.get(pid)
+        kept = fd is not None
+        try:
+            if fd is None:
+                fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+                if len(self._files) < FILES_MAX:
+                    self._files[pid], kept = fd, True
+            return int(os.pread(fd, 128, 0).split(b" ", 2)[1])
+        except (OSError, IndexError, ValueError):
+            return 0
+        finally:
+            if fd is not None and not kept:
+                os.close(fd)
 
     def measure_exactly(self, group: ProcessGroup) -> int:
         """The same, with shared pages counted once: slower, as the kernel looks at all pages.
@@ -163,7 +187,7 @@ class ProcessTable:
             now = read_process(pid)
             if now is None or now.start != process.start:
                 del group.members[pid]
-                self._owners.pop(pid, None)
+                self._leave(pid)
         self.measure(group)
         exact = proportional_sizes(group.size)
         group.counted = (sum(exact.get(pid, size) for pid, size in group.size.items()), dict(group.size))
@@ -204,20 +228,6 @@ def kernel_kills() -> int:
         return 0
     _, found, rest = data.partition(b"\noom_kill ")
     return int(rest.split(b"\n", 1)[0]) if found else 0
-
-
-def _resident(pid: int) -> int:
-    """Pages; 0 of a process that has ended."""
-    try:
-        fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY)
-    except OSError:
-        return 0
-    try:
-        return int(os.read(fd, 128).split(b" ", 2)[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    finally:
-        os.close(fd)
 
 
 def _leads_threads(pid: int) -> bool:
