@@ -94,6 +94,8 @@ end = time.time() + {FOREVER}
 while time.time() < end:
     os.open("{tmp_path}/ran", os.O_CREAT)
     if os.fork():
+        while not os.path.exists("{tmp_path}/ran"):  # the first one lives until another has run
+            time.sleep(0.001)
         os._exit(0)
     os.setsid()
 """

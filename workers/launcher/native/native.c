@@ -704,8 +704,8 @@ static int left_nothing(Core *self, const struct launch *launch) {
         siginfo_t info = {.si_pid = 0};
         PyObject *number;
         int known;
-        if (waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) < 0 || info.si_pid)
-            continue; /* no child of ours, or a dead one */
+        if (waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+            continue; /* no child of ours; one that has just ended may have left another, with a number behind the last */
         number = PyLong_FromLong(pid);
         known = number ? PyDict_Contains(self->mains, number) : -1;
         Py_XDECREF(number);
