@@ -59,7 +59,7 @@ class PretendedLauncher(LauncherHandle):
         self._unseen = 0  # reports since the reader was woken, as in ReportPipe
         self._wake_at = 0.0  # monotonic: when they are old enough
         self.launched = 0
-        self.seconds = 0.0  # that all of this took
+        self.seconds = 0.0  # of CPU time that all of this took
 
     @property
     def pid(self) -> int:
@@ -67,14 +67,14 @@ class PretendedLauncher(LauncherHandle):
 
     def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:  # noqa: ARG002
         assert isinstance(launch, Launch), "functions are not pretended"
-        began = time.perf_counter()
+        began = time.thread_time()
         self.launched += 1
         if launch.after in self._running or launch.after in self._before:
             self._behind[launch.after] = launch
             self._before[launch.key] = launch.after
         else:
             self._start(launch, time.monotonic())
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.thread_time() - began
 
     def send(self, record: Retract | Signal | Quit) -> None:
         if isinstance(record, Retract) and record.key in self._before:
@@ -93,7 +93,7 @@ class PretendedLauncher(LauncherHandle):
 
     def advance(self, now: float) -> bool:
         """Let happen what is due; returns whether its reader would be woken."""
-        began = time.perf_counter()
+        began = time.thread_time()
         while self._moments and self._moments[0][0] <= now:
             at, key, ends = heapq.heappop(self._moments)
             if key in self._running and ends:
@@ -101,7 +101,7 @@ class PretendedLauncher(LauncherHandle):
             elif key in self._running:
                 self._records.append(Started(key, 1, self._wall + self._running[key], ANNOUNCE_S, b"", b""))
                 self._unseen += WAKE_REPORTS
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.thread_time() - began
         return self._unseen >= WAKE_REPORTS or (self._unseen > 0 and now >= self._wake_at)
 
     def due(self) -> float:

@@ -30,8 +30,8 @@ def measure_queue(sizes: Sizes) -> list[Table]:
         (_queued(number, single=False), _queued(number, single=True) if number <= SINGLE_MAX else [math.nan] * 5)
         for number in numbers
     ]
-    units = ("tasks/s", "s to submit", "bytes a task", "ms", "MB")
-    names = ("rate", "submit", "memory", "urgent task, median", "memory of the server")
+    units = ("tasks/s", "s", "bytes a task", "ms until its end", "MB")
+    names = ("rate", "submit", "memory", "urgent task", "memory of the server")
     columns = [
         Column(f"{name}, {shape}", unit, [row[side][place] for row in rows], "power" if place in (0, 3) else "")
         for place, (name, unit) in enumerate(zip(names, units, strict=True))
