@@ -54,11 +54,11 @@ dir_option = click.option(
 )
 counter_option = click.option(
     "--counter", "counters", multiple=True, metavar="NAME=N",
-    help="Each node has N units of a counter, for tasks with --use NAME; may be repeated.",
+    help="Each node has N units for --use NAME.",
 )  # fmt: skip
 pool_option = click.option(
     "--pool", "pools", multiple=True, metavar="NAME=N",
-    help="All nodes together have N units, for tasks with --use NAME; may be repeated.",
+    help="All nodes together: N units for --use NAME.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -67,10 +67,9 @@ task_options = all_of(
     click.option("--no-directives", is_flag=True, help="Pass over #SBATCH and #HQ in the script."),
     click.option("--name", help="A name to find it by."),
     click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),
-    click.option("--gpus", metavar="N|KIND:N", help="GPUs; 0.25 is a share of one, a100:2 two of a kind."),
+    click.option("--gpus", metavar="N|KIND:N", help="GPUs: 2, a share 0.25, or of a kind a100:2."),
     click.option("--memory", metavar="SIZE", help="Memory: 500M, 2G; below 1 MiB with a unit."),
-    click.option("--spread", "numa", flag_value="spread", help="Cores evenly over NUMA nodes."),
-    click.option("--pack", "numa", flag_value="pack", help="Cores on few NUMA nodes, OpenMP's threads side by side."),
+    click.option("--spread/--pack", "spread", default=None, help="On all NUMA nodes, or few.  [default: few]"),
     click.option("--use", multiple=True, metavar="NAME=N", help="Units of a counter or pool; may be repeated."),
     click.option("--array", callback=parsed(ArrayRange.parse), metavar="A-B[:STEP],...[%N]",
                  help="A task for each index, {index} in CMD; at most N at a time."),
@@ -78,7 +77,7 @@ task_options = all_of(
                  help="A task for each line: {value} in CMD, $PILOTQ_VALUE in a script."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
-                 help="End it after this time: 90s, 10m, 1:30:00, 2-00:00:00."),
+                 help="End it after this: 90s, 10m, 1:30:00, 2-00:00:00."),
     click.option("--time-request", metavar="TIME", callback=parsed(parse_duration),
                  help="It takes at most this long: helps to fill gaps."),
     click.option("--retries", type=int, default=0, metavar="N", help="How often to try again after a failure."),
@@ -102,7 +101,7 @@ task_options = all_of(
     click.option("--model", type=click.Choice(sorted(MODELS)), default="default", metavar="MODEL",
                  help="How it is started: " + ", ".join(sorted(MODELS)) + "."),
     click.option("--model-opt", "model_opts", multiple=True, metavar="NAME=VALUE",
-                 help="An option of the model, such as mpirun_args=...; may be repeated."),
+                 help="Of the model: mpirun_args=...; may be repeated."),
     click.option("--queue", default="default", metavar="QUEUE", help="The queue it waits in."),
 )  # fmt: skip
 
@@ -142,7 +141,7 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
             cores=options["cores"],
             nodes=options.get("task_nodes"),
             gpus=options["gpus"],
-            numa=options["numa"],
+            numa={True: "spread", False: "pack"}.get(options["spread"]),
             memory=options["memory"],
             use=use,
         )

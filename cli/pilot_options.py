@@ -53,7 +53,6 @@ MACHINE_ROOT = "PILOTQ_MACHINE_ROOT"  # where tests have another /proc, /sys and
 POOLS = "PILOTQ_POOLS"  # NAME=N, with spaces between: what all nodes have together
 THREADS = "PILOTQ_THREADS"  # of a physical core, those that tasks get; not set: each is a core of its own
 ALL_THREADS = 1024
-GPUS_MAX = 1024
 GPU_NODE = "PILOTQ_GPU_NODE"  # of several nodes on one machine, the one that has its GPUs
 ENV_SCHEMAS = ("auto", "slurm", "common")
 CLUSTER_OPTIONS = (
@@ -87,15 +86,15 @@ notice_option = click.option(
     help="Sent to running tasks then.",
 )  # fmt: skip
 gpus_option = click.option(
-    "--gpus", "node_gpus", type=click.IntRange(0, GPUS_MAX), metavar="N",
-    help="Each node has N GPUs.  [default: those found there]",
+    "--gpus", "node_gpus", type=click.IntRange(0, 1024), metavar="N",
+    help="Each node has N GPUs.",
 )  # fmt: skip
 smt_options = all_of(
-    click.option("--smt", type=click.Choice(["yes", "no"]), default="yes", metavar="yes|no", show_default=True,
-                 help="no: a core is a physical core, all hardware threads of which are its task's."),
+    click.option("--smt", type=click.Choice(["yes", "no"]), default="yes", metavar="yes|no",
+                 help="no: a core is a physical core, all of it."),
     click.option("--no-smt", is_flag=True, hidden=True, help="The same as --smt no."),
-    click.option("--threads-per-core", type=click.IntRange(1, 16), metavar="N",
-                 help="With --smt no: tasks get at most N hardware threads of each core.  [default: all]"),
+    click.option("--threads-per-core", type=click.IntRange(1), metavar="N",
+                 help="With that, N hardware threads of it."),
 )  # fmt: skip
 pilot_options = all_of(
     click.option("--nodes", metavar="SPEC", help="Cores of its nodes: 4, or 4,2,2, or n1:4,n2:4. In an "
