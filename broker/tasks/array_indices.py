@@ -169,9 +169,9 @@ def _append(found: list[range], part: range) -> None:
     step = part.start - last[-1]
     goes_on = len(part) == 1 or part.step == step
     if goes_on and (last.step == step if len(last) > 1 else step == 1 or len(part) > 1):
-        found[-1] = range(last.start, part.stop, step)
+        found[-1] = range(last.start, part[-1] + 1, step)
     elif goes_on and len(found) > 1 and len(last) == len(found[-2]) == 1 and last[0] - found[-2][0] == step:
-        found[-2:] = [range(found[-2][0], part.stop, step)]
+        found[-2:] = [range(found[-2][0], part[-1] + 1, step)]
     else:
         found.append(part)
 

@@ -205,7 +205,7 @@ def _problems(task: Task) -> Iterator[str]:
         yield "values is empty"
     elif task.values is not None and task.array is not None and task.array.ranges[-1][-1] >= len(task.values):
         last = task.array.ranges[-1][-1]
-        yield f"array names the index {last:,}, but there are {len(task.values):,} values, which count from 0"
+        yield f"array names the index {last:,}, but the last of the values has the index {len(task.values) - 1:,}"
     if task.values and task.function is None:
         yield from _value_problems(task, task.values)
     if task.size > ARRAY_LIMIT:

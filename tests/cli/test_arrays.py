@@ -78,4 +78,4 @@ def test_lines_of_a_file_by_their_indices(tmp_path: Path) -> None:
     assert "3 tasks: 3 finished" in ran.stdout, ran.stderr
     assert (tmp_path / "out").read_text() == "2 line 2\n7 line 7\n8 line 8\n"
     ran = cli(*run, "2,10", "--", "true")
-    assert ran.returncode == 2 and "array names the index 10, but there are 10 values" in ran.stderr
+    assert ran.returncode == 2 and "array names the index 10, but the last of the values has the index 9" in ran.stderr

@@ -173,5 +173,5 @@ def test_values_with_these_indices(engine: Engine) -> None:
     engine.complete(handed)
     engine.release_dependents()
     assert engine.run_all("default.p9.1c") == [b]
-    with pytest.raises(InvalidInput, match="names the index 2,500, but there are 2,500 values"):
+    with pytest.raises(InvalidInput, match="names the index 2,500, but the last of the values has the index 2,499"):
         engine.submit(task(values=values, array=ArrayRange(0, 2_500)))
