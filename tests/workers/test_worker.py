@@ -347,7 +347,7 @@ def test_launchers_that_keep_dying_end_the_worker(tmp_path: Path) -> None:
 
 
 def test_a_launch_that_hangs_fails_and_the_others_are_not_to_blame(tmp_path: Path) -> None:
-    settings = {"launch_confirm_s": 0.5, "heartbeat_s": 0.1, "prefetch_after": 1, "chain_s": 3600.0}
+    settings = {"launch_confirm_s": 2.0, "heartbeat_s": 0.1, "prefetch_after": 1, "chain_s": 3600.0}
     with hanging_program(tmp_path / "held") as held, Host(tmp_path, **settings) as host:
         host.run("warm", "true", slot=3, class_name="d")
         host.end_of("warm")
