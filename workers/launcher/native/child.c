@@ -26,7 +26,8 @@
 enum {
     FAILED = 127,
     SLOW_NS = 1000000, /* a child that took longer has waited for its turn */
-    INHERITING = 64,   /* so many children inherit their CPUs then */
+    INHERIT_MIN = 64,  /* so many children inherit their CPUs then, twice as many each time that it happens again ... */
+    INHERIT_MAX = 1 << 13,
 };
 
 /* Like `_open` of spawn.py: neither a FIFO that nobody opens nor a terminal may do harm. */
@@ -74,7 +75,8 @@ failure:
 }
 
 pid_t start_child(const struct child *child) {
-    static int to_inherit, pinned; /* so many children inherit their CPUs; this process has those of the last one */
+    static int to_inherit, next_time = INHERIT_MIN; /* so many children inherit their CPUs, and so many next time */
+    static int pinned;                              /* this process has the CPUs of the last child */
     const int inherits = to_inherit > 0;
     volatile int failed = 0;
     sigset_t all, before;
@@ -94,8 +96,12 @@ pid_t start_child(const struct child *child) {
     clock_gettime(CLOCK_MONOTONIC, &ended);
     if (inherits)
         to_inherit--;
-    else if ((ended.tv_sec - began.tv_sec) * 1000000000L + ended.tv_nsec - began.tv_nsec > SLOW_NS)
-        to_inherit = INHERITING;
+    else if ((ended.tv_sec - began.tv_sec) * 1000000000L + ended.tv_nsec - began.tv_nsec > SLOW_NS) {
+        to_inherit = next_time;
+        if (next_time < INHERIT_MAX)
+            next_time *= 2;
+    } else if (next_time > INHERIT_MIN)
+        next_time /= 2;
     if (pid > 0 && failed) {
         while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
             ;
