@@ -47,7 +47,7 @@ from pilotq.broker.store.messages import (
     ToDispatcher,
     ToWorker,
 )
-from pilotq.broker.store.registry import registered_nodes
+from pilotq.broker.store.registry import read_node, registered_nodes
 from pilotq.broker.store.resources import NodeInfo, class_info, format_allocation
 from pilotq.broker.store.store import ClaimTarget, Head, Store, to_worker
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, without_secret
@@ -221,7 +221,7 @@ class Dispatcher:
     def _handle_state(self, state: StateReport, now: float) -> None:
         if state.term not in (0, self.store.term):
             return  # the answer to an older dispatcher: ours will follow
-        info = self._read_nodes().get(state.node)
+        info = read_node(self.link, state.node)
         if info is None or info.incarnation != state.incarnation or not info.cores:
             return  # one whose record is damaged reports again when it has written another one
         present = self.inventory.nodes.get(state.node)
@@ -246,7 +246,7 @@ class Dispatcher:
             self._update_availability(now)
             return
         # A worker that has left is not registered any more, one that never reported is not among our known nodes.
-        for known in (self.known_nodes.get(message.node), self._read_nodes().get(message.node)):
+        for known in (self.known_nodes.get(message.node), read_node(self.link, message.node)):
             if known is not None and known.incarnation == message.incarnation:
                 self._remove_node(known, message.why, clean=message.clean)
                 return

@@ -189,6 +189,15 @@ def test_a_state_that_is_reported_again_does_not_free_what_is_taken(engine: Engi
         pump([n1], lambda: ended(engine, 5))
 
 
+def test_a_node_that_joins_costs_the_same_whatever_the_number_of_nodes(engine: Engine, node: Make) -> None:
+    engine.admin.call("CONFIG", "RESETSTAT")
+    with RunningDispatcher(engine) as running:
+        nodes = [node(f"n{number}") for number in range(20)]
+        pump(nodes, lambda: len(running.dispatcher.inventory.nodes) == 20)
+    reads_of_all = engine.admin.call("INFO", "commandstats").decode().partition("cmdstat_hvals:calls=")[2]
+    assert int(reads_of_all.partition(",")[0] or 0) < 10
+
+
 def test_a_worker_record_that_expired_is_made_again(engine: Engine, node: Make) -> None:
     n1 = node()
     engine.link.call("DEL", keys.worker("n1"))
