@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -309,7 +310,7 @@ def differences(broker: Broker) -> Iterator[str]:
         yield cpus
     noted = [node for node in nodes if node.gpu_note]
     if noted:
-        more = f", and so on {plural(len(noted) - 1, 'more node')}" if len(noted) > 1 else ""
+        more = f", and likewise on {plural(len(noted) - 1, 'more node')}" if len(noted) > 1 else ""
         yield f"GPUs of {noted[0].name}: {noted[0].gpu_note}{more}; `--gpus N` says how many a node has"
 
 
@@ -344,7 +345,9 @@ def node_info(node: LocalNode) -> NodeInfo:
     )  # fmt: skip
     if os.environ.get(GPU_NODE, node.name) == node.name:
         count = os.environ.get(GPUS, "")
-        add_gpus(info, find_gpus(os.environ, root, int(count) if count.isdecimal() else None), by_cpu)
+        if count and not re.fullmatch(r"[0-9]{1,4}", count):
+            raise InvalidInput(f"{GPUS}={count}: write how many GPUs each node has, such as 4")
+        add_gpus(info, find_gpus(os.environ, root, int(count) if count else None), by_cpu)
     return info
 
 

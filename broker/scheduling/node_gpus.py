@@ -1,6 +1,6 @@
 """The GPUs of one node: which of them a request gets, and what of each is free. Pure.
 
-A GPU is counted in parts of UNIT, so that shares add up exactly.
+A GPU is counted in GPU_PARTS parts, so that shares add up exactly.
 """
 
 from __future__ import annotations
