@@ -35,6 +35,7 @@ TOGETHER_S = 0.05  # tasks are measured together, at times that are multiples of
 LOOK_SHARE = 0.005  # of a core that looking for new processes may take
 PEAK_STEP = 1.25  # so much above the last peak that of several processes is measured exactly
 LATE_S = 1.5  # a kill by the kernel that was seen so long ago may be that of a task whose end is told now
+CLOSE_S = 1.0
 OOM_SCORE = 300  # above the worker's own: of a machine's memory so many thousandths
 OOM_SCORE_MAX = 1000
 
@@ -109,7 +110,9 @@ class MemoryWatch:
         self._closing = True
         self._call.set()
         if self._thread is not None:
-            self._thread.join(self._sample_s)
+            self._thread.join(CLOSE_S)
+        if self._thread is None or not self._thread.is_alive():  # else it is reading something that takes long
+            os.close(self.fileno)
 
     def _count_kills(self, now: float) -> None:
         kills = kernel_kills()
