@@ -71,8 +71,8 @@ types-tree:
 
 types: $(VENV)/dev.stamp types-tree
 	MYPYPATH=.types $(BIN)/python -m mypy --strict -p pilotq
-	MYPYPATH=.types:integrations/snakemake:integrations/joblib:integrations/submitit $(BIN)/python -m mypy --strict \
-	  -p snakemake_executor_plugin_pilotq -m joblib_pilotq -m submitit_pilotq
+	MYPYPATH=.types:integrations/snakemake:integrations/joblib:integrations/submitit:integrations/hyperqueue $(BIN)/python \
+	  -m mypy --strict -p snakemake_executor_plugin_pilotq -m hq_pilotq -m joblib_pilotq -m submitit_pilotq
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .

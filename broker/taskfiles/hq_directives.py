@@ -19,6 +19,8 @@ _VALUES = """
 _FLAGS = "progress stdin task-dir wait"
 SYNTAX = Syntax("#HQ", frozenset(_VALUES.split()), frozenset(_FLAGS.split()), frozenset(), {})
 REPEATED = frozenset({"env", "resource"})
+MEM_MAX = 1 << 24  # in MiB
+MEM_DIGITS = 15
 _UNIT = re.compile(
     r"(\d{1,9}(?:\.\d{1,9})?)\s*(d|days?|h|hr|hrs|hours?|m|min|mins|minutes?|s|sec|secs|seconds?)\b\s*", re.I
 )
@@ -51,6 +53,10 @@ def read(options: dict[str, Option], asked: Requested) -> None:
             variable, _, value = option.value.partition("=")
             asked.env[variable] = value
             asked.obeyed[option] = "env of the script"
+        elif name in ("log", "stream") and (path := _file(option.value)) is not None:
+            # HyperQueue writes a file of a kind of its own there; who reads it, as Nextflow's users do, expects text.
+            asked.fields = {"stdout": path, "stderr": path, **asked.fields}
+            asked.obeyed[option] = "stdout"
         elif name in ("stdout", "stderr") and (path := _file(option.value)) is not None:
             asked.fields[name] = path
             asked.obeyed[option] = name
@@ -96,14 +102,19 @@ def _request(option: str, value: str, request: dict[str, Any]) -> str:
     if option == "resource" and name.partition("/")[0] == "gpus" and _SHARE.fullmatch(count):
         request["gpus"] = float(count)
         return "gpus"
-    if not count.isdecimal() or not number_of(count, 0):
+    memory = option == "resource" and name == "mem"
+    if not count.isdecimal():
         return ""
-    number = int(count)
+    # Bytes have more digits than `number_of` takes.
+    number = int(count) if memory and len(count) <= MEM_DIGITS else number_of(count, 0)
+    if not number:
+        return ""
     found = ""
     if name == "cpus":
         found, request["cores"] = "cores", (number, number)
-    elif option == "resource" and name == "mem":
-        found, request["memory"] = "memory", number << 20
+    elif memory:
+        # In MiB there; Nextflow gives bytes. No node has 16 TiB.
+        found, request["memory"] = "memory", number << 20 if number <= MEM_MAX else number
     elif option == "resource" and name.partition("/")[0] == "gpus":
         found, request["gpus"] = "gpus", number
     elif option == "resource" and COUNTER.fullmatch(name):

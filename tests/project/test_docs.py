@@ -38,6 +38,7 @@ else:
 BOOKS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Pages whose commands need a tool: its module, its name.
 TOOLS = {
+    "docs/hq.md": ("hq_pilotq", "hq"),
     "docs/python-pools.md": ("joblib_pilotq", "joblib"),
     "docs/snakemake.md": ("snakemake", "Snakemake"),
     "docs/submitit.md": ("submitit_pilotq", "submitit"),

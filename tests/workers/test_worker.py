@@ -247,7 +247,7 @@ def test_what_cannot_be_started_says_why_and_its_slot_goes_on(tmp_path: Path) ->
         host.run("first", "no-such-program", slot=1)
         good, first, last = host.end_of("good"), host.end_of("first"), host.end_of("prefetched1499")
     assert good.report.outcome == "finished"
-    # So many failures in succession may be the node's fault, and are reported so, but for those that were reported before.
+    # So many failures in succession may be the node's fault, and are reported so, but for those reported before.
     assert (last.report.outcome, last.report.reason) == ("suspect", "not found") and first.report.reason == "not found"
     assert first.end is not None and first.end.seconds < 0 and first.end.kept
     assert "no-such-program" in first.entry.message
