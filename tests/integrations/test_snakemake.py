@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
@@ -218,8 +219,9 @@ def test_after_a_kill_the_next_run_goes_on_with_what_runs(tmp_path: Path) -> Non
     with workflow(tmp_path, SLOW) as broker:
         with running(tmp_path, *options) as first:
             wait_until(lambda: len(started(tmp_path)) == 2, seconds=WAIT_S, what="two jobs that run")
-            wait_until(lambda: broker.counts().total == 6, what="six tasks")
-            wait_until(lambda: len(list((tmp_path / ".snakemake" / "incomplete").iterdir())) == 6, what="their marks")
+            wait_until(lambda: broker.counts().total == 6, seconds=WAIT_S, what="six tasks")
+            marks = tmp_path / ".snakemake" / "incomplete"
+            wait_until(lambda: len(list(marks.iterdir())) == 6, seconds=WAIT_S, what="their marks")
             first.kill()
         snakemake(tmp_path, "--unlock")
         (tmp_path / "go").touch()
@@ -236,13 +238,14 @@ def test_after_a_kill_tasks_that_no_job_takes_over_are_canceled_first(tmp_path: 
     with workflow(tmp_path, SLOW) as broker:
         with running(tmp_path, *options) as first:
             wait_until(lambda: len(started(tmp_path)) == 2, seconds=WAIT_S, what="two jobs that run")
-            wait_until(lambda: broker.counts().total == 6, what="six tasks")
+            wait_until(lambda: broker.counts().total == 6, seconds=WAIT_S, what="six tasks")
             first.kill()
         (tmp_path / "started").unlink()
         snakemake(tmp_path, "--unlock")
         with running(tmp_path, *options, "--rerun-incomplete") as second:
             wait_until(lambda: len(started(tmp_path)) == 2, seconds=WAIT_S, what="two jobs of the second run")
-            assert (broker.counts().ended, broker.counts().total) == (6, 12)
+            wait_until(lambda: broker.counts().total == 12, seconds=WAIT_S, what="six more tasks")
+            assert broker.counts().ended == 6
             (tmp_path / "go").touch()
             assert second.wait(WAIT_S) == 0
         assert sorted(started(tmp_path)) == [str(n) for n in range(6)]
@@ -257,6 +260,23 @@ def test_ctrl_c_ends_what_runs_and_the_private_pilot(tmp_path: Path) -> None:
         assert process.returncode == 1, said
     [directory] = re.findall(r"tasks of the pilot in (\S+),", said)
     assert not Path(directory).exists() and not left_of(directory) and not list(tmp_path.glob("done/*"))
+
+
+def test_after_ctrl_c_the_next_run_begins_anew_and_others_in_the_directory_are_left_alone(tmp_path: Path) -> None:
+    options = ("--executor", "pilotq", "--jobs", "6")
+    with workflow(tmp_path, SLOW) as broker:
+        with running(tmp_path, *options, "done/0.txt") as first:
+            wait_until(lambda: started(tmp_path) == ["0"], seconds=WAIT_S, what="the first one's job")
+            with running(tmp_path, *options, "done/1.txt", "--nolock") as second:
+                wait_until(lambda: started(tmp_path) == ["0", "1"], seconds=WAIT_S, what="the second one's job")
+                second.send_signal(signal.SIGINT)
+                assert second.wait(WAIT_S) == 1
+            assert (broker.counts().ended, broker.counts().total) == (1, 2)
+            (tmp_path / "go").touch()
+            assert first.wait(WAIT_S) == 0
+        snakemake(tmp_path, *options)
+        assert len(list((tmp_path / "done").iterdir())) == 6
+    assert not list((tmp_path / ".snakemake" / "pilotq_runs").iterdir())
 
 
 WIDE = """
@@ -281,3 +301,19 @@ def test_without_a_pilot_the_reason_is_said(tmp_path: Path) -> None:
     (tmp_path / "Snakefile").write_text(WIDE)
     said = snakemake(tmp_path, "--executor", "pilotq", "--jobs", "2", "--pilotq-dir", "nowhere", code=1)
     assert "The executor pilotq has no pilot: nowhere (--dir) is no pilot's directory" in said
+
+
+def test_on_another_host_a_command_waits_for_its_inputs_and_a_second_execution_begins_anew(tmp_path: Path) -> None:
+    tasks = importlib.import_module("snakemake_executor_plugin_pilotq.tasks")
+    late, made = tmp_path / "it's late.txt", tmp_path / "out put"
+    text = tasks.await_inputs([str(late)], 60) + tasks.clean_outputs([str(made)]) + f"cat '{tmp_path}'/*late*"
+    (made / "half").mkdir(parents=True)
+    with subprocess.Popen(
+        ["bash", "-euc", text], env={**os.environ, "PILOTQ_EXECUTION": "2"}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(lambda: Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(), what="its pause")
+        late.write_text("here")
+        assert process.communicate(timeout=WAIT_S)[0] == "here" and process.returncode == 0
+    assert not made.exists()
+    gone = tasks.await_inputs([str(tmp_path / "gone")], 1) + "echo on"
+    assert subprocess.run(["bash", "-euc", gone], capture_output=True, text=True).stdout == "on\n"

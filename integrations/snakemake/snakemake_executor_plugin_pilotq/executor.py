@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import socket
@@ -20,7 +19,8 @@ from pilotq.broker.client import private_pilot
 from pilotq.broker.errors import InvalidInput, PilotqError, ServerUnavailable, WaitTimedOut
 from pilotq.broker.tasks.states import ENDED
 from pilotq.broker.tasks.submit_context import capture_context
-from snakemake_executor_plugin_pilotq import tasks
+from snakemake_executor_plugin_pilotq import runs, tasks
+from snakemake_executor_plugin_pilotq.runs import Run
 
 BATCH_MAX = 200  # jobs in one submission
 CHECK_MIN_S, CHECK_MAX_S = 0.05, 1.0  # between two looks at what is under way ...
@@ -46,8 +46,8 @@ class Executor(RemoteExecutor):
             self._broker = Broker.connect(pilot.directory)
             self._reader = Broker.connect(pilot.directory)  # that of the thread that checks
             self._directory = pilot.directory
-            # One directory has one workflow at a time: Snakemake locks it.
-            self._queue = "snakemake-" + hashlib.sha256(os.getcwd().encode()).hexdigest()[:12]
+            self._run = Run()
+            self._queue = self._run.queue
             self._elsewhere = any(node.host != socket.gethostname() for node in self._broker.nodes())
             self.logger.info("Jobs run as tasks of the pilot in %s, queue %s.", pilot.directory, self._queue)
             self._resumable = self._take_over()
@@ -148,21 +148,22 @@ class Executor(RemoteExecutor):
     # -- what a killed Snakemake has left ---------------------------------------------------------------------------
 
     def _take_over(self) -> set[str]:
-        """Tasks of an earlier run in this directory that jobs of this one go on with.
+        """Open tasks of runs that were killed in this directory, with which jobs of this one go on.
 
         The others are canceled: two tasks must not write the same file.
         """
+        self._dead = self._run.dead()
         left = {
             view.id
             for status in ("started", "queued", "deferred")
             for view in self._broker.tasks(status=status, limit=1_000_000)
-            if view.queue == self._queue
+            if view.queue in self._dead
         }
-        known = {self._task_of(job) for job in self.dag.needrun_jobs()} - {None}
+        known = {self._task_of(job) for job in self.dag.needrun_jobs()} if left else set[str | None]()
         if gone := left - known:
             self.logger.info("Canceling %d tasks of an earlier run in this directory.", len(gone))
-            self._cancel(self._broker, sorted(gone))
-        return {task_id for task_id in known if task_id is not None}
+            self._cancel(sorted(gone))
+        return left & known
 
     def _task_of(self, job: Any) -> str | None:
         """The task of an incomplete job, if it is one of this pilot."""
@@ -239,22 +240,26 @@ class Executor(RemoteExecutor):
         """Cancel jobs, also those that are being checked at this moment, and wait until they have ended."""
         ids = dict.fromkeys([info.aux["task"] for info in active_jobs] + list(self._open))
         try:
-            self._cancel(self._broker, list(ids))
-        except PilotqError as error:
+            self._cancel(list(ids))
+            self._open.clear()
+        except (PilotqError, WorkflowError) as error:
             self.logger.warning("Jobs may run on in the pilot in %s: %s", self._directory, error)
 
-    def _cancel(self, broker: Broker, ids: list[str]) -> None:
+    def _cancel(self, ids: list[str]) -> None:
         if not ids:
             return
-        broker.cancel(ids)
+        self._broker.cancel(ids)
         try:
-            broker.wait(ids, timeout=CANCEL_S)
+            self._broker.wait(ids, timeout=CANCEL_S)
         except WaitTimedOut as error:
             raise WorkflowError(f"Tasks that were canceled have not ended: {error}") from None
 
     def shutdown(self) -> None:
         """End the thread that checks, and a private pilot."""
         super().shutdown()
+        for queue in self._dead if not self._open else ():
+            runs.remove(queue)
+        self._run.end(forget=not self._open)
         self._end_pilot()
 
     def _end_pilot(self) -> None:
