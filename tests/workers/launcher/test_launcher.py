@@ -82,8 +82,7 @@ def test_a_task_finds_its_context_and_no_trace_of_the_launcher(driver: Driver, t
     assert found["cwd"] == str(folder)
     assert found["umask"] == 0o027
     assert found["files"] == 77
-    assert found["leader"]
-    assert found["pid"] == exited.pid
+    assert found["leader"] and found["pid"] == exited.pid
     expected = {"ONE": "1", "TWO": "ä", "THREE": "3", "PILOTQ_TASK_ID": "a-c", "PILOTQ_EXECUTION": "3",
                 "PILOTQ_DIR": str(tmp_path), "PATH": os.environ["PATH"]}  # fmt: skip
     assert {name: value for name, value in found["env"].items() if name != "LC_CTYPE"} == expected
