@@ -253,16 +253,17 @@ class RqIngest:
         )
         jobs: list[Any] = []
         for row, (data, spec) in zip(ours, records, strict=True):
-            if not is_own_data(data or b""):
+            if data is not None and not is_own_data(data):
                 jobs += (row[0], row[1], row[2], own_description(spec or b""))
         if not jobs:
             return rows
         now, ttl = f"{time.time():.6f}", self.store.settings.failed_ttl_s
-        for job, new in zip(jobs[1::4], self.store.run("part_rq", self.store.term, now, ttl, *jobs), strict=True):
+        answers = self.store.run("part_rq", self.store.term, now, ttl, *jobs)
+        parted = {job: new.decode() for job, new in zip(jobs[1::4], answers, strict=True) if new}
+        for job, new in parted.items():
             text = job.decode(errors="replace")
-            log(f"a producer of RQ has enqueued a job with the id {text} of a task: it runs as {new.decode()}")
-        self._to_route = True
-        parted = set(jobs[1::4])
+            log(f"a producer of RQ has enqueued a job with the id {text} of a task: it runs as {new}")
+        self._to_route = self._to_route or bool(parted)
         return [row for row in rows if row[1] not in parted]
 
     def _job_request(self, queue: str, timeout: bytes, meta: bytes, webhooks: bytes, refuse: Refuse) -> JobRequest:

@@ -331,8 +331,9 @@ local function report(r, line, text)
   f.queue = queue_of(f.class)
   if v[1] == 'canceled' then again = redis.call('ZREM', registry('wip', f.queue), id .. ':' .. execution) == 0 end
   if again then return 'ok' end
-  -- A producer's job may have been written over it.
-  if v[1] == 'queued' and redis.call('ZSCORE', registry('wip', f.queue), id .. ':' .. execution) then v[1], f.status = 'started', 'started' end
+  if v[1] == 'queued' and is_hidden(id, f.submission) and redis.call('ZSCORE', registry('wip', f.queue), id .. ':' .. execution) then
+    v[1], f.status = 'started', 'started'
+  end
   if v[1] ~= 'started' and v[1] ~= 'canceled' then return v[1] == 'queued' and 'retry' or 'stale' end
   if v[1] == 'started' and f.submission ~= '' and no_room(r[3], text) then return 'full' end
   if #text > LARGE and r[3] == 'finished' and f.submission == '' and no_room(r[3], text) then

@@ -13,7 +13,7 @@ local function enqueue(id, queue, status)
   local v = redis.pcall('HMGET', job_key(id), 'status', 'rate_limit_key', 'enqueue_at_front',
     'enqueue_at_front_on_retry', 'ended_at', 'pq_sub', 'pq_class', 'data')
   if v.err or v[1] ~= status then return end
-  if (v[6] or '') ~= '' and v[8] ~= OWN_DATA then return to_rq_list(id, queue, false, now_iso) end
+  if (v[6] or '') ~= '' and v[8] and v[8] ~= OWN_DATA then return to_rq_list(id, queue, false, now_iso) end
   if (v[6] or '') ~= '' then
     -- One of ours, between two executions: its class list is known.
     class_in(v[7])

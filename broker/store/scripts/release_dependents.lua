@@ -43,8 +43,7 @@ local function release(id, wait, kind)
     'pq_wait')
   if (v[6] or '') ~= wait then return end
   if v[2] and not STATUSES[v[1]] then damaged('status', v[1]) end
-  -- A producer's job may have been written over it.
-  if v[1] ~= 'deferred' and not (v[1] == 'queued' and v[3] ~= '' and number_in('pq_open_parents', v[5], 0) > 0) then return end
+  if v[1] ~= 'deferred' and not (v[1] == 'queued' and is_hidden(id, v[3] or '')) then return end
   class_in(v[2])
   if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then return omit(id, now, now_iso, ttl) end
   local open = number_in('pq_open_parents', v[5]) - 1
@@ -169,8 +168,8 @@ local PARENTS = 1000
 
 -- A task that was requeued: some of its parents. Until the last ones it waits for one more.
 local function wait_on(id, wait, offset)
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_wait', 'pq_after', 'pq_open_parents')
-  if v[1] ~= 'deferred' or v[3] ~= wait then return 0 end
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_wait', 'pq_after', 'pq_open_parents', 'pq_sub')
+  if v[3] ~= wait or v[1] ~= 'deferred' and not (v[1] == 'queued' and is_hidden(id, v[6] or '')) then return 0 end
   class_in(v[2])
   local open, number, rest = open_parents(v[4], offset, PARENTS)
   if not open then
