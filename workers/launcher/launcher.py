@@ -4,9 +4,9 @@
         --kind <native or python> --down <fd> --up <fd> --wake <fd>
 
 One thread runs one loop over the pipe from the worker process and the ends of children; that of kind native leaves
-plain launches to a core in C (`plain_launches.py`). It knows nothing of Redis,
-time limits or grace: it does what messages ask for (`workers/protocol.py`) and reports what happened. It lives as long
-as the pipe: when that closes, for whatever reason, every process below this one is killed.
+plain launches to a core in C (`plain_launches.py`). It knows nothing of Redis, time limits or grace: it does what
+messages ask for (`workers/protocol.py`) and reports what happened. It lives as long as the pipe: when that closes, for
+whatever reason, every process below this one is killed.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -56,6 +57,8 @@ static int set_cpus(const unsigned char *cpus, size_t size) { return syscall(SYS
 static _Noreturn void become(const struct child *child, int inherits, volatile int *failed) {
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigset_t none;
+    /* A file system may hold it up for hours: the program must not start when this process has long been given up. */
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     if ((!inherits && !set_cpus(child->cpus, child->cpus_size)) || setsid() < 0)
         goto failure;
     umask(child->umask);
@@ -68,6 +71,7 @@ static _Noreturn void become(const struct child *child, int inherits, volatile i
         sigaction(*number, &standard, NULL);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
+    prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
     execve(child->program, child->argv, child->envp);
 failure:
     *failed = errno;
