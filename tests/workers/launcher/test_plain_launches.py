@@ -150,6 +150,34 @@ def test_frames_in_pieces_are_read_whole(driver: Driver) -> None:
     assert all(driver.get(Exited, launch.key).status == 0 for launch in launches)
 
 
+# The launcher under strace, which counts its own system calls, and not those of its tasks.
+COUNTING = """
+import os, sys
+launcher = [sys.executable, "-m", "pilotq.workers.launcher.launcher", *sys.argv[1:]]
+os.execvp("strace", ["strace", "--summary-only", "--output=" + os.environ["COUNTS"], *launcher])
+"""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_short_task_costs_few_system_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native_failure():
+        pytest.skip("the native launcher is not built here")
+    monkeypatch.setenv(VARIABLE, "native")
+    monkeypatch.setenv("COUNTS", str(tmp_path / "counts"))
+    calls = {}
+    for number in (1, 201):
+        driver = Driver(tmp_path, program=("-c", COUNTING))
+        launches = [driver.prepare("/bin/true") for _ in range(number)]
+        for before, launch in pairwise(launches):
+            launch.after = before.key
+        driver.send(*launches)
+        driver.get(Exited, launches[-1].key)
+        driver.close()
+        total = next(line for line in (tmp_path / "counts").read_text().splitlines() if line.endswith("total"))
+        calls[number] = int(total.split()[3])
+    assert (calls[201] - calls[1]) / 200 <= 16, calls
+
+
 def sample_messages() -> list[bytes]:
     launch = Launch(
         70_000, "7_3", 2, "base", "n[0]", [b"/bin/echo", b"x" * 300], {b"A": b"1", b"PILOTQ_INDEX": b"3"}, b"/tmp",
