@@ -36,6 +36,7 @@ def measure_queue(sizes: Sizes) -> list[Table]:
         Column(f"{name}, {shape}", unit, [row[side][place] for row in rows], "power" if place in (0, 3) else "")
         for place, (name, unit) in enumerate(zip(names, units, strict=True))
         for side, shape in enumerate(("array", "single"))
+        if (name, shape) != ("memory", "array")  # it is one record
     ]
     return [Table("queue", "Null tasks that wait, two nodes", "tasks", [float(n) for n in numbers], columns)]
 
