@@ -4,8 +4,8 @@ Each is installed from the package index into an environment of its own, or unpa
 a home of its own; nothing is left of either. Both sides are started anew for each measurement, are warm when it counts,
 and are measured by the same code (benchmarks/peer/clock.py), from the first submit to the end of the last task as the
 client sees it: commands, functions and a chain. All that is on by default is on; ``settings`` names what a peer was
-configured with to make it faster. A side that does not start, or does not do all of its tasks, has no figure: the
-others are measured all the same, and the benchmark fails in the end. A plot goes to docs/plots/peers.svg.
+configured with to make it faster. A side that does not start, or does not do all of its tasks, has no figure: the rest
+is measured all the same, and the benchmark fails in the end. A plot goes to docs/plots/peers.svg.
 
     python -m benchmarks peers      # PILOTQ_PEERS=Dask,xargs: only these; PILOTQ_PEERS_ROUNDS=N, PILOTQ_PEERS_SECONDS=S
 """
@@ -63,8 +63,7 @@ PEERS = (
     Peer("RADICAL-Pilot", "radical.pilot", "1.103.2", "on_radical", ("commands",), "local.localhost"),
     Peer("Dask", "distributed", "2026.8.0", "on_dask", ("commands", "functions", CHAIN),
          "LocalCluster, a process for each core; commands are functions that start them"),
-    Peer("QCG-PilotJob", "qcg-pilotjob", "0.14.2", "on_qcg", ("commands", CHAIN),
-         "LocalManager, one job of iterations"),
+    Peer("QCG-PilotJob", "qcg-pilotjob", "0.14.2", "on_qcg", ("commands", CHAIN), "LocalManager, a job of iterations"),
     Peer("GNU parallel", "parallel", "", "on_parallel", ("commands",), "with --joblog"),
     Peer("xargs", "", "", "on_xargs", ("commands",), "-P, records nothing"),
     Peer("pinned C loop", "", "", "on_pinned_loop", ("commands",), "records nothing"),
@@ -91,14 +90,14 @@ def run() -> list[Figure]:
             except SystemExit as error:
                 failed |= {(peer.name, play): str(error) for play in peer.plays}
         for number in range(rounds):
-            for peer, program in programs.items():
+            for peer, folder in programs.items():
                 for play in peer.plays:
                     if (peer.name, play) in failed:
                         continue
                     load = os.getloadavg()[0]
                     ours = measured(OURS.get(play, play), seconds)
                     try:
-                        theirs = beside(peer, play, program, home / "rate.json", cores, seconds)
+                        theirs = beside(peer, play, folder, home / "rate.json", cores, seconds)
                     except SystemExit as error:
                         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
                             raise  # it is this benchmark that is ended
