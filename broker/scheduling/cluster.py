@@ -56,12 +56,14 @@ class Cluster:
         node = self._nodes[info.name] = NodeCores(info)
         node.pools = self.pools.total
         self.widenings += 1
+        self.pools.add(info)
         self._arrange()
 
     def remove_node(self, name: str) -> None:
         """A node is removed with all that is reserved on it. An unknown name is ignored."""
         node = self._nodes.pop(name, None)
         if node is not None:
+            self.pools.remove(name)
             if node.held:
                 self.unhold()
             self._arrange()
@@ -123,7 +125,6 @@ class Cluster:
             node.index = index
             self._sizes[node.size] = self._sizes.get(node.size, 0) | 1 << index
         self._count_ends()
-        self.pools.update(node.info for node in self._order)
         self._inside = self._view(outside=False)
         if self._outside is not None:
             self._outside = self._view(outside=True)

@@ -20,11 +20,10 @@ class NodeCores:
 
     __slots__ = (
         "all", "counters", "counters_free", "free", "gpus", "groups", "held", "memory", "memory_free",
-        "name", "open", "end", "size", "index", "info", "pools",
+        "name", "open", "end", "size", "index", "pools",
     )  # fmt: skip
 
     def __init__(self, info: NodeInfo) -> None:
-        self.info = info
         self.pools: Mapping[str, int] = {}  # counters of the whole pilot, which are none of the node's
         self.name = info.name
         self.index = 0

@@ -5,8 +5,6 @@ A task takes units of a pool once, however many nodes it has; they are counted w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from pilotq.broker.store.resources import NodeInfo, NodeShare
@@ -18,18 +16,26 @@ class Pools:
 
     def __init__(self) -> None:
         self.total: dict[str, int] = {}
+        self._told: dict[str, dict[str, int]] = {}  # node -> what it says; where nodes differ the largest number counts
         self._used: dict[str, dict[str, int]] = {}  # node -> pool -> units of tasks whose first node it is
 
-    def update(self, infos: Iterable[NodeInfo]) -> None:
-        """These are the nodes now: each says what pools the pilot has; where they differ the largest number counts."""
+    def add(self, info: NodeInfo) -> None:
+        """A node has joined."""
+        if info.pools:
+            self._told[info.name] = info.pools
+            self._sum_up()
+
+    def remove(self, node: str) -> None:
+        """A node has gone, and with it what its tasks have taken."""
+        self._used.pop(node, None)
+        if self._told.pop(node, None) is not None:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
         self.total.clear()  # not a new one: nodes refer to it
-        names = set()
-        for info in infos:
-            names.add(info.name)
-            for name, count in info.pools.items():
+        for pools in self._told.values():
+            for name, count in pools.items():
                 self.total[name] = max(count, self.total.get(name, 0))
-        for node in self._used.keys() - names:
-            del self._used[node]
 
     def count(self, share: NodeShare, sign: int) -> None:
         """Take the units of a share (1), or give them back (-1)."""
