@@ -357,6 +357,9 @@ def _retry_problems(task: Task) -> Iterator[str]:
         yield f"retries cannot be negative, and at most {INDEX_LIMIT:,}"
     if not 0 <= task.backoff < 1e7:
         yield "backoff must be a number of seconds, at most 115 days"
+    if (task.memory_grow or task.time_grow) and task.array is not None and task.array.limit is not None:
+        # A class counts what of it runs: those that ask for more would run beside the others.
+        yield "memory_grow and time_grow are not for an array of which only some elements may run at a time (%N)"
     yield from _grow_problems("memory", task.memory_grow, task.request.memory, task.memory_max)
     yield from _grow_problems("time", task.time_grow, task.time_limit or 0.0, task.time_max)
     if not task.retries and (task.backoff or task.retry_on):

@@ -197,6 +197,7 @@ def test_what_is_no_way_to_grow_is_refused(pilot: LivePilot) -> None:
         (["--memory", "1G", "--memory-grow", "1", "--memory-max", "2G"], b"memory_grow must be a number from 1.1"),
         (["--memory", "1G", "--memory-grow", "2", "--memory-max", "1G"], b"memory_max above memory"),
         (["--time-grow", "2", "--time-max", "1h"], b"give time_limit, too"),
+        (["--array", "0-9%2", "--memory", "1M", "--memory-grow", "2", "--memory-max", "2M"], b"only some"),
         (["--memory", "1G", "--memory-grow", "2", "--memory-max", "900T"], b"memory_max 900 TiB can never be had here"),
     ):  # fmt: skip
         done = pilot.cli("enqueue", *options, "--", "true")

@@ -20,7 +20,7 @@ def larger_request(run: Run, spec: Spec, reason: str) -> tuple[str, bytes]:
     ``spec`` is that of the task, with or without its variables filled in: the packed one in ``run`` is what is changed.
     """
     grow, info = spec.grow, class_info(run.class_name)
-    if grow is None or info is None:
+    if grow is None or info is None or info.at_most:
         return UNCHANGED
     request = info.request
     if reason == "memory" and grow.memory and request.memory < grow.memory_max:
