@@ -24,10 +24,8 @@ from pilotq.workers.process_memory import (
     raise_oom_score,
 )
 
-EXCESS_SHARE, EXCESS_BYTES = (
-    1.3,
-    256 << 20,
-)  # a task is to be ended before it uses this share of its limit, and so much more
+# A task is to be ended before it uses this share of its limit, and so many bytes more.
+EXCESS_SHARE, EXCESS_BYTES = 1.3, 256 << 20
 FASTEST = 10**9  # bytes a second that a task may begin to grow by at any time
 REACTION_S = 0.07  # from the measurement to the end of the processes
 SHORTEST_S = 0.02  # between two measurements of a task
@@ -35,7 +33,7 @@ TOGETHER_S = 0.05  # tasks are measured together, at times that are multiples of
 LOOK_SHARE = 0.005  # of a core that looking for new processes may take
 PEAK_STEP = 1.25  # so much above the last peak that of several processes is measured exactly
 LATE_S = 1.5  # a kill by the kernel that was seen so long ago may be that of a task whose end is told now
-CLOSE_S = 1.0
+CLOSE_S = 1.0  # how long the end of the thread is waited for
 OOM_SCORE = 300  # above the worker's own: of a machine's memory so many thousandths
 OOM_SCORE_MAX = 1000
 

@@ -51,7 +51,8 @@ class MemoryLimits:
     def exited(self, e: Execution, record: Exited | Returned, now: float) -> None:
         """Its main process has ended: take down what it has used, and whether the kernel has killed it for that."""
         record.max_rss = max(record.max_rss, e.memory.peak if e.memory is not None else 0)
-        if e.reason == "memory" and not record.status and not record.remaining:
+        here = e.memory is not None and e.memory.over
+        if e.reason == "memory" and here and not record.status and not record.remaining:
             e.reason = e.message = ""  # it succeeded before its end could reach it
         if isinstance(record, Exited) and record.killed_at and not e.reason:
             record.max_rss = max(record.max_rss, record.killed_at)
