@@ -49,7 +49,7 @@ class Executor(RemoteExecutor):
             self._run = Run()
             self._queue = self._run.queue
             self._elsewhere = any(node.host != socket.gethostname() for node in self._broker.nodes())
-            self.logger.info("Jobs run as tasks of the pilot in %s, queue %s.", pilot.directory, self._queue)
+            self.logger.info(f"Jobs run as tasks of the pilot in {pilot.directory}, queue {self._queue}.")
             self._resumable = self._take_over()
         except PilotqError as error:
             self._end_pilot()
@@ -75,7 +75,7 @@ class Executor(RemoteExecutor):
         made: list[tuple[Any, Task]] = []
         for job in jobs:
             if (task_id := self._resumed(job)) is not None:
-                self.logger.info("Job %s goes on as task %s.", job.jobid, task_id)
+                self.logger.info(f"Job {job.jobid} goes on as task {task_id}.")
                 self._register(job, task_id)
                 continue
             try:
@@ -99,7 +99,7 @@ class Executor(RemoteExecutor):
                 self._submit([job])
             return
         for (job, _), task_id in zip(made, ids, strict=True):
-            self.logger.debug("Submitted job %s as task %s.", job.jobid, task_id)
+            self.logger.debug(f"Submitted job {job.jobid} as task {task_id}.")
             self._register(job, task_id)
 
     def _until_answered(self, key: str, wanted: list[Task], context: Any) -> list[str]:
@@ -143,7 +143,7 @@ class Executor(RemoteExecutor):
         for name in ("disk_mb", "disk"):
             if job.resources.get(name) and "disk" not in self._said:
                 self._said.add("disk")
-                self.logger.info("A pilot does not reserve disk space: %s is ignored.", name)
+                self.logger.info(f"A pilot does not reserve disk space: {name} is ignored.")
 
     # -- what a killed Snakemake has left ---------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Executor(RemoteExecutor):
         }
         known = {self._task_of(job) for job in self.dag.needrun_jobs()} if left else set[str | None]()
         if gone := left - known:
-            self.logger.info("Canceling %d tasks of an earlier run in this directory.", len(gone))
+            self.logger.info(f"Canceling {len(gone)} tasks of an earlier run in this directory.")
             self._cancel(sorted(gone))
         return left & known
 
@@ -231,7 +231,7 @@ class Executor(RemoteExecutor):
                         file.writelines(pieces)
                     return [path]
         except OSError as error:
-            self.logger.warning("The output of task %s cannot be kept in %s: %s.", task_id, path, error.strerror)
+            self.logger.warning(f"The output of task {task_id} cannot be kept in {path}: {error.strerror}.")
         return []
 
     # -- ending -----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Executor(RemoteExecutor):
             self._cancel(list(ids))
             self._open.clear()
         except (PilotqError, WorkflowError) as error:
-            self.logger.warning("Jobs may run on in the pilot in %s: %s", self._directory, error)
+            self.logger.warning(f"Jobs may run on in the pilot in {self._directory}: {error}")
 
     def _cancel(self, ids: list[str]) -> None:
         if not ids:
