@@ -313,7 +313,7 @@ end
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
-  if not v[1] and not v[2] then
+  if not v[1] and not v[2] or r[9] ~= '' and not is_record_of(r[9], id) then
     local answer = vanished(r, id, execution, line)
     if answer then return answer end
     v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')

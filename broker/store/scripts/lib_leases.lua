@@ -18,12 +18,16 @@ local function lease_around(array, position)
     execution = execution, slots = tonumber(slots), started = started, address = address}
 end
 
+-- Is a record under the id of an element its own? A producer's job may have taken the id of one that has none.
+local function is_record_of(array, id) return redis.pcall('HGET', job_key(id), 'pq_array_of') == array end
+
 -- The lease of an element that has not ended and has no record; nil when there is none.
 local function lease_of(array, position, id, queue)
   local lease = lease_around(array, position)
   if not lease then return end
   if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1] ~= 0 then return end
-  if redis.call('EXISTS', job_key(id)) == 1 then return end
+  lease.is_taken = redis.call('EXISTS', job_key(id)) == 1
+  if lease.is_taken and is_record_of(array, id) then return end
   -- It had a record, which somebody has deleted while it ran.
   if redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. ':', '(' .. id .. ';') > 0 then return end
   return lease
@@ -72,7 +76,7 @@ end
 local function own_record(array, position, lease)
   local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'data', 'description', 'created_at', 'pq_sub', 'pq_class',
     'pq_retries', 'pq_cancel')
-  if v.err or not v[1] then return false end
+  if v.err or not v[1] or lease.is_taken then return false end
   local queue = queue_of(class_in(v[6]))
   local extra = {'status', 'started', 'origin', queue, 'pq_exec', lease.execution, 'pq_node', lease.address, 'worker_name',
     string.match(lease.address, '^(.*):'), 'started_at', lease.started}
@@ -90,13 +94,13 @@ local function own_record(array, position, lease)
   return true
 end
 
--- Array, position and lease of an element by its id; nil of what is no element that a lease holds.
+-- Array, position, lease and submission of an element by its id; nil of what is no element that a lease holds.
 local function leased(id)
   local array, index = string.match(id, '^(.-)_(%d+)$')
-  local v = array and redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_class') or {}
+  local v = array and redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_class', 'pq_sub') or {}
   local position = count_of(v[1]) and position_of(index, v[1])
   local lease = position and lease_of(array, position, id, queue_of(v[2] or ''))
-  if lease then return array, position, lease end
+  if lease then return array, position, lease, v[3] end
 end
 
 -- True when an element that a lease holds has got a record now.
@@ -106,7 +110,7 @@ local function record_leased(id)
 end
 
 -- The same for an element of which something must become: 'record'; nil when no lease of this execution holds it. If its array
--- was deleted or is damaged (it has failed then) it has none: it ends with `status`, or failed, which is returned.
+-- was deleted or is damaged (it has failed then), or its id is taken for a moment, it has none: it ends with `status`, or failed, which is returned.
 local function record_or_end(id, array, position, class, execution, status, now, now_iso, ttl)
   local lease
   if array == '' then array, position, lease = leased(id) else lease = lease_of(array, position, id, queue_of(class)) end
