@@ -422,7 +422,7 @@ def test_a_server_that_lost_its_state_is_noticed(here: Path, link: Connection) -
 def test_data_of_another_version_is_refused(here: Path, link: Connection) -> None:
     link.call("MSET", keys.SCHEMA, "99", keys.QUEUE_ID, "e")
     with pytest.raises(
-        PilotFailed, match="version 99, this pilotq knows version 3: use the pilotq that made it, or start"
+        PilotFailed, match="version 99, this pilotq knows version 4: use the pilotq that made it, or start"
     ):
         establish_queue_id(Pilot(str(here / "one")), link)
 
@@ -437,7 +437,7 @@ def test_a_directory_of_an_older_pilot_is_refused_and_left_as_it_is(here: Path, 
         assert sorted(link.call("KEYS", "*")) == [b"pilotq:epoch", keys.SCHEMA.encode()]
         Path(pilot.path("server", "epoch")).write_text("e")
     link.call("FLUSHALL")
-    with pytest.raises(PilotFailed, match="version 1, this pilotq knows version 3"):
+    with pytest.raises(PilotFailed, match="version 1, this pilotq knows version 4"):
         establish_queue_id(pilot, link)
     assert link.call("DBSIZE") == 0
 

@@ -94,7 +94,7 @@ def test_a_pilot_is_ready_when_start_returns_and_leaves_nothing_when_it_was_stop
     pilot = start()
     connection = pilot.connection()
     assert (connection.pilot, connection.directory, connection.pid) == ("pilot", pilot.directory, pilot.process.pid)
-    assert ask(pilot, "MGET", keys.QUEUE_ID, keys.SCHEMA) == [connection.queue_id.encode(), b"3"]
+    assert ask(pilot, "MGET", keys.QUEUE_ID, keys.SCHEMA) == [connection.queue_id.encode(), b"4"]
     wait_until(lambda: registered(pilot))
     assert part(pilot, "dispatcher")
     held = holder(pilot.path("lock"))
