@@ -52,6 +52,7 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 dir_option = click.option(
     "--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: $PILOTQ_DIR, else .pilotq/current]"
 )
+learn_option = click.option("--learn", is_flag=True, help="Ask for what tasks of its name have used before.")
 counter_option = click.option(
     "--counter", "counters", multiple=True, metavar="NAME=N",
     help="Each node has N units for --use NAME.",
@@ -63,7 +64,7 @@ pool_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 task_options = all_of(
-    click.option("--script", metavar="FILE", help="Run FILE (- is stdin) as its #! line says, or with bash; not CMD."),
+    click.option("--script", metavar="FILE", help="Run FILE (- is stdin) as its #! says; not CMD."),
     click.option("--no-directives", is_flag=True, help="Pass over #SBATCH and #HQ in the script."),
     click.option("--name", help="A name to find it by."),
     click.option("--cores", metavar="N|MIN-MAX", help="Cores, all on one node.  [default: 1]"),

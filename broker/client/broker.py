@@ -95,12 +95,18 @@ class Broker:
         return self.enqueue_many([task])[0]
 
     def enqueue_many(
-        self, tasks: Sequence[Task], *, key: str | None = None, context: SubmitContext | None = None
+        self,
+        tasks: Sequence[Task],
+        *,
+        key: str | None = None,
+        context: SubmitContext | None = None,
+        learn: bool = False,
     ) -> list[str]:
         """Submit all or none; returns ids in order (an array is one id). The same ``key`` gives the same ids.
 
         ``context`` is the environment, directory... that the tasks get, by default that of this process (see
-        `capture_context`). Raises InvalidInput, NeverFits,
+        `capture_context`). With ``learn`` tasks ask for what earlier ones of their name have used in this pilot, and a
+        little more, but no more than they ask for themselves. Raises InvalidInput, NeverFits,
         UnknownTask (nothing was submitted) or ServerUnavailable (unknown: submit again with the same key).
         """
         tasks = list(tasks)
@@ -108,6 +114,10 @@ class Broker:
             return []
         if odd := [task for task in tasks if not isinstance(task, Task)]:
             raise InvalidInput(f"a submission is made of Task(...), not of {type(odd[0]).__name__}")
+        if learn and self._queries.journal is not None:
+            from pilotq.broker.client.usage import learned, usage  # most programs do not need it
+
+            tasks = learned(tasks, usage(self._queries.journal.entries()))
         if context is None:
             context = capture_context(functions=any(task.function is not None for task in tasks))
         context = without_secret(context, self.link.address.password)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.resources import parse_allocation
+from pilotq.broker.tasks.model import Task
 
 MEMORY_MARGIN, TIME_MARGIN = 1.2, 1.5  # of what was used most
 LEAST_MEMORY = 16 << 20
+LEARN_FROM = 3  # finished executions of a name
 LONG_S = 1.0  # of shorter executions the share of their cores says little: most of it is their start
 
 
@@ -88,6 +91,31 @@ def _advise(one: Usage) -> None:
         one.next_limit = float(math.ceil(one.longest * (2.0 if over else TIME_MARGIN)))
     if one.longest >= LONG_S:
         one.next_cores = min(max(math.ceil(one.busy - 0.1), 1), max(one.cores, 1))
+
+
+def learned(tasks: Iterable[Task], usages: Iterable[Usage]) -> list[Task]:
+    """These tasks; those with a name ask for what earlier ones with that name have used, with a margin.
+
+    What a task asks for itself is a bound: it gets no more cores and no more memory than that. The time is what it may
+    take (``time_request``), and no limit; a task that says a time of its own keeps it. Of a name of which fewer than
+    LEARN_FROM executions have finished nothing is known.
+    """
+    known = {one.name: one for one in usages if one.name and one.finished >= LEARN_FROM}
+    return [_filled_in(task, known[task.name]) if task.name in known else task for task in tasks]
+
+
+def _filled_in(task: Task, one: Usage) -> Task:
+    request = task.request
+    memory = min(request.memory or one.next_memory, one.next_memory or request.memory)
+    low, high = request.cores
+    if one.next_cores and request.nodes is None and not request.spread:
+        # One core is what a task gets that says nothing.
+        most = one.next_cores if request.cores == (1, 1) else min(high, one.next_cores)
+        low, high = min(low, most) if request.cores != (1, 1) else most, most
+    changes: dict[str, Any] = {"request": msgspec.structs.replace(request, memory=memory, cores=(low, high))}
+    if one.next_limit and task.time_limit is None and task.time_request is None:
+        changes["time_request"] = one.next_limit
+    return msgspec.structs.replace(task, **changes)
 
 
 def _round_up(size: int) -> int:

@@ -12,6 +12,7 @@ from pilotq.cli import formatting
 from pilotq.cli.options import (
     dir_option,
     json_option,
+    learn_option,
     task_of,
     task_options,
 )
@@ -22,10 +23,13 @@ from pilotq.cli.task_selection import ids_of
 @task_options
 @click.option("--nodes", "task_nodes", metavar="N|MIN-MAX", help="Nodes, each with --cores, or entire ones.")
 @click.option("--after", multiple=True, metavar="ID", help="Wait until ID has finished; may be repeated.")
+@learn_option
 @dir_option
 @json_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] CMD [ARGS]...")
-def enqueue_command(command: tuple[str, ...], directory: str | None, as_json: bool, **options: Any) -> None:
+def enqueue_command(
+    command: tuple[str, ...], learn: bool, directory: str | None, as_json: bool, **options: Any
+) -> None:
     """Submit one task, or an array of tasks; prints its id.
 
     \b
@@ -34,5 +38,5 @@ def enqueue_command(command: tuple[str, ...], directory: str | None, as_json: bo
     task = task_of(command, options)
     with Broker.connect(directory) as broker:
         task.after = [f"={task_id}" for task_id in ids_of(broker, task.after)]
-        (task_id,) = broker.enqueue_many([task], context=capture_context(options["env_policy"]))
+        (task_id,) = broker.enqueue_many([task], context=capture_context(options["env_policy"]), learn=learn)
     formatting.print_ids([(task_id, task.name or "", task.size)], as_json)

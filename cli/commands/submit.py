@@ -16,6 +16,7 @@ from pilotq.cli.options import (
     file_of_tasks,
     file_options,
     json_option,
+    learn_option,
     open_replies,
 )
 
@@ -26,12 +27,12 @@ from pilotq.cli.options import (
 @click.option("--key", metavar="KEY", help="A name for this submission: a second submit with it submits nothing.")
 @click.option("--env-policy", type=click.Choice(POLICIES), default="submit",
               help="The environment of the tasks: yours, the worker's, or a clean one.")  # fmt: skip
+@learn_option
 @dir_option
 @json_option
 def submit_command(
-    file: str, format: str | None, shell: bool, replies: str | None, key: str | None, env_policy: str,
-    directory: str | None, as_json: bool,
-) -> int:  # fmt: skip
+    file: str, key: str | None, env_policy: str, learn: bool, directory: str | None, as_json: bool, **options: Any
+) -> int:
     """Submit the tasks of a file, all or none; prints their ids, one per line.
 
     FILE (- is stdin) has one command a line, or is TOML or JSON with a list `tasks`, or a request file of
@@ -41,13 +42,15 @@ def submit_command(
     Example: pilotq submit tasks.toml
     """
     with Broker.connect(directory) as broker:
-        batch = file_of_tasks(file, format, shell, replies)
+        batch = file_of_tasks(file, options["format"], options["shell"], options["replies"])
         if batch.requests is not None:
             if key is not None:
                 raise InvalidInput("--key: jobs of QCG-PilotJob are known by their names, and submitted once anyway")
+            if learn:
+                raise InvalidInput("--learn: jobs of QCG-PilotJob ask for what their file says")
             with ExitStack() as stack:
-                return _play(broker, batch.requests, env_policy, open_replies(replies, stack), as_json)
-        ids = broker.enqueue_many(batch.tasks, key=key, context=capture_context(env_policy))
+                return _play(broker, batch.requests, env_policy, open_replies(options["replies"], stack), as_json)
+        ids = broker.enqueue_many(batch.tasks, key=key, context=capture_context(env_policy), learn=learn)
     formatting.print_ids([(i, task.name or "", task.size) for i, task in zip(ids, batch.tasks, strict=True)], as_json)
     return exit_codes.ALL_FINISHED
 

@@ -143,3 +143,15 @@ def test_report_by_name_says_what_to_ask_for(pilot: Cli) -> None:
     [one] = json.loads(pilot("report", "--by-name", "--json").stdout)
     assert (one["name"], one["memory"], one["limit"]) == ("fit", 2 << 30, 3600.0)
     assert pilot("report", "gantt", "x.png", "--by-name").returncode == 2
+
+
+def test_what_was_learned_of_a_name_is_asked_for(pilot: Cli) -> None:
+    """`sleep` needs less than the least memory that is ever asked for; the journal has what was asked for."""
+    pilot("enqueue", "--name", "fit", "--array", "0-2", "--", "sleep", "1.1")
+    assert pilot("wait").returncode == 0
+    wait_until(lambda: " 3 " in pilot("report", "--by-name").stdout, what="the journal")
+    assert pilot("enqueue", "--learn", "--name", "fit", "--memory", "1G", "--", "sleep", "1").returncode == 0
+    assert pilot("wait").returncode == 0
+    wait_until(lambda: " 4 " in pilot("report", "--by-name").stdout, what="the journal")
+    [one] = json.loads(pilot("report", "--by-name", "--json").stdout)
+    assert (one["executions"], one["memory"], one["limit"]) == (4, 16 << 20, 0.0)

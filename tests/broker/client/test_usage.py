@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pilotq.broker.client.usage import Usage, usage
+from pilotq.broker.client.usage import Usage, learned, usage
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.tasks.model import Request, Task
 
 MB = 1 << 20
 
@@ -47,3 +48,23 @@ def test_names_and_programs_are_apart_and_short_runs_say_nothing_of_cores() -> N
     assert [(one.name, one.program, one.executions, one.next_cores) for one in found] == [
         ("b", "", 1, 2), ("", "fit", 2, 0),
     ]  # fmt: skip
+
+
+def test_what_was_used_is_asked_for_and_never_more_than_the_task_says() -> None:
+    known = usage([ran("fit", 40.0, cpu=75.0, max_rss=300 * MB)] * 3 + [ran("new", 40.0, max_rss=MB)] * 2)
+
+    def asked(**fields: Any) -> Task:
+        return learned([Task(command=["fit"], **fields)], known)[0]
+
+    plain = asked(name="fit")
+    assert plain.request == Request(cores=(2, 2), memory=360 * MB)
+    assert (plain.time_request, plain.time_limit) == (60.0, None)
+    assert asked(name="fit", request=Request(cores=(4, 8), memory=900 * MB)).request == plain.request
+    assert asked(name="fit", request=Request(memory=100 * MB, gpus=1)).request == Request(
+        cores=(2, 2), memory=100 * MB, gpus=1
+    )
+    assert asked(name="fit", request=Request(cores=(1, 4))).request.cores == (1, 2)
+    assert asked(name="fit", request=Request(nodes=(2, 2), cores=(4, 4))).request.cores == (4, 4)
+    assert asked(name="fit", time_limit=5.0).time_request is None
+    for other in ("", "new", "unknown"):
+        assert asked(name=other) == Task(command=["fit"], name=other)
