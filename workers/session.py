@@ -43,7 +43,7 @@ from pilotq.broker.store.messages import (
     decode_inbox,
 )
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.broker.store.store import Store, iso, pack, script, translate
+from pilotq.broker.store.store import FIRST_REPORT, Store, iso, pack, script, translate
 from pilotq.workers.shared_data import SharedData
 
 __all__ = ["Session", "iso"]
@@ -56,6 +56,8 @@ LAST_TRY_S = 0.1  # an attempt to connect takes no less
 CONFIRM_ENTRIES = 50  # entries of the inbox that were read before they are removed from it
 
 
+SPEC_AT = 15  # in a row of a report: the number of the script's argument that has the spec of the next try
+QUEUE_ID_ARGUMENTS = 2  # the script counts its arguments from 1, and the first one is the queue id
 ROWS = 7  # the place of the reports among the arguments of complete.lua, behind the queue id; then two for each
 
 
@@ -376,10 +378,17 @@ class Session:
                 log(f"the result of task {rows[place][0]} is lost: the server's memory is full, and {error}")
                 rows[place][2:4], text = ("failed", "result"), ""
             again += (entry, text)
+        specs: list[Argument] = []
+        behind = FIRST_REPORT + 2 * len(places) + 1  # the place of the specs among the arguments of the script
+        for place in places:
+            if len(rows[place]) > SPEC_AT and rows[place][SPEC_AT]:
+                specs.append(call.args[rows[place][SPEC_AT] - QUEUE_ID_ARGUMENTS])
+                rows[place][SPEC_AT] = behind + len(specs) - 1
         self._call_number += 1
         message = pack(NodeReport(info.name, info.incarnation, []))  # what became of the slots was told
         head = (call.args[0], self._call_number, message, *call.args[3:ROWS], pack([rows[place] for place in places]))
-        self._post(_Call("complete", (*head, *again), tuple(call.reports[place] for place in places)))
+        args = (*head, *again, pack([]), *specs)
+        self._post(_Call("complete", args, tuple(call.reports[place] for place in places)))
 
     def verdicts(self) -> list[tuple[str, int, str]]:
         """(id, execution, verdict) of ends the server has answered since the last call.

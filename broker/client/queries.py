@@ -313,7 +313,8 @@ class TaskQueries:
         leases = sorted(read_leases(self.link), key=lambda lease: _age(lease.array), reverse=True)
         for array, mine in groupby(leases, key=lambda lease: lease.array):
             if (view := self.views([array])[0]) is not None:
-                yield from (leased_view(element, view) for element in leased_elements(self.link, list(mine)))
+                held = leased_elements(self.link, list(mine))
+                yield from (leased_view(element, view) for element in held if element.is_known)
 
     def _views(self, ids: Iterator[str], page: int) -> Iterator[TaskView]:
         while batch := list(islice(ids, page)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 
 from pilotq.broker.scheduling.placement import Waiting
 from pilotq.broker.store import keys
@@ -114,26 +113,30 @@ class Backlog:
             self._aside.clear()
         found: dict[str, Head] = {}
         kept: list[Key] = []
-        examined = full = 0
-        for key in islice(self._order, EXAMINED_MAX):
-            examined += 1
+        passed = examined = full = 0
+        for key in self._order:
+            if examined == EXAMINED_MAX or len(found) - full == CLASSES_MAX:
+                break
+            passed += 1
             name = key[2]
             info = class_info(name)
+            if info is not None and info.at_most and not room(info, name):
+                # It costs little, and hides nothing behind it.
+                kept.append(key)
+                if full < CLASSES_MAX and is_possible(info.request):
+                    full += 1
+                    found[name] = self.heads[name]
+                continue
+            examined += 1
             if info is None or not is_possible(info.request):
                 self._aside.add(name)
                 continue
             kept.append(key)
-            if info.at_most and not room(info, name):
-                if full == CLASSES_MAX:
-                    continue
-                full += 1
             found[name] = self.heads[name]
-            if len(found) - full == CLASSES_MAX:
-                break
         # Only where some have left the order there is more to see the next time.
-        self._unexamined = len(found) - full < CLASSES_MAX and len(kept) < examined < len(self._order)
-        if len(kept) < examined:
-            self._order[:examined] = kept
+        self._unexamined = len(found) - full < CLASSES_MAX and len(kept) < passed < len(self._order)
+        if len(kept) < passed:
+            self._order[:passed] = kept
         return found
 
 

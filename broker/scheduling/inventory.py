@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 
 import msgspec
 
@@ -75,7 +76,8 @@ class Inventory:
         for slot in self.slots.values():
             mine = tuple(share for share in slot.shares if share.node == info.name)
             if mine:
-                self.cluster.take(mine)
+                with suppress(ValueError):  # it has come back with other cores or GPUs: that execution ends
+                    self.cluster.take(mine)
             if slot.number in node.slots:
                 self.cluster.take(
                     tuple(share for share in slot.shares if share.node != info.name and share.node in self.nodes)

@@ -164,7 +164,10 @@ class Reconciler:
         now = time.time()
         array, _, index = task_id.partition("_")
         span = self.link.read_hashes([keys.job(array)], "pq_array")[0][0] if index.isdigit() else None
-        position = Indices.read(span).position(int(index)) if span else None
+        try:
+            position = Indices.read(span).position(int(index)) if span else None
+        except ValueError:
+            position = None  # a damaged array: what becomes of its elements counts no more
         entry = pack(JournalEntry(id=task_id, execution=int(execution), ended=now, message="its record was deleted"))
         report = EndReport(
             task_id, int(execution), "canceled", "canceled", iso(now), "", "", "", entry, class_name=queue

@@ -1,7 +1,7 @@
 """The packed lines of elements of an array that finished: they travel as columns, and become entries in the file.
 
 >>> rows = [(7, 0, 500, 2000, 4711, 1 << 20, 1500)]
->>> run = RunLines("1f", "sim", "s1", "n1", 1, 100.0, 101.0, "sim", ["n1[0]"], 102.0, rows)
+>>> run = RunLines("1f", "sim", "s1", "n1", 1, 100.0, 101.0, "sim", 0, 0.0, ["n1[0]"], 102.0, rows)
 >>> entry = next(run.entries())
 >>> entry.id, entry.index, entry.started, entry.ended, entry.cpu
 ('1f_7', 7, 102.0005, 102.0025, 0.0015)
@@ -32,6 +32,8 @@ class RunLines(msgspec.Struct, array_like=True):
     queued: float
     handed: float
     command: str
+    memory: int  # bytes that were asked for
+    limit: float  # of their time, in seconds; 0: none
     allocations: list[str]
     base: float
     rows: list[Row]
@@ -60,6 +62,8 @@ class RunLines(msgspec.Struct, array_like=True):
                 index=index,
                 command=self.command,
                 submission=self.submission,
+                memory=self.memory,
+                limit=self.limit or None,
             )
             for name, value in self.more.get(number, {}).items():
                 setattr(entry, name, value)

@@ -57,7 +57,7 @@ PERMANENT = (
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
     "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:dependents:*", "pilotq:outcomes:*",
-    "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*", "pilotq:leases:*",
+    "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*", "pilotq:leases:*", "pilotq:recorded:*",
 )  # fmt: skip
 
 
@@ -144,6 +144,11 @@ def outcomes(array_id: str) -> str:
 def leases(array_id: str) -> str:
     """Sorted set, by first position: "first count execution slots time address" of each lease of elements."""
     return f"pilotq:leases:{array_id}"
+
+
+def recorded(array_id: str) -> str:
+    """A bit for each position: the element has left its lease with a record of its own."""
+    return f"pilotq:recorded:{array_id}"
 
 
 def values(array_id: str) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import open_positions
-
-BATCH = 500
 
 
 class LeaseRecord(NamedTuple):
@@ -27,11 +25,15 @@ class LeaseRecord(NamedTuple):
 
 
 class LeasedElement(NamedTuple):
-    """An element that a lease holds: it has neither ended nor got a record."""
+    """An element that a lease holds: it has neither ended nor got a record.
+
+    ``is_known`` is False where the array's record was deleted or is damaged: then the number in the id is the position.
+    """
 
     id: str
     position: int
     lease: LeaseRecord
+    is_known: bool
 
 
 def read_leases(link: Connection) -> list[LeaseRecord]:
@@ -40,8 +42,8 @@ def read_leases(link: Connection) -> list[LeaseRecord]:
     found = []
     for array, members in zip(arrays, link.pipeline([("ZRANGE", keys.leases(a), 0, -1) for a in arrays]), strict=True):
         for member in members:
-            first, count, execution, slots, started, address = member.decode().split(" ", 5)
-            found.append(LeaseRecord(array, int(first), int(count), int(execution), int(slots), started, address))
+            first, number, execution, slots, started, address = member.decode().split(" ", 5)
+            found.append(LeaseRecord(array, int(first), int(number), int(execution), int(slots), started, address))
     return found
 
 
@@ -54,23 +56,40 @@ def number_leased(link: Connection) -> Counter[str]:
     return found
 
 
-def leased_elements(link: Connection, leases: list[LeaseRecord]) -> Iterator[LeasedElement]:
+def leased_elements(link: Connection, leases: Iterable[LeaseRecord]) -> Iterator[LeasedElement]:
     """The elements that leases hold. Of those that end or begin meanwhile some may be among them, or not."""
+    known: dict[str, Indices | None] = {}
     for lease in leases:
-        commands = [("HGET", keys.job(lease.array), "pq_array"), ("HGET", keys.job(lease.array), "pq_class")]
-        span, name = link.pipeline(commands)
-        if span is None or name is None:
-            continue
-        indices = Indices.read(span)
-        last = lease.first + lease.number - 1
-        bits = link.call("GETRANGE", keys.outcomes(lease.array), lease.first // 4, last // 4)
-        before = lease.first % 4  # elements in front of the first, in its byte
-        places = [place - before for place in open_positions(bits, before + lease.number) if place >= before]
-        positions = [lease.first + place for place in places]
-        ids = [f"{lease.array}_{indices[position]}" for position in positions]
-        there = link.pipeline([("EXISTS", keys.job(i)) for i in ids]) if ids else []
-        wip = keys.registry("wip", keys.queue_of(name.decode()))
-        seen = link.call("ZMSCORE", wip, *(f"{i}:{lease.execution}" for i in ids)) if ids else []
-        for element, position, record, shown in zip(ids, positions, there, seen, strict=True):
-            if not record and shown is None:
-                yield LeasedElement(element, position, lease)
+        array = lease.array
+        if array not in known:
+            known[array] = _indices(link, array)
+        indices = known[array]
+        for position in _held(link, lease):
+            is_known = indices is not None and position < len(indices)
+            index = indices[position] if indices is not None and is_known else position
+            yield LeasedElement(f"{array}_{index}", position, lease, is_known)
+
+
+def _indices(link: Connection, array: str) -> Indices | None:
+    """None where the array's record was deleted, or is damaged."""
+    [[text]] = link.read_hashes([keys.job(array)], "pq_array")
+    try:
+        return Indices.read(text) if text is not None else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _held(link: Connection, lease: LeaseRecord) -> list[int]:
+    """The positions that have neither ended nor got a record."""
+    last = lease.first + lease.number - 1
+    bits, recorded = link.pipeline([
+        ("GETRANGE", keys.outcomes(lease.array), lease.first // 4, last // 4),
+        ("GETRANGE", keys.recorded(lease.array), lease.first // 8, last // 8),
+    ])  # fmt: skip
+    before = lease.first % 4  # elements in front of the first, in its byte
+    places = [place - before for place in open_positions(bits, before + lease.number) if place >= before]
+    return [lease.first + place for place in places if not _bit(recorded, lease.first % 8 + place)]
+
+
+def _bit(bits: bytes, place: int) -> bool:
+    return place // 8 < len(bits) and bool(bits[place // 8] >> (7 - place % 8) & 1)

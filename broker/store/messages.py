@@ -40,7 +40,7 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     spec: bytes  # msgpack Spec; decoded by itself, so that a damaged one costs nothing else
     crashes: int = 0  # executions whose launcher or worker died under them
     last_suspect_node: str = ""  # the suspect node on which it failed at once: see quarantine.py
-    leased: bool = False  # it came in a `Lease`, and has no record on the server
+    lease: int = -1  # first position of the `Lease` that it came in, then it has no record on the server; -1: of none
 
 
 class Lease(msgspec.Struct, array_like=True, tag="lease"):
@@ -74,7 +74,7 @@ class Lease(msgspec.Struct, array_like=True, tag="lease"):
             yield Run(
                 f"{self.array}_{index}", self.execution, slot, allocation, self.class_name, self.name, self.queued,
                 self.handed, self.shared, self.array, index, position, self.retries, self.submission, self.spec,
-                leased=True,
+                lease=self.first,
             )  # fmt: skip
 
 

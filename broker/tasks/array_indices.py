@@ -194,7 +194,10 @@ class Indices:
     """The indices of an array by position. ``ranges`` as `joined` gives them."""
 
     def __init__(self, ranges: Sequence[range]) -> None:
+        """Raises ValueError for more elements than can be counted."""
         self.ranges = tuple(ranges)
+        if any(part.stop - part.start > INDEX_LIMIT * max(part.step, 1) for part in self.ranges):
+            raise ValueError("an array of more elements than can be counted")
         self._firsts = list(accumulate(map(len, self.ranges), initial=0))  # positions; the last one is the number
 
     @classmethod

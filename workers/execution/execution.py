@@ -89,7 +89,7 @@ class Execution:
         self.launch_begun = False  # the launcher has begun to start it
         self.to_retract = False  # to be returned to the dispatcher as soon as its launcher has retracted it
         self.spec: Spec | None = None  # its description, once its launch was built
-        self.leased = run.leased  # the server has no record of it
+        self.leased = run.lease >= 0  # the server has no record of it
         self.memory: WatchedTask | None = None  # what it uses, while it runs
         self.peak = 0  # bytes that it has used on any other node at most
         self.held_back: HeldBack | None = None  # while a shortage prevents its launch

@@ -9,10 +9,17 @@ import msgspec
 
 from pilotq.broker.store.journal_runs import RunLines
 from pilotq.broker.store.messages import EndReport, Run, RunEnd
+from pilotq.broker.store.resources import class_info
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.session import Apart, iso
 
 _pack = msgspec.msgpack.Encoder().encode
+
+
+def memory_of(run: Run) -> int:
+    """The bytes that its task asks for."""
+    info = class_info(run.class_name)
+    return info.request.memory if info is not None else 0
 
 
 class LeasedEnd(NamedTuple):
@@ -37,7 +44,7 @@ def runs_of(ends: list[LeasedEnd], node: str) -> Iterator[tuple[RunEnd, Apart]]:
 
 def _follows(run: Run, other: Run) -> bool:
     """Whether the other is the next element of the same lease."""
-    same = run.array == other.array and run.execution == other.execution and run.handed == other.handed
+    same = run.array == other.array and run.execution == other.execution and run.lease == other.lease
     return same and other.position == run.position + 1
 
 
@@ -54,8 +61,8 @@ def _run_of(ends: list[LeasedEnd], node: str) -> tuple[RunEnd, Apart]:
         if end.outputs or end.command != command:
             more[number] = end.outputs if end.command == command else end.outputs | {"command": end.command}
     lines = RunLines(
-        run.array, run.name, run.submission, node, run.execution, run.queued, run.handed, command, list(places), base,
-        rows, more,
+        run.array, run.name, run.submission, node, run.execution, run.queued, run.handed, command, memory_of(run),
+        ends[0].e.limit, list(places), base, rows, more,
     )  # fmt: skip
     last = iso(max(end.ended for end in ends))
     packed = RunEnd(run.array, run.execution, run.submission, last, run.position, len(ends), _pack(lines))

@@ -15,14 +15,13 @@ from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
-from pilotq.broker.store.resources import class_info
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.spec import command_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
 from pilotq.workers.execution.larger_request import larger_request
-from pilotq.workers.execution.leased_ends import LeasedEnd, runs_of
+from pilotq.workers.execution.leased_ends import LeasedEnd, memory_of, runs_of
 from pilotq.workers.execution.memory_limit import KILLED
 from pilotq.workers.protocol import NO_OUTPUT, Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
@@ -98,7 +97,7 @@ class Reporter:
             exit_code=code,
             signal=number,
             pid=e.pid or None,
-            memory=info.request.memory if (info := class_info(run.class_name)) is not None else 0,
+            memory=memory_of(run),
             limit=e.limit or None,
             array=run.array,
             index=run.index if run.array else None,

@@ -237,10 +237,8 @@ local function end_run_of_lease(r, lines_of_run)
   end
   local finished = finished_bytes(array, first, number)
   if not finished then return 'apart' end
-  local records = {}
-  local index, step = index_at(v[1], first)
-  for k = 0, number - 1 do records[#records + 1] = job_key(array .. '_' .. string.format('%d', index + k * step)) end
-  if redis.call('EXISTS', unpack(records)) > 0 then return 'apart' end
+  -- What has got a record is not the lease's any more.
+  if redis.call('BITCOUNT', recorded_key(array), first, first + number - 1, 'BIT') > 0 then return 'apart' end
   redis.call('SETRANGE', outcomes_key(array), math.floor(first / 4), finished)
   leave_lease(array, lease, number)
   last_ended = r[4]
@@ -264,7 +262,7 @@ local function vanished(r, id, execution, line)
   -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
   if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
   local status = (r[3] == 'finished' or r[3] == 'canceled') and r[3] or 'failed'
-  local held = record_or_end(id, r[9], r[10], r[11], execution, status, now, r[5], ttl_failed)
+  local held = record_or_end(id, r[9], r[10], execution, status, now, r[5], ttl_failed)
   if held == 'record' then return end
   last_ended = r[5]
   if held then

@@ -6,6 +6,8 @@
 
 local LEASES = 'pilotq:leases' -- hash: <array>:<first position> -> elements that have neither ended nor got a record
 local function leases_key(array) return 'pilotq:leases:' .. array end
+-- A bit for each position: the element has left its lease with a record. Somebody may delete that, and it is not in the lease again.
+local function recorded_key(array) return 'pilotq:recorded:' .. array end
 
 -- The lease whose elements are around this position; nil when there is none.
 local function lease_around(array, position)
@@ -21,15 +23,14 @@ end
 -- Is a record under the id of an element its own? A producer's job may have taken the id of one that has none.
 local function is_record_of(array, id) return redis.pcall('HGET', job_key(id), 'pq_array_of') == array end
 
--- The lease of an element that has not ended and has no record; nil when there is none.
-local function lease_of(array, position, id, queue)
+-- The lease of an element that has not ended and has got no record; nil when there is none.
+local function lease_of(array, position, id)
   local lease = lease_around(array, position)
   if not lease then return end
-  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1] ~= 0 then return end
+  local at = string.format('%d', position)
+  if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. at)[1] ~= 0 then return end
+  if redis.call('GETBIT', recorded_key(array), at) == 1 then return end
   lease.is_taken = redis.call('EXISTS', job_key(id)) == 1
-  if lease.is_taken and is_record_of(array, id) then return end
-  -- It had a record, which somebody has deleted while it ran.
-  if redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. ':', '(' .. id .. ';') > 0 then return end
   return lease
 end
 
@@ -61,6 +62,14 @@ local function leave_lease(array, lease, number)
   if redis.call('HINCRBY', LEASES, lease.field, -number) > 0 then return end
   redis.call('HDEL', LEASES, lease.field)
   redis.call('ZREM', leases_key(array), lease.member)
+  if redis.call('EXISTS', leases_key(array)) == 0 then redis.call('DEL', recorded_key(array)) end
+end
+
+-- The element has, or gets, a record for which its lease does not stand.
+local function mark_recorded(array, position)
+  if redis.call('EXISTS', leases_key(array)) == 1 then
+    redis.call('SETBIT', recorded_key(array), string.format('%d', position), 1)
+  end
 end
 
 -- All leases of an array end: it has ended, so what they say is left was deleted.
@@ -68,16 +77,17 @@ drop_leases = function(array)
   local members = redis.call('ZRANGE', leases_key(array), 0, -1)
   if #members == 0 then return end
   for _, member in ipairs(members) do redis.call('HDEL', LEASES, array .. ':' .. string.match(member, '^(%d+)')) end
-  redis.call('DEL', leases_key(array))
+  redis.call('DEL', leases_key(array), recorded_key(array))
 end
 
 -- The element gets the record that it would have if it had been handed out by itself; false when its array has none.
 -- Raises where that is damaged, before anything is written.
 local function own_record(array, position, lease)
-  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'data', 'description', 'created_at', 'pq_sub', 'pq_class',
-    'pq_retries', 'pq_cancel')
-  if v.err or not v[1] or lease.is_taken then return false end
-  local queue = queue_of(class_in(v[6]))
+  local text = text_of(array)
+  if not text or lease.is_taken then return false end
+  count_in(text)
+  local v = redis.call('HMGET', job_key(array), 'data', 'description', 'created_at', 'pq_sub', 'pq_class', 'pq_retries', 'pq_cancel')
+  local queue = queue_of(class_in(v[5]))
   local extra = {'status', 'started', 'origin', queue, 'pq_exec', lease.execution, 'pq_node', lease.address, 'worker_name',
     string.match(lease.address, '^(.*):'), 'started_at', lease.started}
   local function add(field, value)
@@ -85,22 +95,29 @@ local function own_record(array, position, lease)
     extra[#extra + 1] = value
   end
   if position < lease.first + lease.slots then add('pq_slot', '1') end -- it may have begun by itself
-  if number_in('pq_retries', v[7], 0) > 0 then add('pq_retries', v[7]) end
-  if v[8] then add('pq_cancel', v[8]) end
-  local f = {array = v[1], data = v[2], description = v[3], created = v[4], submission = v[5], class = v[6]}
+  if number_in('pq_retries', v[6], 0) > 0 then add('pq_retries', v[6]) end
+  if v[7] then add('pq_cancel', v[7]) end
+  local f = {array = text, data = v[1], description = v[2], created = v[3], submission = v[4], class = v[5]}
   local id = make_element(array, position, f, extra)
   redis.call('ZADD', registry('wip', queue), 'inf', id .. ':' .. lease.execution)
+  mark_recorded(array, position)
   leave_lease(array, lease, 1)
   return true
 end
 
--- Array, position, lease and submission of an element by its id; nil of what is no element that a lease holds.
-local function leased(id)
+-- Array, position and submission of an element by its id; nil of what is none of an array that is there.
+local function element_of(id)
   local array, index = string.match(id, '^(.-)_(%d+)$')
-  local v = array and redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_class', 'pq_sub') or {}
-  local position = count_of(v[1]) and position_of(index, v[1])
-  local lease = position and lease_of(array, position, id, queue_of(v[2] or ''))
-  if lease then return array, position, lease, v[3] end
+  local text = array and text_of(array)
+  local position = count_of(text) and position_of(index, text)
+  if position then return array, position, redis.call('HGET', job_key(array), 'pq_sub') end
+end
+
+-- Array, position and lease of an element by its id; nil when no lease holds it.
+local function leased(id)
+  local array, position = element_of(id)
+  local lease = position and lease_of(array, position, id)
+  if lease then return array, position, lease end
 end
 
 -- True when an element that a lease holds has got a record now.
@@ -109,11 +126,27 @@ local function record_leased(id)
   return lease and own_record(array, position, lease)
 end
 
--- The same for an element of which something must become: 'record'; nil when no lease of this execution holds it. If its array
--- was deleted or is damaged (it has failed then), or its id is taken for a moment, it has none: it ends with `status`, or failed, which is returned.
-local function record_or_end(id, array, position, class, execution, status, now, now_iso, ttl)
+-- An element that can get no record ends without one. Without its array's record nobody else counts it.
+local function end_leased(array, position, id, lease, status, now, now_iso, ttl)
+  set_outcomes(array, position, position, status == 'finished' and 1 or status == 'canceled' and 3 or 2)
+  leave_lease(array, lease, 1)
+  count_end(submission_of(id), status, 1)
+  if redis.call('EXISTS', job_key(array)) == 1 then
+    if redis.call('HGET', job_key(array), 'pq_elementwise') then
+      redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, position, position))
+    end
+    array_ended(array, 1, status == 'finished' and 0 or 1, now, now_iso, ttl, ttl)
+  elseif redis.call('EXISTS', leases_key(array)) == 0 then
+    redis.call('DEL', outcomes_key(array))
+  end
+end
+
+-- An element of which something must become gets its record: 'record'; nil when no lease of this execution holds it. It gets none when
+-- its array was deleted or is damaged (it has failed then), or when a producer's job has its id: it ends with `status`, or
+-- failed, which is returned.
+local function record_or_end(id, array, position, execution, status, now, now_iso, ttl)
   local lease
-  if array == '' then array, position, lease = leased(id) else lease = lease_of(array, position, id, queue_of(class)) end
+  if array == '' then array, position, lease = leased(id) else lease = lease_of(array, position, id) end
   if not lease or lease.execution ~= execution then return end
   local done, made = pcall(own_record, array, position, lease)
   if done and made then return 'record' end
@@ -121,10 +154,7 @@ local function record_or_end(id, array, position, class, execution, status, now,
     pcall(end_damaged, array, type(made) == 'table' and made.err or tostring(made), now, now_iso, ttl)
     status = 'failed'
   end
-  set_outcomes(array, position, position, status == 'finished' and 1 or status == 'canceled' and 3 or 2)
-  leave_lease(array, lease, 1)
-  if redis.call('EXISTS', leases_key(array)) == 0 then redis.call('DEL', outcomes_key(array)) end
-  count_end(submission_of(id), status, 1)
+  end_leased(array, position, id, lease, status, now, now_iso, ttl)
   return status
 end
 

@@ -73,13 +73,13 @@ end
 local function part(queue, id, listed, description)
   local flat, f = redis.call('HGETALL', job_key(id)), {}
   for k = 1, #flat, 2 do f[flat[k]] = flat[k + 1] end
-  local is_leased = not f.pq_class and leased(id) -- ours has no record
-  if not is_leased then class_in(f.pq_class) end
+  local is_alone = not f.pq_class and element_of(id) -- of ours there is no record
+  if not is_alone then class_in(f.pq_class) end
   number_in('pq_open_parents', f.pq_open_parents, 0)
   if listed and redis.call('LREM', list_key(queue), 1, id) == 0 then return '' end
   if not listed and redis.call('ZREM', registry('deferred', queue), id) == 0 then return '' end
   local new = move(queue, id, listed, flat)
-  if is_leased then redis.call('DEL', job_key(id)) else restore(id, f, description) end
+  if is_alone then redis.call('DEL', job_key(id)) else restore(id, f, description) end
   return new
 end
 

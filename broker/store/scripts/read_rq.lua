@@ -14,7 +14,7 @@ local function show(queue, ids, place)
     -- A stranger may have put anything under that name.
     local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_sub', 'timeout', 'meta', 'webhooks')
     if v.err then v = {false, false, false, false, false} end
-    if v[1] and not v[2] then v[2] = select(4, leased(id)) or false end -- the id of an element of ours that has no record
+    if v[1] and not v[2] then v[2] = select(3, element_of(id)) or false end -- the id of an element of ours that has no record
     found[#found + 1] = {queue, id, place, unpack(v, 1, 5)}
     room = room - 1
   end

@@ -53,9 +53,9 @@ local function release(id, wait, kind)
   if v[3] == '' then release_rq_job(id, v[2]) else queue_up(id, v[2]) end
 end
 
-local function release_dependents_of(parent, kind)
-  -- One that did not finish may run again meanwhile: its next end counts.
-  local status = kind ~= 'k' and redis.pcall('HMGET', job_key(parent), 'status')[1]
+local function release_dependents_of(parent, kind, array)
+  -- One that did not finish may run again meanwhile: its next end counts. Of an element the outcome says that, too.
+  local status = kind ~= 'k' and not (array and not is_record_of(array, parent)) and redis.pcall('HMGET', job_key(parent), 'status')[1]
   if status and STATUSES[status] and not ENDED[status] then return 0, false end
   local dependents = redis.call('LPOP', dependents_key(parent), limit) or {}
   for _, entry in ipairs(dependents) do
@@ -121,19 +121,19 @@ local function release_position(array, text, ended, position, first)
   end
   if #children == PAGE then return PAGE, first + PAGE end
   local element = array .. '_' .. string.format('%d', index_at(text, position))
-  local handled, more = release_dependents_of(element, ({'k', 'f', 'o'})[outcome])
+  local handled, more = release_dependents_of(element, ({'k', 'f', 'o'})[outcome], array)
   return 1 + #children + handled, more and first + #children
 end
 
 -- One element of a canceled array: a retried one, one that was given back, or one that waited for another array's.
-local function sweep_position(array, submission, text, position, queue)
+local function sweep_position(array, submission, text, position)
   if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. position)[1] ~= 0 then return 0.1 end
   local element = array .. '_' .. string.format('%d', index_at(text, position))
   local status = redis.pcall('HGET', job_key(element), 'status')
   if type(status) ~= 'string' then status = nil end
   if status == 'queued' or status == 'scheduled' then
     end_unrun(element, 'canceled', now, now_iso, ttl)
-  elseif not status and not lease_of(array, position, element, queue) then
+  elseif not status and not lease_of(array, position, element) then
     end_elements(array, submission, position, position, now, now_iso, ttl)
   end
   return 1
@@ -141,7 +141,7 @@ end
 
 -- The positions of an entry, as far as the limit goes.
 local function walk(kind, array, position, last, first, budget)
-  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status', 'pq_class')
+  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status')
   if not v[1] then return 0 end -- somebody deleted it
   if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
   count_in(v[1])
@@ -151,7 +151,7 @@ local function walk(kind, array, position, last, first, budget)
     if kind == 'e' then
       number, rest = release_position(array, v[1], ENDED[v[4]], position, first)
     else
-      number = sweep_position(array, v[2], v[1], position, queue_of(v[5] or ''))
+      number = sweep_position(array, v[2], v[1], position)
     end
     handled = handled + number
     if not rest then position = position + 1 end

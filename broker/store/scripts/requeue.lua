@@ -226,6 +226,7 @@ local function requeue_element(id, array, index)
   elseif f.ended or position < f.next then
     f.submission = f.sub
     f.created = f.created_at
+    mark_recorded(array, position)
     make_element(array, position, f, {'status', 'queued', 'pq_exec', execution, 'pq_retries', f.retries or '0'})
     queue_up(id, f.class)
   end

@@ -12,8 +12,8 @@ local lists, wip, number = {}, {}, 0
 
 local function give_back(id, execution, class, array, position)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
-  if not v[1] and not v[3] and array ~= '' then
-    record_or_end(id, array, position, class, execution, 'canceled', now, now_iso, ttl)
+  if array ~= '' and not is_record_of(array, id) then
+    record_or_end(id, array, position, execution, 'canceled', now, now_iso, ttl)
     v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
   end
   class = v[3]

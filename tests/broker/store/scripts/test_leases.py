@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
 
 from pilotq.broker.client.queries import TaskQueries
@@ -157,3 +158,65 @@ def test_a_damaged_array_costs_no_element_that_a_lease_holds(engine: Engine) -> 
     assert engine.status(a) == "failed" and engine.status(other) == "finished"
     assert sum(engine.counts().values()) == 2 * engine.counts()["total"]
     assert engine.leased() == []
+
+
+@pytest.mark.parametrize("how", ["deleted", "nonsense", "too short", "no hash", "99999999999999999999"])
+def test_a_lost_node_gives_back_the_leases_of_an_array_that_is_gone_or_damaged(engine: Engine, how: str) -> None:
+    """Nobody waits for them for ever, and they end no dispatcher."""
+    (a, other) = engine.submit(array(40), task())
+    engine.claim(30, slot=0)
+    key = keys.job(a)
+    if how in ("deleted", "no hash"):
+        engine.link.call("DEL", key)
+    if how == "no hash":
+        engine.link.call("SET", key, "x")
+    elif how != "deleted":
+        text = {"nonsense": "nonsense", "too short": "0:1:9"}.get(how, f"0:1:{how}")
+        engine.link.call("HSET", key, "pq_array", text)
+    assert len(list(TaskQueries(engine.link, None).tasks("started", 99))) <= 9
+    assert Reconciler(engine.store).requeue_node(NODE, "lost") == 30
+    assert engine.leased() == [] and not engine.link.call("EXISTS", keys.LEASES)
+    engine.run_all()
+    assert engine.status(other) == "finished"
+    if how != "too short":
+        engine.store.count_vanished(["default"])
+        assert sum(engine.counts().values()) == 2 * engine.counts()["total"]
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed", "canceled"])
+def test_an_element_whose_id_a_job_has_taken_counts(engine: Engine, outcome: str) -> None:
+    """A job of RQ's producers under the id of an element that has no record."""
+    a, child = engine.submit(array(3, name="a"), task(after=["a:1"]))
+    handed = engine.claim(3)
+    engine.link.call("HSET", keys.job(f"{a}_1"), "status", "queued", "origin", "default", "data", "theirs")
+    engine.complete_runs([handed[0]])
+    assert engine.complete([handed[1]], outcome, "" if outcome == "finished" else outcome) == ["ok"]
+    engine.complete_runs([handed[2]])
+    engine.release_dependents()
+    assert engine.status(a) == ("finished" if outcome == "finished" else "failed")
+    assert engine.outcomes(a, 3) == {"finished": "111", "failed": "121", "canceled": "131"}[outcome]
+    assert engine.status(child) == ("queued" if outcome == "finished" else "canceled")
+
+
+def test_a_deleted_record_is_not_made_again(engine: Engine) -> None:
+    """RQ's delete of what it sees running takes it out of the registry, too."""
+    engine.register()
+    (a,) = engine.submit(array(3))
+    long, *others = engine.claim(3)
+    engine.report_started(long)
+    engine.link.call("DEL", keys.job(long.id))
+    engine.link.call("ZREM", keys.registry("wip", "default"), f"{long.id}:1")
+    shown = msgspec.msgpack.encode([(long.id, 1, time.time(), ONE)])
+    assert engine.store.run("heartbeat", "n1", 1, 480, shown, "", "state", "busy") == 2
+    assert engine.status(long.id) is None and f"{long.id}:1" in engine.registry("wip")
+    assert engine.leased() == [f"{h.id}:1" for h in others]
+    assert engine.complete_runs(others) == ["ok", "ok"]
+    assert engine.complete([long]) == ["stale"]
+    assert engine.outcomes(a, 3) == "311" and engine.nothing_left()
+
+
+def test_runs_of_two_leases_are_reported_apart_from_each_other(engine: Engine) -> None:
+    (a,) = engine.submit(task(array=ArrayRange.parse("0-9,20-29")))
+    handed = engine.claim(20)
+    assert engine.complete_runs(handed[5:15]) == ["ok"] * 10
+    assert records(engine) == [] and engine.outcomes(a, 20) == "00000" + "1" * 10 + "00000"
