@@ -55,7 +55,7 @@ class VirtualNode(_Loop):
 
         self.messages = 0
         session.pump = counted  # type: ignore[method-assign]
-        self.pool = PretendedPool(directory, name, info.cores, settings)
+        self.pool = PretendedPool(directory, name, info.cores, settings, "python")
         node = make_node(session, self.pool, directory, info, {}, settings)
         super().__init__(session, self.pool, node, _NoSignals(), settings)
         self.descriptors: Descriptors = {}  # it waits for these

@@ -182,7 +182,7 @@ def _task_of(options: dict[str, Option], command: list[str]) -> Task:
     given = set(asked.fields) | set(asked.request) | ({"values"} if lines is not None else set())
     if found is not None:
         found.complete(task, given)  # its sentences are for people, and programs would take them for errors
-    task.env = {**task.env, **hq_directives.variables(task, asked, ())}
+    task.env = {**task.env, **hq_directives.variables(task, asked)}
     task.env["HQ_SUBMIT_DIR"] = os.getcwd()
     task.name = task.name or os.path.basename(command[0])
     return task

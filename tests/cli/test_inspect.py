@@ -169,7 +169,7 @@ def test_executions_under_way_are_counted_and_arrays_are_not(live: LivePilot, tm
     script = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
     array = live.broker.enqueue(Task(script=script, array=ArrayRange(0, 1)))
     wait_until(lambda: live.broker.task(array).status == "started", what="the array handed out whole")
-    assert live.broker.running() == 2
+    wait_until(lambda: live.broker.running() == 2, what="both run")
     (tmp_path / "go").touch()
     live.broker.wait([array], timeout=TIMEOUT)
     assert live.broker.running() == 0

@@ -12,8 +12,8 @@ NUMBER = 5_000
 # What counts calls and entries has room for a slow machine: there batches are smaller, and the periodic work is more.
 CEILINGS = {
     "element of an array": Traffic(
-        requests=0.6, commands=5.2, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
-        log_bytes=1_250, journal_bytes=370,
+        requests=0.12, commands=0.8, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
+        log_bytes=200, journal_bytes=370,
     ),
     "single task": Traffic(
         requests=2.7, commands=9.6, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,

@@ -400,7 +400,7 @@ def test_an_empty_server_gets_a_queue_id_once(here: Path, link: Connection) -> N
     pilot = create("one")
     queue_id = establish_queue_id(pilot, link)
     assert len(queue_id) == 16
-    assert link.call("MGET", keys.QUEUE_ID, keys.SCHEMA) == [queue_id.encode(), b"3"]
+    assert link.call("MGET", keys.QUEUE_ID, keys.SCHEMA) == [queue_id.encode(), b"4"]
     assert establish_queue_id(pilot, link) == queue_id
     # Died between the server's answer and its own note: the queue is the same.
     os.unlink(pilot.path("server", "queue-id"))
