@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,15 +21,23 @@ _PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from pilotq.cli.ma
 
 
 def running(dir: str | None) -> Pilot | None:
-    """The pilot to use; None when none runs and none was asked for."""
+    """The pilot to use; None when none runs and none was asked for. Raises NoPilot where one was, and does not run."""
+    named = dir is not None or bool(os.environ.get("PILOTQ_DIR"))
     try:
         pilot = find(dir)
         pilot.connection()
     except NoPilot:
-        if dir is not None or os.environ.get("PILOTQ_DIR"):
+        if named:
             raise
         return None
-    return pilot if pilot.alive() else None
+    if pilot.alive():
+        return pilot
+    if named:
+        raise NoPilot(
+            f"the pilot in {pilot.directory} has died: go on with it by "
+            f"`pilotq start --resume {shlex.quote(pilot.directory)}`"
+        )
+    return None
 
 
 def start(nodes: str | int | None) -> Pilot:
@@ -48,8 +57,14 @@ def end_with_program(pilot: Pilot) -> None:
 
 
 def end(pilot: Pilot, files: OutputFiles | None = None) -> None:
-    """End what `start` has returned. What it leaves is removed when nobody can read results from ``files`` any more."""
-    _pilotq(pilot, "stop", "--now", timeout=END_S)
+    """End what `start` has returned. What it leaves is removed when nobody can read results from ``files`` any more.
+
+    One that has not ended in time ends with this process, and its directory stays.
+    """
+    try:
+        _pilotq(pilot, "stop", "--now", timeout=END_S)
+    except subprocess.TimeoutExpired:
+        return
     if files is None:
         _remove(pilot, os.getpid())
         return

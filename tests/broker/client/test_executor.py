@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import operator
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -460,6 +461,19 @@ def test_without_a_pilot_it_has_one_of_its_own(tmp_path: Path, monkeypatch: pyte
             Executor(nodes=nodes)
     with Executor(nodes=1) as executor:
         assert executor.submit(abs, -1).result() == 1
+
+
+def test_a_pilot_that_was_named_and_has_died_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with live_pilot(tmp_path, "n1:1") as pilot:
+        copy = tmp_path / "died"
+        copy.mkdir(mode=0o700)
+        (copy / "server").mkdir()
+        shutil.copy(pilot.pilot.path("connection.json"), copy)  # as a supervisor leaves it that was killed
+    with pytest.raises(NoPilot, match=f"in {copy} has died: go on with it by `pilotq start --resume {copy}`"):
+        Executor(str(copy))
+    monkeypatch.setenv("PILOTQ_DIR", str(copy))
+    with pytest.raises(NoPilot, match="has died"):
+        Executor()
 
 
 def test_when_the_pilot_is_gone_its_futures_say_so(tmp_path: Path) -> None:
