@@ -16,21 +16,24 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from submitit.core import core, job_environment, logger, utils
 
 from pilotq.broker import Broker, Request, Task
 from pilotq.broker.client import private_pilot
-from pilotq.broker.errors import PilotqError, ServerUnavailable
+from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError, ServerUnavailable
 from pilotq.broker.tasks.model import PRIORITY_LIMIT
+from pilotq.broker.tasks.submit_context import capture_context
 
+T = TypeVar("T")
 REQUEUE_CODE = 144  # a job that is to run again, from its checkpoint, ends with it
 TIMEOUT_MIN = 5  # submitit's own default
 SIGNAL_DELAY_S = 30  # between the signal for a checkpoint and the end of the time limit
 PICKLE_WAIT_S = 60
+GONE_S = 60.0  # a server that does not answer for so long is considered gone
 STATES = {
     "queued": "PENDING", "deferred": "PENDING", "scheduled": "PENDING", "started": "RUNNING", "finished": "COMPLETED",
     "failed": "FAILED", "stopped": "CANCELLED", "canceled": "CANCELLED",
@@ -40,6 +43,12 @@ _lock = threading.Lock()  # a connection is of one thread at a time
 _connections: dict[str, _Connection] = {}  # by the mark of the pilot
 
 
+def _mark(broker: Broker) -> str:
+    """The mark of a pilot: of the id of its data, which stays when it is resumed."""
+    assert broker.pilot is not None, "it was found by its directory"
+    return hashlib.sha256(broker.pilot.connection().queue_id.encode()).hexdigest()[:8]
+
+
 class _Connection:
     """A pilot that jobs were submitted to, or are looked for in."""
 
@@ -47,8 +56,7 @@ class _Connection:
         assert broker.pilot is not None, "it was found by its directory"
         self.broker = broker
         self.directory = broker.pilot.directory
-        # The server's data has an id, which stays when the pilot is resumed.
-        self.mark = hashlib.sha256(broker.pilot.connection().queue_id.encode()).hexdigest()[:8]
+        self.mark = _mark(broker)
 
     @staticmethod
     def to(directory: str | None) -> _Connection:
@@ -60,15 +68,38 @@ class _Connection:
         return known
 
     def statuses(self, ids: Sequence[str]) -> dict[str, str]:
-        """Statuses by task. A pilot that is gone has none; one that does not answer now is asked again later."""
+        """Statuses by task: none of a pilot that has ended; "queued" while one that is alive does not answer."""
+        try:
+            return self.ask(lambda broker: broker.statuses(ids))
+        except PilotqError:
+            alive = self.broker.pilot is not None and self.broker.pilot.alive()
+            return dict.fromkeys(ids, "queued") if alive else {}
+
+    def submit(self, tasks: Sequence[Task]) -> list[str]:
+        """Submit; again while the server does not answer: what has the same key is submitted once."""
+        key, context = f"submitit-{uuid.uuid4().hex}", capture_context()
+        give_up_at = time.monotonic() + GONE_S
+        while True:
+            try:
+                return self.ask(lambda broker: broker.enqueue_many(tasks, key=key, context=context))
+            except ServerUnavailable:
+                if time.monotonic() > give_up_at:
+                    raise
+                time.sleep(0.05)
+
+    def ask(self, question: Callable[[Broker], T]) -> T:
+        """An answer; by a new connection where this one fails: a pilot that was resumed has other passwords."""
         with _lock:
             try:
-                return self.broker.statuses(ids)
-            except ServerUnavailable:
-                alive = self.broker.pilot is not None and self.broker.pilot.alive()
-                return dict.fromkeys(ids, "queued") if alive else {}
-            except PilotqError:
-                return {}
+                return question(self.broker)
+            except PilotFailed:
+                made = Broker.connect(self.directory)
+                if _mark(made) != self.mark:
+                    made.close()
+                    raise NoPilot(f"another pilot runs in {self.directory} now") from None
+                self.broker.close()
+                self.broker = made
+                return question(made)
 
 
 def _parts(job_id: str) -> tuple[str, str]:
@@ -129,8 +160,7 @@ class PilotqJob(core.Job[core.R]):
             if check:
                 raise RuntimeError(f"job {self.job_id} cannot be canceled: its pilot does not run here")
             return
-        with _lock:
-            _connections[mark].broker.cancel([task_id])
+        _connections[mark].ask(lambda broker: broker.cancel([task_id]))
 
     def wait(self) -> None:
         """Wait until the job has ended."""
@@ -204,8 +234,7 @@ class PilotqExecutor(core.PicklingExecutor):
             delayed.set_timeout(self.parameters.get("timeout_min", TIMEOUT_MIN), self.max_num_timeout)
             delayed.dump(pickles[-1])
         task = self._task()
-        with _lock:
-            ids = self._connection.broker.enqueue_many([task] * len(pickles))
+        ids = self._connection.submit([task] * len(pickles))
         jobs: list[core.Job[Any]] = []
         for task_id, path in zip(ids, pickles, strict=True):
             job = self.job_class(self.folder, f"{task_id}-{self._connection.mark}", range(self._num_tasks()))
@@ -223,7 +252,7 @@ class PilotqExecutor(core.PicklingExecutor):
             command=["bash", "-c", self._text(limit)],
             name=get("name"),
             request=Request(
-                cores=(cores, cores), memory=int(float(get("mem_gb", 0)) * 1e9), gpus=int(get("gpus_per_node", 0))
+                cores=(cores, cores), memory=int(float(get("mem_gb", 0)) * 2**30), gpus=int(get("gpus_per_node", 0))
             ),
             time_limit=limit,
             priority=max(-PRIORITY_LIMIT, min(int(get("priority", 0)), PRIORITY_LIMIT)),
@@ -265,7 +294,9 @@ class PilotqExecutor(core.PicklingExecutor):
         ]
         if self._num_tasks() == 1:
             return "\n".join([*lines, f"exec {run}"])
-        for rank in range(self._num_tasks()):
+        # The first has the files of the task, which pilotq looks after: a second execution does not empty them.
+        lines.append(f"SUBMITIT_PILOTQ_RANK=0 {run} &")
+        for rank in range(1, self._num_tasks()):
             out, err = map(quoted, self._logs(here, rank))
             lines.append(f"SUBMITIT_PILOTQ_RANK={rank} {run} >{out} 2>{'&1' if merged else err} &")
         # The first rank ends so when all are to run again; the others do not know.

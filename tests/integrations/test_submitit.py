@@ -122,6 +122,48 @@ def test_a_job_that_comes_to_its_time_limit_goes_on_from_its_checkpoint(executor
     assert job.result() == 2
 
 
+def test_the_first_process_of_a_job_writes_to_the_files_of_the_task(executor: Any) -> None:
+    executor.update_parameters(tasks_per_node=2)
+    job = executor.submit(shout, "hello")
+    assert job.results() == ["hello", "hello"]
+    lines = executor._executor._text(60.0).splitlines()
+    first, second = (next(line for line in lines if f"RANK={rank} " in line) for rank in (0, 1))
+    assert ">" not in first and ">" in second
+    wait_until(lambda: job.get_info()["State"] == "COMPLETED", seconds=WAIT_S)
+    assert "hello" in job.stdout() and "HELLO" in job.stderr()
+    assert "hello" in job.task(1).stdout()
+
+
+def test_jobs_are_followed_after_their_pilot_was_resumed(tmp_path: Path) -> None:
+    plugin = importlib.import_module("submitit_pilotq")
+    submitit = importlib.import_module("submitit")
+    directory = str(tmp_path / "pilot")
+
+    def pilotq(*words: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pilotq", *words], cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_S
+        )
+        assert done.returncode == 0, done.stderr
+
+    pilotq("start", "--dir", directory, "--nodes", "1")
+    try:
+        executor = submitit.AutoExecutor(folder=tmp_path / "log", cluster="pilotq", pilotq_dir=directory)
+        executor.update_parameters(timeout_min=2)
+        job = executor.submit(nap)
+        wait_until(lambda: job.get_info()["State"] == "RUNNING", seconds=WAIT_S)
+        pilotq("stop", "--dir", directory, "--now")
+        pilotq("start", "--resume", directory)
+        wait_until(lambda: job.get_info(mode="force")["State"] == "RUNNING", seconds=WAIT_S)
+        assert executor.submit(abs, -1).job_id.endswith(executor._executor._connection.mark)
+        job.cancel()
+        wait_until(lambda: job.get_info(mode="force")["State"] == "CANCELLED", seconds=WAIT_S)
+    finally:
+        pilotq("stop", "--dir", directory, "--now")
+        connection = plugin._connections.pop(executor._executor._connection.mark)
+        connection.broker.close()
+    assert not left_of(directory)
+
+
 def test_a_private_pilot_ends_with_the_program(tmp_path: Path) -> None:
     program = (
         "import submitit, math; e = submitit.AutoExecutor(folder='log', cluster='pilotq', pilotq_nodes=1); "
