@@ -35,6 +35,7 @@ OF_STATUS = {
     "failed": "failed", "stopped": "canceled", "canceled": "canceled",
 }  # fmt: skip
 GLOBAL = ("output-mode", "server-dir", "colors")  # options that may stand anywhere; the last two have no meaning here
+REFUSED = ("stdin", "job", "task-dir", "cpus", "resource")  # what cannot be obeyed of these is not left out
 SCRIPT_HEAD = 4096  # bytes of a file in which its first line is looked for
 USAGE = """\
 hq: on a pilot of pilotq. Known are:
@@ -121,7 +122,7 @@ def _run(words: list[str], mode: str) -> int:
 def submit(words: list[str], mode: str) -> int:
     """Submit one job, and print its number."""
     options, command = _split(words)
-    task = _task_of(options, command)
+    task = _task_of(options, command, mode)
     with Broker.connect() as broker:
         number = order_of(broker.enqueue_many([task], context=capture_context())[0])
         if mode == "quiet":
@@ -154,7 +155,7 @@ def _split(words: list[str]) -> tuple[dict[str, Option], list[str]]:
     return options, rest[1:] if rest[:1] == ["--"] else rest
 
 
-def _task_of(options: dict[str, Option], command: list[str]) -> Task:
+def _task_of(options: dict[str, Option], command: list[str], mode: str) -> Task:
     """The task that the options describe; those of a script's `#HQ` lines are weaker."""
     if not command:
         raise InvalidInput("submit: give a command, or a script with `#HQ` lines")
@@ -169,6 +170,7 @@ def _task_of(options: dict[str, Option], command: list[str]) -> Task:
         hq_directives.read(options, asked)
     except InvalidInput as error:
         raise InvalidInput(str(error).removeprefix("line 0: ")) from None
+    _say_what_is_ignored(asked.ignored, mode)
     found = None if script is None or wanted == "off" else read_directives(script, command[0])
     request = Request() if found is None else found.request(Request())
     if asked.request:
@@ -186,6 +188,16 @@ def _task_of(options: dict[str, Option], command: list[str]) -> Task:
     task.env["HQ_SUBMIT_DIR"] = os.getcwd()
     task.name = task.name or os.path.basename(command[0])
     return task
+
+
+def _say_what_is_ignored(ignored: Iterable[Option], mode: str) -> None:
+    """Raises InvalidInput for options without which the job would be another one; names the others to a person."""
+    left = [option for option in ignored if option.name not in (*GLOBAL, "wait", "progress")]
+    texts = {option: option.text if "=" in option.text else f"{option.text} {option.value}".strip() for option in left}
+    if refused := [text for option, text in texts.items() if option.name in REFUSED]:
+        raise InvalidInput(f"submit: {refused[0]}: a pilot does not have this")
+    if texts and mode == "cli":
+        print(f"hq: not obeyed, it has no meaning here: {' '.join(texts.values())}", file=sys.stderr)
 
 
 def _script(path: str, wanted: str) -> str | None:
@@ -236,7 +248,10 @@ def job_list(words: list[str], mode: str) -> int:
     if odd := wanted - set(STATES):
         raise InvalidInput(f"job list: there is no state {', '.join(sorted(odd))}: give {', '.join(STATES)}")
     with Broker.connect() as broker:
-        jobs = [job for job in _jobs(broker, broker.tasks(limit=JOBS_MAX)) if job.state in wanted]
+        views = list(broker.tasks(limit=JOBS_MAX))
+        jobs = [job for job in _jobs(broker, views) if job.state in wanted]
+    if len(views) == JOBS_MAX and mode != "quiet":  # Nextflow reads stderr as part of the list
+        print(f"hq: only the jobs of the last {JOBS_MAX:,} tasks are in this list", file=sys.stderr)
     if mode == "json":
         _print_json([job.shown() for job in jobs])
     elif mode == "quiet":
@@ -271,7 +286,7 @@ def job_info(words: list[str], mode: str) -> int:
 def job_cancel(words: list[str], mode: str) -> int:
     """Cancel jobs."""
     with Broker.connect() as broker:
-        answers = broker.cancel(_selected(broker, words))
+        answers = broker.cancel(broker.open_ids() if words == ["all"] else _selected(broker, words))
     for task_id, answer in answers.items():
         if mode == "cli":
             print(f"Job {order_of(task_id)}: {answer}")
@@ -283,7 +298,7 @@ def job_cancel(words: list[str], mode: str) -> int:
 def job_wait(words: list[str], mode: str) -> int:
     """Wait until jobs have ended; 1 when one did not finish."""
     with Broker.connect() as broker:
-        counts = broker.wait(_selected(broker, words))
+        counts = broker.wait(None if words == ["all"] else _selected(broker, words))
     if mode == "json":
         _print_json({"finished": counts.finished, "failed": counts.failed, "canceled": counts.canceled, "invalid": 0})
     return 0 if counts.finished == counts.total else 1
@@ -315,7 +330,7 @@ def _selected(broker: Broker, words: list[str]) -> list[str]:
         if not first.isdecimal() or (last and not last.isdecimal()):
             raise UnknownTask(f"{part!r} is no number of a job: give 1,3-5, all or last")
         numbers += range(int(first), int(last or first) + 1)
-    return [id_of(number) for number in numbers]
+    return [id_of(number) for number in dict.fromkeys(numbers)]
 
 
 def _jobs(broker: Broker, views: Iterable[TaskView]) -> list[Job]:

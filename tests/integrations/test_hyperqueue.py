@@ -121,6 +121,11 @@ def test_options_of_the_command_line(hq: Shell) -> None:
     assert (hq.folder / "script.txt").read_text() == f"{hq.folder / 'job.sh'} word\n"
     assert hq("--output-mode=quiet", "server", "info").strip() == hq.env["PILOTQ_DIR"]
     hq("server", "start")
+    done = hq.run("hq", "submit", "--wait", "--pin", "taskset", "--name=pinned", "true")
+    assert done.returncode == 0 and done.stderr == "hq: not obeyed, it has no meaning here: --pin taskset\n"
+    assert hq.run("hq", "submit", "--pin=no", "--output-mode=quiet", "--name=script", "true").stderr == ""
+    numbers = [job["info"]["id"] for job in json.loads(hq("--output-mode=json", "job", "info", "1,1-2,2"))]
+    assert numbers == [1, 2]
     assert json.loads(hq("--output-mode=json", "job", "info", "last"))[0]["info"]["name"] == "script"
 
 
@@ -128,6 +133,9 @@ def test_wrong_calls_say_what_is_wrong(hq: Shell) -> None:
     for words, why in {
         ("submit", "--cpu-s=2", "true"): "there is no option --cpu-s=2",
         ("submit", "--cpus", "99", "true"): "can never run here",
+        ("submit", "--stdin", "cat"): "--stdin: a pilot does not have this",
+        ("submit", "--cpus", "2 scatter", "true"): "--cpus 2 scatter: a pilot does not have this",
+        ("submit", "--resource=odd=x", "true"): "--resource=odd=x: a pilot does not have this",
         ("submit", "--directives=file", "gone.sh"): "gone.sh: No such file",
         ("submit",): "give a command",
         ("job", "cancel", "x"): "'x' is no number of a job",
