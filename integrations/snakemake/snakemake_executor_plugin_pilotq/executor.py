@@ -39,6 +39,7 @@ class Executor(RemoteExecutor):
         self._said: set[str] = set()
         self._answered_at = time.monotonic()
         self._private = None
+        self._elsewhere = False
         try:
             pilot = None if settings.nodes and not settings.dir else private_pilot.running(settings.dir)
             if pilot is None:
@@ -48,12 +49,11 @@ class Executor(RemoteExecutor):
             self._directory = pilot.directory
             self._run = Run()
             self._queue = self._run.queue
-            self._elsewhere = any(node.host != socket.gethostname() for node in self._broker.nodes())
             self.logger.info(f"Jobs run as tasks of the pilot in {pilot.directory}, queue {self._queue}.")
             self._resumable = self._take_over()
-        except PilotqError as error:
+        except (PilotqError, OSError) as error:
             self._end_pilot()
-            raise WorkflowError(f"The executor pilotq has no pilot: {error}") from None
+            raise WorkflowError(f"The executor pilotq cannot begin: {error}") from None
 
     # -- submitting -------------------------------------------------------------------------------------------------
 
@@ -72,6 +72,7 @@ class Executor(RemoteExecutor):
     def _submit(self, jobs: list[Any]) -> None:
         from snakemake.exceptions import RuleException
 
+        self._look_elsewhere()
         made: list[tuple[Any, Task]] = []
         for job in jobs:
             if (task_id := self._resumed(job)) is not None:
@@ -101,6 +102,12 @@ class Executor(RemoteExecutor):
         for (job, _), task_id in zip(made, ids, strict=True):
             self.logger.debug(f"Submitted job {job.jobid} as task {task_id}.")
             self._register(job, task_id)
+
+    def _look_elsewhere(self) -> None:
+        """Find out whether a node of the pilot is on another host: nodes may join late."""
+        if not self._elsewhere:
+            with suppress(PilotqError):
+                self._elsewhere = any(node.host != socket.gethostname() for node in self._broker.nodes())
 
     def _until_answered(self, key: str, wanted: list[Task], context: Any) -> list[str]:
         """Submit; again while the server does not answer: what has the same key is submitted once."""

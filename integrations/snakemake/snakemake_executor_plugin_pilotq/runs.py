@@ -45,7 +45,7 @@ def _path(queue: str) -> str:
 
 def _is_held(queue: str) -> bool:
     try:
-        with open(_path(queue)) as file:
+        with open(_path(queue), "r+") as file:  # NFS locks only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
