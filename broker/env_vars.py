@@ -35,7 +35,7 @@ OF_COMMANDS: Final[dict[str, str]] = {
     "PILOTQ_COUNTERS": "NAME=N, with spaces between: counters of every node, as --counter",
     "PILOTQ_MEMORY_POLICY": "as --memory-policy, also of workers that are started by hand",
     "PILOTQ_POOLS": "NAME=N, with spaces between: counters of the whole pilot, as --pool",
-    "PILOTQ_GPUS": "how many GPUs each node has, as --gpus of `pilotq start`",
+    "PILOTQ_GPUS": "how many GPUs each machine has (its first node), as --gpus of `pilotq start`",
     "PILOTQ_LAUNCHER": "native or python: the launcher that starts tasks; `pilotq doctor` names the one that does",
     "PILOTQ_SETTINGS": "intervals and bounds as a JSON object, for tests: see broker/settings.py",
     "NO_COLOR": "no colours, if it is set to anything",

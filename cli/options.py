@@ -116,7 +116,7 @@ TASK_OPTIONS = frozenset(
 
 file_options = all_of(
     click.option("--format", type=click.Choice(FORMATS), help="What FILE is.  [default: recognised]"),
-    click.option("--shell", is_flag=True, help="Run each plain line with a shell: pipes and redirections work."),
+    click.option("--shell", is_flag=True, help="Run each plain line by a shell (for pipes)."),
     click.option(
         "--replies",
         metavar="FILE",

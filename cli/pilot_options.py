@@ -88,7 +88,11 @@ notice_option = click.option(
 )  # fmt: skip
 gpus_option = click.option(
     "--gpus", "node_gpus", type=click.IntRange(0, 1024), metavar="N",
-    help="Each node has N GPUs.",
+    help="Each machine has N GPUs (its first node).",
+)  # fmt: skip
+own_gpus_option = click.option(
+    "--gpus", "node_gpus", type=click.IntRange(0, 1024), metavar="N",
+    help="This node has N GPUs.",
 )  # fmt: skip
 smt_options = all_of(
     click.option("--smt", type=click.Choice(["yes", "no"]), default="yes", metavar="yes|no",
@@ -116,7 +120,7 @@ pilot_options = all_of(
     counter_option,
     pool_option,
     click.option("--memory-policy", type=click.Choice(MEMORY_POLICIES), metavar="HOW",
-                 help="--memory is limit, watch (measured), reserve."),
+                 help="What --memory does: limit (ends what exceeds it; default), watch (no cgroups), reserve."),
     click.option("--system-core", is_flag=True, help="Leave the first core to the pilot itself."),
     click.option("--envschema", type=click.Choice(ENV_SCHEMAS), default="auto", metavar="WHOSE",
                  help="Variables of tasks: auto, common, slurm."),
@@ -311,7 +315,8 @@ def differences(broker: Broker) -> Iterator[str]:
     noted = [node for node in nodes if node.gpu_note]
     if noted:
         more = f", and likewise on {plural(len(noted) - 1, 'more node')}" if len(noted) > 1 else ""
-        yield f"GPUs of {noted[0].name}: {noted[0].gpu_note}{more}; `--gpus N` says how many a node has"
+        remedy = "`PILOTQ_GPUS=N`, or `--gpus N` of `pilotq start`, says how many a node has"
+        yield f"GPUs of {noted[0].name}: {noted[0].gpu_note}{more}; {remedy}"
 
 
 def _withheld(nodes: Sequence[NodeInfo]) -> str:

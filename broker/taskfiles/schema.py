@@ -52,7 +52,10 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
     ),
     "numa": (
         'text `"spread"` or `"pack"`',
-        "cores lie evenly over the NUMA nodes, or on as few as can be, and OpenMP's threads so. Default: pack",
+        (
+            "cores lie evenly over the NUMA nodes, or on as few as can be, and OpenMP's threads so. Default: few NUMA "
+            "nodes, and OpenMP's threads are not bound"
+        ),
     ),
     "use": (
         "table, name to number",

@@ -80,7 +80,8 @@ def run_command(
 ) -> int:
     """Start a pilot, run the tasks of FILE or one CMD in it, wait, print a summary, end the pilot.
 
-    CMD also takes the options of `pilotq enqueue` that describe a task, and the pilot all those of `pilotq start`.
+    CMD also takes the options of `pilotq enqueue` that describe a task, and the pilot those of
+    `pilotq start` but --gpus (set PILOTQ_GPUS) and --foreground.
     After Ctrl-C nothing more starts and running tasks go on; a second one ends them. --resume continues later.
 
     \b

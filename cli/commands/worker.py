@@ -16,10 +16,10 @@ from pilotq.broker.store.connection import Connection
 from pilotq.cli.options import counter_option, dir_option, pool_option
 from pilotq.cli.part_options import reach_part, redis_option, settings
 from pilotq.cli.pilot_options import (
-    gpus_option,
     grace_option,
     node_info,
     notice_option,
+    own_gpus_option,
     set_resources,
     smt_options,
     threads_per_core,
@@ -39,7 +39,7 @@ from pilotq.workers.machine.topology import CORES_MAX, check_node_name
               help="Have N cores, whatever the number of CPUs; other nodes may use the same CPUs.")  # fmt: skip
 @counter_option
 @pool_option
-@gpus_option
+@own_gpus_option
 @smt_options
 @click.option("--grant", type=click.IntRange(1), metavar="N",
               help="Use at most N cores.  [default: as many as Slurm has granted]")  # fmt: skip
