@@ -18,8 +18,9 @@ NAMES = (
     "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
-# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs others; minutes; half an hour.
-BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation")
+# Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs others; minutes; half an hour;
+# a launcher alone.
+BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation", "launching")
 
 
 def main(names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks dispatch      # PILOTQ_DISPATCH=N: up to N elements, and up to N tasks, but a million at most
 
-Everything but the processes is real: supervisor, server, dispatcher, journal, and the control process of each of two
+Everything but the processes is real: supervisor, server, dispatcher, journal, and the worker process of each of two
 nodes of 56 cores (both in one process here). The tasks take no time. The rate is from the release of what waits until
 the last end is counted, so that the submit is not in it. Array and single tasks are measured from 1,000 on, each ten
 times as many as before: the figure is the last rate, and the detail has all and the CPU time of each part a task.
@@ -67,7 +67,7 @@ def measure(what: str, submit: Submit, most: int, reach: float) -> Figure:
         number *= 10
     last = max(rates)
     detail = ", ".join(f"{n:,}: {r:,.0f}/s" for n, r in rates.items())
-    detail += f"; CPU us a task: {_listed(used)}, of the nodes' {share:.0%} pretend"
+    detail += f"; CPU us a task: {_listed(used)}, of the worker processes' {share:.0%} pretend"
     return Figure(f"dispatch without processes, {what}, {last:,}", rates[last], "/s", reach, detail=detail)
 
 

@@ -14,7 +14,7 @@ from pilotq.broker.pilot.directory import Pilot
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 # A word of its command line, and what the process is.
 KINDS = {
-    "supervisor": "supervisor", "dispatcher": "dispatcher", "worker": "control process",
+    "supervisor": "supervisor", "dispatcher": "dispatcher", "worker": "worker process",
     "pilotq.workers.launcher.launcher": "launcher", "benchmarks.pretended.host": "pretended nodes",
 }  # fmt: skip
 PROGRAMS = ("valkey-server", "redis-server")

@@ -1,6 +1,6 @@
 """Compares other pilot-job managers and executors with pilotq, in turn (A B A B), on this machine's cores.
 
-Each is installed from the package index into an environment of its own, or unpacked from Debian's package, and runs in
+Each is installed by pip into an environment of its own, or unpacked from Debian's package, and runs in
 a home of its own; nothing is left of either. Both sides are started anew for each measurement, are warm when it counts,
 and are measured by the same code (benchmarks/peer/clock.py), from the first submit to the end of the last task as the
 client sees it: commands, functions and a chain. All that is on by default is on; ``settings`` names what a peer was
