@@ -133,6 +133,6 @@ wheel: $(VENV)/dev.stamp
 	rm -rf build
 
 clean:
-	rm -rf .venv .types build dist *.egg-info .mypy_cache .ruff_cache tests/.ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .vvuq .integrations .compose .types build integrations/*/build workers/launcher/_native*.so dist *.egg-info .mypy_cache .ruff_cache tests/.ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
 	rm -rf $(DEMO)/results $(DEMO)/.pilotq
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
