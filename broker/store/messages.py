@@ -136,7 +136,7 @@ class StopRemote(msgspec.Struct, array_like=True, tag="stop_remote"):
 
 
 class RemoteEnded(msgspec.Struct, array_like=True, tag="remote_ended"):
-    """A process that was started by ``Guest`` has ended, or could not be started."""
+    """A process that was started by ``StartRemote`` has ended, or could not be started."""
 
     number: int
     status: int  # exit code as a shell has it: 128 + signal; 255 when nothing was started
