@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -148,6 +149,57 @@ def test_frames_in_pieces_are_read_whole(driver: Driver) -> None:
     for begin in range(0, len(data), 97):
         os.write(driver.down, data[begin : begin + 97])
     assert all(driver.get(Exited, launch.key).status == 0 for launch in launches)
+
+
+# In one turn of the loop a launch is handed over, as it has ended with much output, and another one arrives.
+HANDED_OVER = """
+import os, select, sys
+from pilotq.broker.launcher_kind import native_module
+from pilotq.workers.protocol import Launch, encode_frame
+
+class File:
+    def __init__(self): self.fd = os.memfd_create("output")
+
+native = native_module()
+pipes = [os.pipe2(os.O_NONBLOCK) for _ in range(4)]
+(down, send), (_, up), (_, wake), (children, child_ended) = pipes
+poll = select.epoll()
+poll.register(down, select.EPOLLIN)
+poll.register(children, select.EPOLLIN)
+mains, cpus = {}, bytes([255]) * 128
+null = os.open("/dev/null", os.O_RDONLY)
+core = native.Core(down, up, wake, poll.fileno(), children, null, cpus, {}, mains, File, lambda file: None, None)
+core.add_context(b"b\\0s", native.Context(None, [b"PATH=/bin:/usr/bin"], cpus, 0o22, []))
+
+def launch(key, command, after=0):
+    os.write(send, encode_frame([Launch(key, "t", 1, "b", "s", [b"sh", b"-c", command], {}, b"/", after=after)]))
+
+launch(1, b"head -c 9999 /dev/zero")
+core.run(0.0, True)
+poll.poll(0)  # now it has found the pipe empty, and will tell of the end first
+(pid,) = mains
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+os.write(child_ended, b"!")
+launch(2, b"exit 0", int(sys.argv[1]))
+messages, _, _, taken, _, _ = core.run(0.0, True)
+print(len(messages or ()), len(taken or ()), list(mains.values()))
+messages, _, _, _, _, _ = core.run(0.0, True)
+print(len(messages or ()), list(mains.values()))
+for pid in mains:
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize(("after", "expected"), [(1, ["1 1 []", "0 []"]), (0, ["0 1 []", "0 [2]"])])
+def test_nothing_starts_before_a_launch_that_was_handed_over_is_known_to_python(
+    after: int, expected: list[str]
+) -> None:
+    """What is chained behind it goes the same way; another one must not get a number that Python believes in use."""
+    if native_failure():
+        pytest.skip("the native launcher is not built here")
+    command = [sys.executable, "-c", HANDED_OVER, str(after)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == expected
 
 
 # The launcher under strace, which counts its own system calls, and not those of its tasks.

@@ -592,7 +592,7 @@ static int is_the_callers(Core *self, int64_t after) {
     int found;
     if (!after)
         return 0;
-    if (self->messages)
+    if (self->messages || self->taken)
         return 1; /* perhaps that one is among them */
     number = PyLong_FromLongLong(after);
     found = number ? PyDict_Contains(self->chains, number) : -1;
@@ -865,7 +865,8 @@ static int turn(Core *self, double until, int may_start) {
     while (self->oldest && at >= self->oldest->running_since + ANNOUNCE_S)
         if (hand_over(self, self->oldest->chain, NULL) < 0)
             return -1;
-    while (may_start && started && self->startable)
+    /* The caller must have heard of an end before the number of that process can be given out again. */
+    while (may_start && started && self->startable && !self->ends && !self->taken)
         if ((started = start_next(self, self->startable)) < 0)
             return -1;
     if (may_start && send_reports(self) < 0)
@@ -963,6 +964,11 @@ static PyObject *core_add_context(Core *self, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
+static PyObject *core_forget_contexts(Core *self, PyObject *Py_UNUSED(none)) {
+    PyDict_Clear(self->contexts);
+    Py_RETURN_NONE;
+}
+
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"down", "up", "wake", "poll", "children", "null", "cpus", "chains", "mains", "take", "release", "hit", NULL};
     Core *self = (Core *)type->tp_alloc(type, 0);
@@ -1046,6 +1052,7 @@ static PyMethodDef core_methods[] = {
     {"take_running", (PyCFunction)core_take_running, METH_NOARGS, "take_running(): all chains of which a launch runs."},
     {"adopt", (PyCFunction)core_adopt, METH_O, "adopt([(message, owner of its context)...]): whether it was taken over."},
     {"add_context", (PyCFunction)core_add_context, METH_VARARGS, "add_context(b'base\\0slot', Context(...))"},
+    {"forget_contexts", (PyCFunction)core_forget_contexts, METH_NOARGS, "forget_contexts(): those that were added."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot core_slots[] = {
