@@ -19,7 +19,7 @@ from pilotq.broker import failpoints
 from pilotq.broker.launcher_kind import native_module
 from pilotq.workers.launcher.capture import Capture, PoolFile
 from pilotq.workers.launcher.chain import Chain
-from pilotq.workers.launcher.spawn import LaunchContext, Spawner, find_limits
+from pilotq.workers.launcher.spawn import CONTEXTS_MAX, LaunchContext, Spawner, find_limits
 from pilotq.workers.process_tree import ProcessTracker
 from pilotq.workers.protocol import Launch, ToLauncher
 
@@ -134,6 +134,9 @@ class PlainLaunches:
         cpus = context.cpus or self._spawner.all_cpus
         if self._spawner.context(launch) is not context or context.files or not 0 <= min(cpus) <= max(cpus) < CPUS_MAX:
             return False
+        if len(self._added) >= CONTEXTS_MAX:
+            self._added.clear()
+            self._core.forget_contexts()
         try:
             variables = [_variable(*pair) for pair in context.env.items()]
             limits = context.limits if context.requested_limits is None else find_limits(context.requested_limits)[0]
