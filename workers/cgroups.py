@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+from pilotq.workers.process_tree import started_since
+
 MEMBERS = "pilotq-members"  # has the processes that were in the cgroup before
 ROUNDS = 20  # of moving processes while they fork
 
@@ -45,10 +47,7 @@ def prepare() -> str:
             if not pids:
                 break
             for pid in pids:
-                try:
-                    _write(members, "cgroup.procs", pid)
-                except ProcessLookupError:
-                    pass  # it has ended
+                _move(members, int(pid))
     _write(base, "cgroup.subtree_control", "+memory")
     return base
 
@@ -67,7 +66,27 @@ def make(path: str, limit: int) -> None:
 
 
 def enter(path: str, pid: int) -> None:
-    """Move a process that was started just now; what it starts is there, too."""
+    """Move the main process of a session, which was started just now, and what it has started since.
+
+    What these start later is there, too. What was started before it was moved, and has left the session and its parent
+    by then, stays outside.
+    """
+    moved = set()
+    new = [pid]
+    for _ in range(ROUNDS):
+        for number in new:
+            _move(path, number)
+        moved.update(new)
+        new = [
+            process.pid
+            for process in started_since(pid)
+            if process.alive and process.pid not in moved and (process.session == pid or process.parent in moved)
+        ]
+        if not new:
+            break
+
+
+def _move(path: str, pid: int) -> None:
     try:
         _write(path, "cgroup.procs", str(pid))
     except ProcessLookupError:

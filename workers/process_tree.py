@@ -74,6 +74,20 @@ def processes() -> dict[int, Process]:
     return found
 
 
+def started_since(pid: int) -> list[Process]:
+    """The processes that were started after that one, as their numbers say, and perhaps others."""
+    with open("/proc/loadavg", "rb", buffering=0) as file:
+        last = int(file.read(100).split()[-1])
+    return [process for number in _numbers_since(pid, last) if (process := read_process(number)) is not None]
+
+
+def _numbers_since(pid: int, last: int) -> Iterable[int]:
+    """Numbers given out after ``pid``, up to the ``last``; where there are many, of all processes."""
+    if 0 <= last - pid < SCAN_MAX:
+        return range(pid + 1, last + 1)
+    return [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]
+
+
 def living_subtree(roots: Iterable[int], snapshot: Mapping[int, Process]) -> list[Process]:
     """The living among ``roots`` and all their descendants."""
     children: dict[int, list[int]] = {}
@@ -460,7 +474,7 @@ class _Children:
                 return []  # each main process and orphan is a child until it is waited for
             numbers = map(int, children)
         else:
-            numbers = self._recent(since)
+            numbers = _numbers_since(since, int(os.pread(self._last, 100, 0).split()[-1]))
         return [pid for pid in numbers if pid not in mains and pid not in orphans]
 
     def _read(self) -> bytes:
@@ -470,9 +484,3 @@ class _Children:
             part = os.pread(self._list, 4096, len(data))
             data += part
         return data
-
-    def _recent(self, since: int) -> Iterable[int]:
-        last = int(os.pread(self._last, 100, 0).split()[-1])
-        if 0 <= last - since < SCAN_MAX:
-            return range(since + 1, last + 1)
-        return [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]

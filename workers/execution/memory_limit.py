@@ -38,10 +38,12 @@ class MemoryLimits:
         return ConfinedLaunch(**fields, cgroup=f"{self._cgroup}{launch.key}", memory=limit)
 
     def started(self, e: Execution, pid: int) -> None:
-        """Its main process runs, or that of the function's interpreter: it is measured, for its peak at least."""
+        """Its main process runs, or that of the function's interpreter: it is measured.
+
+        A program in a cgroup, too: what has left its session before it was moved there is not in it.
+        """
         if e.memory is None:
-            limit = 0 if self._cgroup and not e.function else self.limit_of(e.run.class_name)
-            e.memory = watched(e.key, e.run.id, e.run.execution, limit)
+            e.memory = watched(e.key, e.run.id, e.run.execution, self.limit_of(e.run.class_name))
         self.watch.add(e.memory, pid)
 
     def over(self, task: WatchedTask) -> str:
