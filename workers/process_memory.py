@@ -67,14 +67,7 @@ class ProcessTable:
         self._mains[pid] = group
         group.mains.add(pid)
         self._strays.pop(pid, None)
-        self._others.pop(pid, None)
-        self._enter(group, process)
-        below = {pid}
-        for other in list(self._others.values()):  # in the order in which they were started
-            if other.parent in below or other.session == pid:
-                below.add(other.pid)
-                del self._others[other.pid]
-                self._enter(group, other)
+        self._enter_tree(group, process)
 
     def remove(self, group: ProcessGroup) -> None:
         """The execution has ended. Its interpreter may go on with another one."""
@@ -121,6 +114,18 @@ class ProcessTable:
             return []
         return [process.pid] if self._enter(group, process) else []
 
+    def _enter_tree(self, group: ProcessGroup, process: Process) -> list[int]:
+        """Enter a process, its session and what is below it, as far as they were looked at already; their numbers."""
+        self._others.pop(process.pid, None)
+        found = [process.pid] if self._enter(group, process) else []
+        below = {process.pid}
+        for other in list(self._others.values()):  # in the order in which they were started
+            if other.parent in below or other.session == process.pid:
+                below.add(other.pid)
+                del self._others[other.pid]
+                found += [other.pid] if self._enter(group, other) else []
+        return found
+
     def _enter(self, group: ProcessGroup, process: Process) -> bool:
         if not _leads_threads(process.pid):
             return False
@@ -136,8 +141,7 @@ class ProcessTable:
             process = self._strays[pid][1]
             for group in set(self._mains.values()):
                 if group.marks and pid in self._others and all(mark in data for mark in group.marks):
-                    del self._others[pid]
-                    found += [pid] if self._enter(group, process) else []
+                    found += self._enter_tree(group, process)
         for pid in due:
             del self._strays[pid]
         return found

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pilotq.workers.memory_watch import EXCESS_BYTES, MemoryWatch, WatchedTask
-from pilotq.workers.process_memory import ProcessGroup, ProcessTable
+from pilotq.workers.process_memory import STRAY_S, ProcessGroup, ProcessTable
 from tests.support.waiting import wait_until
 
 MB = 1 << 20
@@ -74,6 +74,25 @@ def test_what_was_started_before_it_was_looked_at_counts(table: ProcessTable) ->
         for pid in list(group.members):
             if pid != process.pid:
                 os.kill(pid, 9)
+
+
+def test_what_a_daemon_has_started_before_it_is_assigned_counts(table: ProcessTable) -> None:
+    """The daemon is a child of the launcher with a session of its own, as main processes are: here of this process."""
+    main = Held(1)
+    group = ProcessGroup({b"PILOTQ_TASK_ID": b"9"})
+    table.add(group, main.pid)
+    with subprocess.Popen(
+        ["sh", "-c", f"{sys.executable} -I -S -c '{HOLD}' 40; true"], env={**os.environ, "PILOTQ_TASK_ID": "9"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    ) as daemon:  # fmt: skip
+        assert daemon.stdin is not None and daemon.stdout is not None
+        daemon.stdout.readline()
+        table.find_new(0.0)
+        assert set(group.members) == {main.pid}
+        assert len(table.find_new(STRAY_S)) == 2
+        assert len(group.members) == 3 and table.measure(group) > 40 * MB
+        daemon.stdin.close()
+    main.end()
 
 
 def test_the_period_follows_from_room_and_growth() -> None:
