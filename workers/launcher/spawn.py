@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pilotq.broker.os_strings import printable
 from pilotq.workers import cgroups
 from pilotq.workers.launcher.capture import Capture, PoolFile
+from pilotq.workers.process_tree import KILL_POLL_S
 from pilotq.workers.protocol import Call, ConfinedLaunch, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.script_files import ScriptFiles
 
@@ -24,6 +25,7 @@ PATH_SHOWN = 80  # bytes of a directory in a message
 PROGRAM_CACHE_S = 1.0  # a program found on PATH is searched again after this: a newer one may stand in front
 PROGRAMS_MAX = 1000  # so many found programs are kept
 CONTEXTS_MAX = 1000  # so many contexts are kept
+KILL_S = 1.0  # how long the end of a process is waited for that could not be moved into its cgroup
 MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 Limit = tuple[int, int, int]  # number of the limit, soft, hard
 
@@ -135,7 +137,7 @@ class Spawner:
                 cgroup = launch.cgroup
             pid = self._start(program, argv, env, files, context)
             if cgroup:
-                cgroups.enter(cgroup, pid)
+                _enter_cgroup(cgroup, pid)
             return Spawned(pid, env, stdout, stderr, script)
         except Refusal as refusal:
             self._release(pool, script, cgroup)
@@ -298,6 +300,22 @@ def _make_cgroup(launch: ConfinedLaunch) -> None:
         raise Refusal(
             "launch",
             f"Its cgroup cannot be made: {_error_text(error)}: {launch.cgroup}; --memory-policy watch needs none.",
+        ) from None
+
+
+def _enter_cgroup(cgroup: str, pid: int) -> None:
+    """Move a process that was started just now; where that fails it is ended, and Refusal raised."""
+    try:
+        cgroups.enter(cgroup, pid)
+    except OSError as error:
+        cgroups.kill(cgroup)
+        os.killpg(pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_S
+        while not os.waitpid(pid, os.WNOHANG)[0] and time.monotonic() < deadline:
+            time.sleep(KILL_POLL_S)  # one that hangs in the kernel is waited for as an orphan
+        raise Refusal(
+            "launch",
+            f"It cannot be moved into its cgroup: {_error_text(error)}: {cgroup}; --memory-policy watch needs none.",
         ) from None
 
 
