@@ -8,10 +8,13 @@ below it must have no process of its own, so its processes, this one too, move i
 from __future__ import annotations
 
 import os
+import re
 
 from pilotq.workers.process_tree import started_since
 
 MEMBERS = "pilotq-members"  # has the processes that were in the cgroup before
+# Cgroups of an ordinary user's services and scopes, which systemd manages: their files are the user's, too.
+OF_USER = re.compile(r"/user@[^/]*\.service/")
 ROUNDS = 20  # of moving processes while they fork
 
 
@@ -27,8 +30,9 @@ def find_base() -> tuple[str, str]:
     files = ("", "cgroup.procs", "cgroup.subtree_control")
     if not all(os.access(os.path.join(base, name), os.W_OK) for name in files):
         return "", f"{base} is not this user's: `systemd-run --user --scope -p Delegate=yes pilotq ...` gives it one"
-    if os.geteuid() == 0 and base != mount and not _is_delegated(base):
-        return "", f"{base} was not delegated: `systemd-run --scope -p Delegate=yes pilotq ...` runs in one that is"
+    if base != mount and (os.geteuid() == 0 or OF_USER.search(base + "/")) and not _is_delegated(base):
+        user = "" if os.geteuid() == 0 else " --user"
+        return "", f"{base} was not delegated: `systemd-run{user} --scope -p Delegate=yes pilotq ...` runs in one that is"
     return base, ""
 
 
@@ -95,8 +99,11 @@ def _move(path: str, pid: int) -> None:
 
 def killed_at(path: str) -> int:
     """How many bytes were used when the kernel killed the processes of a cgroup for its limit; 0: it did not."""
-    events = dict(line.split() for line in _read(path, "memory.events").splitlines())
-    if not int(events.get("oom_kill", 0)):
+    if not _event(path, "memory.events", "oom_kill"):
+        return 0
+    # It may have been killed for the limit of a cgroup above or below it: then it has not reached its own.
+    own = "memory.events.local" if os.path.exists(os.path.join(path, "memory.events.local")) else "memory.events"
+    if not _event(path, own, "oom"):
         return 0
     return int(_read(path, "memory.peak") or _read(path, "memory.max"))
 
@@ -151,6 +158,11 @@ def _is_delegated(path: str) -> bool:
         except OSError:
             pass
     return False
+
+
+def _event(path: str, name: str, event: str) -> int:
+    """How often that has happened, by a file of counters."""
+    return int(dict(line.split() for line in _read(path, name).splitlines()).get(event, 0))
 
 
 def _read(path: str, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,8 @@ def mount() -> Path:
 
 
 def test_what_a_process_has_started_before_it_is_moved_is_moved_too(mount: Path) -> None:
-    path = mount / f"pilotq-test-{os.getpid()}"
     try:
-        path.mkdir()
+        path = Path(tempfile.mkdtemp(prefix="pilotq-test-", dir=mount))
     except OSError:
         pytest.skip("tasks cannot have cgroups here")
     script = "sleep 1000 & setsid sleep 1000 & wait"
@@ -42,3 +42,40 @@ def test_what_a_process_has_started_before_it_is_moved_is_moved_too(mount: Path)
             for pid in started():
                 os.kill(pid, signal.SIGKILL)
     wait_until(lambda: cgroups.remove(str(path)) is None and not path.exists(), what="the cgroup is removed")
+
+
+@pytest.mark.parametrize(
+    ("place", "refused"), [("user@7.service/app.slice/x.scope", True), ("system.slice/slurmstepd.scope/step", False)]
+)
+def test_a_users_scope_is_left_alone_unless_it_was_delegated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, refused: bool
+) -> None:
+    own = tmp_path / place
+    own.mkdir(parents=True)
+    (own / "cgroup.controllers").write_text("cpu memory")
+    for name in ("cgroup.procs", "cgroup.subtree_control"):
+        (own / name).touch()
+    monkeypatch.setattr(cgroups, "_own_cgroup", lambda: (str(own), str(tmp_path)))
+    monkeypatch.setattr(os, "geteuid", lambda: 7)
+    base, why = cgroups.find_base()
+    assert (base == "" and "`systemd-run --user --scope" in why) if refused else (base, why) == (str(own), "")
+
+
+@pytest.mark.parametrize(
+    ("events", "local", "used"),
+    [
+        ("oom 1\noom_kill 2", None, 99),
+        ("oom 0\noom_kill 0", None, 0),
+        ("oom 0\noom_kill 1", None, 0),
+        ("oom 1\noom_kill 1", "oom 0", 0),
+        ("oom 2\noom_kill 1", "oom 1", 99),
+    ],
+)
+def test_a_kill_for_another_limit_is_none_for_its_own(
+    tmp_path: Path, events: str, local: str | None, used: int
+) -> None:
+    (tmp_path / "memory.events").write_text(f"low 0\n{events}\n")
+    (tmp_path / "memory.peak").write_text("99\n")
+    if local is not None:
+        (tmp_path / "memory.events.local").write_text(f"low 0\n{local}\n")
+    assert cgroups.killed_at(str(tmp_path)) == used
