@@ -7,6 +7,7 @@ below it must have no process of its own, so its processes, this one too, move i
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 
@@ -117,11 +118,17 @@ def kill(path: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Without effect while a process is in it."""
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass
+    """Remove it, and those that a task has made below it. Without effect while a process is in them."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass
+
+
+def prefix_of(directory: str, node: str) -> str:
+    """How the names of the cgroups begin that tasks of a node get; ``directory`` is the pilot's."""
+    return f"pilotq-{hashlib.sha256(os.fsencode(f'{directory} {node}')).hexdigest()[:16]}-"
 
 
 def clean(base: str, prefix: str) -> None:

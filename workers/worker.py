@@ -9,7 +9,6 @@ up: no server, a server with another state, a newer worker of this node, launche
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import select
@@ -118,9 +117,9 @@ def _cgroups_of_tasks(directory: str, info: NodeInfo) -> str:
         log(f"tasks get no cgroups, and are measured instead: {error.strerror}")
         info.memory_by = BY_WATCHER
         return ""
-    name = hashlib.sha256(os.fsencode(f"{directory} {info.name}")).hexdigest()[:16]
-    cgroups.clean(base, f"pilotq-{name}-")
-    return os.path.join(base, f"pilotq-{name}-")
+    prefix = cgroups.prefix_of(directory, info.name)
+    cgroups.clean(base, prefix)
+    return os.path.join(base, prefix)
 
 
 class _Signals:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.workers import cgroups
+from pilotq.workers.machine.cleanup import clean_node
 from pilotq.workers.process_tree import processes
 from tests.support.waiting import wait_until
 
@@ -79,3 +80,17 @@ def test_a_kill_for_another_limit_is_none_for_its_own(
     if local is not None:
         (tmp_path / "memory.events.local").write_text(f"low 0\n{local}\n")
     assert cgroups.killed_at(str(tmp_path)) == used
+
+
+def test_what_a_dead_worker_leaves_is_removed_with_what_is_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders without files are removed as cgroups are."""
+    prefix = cgroups.prefix_of("/pilot", "n0")
+    (tmp_path / f"{prefix}7" / "pilotq-members" / "deeper").mkdir(parents=True)
+    (tmp_path / f"{prefix}8").mkdir()
+    other = tmp_path / f"{cgroups.prefix_of('/pilot', 'n1')}7"
+    other.mkdir()
+    monkeypatch.setattr(cgroups, "find_base", lambda: (str(tmp_path), ""))
+    clean_node("/pilot", "n0")
+    assert list(tmp_path.iterdir()) == [other]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from pilotq.broker.log import log
+from pilotq.workers import cgroups
 from pilotq.workers.process_tree import KILL_POLL_S, Process, kill_marked, processes, send_signal
 from pilotq.workers.script_files import remove_left
 
@@ -20,7 +21,7 @@ def clean_node(directory: str, node: str) -> None:
 
     First its launchers: they end by themselves, and know the tasks that hide their marks. A launcher that was stopped
     (SIGSTOP) is continued: else it would start tasks of the dead worker later. Then, by their marks, tasks whose first
-    node it was, and processes that it had started for other nodes. The files of their scripts go, too.
+    node it was, and processes that it had started for other nodes. The files of their scripts go, too, and their cgroups.
     """
     deadline = time.monotonic() + LAUNCHERS_END_S
     while launchers := _launchers(directory, node):
@@ -39,6 +40,9 @@ def clean_node(directory: str, node: str) -> None:
 
     left = kill_marked(belongs)
     remove_left(directory, node)
+    base, _ = cgroups.find_base()
+    if base:
+        cgroups.clean(base, cgroups.prefix_of(directory, node))
     if left:
         log(f"processes of tasks of node {node} cannot be killed: {', '.join(map(str, left))}")
 
