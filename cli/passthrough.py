@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -45,14 +46,28 @@ class Passthrough:
             for piece in pieces:
                 if self.broken:
                     return
-                stream.file.write(piece)
+                _write_all(stream.file, piece)
                 stream.passed += len(piece)
-                stream.file.flush()
         except BrokenPipeError:
             self.broken = True
             # What is left in the buffers must not fail at the end of the process.
             with open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), stream.file.fileno())
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write and flush, as long as that takes, also where whoever has the other end has made it non-blocking."""
+    left, flushed = memoryview(data), False
+    while left or not flushed:
+        try:
+            left = left[file.write(left) :]
+            file.flush()
+            flushed = True
+        except BlockingIOError as error:
+            left = left[error.characters_written :] if left else left
+            poll = select.poll()
+            poll.register(file.fileno(), select.POLLOUT)
+            poll.poll()
 
 
 class _Stream:
@@ -61,16 +76,16 @@ class _Stream:
         self.file: BinaryIO = getattr(sys, name).buffer
         self.passed = 0  # bytes
         self._first = 0  # the execution with which that began
-        self._followed: Iterator[bytes] | None = None
+        self._followed: Iterator[tuple[int, bytes]] | None = None
 
     def news(self, broker: Broker, task_id: str) -> Iterator[bytes]:
         """What is new of a running task."""
         if self._followed is None:
-            self._followed = broker.follow(task_id, self.name)
-        for _, piece in zip(range(PIECES_MAX), self._followed, strict=False):
+            self._followed = broker.follow_executions(task_id, self.name)
+        for _, (execution, piece) in zip(range(PIECES_MAX), self._followed, strict=False):
             if not piece:
                 return
-            self._first = self._first or broker.task(task_id).execution
+            self._first = self._first or execution
             yield piece
 
     def rest(self, pilot: Pilot, task_id: str) -> Iterator[bytes]:

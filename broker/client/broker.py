@@ -325,6 +325,10 @@ class Broker:
         """
         return self._output(stream).follow(task_id, stream)
 
+    def follow_executions(self, task_id: str, stream: str = "stdout") -> Iterator[tuple[int, bytes]]:
+        """The pieces of `follow`, each with the number of the execution that has written it; 0 with an empty one."""
+        return self._output(stream).follow_executions(task_id, stream)
+
     def _output(self, stream: str) -> Output:
         if stream not in ("stdout", "stderr"):
             raise InvalidInput(f"there is no stream {stream!r}: give stdout or stderr")

@@ -60,9 +60,13 @@ def output_of_entry(pilot: Pilot, entry: JournalEntry, stream: str, skip: int = 
 
 
 def _of_last(pilot: Pilot, entries: Sequence[JournalEntry], stream: str) -> Iterator[bytes]:
+    for entry in _last_of(entries):
+        yield from output_of_entry(pilot, entry, stream)
+
+
+def _last_of(entries: Sequence[JournalEntry]) -> list[JournalEntry]:
     # Of a task that was canceled while it waited to be tried again the newest entry is of no execution.
-    if entries:
-        yield from output_of_entry(pilot, max(entries, key=lambda entry: entry.execution), stream)
+    return sorted(entries, key=lambda entry: entry.execution)[-1:]
 
 
 def end_of_output(pilot: Pilot, entry: JournalEntry, stream: str, size: int) -> bytes:
@@ -115,6 +119,11 @@ class Output:
     def follow(self, task_id: str, stream: str) -> Iterator[bytes]:
         """What the task writes, from the beginning of its last execution on; an empty piece whenever there is nothing
         new. Ends when the task has ended. Raises UnknownTask when somebody deletes it, PilotFailed as `last`."""
+        for _, piece in self.follow_executions(task_id, stream):
+            yield piece
+
+    def follow_executions(self, task_id: str, stream: str) -> Iterator[tuple[int, bytes]]:
+        """The pieces of `follow`, each with the number of the execution that has written it; 0 with an empty one."""
         seen = offset = 0  # the execution that is followed, and the bytes of it that were given
         while True:
             state = status, execution, path = self._state(task_id, stream)
@@ -123,27 +132,28 @@ class Output:
                 if seen:
                     yield from self._rest(entries, seen, offset, stream)
                 else:
-                    yield from _of_last(self._pilot, entries, stream)
+                    yield from self._rest(_last_of(entries), 0, 0, stream)
                 return
             if status == "started" and path and seen in (0, execution):
                 data = b"".join(_read(path, offset, POLL_BYTES))
                 # A running task's file is used again by the next one.
                 if self._state(task_id, stream) == state:
                     seen, offset = execution, offset + len(data)
-                    yield data
+                    yield execution, data
                 continue
             if seen and execution > seen:
                 entries = self._journal.find(task_id)
                 if any(entry.execution >= seen for entry in entries):
                     yield from self._rest(entries, seen, offset, stream)
                     seen, offset = execution, 0
-            yield b""
+            yield 0, b""
 
-    def _rest(self, entries: Sequence[JournalEntry], seen: int, offset: int, stream: str) -> Iterator[bytes]:
+    def _rest(self, entries: Sequence[JournalEntry], seen: int, offset: int, stream: str) -> Iterator[tuple[int, bytes]]:
         """What was written behind ``offset`` of the execution ``seen``, and by those after it."""
         for entry in sorted(entries, key=lambda entry: entry.execution):
             if entry.execution >= seen:
-                yield from output_of_entry(self._pilot, entry, stream, offset if entry.execution == seen else 0)
+                for piece in output_of_entry(self._pilot, entry, stream, offset if entry.execution == seen else 0):
+                    yield entry.execution, piece
 
     def _state(self, task_id: str, stream: str) -> tuple[str, int, str]:
         """Status, number of the last execution, and the file that a running one writes."""

@@ -44,3 +44,17 @@ def test_a_closed_pipe_ends_the_run(tmp_path: Path) -> None:
         run.stdout.close()
         assert run.wait(TIMEOUT) == 141
         assert run.stderr.read() == b"pilotq: nobody reads the output any more: the command was ended\n"
+
+
+def test_a_pipe_that_does_not_block_gets_all(tmp_path: Path) -> None:
+    """As `ssh` and some terminals leave it."""
+    begin, end = os.pipe()
+    os.set_blocking(end, False)
+    with open(begin, "rb") as out:
+        with subprocess.Popen(
+            command("run", "--nodes", "1", "--", "sh", "-c", "yes | head -c 3000000"), cwd=tmp_path, env=environment(),
+            stdout=end, stderr=subprocess.PIPE,
+        ) as run:  # fmt: skip
+            os.close(end)
+            assert out.read().count(b"y\n") == 1_500_000
+            assert run.wait(TIMEOUT) == 0
