@@ -331,11 +331,12 @@ def _withheld(nodes: Sequence[NodeInfo]) -> str:
     )
 
 
-def node_info(node: LocalNode) -> NodeInfo:
+def node_info(node: LocalNode, cpus: Sequence[int] | None = None) -> NodeInfo:
     """What a worker registers. Memory is counted only for a node that is this whole machine, and of several nodes of
-    one machine the first has its GPUs."""
+    one machine the first has its GPUs. ``cpus`` are those that were granted, if not all that can be used."""
     root, threads = machine_root(), threads_per_core()
-    others = {} if threads is None else {core: siblings(cpu, root) for core, cpu in node.real.items()}
+    usable = usable_cpus() if cpus is None else cpus
+    others = {} if threads is None else {core: siblings(cpu, usable, root) for core, cpu in node.real.items()}
     whole = not node.shared and all(core == cpu for core, cpu in node.real.items())
     whole = whole and {*node.cores, *chain(*others.values())} == {*usable_cpus()}
     by_cpu = {cpu: core for core, cpu in node.real.items()}

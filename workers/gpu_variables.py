@@ -18,18 +18,20 @@ def gpu_variables(info: NodeInfo, gpus: Sequence[str], env: Mapping[str, str]) -
     """The variables of a task that has these GPUs of a node; ``env`` is that of the node's worker.
 
     >>> gpu_variables(NodeInfo("n", 1, "h", 1, [0], gpus=["0", "1"], gpu_vendor="nvidia"), ["1"], {})
-    {'CUDA_VISIBLE_DEVICES': '1', 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
+    {'CUDA_VISIBLE_DEVICES': '1', 'ROCR_VISIBLE_DEVICES': '', 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
     """
+    found = {"CUDA_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
+    if info.gpu_vendor == "intel" or env.get("ZE_AFFINITY_MASK"):
+        found["ZE_AFFINITY_MASK"] = NO_INTEL
     if not gpus:
-        found = {"CUDA_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
-        if info.gpu_vendor == "intel" or env.get("ZE_AFFINITY_MASK"):
-            found["ZE_AFFINITY_MASK"] = NO_INTEL
         return found
     names = [gpu_name(gpu) for gpu in gpus]
     facts = [info.gpu_facts.get(name) for name in names]
     known = [fact.uuid for fact in facts if fact is not None and fact.uuid]
     vendor = info.gpu_vendor or "nvidia"
-    found = {VARIABLE_OF[vendor]: ",".join(known if len(known) == len(names) else names)}
+    found[VARIABLE_OF[vendor]] = ",".join(known if len(known) == len(names) else names)
+    if vendor == "amd":
+        del found["CUDA_VISIBLE_DEVICES"]  # AMD's runtime reads that one, too
     if vendor == "nvidia" and len(known) < len(names):
         found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if vendor == "intel" and not env.get("ZE_AFFINITY_MASK"):

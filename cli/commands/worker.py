@@ -78,7 +78,7 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
         clean_node(pilot.directory, local.name)
 
     def work() -> int:
-        info, own = identity.complete(node_info(local)), settings()
+        info, own = identity.complete(node_info(local, identity.cpus)), settings()
         if values["real"] and not own.quarantine_local_nodes:
             # The supervisor has cut its machine into nodes: what fails on one of them fails on all.
             own = msgspec.structs.replace(own, quarantine_after=0)

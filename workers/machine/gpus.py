@@ -108,7 +108,8 @@ def _find(env: Mapping[str, str], root: str) -> Gpus:
     if granted and len(found) > len(granted):
         # Nothing hides the others, so that the numbers of the job are those of the devices.
         mine = [device for device in found if device.name in granted]
-        return Gpus(vendor, mine, f"{note}: only those of the job are used")
+        if mine:  # parts of GPUs have other names
+            return Gpus(vendor, mine, f"{note}: only those of the job are used")
     return Gpus(vendor, found, note)
 
 

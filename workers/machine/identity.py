@@ -34,6 +34,7 @@ class NodeIdentity:
         self.name = f"{host}-{self.job}" if self.job and self.job != pilot_job else host
         self._host = host
         self._withheld = 0
+        self.cpus: list[int] | None = None  # all that `cores` has chosen from; None before
 
     def cores(self, *, physical: bool = False, grant: int | None = None) -> list[int]:
         """Numbers of the CPUs that tasks may use: those of the mask, at most as many as were granted.
@@ -47,6 +48,7 @@ class NodeIdentity:
             log(f"node {self.name}: Slurm has granted {granted} CPUs, and this worker may use {len(cpus)} of them")
         if granted and granted < len(cpus):
             cpus = cpus[:granted]
+        self.cpus = cpus
         return without_siblings(cpus) if physical else cpus
 
     def complete(self, info: NodeInfo) -> NodeInfo:

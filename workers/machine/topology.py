@@ -50,9 +50,8 @@ def without_siblings(cpus: Sequence[int], root: str = "/") -> list[int]:
     return found
 
 
-def siblings(cpu: int, root: str = "/") -> list[int]:
-    """The other hardware threads of this one's physical core, of those that this process may use."""
-    usable = os.sched_getaffinity(0)
+def siblings(cpu: int, usable: Sequence[int], root: str = "/") -> list[int]:
+    """The other hardware threads of this one's physical core, as far as they are among the ``usable``."""
     return [other for other in _threads(cpu, root) if other != cpu and other in usable]
 
 

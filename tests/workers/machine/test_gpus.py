@@ -117,6 +117,14 @@ def test_where_granted_and_found_differ_is_a_sentence(
     assert (" ".join(device.name for device in found.devices), found.note) == (expected, note)
 
 
+def test_numbers_of_slurm_are_none_of_parts_of_gpus(tmp_path: Path) -> None:
+    root = mig(tmp_path)
+    (tmp_path / "dev/nvidia0").unlink()  # the one that has no parts
+    found = find_gpus({"SLURM_JOB_GPUS": "1"}, root)
+    assert [device.name for device in found.devices] == ["0/1/0", "0/2/0"]
+    assert found.note == "Slurm has granted 1 GPU, and 2 can be used"
+
+
 def test_a_number_of_each_node_is_compared(tmp_path: Path) -> None:
     found = find_gpus({"SLURM_GPUS_PER_NODE": "a100:4"}, a100(tmp_path))
     assert len(found.devices) == 8 and found.note == "Slurm has granted 4 GPUs, and 8 can be used"
