@@ -12,6 +12,7 @@ VARIABLE_OF: Final = {
 }  # fmt: skip
 # Intel's runtime reads an empty mask as all devices, and passes over numbers that no device has.
 NO_INTEL: Final = "9999"
+BY_BUS: Final = "PCI_BUS_ID"
 
 
 def gpu_variables(info: NodeInfo, gpus: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
@@ -32,8 +33,10 @@ def gpu_variables(info: NodeInfo, gpus: Sequence[str], env: Mapping[str, str]) -
     found[VARIABLE_OF[vendor]] = ",".join(known if len(known) == len(names) else names)
     if vendor == "amd":
         del found["CUDA_VISIBLE_DEVICES"]  # AMD's runtime reads that one, too
-    if vendor == "nvidia" and len(known) < len(names):
-        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    # Numbers that were granted, and of which nothing is known, mean what they mean to the worker.
+    passed_on = bool(env.get("CUDA_VISIBLE_DEVICES")) and not any(facts) and env.get("CUDA_DEVICE_ORDER") != BY_BUS
+    if vendor == "nvidia" and len(known) < len(names) and not passed_on:
+        found["CUDA_DEVICE_ORDER"] = BY_BUS
     if vendor == "intel" and not env.get("ZE_AFFINITY_MASK"):
         found["ZE_FLAT_DEVICE_HIERARCHY"] = "COMPOSITE"  # the numbers that were found are those of cards
     return found

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from pilotq.broker.store.resources import GpuFacts, NodeInfo
+from pilotq.workers.gpu_variables import BY_BUS
 from pilotq.workers.machine.nvml import with_nvml
 from pilotq.workers.machine.topology import cpu_list, read_text
 
@@ -95,8 +96,10 @@ def _find(env: Mapping[str, str], root: str) -> Gpus:
         if env.get(variable, "").strip():
             names = _granted(env[variable], form)
             known = here[vendor]
+            # By default CUDA numbers GPUs by speed: which one a number means is known only where all are alike.
+            by_bus = vendor != NVIDIA or env.get("CUDA_DEVICE_ORDER") == BY_BUS or len({d.model for d in known}) == 1
             note = _missing(variable, names, known, closed[vendor]) or _slurm_note(env, len(names))
-            return Gpus(vendor, [_named(name, known) for name in names], note)
+            return Gpus(vendor, [_named(name, known, by_bus) for name in names], note)
     hidden = {kind for kind, variable, _, empty in VARIABLES if empty and variable in env}
     vendor = next((v for v in here if v not in hidden and here[v]), NVIDIA)
     found = [] if vendor in hidden else here[vendor]
@@ -146,11 +149,11 @@ def _granted(text: str, form: re.Pattern[str]) -> list[str]:
     return names
 
 
-def _named(name: str, known: list[Device]) -> Device:
-    """The device that a granted name means, under that name."""
+def _named(name: str, known: list[Device], by_bus: bool) -> Device:
+    """The device that a granted name means, under that name; ``by_bus``: numbers are places among the ``known``."""
     number = name.partition(".")[0]
     if number.isdecimal():
-        if int(number) < len(known):
+        if by_bus and int(number) < len(known):
             device = known[int(number)]
             return device._replace(name=name, uuid=device.uuid if number == name else "")
     else:

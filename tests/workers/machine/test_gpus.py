@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pilotq.broker.store.resources import NodeInfo
+from pilotq.workers.gpu_variables import gpu_variables
 from pilotq.workers.machine.gpus import add_gpus, find_gpus
 from tests.support.machines import A100, a100, intel_max, mi250x, mig, uuid
 
@@ -50,6 +51,20 @@ def test_what_is_granted_by_a_variable(env: dict[str, str], vendor: str, expecte
 def test_a_uuid_that_is_granted_is_known(tmp_path: Path) -> None:
     (device,) = find_gpus({"CUDA_VISIBLE_DEVICES": uuid(5)[:13]}, a100(tmp_path)).devices
     assert (device.name, device.model, device.near) == (uuid(5)[:13], A100, "64-127")
+
+
+def test_a_number_by_speed_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    """Where models differ only CUDA knows which GPU is the fastest."""
+    root = a100(tmp_path, count=2)
+    path = tmp_path / "proc/driver/nvidia/gpus/0000:07:00.0/information"
+    path.write_text(path.read_text().replace(A100, "Tesla T4"))
+    for order, identifier in ((None, ""), ("PCI_BUS_ID", uuid(1))):
+        env = {"CUDA_VISIBLE_DEVICES": "1"} | ({"CUDA_DEVICE_ORDER": order} if order else {})
+        info = NodeInfo("n", 1, "h", 1, [0])
+        add_gpus(info, find_gpus(env, root), {})
+        assert [device.uuid for device in find_gpus(env, root).devices] == [identifier]
+        expected = {"CUDA_VISIBLE_DEVICES": identifier or "1", "ROCR_VISIBLE_DEVICES": ""}
+        assert gpu_variables(info, ["1"], env) == expected
 
 
 def test_instances_of_mig_stand_for_their_gpu(tmp_path: Path) -> None:
