@@ -14,7 +14,7 @@ class Chain(deque[tuple[Launch | Call, LaunchContext | None]]):
     """Launches and calls that are to be started one after the other.
 
     ``interpreter`` is the number of the interpreter that has calls of this chain, or 0: the chain goes on when these
-    have returned. ``handed_over`` says that the native core has left the first launch to us.
+    have returned. ``handed_over`` says that the native part has left the first launch to us.
     """
 
     __slots__ = ("interpreter", "handed_over")

@@ -73,7 +73,7 @@ class Launcher:
     """Does what messages ask for, and reports what happened.
 
     ``down``, ``up`` and ``wake`` are our ends of the pipes; the directory of ``options`` is absolute. With ``native``
-    plain launches are left to the native core.
+    plain launches are left to the native part.
     """
 
     def __init__(self, options: LauncherOptions, down: int, up: int, wake: int, *, native: bool) -> None:
@@ -160,7 +160,7 @@ class Launcher:
         return max(min(moments) - time.monotonic(), 0.0) if moments else -1
 
     def _wait(self) -> Events:
-        """Wait for an event, as `PlainLaunches.run` does; without the native core all launches are ours."""
+        """Wait for an event, as `PlainLaunches.run` does; without the native part all launches are ours."""
         messages: list[ToLauncher] = []
         ready: list[int] = []
         ends: list[ChildEnd] = []
@@ -201,7 +201,7 @@ class Launcher:
         return self._chains.get(key)
 
     def _take_over(self, chain: Chain, taken: TakenLaunch | None) -> None:
-        """A chain of the native core is ours from now on; ``taken`` is the launch of it that runs or has just ended."""
+        """A chain of the native part is ours from now on; ``taken`` is the launch of it that runs or has just ended."""
         for launch, _ in chain:
             self._chains[launch.key] = chain
         if taken is None:

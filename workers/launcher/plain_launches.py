@@ -1,9 +1,9 @@
-"""Leaves plain launches to the native core (`workers/launcher/native/`), and takes over what is more than that.
+"""Leaves plain launches to the native part (`workers/launcher/native/`), and takes over what is more than that.
 
-The core is the launcher's loop as long as only plain launches are concerned: it reads their messages, starts and reaps
-their processes, and reports. All else is the launcher's, in Python, and so is a launch that lives longer than a
-moment, leaves a process, writes much or cannot be started: its whole chain is handed over. What waits in a chain goes
-back to the core when a launch of it has ended. docs/design/0011-native-launcher.md has the reasons.
+It is the launcher's loop as long as only plain launches are concerned: it reads their messages, starts and reaps their
+processes, and reports. All else is the launcher's, in Python, and so is a launch that lives longer than a moment,
+leaves a process, writes much or cannot be started: its whole chain is handed over. What waits in a chain goes back to
+the native part when a launch of it has ended. docs/design/0011-native-launcher.md has the reasons.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ChildEnd(NamedTuple):
 
 
 class TakenLaunch(NamedTuple):
-    """A launch that the core has started. ``began`` is monotonic, ``since`` and ``started`` are of just after that."""
+    """A launch that the native part has started. ``began`` is monotonic, the others are of just after that."""
 
     launch: Launch
     context: LaunchContext
@@ -66,7 +66,7 @@ class Events(NamedTuple):
 
 
 class PlainLaunches:
-    """The launches that the core has. ``chains`` are those of the launcher, by key.
+    """The launches that the native part has. ``chains`` are those of the launcher, by key.
 
     ``take_over(chain, running)`` is called with each chain that is handed over, and the launch of it that runs.
     """
@@ -87,7 +87,7 @@ class PlainLaunches:
         self._spawner = spawner
         self._take_over = take_over
         self._decode = msgspec.msgpack.Decoder(ToLauncher).decode
-        self._added: dict[bytes, LaunchContext] = {}  # the contexts that the core has
+        self._added: dict[bytes, LaunchContext] = {}  # the contexts that the native part has
         tracker.before_assigning = self.take_running
 
     def run(self, pause: float, *, may_start: bool) -> Events:
@@ -104,7 +104,7 @@ class PlainLaunches:
         )
 
     def take(self, key: int) -> None:
-        """Take over the chain of a launch, if the core has it."""
+        """Take over the chain of a launch, if the native part has it."""
         self._hand_over(self._core.take(key))
 
     def take_running(self) -> None:
@@ -112,7 +112,7 @@ class PlainLaunches:
         self._hand_over(self._core.take_running())
 
     def adopt(self, chain: Chain, chains: dict[int, Chain]) -> bool:
-        """Leave a chain to the core, if that can start all of it."""
+        """Leave a chain to the native part, if that can start all of it."""
         if chain.interpreter or chain.handed_over:
             return False
         items = []
@@ -127,7 +127,7 @@ class PlainLaunches:
         return True
 
     def _add_context(self, launch: Launch, context: LaunchContext) -> bool:
-        """Have the core know the context of a launch; False when its launches are not plain."""
+        """Have the native part know the context of a launch; False when its launches are not plain."""
         name = f"{launch.base}\0{launch.slot}".encode()
         if self._added.get(name) is context:
             return True
@@ -147,7 +147,7 @@ class PlainLaunches:
         return True
 
     def forget(self) -> None:
-        """No later launch names any of the contexts; the core has seen the message itself."""
+        """No later launch names any of the contexts; the native part has seen the message itself."""
         self._added.clear()
 
     def _hand_over(self, taken: list[_Taken] | None) -> list[ChildEnd]:

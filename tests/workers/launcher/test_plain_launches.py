@@ -1,4 +1,4 @@
-"""The native core: which launches it starts by itself, that nothing is lost between it and Python, and its parser."""
+"""The native part: which launches it starts by itself, that nothing is lost between it and Python, and its parser."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_chain_that_changes_hands_keeps_its_order_and_loses_nothing(driver: Dr
 
 
 def test_an_orphan_is_found_whoever_has_its_launch(driver: Driver) -> None:
-    """Each end is one of a moment, with others around it that the core has."""
+    """Each end is one of a moment, with others around it that the native part has."""
     others = [driver.launch("sh", "-c", "sleep 0.01") for _ in range(30)]
     key = driver.launch("sh", "-c", "setsid sleep 1000 & exit 0")
     assert driver.get(Exited, key).remaining == 1
