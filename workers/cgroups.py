@@ -32,8 +32,8 @@ def find_base() -> tuple[str, str]:
     if not all(os.access(os.path.join(base, name), os.W_OK) for name in files):
         return "", f"{base} is not this user's: `systemd-run --user --scope -p Delegate=yes pilotq ...` gives it one"
     if base != mount and (os.geteuid() == 0 or OF_USER.search(base + "/")) and not _is_delegated(base):
-        user = "" if os.geteuid() == 0 else " --user"
-        return "", f"{base} was not delegated: `systemd-run{user} --scope -p Delegate=yes pilotq ...` runs in one that is"
+        run = "systemd-run" if os.geteuid() == 0 else "systemd-run --user"
+        return "", f"{base} was not delegated: `{run} --scope -p Delegate=yes pilotq ...` runs in one that is"
     return base, ""
 
 

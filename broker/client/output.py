@@ -148,7 +148,9 @@ class Output:
                     seen, offset = execution, 0
             yield 0, b""
 
-    def _rest(self, entries: Sequence[JournalEntry], seen: int, offset: int, stream: str) -> Iterator[tuple[int, bytes]]:
+    def _rest(
+        self, entries: Sequence[JournalEntry], seen: int, offset: int, stream: str
+    ) -> Iterator[tuple[int, bytes]]:
         """What was written behind ``offset`` of the execution ``seen``, and by those after it."""
         for entry in sorted(entries, key=lambda entry: entry.execution):
             if entry.execution >= seen:

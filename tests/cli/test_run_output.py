@@ -50,11 +50,10 @@ def test_a_pipe_that_does_not_block_gets_all(tmp_path: Path) -> None:
     """As `ssh` and some terminals leave it."""
     begin, end = os.pipe()
     os.set_blocking(end, False)
-    with open(begin, "rb") as out:
-        with subprocess.Popen(
-            command("run", "--nodes", "1", "--", "sh", "-c", "yes | head -c 3000000"), cwd=tmp_path, env=environment(),
-            stdout=end, stderr=subprocess.PIPE,
-        ) as run:  # fmt: skip
-            os.close(end)
-            assert out.read().count(b"y\n") == 1_500_000
-            assert run.wait(TIMEOUT) == 0
+    with open(begin, "rb") as out, subprocess.Popen(
+        command("run", "--nodes", "1", "--", "sh", "-c", "yes | head -c 3000000"), cwd=tmp_path, env=environment(),
+        stdout=end, stderr=subprocess.PIPE,
+    ) as run:  # fmt: skip
+        os.close(end)
+        assert out.read().count(b"y\n") == 1_500_000
+        assert run.wait(TIMEOUT) == 0

@@ -21,7 +21,7 @@ def clean_node(directory: str, node: str) -> None:
 
     First its launchers: they end by themselves, and know the tasks that hide their marks. A launcher that was stopped
     (SIGSTOP) is continued: else it would start tasks of the dead worker later. Then, by their marks, tasks whose first
-    node it was, and processes that it had started for other nodes. The files of their scripts go, too, and their cgroups.
+    node it was, and processes that it had started for other nodes. Files of scripts and cgroups go, too.
     """
     deadline = time.monotonic() + LAUNCHERS_END_S
     while launchers := _launchers(directory, node):
