@@ -77,4 +77,6 @@ def test_the_real_parts_run_tasks_on_nodes_that_pretend() -> None:
         lines = Journal(f"{pilot.directory}/journal.jsonl")
         wait_until(lambda: len(list(lines.find(f"{whole}_1"))) == 1, what="the journal")
         (line,) = lines.find(f"{whole}_1")
-        assert line.cpus.endswith("[0:1:2:3]") and (line.ended or 0) - (line.started or 0) == pytest.approx(0.05, abs=1e-6)
+        assert line.cpus.endswith("[0:1:2:3]") and (line.ended or 0) - (line.started or 0) == pytest.approx(
+            0.05, abs=1e-6
+        )
