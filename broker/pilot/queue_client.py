@@ -40,6 +40,7 @@ class QueueClient:
         self.lost = False
         self.online = True  # whether the last `nodes` had an answer
         self.retired: set[str] = set()  # nodes whose workers end for good, as of then
+        self.left: set[str] = set()  # nodes whose workers have ended so, and that were resumed since
         self._queue_id = queue_id.encode()
         self._journal = journal
         self._poll_connection = Connection(address, timeout=REPLY_S)
@@ -118,14 +119,18 @@ class QueueClient:
     def nodes(self) -> list[NodeInfo]:
         """All nodes that are registered; none, and ``online`` is false, while the server is away."""
         try:
-            records, closed = self._call_connection.pipeline([("HVALS", keys.NODES), ("HGETALL", keys.DRAINED)])
+            records, closed, leaving = self._call_connection.pipeline(
+                [("HVALS", keys.NODES), ("HGETALL", keys.DRAINED), ("SMEMBERS", keys.LEAVING)]
+            )
         except ServerUnavailable:
             self.online = False
             return []
         self.online = True
         states = zip(closed[::2], closed[1::2], strict=True)
         self.retired = {name.decode() for name, state in states if state.startswith(b"retired")}
-        return decode_nodes(records)
+        nodes = decode_nodes(records)
+        self.left = {name.decode() for name in leaving} - self.retired - {node.name for node in nodes}
+        return nodes
 
     def total(self) -> int | None:
         """How many tasks were ever submitted; None while the server is away."""

@@ -81,6 +81,7 @@ class RemoteWorkers:
         self._expected = set(remote.nodes)  # those that submissions wait for, as the queue knows
         self._joined: set[str] = set()  # nodes that have joined at some time
         self._retired: set[str] = set()
+        self._left: set[str] = set()
         self._given_up_by_slurm: set[str] = set()  # nodes whose workers may still live
         self.started = False
         self._waits_stopped = False
@@ -112,21 +113,23 @@ class RemoteWorkers:
         nodes = {info.name: info for info in queue.nodes()}
         if not queue.online:
             return  # the server is away: which nodes are registered is not known
-        for name, why in self.poll(nodes, queue.retired, now):
+        for name, why in self.poll(nodes, queue.retired, queue.left, now):
             if name in nodes:
                 queue.announce_loss(name, nodes[name].pid, why)
         if self._given_up & self._expected and queue.expect_no_more(self._given_up & self._expected):
             self._expected -= self._given_up
 
-    def poll(self, registered: Collection[str], retired: set[str], now: float) -> list[tuple[str, str]]:
+    def poll(self, registered: Collection[str], retired: set[str], left: set[str], now: float) -> list[tuple[str, str]]:
         """Read what srun and ssh report, and restart workers; returns dead workers' nodes, each with its proof.
 
-        ``registered`` are the nodes with a worker now, ``retired`` those that are to have none. Raises PilotFailed when
+        ``registered`` are the nodes with a worker now, ``retired`` those that are to have none, and ``left`` those that
+        were retired and resumed, maybe between two polls, and whose workers have ended. Raises PilotFailed when
         too few have joined in time.
         """
         self._joined.update(registered)
-        for node in self._retired - retired:
+        for node in (self._retired - retired) | (left - self._left).intersection(self.remote.nodes):
             self._retry_at.setdefault(node, now)
+        self._left = left
         self._retired = {node for node in retired if node in self.remote.nodes}
         dead = [found for launch in self._launches for found in self._read(launch)]
         for node, how in dead:

@@ -164,6 +164,7 @@ class Supervisor:
                 keys.EXPECTED_NODES,
                 keys.ALLOCATION_ENDS,
                 keys.DRAINED,
+                keys.LEAVING,
                 keys.QUARANTINE,
             )
             contact = 0.0 if address.path else self.settings.node_timeout_s

@@ -134,6 +134,8 @@ class Availability:
             message = end.leave if end is not None else None
             if self._limits.closed.get(info.name) == RETIRED and self._inventory.is_idle(info.name):
                 message = message or Leave(0.0)
+                if incarnation not in self._told_to_leave:  # its supervisor starts it again if it is resumed by then
+                    self._store.write("SADD", keys.LEAVING, info.name)
             if message is not None and incarnation not in self._told_to_leave:
                 self._told_to_leave.add(incarnation)
                 log(f"node {info.name} is told to leave ({message.reason})")

@@ -41,6 +41,7 @@ STATUS = "pilotq:status"  # hash of what is reported to all: busy (slots), journ
 USAGE = "pilotq:usage"  # hash: node name -> "cores reserved, tasks running" as the dispatcher knows them
 ALLOCATION_ENDS = "pilotq:allocation-ends"  # hash: Slurm job -> "when its nodes get nothing new, grace, notice"
 DRAINED = "pilotq:drained"  # hash: node name -> "state reason": drained or retired, by its user
+LEAVING = "pilotq:leaving"  # set: names of nodes whose workers were told to leave for good, as they were retired
 QUARANTINE = "pilotq:quarantine"  # hash: node name -> the reason for which the dispatcher has quarantined it
 SUSPENDED = "rq:suspended"  # set by `rq suspend`: nothing is handed out
 QUEUES = "rq:queues"
@@ -52,7 +53,7 @@ WORKERS = "rq:workers"
 PERMANENT = (
     SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, CHANGED_CLASSES, SUBMISSIONS, PARENTS, NODES, EXPECTED_NODES,
     NEXT_INCARNATION, COUNTS, SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS,
-    DRAINED, QUARANTINE, LEASES, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
+    DRAINED, LEAVING, QUARANTINE, LEASES, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.

@@ -12,5 +12,6 @@ redis.call('EXPIRE', key, ARGV[6])
 enlist('SADD', key)
 redis.call('SADD', 'rq:queues', list_key('default'))
 redis.call('HSET', 'pilotq:nodes', ARGV[2], ARGV[4])
+redis.call('SREM', 'pilotq:leaving', ARGV[2])
 redis.call('RPUSH', 'pilotq:events', ARGV[5])
 return 1

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pilotq.broker import Broker
 from tests.support.command_line import command, environment, prompt
 from tests.support.waiting import wait_until
 
@@ -274,3 +275,23 @@ def test_sigusr1_is_slurms_notice_that_the_end_is_near(tmp_path: Path) -> None:
             stderr = run.communicate(timeout=60)[1]
         assert run.returncode == 0, stderr
     assert "the allocation is ending" in stderr
+
+
+def test_a_node_that_is_resumed_as_soon_as_it_has_left_comes_back(tmp_path: Path) -> None:
+    """The supervisor reads the states of nodes twice a second: it need not have seen that this one was retired."""
+    with allocation(tmp_path, "n[1-2]", srun=SRUN) as env:
+        cli = prompt(tmp_path)
+        started = cli("start", "--dir", "p", "--bind", "127.0.0.1", **env)
+        assert started.returncode == 0, started.stderr
+        with Broker.connect(str(tmp_path / "p")) as broker:
+
+            def names() -> set[str]:
+                return {node.name for node in broker.nodes()}
+
+            wait_until(lambda: names() == {"n1", "n2"}, seconds=60)
+            for _ in range(3):
+                broker.close_nodes(["n1"], "retired")
+                wait_until(lambda: names() == {"n2"}, seconds=60)
+                broker.open_nodes(["n1"])
+                wait_until(lambda: names() == {"n1", "n2"}, seconds=60, what="n1 comes back")
+        assert cli("stop", "--dir", "p", "--now").returncode == 0
