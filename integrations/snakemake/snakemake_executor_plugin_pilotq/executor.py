@@ -53,7 +53,7 @@ class Executor(RemoteExecutor):
             self._resumable = self._take_over()
         except (PilotqError, OSError) as error:
             self._end_pilot()
-            raise WorkflowError(f"The executor pilotq cannot begin: {error}") from None
+            raise WorkflowError(f"The executor pilotq has no pilot: {error}") from None
 
     # -- submitting -------------------------------------------------------------------------------------------------
 
