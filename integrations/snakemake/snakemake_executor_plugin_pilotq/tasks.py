@@ -25,7 +25,10 @@ TEMPORARY = ("TMPDIR", "TMP", "TEMPDIR", "TEMP")
 
 
 def request_of(job: Any) -> Request:
-    """threads, mem_mb and gpu (or gpus) of a job; of one over several nodes (``nodes``) threads and memory of each."""
+    """threads, mem_mb and gpu (or gpus) of a job; of one over several nodes (``nodes``) threads and memory of each.
+
+    Memory is reserved, and a limit.
+    """
     threads = max(int(job.threads), 1)
     nodes = _whole(job, "nodes")
     return Request(
