@@ -61,7 +61,8 @@ def test_an_interpreter_goes_from_task_to_task(table: ProcessTable) -> None:
 
 
 def test_what_was_started_before_it_was_looked_at_counts(table: ProcessTable) -> None:
-    script = f"setsid {sys.executable} -I -S -c '{HOLD}' 40 & wait"
+    # Of what runs in its background a shell makes the stdin /dev/null.
+    script = f"exec 3<&0; setsid {sys.executable} -I -S -c '{HOLD}' 40 <&3 & wait"
     with subprocess.Popen(
         ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
