@@ -16,7 +16,7 @@ from pilotq.broker.process_identity import machine_id, start_time
 from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.broker.store.leases import leased_elements, read_leases
+from pilotq.broker.store.leases import leased_elements, number_leased, read_leases
 from pilotq.broker.store.messages import EndReport, Stop
 from pilotq.broker.store.registry import user_queues
 from pilotq.broker.store.resources import NodeInfo
@@ -144,10 +144,10 @@ class Reconciler:
 
     def _stop_deleted_arrays(self, nodes: dict[str, NodeInfo]) -> None:
         """Elements without a record, of an array that somebody has deleted, are stopped. Their ends count them."""
-        leases = read_leases(self.link)
-        arrays = sorted({lease.array for lease in leases})
+        arrays = sorted(number_leased(self.link))
         there = self.link.pipeline([("EXISTS", keys.job(a)) for a in arrays]) if arrays else []
         deleted = {array for array, found in zip(arrays, there, strict=True) if not found}
+        leases = read_leases(self.link) if deleted else []
         for array, address in sorted({(lease.array, lease.address) for lease in leases if lease.array in deleted}):
             if (info := nodes.get(address)) is not None:
                 self.store.write(*to_worker(info.name, info.incarnation, Stop(array, 0, "canceled")))

@@ -77,8 +77,7 @@ local function cancel_element(id)
   return 'canceled'
 end
 
-local cancel
-cancel = function(id, is_recorded)
+local function cancel(id, is_recorded)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
     'pq_sub', 'origin', 'pq_cancel', 'pq_reason')
   local status = v[1]
