@@ -39,13 +39,18 @@ OOM_SCORE_MAX = 1000
 
 
 class WatchedTask:
-    """What one execution uses on this node. ``limit`` is in bytes, 0 for none; ``name`` is the caller's."""
+    """What one execution uses on this node. ``limit`` is in bytes, 0 for none; ``name`` is the caller's.
 
-    __slots__ = ("ended", "group", "limit", "measured_at", "name", "next_at", "over", "peak", "size", "starts")
+    With ``confined`` the kernel holds it to its limit, and counts otherwise than we do: a page of a file belongs to
+    whoever has read it first. Only what is far above the limit has left its cgroup for sure.
+    """
 
-    def __init__(self, name: object, limit: int, marks: Mapping[bytes, bytes]) -> None:
+    __slots__ = ("bound", "ended", "group", "limit", "measured_at", "name", "next_at", "over", "peak", "size", "starts")
+
+    def __init__(self, name: object, limit: int, marks: Mapping[bytes, bytes], *, confined: bool = False) -> None:
         self.name = name
         self.limit = limit
+        self.bound = int(limit * EXCESS_SHARE) + EXCESS_BYTES if confined and limit else limit
         self.peak = 0  # bytes
         self.over = 0  # bytes that it used when it was found above its limit
         self.ended = False
@@ -202,7 +207,7 @@ class _Loop:
     def _measure(self, task: WatchedTask, now: float) -> bool:
         size = self._table.measure(task.group)
         shared = len(task.group.size) > 1 and size > PEAK_STEP * task.peak
-        if shared or 0 < task.limit < size:
+        if shared or 0 < task.bound < size:
             size = self._table.measure_exactly(task.group)
         rate = (size - task.size) / (now - task.measured_at) if task.measured_at else 0.0
         task.size, task.measured_at = size, now
@@ -210,7 +215,7 @@ class _Loop:
         task.next_at = now + self._period(task, rate)
         if task.next_at - now > 2 * TOGETHER_S:
             task.next_at -= task.next_at % TOGETHER_S
-        if not task.limit or size <= task.limit or task.over:
+        if not task.limit or size <= task.bound or task.over:
             return False
         task.over = size
         return True
@@ -222,7 +227,7 @@ class _Loop:
         room = task.limit * EXCESS_SHARE + EXCESS_BYTES - task.size
         period = room / max(rate, FASTEST) - REACTION_S
         if rate > 0:
-            period = min(period, (task.limit - task.size) / rate / 2)
+            period = min(period, (task.bound - task.size) / rate / 2)
         return min(max(period, SHORTEST_S), self._sample_s)
 
     def pause(self, now: float) -> float | None:

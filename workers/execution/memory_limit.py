@@ -43,7 +43,8 @@ class MemoryLimits:
         A program in a cgroup, too: what has left its session before it was moved there is not in it.
         """
         if e.memory is None:
-            e.memory = watched(e.key, e.run.id, e.run.execution, self.limit_of(e.run.class_name))
+            limit, confined = self.limit_of(e.run.class_name), bool(self._cgroup) and not e.function
+            e.memory = watched(e.key, e.run.id, e.run.execution, limit, confined=confined)
         self.watch.add(e.memory, pid)
 
     def over(self, task: WatchedTask) -> str:
@@ -78,6 +79,7 @@ class MemoryLimits:
             e.memory = None
 
 
-def watched(name: object, task_id: str, execution: int, limit: int) -> WatchedTask:
+def watched(name: object, task_id: str, execution: int, limit: int, *, confined: bool = False) -> WatchedTask:
     """What `MemoryWatch` needs to know of an execution; all its processes bear these marks, unless they hide them."""
-    return WatchedTask(name, limit, {b"PILOTQ_TASK_ID": task_id.encode(), b"PILOTQ_EXECUTION": b"%d" % execution})
+    marks = {b"PILOTQ_TASK_ID": task_id.encode(), b"PILOTQ_EXECUTION": b"%d" % execution}
+    return WatchedTask(name, limit, marks, confined=confined)
