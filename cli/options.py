@@ -17,6 +17,7 @@ from pilotq.broker.store.connection import parse_url
 from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
+from pilotq.broker.tasks.dependencies import FIELDS
 from pilotq.broker.tasks.model import MODELS, ArrayRange, Request, Task
 from pilotq.broker.tasks.quantities import parse_duration, parse_size, request_of
 from pilotq.broker.tasks.submit_context import POLICIES
@@ -75,7 +76,7 @@ task_options = all_of(
     click.option("--array", callback=parsed(ArrayRange.parse), metavar="A-B[:STEP],...[%N]",
                  help="A task for each {index}; at most N at a time."),
     click.option("--each-line", "--values", "each_line", metavar="FILE",
-                 help="A task for each line: {value} in CMD, $PILOTQ_VALUE in a script."),
+                 help="A task for each line: {value}, or $PILOTQ_VALUE."),
     click.option("--priority", type=int, default=0, metavar="P", help="Higher goes first."),
     click.option("--time-limit", metavar="TIME", callback=parsed(parse_duration),
                  help="End it after 90s, 10m, 1:30:00, 2-00:00:00."),
@@ -87,11 +88,11 @@ task_options = all_of(
     click.option("--retry-on", metavar="LIST", default="",
                  help="Only after 75,100-110,signal,limit,memory."),
     click.option("--memory-grow", type=float, default=0.0, metavar="FACTOR",
-                 help="Memory was too little: try again with more ..."),
-    click.option("--memory-max", callback=parsed(parse_size), metavar="SIZE", help="... up to this."),
+                 help="Too little: ask for more, up to --memory-max."),
+    click.option("--memory-max", callback=parsed(parse_size), metavar="SIZE", hidden=True),
     click.option("--time-grow", type=float, default=0.0, metavar="FACTOR",
-                 help="Time was too short: try again with more ..."),
-    click.option("--time-max", callback=parsed(parse_duration), metavar="TIME", help="... up to this."),
+                 help="Too short: ask for more, up to --time-max."),
+    click.option("--time-max", callback=parsed(parse_duration), metavar="TIME", hidden=True),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; may be repeated."),
     click.option("--env-policy", type=click.Choice(POLICIES), default="submit", metavar="WHOSE",
                  help="submit (yours), worker (its own), or clean."),
@@ -100,7 +101,7 @@ task_options = all_of(
     click.option("--stdout", metavar="FILE", help="[default: captured, for `pilotq logs`]"),
     click.option("--stderr", metavar="FILE", help="[default: captured]"),
     click.option("--model", type=click.Choice(sorted(MODELS)), default="default", metavar="MODEL",
-                 help="How it is started: " + ", ".join(sorted(MODELS)) + "."),
+                 help="openmpi, intelmpi, mpich, srunmpi, or threads."),
     click.option("--model-opt", "model_opts", multiple=True, metavar="NAME=VALUE",
                  help="Of the model: mpirun_args=...; may be repeated."),
     click.option("--queue", default="default", metavar="QUEUE", help="The queue it waits in."),
@@ -156,6 +157,8 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         array=options["array"],
         values=values,
         after=list(options.get("after", ())),
+        after_any=list(options.get("after_any", ())),
+        after_notok=list(options.get("after_notok", ())),
         priority=options["priority"],
         time_limit=options["time_limit"],
         time_request=options["time_request"],
@@ -184,7 +187,7 @@ def _given(options: Mapping[str, Any]) -> set[str]:
     """What of a task the command line says itself."""
     source = click.get_current_context().get_parameter_source
     # Not `nodes`: those of `pilotq run` are the pilot's.
-    of_tasks = TASK_OPTIONS | {"task_nodes", "after"}
+    of_tasks = TASK_OPTIONS | {"task_nodes", *FIELDS}
     names = {n for n in options if n in of_tasks and source(n) == click.core.ParameterSource.COMMANDLINE}
     return {{"task_nodes": "nodes", "each_line": "values"}.get(name, name) for name in names}
 

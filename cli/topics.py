@@ -70,15 +70,16 @@ def environment() -> str:
 
 def dependencies() -> str:
     from pilotq.broker.taskfiles import schema
+    from pilotq.broker.tasks.dependencies import ALL_FIELDS
     from pilotq.broker.tasks.states import REASONS
 
     keys = schema.keys()
     return "\n".join([
-        "Keys in files; `pilotq enqueue` has --after:", "",
-        *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in ("after", "after_each")}), "",
-        *_wrapped("A task that waits for others is deferred. When one of them does not finish it is canceled, with the "
+        "Keys in files; `pilotq enqueue` has --after, --after-any and --after-notok:", "",
+        *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in ALL_FIELDS}), "",
+        *_wrapped("A task that waits for others is deferred. When one of them ends otherwise it is canceled, with the "
                   f"reason \"dependency\" ({REASONS['dependency']}), and so is what waits for it. `pilotq explain ID` "
-                  "names the task that did not finish, `pilotq retry` runs both again."),
+                  "names the task that was the cause, `pilotq retry` runs both again."),
     ])  # fmt: skip
 
 

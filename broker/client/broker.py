@@ -217,9 +217,9 @@ class Broker:
         """Run tasks again that have ended and did not finish; of an array those of its elements that did not finish.
 
         id -> what happened: 'queued', 'deferred' (a task it depends on has not ended), its status when there is nothing
-        to run again, 'dependency' (a task it depends on did not finish: retry that first, or with it), 'ending' (it was
-        canceled, and runs still), 'gone' (only the journal has it) or 'unknown'. Each gets one more execution, and
-        those that its retries left.
+        to run again, 'dependency' (a task it depends on did not end as required: retry that first, or with it),
+        'ending' (it was canceled, and runs still), 'gone' (only the journal has it) or 'unknown'. Each gets one more
+        execution, and those that its retries left.
         """
         return requeue(self.store, _unique(ids))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, UnknownTask
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument
 from pilotq.broker.store.store import Store, pack
-from pilotq.broker.tasks.dependencies import Element, Parent, Parents
+from pilotq.broker.tasks.dependencies import Dependency, Element, Parent, Parents, read_dependency
 from pilotq.broker.tasks.model import Task, id_of
 
 # What one script call handles: it holds up the server for some milliseconds.
@@ -131,7 +131,8 @@ def _ids(submission: Submission, answer: list[Any]) -> list[str]:
 def _checks(submission: Submission) -> Iterator[dict[str, Any]]:
     """Work that only names the parents of other submissions, in slices; those of this one are there with it."""
     plan = submission.plan
-    names = list(dict.fromkeys(p for several in plan.parents.after.values() for p in several if isinstance(p, str)))
+    known_before = (d.parent for several in plan.parents.after.values() for d in several if isinstance(d.parent, str))
+    names = list(dict.fromkeys(known_before))
     for first in range(0, len(names), PIECE_PARENTS):
         yield {"waits": [("", "", names[first : first + PIECE_PARENTS], 1)]}
     each = [
@@ -162,7 +163,7 @@ def _pieces(submission: Submission, past: Mapping[str, str]) -> Iterator[dict[st
 def _piece(submission: Submission, numbers: range, past: Mapping[str, str]) -> dict[str, Any]:
     work = _work(submission, numbers)
     sizes = {submission.ids[n]: submission.plan.tasks[n].size for n in numbers if submission.plan.tasks[n].is_array}
-    known = {p: past[p] for item in work["waits"] for p in item[2] if p in past} if past else {}
+    known = _known(past, (text for item in work["waits"] for text in item[2]))
     return {**work, "key": submission.key, "sizes": sizes, "past": known}
 
 
@@ -173,8 +174,12 @@ def _parts(submission: Submission, number: int, past: Mapping[str, str]) -> Iter
     for first in range(0, len(parents), PIECE_PARENTS):
         some = parents[first : first + PIECE_PARENTS]
         part = 1 if not first else -1 if first + PIECE_PARENTS >= len(parents) else 0
-        known = {p: past[p] for p in some if p in past}
-        yield {**piece, "waits": [(task_id, name, some, size, part)], "past": known}
+        yield {**piece, "waits": [(task_id, name, some, size, part)], "past": _known(past, some)}
+
+
+def _known(past: Mapping[str, str], dependencies: Iterable[str]) -> dict[str, str]:
+    """What the journal knows of these."""
+    return {p: past[p] for p, _ in map(read_dependency, dependencies) if p in past} if past else {}
 
 
 def _work(submission: Submission, numbers: range) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def _work(submission: Submission, numbers: range) -> dict[str, Any]:
     for number in numbers:
         task, name = plan.tasks[number], plan.classes[number]
         if after := plan.parents.after.get(number):
-            waits.append((ids[number], name, [parent_id(p, ids) for p in after], task.size))
+            waits.append((ids[number], name, [dependency_text(d, ids) for d in after], task.size))
         elif after_each := plan.parents.after_each.get(number):
             each.append((ids[number], name, [parent_id(p, ids) for p in after_each], task.size))
         else:
@@ -193,6 +198,11 @@ def _work(submission: Submission, numbers: range) -> dict[str, Any]:
         if task.values is not None:
             extra.append(keys.values(ids[number]))
     return {"groups": list(groups.items()), "waits": waits, "elementwise": each, "extra": extra}
+
+
+def dependency_text(dependency: Dependency, ids: list[str]) -> str:
+    """A dependency as it is stored, when the ids of its submission are known."""
+    return dependency.text(parent_id(dependency.parent, ids))
 
 
 def parent_id(parent: Parent, ids: list[str]) -> str:

@@ -17,6 +17,14 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.registry import nodes_and_missing, unavailable_nodes
 from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, parse_allocation
+from pilotq.broker.tasks.dependencies import (
+    ANY_END,
+    END_LETTERS,
+    FINISHED,
+    NOT_FINISHED,
+    Dependency,
+    read_dependency,
+)
 from pilotq.broker.tasks.states import REASONS
 
 NAMED = 5  # tasks that are named where there are more
@@ -24,6 +32,7 @@ CHAIN = 100  # how far the cause of an omitted task is followed
 SEARCHED_MAX = 100_000  # entries of a class list that are searched for the place of a task
 SHORT = 60  # characters of ranges of elements
 # Beginnings of texts of REASONS that continue a sentence with "it"; the others name a thing.
+HOW_IT_WAITS = {ANY_END: ", however that ends", NOT_FINISHED: ", and runs only if that does not finish"}
 PREDICATES = ("ended", "was", "ran", "could", "failed", "raised", "returned", "asks", "asked", "used")
 
 
@@ -80,10 +89,12 @@ class Explainer:
             found.why.append("it was canceled: its worker ends its processes, with SIGTERM and then SIGKILL")
 
     def _cause(self, view: TaskView, found: Explanation) -> None:
-        """Add the task that did not finish, at the beginning of the chain of tasks omitted because of it."""
+        """Add the task that did not end as required, at the beginning of the chain of tasks omitted because of it."""
         current, seen = view, {view.id}
         for _ in range(CHAIN):
-            bad = next((p for p in self._parents(current.id) if p.ended and p.status != "finished"), None)
+            bad = next(
+                (p for p, ends in self._parents(current.id) if p.ended and END_LETTERS[p.status] not in ends), None
+            )
             if bad is None or bad.id in seen:
                 break
             seen.add(bad.id)
@@ -98,9 +109,12 @@ class Explainer:
 
     def _deferred(self, view: TaskView, found: Explanation) -> None:
         parents = self._parents(view.id)
-        waits_for = [parent for parent in parents if not parent.ended]
-        found.tasks = [parent.id for parent in waits_for]
-        found.why = [f"it waits for {_named(parent)}, which is {parent.status}" for parent in waits_for[:NAMED]]
+        waits_for = [(parent, ends) for parent, ends in parents if not parent.ended]
+        found.tasks = [parent.id for parent, _ in waits_for]
+        found.why = [
+            f"it waits for {_named(parent)}, which is {parent.status}{HOW_IT_WAITS.get(ends, '')}"
+            for parent, ends in waits_for[:NAMED]
+        ]
         if len(waits_for) > NAMED:
             found.why.append(f"and for {len(waits_for) - NAMED:,} more")
         if not parents:
@@ -108,16 +122,21 @@ class Explainer:
         elif not waits_for:
             found.why = ["all that it waits for has ended: it is about to be released"]
 
-    def _parents(self, task_id: str) -> list[TaskView]:
-        """What a task depends on, or an element of an array; without tasks that are not known any more."""
+    def _parents(self, task_id: str) -> list[tuple[TaskView, str]]:
+        """What a task depends on, or an element of an array; without tasks that are not known any more.
+
+        Each with the letters of the ends that release it (see dependencies.py).
+        """
         after = self._fields(task_id, "pq_after")[0].split()
         if not after and (array := array_of(task_id)) is not None:
             text, each = self._fields(array, "pq_after", "pq_parents")
             after = self._same_elements(task_id, array, text.split()) if each else text.split()
         if not after:
-            after = sorted(m.decode() for m in self._link.call("SMEMBERS", keys.dependencies(task_id)))
-        views = (self._queries.task(parent) for parent in after)
-        return [view for view in views if view is not None]
+            ends = "kf" if self._fields(task_id, "allow_dependency_failures")[0] == "1" else FINISHED
+            members = self._link.call("SMEMBERS", keys.dependencies(task_id))
+            after = sorted(Dependency(m.decode(), ends).text(m.decode()) for m in members)
+        views = ((self._queries.task(parent), ends) for parent, ends in map(read_dependency, after))
+        return [(view, ends) for view, ends in views if view is not None]
 
     def _same_elements(self, task_id: str, array: str, parents: Sequence[str]) -> list[str]:
         """The elements of these arrays at the position of this one."""

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 from pilotq.broker import failpoints
-from pilotq.broker.client.commit import StatusesInJournal, Submission, SubmitPlan, commit, parent_id
+from pilotq.broker.client.commit import StatusesInJournal, Submission, SubmitPlan, commit, dependency_text, parent_id
 from pilotq.broker.errors import InvalidInput, NeverFits, ServerRefused
 from pilotq.broker.os_strings import encode, printable
 from pilotq.broker.rq.jobs import COMMAND_DATA
@@ -75,8 +75,8 @@ def _check_dependencies(tasks: Sequence[Task]) -> Parents:
 
     parents = resolve(tasks, place)
     for number, arrays in parents.after_each.items():
-        if tasks[number].after:
-            raise InvalidInput(f"{place(number, 'after_each')}: give after or after_each, not both")
+        if number in parents.after:
+            raise InvalidInput(f"{place(number, 'after_each')}: give after (or the like) or after_each, not both")
         if len(arrays) > AFTER_EACH_LIMIT:
             raise InvalidInput(f"{place(number, 'after_each')}: at most {AFTER_EACH_LIMIT} arrays, not {len(arrays)}")
     check_cycles(tasks, parents, place)
@@ -164,7 +164,8 @@ def _staging_commands(
     ]
     size = 0
     for number, task in enumerate(plan.tasks):
-        waits = plan.parents.after.get(number) or plan.parents.after_each.get(number)
+        waits = [dependency_text(dependency, ids) for dependency in plan.parents.after.get(number, ())]
+        waits += [parent_id(parent, ids) for parent in plan.parents.after_each.get(number, ())]
         spec = pack(spec_of(task, plan.payloads.get(number)))
         fields: list[Argument] = [
             # What scripts read most often comes first: a small hash is searched from its front.
@@ -176,7 +177,7 @@ def _staging_commands(
         if task.name is not None:
             fields += ["pq_name", printable(task.name)]
         if waits:
-            fields += ["pq_after", " ".join(parent_id(parent, ids) for parent in waits)]
+            fields += ["pq_after", " ".join(waits)]
         if task.retries:
             fields += ["pq_retries", task.retries]
         if task.is_array:

@@ -33,7 +33,7 @@ RELEASE_STEP_S = 2.0  # a process of RQ's may take so long between two steps of 
 # Answers of requeue.lua that mean that a task runs again, or has not ended at all.
 NOT_ENDED = ("queued", "deferred", "started", "scheduled")
 WHY_NOT_REQUEUED: Final = {
-    "dependency": "a task it depends on did not finish: requeue that first",
+    "dependency": "a task it depends on did not end as required: requeue that first",
     "damaged": "its record on the server is damaged: submit it again",
     "gone": "what it needs is not kept any more: submit it again",
     "ending": "it was canceled, and still runs: requeue it when it has ended",

@@ -13,6 +13,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.taskfiles import hq_directives, slurm_directives
 from pilotq.broker.taskfiles.directive_options import Option, Requested, words_of
+from pilotq.broker.tasks.dependencies import ALL_FIELDS
 from pilotq.broker.tasks.model import Request, Task
 
 OTHERS = frozenset({"#BSUB", "#COBALT", "#FLUX:", "#MSUB", "#OAR", "#PBS", "#PJM"})  # of other systems
@@ -51,8 +52,8 @@ class Directives:
         """
         notes = []
         own = frozenset(given)
-        arrays = {"array", "values"}
-        own |= arrays if own & arrays else set()
+        for together in (frozenset({"array", "values"}), frozenset(ALL_FIELDS)):
+            own |= together if own & together else frozenset()
         for asked in self._kinds:
             for name, why in asked.needed.items():
                 if name not in own:

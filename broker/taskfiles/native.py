@@ -17,7 +17,7 @@ from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.decode_errors import malformed_json, refuse_nul, utf8, wrong_field
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.lines import split_words
-from pilotq.broker.tasks.dependencies import check_cycles, resolve
+from pilotq.broker.tasks.dependencies import ALL_FIELDS, check_cycles, resolve
 from pilotq.broker.tasks.model import ArrayRange, Request, Task
 from pilotq.broker.tasks.quantities import parse_duration, parse_size, request_of
 from pilotq.broker.tasks.validation import validate
@@ -50,6 +50,8 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     array: str | None = None
     values: list[Scalar] | None = None
     after: str | list[str] | None = None
+    after_any: str | list[str] | None = None
+    after_notok: str | list[str] | None = None
     after_each: str | list[str] | None = None
     priority: Whole | None = None
     time_limit: float | str | None = None
@@ -164,10 +166,9 @@ def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict
     if entry.array is not None or entry.values is not None:
         changes["array"] = None if entry.array is None else _read(ArrayRange.parse, entry.array, f"{where}.array")
         changes["values"] = None if entry.values is None else texts(entry.values)
-    if entry.after is not None:
-        changes["after"] = [entry.after] if isinstance(entry.after, str) else entry.after
-    if entry.after_each is not None:
-        changes["after_each"] = [entry.after_each] if isinstance(entry.after_each, str) else entry.after_each
+    for key in ALL_FIELDS:
+        if (names := getattr(entry, key)) is not None:
+            changes[key] = [names] if isinstance(names, str) else names
     if entry.retry_on is not None:
         codes = entry.retry_on if isinstance(entry.retry_on, list) else [entry.retry_on]
         changes["retry_on"] = ",".join(map(str, codes))

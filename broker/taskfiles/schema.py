@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from pilotq.broker.taskfiles.native import Entry, File
+from pilotq.broker.tasks.dependencies import FIELDS
 from pilotq.broker.tasks.model import MODELS, PRIORITY_LIMIT
 
 # key, or keys of one kind -> (what is written, what it means), as docs/files.md and `pilotq help files` show them
@@ -65,9 +66,11 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         "text, or list of texts",
         "names of tasks of this file, ids, or `name:INDEX` for one element: all of them must have finished",
     ),
+    "after_any": ("the same", "they must have ended, in any way"),
+    "after_notok": ("the same", "they must have ended and not finished: failed, been stopped or canceled"),
     "after_each": (
         "text, or list of texts",
-        "arrays of the same length: element number i waits for number i of each. Not together with `after`",
+        "arrays of the same length: element number i waits for number i of each. Not together with the others",
     ),
     "priority": ("number, -1000 to 1000", "higher goes first. Default 0"),
     "time_limit": (
@@ -106,7 +109,7 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
     "queue": ("text", "the queue it waits in. Default `default`"),
 }
 # Of each of these a task may have one.
-ONE_OF: Final = (("command", "script", "function"), ("array", "values"), ("after", "after_each"))
+ONE_OF: Final = (("command", "script", "function"), ("array", "values"), *((key, "after_each") for key in FIELDS))
 
 
 def keys() -> dict[str, tuple[str, str]]:

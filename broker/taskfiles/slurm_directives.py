@@ -33,6 +33,9 @@ _SHORT = """
     O overcommit o output p partition q qos Q quiet S core-spec s oversubscribe t time v verbose V version
     w nodelist W wait x exclude
 """
+_DEPENDENCIES = {
+    "afterok": "after", "afterany": "after_any", "afternotok": "after_notok", "aftercorr": "after_each",
+}  # fmt: skip
 _RESOURCE_OPTIONS = """
     output error input nodes ntasks ntasks-per-node cpus-per-task exclusive mem mem-per-cpu mem-per-gpu gpus
     gpus-per-node gpus-per-task gres
@@ -67,6 +70,25 @@ def parse_time(text: str) -> float | None:
     return float(int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds) or None
 
 
+def parse_dependency(text: str) -> dict[str, list[str]]:
+    """``afterok:7:8,afterany:9`` -> the ids by field of Task.
+
+    >>> parse_dependency("afterok:7:8_1,afterany:9")
+    {'after': ['7', '8_1'], 'after_any': ['9']}
+    """
+    found: dict[str, list[str]] = {}
+    if "?" in text:
+        raise InvalidInput("a task waits for all that it names, not for one of them (?)")
+    for word in text.split(","):
+        kind, *ids = word.split(":")
+        if kind not in _DEPENDENCIES:
+            raise InvalidInput(f"{kind!r} is not known here: there are {', '.join(_DEPENDENCIES)}")
+        if not ids or not all(ids):
+            raise InvalidInput(f"{word!r} names no task: write {kind}:ID")
+        found.setdefault(_DEPENDENCIES[kind], []).extend(ids)
+    return found
+
+
 def read(options: dict[str, Option], asked: Requested) -> None:
     """Enter what the options ask for; the last one of a name counts. Raises InvalidInput."""
     for name, option in options.items():
@@ -75,7 +97,8 @@ def read(options: dict[str, Option], asked: Requested) -> None:
             asked.fields[what] = asked.parsed(option, parse)
             asked.obeyed[option] = what
         elif name == "dependency":
-            asked.needed["after"] = f"{option.text}: tasks have ids of their own here: give --after ID"
+            asked.fields |= asked.parsed(option, parse_dependency)
+            asked.obeyed[option] = "after"
         elif name in ("hetjob", "packjob"):
             raise InvalidInput(
                 f"line {option.line}: {asked.word} {name}: a task has the same resources on all its nodes"

@@ -1,4 +1,4 @@
-"""What tasks wait for: the names and ids in ``after`` and ``after_each`` of one submission, and cycles of them. Pure.
+"""What tasks wait for: the names and ids in ``after`` and the like of one submission, and cycles of them. Pure.
 
 Files of tasks and submits are checked by the same pair: `resolve` finds what each name stands for, `check_cycles`
 refuses tasks that wait for each other. A dependency is written in one of these forms:
@@ -9,6 +9,10 @@ refuses tasks that wait for each other. A dependency is written in one of these 
 ``7f``         the id of a task that was submitted before (``7f_3``: of an element), or RQ's UUID
 ``=ID``        an id in any case, also where a task has that name, or where a producer of RQ's chose it
 =============  =====================================================================================
+
+Which ends of a parent release what waits for it is written in letters: k (it finished), f (it failed), o (it was
+stopped, canceled or deleted). Any other end omits what waits. In Redis a dependency is the parent's id, with
+``:LETTERS`` behind it unless these are ``k``.
 """
 
 from __future__ import annotations
@@ -36,10 +40,37 @@ class Element(NamedTuple):
 Parent = int | Element | str
 
 
+FINISHED, ANY_END, NOT_FINISHED = "k", "kfo", "fo"
+FIELDS = {"after": FINISHED, "after_any": ANY_END, "after_notok": NOT_FINISHED}  # of Task
+ALL_FIELDS = (*FIELDS, "after_each")
+END_LETTERS = {"finished": "k", "failed": "f", "stopped": "o", "canceled": "o"}
+
+
+class Dependency(NamedTuple):
+    """A parent, and the letters of those of its ends that release what waits."""
+
+    parent: Parent
+    ends: str
+
+    def text(self, parent_id: str) -> str:
+        """As it is stored."""
+        return parent_id if self.ends == FINISHED else f"{parent_id}:{self.ends}"
+
+
+def read_dependency(text: str) -> tuple[str, str]:
+    """The reverse of `Dependency.text`: id and letters.
+
+    >>> [read_dependency(text) for text in ("7f", "7f_3:kfo")]
+    [('7f', 'k'), ('7f_3', 'kfo')]
+    """
+    parent, _, ends = text.partition(":")
+    return parent, ends or FINISHED
+
+
 class Parents(NamedTuple):
     """What tasks wait for, by the position of the one that waits; tasks that wait for nothing have no entry."""
 
-    after: dict[int, list[Parent]]
+    after: dict[int, list[Dependency]]
     after_each: dict[int, list[Parent]]
 
 
@@ -52,10 +83,8 @@ def resolve(tasks: Sequence[Task], place: Place) -> Parents:
     names = _names(tasks, place)
     found = Parents({}, {})
     for number, task in enumerate(tasks):
-        if task.after:
-            found.after[number] = [
-                _parent(text, tasks, names, place, number, "after") for text in dict.fromkeys(task.after)
-            ]
+        if task.after or task.after_any or task.after_notok:
+            found.after[number] = _dependencies(task, tasks, names, place, number)
         if task.after_each:
             found.after_each[number] = [
                 _array(text, tasks, names, place, number) for text in dict.fromkeys(task.after_each)
@@ -70,6 +99,22 @@ def _names(tasks: Sequence[Task], place: Place) -> dict[str, int]:
             other = place(names[task.name], "").rpartition(": ")[2]
             raise InvalidInput(f"{place(number, 'name')}: {task.name!r} is the name of {other} already")
     return names
+
+
+def _dependencies(
+    task: Task, tasks: Sequence[Task], names: dict[str, int], place: Place, waiting: int
+) -> list[Dependency]:
+    """Each parent once; one that is named twice must end as both want it."""
+    ends: dict[Parent, str] = {}
+    for field, letters in FIELDS.items():
+        for text in dict.fromkeys(getattr(task, field)):
+            parent = _parent(text, tasks, names, place, waiting, field)
+            ends[parent] = "".join(letter for letter in ends.get(parent, ANY_END) if letter in letters)
+            if not ends[parent]:
+                raise InvalidInput(
+                    f"{place(waiting, field)}: {text!r} is in after, too: it would have to end in two ways"
+                )
+    return [Dependency(parent, letters) for parent, letters in ends.items()]
 
 
 def _parent(text: str, tasks: Sequence[Task], names: dict[str, int], place: Place, waiting: int, field: str) -> Parent:
@@ -112,9 +157,10 @@ def _element(text: str, tasks: Sequence[Task], names: dict[str, int]) -> Element
 def check_cycles(tasks: Sequence[Task], parents: Parents, place: Place) -> None:
     """Raise InvalidInput, with the path, when tasks wait for each other."""
     edges: dict[int, list[int]] = {}
-    for several in parents:
-        for number, found in several.items():
-            edges.setdefault(number, []).extend(_positions(found))
+    for number, dependencies in parents.after.items():
+        edges[number] = list(_positions(dependency.parent for dependency in dependencies))
+    for number, arrays in parents.after_each.items():
+        edges.setdefault(number, []).extend(_positions(arrays))
     if cycle := _cycle(edges):
         path = " -> ".join(tasks[number].name or "" for number in cycle)
         raise InvalidInput(f"{place(cycle[0], 'after')}: tasks wait for each other: {path}")

@@ -198,8 +198,10 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     stand for the element's own (only these two: any other braces stay as they are). A value is never code of a shell:
     see shell_code.py. Programs have it as PILOTQ_VALUE, too. In ``cwd`` and the three files ``{id}`` is the task's id.
     In all of these ``{attempt}`` is the number of the execution, 1 at first, of any task.
-    ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id); ``after_each`` names
-    arrays of the same length, whose element i must end before element i of this array starts.
+    ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id): they must finish before
+    it starts. Those of ``after_any`` must end in any way, and those of ``after_notok`` otherwise than by finishing
+    (they fail, are stopped or canceled). ``after_each`` names arrays of the same length, whose element i must finish
+    before element i of this array starts.
     """
 
     command: list[str] | None = None
@@ -212,6 +214,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     array: ArrayRange | None = None
     values: list[str] | None = None
     after: list[str] = []
+    after_any: list[str] = []
+    after_notok: list[str] = []
     after_each: list[str] = []
     priority: int = 0
     time_limit: float | None = None

@@ -96,7 +96,7 @@ REASONS: Final[dict[str, str]] = {
     "memory": "used too much memory",
     "canceled": "was canceled by its user",
     "stopped": "was stopped by its user",
-    "dependency": "a task it depends on did not finish",
+    "dependency": "a task it depends on did not end as required",
     "not found": "its program, directory or input file does not exist or may not be used",
     "launch": "could not be started",
     "launch hangs": "starting it did not return (a file system or device hangs)",

@@ -102,6 +102,8 @@ _TASK: dict[str, Check] = {
     "name": _TEXT,
     "values": _TEXTS,
     "after": (_texts, "a list of ids or names"),
+    "after_any": (_texts, "a list of ids or names"),
+    "after_notok": (_texts, "a list of ids or names"),
     "after_each": (_texts, "a list of ids or names"),
     "priority": _WHOLE,
     "time_limit": _SECONDS,

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pilotq.broker.client.broker import Broker
+from pilotq.broker.tasks.dependencies import ALL_FIELDS
 from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.cli import formatting
 from pilotq.cli.options import (
@@ -22,7 +23,11 @@ from pilotq.cli.task_selection import ids_of
 @click.command("enqueue", context_settings={"allow_interspersed_args": False}, no_args_is_help=True)
 @task_options
 @click.option("--nodes", "task_nodes", metavar="N|MIN-MAX", help="Nodes, each with --cores, or entire ones.")
-@click.option("--after", multiple=True, metavar="ID", help="Wait until ID has finished; may be repeated.")
+@click.option(
+    "--after", "--after-ok", "after", multiple=True, metavar="ID", help="Wait until ID has finished; may be repeated."
+)
+@click.option("--after-any", multiple=True, metavar="ID", help="Wait until ID has ended in any way.")
+@click.option("--after-notok", multiple=True, metavar="ID", help="Run only if ID has ended and not finished.")
 @learn_option
 @dir_option
 @json_option
@@ -37,6 +42,7 @@ def enqueue_command(
     """
     task = task_of(command, options)
     with Broker.connect(directory) as broker:
-        task.after = [f"={task_id}" for task_id in ids_of(broker, task.after)]
+        for field in ALL_FIELDS:
+            setattr(task, field, [f"={task_id}" for task_id in ids_of(broker, getattr(task, field))])
         (task_id,) = broker.enqueue_many([task], context=capture_context(options["env_policy"]), learn=learn)
     formatting.print_ids([(task_id, task.name or "", task.size)], as_json)

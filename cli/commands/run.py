@@ -188,7 +188,7 @@ def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], val
 def _preflight(tasks: Sequence[Task], options: SupervisorOptions, *, fresh: bool) -> None:
     """Refuse what the pilot would refuse, before there is one: nothing is left behind then."""
     plan = check(tasks, [node_info(node) for node in options.nodes])
-    for parent in (p for parents in plan.parents.after.values() for p in parents):
+    for parent, _ in (d for dependencies in plan.parents.after.values() for d in dependencies):
         if fresh and isinstance(parent, str):  # the id of a task submitted before
             raise UnknownTask(f"after: there is no task {parent!r}: a new pilot has no tasks yet")
 

@@ -439,7 +439,9 @@ def test_what_has_no_value_says_why(pilot: LivePilot) -> None:
     assert found[limited].startswith(
         f"FunctionFailed: task {limited} failed: it ran longer than its time limit (node n1"
     )
-    assert found[behind] == f"FunctionCanceled: task {behind} was canceled: a task it depends on did not finish"
+    assert (
+        found[behind] == f"FunctionCanceled: task {behind} was canceled: a task it depends on did not end as required"
+    )
     assert found[killer] == f"FunctionFailed: task {killer} failed: its worker died under it too often"
     assert found[missing] == "ModuleNotFoundError: No module named 'no'"
     assert found[odd].endswith(f"task {odd}: tests.support.functions.Stubborn: no pickle")

@@ -6,7 +6,7 @@
 -- ARGV: 1 queue id, 2 submission key, 3 now (unix s), 4 now (ISO), 5 first task number, 6 number of records,
 --       7 number of tasks, 8 ttl of canceled records (s), 9 msgpack {
 --         groups = [[class, [id, ...]], ...]      go straight to their lists
---         waits  = [[id, class, [parent, ...], number of tasks], ...]    wait for whole tasks; in pieces with a fifth: some of its
+--         waits  = [[id, class, [dependency, ...], number of tasks], ...]    wait for whole tasks; in pieces with a fifth: some of its
 --           parents: 1 the first, 0 others, -1 the last ones
 --         elementwise = [[array id, class, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
@@ -56,7 +56,8 @@ end
 local unknown, asked = {}, {}
 for _, items in ipairs({work.waits or {}, work.elementwise or {}}) do
   for _, item in ipairs(items) do
-    for _, parent in ipairs(item[3]) do
+    for _, text in ipairs(item[3]) do
+      local parent = parent_of(text)
       if not asked[parent] and not status_of(parent, work.past) then unknown[#unknown + 1] = parent end
       asked[parent] = true
     end

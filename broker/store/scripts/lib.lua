@@ -49,6 +49,19 @@ local STATUSES = {queued = true, deferred = true, scheduled = true, rate_limited
 
 local ENDED = {finished = true, failed = true, stopped = true, canceled = true}
 
+-- A dependency as text is the id of a parent and, behind a colon, the letters of those of its ends that release what waits; without
+-- them only 'k' does.
+local END_LETTERS = {finished = 'k', failed = 'f', stopped = 'o', canceled = 'o'}
+
+local function parent_of(text)
+  if not string.find(text, ':', 1, true) then return text, 'k' end
+  local parent, ends = string.match(text, '^(.*):([kfo]+)$')
+  return parent or text, ends or 'k'
+end
+
+-- The reverse.
+local function dependency_on(parent, ends) return ends == 'k' and parent or parent .. ':' .. ends end
+
 -- How many elements an array has; nil where the text is none. An array of one range is 'start:step:count'. Of several it is
 -- 'first:0:count', and for each range ' position start step', in numbers of one width (broker/tasks/array_indices.py).
 local function count_of(text)
@@ -351,8 +364,7 @@ end
 -- record may be gone by then.
 local function request_release(id, dependents, status)
   if not dependents then return end
-  local kind = status == 'finished' and 'k:' or (status == 'failed' and 'f:' or 'o:')
-  redis.call('RPUSH', 'pilotq:release', kind .. id)
+  redis.call('RPUSH', 'pilotq:release', END_LETTERS[status] .. ':' .. id)
 end
 
 -- What somebody waits for: the reconciler looks whether it is still there.
@@ -537,7 +549,7 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   notify_executor(v[4], id, 'canceled', reason, '')
 end
 
--- A task or array is not run because a task it depends on did not finish.
+-- A task or array is not run because a task it depends on did not end as required.
 local function omit(id, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_array', 'pq_sub')
   if not v[1] then return end_unrun(id, 'dependency', now, now_iso, ttl) end

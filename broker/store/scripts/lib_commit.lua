@@ -7,8 +7,10 @@ local parents, elements, counts = {}, {}, {}
 
 -- The status of a parent. Elements have no record of their own before they run and after they finished.
 local function read_parent(parent)
-  local status = redis.pcall('HGET', job_key(parent), 'status')
-  if type(status) == 'table' then return false end -- a stranger's key
+  local v = redis.pcall('HMGET', job_key(parent), 'status', 'pq_class', 'pq_reason')
+  if v.err then return false end -- a stranger's key
+  -- RQ's cancel says so while it may still run; its end is to come.
+  local status = v[1] == 'canceled' and v[2] and not v[3] and 'started' or v[1]
   redis.call('LLEN', dependents_key(parent)) -- what cannot be written to raises here, and not between two writes
   redis.call('LLEN', elementwise_key(parent))
   local array, index = string.match(parent, '^(.-)_(%d+)$')
@@ -35,33 +37,36 @@ end
 
 local function bad(status) return status == 'failed' or status == 'stopped' or status == 'canceled' end
 
--- What has no record any more had finished: what did not is kept longer than those that depend on it. Not `status_of`, which
--- remembers: a parent may be requeued in this very call.
+-- Not `status_of`, which remembers: a parent may be requeued in this very call.
 local function present_status(parent)
   local status = read_parent(parent) or redis.pcall('HGET', job_key(parent), 'status')
-  return type(status) == 'string' and status or 'finished'
+  return type(status) == 'string' and status
 end
 
--- Those of the parents (ids with spaces between) that have not ended, from an offset on; nil when one ended, and did not finish.
--- Also how many were looked at, and the offset to go on from when there may be more than `limit`.
-local function open_parents(after, offset, limit)
+-- Those of the parents (dependencies with spaces between) that have not ended, from an offset on; nil when one ended otherwise than
+-- it is to. Also how many were looked at, and the offset to go on from when there may be more than `limit`. What has no record any
+-- more had finished, as what did not is kept longer than those that it omits; but what ran and was not `omitted` had its way.
+local function open_parents(after, offset, limit, omitted)
   local open, number = {}, 0
   while number < limit do
-    local parent, behind = string.match(after or '', '^%s*(%S+)()', offset)
-    if not parent then return open, number end
+    local text, behind = string.match(after or '', '^%s*(%S+)()', offset)
+    if not text then return open, number end
     number, offset = number + 1, behind
+    local parent, ends = parent_of(text)
     local status = present_status(parent)
-    if bad(status) then return nil, number end
-    if status ~= 'finished' then open[#open + 1] = parent end
+    local kind = END_LETTERS[status or omitted and 'finished']
+    if kind and not string.find(ends, kind, 1, true) then return nil, number end
+    if status and not kind then open[#open + 1] = text end
   end
   return open, number, offset
 end
 
 -- These parents release a task that waits again. `wait`: it may have been canceled while it waited; what stands of that in the
 -- lists of parents counts no more.
-local function wait_for_all(id, wait, parents)
-  for _, parent in ipairs(parents) do
-    redis.call('RPUSH', dependents_key(parent), id .. '#' .. wait)
+local function wait_for_all(id, wait, dependencies)
+  for _, text in ipairs(dependencies) do
+    local parent, ends = parent_of(text)
+    redis.call('RPUSH', dependents_key(parent), dependency_on(id .. '#' .. wait, ends))
     track_parent(parent)
     local array = elements[parent]
     redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
@@ -86,21 +91,29 @@ local function admit(work, staged, now, now_iso, ttl)
     return false
   end
 
+  -- How a parent has ended; nil if it has not. One without a record had finished: it was there at the commit.
+  local function end_of(parent)
+    local status = status_of(parent, work.past)
+    return END_LETTERS[omitted[elements[parent]] and 'canceled' or status or 'finished']
+  end
+
   local function is_broken(item)
-    for _, parent in ipairs(item[3]) do
-      local status = status_of(parent, work.past)
-      if bad(status) or omitted[elements[parent]] then return true end
+    for _, text in ipairs(item[3]) do
+      local parent, ends = parent_of(text)
+      local kind = end_of(parent)
+      if kind and not string.find(ends, kind, 1, true) then return true end
     end
     return false
   end
 
-  -- The parents of an item that have not ended will release it. One without a record had finished: it was there at the commit.
+  -- The parents of an item that have not ended will release it.
   local function wait_for_parents(item)
     local left = 0
-    for _, parent in ipairs(item[3]) do
-      if status_of(parent, work.past) and parents[parent] ~= 'finished' then
+    for _, text in ipairs(item[3]) do
+      local parent, ends = parent_of(text)
+      if not end_of(parent) then
         left = left + 1
-        redis.call('RPUSH', dependents_key(parent), item[1])
+        redis.call('RPUSH', dependents_key(parent), dependency_on(item[1], ends))
         track_parent(parent)
         if elements[parent] then
           redis.call('HSET', job_key(elements[parent]), 'pq_elementwise', '1')

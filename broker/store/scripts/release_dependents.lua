@@ -3,7 +3,7 @@
 -- Takes entries from the front of pilotq:release until about `limit` dependents were handled; what is left of an entry
 -- goes back to the front.
 --   'k:<id>' a task or array has finished, 'f:<id>' it failed, 'o:<id>' it was stopped, canceled or deleted: what waits for
---      all of it is in pilotq:dependents:<id>; jobs of RQ's producers may allow that it failed;
+--      all of it is in pilotq:dependents:<id>; each entry there says which of these release it;
 --   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:elementwise:<array> wait for each of them, and
 --      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once.
 --      A fifth part is the number of arrays that were handled of the first position;
@@ -38,15 +38,14 @@ local function release_rq_job(id, class)
 end
 
 -- An entry names the wait that it is for: who was canceled and requeued meanwhile waits anew, and counts that parent no more.
-local function release(id, wait, kind)
-  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'allow_dependency_failures', 'pq_open_parents',
-    'pq_wait')
-  if (v[6] or '') ~= wait then return end
+local function release(id, wait, ends, kind)
+  local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_sub', 'pq_open_parents', 'pq_wait')
+  if (v[5] or '') ~= wait then return end
   if v[2] and not STATUSES[v[1]] then damaged('status', v[1]) end
   if v[1] ~= 'deferred' and not (v[1] == 'queued' and is_hidden(id, v[3] or '')) then return end
   class_in(v[2])
-  if kind ~= 'k' and not (kind == 'f' and v[4] == '1') then return omit(id, now, now_iso, ttl) end
-  local open = number_in('pq_open_parents', v[5]) - 1
+  if not string.find(ends, kind, 1, true) then return omit(id, now, now_iso, ttl) end
+  local open = number_in('pq_open_parents', v[4]) - 1
   redis.call('HSET', job_key(id), 'pq_open_parents', string.format('%d', open))
   if open > 0 then return end
   redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
@@ -59,8 +58,9 @@ local function release_dependents_of(parent, kind, array)
   if status and STATUSES[status] and not ENDED[status] then return 0, false end
   local dependents = redis.call('LPOP', dependents_key(parent), limit) or {}
   for _, entry in ipairs(dependents) do
-    local id, wait = string.match(entry, '^(.*)#([0-9a-v]+)$')
-    guarded(moment, id or entry, release, id or entry, wait or '', kind)
+    local dependent, ends = parent_of(entry)
+    local id, wait = string.match(dependent, '^(.*)#([0-9a-v]+)$')
+    guarded(moment, id or dependent, release, id or dependent, wait or '', ends, kind)
   end
   return #dependents, redis.call('EXISTS', dependents_key(parent)) == 1
 end
@@ -171,7 +171,7 @@ local function wait_on(id, wait, offset)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_class', 'pq_wait', 'pq_after', 'pq_open_parents', 'pq_sub')
   if v[3] ~= wait or v[1] ~= 'deferred' and not (v[1] == 'queued' and is_hidden(id, v[6] or '')) then return 0 end
   class_in(v[2])
-  local open, number, rest = open_parents(v[4], offset, PARENTS)
+  local open, number, rest = open_parents(v[4], offset, PARENTS, true)
   if not open then
     omit(id, now, now_iso, ttl)
     return number

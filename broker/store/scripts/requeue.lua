@@ -9,7 +9,7 @@
 --       5... outcomes of arrays.
 -- Returns for each, or for the first ones only when they are much work: 'queued', 'deferred' (what it depends on has not ended;
 --       of very many parents that is looked at later), 'dependency' (what it depends on has not
---       finished), 'gone' (something that it needs was forgotten), 'ending' (it was canceled, and runs still), 'changed'
+--       ended as required), 'gone' (something that it needs was forgotten), 'ending' (it was canceled, and runs still), 'changed'
 --       (the outcomes are others: read them again), 'damaged' (its record cannot be used), 'unknown', or its status when there
 --       is nothing to run again.
 if not queue_id_ok() then return queue_id_error() end
@@ -45,10 +45,10 @@ local function note(id, name, submission, array)
 end
 
 -- What is to be waited for, see open_parents; of very many it is not known yet.
-local function parents_of(after)
+local function parents_of(after, omitted)
   work = work + #(after or '') / MANY
   if #(after or '') > MANY then return {}, true end
-  local open, number = open_parents(after, 1, MANY)
+  local open, number = open_parents(after, 1, MANY, omitted)
   work = work + number
   return open, false
 end
@@ -81,7 +81,7 @@ local function requeue_task(id, v)
   local requeued = status == 'queued' and v[7]
   if not requeued and not bad(status) then return status end
   if status == 'canceled' and redis.call('TTL', job_key(id)) < 0 then return 'ending' end
-  local parents, many = parents_of(v[5])
+  local parents, many = parents_of(v[5], v[7] == 'dependency')
   if not parents then return 'dependency' end
   class_in(class)
   if not needs_there(submission) then return 'gone' end
@@ -130,7 +130,7 @@ end
 local function hindrance(f)
   if (f.cancel or f.status == 'canceled') and not f.ended then return 'ending' end
   if f.parents and not all_there(f.after) or not needs_there(f.sub) then return 'gone' end
-  if not f.parents and not parents_of(f.after) then return 'dependency' end
+  if not f.parents and not parents_of(f.after, f.reason == 'dependency') then return 'dependency' end
 end
 
 local function reopen(id, f)
@@ -160,7 +160,7 @@ local function requeue_array(id, item)
   uncount(f.sub, 'canceled', item[5])
   note(id, f.name, f.sub)
   if not f.parents then
-    local parents, many = parents_of(f.after)
+    local parents, many = parents_of(f.after, f.reason == 'dependency')
     if many or #parents > 0 then return wait_for(id, f.class, parents, many) end
     return queue_up(id, f.class)
   end
@@ -191,7 +191,7 @@ end
 -- Has what the whole array waits for ended? An element that failed had begun: then it had.
 local function ready_to_run(f, outcome)
   if f.parents then return true end
-  local open, many = parents_of(f.after)
+  local open, many = parents_of(f.after, f.reason == 'dependency')
   return many and outcome == 2 or not many and #open == 0
 end
 

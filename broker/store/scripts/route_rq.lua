@@ -63,21 +63,22 @@ end
 -- without a record as met: it has finished some time ago.
 local function parents_of(id)
   local open, broken = {}, false
-  local tolerant = redis.call('HGET', job_key(id), 'allow_dependency_failures') == '1'
+  local ends = redis.call('HGET', job_key(id), 'allow_dependency_failures') == '1' and 'kf' or 'k'
   for _, parent in ipairs(redis.call('SMEMBERS', 'rq:job::' .. id .. ':dependencies')) do
     local status = redis.pcall('HGET', job_key(parent), 'status')
     if type(status) ~= 'string' then status = nil end
-    if status == 'stopped' or status == 'canceled' or (status == 'failed' and not tolerant) then
+    local kind = END_LETTERS[status]
+    if kind and not string.find(ends, kind, 1, true) then
       broken = true
-    elseif status and status ~= 'finished' and status ~= 'failed' then
+    elseif status and not kind then
       open[#open + 1] = parent
     end
   end
-  return open, broken
+  return open, broken, ends
 end
 
 local function adopt(id, queue, class)
-  local open, broken = parents_of(id)
+  local open, broken, ends = parents_of(id)
   if broken then return omit(id, now, now_iso, ttl) end
   if #open == 0 then
     redis.call('ZREM', registry('deferred', queue), id)
@@ -89,7 +90,7 @@ local function adopt(id, queue, class)
   redis.call('HSET', job_key(id), 'pq_wait', wait)
   for _, parent in ipairs(open) do
     local array = redis.call('HGET', job_key(parent), 'pq_array_of')
-    redis.call('RPUSH', dependents_key(parent), id .. '#' .. wait)
+    redis.call('RPUSH', dependents_key(parent), dependency_on(id .. '#' .. wait, ends))
     redis.call('HSET', job_key(array or parent), array and 'pq_elementwise' or 'pq_has_dependents', '1')
     track_parent(parent)
   end

@@ -188,8 +188,24 @@ def test_dependencies(engine: Engine) -> None:
     for task_id in (child, grandchild):
         found = explain(engine, task_id)
         assert found.tasks == [parents[0]]
-        assert found.why[0] == "a task it depends on did not finish"
+        assert found.why[0] == "a task it depends on did not end as required"
         assert found.why[1].startswith(f"task {parents[0]} (p0) failed: it ended with a non-zero exit code (1), after")
+
+
+def test_how_it_waits(engine: Engine) -> None:
+    engine.register()
+    a, b, c = engine.submit(*[task(name=name) for name in "abc"])
+    waits, omitted = engine.submit(task(after=["=" + c], after_any=[a], after_notok=[b]), task(after_notok=[a]))
+    assert explain(engine, waits).why == [
+        f"it waits for task {c} (c), which is queued",
+        f"it waits for task {a} (a), which is queued, however that ends",
+        f"it waits for task {b} (b), which is queued, and runs only if that does not finish",
+    ]
+    engine.complete(engine.claim(1))
+    engine.release_dependents()
+    found = explain(engine, omitted)
+    assert found.why[0] == "a task it depends on did not end as required"
+    assert found.why[1].startswith(f"task {a} (a) finished: it finished") and found.tasks == [a]
 
 
 def test_elements_wait_for_elements(engine: Engine) -> None:
@@ -272,7 +288,7 @@ def test_a_life(live: LivePilot, tmp_path: Path) -> None:
     assert done.returncode == 0
     text = done.stdout.decode()
     assert text.startswith(f"task {first} (first) failed\n  it ended") and "\n    sorry\n" in text
-    assert f"\n\ntask {child} is canceled\n  a task it depends on did not finish\n" in text
+    assert f"\n\ntask {child} is canceled\n  a task it depends on did not end as required\n" in text
     assert json.loads(live.cli("explain", first, "--json").stdout)[0]["why"] == found.why
 
 

@@ -24,6 +24,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.messages import Run
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store
+from pilotq.broker.tasks.dependencies import FIELDS
 from pilotq.broker.tasks.model import ArrayRange
 from pilotq.broker.tasks.states import ENDED
 from tests.support.engine import ONE, QUEUE_ID, Engine, fixtures, task
@@ -40,7 +41,7 @@ class Unit:
 
     id: str
     retries: int
-    parents: list[str]  # units or arrays
+    parents: list[tuple[str, str]]  # units or arrays, and the letters of the ends that release it
     array: str = ""
     status: str = "waiting"
     execution: int = 0
@@ -60,19 +61,22 @@ class Model:
     each: set[str] = field(default_factory=set)  # arrays that wait element by element
     retries: dict[str, int] = field(default_factory=dict)  # of arrays, and how often they ended before a retry
     ends: Counter[str] = field(default_factory=Counter)
-    doomed: set[str] = field(default_factory=set)  # RQ has canceled them, though they run still
 
-    def born(self, parents: list[str]) -> str:
-        """What a new task with these parents is."""
-        return "canceled" if self.doomed & set(parents) else "waiting"
-
-    def good(self, name: str) -> bool:
-        return all(self.units[i].status == "finished" for i in self.arrays.get(name, [name]))
-
-    def bad(self, name: str) -> bool:
-        """It has ended, and not finished."""
+    def end_of(self, name: str) -> str:
+        """The letter of its end; empty while it has not ended."""
         words = [self.units[i].status for i in self.arrays.get(name, [name])]
-        return all(w in ENDED for w in words) and any(w in BAD for w in words)
+        if not all(w in ENDED for w in words):
+            return ""
+        return "k" if not any(w in BAD for w in words) else "f"
+
+    def met(self, dependency: tuple[str, str]) -> bool:
+        """It has ended as required. Those that are drawn here tell nothing but `k` from the other letters."""
+        end = self.end_of(dependency[0])
+        return bool(end) and end in dependency[1]
+
+    def missed(self, dependency: tuple[str, str]) -> bool:
+        end = self.end_of(dependency[0])
+        return bool(end) and end not in dependency[1]
 
     def settle(self) -> None:
         """What release_dependents.lua does until nothing is left: tasks are omitted, transitively."""
@@ -80,7 +84,7 @@ class Model:
         while changed:
             changed = False
             for unit in self.units.values():
-                if unit.status == "waiting" and any(self.bad(p) for p in unit.parents):
+                if unit.status == "waiting" and any(map(self.missed, unit.parents)):
                     unit.status, changed = "canceled", True
 
     def retry(self, units: list[Unit]) -> None:
@@ -89,10 +93,9 @@ class Model:
             unit.status, unit.cancel, unit.rq, unit.crashes, unit.again = "waiting", False, False, 0, True
             unit.retries = self.retries.get(unit.array, unit.retries)
             unit.met = False
-            self.doomed -= {unit.id, unit.array}
 
     def ready(self) -> list[str]:
-        return [u.id for u in self.units.values() if u.status == "waiting" and all(map(self.good, u.parents))]
+        return [u.id for u in self.units.values() if u.status == "waiting" and all(map(self.met, u.parents))]
 
     def requeue(self, unit: Unit) -> None:
         unit.status = "canceled" if unit.cancel else "waiting"
@@ -116,6 +119,10 @@ class Model:
         return "retry"
 
 
+def dependencies(fields: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(name, FIELDS[field]) for field, names in fields.items() for name in names]
+
+
 class Machine(RuleBasedStateMachine):
     engine: Engine
 
@@ -128,38 +135,42 @@ class Machine(RuleBasedStateMachine):
 
     # -- submitting -------------------------------------------------------------------------------------------------
 
-    def _parents(self, data: st.DataObject) -> list[str]:
+    def _parents(self, data: st.DataObject) -> dict[str, list[str]]:
+        """Some tasks by the field that names them."""
         names = [*(u.id for u in self.model.units.values()), *self.model.arrays]
-        return data.draw(st.lists(st.sampled_from(names), max_size=2, unique=True)) if names else []
+        chosen = data.draw(st.lists(st.sampled_from(names), max_size=2, unique=True)) if names else []
+        found: dict[str, list[str]] = {}
+        for name in chosen:
+            found.setdefault(data.draw(st.sampled_from([*FIELDS, "after"])), []).append(name)
+        return found
 
     @precondition(lambda self: len(self.model.units) < 30)
     @rule(data=st.data(), count=st.integers(1, 4), retries=st.integers(0, 2))
     def submit_tasks(self, data: st.DataObject, count: int, retries: int) -> None:
-        parents = self._parents(data)
-        for task_id in self.engine.submit(*[task(retries=retries, after=parents)] * count):
-            self.model.units[task_id] = Unit(task_id, retries, parents, status=self.model.born(parents))
+        fields = self._parents(data)
+        parents = dependencies(fields)
+        for task_id in self.engine.submit(*[task(retries=retries, **fields)] * count):
+            self.model.units[task_id] = Unit(task_id, retries, parents)
 
     @precondition(lambda self: len(self.model.units) < 30)
     @rule(data=st.data(), size=st.integers(1, 5), retries=st.integers(0, 1), by_element=st.booleans())
     def submit_array(self, data: st.DataObject, size: int, retries: int, by_element: bool) -> None:
-        born = "waiting"
         indices = sorted(data.draw(st.sets(st.integers(0, 12), min_size=size, max_size=size)))
         span = ArrayRange.of(indices)
         like = [a for a, members in self.model.arrays.items() if len(members) == size]
         if by_element and like:
             each = data.draw(st.lists(st.sampled_from(like), min_size=1, max_size=2, unique=True))
             (name,) = self.engine.submit(task(array=span, retries=retries, after_each=each))
-            parents = [[self.model.arrays[p][n] for p in each] for n in range(size)]
+            parents = [[(self.model.arrays[p][n], "k") for p in each] for n in range(size)]
             self.model.each.add(name)
         else:
-            after = self._parents(data)
-            (name,) = self.engine.submit(task(array=span, retries=retries, after=after))
-            parents = [after] * size
-            born = self.model.born(after)
+            fields = self._parents(data)
+            (name,) = self.engine.submit(task(array=span, retries=retries, **fields))
+            parents = [dependencies(fields)] * size
         self.model.retries[name] = retries
         self.model.arrays[name] = [f"{name}_{n}" for n in indices]
         for member, waits_for in zip(self.model.arrays[name], parents, strict=True):
-            self.model.units[member] = Unit(member, retries, waits_for, name, born)
+            self.model.units[member] = Unit(member, retries, waits_for, name)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -258,8 +269,6 @@ class Machine(RuleBasedStateMachine):
             # An element that has ended, and its record with it; or release_dependents.lua has still to do that.
             assert answer in (COUNTED[units[name].status], "stopping")
             return
-        if pressed and (name in self.model.arrays or not units[name].array):
-            self.model.doomed.add(name)
         for unit in members:
             if unit.status == "waiting":
                 unit.status = "canceled"
@@ -280,7 +289,7 @@ class Machine(RuleBasedStateMachine):
         (answer,) = requeue(self.engine.store, [name]).values()
         wanted = [m for m in members if m.status in BAD]
         if answer not in ("queued", "deferred") or not wanted:
-            unfinished = [p for m in members for p in m.parents if not self.model.good(p)]
+            unfinished = [p for m in members for p in m.parents if not self.model.met(p)]
             assert not wanted or unfinished or self._is_ending(members), (answer, members)
             return
         self.model.retry(wanted)

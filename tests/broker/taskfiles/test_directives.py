@@ -57,6 +57,9 @@ SLURM: list[tuple[str, dict[str, Any]]] = [
     ("--gpus=2", {"request": Request(gpus=2)}),
     ("--gres=gpu:a100:2 --mem-per-gpu=1G", {"request": Request(gpus=2, memory=2 << 30)}),
     ("--gres=gpu", {"request": Request(gpus=1)}),
+    ("--dependency=afterany:1:2,afternotok:3,afterok:4_7:prep,afterany:5",
+     {"after": ["4_7", "prep"], "after_any": ["1", "2", "5"], "after_notok": ["3"]}),
+    ("-d aftercorr:9", {"after_each": ["9"]}),
     ("-N 2 -G 3 --ntasks-per-node=1", {"request": Request(nodes=(2, 2), gpus=2)}),
     ("--gpus-per-node=h100:1", {"request": Request(gpus=1)}),
     ("--gpus-per-task=2 --ntasks-per-node=2", {"request": Request(cores=(2, 2), gpus=4)}),
@@ -147,7 +150,9 @@ def test_what_has_no_meaning_is_named(line: str, named: str) -> None:
         ("#SBATCH --mem=much", "job.sh: line 4: #SBATCH --mem=much: 'much' is no size"),
         ("#SBATCH --time", "job.sh: line 4: #SBATCH --time has no value"),
         ("#SBATCH --comment='x", "job.sh: line 4: no closing quotation"),
-        ("#SBATCH --dependency=afterok:5", "job.sh: #SBATCH --dependency=afterok:5: tasks have ids of their own here"),
+        ("#SBATCH -d afterok:5?afterok:6", "job.sh: line 4: #SBATCH -d afterok:5?afterok:6: a task waits for all that"),
+        ("#SBATCH --dependency=singleton", "job.sh: line 4: #SBATCH --dependency=singleton: 'singleton' is not known"),
+        ("#SBATCH --dependency=afterok:", "job.sh: line 4: #SBATCH --dependency=afterok:: 'afterok:' names no task"),
         ("#HQ --each-line values", "job.sh: #HQ --each-line values: give --each-line FILE on the command line"),
         ("#SBATCH -n 2\n#SBATCH hetjob\n#SBATCH -n 4", "job.sh: line 5: #SBATCH hetjob: a task has the same resources"),
         ("#HQ --nodes=x", "job.sh: line 4: #HQ --nodes=x: 'x' is no whole number"),
@@ -169,7 +174,7 @@ def test_what_is_said_elsewhere_is_stronger() -> None:
         name="mine", stdout="my", values=["x", "y"], time_limit=300.0, after=["3"],
         env={**env, "A": "2", "SLURM_ARRAY_TASK_MIN": "7"},
     )  # fmt: skip
-    assert note == "job.sh: #SBATCH: obeyed: -t 5 --export=A=1; replaced: -J job -a 0-9 -o out"
+    assert note == "job.sh: #SBATCH: obeyed: -t 5 --export=A=1; replaced: -J job -a 0-9 -d afterok:1 -o out"
 
 
 def test_directives_of_other_systems_are_named() -> None:

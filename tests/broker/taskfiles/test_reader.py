@@ -252,6 +252,8 @@ name = "each"
 array = "10-40:10"
 after_each = ["grid"]
 after = ["prep", "grid:3", "7f_2"]
+after_any = "prep"
+after_notok = ["grid"]
 """
 
 
@@ -273,7 +275,7 @@ def test_every_key_of_toml_and_json_means_the_same(tmp_path: Path) -> None:
         Task(command=["./default"], values=["a b", "2", "0.5"], request=two, **common),
         Task(
             command=["./default"], name="each", array=ArrayRange(10, 40, 10), after_each=["grid"],
-            after=["prep", "grid:3", "7f_2"], request=two, **common,
+            after=["prep", "grid:3", "7f_2"], after_any=["prep"], after_notok=["grid"], request=two, **common,
         ),
     ]  # fmt: skip
 
@@ -306,6 +308,8 @@ def test_every_key_of_toml_and_json_means_the_same(tmp_path: Path) -> None:
         ({"command": "a", "time_limit": 0}, "jobs.json: tasks[1]: time_limit must be a positive number"),
         ({"command": "a", "name": "first"}, "jobs.json: tasks[1].name: 'first' is the name of tasks[0] already"),
         ({"command": "a", "after": "No-one"}, "jobs.json: tasks[1].after: 'No-one' is neither the name of a task here"),
+        ({"command": "a", "after_any": "No-one"}, "jobs.json: tasks[1].after_any: 'No-one' is neither the name of a"),
+        ({"command": "a", "after_ok": "first"}, "jobs.json: tasks[1].after_ok: unknown key; did you mean after"),
         ({"command": "a", "after": "first:0"}, "jobs.json: tasks[1].after: 'first:0' is neither"),
         ({"command": "a", "array": "0-3", "after_each": "first"}, "jobs.json: tasks[1].after_each: 'first' is not an"),
         ({"command": "a", "after_each": "7f"}, "jobs.json: tasks[1]: after_each is for arrays"),
