@@ -16,6 +16,7 @@ from pilotq.workers.process_tree import started_since
 MEMBERS = "pilotq-members"  # has the processes that were in the cgroup before
 # Cgroups of an ordinary user's services and scopes, which systemd manages: their files are the user's, too.
 OF_USER = re.compile(r"/user@[^/]*\.service/")
+MACHINE_KILLS = "/proc/vmstat"
 ROUNDS = 20  # of moving processes while they fork
 
 
@@ -109,6 +110,21 @@ def killed_at(path: str) -> int:
     return int(_read(path, "memory.peak") or _read(path, "memory.max"))
 
 
+def oom_kills() -> tuple[str, int]:
+    """Where it is counted, and how many processes the kernel has killed because memory was short.
+
+    Those of this process's cgroup, where the kernel tells them (below it too, by version 2); else those of the machine.
+    """
+    for controller, name in (("memory", "memory.oom_control"), ("", "memory.events")):
+        try:
+            folder, _ = _own_cgroup(controller)
+        except (OSError, StopIteration):
+            continue
+        if "oom_kill " in _read(folder, name):
+            return os.path.join(folder, name), _event(folder, name, "oom_kill")
+    return MACHINE_KILLS, _event("/proc", "vmstat", "oom_kill")
+
+
 def kill(path: str) -> None:
     """SIGKILL for all processes in it, where the kernel can do that (from 5.14 on)."""
     try:
@@ -142,18 +158,24 @@ def clean(base: str, prefix: str) -> None:
             remove(os.path.join(base, name))
 
 
-def _own_cgroup() -> tuple[str, str]:
-    """The directory of this process's cgroup, and where cgroups are mounted: of a container, its uppermost one."""
+def _own_cgroup(controller: str = "") -> tuple[str, str]:
+    """The directory of this process's cgroup, and where cgroups are mounted: of a container, its uppermost one.
+
+    With ``controller`` that of version 1 which has this controller.
+    """
     with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-        own = next(line.rstrip("\n")[3:] for line in file if line.startswith("0::"))
+        lines = (line.rstrip("\n").split(":", 2) for line in file)
+        own = next(path for _, controllers, path in lines if controller in controllers.split(","))
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields, _, rest = line.partition(" - ")
             root, mount = fields.split()[3:5]
-            if rest.startswith("cgroup2 ") and (own + "/").startswith(root.rstrip("/") + "/"):
+            kind, _, options = rest.split()
+            fits = kind == "cgroup" and controller in options.split(",") if controller else kind == "cgroup2"
+            if fits and (own + "/").startswith(root.rstrip("/") + "/"):
                 below = own[len(root.rstrip("/")) :].strip("/")
                 return os.path.join(mount, below) if below else mount, mount
-    raise FileNotFoundError("cgroup2")
+    raise FileNotFoundError(controller or "cgroup2")
 
 
 def _is_delegated(path: str) -> bool:

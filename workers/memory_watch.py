@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Mapping
 
 from pilotq.broker.log import log
+from pilotq.workers.cgroups import MACHINE_KILLS, oom_kills
 from pilotq.workers.process_memory import (
     ProcessGroup,
     ProcessTable,
-    kernel_kills,
     own_oom_score,
     raise_oom_score,
 )
@@ -30,7 +30,7 @@ FASTEST = 10**9  # bytes a second that a task may begin to grow by at any time
 REACTION_S = 0.07  # from the measurement to the end of the processes
 SHORTEST_S = 0.02  # between two measurements of a task
 TOGETHER_S = 0.05  # tasks are measured together, at times that are multiples of this
-LOOK_SHARE = 0.005  # of a core that looking for new processes may take
+LOOK_SHARE = 0.005  # of a core that looking for new processes may take, where no task has a limit
 PEAK_STEP = 1.25  # so much above the last peak that of several processes is measured exactly
 LATE_S = 1.5  # a kill by the kernel that was seen so long ago may be that of a task whose end is told now
 CLOSE_S = 1.0  # how long the end of the thread is waited for
@@ -76,7 +76,7 @@ class MemoryWatch:
         self._idle = True
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._kills = kernel_kills()
+        self._kills = oom_kills()
         self._killed_at = float("-inf")
 
     def add(self, task: WatchedTask, pid: int) -> None:
@@ -104,10 +104,12 @@ class MemoryWatch:
                 found.append(task)
         return found
 
-    def kernel_has_killed(self, now: float) -> bool:
-        """Whether the kernel has just killed something on this machine because memory was short."""
+    def kernel_has_killed(self, now: float) -> str:
+        """Where the kernel has just killed something because memory was short; empty: it has not."""
         self._count_kills(now)
-        return now - self._killed_at <= LATE_S
+        if now - self._killed_at > LATE_S:
+            return ""
+        return "of this machine" if self._kills[0] == MACHINE_KILLS else "of its worker's cgroup"
 
     def close(self) -> None:
         self._closing = True
@@ -118,9 +120,10 @@ class MemoryWatch:
             os.close(self.fileno)
 
     def _count_kills(self, now: float) -> None:
-        kills = kernel_kills()
-        if kills != self._kills:
-            self._kills, self._killed_at = kills, now
+        kills = oom_kills()
+        if kills[0] == self._kills[0] and kills[1] != self._kills[1]:
+            self._killed_at = now
+        self._kills = kills  # the worker may have been moved into another cgroup
 
     def _start(self) -> None:
         try:
@@ -193,13 +196,12 @@ class _Loop:
         if self.sampled:
             self._sample_at = now + self._sample_s
         due = [task for task in self._tasks.values() if task.next_at <= now + SHORTEST_S / 2]
-        if due:
+        # A child of one with a limit may use much at any time: it is looked for whenever its task is measured.
+        if due and (now >= self._look_at or any(task.limit and not task.over for task in due)):
             self._look(now)
         return [task for task in due if self._measure(task, now)]
 
     def _look(self, now: float) -> None:
-        if now < self._look_at:
-            return
         began = time.thread_time()
         raise_oom_score(self._table.find_new(now), self._score)
         self._look_at = now + (time.thread_time() - began) / LOOK_SHARE

@@ -15,7 +15,9 @@ from pilotq.workers.process_tree import Process, environments, proportional_size
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LISTED_FROM = 64  # so many new process numbers are looked at one by one; beyond that /proc is listed
 FILES_MAX = 256  # so many files are kept open
-STRAY_S = 0.5  # a child of a launcher that is no task's main process by then may be one that has left its task
+# A child of a launcher that is no task's main process may be one that has left its task. Its marks are read at once,
+# and again so much later, as its task may not have been entered yet, or it may not have executed its program.
+STRAY_S = 0.5
 
 
 class ProcessGroup:
@@ -49,7 +51,7 @@ class ProcessTable:
         self._mains: dict[int, ProcessGroup] = {}
         self._others: dict[int, Process] = {}  # processes of no group
         self._launchers: set[int] = set()
-        self._strays: dict[int, tuple[float, Process]] = {}
+        self._strays: dict[int, tuple[float, Process, bool]] = {}  # when it is looked at, and whether for the last time
         self._last = -1  # the process number that was given out last, when we looked
         self._files: dict[int, int] = {}  # number -> its open file of sizes: opening it costs more than reading it
         self._loadavg = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
@@ -110,7 +112,7 @@ class ProcessTable:
         if group is None:
             self._others[process.pid] = process
             if process.parent in self._launchers:
-                self._strays[process.pid] = (now + STRAY_S, process)
+                self._strays[process.pid] = (now, process, False)
             return []
         return [process.pid] if self._enter(group, process) else []
 
@@ -135,15 +137,18 @@ class ProcessTable:
 
     def _assign_strays(self, now: float) -> list[int]:
         """Orphans with sessions of their own belong to the task whose marks they bear."""
-        due = [pid for pid, (at, _) in self._strays.items() if at <= now]
+        due = {pid: stray for pid, stray in self._strays.items() if stray[0] <= now}
         found = []
-        for pid, data in environments(due).items():
-            process = self._strays[pid][1]
+        for pid, data in environments(list(due)).items():
+            process = due[pid][1]
             for group in set(self._mains.values()):
                 if group.marks and pid in self._others and all(mark in data for mark in group.marks):
                     found += self._enter_tree(group, process)
-        for pid in due:
-            del self._strays[pid]
+        for pid, (_, process, last) in due.items():
+            if last or pid in self._owners:
+                del self._strays[pid]
+            else:
+                self._strays[pid] = (now + STRAY_S, process, True)
         return found
 
     def measure(self, group: ProcessGroup) -> int:
@@ -221,17 +226,6 @@ def own_oom_score() -> int:
             return int(file.read())
     except (OSError, ValueError):
         return 0
-
-
-def kernel_kills() -> int:
-    """How many processes the kernel has killed on this machine because memory was short; 0 where it does not tell."""
-    try:
-        with open("/proc/vmstat", "rb", buffering=0) as file:
-            data = file.read(1 << 16)
-    except OSError:
-        return 0
-    _, found, rest = data.partition(b"\noom_kill ")
-    return int(rest.split(b"\n", 1)[0]) if found else 0
 
 
 def _leads_threads(pid: int) -> bool:

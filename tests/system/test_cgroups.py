@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from pilotq.broker import Broker, Request, Task
 from pilotq.broker.errors import MemoryExceeded
 from pilotq.workers.cgroups import find_base
 from tests.support import functions
-from tests.support.command_line import Cli, in_background
+from tests.support.command_line import Cli, command, environment, in_background, prompt
+from tests.support.waiting import wait_until
 
 MB = 1 << 20
 USE = "kept = bytearray(400 << 20); kept[::4096] = kept[1::4096]"
@@ -36,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cli(folder: Path) -> Iterator[Cli]:
-    with in_background(folder, "--nodes", "2,1") as prompt:
-        yield prompt
+    with in_background(folder, "--nodes", "2,1") as found:
+        yield found
 
 
 def run(cli: Cli, *command: str) -> str:
@@ -91,3 +93,39 @@ def test_a_part_on_another_node_is_measured(cli: Cli) -> None:
     script = f"$HYDRA_LAUNCHER_EXEC n1 \"{PYTHON} '{use}'\"; sleep 60"
     said = run(cli, "--nodes", "2", "--memory", "150M", "--", "sh", "-c", script)
     assert "of 150 MiB on n1: its worker has killed it" in said
+
+
+@pytest.fixture(scope="module")
+def confined(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """A pilot that is in a cgroup of 300 MB, as in a job step of a batch system, and only measures its tasks."""
+    group = Path(find_base()[0]) / f"pilotq-test-{os.getpid()}"
+    group.mkdir()
+    (group / "memory.max").write_text(str(300 * MB))
+    folder = tmp_path_factory.mktemp("confined")
+    start = command("start", "--nodes", "1", "--memory-policy", "watch")
+    enter = ["sh", "-c", 'echo 0 >"$0/cgroup.procs"; exec "$@"', str(group)]
+    subprocess.run([*enter, *start], cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=60)
+    run = prompt(folder)
+    yield run
+    run("stop", "--now")
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), what="the cgroup is empty")
+    group.rmdir()
+
+
+def test_a_kill_in_the_pilots_cgroup_is_named(confined: Cli) -> None:
+    """It takes the task, and leaves the worker."""
+    said = run(confined, "--", sys.executable, "-I", "-S", "-c", USE)
+    assert "It was killed by the kernel for memory, probably: a process of its worker's cgroup was, on n0" in said
+    assert "it finished" in run(confined, "--", "true")
+
+
+def test_a_kill_of_a_neighbour_is_not_claimed(confined: Cli) -> None:
+    """The task lets a process be killed in another cgroup, and then kills itself."""
+    group = Path(find_base()[0]) / f"pilotq-test-{os.getpid()}-neighbour"
+    group.mkdir()
+    (group / "memory.max").write_text(str(30 * MB))
+    neighbour = f'echo 0 >{group}/cgroup.procs; exec {PYTHON} "{USE}"'
+    said = run(confined, "--", "sh", "-c", f"sh -c '{neighbour}'; kill -9 $$")
+    assert "oom_kill 1" in (group / "memory.events").read_text()
+    assert "probably" not in said and "Signal 9 (SIGKILL) killed it" in said
+    group.rmdir()

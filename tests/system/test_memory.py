@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from pilotq.broker.store.journal import JournalEntry
 from tests.support import functions
 from tests.support.command_line import in_background
 from tests.support.live_pilot import LivePilot, live_pilot
-from tests.support.waiting import wait_until
 
 MB = 1 << 20
 # Uses so many MB at so many MB a second, then waits for so long.
@@ -125,25 +123,3 @@ def test_what_is_only_reserved_is_no_limit(tmp_path: Path) -> None:
         task = cli("enqueue", "--memory", "50M", "--", sys.executable, "-I", "-S", "-c", HOG, "120", "1000", "1").stdout
         assert cli("wait", "--timeout", "60s").returncode == 0, task
         assert "nothing holds them to it" in cli("nodes").stdout
-
-
-@pytest.fixture
-def small_machine() -> Iterator[Path]:
-    """A memory cgroup (version 1) of 150 MB, of the kind that Slurm's steps have on many machines."""
-    group = Path("/sys/fs/cgroup/memory") / f"pilotq-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(150 * MB))
-    except OSError as error:
-        pytest.skip(f"no memory cgroup of version 1 can be made here: {error}")
-    yield group
-    wait_until(lambda: not (group / "cgroup.procs").read_text(), what="the cgroup is empty")
-    group.rmdir()
-
-
-def test_a_kill_by_the_kernel_is_named(pilot: LivePilot, small_machine: Path) -> None:
-    code = f"open({str(small_machine / 'cgroup.procs')!r}, 'w').write('0')\n" + HOG
-    task = pilot.enqueue(sys.executable, "-I", "-S", "-c", code, "1000", "300", "0")
-    entry = ended(pilot, task)
-    assert (entry.reason, entry.exit_code) == ("memory", 137)
-    assert entry.message.startswith("It was killed by the kernel for memory, probably: ")

@@ -94,3 +94,26 @@ def test_what_a_dead_worker_leaves_is_removed_with_what_is_below(
     monkeypatch.setattr(cgroups, "find_base", lambda: (str(tmp_path), ""))
     clean_node("/pilot", "n0")
     assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "text", "kills"),
+    [
+        ("memory", "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3", 3),
+        ("", "memory.events", "oom 4\noom_kill 2\noom_group_kill 1", 2),
+    ],
+)
+def test_kills_are_counted_in_the_own_cgroup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, name: str, text: str, kills: int
+) -> None:
+    """A neighbour's do not count; where no cgroup tells, the machine's do."""
+
+    def own_cgroup(controller: str = "") -> tuple[str, str]:
+        if controller != own:
+            raise FileNotFoundError
+        return str(tmp_path), str(tmp_path)
+
+    monkeypatch.setattr(cgroups, "_own_cgroup", own_cgroup)
+    assert cgroups.oom_kills()[0] == cgroups.MACHINE_KILLS
+    (tmp_path / name).write_text(text + "\n")
+    assert cgroups.oom_kills() == (str(tmp_path / name), kills)

@@ -63,11 +63,11 @@ class MemoryLimits:
             e.reason = "memory"
             e.message = f"It used all of {size_text(limit)} on {self._node}: the kernel has killed it, in its cgroup."
         killed = isinstance(record, Exited) and os.waitstatus_to_exitcode(record.status) in (-SIGKILL, KILLED)
-        if killed and not e.reason and self.watch.kernel_has_killed(now):
+        if killed and not e.reason and (where := self.watch.kernel_has_killed(now)):
             e.reason = "memory"
             e.message = (
-                f"It was killed by the kernel for memory, probably: {self._node} had none left at that moment, and the "
-                f"task has used up to {size_text(record.max_rss)}."
+                f"It was killed by the kernel for memory, probably: a process {where} was, on {self._node}, at that "
+                f"moment, and the task has used up to {size_text(record.max_rss)}."
             )
 
     def ended(self, e: Execution) -> None:
