@@ -37,6 +37,7 @@ OF_COMMANDS: Final[dict[str, str]] = {
     "PILOTQ_POOLS": "NAME=N, with spaces between: counters of the whole pilot, as --pool",
     "PILOTQ_GPUS": "how many GPUs each machine has (its first node), as --gpus of `pilotq start`",
     "PILOTQ_LAUNCHER": "native or python: the launcher that starts tasks; `pilotq doctor` names the one that does",
+    "PILOTQ_LOG": "json: the logs of the pilot's processes are JSON, one object a line; text, or unset: they are text",
     "PILOTQ_SETTINGS": "intervals and bounds as a JSON object, for tests: see broker/settings.py",
     "NO_COLOR": "no colours, if it is set to anything",
 }

@@ -12,6 +12,8 @@ import signal
 from collections import deque
 from typing import TYPE_CHECKING
 
+from pilotq.broker.log import as_text
+
 if TYPE_CHECKING:
     import subprocess
 
@@ -152,7 +154,7 @@ class PilotProcess:
 
 
 def tail(path: str, lines: int) -> str:
-    """The last lines of a file; empty when there is no such file."""
+    """The last lines of a log, as people read them; empty when there is no such file."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -160,7 +162,7 @@ def tail(path: str, lines: int) -> str:
             text = file.read().decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])
+    return as_text("\n".join(text.splitlines()[-lines:]))
 
 
 def reap_orphans(known: set[int]) -> None:

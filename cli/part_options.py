@@ -7,7 +7,7 @@ import os
 import click
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.log import log
+from pilotq.broker.log import log, log_form
 from pilotq.broker.pilot.directory import Pilot, create, establish_queue_id, find
 from pilotq.broker.pilot.server import wait_ready
 from pilotq.broker.settings import Settings, load
@@ -20,6 +20,7 @@ redis_option = click.option(
 
 
 def settings() -> Settings:
+    log_form()  # a wrong one is refused as early as wrong settings
     return load(os.environ.get("PILOTQ_SETTINGS"))
 
 

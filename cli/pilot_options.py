@@ -15,6 +15,7 @@ import click
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotFailed
 from pilotq.broker.launcher_kind import launcher_kind
+from pilotq.broker.log import log_form
 from pilotq.broker.pilot.directory import Pilot, find
 from pilotq.broker.pilot.lock import await_holder_state
 from pilotq.broker.pilot.server import DURABILITY
@@ -138,6 +139,7 @@ def supervisor_options(values: dict[str, Any], *, owner_pid: int = 0) -> Supervi
     process, and of the pilot that it starts.
     """
     launcher_kind()  # a variable that no worker could follow is refused before anything starts
+    log_form()
     os.environ[ENV_SCHEMA] = env_schema(values["envschema"])
     slurm = values["resources"] == "slurm" or (values["resources"] == "auto" and bool(job_id(os.environ)))
     set_resources(values)

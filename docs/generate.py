@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from pilotq.broker import env_vars, errors
+from pilotq.broker import env_vars, errors, log
 from pilotq.broker.rq.job_requests import REFUSED
 from pilotq.broker.store.store import script
 from pilotq.broker.taskfiles import schema
@@ -183,6 +183,11 @@ def command_variables() -> str:
     return "| variable | is |\n|---|---|\n" + "".join(rows)
 
 
+def log_keys() -> str:
+    """The table of the keys of a line of a log in JSON, in docs/metrics.md."""
+    return "| key | is |\n|---|---|\n" + "".join(f"| `{key}` | {text} |\n" for key, text in log.LINE.items())
+
+
 def code(names: str) -> str:
     """Each of some names in backquotes."""
     return ", ".join(name if name == "..." else f"`{name}`" for name in names.split(", "))
@@ -271,6 +276,7 @@ PARTS = {
     "guarantees.md": {"faults": faults},
     "rq.md": {"refused": refused_jobs},
     "files.md": {"keys": file_keys},
+    "metrics.md": {"keys of a log": log_keys},
     "concepts.md": {"variables of tasks": task_variables, "variables of commands": command_variables},
 }
 

@@ -131,7 +131,10 @@ class MemoryWatch:
             self._thread.start()
         except RuntimeError as error:  # so Python says that the limit of processes is reached
             self._thread = None
-            log(f"the memory of tasks is not watched until the next one starts: no thread can be started ({error})")
+            log(
+                f"the memory of tasks is not watched until the next one starts: no thread can be started ({error})",
+                level="warning",
+            )
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class MemoryWatch:
                 try:
                     self._turn(loop)
                 except Exception:  # noqa: BLE001  # without this thread no limit would hold any more
-                    log(f"tasks could not be measured, which is tried again:\n{traceback.format_exc()}")
+                    log(f"tasks could not be measured, which is tried again:\n{traceback.format_exc()}", level="error")
                     time.sleep(self._sample_s)
         finally:
             loop.close()

@@ -246,7 +246,7 @@ class Session:
                 messages, damaged = decode_inbox(packed)
                 found += messages
                 for sentence in damaged:
-                    log(f"what the dispatcher has sent is damaged: {sentence}")
+                    log(f"what the dispatcher has sent is damaged: {sentence}", level="error")
                 self._read_to = entry.decode()
                 self._unconfirmed += 1
             try:
@@ -303,7 +303,7 @@ class Session:
         name = self._registered().name
         if reply == 0:
             raise Superseded(f"the worker of node {name} was given up, or there is a newer one")
-        log("the record of this node on the server is damaged or gone: it is written again")
+        log("the record of this node on the server is damaged or gone: it is written again", level="warning")
         self._post(_Call("guarded_write", ("HSET", keys.NODES, name, self._record)))
         self._to_report_state = True
 
@@ -318,7 +318,10 @@ class Session:
         if call.apart is not None:
             call.apart()
             return
-        log(f"the server cannot take what {call.script} says of {call.reports}: the record is damaged: {reply}")
+        log(
+            f"the server cannot take what {call.script} says of {call.reports}: the record is damaged: {reply}",
+            level="error",
+        )
         self._verdicts += [(task_id, execution, "stale") for task_id, execution in call.reports]
 
     def _load(self, name: str) -> None:
@@ -375,7 +378,11 @@ class Session:
             try:
                 text = self.keep_result(text)
             except OSError as error:
-                log(f"the result of task {rows[place][0]} is lost: the server's memory is full, and {error}")
+                log(
+                    f"the result of task {rows[place][0]} is lost: the server's memory is full, and {error}",
+                    level="error",
+                    task=rows[place][0],
+                )
                 rows[place][2:4], text = ("failed", "result"), ""
             again += (entry, text)
         specs: list[Argument] = []

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.launcher_kind import launcher_kind
-from pilotq.broker.log import log
+from pilotq.broker.log import log, log_as
 from pilotq.broker.pilot.directory import find
 from pilotq.broker.processes import become_subreaper
 from pilotq.broker.settings import Settings, load
@@ -54,10 +54,11 @@ def run_worker(
 
 def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, int], settings: Settings) -> int:
     """`run_worker` over a session that is given."""
+    log_as("worker", info.name)
     try:
         kind = launcher_kind()
     except InvalidInput as error:
-        log(f"the worker of node {info.name} cannot begin: {error}")
+        log(f"the worker of node {info.name} cannot begin: {error}", level="error")
         return PilotFailed.exit_code
     directory = os.path.abspath(directory)
     output = os.path.join(directory, "output")
@@ -76,7 +77,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
         finally:
             node.close()
     except PilotFailed as error:
-        log(f"the worker of node {info.name} cannot begin: {error}")
+        log(f"the worker of node {info.name} cannot begin: {error}", level="error")
         return PilotFailed.exit_code
     finally:
         launchers.close()
@@ -114,7 +115,7 @@ def _cgroups_of_tasks(directory: str, info: NodeInfo) -> str:
     try:
         base = cgroups.prepare()
     except OSError as error:
-        log(f"tasks get no cgroups, and are measured instead: {error.strerror}")
+        log(f"tasks get no cgroups, and are measured instead: {error.strerror}", level="warning")
         info.memory_by = BY_WATCHER
         return ""
     prefix = cgroups.prefix_of(directory, info.name)
@@ -181,7 +182,7 @@ class _Loop:
             try:
                 self._session.deregister()
             except ServerUnavailable as error:
-                log(f"this node could not be deregistered: {error}")
+                log(f"this node could not be deregistered: {error}", level="warning")
         return self._exit_code
 
     def _over(self) -> bool:
@@ -190,7 +191,7 @@ class _Loop:
         if time.monotonic() >= self._leave_by:
             # Without the server there is no confirmation to wait for: what lives is killed with its launcher.
             if self._online:
-                log("not everything had ended and was confirmed in time")
+                log("not everything had ended and was confirmed in time", level="warning")
                 self._exit_code = PilotFailed.exit_code
             return True
         return not self._node.busy and not (self._online and (len(self._node.outbox) or self._session.unsent()))
@@ -310,7 +311,7 @@ class _Loop:
 
     def _give_up(self, error: PilotFailed) -> None:
         """End all tasks; without grace when other executions of them may have begun."""
-        log(f"giving up: {error}")
+        log(f"giving up: {error}", level="error")
         self._exit_code = error.exit_code
         now = time.monotonic()
         grace = 0.0 if isinstance(error, (StateLost, Superseded)) else self._settings.kill_grace_s

@@ -51,7 +51,9 @@ class AofSync:
             problem = f"fails: {error.strerror}"
         if problem and not self._problem:
             log(
-                f"writing the server's log to the disk {problem}; until that is better a power loss costs more than 2 s"
+                f"writing the server's log to the disk {problem}; "
+                "until that is better a power loss costs more than 2 s",
+                level="warning",
             )
         elif self._problem and not problem:
             log("the server's log is on the disk again within 2 s")

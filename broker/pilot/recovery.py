@@ -72,7 +72,7 @@ def kill_leftovers(pilot: Pilot, clean_node: Callable[[str, str], object]) -> di
     left = recorded_parts(pilot)
     for name, (pid, start) in left.items():
         if name != "server" and start is not None and start_time(pid) == start:
-            log(f"the {name} of the pilot that was killed still lives, and is killed")
+            log(f"the {name} of the pilot that was killed still lives, and is killed", level="warning")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             deadline = time.monotonic() + GONE_S

@@ -34,7 +34,7 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 # that its allocation ends, nor how much memory was granted.
 FORWARDED = (
     "PILOTQ_SETTINGS", "PILOTQ_COUNTERS", "PILOTQ_POOLS", "PILOTQ_GPUS", "PILOTQ_THREADS", "PILOTQ_MEMORY_POLICY",
-    "PILOTQ_LAUNCHER", "PILOTQ_SERVER", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE",
+    "PILOTQ_LAUNCHER", "PILOTQ_LOG", "PILOTQ_SERVER", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE",
     "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_GPUS_PER_NODE",
 )  # fmt: skip
 POLL_S = 0.5  # interval at which the registered nodes are read
@@ -133,7 +133,7 @@ class RemoteWorkers:
         self._retired = {node for node in retired if node in self.remote.nodes}
         dead = [found for launch in self._launches for found in self._read(launch)]
         for node, how in dead:
-            log(f"the worker of node {node} has ended: {how}")
+            log(f"the worker of node {node} has ended: {how}", level="warning", node=node)
             self._retry_later(node, now)
         for launch in [launch for launch in self._launches if launch.process.ended()]:
             dead += self._read(launch)
@@ -212,7 +212,11 @@ class RemoteWorkers:
                         yield name, f"{launch.process.argv[0]}: {found['how']}"
                     elif name not in self._given_up_by_slurm:
                         self._given_up_by_slurm.add(name)
-                        log(f"Slurm has given up node {name}; its worker goes on as long as it reaches the server")
+                        log(
+                            f"Slurm has given up node {name}; its worker goes on as long as it reaches the server",
+                            level="warning",
+                            node=name,
+                        )
                 break
 
     def _retry_later(self, node: str, now: float) -> None:
@@ -220,7 +224,11 @@ class RemoteWorkers:
             return
         tries = self._attempts.get(node, 0)
         if tries >= self._settings.restart_limit:
-            log(f"node {node} was tried {tries + 1} times: it is given up; the pilot goes on without it")
+            log(
+                f"node {node} was tried {tries + 1} times: it is given up; the pilot goes on without it",
+                level="error",
+                node=node,
+            )
             self._given_up.add(node)
             return
         self._attempts[node] = tries + 1

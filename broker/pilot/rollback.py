@@ -87,7 +87,10 @@ def _move_unknown_lines(path: str, last: StreamId) -> None:
         moved_to = f"{path.removesuffix('.jsonl')}.lost-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
         write_private(moved_to, b"".join(lines[first:]))
         os.truncate(path, sum(map(len, lines[:first])))
-        log(f"{len(lines) - first} lines of the journal that the server does not know are moved to {moved_to}")
+        log(
+            f"{len(lines) - first} lines of the journal that the server does not know are moved to {moved_to}",
+            level="warning",
+        )
 
 
 def _is_later(line: bytes, last: StreamId) -> bool:

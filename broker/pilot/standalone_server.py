@@ -15,7 +15,7 @@ from types import FrameType
 
 from pilotq import __version__
 from pilotq.broker.errors import PilotFailed, StateLost
-from pilotq.broker.log import log
+from pilotq.broker.log import log, log_as
 from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, create, establish_queue_id
 from pilotq.broker.pilot.lock import HEARTBEAT_S, Lock
 from pilotq.broker.pilot.queue_client import POLL_S, QueueClient
@@ -30,6 +30,7 @@ def run_server(directory: str, settings: Settings, *, bind: list[str], durabilit
 
     Raises InvalidInput, PilotExists, StateLost, or PilotFailed when the server's process ends by itself.
     """
+    log_as("server")
     stopping: list[int] = []
 
     def end(number: int, _frame: FrameType | None) -> None:

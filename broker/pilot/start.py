@@ -17,6 +17,7 @@ import msgspec
 
 from pilotq.broker import errors
 from pilotq.broker.errors import NoPilot, PilotFailed, PilotqError
+from pilotq.broker.log import as_text
 from pilotq.broker.os_strings import from_json, from_utf8, to_json, to_utf8
 from pilotq.broker.pilot.directory import Pilot, create, write_private
 from pilotq.broker.tasks.submit_context import SubmitContext, capture_context
@@ -180,7 +181,7 @@ def _failure(pilot: Pilot, offset: int, code: int) -> PilotqError:
     """The error that ended the supervisor, from its log after ``offset`` bytes."""
     with open(pilot.log("supervisor"), encoding="utf-8", errors="replace") as file:
         file.seek(offset)
-        text = file.read().strip()
+        text = as_text(file.read()).strip()
     name, found, message = text.rpartition(FAILURE_PREFIX)[2].partition(": ")
     kind = getattr(errors, name, None)
     if found and isinstance(kind, type) and issubclass(kind, PilotqError):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pilotq import __version__
 from pilotq.broker import failpoints
 from pilotq.broker.errors import PilotFailed, PilotqError, StateLost, Superseded
-from pilotq.broker.log import log
+from pilotq.broker.log import log, log_as
 from pilotq.broker.pilot import recovery
 from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, establish_queue_id, remember_total
 from pilotq.broker.pilot.lock import HEARTBEAT_S, Lock
@@ -46,6 +46,7 @@ def run_supervisor(options: SupervisorOptions, clean_node: CleanNode) -> int:
 
     ``clean_node(directory, node)`` must end what is left of a dead worker's tasks; it may take some seconds.
     """
+    log_as("supervisor")
     os.umask(0o077)
     # The parts find the server through the directory, once all is in order there: a part that connected earlier would
     # read the control record of the pilot that lived here before.
@@ -55,7 +56,7 @@ def run_supervisor(options: SupervisorOptions, clean_node: CleanNode) -> int:
         return supervisor.run()
     except (PilotqError, OSError) as error:
         # The boundary to the process that started this one: `start_pilot` reads the line from the log.
-        log(f"{FAILURE_PREFIX}{type(error).__name__}: {error}")
+        log(f"{FAILURE_PREFIX}{type(error).__name__}: {error}", level="error")
         return error.exit_code if isinstance(error, PilotqError) else PilotqError.exit_code
 
 
@@ -296,7 +297,7 @@ class Supervisor:
                 f"the {part.name} {how}, after {budget.limit} restarts within {budget.window:.0f} s; "
                 f"{part.log} ends with:\n{part.last_lines()}"
             )
-        log(f"the {part.name} {how}; it is started again")
+        log(f"the {part.name} {how}; it is started again", level="warning")
         part.start()
         recovery.record_parts(self.pilot, self._parts())
 
@@ -333,13 +334,19 @@ class Supervisor:
             try:
                 remember_total(self.pilot, total)
             except OSError as error:  # a full file system must not keep the pilot from ending in good order
-                log(f"the number of tasks cannot be written ({error.strerror}): `pilotq status` may show too few")
+                log(
+                    f"the number of tasks cannot be written ({error.strerror}): `pilotq status` may show too few",
+                    level="error",
+                )
         self.dispatcher.signal(signal.SIGTERM)
         if not self._tick_until(lambda: not self.dispatcher.running, END_S):
             self.dispatcher.kill()
         queue = self.queue
         if queue is not None and not self._tick_until(lambda: queue.drain_journal(time.monotonic()), END_S):
-            log(f"the journal is not complete; the rest stays in {self.pilot.path('server')} until the next start")
+            log(
+                f"the journal is not complete; the rest stays in {self.pilot.path('server')} until the next start",
+                level="error",
+            )
         self._close_queue()
         self.pilot.remove_connection()
         if self.server is not None:
@@ -377,7 +384,10 @@ class Supervisor:
             self.remote_workers.stop(END_S)
         for name, part in self.workers.items():
             if part.running:
-                log(f"the {part.name} did not end within {self.settings.stop_wait_s:.0f} s and is killed")
+                log(
+                    f"the {part.name} did not end within {self.settings.stop_wait_s:.0f} s and is killed",
+                    level="warning",
+                )
                 part.kill()
             if part.process is not None and part.process.returncode != 0:
                 self.clean_node(self.pilot.directory, name)

@@ -262,7 +262,11 @@ class RqIngest:
         parted = {job: new.decode() for job, new in zip(jobs[1::4], answers, strict=True) if new}
         for job, new in parted.items():
             text = job.decode(errors="replace")
-            log(f"a producer of RQ has enqueued a job with the id {text} of a task: it runs as {new}")
+            log(
+                f"a producer of RQ has enqueued a job with the id {text} of a task: it runs as {new}",
+                level="warning",
+                task=new,
+            )
         self._to_route = self._to_route or bool(parted)
         return [row for row in rows if row[1] not in parted]
 

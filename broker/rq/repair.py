@@ -57,7 +57,7 @@ class RqRepair:
             found = self.store.run("cancel_orphans", self.store.term, *members)
             if not found:
                 break
-            log("an array that others wait for was deleted: they are canceled")
+            log("an array that others wait for was deleted: they are canceled", level="warning")
             self.store.cancel([array.decode() for array in found])
 
     def _drop_missing_records(self, queue: str) -> None:
@@ -94,11 +94,15 @@ class RqRepair:
             try:
                 missing = self._elements_without_record(array)
             except (ReplyError, ValueError) as error:
-                log(f"the records of array {array} are damaged: {error}")
+                log(f"the records of array {array} are damaged: {error}", level="error", task=array)
                 continue
             if missing:
                 number = self.store.cancel(missing).count("canceled")
-                log(f"{number} elements of array {array} were deleted while they waited: they are canceled")
+                log(
+                    f"{number} elements of array {array} were deleted while they waited: they are canceled",
+                    level="warning",
+                    task=array,
+                )
 
     def _elements_without_record(self, array: str) -> list[str]:
         """Some elements that can never run; the cancel script checks again whether they have not ended.
@@ -140,7 +144,10 @@ class RqRepair:
             found = {name.decode(): kind.decode() for name, kind in zip(flat[::2], flat[1::2], strict=True)}
             self._restoring = frozenset(name for name, kind in found.items() if not kind.endswith(RESTORED))
             for name in sorted(self._restoring):
-                log(f"a {found[name]} stood in the place of the list of class {name}: its tasks are looked for")
+                log(
+                    f"a {found[name]} stood in the place of the list of class {name}: its tasks are looked for",
+                    level="error",
+                )
         for _ in range(RECORD_PAGES if self._restoring else 0):
             cursor, names = self.connection.call("SCAN", self._record_cursor, "MATCH", keys.job("*"), "COUNT", SCAN)
             self._record_cursor = int(cursor)
@@ -168,7 +175,7 @@ class RqRepair:
         homes = self.connection.read_hashes([keys.job(i) for i in ids], "pq_class") if ids else []
         queued = [(home, i) for (home,), i in zip(homes, ids, strict=True) if home is not None]
         classes = {home for home, _ in queued}
-        log(f"{len(queued)} tasks of {len(self._restoring)} classes are in their lists again")
+        log(f"{len(queued)} tasks of {len(self._restoring)} classes are in their lists again", level="warning")
         for first in range(0, len(queued), BATCH):
             part = queued[first : first + BATCH]
             self.connection.pipeline([("RPUSH", keys.queue(home.decode()), i) for home, i in part])
@@ -197,7 +204,7 @@ class RqRepair:
         rows = self.connection.read_hashes([keys.job(i.decode()) for i in ids], "pq_class", "origin")
         homes = [(home, i) for row, i in zip(rows, ids, strict=True) if (home := row[0] or row[1])]
         classes = {row[0] for row in rows if row[0]}
-        log(f"{len(homes)} ids that RQ's compact had left in {name} are returned to their lists")
+        log(f"{len(homes)} ids that RQ's compact had left in {name} are returned to their lists", level="warning")
         pushes = [("RPUSH", keys.queue(home.decode()), i) for home, i in homes]
         self.connection.pipeline([*pushes, *_known(classes), ("LTRIM", name, len(ids), -1)])
 

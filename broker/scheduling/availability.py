@@ -138,7 +138,7 @@ class Availability:
                     self._store.write("SADD", keys.LEAVING, info.name)
             if message is not None and incarnation not in self._told_to_leave:
                 self._told_to_leave.add(incarnation)
-                log(f"node {info.name} is told to leave ({message.reason})")
+                log(f"node {info.name} is told to leave ({message.reason})", node=info.name)
                 leaving.append((info, message))
         return leaving
 
@@ -182,7 +182,7 @@ class Availability:
                 self._quarantine.adopt(name, why, now)
         for name in self._quarantine.quarantined - self._limits.quarantined.keys():
             del breakers[name]
-            log(f"node {name} is used again: its user has resumed it")
+            log(f"node {name} is used again: its user has resumed it", node=name)
             if (node := self._inventory.nodes.get(name)) is not None:
                 messages.append((node.info, ClearSuspicion(healthy=True)))
         return messages
@@ -191,11 +191,11 @@ class Availability:
         node, quarantined = decision.node, self._limits.quarantined
         if not decision.quarantined:
             if quarantined.pop(node, None) is not None:
-                log(f"node {node} is used again: {decision.why}")
+                log(f"node {node} is used again: {decision.why}", node=node)
                 self._store.write("HDEL", keys.QUARANTINE, node)
             return
         pause = self._quarantine.breakers[node].pause
         at = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
         quarantined[node] = why = f"{decision.why}{at}"
-        log(f"node {node} is quarantined: {why}")
+        log(f"node {node} is quarantined: {why}", level="warning", node=node)
         self._store.write("HSET", keys.QUARANTINE, node, why)

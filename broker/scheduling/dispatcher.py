@@ -103,7 +103,7 @@ class Dispatcher:
                 now = time.monotonic()
                 if unreachable_since is None:
                     unreachable_since = now
-                    log(f"{error}; waiting up to {self.settings.server_wait_s:.0f} s for it")
+                    log(f"{error}; waiting up to {self.settings.server_wait_s:.0f} s for it", level="warning")
                 elif now - unreachable_since > self.settings.server_wait_s:
                     raise
                 self.close()
@@ -186,7 +186,7 @@ class Dispatcher:
         try:
             message = _event.decode(item)
         except UNREADABLE as error:  # whatever somebody else has written there must not end the loop
-            log(f"unreadable event dropped: {error}")
+            log(f"unreadable event dropped: {error}", level="error")
             return
         if isinstance(message, NodeReport):
             node = self.inventory.sender(message)
@@ -238,7 +238,7 @@ class Dispatcher:
             self.availability.read()  # whoever started it has written when its allocation ends
         self._update_availability(now)
         self.heads_current = False
-        log(f"node {info.name}: {len(info.cores)} cores, {len(state.slots)} slots in use")
+        log(f"node {info.name}: {len(info.cores)} cores, {len(state.slots)} slots in use", node=info.name)
 
     def _handle_departure(self, message: NodeLost | Draining, now: float) -> None:
         if isinstance(message, Draining):
@@ -265,7 +265,7 @@ class Dispatcher:
         number = self.reconciler.requeue_node(info.address, why, clean=clean)
         self.store.run("deregister", info.name, info.incarnation, "")
         self.heads_current = False
-        log(f"node {info.name} is lost ({why}): {number} tasks go back")
+        log(f"node {info.name} is lost ({why}): {number} tasks go back", level="warning", node=info.name)
 
     # -- starting tasks -----------------------------------------------------------------------------------------
 
@@ -364,7 +364,11 @@ class Dispatcher:
     def _read_nodes(self) -> dict[str, NodeInfo]:
         nodes, damaged = registered_nodes(self.link)
         for name in sorted(damaged - self.damaged_nodes):
-            log(f"the record of node {name} is damaged: it gets no new tasks until its worker has written it again")
+            log(
+                f"the record of node {name} is damaged: it gets no new tasks until its worker has written it again",
+                level="warning",
+                node=name,
+            )
         self.damaged_nodes = damaged
         return {info.name: info for info in nodes}
 

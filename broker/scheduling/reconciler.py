@@ -69,7 +69,7 @@ class Reconciler:
         self.repair.turn(queues, now)
         # RQ's delete of what runs takes it out of the registry, too: nothing seems to run, its end is still to come.
         if idle and self.store.count_vanished(queues):
-            log("tasks whose records were deleted while they waited count as canceled")
+            log("tasks whose records were deleted while they waited count as canceled", level="warning")
         if now >= self.next_trim:
             self.next_trim = now + 10 * self.store.settings.reconcile_s
             self._trim(queues)
@@ -155,7 +155,7 @@ class Reconciler:
     def _end_vanished(self, queue: str, member: str, nodes: dict[str, NodeInfo]) -> None:
         """The record of a running task was deleted. It is not known where it runs, so every node is told."""
         task_id, _, execution = member.rpartition(":")
-        log(f"the record of running task {task_id} is gone: it is stopped")
+        log(f"the record of running task {task_id} is gone: it is stopped", level="warning", task=task_id)
         if execution == "0":  # an array: its elements are ended one by one
             self.link.call("ZREM", keys.registry("wip", queue), member)
             return

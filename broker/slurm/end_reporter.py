@@ -61,7 +61,10 @@ class AllocationEndReporter:
                 return
             time.sleep(POLL_S)
         if not stopped():
-            log(f"the end of job {self._deadline.job} could not be reported: tasks may start that cannot end in time")
+            log(
+                f"the end of job {self._deadline.job} could not be reported: tasks may start that cannot end in time",
+                level="warning",
+            )
 
     def poll(self, now: float) -> None:
         """Ask when it is this node's turn, and report a change; ``now`` is monotonic."""

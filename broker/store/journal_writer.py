@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from pilotq.broker import failpoints
+from pilotq.broker.log import log
 from pilotq.broker.os_strings import from_json, to_json
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
@@ -173,7 +174,7 @@ class JournalWriter:
             where = keep_aside(self.path, [to_json({"at": at, "entry": data}) + b"\n"])
         except OSError as failure:
             where = f"nowhere ({failure.strerror})"
-        _log(f"journal: entry {at} cannot be read ({error}): it is left out, and kept in {where}")
+        log(f"journal: entry {at} cannot be read ({error}): it is left out, and kept in {where}", level="error")
 
     def _store(self, *, sync: bool) -> None:
         """Write the tail; fsync it too when ``sync``. On any failure all of it is written again the next time."""
@@ -190,14 +191,17 @@ class JournalWriter:
         except OSError as error:
             self._written = 0
             if not self.trouble:
-                _log(f"journal: {self.path} cannot be written ({error.strerror}); trying again, nothing is lost")
+                log(
+                    f"journal: {self.path} cannot be written ({error.strerror}); trying again, nothing is lost",
+                    level="error",
+                )
             self.trouble = (
                 f"the journal {self.path} cannot be written ({error.strerror}): "
                 "nothing is handed out until it can; make room, or mend the file system"
             )
             return
         if self.trouble:
-            _log(f"journal: {self.path} can be written again")
+            log(f"journal: {self.path} can be written again")
             self.trouble = ""
         if sync:
             self._synced += len(self._tail)
@@ -222,12 +226,6 @@ def _items_of(field: bytes, data: bytes) -> list[tuple[PackedEntry, _Ending]]:
     if field == RUNS:
         return [(entry, _Ending()) for run in _runs.decode(data) for entry in run.entries()]
     return _items.decode(data)
-
-
-def _log(text: str) -> None:
-    from pilotq.broker.log import log  # for the writer only: a reader need not load it
-
-    log(text)
 
 
 def _place(entry: str) -> tuple[int, int]:
@@ -272,7 +270,7 @@ def _cut_torn(path: str, file: int) -> tuple[int, tuple[tuple[int, int], int]]:
                     end = start
             whole = view[end : view.rfind(b"\n") + 1]
         if whole:
-            _log(f"journal: its last lines cannot be read, and are moved to {keep_aside(path, [whole])}")
+            log(f"journal: its last lines cannot be read, and are moved to {keep_aside(path, [whole])}", level="error")
     if end < size:
         os.ftruncate(file, end)
     return end, place

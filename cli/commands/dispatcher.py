@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.log import log_as
 from pilotq.broker.pilot.directory import create
 from pilotq.broker.pilot.start import SupervisorOptions, save_submit_context, saved_submit_context
 from pilotq.cli.options import dir_option, server_url
@@ -31,6 +32,7 @@ def dispatcher_command(directory: str | None, redis: str | None, journal: bool) 
 
     if journal:
         return _run_with_journal(directory, redis)
+    log_as("dispatcher")
     pilot, address, queue_id = reach_part(directory, redis)
     return run_dispatcher(address, queue_id, settings(), saved_submit_context(pilot))
 

@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.log import log_as
 from pilotq.broker.pilot.start import LocalNode
 from pilotq.broker.store.connection import Connection
 from pilotq.cli.options import counter_option, dir_option, pool_option
@@ -62,6 +63,7 @@ def worker_command(directory: str | None, redis: str | None, **values: Any) -> i
     from pilotq.workers.machine.cleanup import clean_node
     from pilotq.workers.worker import run_worker
 
+    log_as("worker", values["node"] or "")
     check_node_name(values["node"] or "here", "--node")
     set_resources(values)
     if values["virtual"] and (values["cores"] or values["real"]):

@@ -71,7 +71,7 @@ class FileThreads:
         except RuntimeError as error:  # so Python says that the limit of processes is reached
             with self._changed:
                 self._threads -= 1
-            log(f"a thread for files cannot be started: {error}")
+            log(f"a thread for files cannot be started: {error}", level="warning")
 
     def _serve(self) -> None:
         # Signals are the loop's: it is woken by them.
@@ -81,9 +81,9 @@ class FileThreads:
             try:
                 action()
             except OSError as error:
-                log(f"{printable(error.filename or 'a file')}: {error.strerror}")
+                log(f"{printable(error.filename or 'a file')}: {error.strerror}", level="warning")
             except Exception as error:  # noqa: BLE001  # of one task: a thread that ended would be missing for the others
-                log(f"something with files of a task has failed: {type(error).__name__}: {error}")
+                log(f"something with files of a task has failed: {type(error).__name__}: {error}", level="error")
             finally:
                 with self._changed:
                     self._left -= 1
@@ -105,6 +105,9 @@ class FileThreads:
             except FileNotFoundError:
                 continue  # somebody has removed it
             except OSError as error:  # only that of this file: the others are still to be written
-                log(f"output in {printable(path)} may be lost: it cannot be written to disk ({error.strerror})")
+                log(
+                    f"output in {printable(path)} may be lost: it cannot be written to disk ({error.strerror})",
+                    level="warning",
+                )
             if (seconds := time.monotonic() - began) > 10:
-                log(f"it took {seconds:.0f} s to write {printable(path)} to disk")
+                log(f"it took {seconds:.0f} s to write {printable(path)} to disk", level="warning")

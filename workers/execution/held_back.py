@@ -15,7 +15,7 @@ def hold_back(e: Execution, message: str, now: float, bound_s: float) -> bool:
     """
     known = e.held_back if e.held_back is not None and now - e.held_back.tried < bound_s else None
     if known is None:
-        log(f"task {e.run.id} is held back: {message}")
+        log(f"task {e.run.id} is held back: {message}", level="warning", task=e.run.id)
     since = now if known is None else known.since
     e.held_back = HeldBack(since, now, message)
     if now - since < bound_s:

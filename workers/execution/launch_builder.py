@@ -75,7 +75,7 @@ def refusal(error: Exception) -> Exception:
         return UnlaunchableError("launch", f"its description cannot be used: {error}")
     if is_shortage(error):
         return UnlaunchableError("launch", f"its launch cannot be prepared: {error}")
-    log(f"a task cannot be launched:\n{traceback.format_exc()}")
+    log(f"a task cannot be launched:\n{traceback.format_exc()}", level="error")
     return UnlaunchableError("launch", f"its description cannot be used: {type(error).__name__}: {error}")
 
 

@@ -238,7 +238,7 @@ class LauncherPool:
                 try:
                     launcher.reap(KILLED_S)
                 except subprocess.TimeoutExpired:
-                    log(f"launcher process {launcher.pid} cannot be killed: it hangs in the kernel")
+                    log(f"launcher process {launcher.pid} cannot be killed: it hangs in the kernel", level="error")
         self.living.clear()
 
 

@@ -228,7 +228,7 @@ class Node:
     def launcher_ended(self, launcher: LauncherHandle, now: float) -> None:
         """A launcher has died or closed its pipe; the caller still reaps it."""
         if not launcher.stopping:
-            log(f"launcher {launcher.number} (process {launcher.pid}) has died")
+            log(f"launcher {launcher.number} (process {launcher.pid}) has died", level="warning")
             self._abandon(launcher, now, dead=True)
 
     def _drain(self, launcher: LauncherHandle, now: float) -> None:
@@ -315,7 +315,11 @@ class Node:
         self._drain(launcher, now)
         if e.key not in self._escalation.executions or self._escalation.has_deadline(e):
             return  # its confirmation was waiting in the pipe
-        log(f"launcher {launcher.number} does not go on with task {e.run.id}: it is replaced")
+        log(
+            f"launcher {launcher.number} does not go on with task {e.run.id}: it is replaced",
+            level="warning",
+            task=e.run.id,
+        )
         self._escalation.mark_lost(launcher.number, launcher.starting_key)
         self._abandon(launcher, now, dead=False)
 
@@ -455,7 +459,7 @@ class Node:
         seconds = now - e.began if e.started and not late else -1.0
         end = ExecutionEnd(e.slot, e.run.class_name, seconds, follower is not None)
         if late:
-            log(f"task {e.run.id} has ended after all: {e.allocation} is free again")
+            log(f"task {e.run.id} has ended after all: {e.allocation} is free again", task=e.run.id)
             self._session.post_ends([], [end])
         else:
             self._report(e, ended, end, now)
@@ -474,7 +478,11 @@ class Node:
         self._slots.keep_reserved(e)
         if e.reason != "launch hangs":
             e.reason, e.outcome = "unkillable", "failed"
-        log(f"task {e.run.id} cannot be killed: {e.allocation} stays reserved until it has ended")
+        log(
+            f"task {e.run.id} cannot be killed: {e.allocation} stays reserved until it has ended",
+            level="error",
+            task=e.run.id,
+        )
         self._report(e, time.time(), None, now)
 
     def _report(self, e: Execution, ended: float, end: ExecutionEnd | None, now: float) -> None:
@@ -540,4 +548,7 @@ class Node:
         self._hooks.close()
         self._memory.watch.close()
         if not self._files.finish():
-            log("what was still to be done with files of tasks is left undone: their file systems do not answer")
+            log(
+                "what was still to be done with files of tasks is left undone: their file systems do not answer",
+                level="warning",
+            )

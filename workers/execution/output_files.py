@@ -46,4 +46,4 @@ def _publish_or_discard(files: list[bytes], suffix: str, *, publish: bool) -> No
         except FileNotFoundError:
             pass  # the task, or its user, has moved it
         except OSError as error:
-            log(f"output {printable(pending)} could not be published: {error.strerror}")
+            log(f"output {printable(pending)} could not be published: {error.strerror}", level="warning")

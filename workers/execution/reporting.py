@@ -62,7 +62,11 @@ class Reporter:
         try:
             return self._report(e, ended)
         except Exception as error:  # noqa: BLE001  # the boundary of one task: the report must not be lost
-            log(f"what is to be reported of task {e.run.id} is damaged:\n{traceback.format_exc()}")
+            log(
+                f"what is to be reported of task {e.run.id} is damaged:\n{traceback.format_exc()}",
+                level="error",
+                task=e.run.id,
+            )
             e.message = f"Of its report only this is left: {type(error).__name__}: {error}"
         if isinstance(e.exited, Exited):
             e.exited = msgspec.structs.replace(e.exited, stdout=NO_OUTPUT, stderr=NO_OUTPUT)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from pilotq.broker import failpoints
+from pilotq.broker.log import log_as
 from pilotq.broker.os_strings import printable
 from pilotq.broker.processes import become_subreaper
 from pilotq.workers import cgroups
@@ -441,6 +442,7 @@ def _child_signals() -> int:
 
 def main(argv: list[str]) -> None:
     options = dict(zip(argv[::2], argv[1::2], strict=True))
+    log_as("launcher", options["--node"])
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # without it the process groups of launches are all that is tracked

@@ -28,7 +28,11 @@ def clean_node(directory: str, node: str) -> None:
         for launcher in launchers:
             send_signal(launcher, signal.SIGCONT)
             if time.monotonic() > deadline:
-                log(f"launcher process {launcher.pid} of node {node} does not end, and is killed")
+                log(
+                    f"launcher process {launcher.pid} of node {node} does not end, and is killed",
+                    level="warning",
+                    node=node,
+                )
                 send_signal(launcher, signal.SIGKILL)
         if time.monotonic() > deadline + 1.0:
             break
@@ -44,7 +48,9 @@ def clean_node(directory: str, node: str) -> None:
     if base:
         cgroups.clean(base, cgroups.prefix_of(directory, node))
     if left:
-        log(f"processes of tasks of node {node} cannot be killed: {', '.join(map(str, left))}")
+        log(
+            f"processes of tasks of node {node} cannot be killed: {', '.join(map(str, left))}", level="error", node=node
+        )
 
 
 def _launchers(directory: str, node: str) -> list[Process]:

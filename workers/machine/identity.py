@@ -45,7 +45,11 @@ class NodeIdentity:
         granted = grant or self._granted()
         self._withheld = max(granted - len(cpus), 0)
         if self._withheld:
-            log(f"node {self.name}: Slurm has granted {granted} CPUs, and this worker may use {len(cpus)} of them")
+            log(
+                f"node {self.name}: Slurm has granted {granted} CPUs, and this worker may use {len(cpus)} of them",
+                level="warning",
+                node=self.name,
+            )
         if granted and granted < len(cpus):
             cpus = cpus[:granted]
         self.cpus = cpus

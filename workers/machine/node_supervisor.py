@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pilotq.broker.errors import PilotFailed, ServerUnavailable
-from pilotq.broker.log import log
+from pilotq.broker.log import log, log_as
 from pilotq.broker.pilot.queue_client import announce_loss
 from pilotq.broker.processes import RestartBudget, become_subreaper, open_pidfd, reap_orphans, terminate_with
 from pilotq.broker.settings import Settings
@@ -49,6 +49,7 @@ class NodeSupervisor:
 
     def run(self, log_path: str) -> int:
         """Until the worker has left, or died too often: its exit code. Its log goes to ``log_path``."""
+        log_as("node supervisor", self._node)
         become_subreaper()
         for number in ENDING:
             signal.signal(number, self._end)
@@ -73,11 +74,14 @@ class NodeSupervisor:
             if self._ending or code in (0, PilotFailed.exit_code):
                 return max(code, 0)
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            log(f"the worker of node {self._node} {how}")
+            log(f"the worker of node {self._node} {how}", level="warning")
             self._clean()
             self._report_loss(f"its worker {how}")
             if not budget.take(time.monotonic()):
-                log(f"the worker of node {self._node} died {budget.limit + 1} times within {budget.window:.0f} s")
+                log(
+                    f"the worker of node {self._node} died {budget.limit + 1} times within {budget.window:.0f} s",
+                    level="error",
+                )
                 return PilotFailed.exit_code
 
     def _start(self, log_path: str) -> None:
@@ -142,6 +146,6 @@ class NodeSupervisor:
         try:
             announce_loss(self._link, self._node, self._pid, why)
         except ServerUnavailable as error:
-            log(f"its loss could not be reported: {error}")
+            log(f"its loss could not be reported: {error}", level="warning")
         finally:
             self._link.close()

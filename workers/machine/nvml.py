@@ -28,7 +28,7 @@ def with_nvml(devices: list[Device]) -> list[Device]:
         finally:
             nvml.nvmlShutdown()
     except Exception as error:  # noqa: BLE001  # whatever a driver does, the kernel has told enough
-        log(f"NVIDIA's management library tells nothing: {error}")
+        log(f"NVIDIA's management library tells nothing: {error}", level="warning")
         return devices
 
 

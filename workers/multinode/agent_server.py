@@ -92,7 +92,7 @@ class AgentServer:
         except BlockingIOError:
             pass
         except OSError as error:
-            log(f"a launch agent cannot be served: {error}")
+            log(f"a launch agent cannot be served: {error}", level="warning")
 
     def _decode(self, number: int, data: bytearray) -> AgentRequest | None:
         if len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack_from(data)[0]:
@@ -114,7 +114,7 @@ class AgentServer:
         try:
             found[0].sendall(LENGTH.pack(len(body)) + body)
         except OSError as error:
-            log(f"a launch agent did not get its reply: {error}")
+            log(f"a launch agent did not get its reply: {error}", level="warning")
         self._close(number)
 
     def _close(self, number: int) -> None:

@@ -299,7 +299,11 @@ class RemoteProcesses:
         sweep.clean_scans = 0 if left or running else sweep.clean_scans + 1
         sweep.scan_at = now + (SCAN_S if now < sweep.give_up_at else 1.0)
         if not sweep.clean_scans and sweep.give_up_at <= now < sweep.give_up_at + 1.0:
-            log(f"of task {request.id or request.host} processes {left} cannot be killed: its cores here stay reserved")
+            log(
+                f"of task {request.id or request.host} processes {left} cannot be killed: its cores here stay reserved",
+                level="error",
+                task=request.id,
+            )
         return sweep.clean_scans >= process_tree.CLEAN_SCANS
 
     def _signal_marked(self, request: Sweep, number: int, *, send: bool) -> list[int]:

@@ -247,7 +247,11 @@ class PrimaryNode:
             return ""
         parts = tuple(part for part in parse_allocation(e.allocation) if part.node in task.unconfirmed)
         text = format_allocation(parts)
-        log(f"task {e.run.id}: {', '.join(sorted(task.unconfirmed))} did not confirm its end: {text} stays reserved")
+        log(
+            f"task {e.run.id}: {', '.join(sorted(task.unconfirmed))} did not confirm its end: {text} stays reserved",
+            level="warning",
+            task=e.run.id,
+        )
         self._partly_released[e.slot] = task
         return text
 
@@ -261,7 +265,7 @@ class PrimaryNode:
             return
         task.unconfirmed.discard(name)
         if not task.unconfirmed and self._partly_released.pop(task.e.slot, None) is not None:
-            log(f"task {task.e.run.id}: all nodes have confirmed its end by now")
+            log(f"task {task.e.run.id}: all nodes have confirmed its end by now", task=task.e.run.id)
             self._node.free_slot(task.e.slot)
             self._session.post_ends([], [ExecutionEnd(task.e.slot, task.e.run.class_name, -1.0, False)])
 
