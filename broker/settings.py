@@ -72,6 +72,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # A process of the pilot waits so many seconds for a server that does not answer.
     server_wait_s: float = 60.0
 
+    # -- submitting ---------------------------------------------------------------------------------------------------
+
+    # Where a submission has more tasks than so many that are alike, these share a record, as elements of an array do.
+    bundle_above: int = 1000
+
     # -- how long records are kept ------------------------------------------------------------------------------------
 
     # A submission that was not committed vanishes after so many seconds.

@@ -115,7 +115,7 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
 
 
 def _command(summary: Summary, line: JournalEntry) -> str:
-    return summary.commands.get(line.array or line.id, "")
+    return summary.commands.get(line.submitted_as, "")
 
 
 def short(summary: Summary) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -16,11 +15,10 @@ from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.messages import UNREADABLE
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
+from pilotq.broker.store.value_blocks import BLOCK, read_block
 from pilotq.broker.tasks.submit_context import SubmitContext
 
-VALUES_BLOCK = 1000
 RETRY_S = 0.4  # no attempt for so long after one that failed
-_values = msgspec.msgpack.Decoder(list[bytes])
 _shared = msgspec.msgpack.Decoder(SubmitContext)
 
 
@@ -54,10 +52,10 @@ class SharedData:
 
     def fetch_value(self, array: str, position: int) -> bytes:
         """The value of an array's element; read in blocks of 1,000 and cached (a few blocks)."""
-        block = self._fetch_block(array, position // VALUES_BLOCK)
-        if not 0 <= position % VALUES_BLOCK < len(block):
+        block = self._fetch_block(array, position // BLOCK)
+        if not 0 <= position % BLOCK < len(block):
             raise PilotFailed(f"array {array} has no value at position {position}: its record is damaged")
-        return block[position % VALUES_BLOCK]
+        return block[position % BLOCK]
 
     def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
         """The record of a job as it stands."""
@@ -87,10 +85,4 @@ class SharedData:
             raise PilotFailed(f"the context {key} of its submission is damaged: {error}") from None
 
     def _read_block(self, array: str, block: int) -> list[bytes]:
-        data = self._fetch("HGET", keys.values(array), block)
-        if data is None:
-            raise PilotFailed(f"the values of array {array} are gone")
-        try:
-            return _values.decode(zlib.decompress(data))
-        except (zlib.error, *UNREADABLE) as error:
-            raise PilotFailed(f"the values of array {array} are damaged: {error}") from None
+        return read_block(array, self._fetch("HGET", keys.values(array), block))

@@ -79,7 +79,7 @@ class Archive:
 
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name, without elements of arrays."""
-        found = list(dict.fromkeys(entry.array or entry.id for entry in self._journal.tasks_by_name(printable(name))))
+        found = list(dict.fromkeys(entry.submitted_as for entry in self._journal.tasks_by_name(printable(name))))
         if not found:
             self._journal.examine()
         return found

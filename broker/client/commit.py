@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, UnknownTask
@@ -14,6 +17,7 @@ from pilotq.broker.tasks.model import Task, id_of
 
 # What one script call handles: it holds up the server for some milliseconds.
 PIECE_TASKS, PIECE_PARENTS = 500, 500
+NO_BUNDLE = 255  # in the layout: the task has a record of its own
 LARGE_TASKS, LARGE_PARENTS = 1000, 500  # above this a submission is committed in pieces
 
 StatusesInJournal = Callable[[Sequence[str]], Mapping[str, str]]
@@ -27,6 +31,13 @@ class SubmitPlan(NamedTuple):
     parents: Parents
     total: int
     payloads: dict[int, bytes]  # position of a function -> its packed call
+    likes: Sequence[int]  # of each task the position of one that differs in command and name at most
+    members: dict[int, list[bytes]]  # position of a bundle -> its packed tasks
+    layout: bytes  # where there are bundles: for each task of the user's the number of its bundle, or NO_BUNDLE
+
+    def size_of(self, bundle: int) -> int:
+        """The bytes of the tasks of a bundle, not compressed."""
+        return sum(map(len, self.members[bundle]))
 
     @property
     def is_large(self) -> bool:
@@ -38,7 +49,7 @@ class Submission(NamedTuple):
     """A plan with what makes a submission of it."""
 
     plan: SubmitPlan
-    ids: list[str]
+    ids: list[str]  # of its records
     first: int  # number of the first task
     key: str
     shared: str  # content key of the submit context
@@ -52,7 +63,7 @@ def commit(
     if submission.plan.is_large:
         return _commit_large(store, submission, calls, stage)
     stage()
-    work = {**_work(submission, range(len(submission.ids))), "shared": submission.shared}
+    work = {**_work(submission, range(len(submission.ids))), **_common(submission)}
     return _ids(submission, calls.answer("whole", work))
 
 
@@ -65,9 +76,9 @@ def _commit_large(store: Store, submission: Submission, calls: _Calls, stage: Ca
         store.link.pipeline(commands if number else [*commands, ("EXPIRE", name, store.settings.stage_ttl_s)])
         number += 1
     stage()
-    ids = _ids(submission, calls.answer("accept", {"pieces": number, "shared": submission.shared}))
+    ids = _ids(submission, calls.answer("accept", {"pieces": number, **_common(submission)}))
     # Another process with the same key may have died behind this call: then its pieces are left.
-    first = int(ids[0], 32)
+    first = int(ids[0].partition("_")[0], 32)
     try:
         while calls.make("rest", {}, first)[0] == b"more":
             pass
@@ -121,11 +132,37 @@ class _Calls:
         return answer
 
 
+def ids_of_tasks(ids: Sequence[str], layout: bytes) -> list[str]:
+    """The id of each task: those of a bundle are numbered as elements of an array are.
+
+    >>> ids_of_tasks(["1f", "1g", "1h"], bytes([0, 255, 0, 255]))
+    ['1f_0', '1g', '1f_1', '1h']
+    """
+    left, bundles = iter(ids), {}
+    found = []
+    for number in layout:
+        if number == NO_BUNDLE:
+            found.append(next(left))
+            continue
+        if number not in bundles:
+            bundles[number] = (next(left), count())
+        bundle, places = bundles[number]
+        found.append(f"{bundle}_{next(places)}")
+    return found
+
+
+def _common(submission: Submission) -> dict[str, Any]:
+    layout = submission.plan.layout
+    return {"shared": submission.shared, **({"layout": b64encode(zlib.compress(layout, 1)).decode()} if layout else {})}
+
+
 def _ids(submission: Submission, answer: list[Any]) -> list[str]:
-    """The ids of a submission that was accepted, now or before."""
+    """The ids of the tasks of a submission that was accepted, now or before."""
+    ids, layout = submission.ids, submission.plan.layout
     if answer[0] == b"again":
-        return [id_of(int(answer[1]) + n) for n in range(int(answer[2]))]
-    return submission.ids
+        ids = [id_of(int(answer[1]) + n) for n in range(int(answer[2]))]
+        layout = zlib.decompress(b64decode(answer[3])) if answer[3] else b""
+    return ids_of_tasks(ids, layout) if layout else ids
 
 
 def _checks(submission: Submission) -> Iterator[dict[str, Any]]:
@@ -146,8 +183,8 @@ def _checks(submission: Submission) -> Iterator[dict[str, Any]]:
 
 def _pieces(submission: Submission, past: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """The work of a submission in pieces, of which one script call handles each."""
-    plan, first, links, count = submission.plan, 0, 0, len(submission.ids)
-    for number in range(count):
+    plan, first, links, number_of_records = submission.plan, 0, 0, len(submission.ids)
+    for number in range(number_of_records):
         own = len(plan.parents.after.get(number) or plan.parents.after_each.get(number) or ())
         if number > first and (number - first == PIECE_TASKS or links + own > PIECE_PARENTS):
             yield _piece(submission, range(first, number), past)
@@ -156,8 +193,8 @@ def _pieces(submission: Submission, past: Mapping[str, str]) -> Iterator[dict[st
         if own > PIECE_PARENTS:
             yield from _parts(submission, number, past)
             first, links = number + 1, 0
-    if first < count:
-        yield _piece(submission, range(first, count), past)
+    if first < number_of_records:
+        yield _piece(submission, range(first, number_of_records), past)
 
 
 def _piece(submission: Submission, numbers: range, past: Mapping[str, str]) -> dict[str, Any]:
@@ -195,7 +232,7 @@ def _work(submission: Submission, numbers: range) -> dict[str, Any]:
             each.append((ids[number], name, [parent_id(p, ids) for p in after_each], task.size))
         else:
             groups.setdefault(name, []).append(ids[number])
-        if task.values is not None:
+        if task.values is not None or number in plan.members:
             extra.append(keys.values(ids[number]))
     return {"groups": list(groups.items()), "waits": waits, "elementwise": each, "extra": extra}
 

@@ -10,6 +10,7 @@ from itertools import chain, groupby, islice
 from pilotq.broker.client.views import GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
+from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.leases import LeasedElement, leased_elements, number_leased, read_leases
@@ -18,6 +19,7 @@ from pilotq.broker.store.resources import GpuFacts, NodeInfo, class_info
 from pilotq.broker.store.store import from_iso
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
+from pilotq.broker.tasks.spec import command_text
 from pilotq.broker.tasks.states import ENDED, WAITING
 
 SLICE = 500
@@ -25,7 +27,7 @@ RUNNING_READ_MAX = 1000  # tasks with a worker that are read to see which of the
 VIEW_FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
     "pq_queued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
-    "pq_class",
+    "pq_class", "pq_bundle",
 )  # fmt: skip
 WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
@@ -106,7 +108,7 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         index=_whole(task_id.rpartition("_")[2]) if f["pq_array_of"] else None,
         ended=status in ENDED,
     )
-    view.array_size = _size(f["pq_array"])
+    view.array_size, view.is_bundle = _size(f["pq_array"]), bool(f["pq_bundle"])
     if view.array_size and (info := class_info(f["pq_class"])) is not None:
         view.array_limit = info.at_most
     return view
@@ -199,6 +201,7 @@ class TaskQueries:
     def __init__(self, link: Connection, journal: Journal | None) -> None:
         self.link = link
         self.journal = journal
+        self._bundles = Bundles(link)
 
     def views(self, ids: Sequence[str]) -> list[TaskView | None]:
         """Views of these tasks from Redis, in one round trip for each 500; None for tasks without a record."""
@@ -207,7 +210,17 @@ class TaskQueries:
             part = ids[first : first + SLICE]
             rows = self._read(part)
             found += [view_of_record(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
+        elements = [view for view in found if view is not None and view.array]
+        self._bundles.learn(view.array for view in elements)
+        for view in elements:
+            self._describe(view)
         return found
+
+    def _describe(self, view: TaskView) -> TaskView:
+        """A task of a bundle has a name and a command of its own, and no index."""
+        if view.index is not None and (member := self._bundles.member(view.array, view.index)) is not None:
+            view.name, view.command, view.index = member.name, command_text(member.spec), None
+        return view
 
     def statuses(self, ids: Sequence[str]) -> dict[str, str]:
         """id -> status, of those that have a record."""
@@ -266,12 +279,12 @@ class TaskQueries:
             leases = [lease for lease in read_leases(self.link) if lease.array == array]
             for element in leased_elements(self.link, leases):
                 if element.id == task_id:
-                    return leased_view(element, view)
+                    return self._describe(leased_view(element, view))
         status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(outcome, outcome)
-        return TaskView(
+        return self._describe(TaskView(
             id=task_id, name=view.name, status=status, queue=view.queue, command=view.command, array=array,
             index=index, times={"queued": view.times["queued"]}, ended=status in ENDED,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     # -- many -------------------------------------------------------------------------------------------------------
 
@@ -296,10 +309,11 @@ class TaskQueries:
     def _of_redis(self, status: str | None, page: int) -> Iterator[TaskView]:
         """Tasks with a record in Redis that may have this status. ``page``: how much of each list is read at once."""
         if status in (None, "started"):
-            yield from self._views(self._running(), page)
+            yield from (view for view in self._views(self._running(), page) if not view.is_bundle)
             yield from self._leased()
         if status is None or status in WAITING:
-            yield from self._views(self._waiting(page), page)
+            for view in self._views(self._waiting(page), page):
+                yield from self._waiting_members(view) if view.is_bundle else (view,)
         kinds = sorted(set(ENDED_KINDS.values())) if status is None else [ENDED_KINDS.get(status, "")]
         ended = [
             self._views(_pages(self._of_registry(kind, queue), page), page)
@@ -314,7 +328,17 @@ class TaskQueries:
         for array, mine in groupby(leases, key=lambda lease: lease.array):
             if (view := self.views([array])[0]) is not None:
                 held = leased_elements(self.link, list(mine))
-                yield from (leased_view(element, view) for element in held if element.is_known)
+                yield from (self._describe(leased_view(element, view)) for element in held if element.is_known)
+
+    def _waiting_members(self, bundle: TaskView) -> Iterator[TaskView]:
+        """The tasks of a bundle that were not handed out, newest first; those that came back have records."""
+        text, following, bits = self._array(bundle.id)
+        for position in range(_size(text) - 1, following - 1, -1):
+            if outcome_at(bits, position, following) == "waiting":
+                yield self._describe(TaskView(
+                    id=f"{bundle.id}_{position}", status="queued", queue=bundle.queue, array=bundle.id, index=position,
+                    times={"queued": bundle.times["queued"]}, retries=bundle.retries, command=bundle.command,
+                ))  # fmt: skip
 
     def _views(self, ids: Iterator[str], page: int) -> Iterator[TaskView]:
         while batch := list(islice(ids, page)):
@@ -399,16 +423,20 @@ class TaskQueries:
     def find(self, name: str) -> list[str]:
         """Ids of the tasks with this name, without elements of arrays."""
         found: dict[str, None] = {}
+        wanted = printable(name)
         ids = chain(self._running(), self._waiting(SLICE), *(
             _pages(self._of_registry(kind, queue), SLICE)
             for kind in sorted(set(ENDED_KINDS.values())) for queue in self._queues()
         ))  # fmt: skip
         while batch := list(islice(ids, SLICE)):
-            rows = self.link.pipeline([("HMGET", keys.job(i), "pq_name", "pq_array_of") for i in batch])
-            wanted = printable(name).encode()
-            found.update((i, None) for i, row in zip(batch, rows, strict=True) if row[0] == wanted and not row[1])
-        entries = self.journal.tasks_by_name(printable(name)) if self.journal is not None else []
-        found.update((entry.array or entry.id, None) for entry in entries)
+            rows = self.link.pipeline([("HMGET", keys.job(i), "pq_name", "pq_array_of", "pq_bundle") for i in batch])
+            for task_id, (own, array, is_bundle) in zip(batch, rows, strict=True):
+                if is_bundle:
+                    found.update((member, None) for member, other in self._bundles.names(task_id) if other == wanted)
+                elif own == wanted.encode() and not array:
+                    found[task_id] = None
+        entries = self.journal.tasks_by_name(wanted) if self.journal is not None else []
+        found.update((entry.submitted_as, None) for entry in entries)
         return list(found)
 
     def nodes(self) -> list[NodeView]:

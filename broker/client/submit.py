@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 
 from pilotq.broker import failpoints
+from pilotq.broker.client.bundles import bundled
 from pilotq.broker.client.commit import StatusesInJournal, Submission, SubmitPlan, commit, dependency_text, parent_id
 from pilotq.broker.errors import InvalidInput, NeverFits, ServerRefused
 from pilotq.broker.os_strings import encode, printable
@@ -18,17 +18,17 @@ from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.store import Store, iso, pack
+from pilotq.broker.store.value_blocks import packed_blocks
 from pilotq.broker.tasks.array_indices import text_of
 from pilotq.broker.tasks.dependencies import Parents, check_cycles, resolve
 from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of, limited_class_name
 from pilotq.broker.tasks.quantities import size_text
-from pilotq.broker.tasks.spec import spec_of
+from pilotq.broker.tasks.spec import BUNDLE_SPEC, spec_of
 from pilotq.broker.tasks.submit_context import SubmitContext
-from pilotq.broker.tasks.validation import validate
+from pilotq.broker.tasks.validation import Rest, is_like, rest_of, validate
 
 CHUNK = 500
-VALUES_BLOCK = 1000
 AFTER_EACH_LIMIT = 30  # arrays that an array may wait for element by element: each has a bit
 LARGE_BYTES = 1 << 20  # of descriptions: then the server is asked for its memory, too, and gets them in pieces
 BYTES_PER_TASK = 700  # of server memory, for the check before a large submit
@@ -45,9 +45,15 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
     for node in nodes:
         cluster.add_node(node)
     classes: list[str] = []
+    likes: list[int] = []
     seen: dict[tuple[str, int, Request], str] = {}
     payloads: dict[int, bytes] = {}
+    rest: Rest = ()
     for number, task in enumerate(tasks):
+        if rest and is_like(task, rest):
+            likes.append(likes[-1])
+            classes.append(classes[-1])
+            continue
         where = f"task {task.name!r}" if task.name else f"task {number + 1}"
         validate(task, where)
         if task.function is not None:
@@ -55,15 +61,15 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
         if task.memory_max and nodes and (why := cluster.never_fits(task.largest_shape())):
             raise NeverFits(f"{where}: memory_max {size_text(task.memory_max)} can never be had here: {why}")
         kind = (task.queue, task.priority, task.shape())
-        name = seen.get(kind)
-        if name is None:
-            shape = kind[2]
-            if nodes and (why := cluster.never_fits(shape)):
+        if kind not in seen:
+            if nodes and (why := cluster.never_fits(kind[2])):
                 raise NeverFits(f"{where} can never run here: {why}")
-            name = seen[kind] = class_name(*kind)
-        classes.append(name)
+            seen[kind] = class_name(*kind)
+        rest = rest_of(task)
+        likes.append(number)
+        classes.append(seen[kind])
     parents = _check_dependencies(tasks)
-    return SubmitPlan(tasks, classes, parents, sum(t.size for t in tasks), payloads)
+    return SubmitPlan(tasks, classes, parents, sum(t.size for t in tasks), payloads, likes, {}, b"")
 
 
 def _check_dependencies(tasks: Sequence[Task]) -> Parents:
@@ -106,17 +112,17 @@ def submit(
     nodes = decode_nodes(replies[0])
     if {name.decode() for name in replies[2]} - {node.name for node in nodes}:
         nodes = []  # some are still starting, or are started again: what they can hold is not known
-    plan = check(tasks, nodes)
-    payloads = sum(map(len, plan.payloads.values()))
-    if len(tasks) >= CHUNK or payloads >= LARGE_BYTES:
-        _check_memory(link, len(tasks), payloads)
+    plan = bundled(check(tasks, nodes), store.settings.bundle_above)
+    payloads = sum(map(len, plan.payloads.values())) + sum(map(plan.size_of, plan.members))
+    if len(plan.tasks) >= CHUNK or payloads >= LARGE_BYTES:
+        _check_memory(link, len(plan.tasks), payloads)
     failpoints.hit("submit checked")
     first = int(replies[1]) - len(tasks) + 1
-    ids = [id_of(first + n) for n in range(len(tasks))]
+    ids = [id_of(first + n) for n in range(len(plan.tasks))]
     while _in_use(link, ids):
         first = int(link.call("INCRBY", keys.SEQ, len(tasks))) - len(tasks) + 1
-        ids = [id_of(first + n) for n in range(len(tasks))]
-    for number, task in enumerate(tasks):
+        ids = [id_of(first + n) for n in range(len(plan.tasks))]
+    for number, task in enumerate(plan.tasks):
         if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
             plan.classes[number] = limited_class_name(plan.classes[number], task.array.limit, ids[number])
 
@@ -166,14 +172,17 @@ def _staging_commands(
     for number, task in enumerate(plan.tasks):
         waits = [dependency_text(dependency, ids) for dependency in plan.parents.after.get(number, ())]
         waits += [parent_id(parent, ids) for parent in plan.parents.after_each.get(number, ())]
-        spec = pack(spec_of(task, plan.payloads.get(number)))
+        members = plan.members.get(number)
+        spec = pack(spec_of(task, plan.payloads.get(number))) if members is None else BUNDLE_SPEC
         fields: list[Argument] = [
             # What scripts read most often comes first: a small hash is searched from its front.
             "status", "deferred" if waits else "queued", "pq_exec", "0", "origin", plan.classes[number],
             "pq_class", plan.classes[number], "pq_spec", spec, "pq_shared", shared_key, "pq_sub", key,
             "pq_queued_at", at, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1",
-            "description", description(task),
+            "description", description(task) + (f" (and {len(members) - 1:,} more)" if members else ""),
         ]  # fmt: skip
+        if members is not None:
+            fields += ["pq_bundle", 1]
         if task.name is not None:
             fields += ["pq_name", printable(task.name)]
         if waits:
@@ -185,10 +194,15 @@ def _staging_commands(
             fields += ["pq_array", text_of(ranges), "pq_next", 0, "pq_left", task.size]
         job = keys.job(ids[number])
         commands += [("HSET", job, *fields), ("EXPIRE", job, ttl)]
-        if task.values is not None:
-            blocks = _value_blocks(task)
-            commands += [("HSET", keys.values(ids[number]), *blocks), ("EXPIRE", keys.values(ids[number]), ttl)]
         size += len(spec)
+        for block, content in packed_blocks(members or _values_of(task)):
+            commands.append(("HSET", keys.values(ids[number]), block, content))
+            if not block:
+                commands.append(("EXPIRE", keys.values(ids[number]), ttl))
+            size += len(content)
+            if size >= LARGE_BYTES:
+                yield commands
+                commands, size = [], 0
         if len(commands) >= 2 * CHUNK or size >= LARGE_BYTES:
             yield commands
             failpoints.hit("submit staging")
@@ -196,14 +210,10 @@ def _staging_commands(
     yield commands
 
 
-def _value_blocks(task: Task) -> list[Argument]:
+def _values_of(task: Task) -> list[bytes]:
     # To a function a value is text; to a program it is an argument.
     text = (lambda value: value.encode("utf-8", "surrogatepass")) if task.function is not None else encode
     chosen = task.values or ()
-    if task.array is not None:
-        chosen = [chosen[index] for index in task.array]
-    values = [text(value) for value in chosen]
-    blocks: list[Argument] = []
-    for first in range(0, len(values), VALUES_BLOCK):
-        blocks += [first // VALUES_BLOCK, zlib.compress(pack(values[first : first + VALUES_BLOCK]), 1)]
-    return blocks
+    if task.array is not None and task.values is not None:
+        chosen = [task.values[index] for index in task.array]
+    return [text(value) for value in chosen]

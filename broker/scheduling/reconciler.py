@@ -15,6 +15,7 @@ from pilotq.broker.log import log
 from pilotq.broker.process_identity import machine_id, start_time
 from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
+from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.leases import leased_elements, number_leased, read_leases
 from pilotq.broker.store.messages import EndReport, Stop
@@ -42,6 +43,7 @@ class Reconciler:
         self.next_trim = 0.0
         self.tidying = False  # a walk through all classes goes on, to drop those whose lists are empty
         self.repair = RqRepair(store)
+        self.bundles = Bundles(store.link)
         self.polled_at = 0.0
         self.heartbeats: dict[str, tuple[bytes | None, float]] = {}  # address -> the last one, seconds since it changed
         self.cursor: dict[str, int] = {}  # queue -> where the walk through its running tasks stands
@@ -241,6 +243,7 @@ class Reconciler:
                     )
                     entry.submission, entry.array = submission, array
                     entry.index = int(task_id.rpartition("_")[2]) if array else None
+                    self._describe(entry)
                     reports.append(EndReport(task_id, execution, outcome, reason, iso(now), "", "", "", pack(entry)))
                 self.store.report_lost(reports)
                 number += len(batch)
@@ -266,6 +269,7 @@ class Reconciler:
                     id=element.id, execution=execution, node=node, ended=now, message=why, name=name, array=array,
                     submission=submission, index=int(element.id.rpartition("_")[2]),
                 )  # fmt: skip
+                self._describe(entry)
                 reports.append(
                     EndReport(
                         element.id,
@@ -285,6 +289,12 @@ class Reconciler:
                 )
             self.store.report_lost(reports)
         return len(held)
+
+    def _describe(self, entry: JournalEntry) -> None:
+        """A task of a bundle has a name of its own, and no index."""
+        if entry.index is not None and self.bundles.is_bundle(entry.array):
+            member = self.bundles.member(entry.array, entry.index)
+            entry.name, entry.index = member.name if member is not None else "", None
 
     def _running(self, queue: str) -> list[tuple[str, str, int]]:
         """(id, node:incarnation, execution) of all members of the queue's wip registry; arrays have no node."""

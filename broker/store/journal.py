@@ -71,6 +71,11 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
     elements: dict[str, str] = {}  # of an array: status -> compact ranges of indices
     at: str = ""  # stream id, and number within that entry: the writer goes on behind it after a restart
 
+    @property
+    def submitted_as(self) -> str:
+        """The id that its submit has returned: that of its array, or its own, also in a bundle (without an index)."""
+        return self.id if self.index is None or not self.array else self.array
+
 
 class PackedEntry(JournalEntry, omit_defaults=True):
     """An entry as it travels: output that is not UTF-8 is bytes."""

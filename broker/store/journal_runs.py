@@ -38,6 +38,7 @@ class RunLines(msgspec.Struct, array_like=True):
     base: float
     rows: list[Row]
     more: dict[int, dict[str, Any]] = {}  # number of a row -> other fields of its entry
+    bundled: bool = False  # they are tasks of a bundle: their index is no user's
 
     def entries(self) -> Iterator[PackedEntry]:
         """The entry of each element, in the order of the rows."""
@@ -59,7 +60,7 @@ class RunLines(msgspec.Struct, array_like=True):
                 max_rss=max_rss,
                 cpu=cpu / 1e6,
                 array=self.array,
-                index=index,
+                index=None if self.bundled else index,
                 command=self.command,
                 submission=self.submission,
                 memory=self.memory,

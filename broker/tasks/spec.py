@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import msgspec
 
-from pilotq.broker.os_strings import encode
+from pilotq.broker.os_strings import encode, printable
 from pilotq.broker.tasks.functions import decode_payload_name, pack_call
 from pilotq.broker.tasks.model import Task, one_line
 
@@ -19,6 +20,7 @@ FLAG_FUNCTION = 32  # a Python function: argv holds functions.pack_call
 FLAG_RQ_JOB = 64  # a job of RQ's own producers: its record says what to run
 FLAG_ID = 128  # {id} is filled in, in paths
 FLAG_ATTEMPT = 256  # {attempt} is filled in
+FLAG_BUNDLE = 512  # of a bundle: each of its tasks has a specification of its own, a `Member`, fetched like a value
 
 
 ATTEMPT = "{attempt}"
@@ -57,6 +59,54 @@ class Spec(msgspec.Struct, array_like=True):
     backoff: float = 0.0
     retry_on: str = ""
     grow: Grow | None = None
+
+
+class Member(msgspec.Struct, array_like=True):
+    """One task of a bundle: a record, stored as that of an array, of tasks that are alike."""
+
+    spec: Spec
+    name: str = ""
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(Spec).decode
+read_member = msgspec.msgpack.Decoder(Member).decode
+BUNDLE_SPEC = _pack(Spec(argv=[], flags=FLAG_BUNDLE))  # of the record of a bundle
+
+
+@lru_cache(maxsize=256)
+def is_bundle(packed: bytes) -> bool:
+    """Whether this packed `Spec` is that of a bundle."""
+    try:
+        return len(packed) <= 2 * len(BUNDLE_SPEC) and bool(_unpack(packed).flags & FLAG_BUNDLE)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+class MemberPacker:
+    """Packs the tasks of a bundle. Of tasks that differ only in command and name the rest is packed once.
+
+    >>> packer = MemberPacker()
+    >>> one, other = Task(command=["./sim", "1"]), Task(command=["./sim", "2"], name="b")
+    >>> [read_member(packer.pack(task, like=one)).spec.argv for task in (one, other)]
+    [[b'./sim', b'1'], [b'./sim', b'2']]
+    """
+
+    def __init__(self) -> None:
+        self._like: Task | None = None
+        self._head = self._tail = b""
+
+    def pack(self, task: Task, like: Task) -> bytes:
+        """The packed `Member`; ``like`` is the task itself, or one that `validation.is_like` has compared it to."""
+        name = _pack(printable(task.name) if task.name is not None else "")
+        if task is like or not task.command:
+            return b"\x92" + _pack(spec_of(task)) + name
+        if like is not self._like:
+            packed = _pack(spec_of(like))
+            argv = _pack([encode(argument) for argument in like.command or ()])
+            at = packed.index(argv, 1, len(argv) + 4)  # behind the head of the list of fields
+            self._like, self._head, self._tail = like, b"\x92" + packed[:at], packed[at + len(argv) :]
+        return b"".join((self._head, _pack([argument.encode() for argument in task.command]), self._tail, name))
 
 
 def command_text(spec: Spec) -> str:

@@ -13,6 +13,8 @@ from enum import IntEnum
 from itertools import chain
 from typing import Any
 
+import msgspec
+
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.os_strings import encode, unusable
 from pilotq.broker.tasks.array_indices import RANGES_MAX, range_problem
@@ -34,6 +36,7 @@ from pilotq.broker.tasks.model import (
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import ARGUMENT_BYTES, problem_of
 from pilotq.broker.tasks.shell_code import VALUE, code_of, is_for_shell, refer_to_value
+from pilotq.broker.tasks.spec import ATTEMPT
 
 NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 QUEUE = re.compile(r"[A-Za-z0-9_-]{1,60}")
@@ -149,6 +152,35 @@ def validate(task: Task, where: str) -> None:
     """Refuse what can never be right, whatever the pilot: raises InvalidInput whose text starts with ``where``."""
     for problem in chain(_wrong_types(task), _problems(task)):
         raise InvalidInput(f"{where}: {problem}")
+
+
+_COMMAND, _NAME = Task.__struct_fields__.index("command"), Task.__struct_fields__.index("name")
+Rest = tuple[Any, ...]
+
+
+def rest_of(task: Task) -> Rest:
+    """What a task has beside command and name, for `is_like`."""
+    fields = msgspec.structs.astuple(task)
+    return fields[_COMMAND + 1 : _NAME] + fields[_NAME + 1 :]
+
+
+def is_like(task: Task, rest: Rest) -> bool:
+    """Whether a task differs only in command and name from one that was checked, of which ``rest`` is `rest_of`, and
+    these are right: then nothing is left to check. False where that is not known: also where a command has something to
+    be filled in, or characters that are not ASCII."""
+    command, name = task.command, task.name
+    if type(command) is not list or not command or task.script is not None or task.function is not None:
+        return False
+    try:
+        together = "".join(command)
+        same = rest_of(task) == rest
+    except Exception:  # noqa: BLE001  # what is no text, or cannot be compared, `validate` names
+        return False
+    if not same or not command[0] or len(together) > ARGUMENT_BYTES // 4 or not together.isascii():
+        return False
+    if task.launch_at or "\0" in together or ATTEMPT in together:
+        return False
+    return name is None or (type(name) is str and NAME.fullmatch(name) is not None)
 
 
 def _wrong_types(task: Any) -> Iterator[str]:  # Any: the annotations are what is doubted

@@ -102,7 +102,7 @@ def run_command(
             run.stdin = stdin.source(local=options.remote is None)
         run.run_to_end()
         found = _summary(run, options.expected_nodes)
-        found.commands = run.commands({line.array or line.id for line in found.failed})
+        found.commands = run.commands({line.submitted_as for line in found.failed})
         code = exit_codes.INTERRUPTED if interrupts.count else exit_codes.of_counts(found.counts)
     if run.passed is not None and run.passed.broken:
         _say("nobody reads the output any more: the command was ended")

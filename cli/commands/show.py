@@ -30,6 +30,11 @@ def show_command(words: tuple[str, ...], directory: str | None, as_json: bool) -
         click.echo("\n\n".join(_details(task) for task in tasks))
 
 
+def _place(task: TaskView) -> str:
+    """The array or bundle that it is part of."""
+    return f"{task.array}, index {task.index}" if task.index is not None else task.array
+
+
 def _details(task: TaskView) -> str:
     reason = f"{task.reason}: {REASONS[task.reason]}" if REASONS.get(task.reason) else task.reason
     times = task.times
@@ -43,7 +48,7 @@ def _details(task: TaskView) -> str:
         ("signal", str(task.signal or "")),
         ("command", task.command),
         ("queue", task.queue),
-        ("array", f"{task.array}, index {task.index}" if task.array else ""),
+        ("array" if task.index is not None else "bundle", _place(task)),
         ("elements", f"{task.array_size:,}" if task.array_size else ""),
         ("at a time", f"at most {task.array_limit:,}" if task.array_limit else ""),
         *((f"  {status}", ranges) for status, ranges in task.elements.items()),

@@ -195,7 +195,7 @@ def test_what_is_only_prefetched_does_not_run(live: LivePilot) -> None:
 
 def test_a_long_queue_is_listed_by_its_newest(live: LivePilot) -> None:
     live.broker.pause(True)
-    ids = live.broker.enqueue_many([Task(command=["true"], priority=i % 3) for i in range(5000)])
+    ids = live.broker.enqueue_many([Task(command=["true"], priority=i % 5) for i in range(5000)])
     begin = live.broker.link.call("INFO", "commandstats").decode()
     assert [t.id for t in live.broker.tasks(limit=50)] == ids[:-51:-1]
     after = live.broker.link.call("INFO", "commandstats").decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.costs import Submit, submit_array, submit_some
+from benchmarks.costs import Submit, submit_array, submit_many, submit_some
 from benchmarks.traffic import Traffic, traffic
 
 NUMBER = 5_000
@@ -15,6 +15,10 @@ CEILINGS = {
         requests=0.12, commands=0.8, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
         log_bytes=200, journal_bytes=370,
     ),
+    "task of a bundle": Traffic(
+        requests=0.12, commands=0.8, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
+        log_bytes=130, journal_bytes=370,
+    ),
     "single task": Traffic(
         requests=2.7, commands=9.6, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
         log_bytes=1_780, journal_bytes=350,
@@ -24,8 +28,8 @@ CEILINGS = {
 
 @pytest.mark.parametrize(
     ("shape", "submit"),
-    [("element of an array", submit_array), ("single task", submit_some)],
-    ids=["element", "single"],
+    [("element of an array", submit_array), ("task of a bundle", submit_many), ("single task", submit_some)],
+    ids=["element", "bundle", "single"],
 )
 def test_the_traffic_of_a_task_stays_below_its_ceiling(shape: str, submit: Submit) -> None:
     found, ceiling = traffic(submit, NUMBER)._asdict(), CEILINGS[shape]._asdict()

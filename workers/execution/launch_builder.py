@@ -32,6 +32,7 @@ from pilotq.broker.tasks.spec import (
     FLAG_RQ_JOB,
     FLAG_VALUES,
     Spec,
+    is_bundle,
 )
 from pilotq.broker.tasks.submit_context import GPU_VARIABLES, environment
 from pilotq.workers.execution.execution import Execution
@@ -52,6 +53,9 @@ NODE_VARIABLES = frozenset(
 # Only for those who say how their cores lie: where a task has several processes, binding threads would put the first
 # threads of all of them onto one core.
 PROC_BIND = {PACK: "close", SPREAD: "spread"}
+
+
+_MEMBER = msgspec.msgpack.Decoder(tuple[msgspec.Raw, str])  # spec.Member
 
 
 class UnlaunchableError(Exception):
@@ -139,6 +143,8 @@ class LaunchBuilder:
         context = self._context(run.shared)
         known = class_info(run.class_name)
         reservation = self._reservation(e.allocation, known.request.numa if known is not None else "")
+        if is_bundle(run.spec):
+            run = self._member(run)
         spec = self._decode(run)
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
         if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID | FLAG_ATTEMPT):
@@ -177,6 +183,18 @@ class LaunchBuilder:
             key, start.id, start.execution, start.shared, start.allocation, start.argv, env, start.cwd
         )  # fmt: skip
         return context.base, reservation.slot, launch
+
+    def _member(self, run: Run) -> Run:
+        """One of a bundle, as it would be if it had been submitted by itself; its `Run` gets its name."""
+        packed = self._shared_data.fetch_value(run.array, run.position)
+        try:
+            spec, name = _MEMBER.decode(packed)
+        except (*UNREADABLE, ValueError) as error:
+            raise UnlaunchableError(
+                "launch", f"its description in the server is damaged ({error}): submit it again"
+            ) from None
+        run.name = name
+        return msgspec.structs.replace(run, array="", index=-1, position=0, spec=bytes(spec))
 
     def _decode(self, run: Run) -> Spec:
         """The specification of a task. What was checked at submit is checked again: its record may be damaged."""

@@ -10,6 +10,7 @@ import msgspec
 from pilotq.broker.store.journal_runs import RunLines
 from pilotq.broker.store.messages import EndReport, Run, RunEnd
 from pilotq.broker.store.resources import class_info
+from pilotq.broker.tasks.spec import is_bundle
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.session import Apart, iso
 
@@ -50,6 +51,7 @@ def _follows(run: Run, other: Run) -> bool:
 
 def _run_of(ends: list[LeasedEnd], node: str) -> tuple[RunEnd, Apart]:
     run, base, command = ends[0].e.run, ends[0].e.started, ends[0].command
+    usual = {"name": run.name, "command": command, "limit": ends[0].e.limit or None}
     places: dict[str, int] = {}  # of allocations
     rows, more = [], {}
     for number, end in enumerate(ends):
@@ -58,11 +60,12 @@ def _run_of(ends: list[LeasedEnd], node: str) -> tuple[RunEnd, Apart]:
         place = places.setdefault(e.allocation, len(places))
         after, lasted = round((e.started - base) * 1e6), max(round((end.ended - e.started) * 1e6), 0)
         rows.append((e.run.index, place, after, lasted, e.pid, exited.max_rss, round(exited.cpu * 1e6)))
-        if end.outputs or end.command != command:
-            more[number] = end.outputs if end.command == command else end.outputs | {"command": end.command}
+        own = {"name": e.run.name, "command": end.command, "limit": e.limit or None}
+        if end.outputs or own != usual:
+            more[number] = end.outputs | {name: value for name, value in own.items() if value != usual[name]}
     lines = RunLines(
         run.array, run.name, run.submission, node, run.execution, run.queued, run.handed, command, memory_of(run),
-        ends[0].e.limit, list(places), base, rows, more,
+        ends[0].e.limit, list(places), base, rows, more, is_bundle(run.spec),
     )  # fmt: skip
     last = iso(max(end.ended for end in ends))
     packed = RunEnd(run.array, run.execution, run.submission, last, run.position, len(ends), _pack(lines))

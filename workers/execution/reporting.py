@@ -16,7 +16,7 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
-from pilotq.broker.tasks.spec import command_text
+from pilotq.broker.tasks.spec import command_text, is_bundle
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
@@ -104,7 +104,7 @@ class Reporter:
             memory=memory_of(run),
             limit=e.limit or None,
             array=run.array,
-            index=run.index if run.array else None,
+            index=run.index if run.array and not is_bundle(run.spec) else None,
             command=command_of(e),
             message=message.encode("utf-8", "backslashreplace").decode(),
             submission=run.submission,

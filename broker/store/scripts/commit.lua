@@ -11,13 +11,14 @@
 --         elementwise = [[array id, class, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
 --         shared = key of what all of them share
+--         layout = of a submission with bundles: which tasks are in which, for those who ask for its ids again
 --         past   = {parent = status}: parents that only the journal knows
 --         pieces = number of pieces, of a large submission, whose work this is not; each has key = submission key, too, and sizes =
 --           {id = number of tasks} of arrays
 --       },
 --       10 what to do: whole (all of this), check (only look at the parents), accept (a large submission), rest (its next piece).
 -- A parent is a task, an array, or one element of an array (<array>_<index>).
--- Returns {'ok'}; {'more'} when a piece was handled, and others may be left; {'again', first number, number} when this key was
+-- Returns {'ok'}; {'more'} when a piece was handled, and others may be left; {'again', first number, number of records, layout} when this key was
 --       committed before (nothing is written); {'gone'} when a staged key has expired; {'unknown', [id, ...]} when parents do not
 --       exist; {'unequal', id} when a parent to wait for element by element is no array of as many elements.
 if not queue_id_ok() then return queue_id_error() end
@@ -31,8 +32,8 @@ if mode == 'rest' then
   wake()
   return {'more'}
 end
-local known = redis.call('HMGET', submit_key(key), 'first', 'records')
-if known[1] then return {'again', known[1], known[2]} end
+local known = redis.call('HMGET', submit_key(key), 'first', 'records', 'layout')
+if known[1] then return {'again', known[1], known[2], known[3] or ''} end
 local work = cmsgpack.unpack(ARGV[9])
 
 -- 1. Read: are all hashes there, and what became of the parents?
@@ -75,6 +76,7 @@ if mode == 'check' then return {'ok'} end
 for _, name in ipairs(staged) do redis.call('PERSIST', name) end
 redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total,
   'shared', work.shared)
+if work.layout then redis.call('HSET', submit_key(key), 'layout', work.layout) end
 redis.call('ZADD', 'pilotq:submissions', first, key)
 count_up('pilotq:shared-refs', work.shared, 1)
 count_up('pilotq:counts', 'total', total)

@@ -38,10 +38,10 @@ local function add(map, key, ...)
   for _, item in ipairs({...}) do items[#items + 1] = item end
 end
 
--- Is the array's record there, and does anything wait for it element by element? Asked once a call.
+-- Is the array's record there, does anything wait for it element by element, and is it a bundle? Asked once a call.
 local function known(array)
   if not elementwise[array] then
-    local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_elementwise')
+    local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_elementwise', 'pq_bundle')
     elementwise[array] = v.err and {} or v
   end
   return elementwise[array]
@@ -308,6 +308,13 @@ local function no_room(outcome, text)
   return #pickled > SMALL and string.sub(pickled, 1, 5) ~= 'file:' and not has_room(#text)
 end
 
+-- The record of a task of a bundle that is kept says what that task was, for RQ's tools.
+local function describe_member(id, line)
+  local done, entry = pcall(cmsgpack.unpack, line)
+  if not done or redis.call('EXISTS', job_key(id)) == 0 then return end
+  redis.call('HSET', job_key(id), 'description', printable(entry.command or ''), 'pq_name', printable(entry.name or ''))
+end
+
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
@@ -342,6 +349,7 @@ local function report(r, line, text)
   if v[5] then hide_execution(id, execution, v[5]) end
   local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)
   if not retried then final(r, f, id, status, reason, text, kind) end
+  if not retried and f.array and known(f.array)[3] then describe_member(id, line) end
   journal(line, packed_ending(status, reason, not retried))
   return retried and 'retry' or 'ok'
 end

@@ -79,6 +79,7 @@ def test_a_wait_reads_the_journal_once(live: LivePilot, monkeypatch: pytest.Monk
 
 def test_a_submit_is_refused_when_memory_is_short(engine: Engine) -> None:
     """Before anything is written, with what it needs; ends go through."""
+    engine.reset(bundle_above=10_000)
     running = engine.submit(task()) and engine.claim()
     used = dict(line.split(":", 1) for line in engine.link.call("INFO", "memory").decode().splitlines() if ":" in line)
     before = engine.admin.call("CONFIG", "GET", "maxmemory")[1]

@@ -163,6 +163,7 @@ def test_an_executor_is_told_of_every_end(engine: Engine) -> None:
 
 
 def test_a_large_submit_is_refused_before_anything_is_written(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.reset(bundle_above=10_000)
     used = int(
         dict(x.split(":", 1) for x in engine.link.call("INFO", "memory").decode().split() if ":" in x)["used_memory"]
     )
@@ -209,6 +210,7 @@ def test_counts_of_a_submission(engine: Engine) -> None:
 
 
 def test_ids_ascend_and_lists_keep_the_order(engine: Engine) -> None:
+    engine.reset(bundle_above=10_000)
     first = engine.submit(*[task() for _ in range(1200)])
     second = engine.submit(wide(2), task(), wide(2), task(queue="other", priority=-3))
     numbers = [int(i, 32) for i in first + second]

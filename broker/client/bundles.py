@@ -1,0 +1,100 @@
+"""Finds the tasks of a submission that are alike, and makes bundles of them: one record for all. Pure.
+
+A *bundle* is stored as an array whose elements have each a description of their own (`spec.Member`), in compressed
+blocks, and is handed out as one. The tasks of a bundle wait in one class list, have the same number of retries, and
+need nothing of their own in the server before they run: no task waits for one of them by name, and they wait for none.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import msgspec
+
+from pilotq.broker.client.commit import NO_BUNDLE, SubmitPlan
+from pilotq.broker.tasks.dependencies import Element, Parent, Parents
+from pilotq.broker.tasks.model import ARRAY_LIMIT, ArrayRange, Task
+from pilotq.broker.tasks.spec import MemberPacker
+
+MEMBER_MAX = 4096  # bytes of one description: a worker reads 1,000 at once
+
+
+def bundled(plan: SubmitPlan, above: int) -> SubmitPlan:
+    """The plan with a bundle in place of tasks that can be in one, where these are more than ``above``."""
+    if len(plan.tasks) <= above:
+        return plan
+    groups = _groups(plan)
+    packer, layout = MemberPacker(), bytearray([NO_BUNDLE]) * len(plan.tasks)
+    members: list[list[bytes]] = []
+    for numbers in groups:
+        if len(numbers) <= above or len(members) == NO_BUNDLE or len(numbers) > ARRAY_LIMIT:
+            continue
+        packed = [packer.pack(plan.tasks[n], plan.tasks[plan.likes[n]]) for n in numbers]
+        small = [len(one) <= MEMBER_MAX for one in packed]
+        if sum(small) <= above:
+            continue
+        for number, fits in zip(numbers, small, strict=True):
+            if fits:
+                layout[number] = len(members)
+        members.append([one for one, fits in zip(packed, small, strict=True) if fits])
+    return _with_bundles(plan, bytes(layout), members) if members else plan
+
+
+def _groups(plan: SubmitPlan) -> Iterable[list[int]]:
+    """The positions of the tasks that can share a bundle."""
+    parents = set(_named(plan.parents.after.values())) | set(_named(plan.parents.after_each.values()))
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    fits: dict[int, bool] = {}
+    for number, like in enumerate(plan.likes):
+        task = plan.tasks[like]
+        if like not in fits:
+            fits[like] = _can_be_member(task)
+        if fits[like] and number not in parents:
+            groups[plan.classes[number], task.retries].append(number)
+    return groups.values()
+
+
+def _named(parents: Iterable[Iterable[Parent]]) -> Iterable[int]:
+    for several in parents:
+        for parent in several:
+            if isinstance(parent, Element):
+                yield parent.array
+            elif isinstance(parent, int):
+                yield parent
+
+
+def _can_be_member(task: Task) -> bool:
+    """Whether it needs nothing that only a task with a record of its own has."""
+    return not (
+        task.is_array or task.after or task.function is not None or task.memory_grow or task.time_grow or task.qcg
+    )
+
+
+def _with_bundles(plan: SubmitPlan, layout: bytes, members: list[list[bytes]]) -> SubmitPlan:
+    firsts = {layout.index(bundle) for bundle in range(len(members))}
+    records = [number for number, bundle in enumerate(layout) if bundle == NO_BUNDLE or number in firsts]
+    places = {number: place for place, number in enumerate(records)}
+    found = {places[number]: members[layout[number]] for number in firsts}
+    tasks = [
+        _record(plan.tasks[number], len(found[place])) if place in found else plan.tasks[number]
+        for place, number in enumerate(records)
+    ]
+    classes = [plan.classes[number] for number in records]
+    payloads = {places[number]: payload for number, payload in plan.payloads.items()}
+    parents = Parents(_moved(plan.parents.after, places), _moved(plan.parents.after_each, places))
+    return SubmitPlan(tasks, classes, parents, plan.total, payloads, range(len(tasks)), found, layout)
+
+
+def _record(first: Task, number: int) -> Task:
+    """The array that a bundle is to all who do not look into it."""
+    return msgspec.structs.replace(first, name=None, array=ArrayRange(0, number - 1))
+
+
+def _moved(parents: dict[int, list[Parent]], places: dict[int, int]) -> dict[int, list[Parent]]:
+    def place(parent: Parent) -> Parent:
+        if isinstance(parent, Element):
+            return Element(places[parent.array], parent.element)
+        return places[parent] if isinstance(parent, int) else parent
+
+    return {places[number]: [place(parent) for parent in several] for number, several in parents.items()}
