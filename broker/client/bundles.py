@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from pilotq.broker.client.commit import NO_BUNDLE, SubmitPlan
-from pilotq.broker.tasks.dependencies import Element, Parent, Parents
+from pilotq.broker.tasks.dependencies import ALL_FIELDS, Element, Parent, Parents
 from pilotq.broker.tasks.model import ARRAY_LIMIT, ArrayRange, Task
 from pilotq.broker.tasks.spec import MemberPacker
 
@@ -43,7 +43,8 @@ def bundled(plan: SubmitPlan, above: int) -> SubmitPlan:
 
 def _groups(plan: SubmitPlan) -> Iterable[list[int]]:
     """The positions of the tasks that can share a bundle."""
-    parents = set(_named(plan.parents.after.values())) | set(_named(plan.parents.after_each.values()))
+    after, after_each = plan.parents.after.values(), plan.parents.after_each.values()
+    parents = set(_named([d.parent for d in several] for several in after)) | set(_named(after_each))
     groups: dict[tuple[str, int], list[int]] = defaultdict(list)
     fits: dict[int, bool] = {}
     for number, like in enumerate(plan.likes):
@@ -66,9 +67,8 @@ def _named(parents: Iterable[Iterable[Parent]]) -> Iterable[int]:
 
 def _can_be_member(task: Task) -> bool:
     """Whether it needs nothing that only a task with a record of its own has."""
-    return not (
-        task.is_array or task.after or task.function is not None or task.memory_grow or task.time_grow or task.qcg
-    )
+    waits = any(getattr(task, field) for field in ALL_FIELDS)
+    return not (task.is_array or waits or task.function is not None or task.memory_grow or task.time_grow or task.qcg)
 
 
 def _with_bundles(plan: SubmitPlan, layout: bytes, members: list[list[bytes]]) -> SubmitPlan:
@@ -82,7 +82,12 @@ def _with_bundles(plan: SubmitPlan, layout: bytes, members: list[list[bytes]]) -
     ]
     classes = [plan.classes[number] for number in records]
     payloads = {places[number]: payload for number, payload in plan.payloads.items()}
-    parents = Parents(_moved(plan.parents.after, places), _moved(plan.parents.after_each, places))
+    after = {
+        places[number]: [d._replace(parent=_moved(d.parent, places)) for d in several]
+        for number, several in plan.parents.after.items()
+    }
+    after_each = {places[n]: [_moved(p, places) for p in several] for n, several in plan.parents.after_each.items()}
+    parents = Parents(after, after_each)
     return SubmitPlan(tasks, classes, parents, plan.total, payloads, range(len(tasks)), found, layout)
 
 
@@ -91,10 +96,7 @@ def _record(first: Task, number: int) -> Task:
     return msgspec.structs.replace(first, name=None, array=ArrayRange(0, number - 1))
 
 
-def _moved(parents: dict[int, list[Parent]], places: dict[int, int]) -> dict[int, list[Parent]]:
-    def place(parent: Parent) -> Parent:
-        if isinstance(parent, Element):
-            return Element(places[parent.array], parent.element)
-        return places[parent] if isinstance(parent, int) else parent
-
-    return {places[number]: [place(parent) for parent in several] for number, several in parents.items()}
+def _moved(parent: Parent, places: dict[int, int]) -> Parent:
+    if isinstance(parent, Element):
+        return Element(places[parent.array], parent.element)
+    return places[parent] if isinstance(parent, int) else parent
