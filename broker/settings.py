@@ -26,7 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # A launcher is given chains of so many seconds of work: longer than a turn of the worker, too short to be noticed.
     chain_s: float = 0.02
     # A chain has at most so many tasks.
-    chain_max: int = 16
+    chain_max: int = 32
     # A new dispatcher waits so many seconds for the nodes its pilot began with.
     initial_nodes_wait_s: float = 5.0
 

@@ -331,6 +331,22 @@ def test_a_dead_launcher_takes_its_tasks_with_it_and_is_replaced(tmp_path: Path)
         assert host.launchers() != [launcher]
 
 
+def test_a_core_gets_its_launcher_when_a_task_begins_there(tmp_path: Path) -> None:
+    with Host(tmp_path) as host:
+        host.run("a", "bash", "-c", DEAF, slot=1)
+        pid_of(host, "a")
+        (first,) = host.launchers()
+        host.run("b", "bash", "-c", DEAF, slot=2, allocation="n1[1]")
+        pid = pid_of(host, "b")
+        (second,) = {*host.launchers()} - {first}
+        assert pid in children(second)
+        os.kill(second, signal.SIGKILL)
+        assert host.end_of("b").report.reason == "worker lost"
+        host.run("c", "true", slot=2, allocation="n1[1]")
+        assert host.end_of("c").report.outcome == "finished"
+        assert "a" not in host.endings
+
+
 def test_launchers_that_keep_dying_end_the_worker(tmp_path: Path) -> None:
     with Host(tmp_path, restart_limit=1, kill_grace_s=0.2) as host:
         host.until(lambda: host.reported("heartbeat"))

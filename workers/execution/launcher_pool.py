@@ -33,7 +33,8 @@ from pilotq.workers.protocol import (
 )
 
 ISOLATED = -1
-CORES_PER_LAUNCHER = 32  # launches of one launcher scale to about so many cores of short tasks
+CORES_PER_LAUNCHER = 8  # a launcher waits while a child of its begins: short tasks of other cores wait with it
+LAUNCHERS_MIN = 4  # of a node, where it has so many cores
 READ_BYTES = 1 << 16  # what its pipe holds
 PIPE_BYTES = 1 << 20  # a burst of launches fits, so that writes seldom wait
 KNOWN_MAX = 1000  # bases and slots a launcher keeps
@@ -162,20 +163,23 @@ class LauncherHandle:
 
 
 class LauncherPool:
-    """Keeps the launchers of a node, of one kind: one for each group of cores, replaced when it dies or hangs."""
+    """Keeps the launchers of a node, of one kind: one for each group of cores, replaced when it dies or hangs.
+
+    That of the first group starts at once, another one when something is to begin there.
+    """
 
     def __init__(self, directory: str, node: str, cores: Sequence[int], settings: Settings, kind: Kind) -> None:
         self._kind = kind
         self._directory = directory
         self._node = node
         self._settings = settings
-        self._core_groups = {core: position // CORES_PER_LAUNCHER for position, core in enumerate(cores)}
+        group = min(CORES_PER_LAUNCHER, -(-len(cores) // LAUNCHERS_MIN))
+        self._core_groups = {core: position // group for position, core in enumerate(cores)}
         self._budget = RestartBudget(settings.restart_limit, settings.restart_window_s)
         self._started = 0
         self._serving: dict[int, LauncherHandle] = {}  # by core group
         self.living: dict[int, LauncherHandle] = {}  # by number, with those that are stopping
-        for core_group in range(max(1, -(-len(cores) // CORES_PER_LAUNCHER))):
-            self._start(core_group)
+        self._start(0)
 
     def _start(self, core_group: int) -> LauncherHandle:
         self._started += 1
@@ -188,8 +192,9 @@ class LauncherPool:
         return launcher
 
     def serving(self, core: int) -> LauncherHandle:
-        """The launcher that starts what begins at this core."""
-        return self._serving[self._core_groups.get(core, 0)]
+        """The launcher that starts what begins at this core; raises OSError when it is to be started and cannot be."""
+        core_group = self._core_groups.get(core, 0)
+        return self._serving.get(core_group) or self._start(core_group)
 
     def start_isolated(self) -> LauncherHandle:
         """A launcher for one task that may be what kills launchers; `stop_isolated` ends it."""

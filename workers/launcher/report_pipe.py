@@ -13,8 +13,8 @@ import time
 from pilotq.workers.protocol import FromLauncher, encode_frame
 
 REPORT_MAX = 64  # messages in a frame; more of them would make the worker process wait for the first
-WAKE_DELAY_S = 0.005  # how long the ends of chained launches are collected before the worker process is woken
-WAKE_REPORTS = 16  # ... or until there are so many
+WAKE_DELAY_S = 0.010  # how long the ends of chained launches are collected before the worker process is woken
+WAKE_REPORTS = 64  # ... or until there are so many
 
 
 class ReportPipe:

@@ -70,6 +70,18 @@ def test_a_chain_is_run_in_order_one_at_a_time_on_its_cpus(driver: Driver, tmp_p
         assert (tmp_path / f"order{n}").read_text().split() == list("01234567")
 
 
+def test_a_task_gets_its_own_cpus_also_after_many_with_others(driver: Driver) -> None:
+    for cpus in ([CPUS[0]], [CPUS[-1]], []):
+        keys = [driver.launch("sh", "-c", MASK, cpus=cpus) for _ in range(12)]
+        found = {driver.get(Exited, key).stdout.data.split()[1].decode() for key in keys}
+        assert found == {str(cpus[0]) if cpus else everywhere()}
+
+
+def everywhere() -> str:
+    status = Path("/proc/self/status").read_text()
+    return next(line.split()[1] for line in status.splitlines() if line.startswith("Cpus_allowed_list"))
+
+
 def test_what_is_retracted_never_starts_and_the_chain_closes_up(driver: Driver, tmp_path: Path) -> None:
     head, _, second, third = launch_chain(driver, "echo 1 >>order", "echo 2 >>order", "echo 3 >>order")
     driver.send(Retract(second))

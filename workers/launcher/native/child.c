@@ -8,6 +8,7 @@
  * A child that sets its CPUs itself moves to one where, on a busy machine, it waits for its turn, and this process with it.
  * When that has happened this process moves there first for a while, so that the next children inherit their CPUs: it
  * costs this process half as much again where nothing else runs, and a busy machine starts three times as many.
+ * It also moves there when child after child has the same CPUs, and stays: the next one ends there, and nobody moves.
  */
 
 #define _GNU_SOURCE
@@ -29,6 +30,8 @@ enum {
     SLOW_NS = 1000000, /* a child that took longer has waited for its turn */
     INHERIT_MIN = 64,  /* so many children inherit their CPUs then, twice as many each time that it happens again ... */
     INHERIT_MAX = 1 << 13,
+    ALIKE_MIN = 8, /* so many children in a row with the same CPUs */
+    CPUS_BYTES = 1 << 13, /* of the largest set, as in plain_launches.py */
 };
 
 /* Like `_open` of spawn.py: neither a FIFO that nobody opens nor a terminal may do harm. */
@@ -78,10 +81,23 @@ failure:
     _exit(FAILED);
 }
 
+/* Whether the last children had the same CPUs as this one. */
+static int alike(const struct child *child) {
+    static unsigned char cpus[CPUS_BYTES];
+    static size_t size;
+    static int number;
+    if (child->cpus_size == size && memcmp(cpus, child->cpus, size) == 0)
+        return number < ALIKE_MIN ? ++number == ALIKE_MIN : 1;
+    number = 0;
+    size = child->cpus_size <= sizeof cpus ? child->cpus_size : 0;
+    memcpy(cpus, child->cpus, size);
+    return 0;
+}
+
 pid_t start_child(const struct child *child) {
     static int to_inherit, next_time = INHERIT_MIN; /* so many children inherit their CPUs, and so many next time */
     static int pinned;                              /* this process has the CPUs of the last child */
-    const int inherits = to_inherit > 0;
+    const int inherits = alike(child) || to_inherit > 0;
     volatile int failed = 0;
     sigset_t all, before;
     struct timespec began, ended;
@@ -98,8 +114,10 @@ pid_t start_child(const struct child *child) {
         become(child, inherits, &failed);
     sigprocmask(SIG_SETMASK, &before, NULL);
     clock_gettime(CLOCK_MONOTONIC, &ended);
-    if (inherits)
+    if (to_inherit > 0)
         to_inherit--;
+    else if (inherits)
+        ; /* it shows nothing of the other way */
     else if ((ended.tv_sec - began.tv_sec) * 1000000000L + ended.tv_nsec - began.tv_nsec > SLOW_NS) {
         to_inherit = next_time;
         if (next_time < INHERIT_MAX)

@@ -28,12 +28,12 @@ enum {
     ENDS_MAX = 256,        /* that are waited for at a time */
     SCAN_MAX = 1000,       /* so many process numbers are tried one by one */
     INLINE_BYTES = 4096,   /* captured output up to this size travels in the message, as in workers/protocol.py */
-    WAKE_REPORTS = 16,     /* so many wake the reader at once, as in report_pipe.py */
+    WAKE_REPORTS = 64,     /* so many wake the reader at once, as in report_pipe.py */
     PROGRAMS_MAX = 64,
 };
 static const double ANNOUNCE_S = 0.02; /* as in launcher.py: what lives longer is handed over */
 static const double PROGRAM_CACHE_S = 1.0; /* as in spawn.py */
-static const double WAKE_DELAY_S = 0.005; /* as in report_pipe.py */
+static const double WAKE_DELAY_S = 0.010; /* as in report_pipe.py */
 
 /* -- contexts ----------------------------------------------------------------------------------------------------- */
 
