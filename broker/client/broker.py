@@ -32,6 +32,9 @@ from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, w
 if TYPE_CHECKING:
     import redis
 
+    from pilotq.broker.client.overview import Overview
+    from pilotq.broker.client.overview_reader import OverviewReader
+
 POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
 SLICE = 500
 STOP_MODES = ("drain", "stop", "walltime", "now")
@@ -53,6 +56,7 @@ class Broker:
         self.store = Store(self.link, queue_id, load(os.environ.get("PILOTQ_SETTINGS")))
         self._queries = TaskQueries(self.link, Journal(pilot.journal) if pilot is not None else None)
         self._redis: redis.Redis | None = None
+        self._overview: OverviewReader | None = None
         self._elsewhere = False  # the pilot runs on another host than this process
 
     @classmethod
@@ -309,6 +313,19 @@ class Broker:
     def running(self) -> int:
         """How many executions run, or are about to: what is only prefetched does not count."""
         return self._queries.running()
+
+    def overview(self, *, seconds: float = 0.05) -> Overview:
+        """The pilot at this moment, for who shows it again and again: a call keeps what the ones before have read.
+
+        Its size and what it asks of the server are bounded, whatever waits. Of the journal as much is read as takes
+        ``seconds``; ``behind`` says how much is left for the next call.
+        """
+        from pilotq.broker.client.overview_reader import OverviewReader  # brings placement along
+
+        if self._overview is None:
+            directory = self.pilot.directory if self.pilot is not None else ""
+            self._overview = OverviewReader(self.link, self._queries, directory)
+        return self._overview.update(seconds)
 
     def output(self, task_id: str, stream: str = "stdout") -> Iterator[bytes]:
         """The captured output of the last execution that has ended, in pieces; nothing if there is none.

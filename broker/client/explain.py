@@ -5,7 +5,7 @@ Placement itself says what is missing (cluster.py, shortage.py), so that explana
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -37,13 +37,18 @@ PREDICATES = ("ended", "was", "ran", "could", "failed", "raised", "returned", "a
 
 
 class Explainer:
-    """Explains the tasks of one running pilot; ``now`` is unix time: an explanation is of one moment."""
+    """Explains the tasks of one running pilot; ``now`` is unix time: an explanation is of one moment.
+    ``snapshot`` gives what runs on nodes; by default it is read for each task."""
 
-    def __init__(self, link: Connection, queries: TaskQueries, directory: str, now: float) -> None:
+    def __init__(
+        self, link: Connection, queries: TaskQueries, directory: str, now: float,
+        snapshot: Callable[[Sequence[NodeInfo]], Snapshot] | None = None,
+    ) -> None:  # fmt: skip
         self._link = link
         self._queries = queries
         self._directory = directory
         self._now = now
+        self._snapshot = snapshot or (lambda nodes: take_snapshot(link, nodes, queries.executions(), now))
 
     def explain(self, view: TaskView) -> Explanation:
         """The explanation of one task."""
@@ -176,7 +181,7 @@ class Explainer:
         found.why += self._closed_nodes(nodes)
         if self._is_full(name, info, found):
             return
-        self._resources(name, info, take_snapshot(self._link, nodes, self._queries.executions(), self._now), found)
+        self._resources(name, info, self._snapshot(nodes), found)
         found.why += self._tasks_before(where, name, info)
 
     def _is_full(self, name: str, info: ClassInfo, found: Explanation) -> bool:

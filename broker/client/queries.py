@@ -465,14 +465,15 @@ def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | Non
         used=int(used or 0),
         shared_cores=info.shared_cores,
         running=int(running or 0),
-        gpus=[_gpu_view(name, info.gpu_facts.get(name)) for name in info.gpus],
+        gpus=[gpu_view(name, info.gpu_facts.get(name)) for name in info.gpus],
         last_beat=from_iso(beat),
         memory=info.memory,
         memory_by=info.memory_by,
     )
 
 
-def _gpu_view(name: str, facts: GpuFacts | None) -> GpuView:
+def gpu_view(name: str, facts: GpuFacts | None) -> GpuView:
+    """The view of a GPU by what its worker knows of it."""
     if facts is None:
         return GpuView(name=name)
     return GpuView(name=name, uuid=facts.uuid, model=facts.model, memory=facts.memory)

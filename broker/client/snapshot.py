@@ -6,7 +6,7 @@ The dispatcher has the exact state in memory; here it is rebuilt from the record
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -41,6 +41,14 @@ class Snapshot(NamedTuple):
 
 def take_snapshot(link: Connection, nodes: Sequence[NodeInfo], executions: Iterator[str], now: float) -> Snapshot:
     """The state of these nodes at ``now`` (unix time); ``executions`` as `TaskQueries.executions` gives them."""
+    ids = (e.rpartition(":")[0] for e in executions if not e.endswith(":0"))
+    return snapshot_of(link, nodes, _reservations(link, ids), now)
+
+
+def snapshot_of(
+    link: Connection, nodes: Sequence[NodeInfo], reservations: Iterable[tuple[str, str, float | None]], now: float
+) -> Snapshot:
+    """The same with executions that were read before: the allocation text, the class, and the launch (unix time)."""
     cluster = Cluster()
     cluster.set_time(now)
     limits = NodeLimits(link)
@@ -49,8 +57,7 @@ def take_snapshot(link: Connection, nodes: Sequence[NodeInfo], executions: Itera
         cluster.add_node(node)
         limits.apply(cluster, node, node.name not in limits.quarantined, now, now)
     running: Running = []
-    ids = (e.rpartition(":")[0] for e in executions if not e.endswith(":0"))
-    for parts, end in _reservations(link, cluster.pools, ids):
+    for parts, end in (_until(cluster.pools, *reservation) for reservation in reservations):
         mine = tuple(part for part in parts if part.node in cluster.names)
         try:
             cluster.take(mine)
@@ -64,15 +71,17 @@ def take_snapshot(link: Connection, nodes: Sequence[NodeInfo], executions: Itera
     return Snapshot(cluster, running)
 
 
-def _reservations(link: Connection, pools: Pools, ids: Iterator[str]) -> Iterator[tuple[tuple[NodeShare, ...], float]]:
+def _reservations(link: Connection, ids: Iterator[str]) -> Iterator[tuple[str, str, float | None]]:
     fields = ("pq_cpus", "pq_class", "started_at", "pq_running")
     while part := list(islice(ids, SLICE)):
         for cpus, raw, started, launched in link.pipeline([("HMGET", keys.job(i), *fields) for i in part]):
-            if not (cpus and raw and launched):
-                continue
-            info, parts, begun = class_info(raw.decode()), parse_allocation(cpus.decode()), from_iso(started.decode())
-            if info is None or begun is None:
-                yield parts, math.inf
-                continue
-            limit = info.request.limit
-            yield with_counted(parts, info.request, pools), math.inf if limit is None else begun + limit
+            if cpus and raw and launched:
+                yield cpus.decode(), raw.decode(), from_iso(started.decode())
+
+
+def _until(pools: Pools, cpus: str, class_name: str, begun: float | None) -> tuple[tuple[NodeShare, ...], float]:
+    info, parts = class_info(class_name), parse_allocation(cpus)
+    if info is None or begun is None:
+        return parts, math.inf
+    limit = info.request.limit
+    return with_counted(parts, info.request, pools), math.inf if limit is None else begun + limit

@@ -183,36 +183,44 @@ class Journal:
 
 
 class JournalReader:
-    """The entries of some tasks, in passes that go on where the one before ended."""
+    """The entries of some tasks, or of all (``ids`` None), in passes that go on where the one before ended or was left.
 
-    def __init__(self, journal: Journal, ids: Iterable[str]) -> None:
+    ``offset`` is how many bytes were read.
+    """
+
+    def __init__(self, journal: Journal, ids: Iterable[str] | None) -> None:
         self._path = journal.path
-        self._wanted = {_to_json(printable(task_id)) for task_id in ids}
-        self._offset = 0
+        self._wanted = None if ids is None else {_to_json(printable(task_id)) for task_id in ids}
+        self.offset = 0
         self._lines = 0  # that were read
 
     def read(self) -> Iterator[JournalEntry]:
         """What was written since the last pass, oldest first."""
         try:
             with open(self._path, "rb") as file:
-                file.seek(self._offset)
+                file.seek(self.offset)
                 for raw in file:
                     if not raw.endswith(b"\n"):
                         return  # the writer is at it
-                    self._offset += len(raw)
+                    self.offset += len(raw)
                     self._lines += 1
-                    task_id = raw[len(FIRST_KEY) : raw.find(b'",', len(FIRST_KEY)) + 1]
-                    # With an escaped quote in it the id may go on.
-                    if raw.startswith(FIRST_KEY) and (task_id in self._wanted or b"\\" in task_id):
+                    if self._may_be_wanted(raw):
                         try:
                             entry = decode_entry(raw)
                         except ValueError as error:
                             warn_of_line(self._path, self._lines, error)
                             continue
-                        if _to_json(entry.id) in self._wanted:
+                        if self._wanted is None or _to_json(entry.id) in self._wanted:
                             yield entry
         except FileNotFoundError:
             return
+
+    def _may_be_wanted(self, raw: bytes) -> bool:
+        if self._wanted is None:
+            return not raw.startswith(HEADER)
+        task_id = raw[len(FIRST_KEY) : raw.find(b'",', len(FIRST_KEY)) + 1]
+        # With an escaped quote in it the id may go on.
+        return raw.startswith(FIRST_KEY) and (task_id in self._wanted or b"\\" in task_id)
 
 
 def decode_entry(raw: bytes) -> JournalEntry:

@@ -23,6 +23,12 @@ class LeaseRecord(NamedTuple):
     started: str  # RQ's ISO form: when it was handed out
     address: str  # name:incarnation of the worker
 
+    @classmethod
+    def read(cls, array: str, member: bytes) -> LeaseRecord:
+        """The lease that a member of the sorted set says."""
+        first, number, execution, slots, started, address = member.decode().split(" ", 5)
+        return cls(array, int(first), int(number), int(execution), int(slots), started, address)
+
 
 class LeasedElement(NamedTuple):
     """An element that a lease holds: it has neither ended nor got a record.
@@ -41,9 +47,7 @@ def read_leases(link: Connection) -> list[LeaseRecord]:
     arrays = sorted({field.rpartition(b":")[0].decode() for field in link.call("HKEYS", keys.LEASES)})
     found = []
     for array, members in zip(arrays, link.pipeline([("ZRANGE", keys.leases(a), 0, -1) for a in arrays]), strict=True):
-        for member in members:
-            first, number, execution, slots, started, address = member.decode().split(" ", 5)
-            found.append(LeaseRecord(array, int(first), int(number), int(execution), int(slots), started, address))
+        found += [LeaseRecord.read(array, member) for member in members]
     return found
 
 
