@@ -53,18 +53,24 @@ class Submission(NamedTuple):
     first: int  # number of the first task
     key: str
     shared: str  # content key of the submit context
+    carried: Sequence[Argument] = ()  # arguments of commit.lua that hold all records; none: they are to be staged
 
 
 def commit(
     store: Store, submission: Submission, statuses_in_journal: StatusesInJournal, stage: Callable[[], None]
-) -> list[str]:
-    """Stage and commit; returns the ids. It is refused before anything is visible, or accepted as a whole."""
+) -> list[str] | None:
+    """Stage what does not come with the call, and commit; returns the ids, None when one of them is taken.
+
+    It is refused before anything is visible, or accepted as a whole.
+    """
     calls = _Calls(store, submission, statuses_in_journal)
     if submission.plan.is_large:
         return _commit_large(store, submission, calls, stage)
-    stage()
+    if not submission.carried:
+        stage()
     work = {**_work(submission, range(len(submission.ids))), **_common(submission)}
-    return _ids(submission, calls.answer("whole", work))
+    answer = calls.answer("whole", work)
+    return None if answer[0] == b"taken" else _ids(submission, answer)
 
 
 def _commit_large(store: Store, submission: Submission, calls: _Calls, stage: Callable[[], None]) -> list[str]:
@@ -99,7 +105,8 @@ class _Calls:
 
     def make(self, what: str, work: dict[str, Any], first: int) -> list[Any]:
         plan = self._submission.plan
-        return self._store.commit(self._submission.key, first, len(plan.tasks), plan.total, work, what)
+        carried = self._submission.carried if what == "whole" else ()
+        return self._store.commit(self._submission.key, first, len(plan.tasks), plan.total, work, what, carried)
 
     def look_up_parents(self, checks: Iterator[dict[str, Any]]) -> None:
         """Look at all parents, and then once into the journal, before anything is written."""

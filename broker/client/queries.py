@@ -26,8 +26,8 @@ SLICE = 500
 RUNNING_READ_MAX = 1000  # tasks with a worker that are read to see which of them run
 VIEW_FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
-    "pq_queued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of", "pq_running",
-    "pq_class", "pq_bundle",
+    "pq_queued_at", "enqueued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of",
+    "pq_running", "pq_class", "pq_bundle",
 )  # fmt: skip
 WAITING_KINDS = ("deferred", "scheduled", "ready")
 ENDED_KINDS = {"finished": "finished", "failed": "failed", "stopped": "failed", "canceled": "canceled"}
@@ -96,7 +96,7 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         node=f["pq_node"].rpartition(":")[0] if status != "queued" else "",
         cores=f["pq_cpus"],
         times={
-            "queued": _number(f["pq_queued_at"]),
+            "queued": _number(f["pq_queued_at"]) or _time(f["enqueued_at"]),
             "handed": None if launched else _time(f["started_at"]),
             "started": _time(f["started_at"]) if launched else None,
             "ended": _time(f["ended_at"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from pilotq.broker import failpoints
 from pilotq.broker.client.bundles import bundled
@@ -29,6 +30,8 @@ from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.broker.tasks.validation import Rest, is_like, rest_of, validate
 
 CHUNK = 500
+CARRIED_TASKS = 500  # so many come with the call that commits them, and are not staged
+CARRIED_FIELDS = 4000  # a script can pass on fewer than 8,000
 AFTER_EACH_LIMIT = 30  # arrays that an array may wait for element by element: each has a bit
 LARGE_BYTES = 1 << 20  # of descriptions: then the server is asked for its memory, too, and gets them in pieces
 BYTES_PER_TASK = 700  # of server memory, for the check before a large submit
@@ -118,20 +121,20 @@ def submit(
         _check_memory(link, len(plan.tasks), payloads)
     failpoints.hit("submit checked")
     first = int(replies[1]) - len(tasks) + 1
-    ids = [id_of(first + n) for n in range(len(plan.tasks))]
-    while _in_use(link, ids):
-        first = int(link.call("INCRBY", keys.SEQ, len(tasks))) - len(tasks) + 1
+    names = list(plan.classes)
+    found = None
+    while found is None:
         ids = [id_of(first + n) for n in range(len(plan.tasks))]
-    for number, task in enumerate(plan.tasks):
-        if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
-            plan.classes[number] = limited_class_name(plan.classes[number], task.array.limit, ids[number])
-
-    def stage() -> None:
-        _stage(link, store, plan, ids, context, key)
-        failpoints.hit("submit staged")
-
-    submission = Submission(plan, ids, first, key, context.key())
-    return commit(store, submission, statuses_in_journal, stage)
+        for number, task in enumerate(plan.tasks):
+            if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
+                plan.classes[number] = limited_class_name(names[number], task.array.limit, ids[number])
+        records = _Records(plan, ids, context, key)
+        submission = Submission(plan, ids, first, key, context.key(), records.carried())
+        if submission.carried or not _in_use(link, ids):
+            found = commit(store, submission, statuses_in_journal, partial(_stage, link, store, records))
+        if found is None:
+            first = int(link.call("INCRBY", keys.SEQ, len(tasks))) - len(tasks) + 1
+    return found
 
 
 def _in_use(link: Connection, ids: list[str]) -> bool:
@@ -152,33 +155,55 @@ def _check_memory(link: Connection, records: int, payloads: int) -> None:
         )
 
 
-def _stage(link: Connection, store: Store, plan: SubmitPlan, ids: list[str], context: SubmitContext, key: str) -> None:
+def _stage(link: Connection, store: Store, records: _Records) -> None:
     """Write all hashes with a TTL; nothing refers to them before the commit."""
-    link.stream(_staging_commands(store, plan, ids, context, key))
+    link.stream(_staging_commands(store, records))
+    failpoints.hit("submit staged")
 
 
-def _staging_commands(
-    store: Store, plan: SubmitPlan, ids: list[str], context: SubmitContext, key: str
-) -> Iterator[list[tuple[Argument, ...]]]:
-    ttl = store.settings.stage_ttl_s
-    now = time.time()
-    stamp, at, shared_key = iso(now), f"{now:.6f}", context.key()
+def _staging_commands(store: Store, records: _Records) -> Iterator[list[tuple[Argument, ...]]]:
+    ttl, name = store.settings.stage_ttl_s, keys.shared(records.context.key())
     # It may be there already, for ever or for a while: it stays at least as long as the rest.
     commands: list[tuple[Argument, ...]] = [
-        ("SET", keys.shared(shared_key), pack(context), "NX", "EX", ttl),
-        ("EXPIRE", keys.shared(shared_key), ttl, "GT"),
+        ("SET", name, pack(records.context), "NX", "EX", ttl),
+        ("EXPIRE", name, ttl, "GT"),
     ]
     size = 0
-    for number, task in enumerate(plan.tasks):
-        waits = [dependency_text(dependency, ids) for dependency in plan.parents.after.get(number, ())]
-        waits += [parent_id(parent, ids) for parent in plan.parents.after_each.get(number, ())]
+    for number in range(len(records.ids)):
+        for key, is_record, fields in records.hashes(number):
+            commands += [("HSET", key, *(records.common if is_record else ()), *fields), ("EXPIRE", key, ttl)]
+            size += _size(fields)
+        if len(commands) >= 2 * CHUNK or size >= LARGE_BYTES:
+            yield commands
+            failpoints.hit("submit staging")
+            commands, size = [], 0
+    yield commands
+
+
+def _size(fields: list[Argument]) -> int:
+    return sum(len(value) for value in fields if isinstance(value, (str, bytes)))
+
+
+class _Records:
+    """The hashes of a submission: what all records have in common, and what is their own."""
+
+    def __init__(self, plan: SubmitPlan, ids: list[str], context: SubmitContext, key: str) -> None:
+        stamp = iso(time.time())
+        self.plan, self.ids, self.context = plan, ids, context
+        self.common: list[Argument] = [
+            "pq_sub", key, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1"
+        ]  # fmt: skip
+
+    def hashes(self, number: int) -> Iterator[tuple[str, bool, list[Argument]]]:
+        """Of a task: key, whether it is the record, and its own fields, of each hash."""
+        plan, task, task_id = self.plan, self.plan.tasks[number], self.ids[number]
+        waits = [dependency_text(dependency, self.ids) for dependency in plan.parents.after.get(number, ())]
+        waits += [parent_id(parent, self.ids) for parent in plan.parents.after_each.get(number, ())]
         members = plan.members.get(number)
         spec = pack(spec_of(task, plan.payloads.get(number))) if members is None else BUNDLE_SPEC
         fields: list[Argument] = [
-            # What scripts read most often comes first: a small hash is searched from its front.
-            "status", "deferred" if waits else "queued", "pq_exec", "0", "origin", plan.classes[number],
-            "pq_class", plan.classes[number], "pq_spec", spec, "pq_shared", shared_key, "pq_sub", key,
-            "pq_queued_at", at, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1",
+            "status", "deferred" if waits else "queued", "origin", plan.classes[number],
+            "pq_class", plan.classes[number], "pq_spec", spec,
             "description", description(task) + (f" (and {len(members) - 1:,} more)" if members else ""),
         ]  # fmt: skip
         if members is not None:
@@ -192,22 +217,23 @@ def _staging_commands(
         if task.is_array:
             ranges = task.array.ranges if task.array is not None else (range(task.size),)
             fields += ["pq_array", text_of(ranges), "pq_next", 0, "pq_left", task.size]
-        job = keys.job(ids[number])
-        commands += [("HSET", job, *fields), ("EXPIRE", job, ttl)]
-        size += len(spec)
-        for block, content in packed_blocks(members or _values_of(task)):
-            commands.append(("HSET", keys.values(ids[number]), block, content))
-            if not block:
-                commands.append(("EXPIRE", keys.values(ids[number]), ttl))
-            size += len(content)
-            if size >= LARGE_BYTES:
-                yield commands
-                commands, size = [], 0
-        if len(commands) >= 2 * CHUNK or size >= LARGE_BYTES:
-            yield commands
-            failpoints.hit("submit staging")
-            commands, size = [], 0
-    yield commands
+        yield keys.job(task_id), True, fields
+        for blocks in _value_blocks(members or _values_of(task)):
+            yield keys.values(task_id), False, blocks
+
+    def carried(self) -> list[Argument]:
+        """The arguments of commit.lua that hold all hashes; none when they are too much for one call."""
+        if len(self.ids) > CARRIED_TASKS or self.plan.is_large:
+            return []
+        found: list[Argument] = [pack(self.context), len(self.common), *self.common]
+        size = 0
+        for number in range(len(self.ids)):
+            for key, is_record, fields in self.hashes(number):
+                found += (key, int(is_record), len(fields), *fields)
+                size += _size(fields)
+                if size >= LARGE_BYTES or len(fields) > CARRIED_FIELDS:
+                    return []
+        return found
 
 
 def _values_of(task: Task) -> list[bytes]:
@@ -217,3 +243,17 @@ def _values_of(task: Task) -> list[bytes]:
     if task.array is not None and task.values is not None:
         chosen = [task.values[index] for index in task.array]
     return [text(value) for value in chosen]
+
+
+def _value_blocks(values: list[bytes]) -> Iterator[list[Argument]]:
+    """Numbers and contents of the blocks of values, LARGE_BYTES at a time."""
+    found: list[Argument] = []
+    size = 0
+    for number, content in packed_blocks(values):
+        found += (number, content)
+        size += len(content)
+        if size >= LARGE_BYTES:
+            yield found
+            found, size = [], 0
+    if found:
+        yield found

@@ -142,13 +142,14 @@ class Store:
     # -- clients ------------------------------------------------------------------------------------------------
 
     def commit(
-        self, key: str, first: int, records: int, total: int, work: dict[str, Any], what: str = "whole"
-    ) -> list[Any]:
-        """``what``: whole, check, accept or rest, as commit.lua says."""
+        self, key: str, first: int, records: int, total: int, work: dict[str, Any], what: str = "whole",
+        carried: Sequence[Argument] = (),
+    ) -> list[Any]:  # fmt: skip
+        """``what``: whole, check, accept or rest; ``carried``: the records, if they are not staged. See commit.lua."""
         now = time.time()
         answer: list[Any] = self.run(
             "commit", key, f"{now:.6f}", iso(now), first, records, total, self.settings.failed_ttl_s, pack(work),
-            what,
+            what, *carried,
         )  # fmt: skip
         return answer
 

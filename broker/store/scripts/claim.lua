@@ -20,11 +20,21 @@ local function binary(text)
   return string.char(198, math.floor(size / 16777216), math.floor(size / 65536) % 256, math.floor(size / 256) % 256, size % 256) .. text
 end
 
+-- The content key of what a task shares with others of its submission. A producer's job, which has none, says it itself.
+local shared = {}
+
+local function shared_by(f)
+  if f.shared then return text_in('pq_shared', f.shared) end
+  local key = f.submission or ''
+  if not shared[key] then shared[key] = redis.call('HGET', submit_key(key), 'shared') or '' end
+  return text_in('shared', shared[key])
+end
+
 -- Raises where the record is damaged, so it is made before anything is written.
 local function run_message(target, class, id, execution, f)
   if not f.spec then damaged('pq_spec') end
   return string.char(220, 0, 18) .. pack('run', text_in('id', id), execution, target[2], target[3], class,
-    text_in('pq_name', f.name), number_in('pq_queued_at', f.queued, 0), tonumber(now), text_in('pq_shared', f.shared),
+    text_in('pq_name', f.name), queued_in(f.queued, f.enqueued), tonumber(now), shared_by(f),
     f.array or '', f.index or -1, f.position or 0, number_in('pq_retries', f.retries, 0), text_in('pq_sub', f.submission))
     .. binary(f.spec) .. pack(number_in('pq_crashes', f.crashes, 0), text_in('pq_suspect_node', f.suspect_node))
 end
@@ -103,7 +113,7 @@ local function lease_message(id, class, f, execution, position, number, targets)
   for k, slot in ipairs(slots) do slots[k] = '\146' .. slot end
   local index, step = index_at(f.array, position)
   return string.char(220, 0, 16) .. pack('lease', text_in('id', id), execution, class, text_in('pq_name', f.name),
-    number_in('pq_queued_at', f.queued, 0), tonumber(now), text_in('pq_shared', f.shared), position, number, index, step,
+    queued_in(f.queued, f.enqueued), tonumber(now), shared_by(f), position, number, index, step,
     number_in('pq_retries', f.retries, 0), text_in('pq_sub', f.submission)) .. binary(f.spec)
     .. string.char(220, math.floor(#slots / 256), #slots % 256) .. table.concat(slots), #slots
 end
@@ -143,13 +153,13 @@ end
 -- One popped id: returns whether it must go back to the head of its list.
 local function claim_one(id, class, targets)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
-    'pq_sub', 'pq_queued_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_suspect_node')
+    'pq_sub', 'pq_queued_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_suspect_node', 'enqueued_at')
   if v[1] ~= 'queued' and (STATUSES[v[1]] or not v[2]) then return false end
   if v[1] ~= 'queued' then damaged('status', v[1]) end
   -- A producer's job that took the id of a deleted task: it is routed from the list that it is in.
   if not v[2] and not v[10] and (v[7] or '') == '' then return false end
   if v[9] and (v[7] or '') == '' then damaged('pq_sub', v[7]) end
-  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7] or submission_of(id), queued = v[8], array = v[9],
+  local f = {spec = v[2], shared = v[3], name = v[5], retries = v[6], submission = v[7] or submission_of(id), queued = v[8], enqueued = v[13], array = v[9],
     crashes = v[11], suspect_node = v[12]}
   if v[9] then
     local more = redis.call('HMGET', job_key(id), 'data', 'description', 'created_at', 'pq_next', 'pq_has_gaps',
@@ -161,7 +171,7 @@ local function claim_one(id, class, targets)
   if v[10] then
     -- An element that had been given back, or released by another array's element: its array knows the rest.
     local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_class',
-      'pq_cancel', 'pq_last_attempt')
+      'pq_cancel', 'pq_last_attempt', 'enqueued_at')
     local position = number_in('pq_pos', redis.call('HGET', job_key(id), 'pq_pos'))
     if not a[1] and not a[6] then -- somebody deleted the array: what waits of it goes too
       count_end(redis.call('HGET', job_key(id), 'pq_sub'), 'canceled', 1)
@@ -171,7 +181,7 @@ local function claim_one(id, class, targets)
     if (a[4] or '') == '' then damaged('pq_sub', a[4]) end
     if a[7] then return false end -- the array was canceled: release_dependents.lua ends what waits of it
     -- One that was tried again with more has its own spec.
-    f = {spec = v[2] or a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], retries = v[6], array = v[10],
+    f = {spec = v[2] or a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], enqueued = a[9], retries = v[6], array = v[10],
       position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], suspect_node = v[12],
       last_attempt = a[8]}
   end

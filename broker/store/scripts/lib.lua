@@ -144,6 +144,20 @@ local function printable(value)
   return pcall(text_in, '', value) and value or (string.gsub(value, '[\128-\255]', '?'))
 end
 
+-- Unix seconds of a time in RQ's form; nil of what is none.
+local function seconds_of(iso)
+  local y, m, d, hours, minutes, seconds = string.match(iso or '', '^(%d%d%d%d)-(%d%d)-(%d%d)T(%d%d):(%d%d):(%d%d%.?%d*)Z$')
+  if not y then return end
+  if tonumber(m) < 3 then y, m = y - 1, m + 12 end -- days are counted from a first of March
+  local days = 365 * y + math.floor(y / 4) - math.floor(y / 100) + math.floor(y / 400) + math.floor((153 * m - 457) / 5) + d - 719469
+  return days * 86400 + hours * 3600 + minutes * 60 + seconds
+end
+
+-- When a task was submitted, or requeued. Of jobs of RQ's producers a field of its own says it.
+local function queued_in(value, enqueued_at)
+  return value and number_in('pq_queued_at', value) or seconds_of(enqueued_at) or 0
+end
+
 -- The indices of an array; its text may be long, and is read once a call.
 local texts = {}
 
@@ -420,7 +434,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_unfinished', bad) end
   if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
-    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description')
+    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description', 'enqueued_at')
   if f[10] then return end
   count_in(f[9])
   class_in(f[7])
@@ -449,7 +463,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   drop_leases(array)
   redis.call('SREM', 'pilotq:parents', array)
   journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4]), command = printable(f[12])}),
-    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or tonumber(now),
+    {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or seconds_of(f[13]) or tonumber(now),
       outcomes = outcomes, array = f[9]})
   request_release(array, f[6], status)
 end
@@ -523,7 +537,7 @@ end
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.
 local function end_unrun(id, reason, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_has_dependents',
-    'pq_array_of', 'pq_pos', 'description')
+    'pq_array_of', 'pq_pos', 'description', 'enqueued_at')
   -- A producer's job that was not routed yet has no class.
   local queue = v[1] and queue_of(v[1]) or v[2] or ''
   redis.call('ZREM', registry('scheduled', queue), id)
@@ -544,7 +558,7 @@ local function end_unrun(id, reason, now, now_iso, ttl)
   redis.call('ZADD', registry('canceled', queue), now, id)
   count_end(v[4], 'canceled', 1)
   journal(cmsgpack.pack({id = id, name = printable(v[3]), submission = printable(v[4]), command = printable(v[9])}),
-    {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or '') or tonumber(now)})
+    {status = 'canceled', reason = reason, final = true, ended = tonumber(now), queued = tonumber(v[5] or '') or seconds_of(v[10]) or tonumber(now)})
   request_release(id, v[6], 'canceled')
   notify_executor(v[4], id, 'canceled', reason, '')
 end
@@ -572,7 +586,7 @@ end
 -- A task, array or element whose record cannot be used has failed; the journal says why.
 local function end_damaged(id, why, now, now_iso, ttl)
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_sub', 'pq_class', 'origin', 'pq_name', 'pq_queued_at',
-    'pq_has_dependents', 'pq_exec', 'pq_array_of', 'pq_array', 'pq_left')
+    'pq_has_dependents', 'pq_exec', 'pq_array_of', 'pq_array', 'pq_left', 'enqueued_at')
   -- A stranger's key, a deleted record, one that has ended; a producer's job that took the id of a deleted task.
   if v.err or ENDED[v[1]] then return end
   if not v[3] and not (v[1] and v[2]) then return end
@@ -594,7 +608,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   if number > 0 then count_end(submission, 'failed', number) end
   local text = 'its record on the server is damaged: ' .. why
   local line = {id = printable(id), message = text, name = printable(v[5]), submission = printable(submission), array = array or nil}
-  local queued = tonumber(v[6] or '')
+  local queued = tonumber(v[6] or '') or seconds_of(v[12])
   journal(cmsgpack.pack(line), {status = 'failed', reason = 'refused', final = true, ended = tonumber(now),
     queued = queued and queued < EXACT and queued or tonumber(now)})
   request_release(id, v[7], 'failed')

@@ -71,7 +71,7 @@ local function revive(id, queue)
   local budget = redis.call('HGET', job_key(id), 'pq_budget')
   if budget then redis.call('HSET', job_key(id), 'pq_retries', budget) end
   -- RQ's own requeue has written the same in another form.
-  redis.call('HSET', job_key(id), 'pq_queued_at', now, 'enqueued_at', now_iso, 'data', OWN_DATA)
+  redis.call('HSET', job_key(id), 'enqueued_at', now_iso, 'data', OWN_DATA)
   redis.call('ZREM', registry('failed', queue), id)
   redis.call('ZREM', registry('canceled', queue), id)
 end

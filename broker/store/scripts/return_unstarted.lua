@@ -17,7 +17,7 @@ local function give_back(id, execution, class, array, position)
     v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
   end
   class = v[3]
-  if v[3] and not string.match(v[2] or '', '^%d+$') then damaged('pq_exec', v[2]) end
+  if v[3] and not string.match(v[2] or v[1] == 'started' and '' or '0', '^%d+$') then damaged('pq_exec', v[2]) end
   if v[3] and not STATUSES[v[1]] then damaged('status', v[1]) end
   if v[2] == execution and (v[1] == 'started' or v[1] == 'canceled') then
     class_in(class)

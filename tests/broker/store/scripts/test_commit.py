@@ -32,10 +32,11 @@ class Meddler(Store):
         super().__init__(engine.link, QUEUE_ID, engine.settings)
         self.commands = commands
         self.seen: dict[str, Any] = {}
+        self.keys: list[str] = []
         self.engine = engine
 
     def commit(self, *args: Any) -> list[Any]:
-        self.seen = visible(self.engine)
+        self.seen, self.keys = visible(self.engine), self.engine.all_keys()
         for command in self.commands:
             self.link.call(*command)
         return super().commit(*args)
@@ -44,8 +45,9 @@ class Meddler(Store):
 # -- all or nothing ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_staged_is_invisible_and_mortal(engine: Engine) -> None:
+def test_what_is_staged_is_invisible_and_mortal(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.submit(task())
+    monkeypatch.setattr(f"{submit.__module__}.CARRIED_TASKS", 0)
     before = visible(engine)
     meddler = Meddler(engine)
     tasks = [task(name="a"), task(after=["a"]), task(values=["x"]), array(3, name="b"), array(3, after_each=["b"])]
@@ -57,9 +59,38 @@ def test_what_is_staged_is_invisible_and_mortal(engine: Engine) -> None:
     assert engine.link.call("LRANGE", keys.WAKEUP, 0, -1) == [b"1"]
 
 
+def test_a_small_submit_comes_with_its_call(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written before it, and what it writes is the same as what is staged."""
+
+    def records(limit: int) -> dict[str, dict[str, str]]:
+        engine.reset()
+        monkeypatch.setattr(f"{submit.__module__}.CARRIED_TASKS", limit)
+        monkeypatch.setattr(f"{submit.__module__}.iso", lambda _: "2026-01-31T12:00:00.000000Z")
+        meddler = Meddler(engine)
+        tasks = [
+            task(name="a", retries=2), task(after=["a"]), task(values=["x"]), array(3, name="b"),
+            array(3, after_each=["b"]), task(after=["b:1", "a"]),
+        ]  # fmt: skip
+        ids = submit(engine.link, meddler, tasks, SHARED, "key")
+        assert any(key.startswith("rq:job:") for key in meddler.keys) == (limit == 0)
+        assert all(engine.ttl(keys.job(i)) == -1 for i in ids) and engine.ttl(keys.shared(SHARED.key())) == -1
+        return {**{i: engine.hash(i) for i in ids}, "keys": dict.fromkeys(engine.all_keys(), "")}
+
+    assert records(500) == records(0)
+
+
+def test_an_id_that_somebody_has_taken_is_not_written_over(engine: Engine) -> None:
+    (first,) = engine.submit(task())
+    for number in (2, 3):
+        engine.link.call("HSET", keys.job(str(number)), "status", "queued")
+    assert first == "1" and engine.submit(task(), task()) == ["4", "5"]
+    assert engine.hash("2") == {"status": "queued"}
+
+
 @pytest.mark.parametrize("lost", ["job", "values"])
-def test_a_submit_that_took_too_long_is_absent(engine: Engine, lost: str) -> None:
+def test_a_submit_that_took_too_long_is_absent(engine: Engine, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = visible(engine)
+    monkeypatch.setattr(f"{submit.__module__}.CARRIED_TASKS", 0)
     gone = Meddler(engine, ("DEL", keys.job("2") if lost == "job" else keys.values("3")))
     with pytest.raises(PilotFailed, match="staged records have expired"):
         submit(engine.link, gone, [task(), task(), task(values=["x"]), task(name="a")], SHARED, None)
