@@ -1,4 +1,4 @@
-"""The packed lines of elements of an array that finished: they travel as columns, and become entries in the file.
+"""Packed lines of the journal: entries travel without the names of their fields, and runs of elements as columns.
 
 >>> rows = [(7, 0, 500, 2000, 4711, 1 << 20, 1500)]
 >>> run = RunLines("1f", "sim", "s1", "n1", 1, 100.0, 101.0, "sim", 0, 0.0, ["n1[0]"], 102.0, rows)
@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from pilotq.broker.store.journal import PackedEntry
+from pilotq.broker.store.journal import JournalEntry, PackedEntry
+
+_pack = msgspec.msgpack.Encoder().encode
 
 # index, place of its allocation, microseconds from `base` to its start, microseconds that it ran, pid, bytes of memory,
 # microseconds of CPU time
@@ -69,3 +71,62 @@ class RunLines(msgspec.Struct, array_like=True):
             for name, value in self.more.get(number, {}).items():
                 setattr(entry, name, value)
             yield entry
+
+
+class Line(NamedTuple):
+    """The entry of one execution as a worker sends it. What became of it the script adds that ends it.
+
+    Times are microseconds behind ``queued`` (unix seconds).
+    """
+
+    id: str
+    execution: int
+    node: str
+    cpus: str
+    queued: float
+    handed: int
+    started: int | None
+    ended: int
+    pid: int | None
+    max_rss: int | None
+    cpu: int | None  # microseconds
+    command: str
+    submission: str
+    more: dict[str, Any] | None = None  # other fields of the entry
+
+    def entry(self) -> PackedEntry:
+        def moment(after: int | None) -> float | None:
+            return None if after is None else round(self.queued + after / 1e6, 6)
+
+        cpu = None if self.cpu is None else self.cpu / 1e6
+        entry = PackedEntry(
+            id=self.id, execution=self.execution, node=self.node, cpus=self.cpus, queued=self.queued,
+            handed=moment(self.handed), started=moment(self.started), ended=moment(self.ended), exit_code=0,
+            pid=self.pid, max_rss=self.max_rss, cpu=cpu, command=self.command, submission=self.submission,
+        )  # fmt: skip
+        for name, value in (self.more or {}).items():
+            setattr(entry, name, value)
+        return entry
+
+
+# Those of a `Line`, and what the script decides.
+_IN_LINE = {*Line._fields, "status", "reason", "final", "at"}
+_USUAL = JournalEntry("", exit_code=0)
+_MORE = [(name, getattr(_USUAL, name)) for name in JournalEntry.__struct_fields__ if name not in _IN_LINE]
+
+
+def pack_entry(entry: JournalEntry) -> bytes:
+    """The entry of an execution as a `Line`; its ``queued``, ``handed`` and ``ended`` are known."""
+    queued, cpu = entry.queued or 0.0, entry.cpu
+
+    def after(moment: float | None) -> int | None:
+        return None if moment is None else round((moment - queued) * 1e6)
+
+    more = {name: value for name, default in _MORE if (value := getattr(entry, name)) != default}
+    return _pack(
+        (
+            entry.id, entry.execution, entry.node, entry.cpus, queued, after(entry.handed), after(entry.started),
+            after(entry.ended), entry.pid, entry.max_rss, None if cpu is None else round(cpu * 1e6), entry.command,
+            entry.submission, *((more,) if more else ()),
+        )
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.store.journal import HEADER, OUTPUTS, PackedEntry
 from pilotq.broker.store.journal_repair import keep_aside
-from pilotq.broker.store.journal_runs import RunLines
+from pilotq.broker.store.journal_runs import Line, RunLines
 from pilotq.broker.store.messages import ControlChanged
 from pilotq.broker.tasks.array_outcomes import OUTCOMES, element_ranges
 
@@ -52,7 +52,9 @@ class PlaceOfEntry(msgspec.Struct):
     at: str
 
 
-_items = msgspec.msgpack.Decoder(list[tuple[PackedEntry, _Ending]])
+# None: it has finished, and nothing else is to be said.
+_items = msgspec.msgpack.Decoder(list[tuple[PackedEntry | Line, _Ending | None]])
+_FINISHED = _Ending(status="finished", reason="", final=True)
 _runs = msgspec.msgpack.Decoder(list[RunLines])
 RUNS = b"r"  # the field of an entry of the stream that holds runs of elements
 
@@ -225,7 +227,9 @@ def _items_of(field: bytes, data: bytes) -> list[tuple[PackedEntry, _Ending]]:
     """What an entry of the stream holds; raises ValueError or LookupError where that cannot be read."""
     if field == RUNS:
         return [(entry, _Ending()) for run in _runs.decode(data) for entry in run.entries()]
-    return _items.decode(data)
+    return [
+        (item.entry() if isinstance(item, Line) else item, ending or _FINISHED) for item, ending in _items.decode(data)
+    ]
 
 
 def _place(entry: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import msgspec
 from pilotq.broker import errors
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.journal_runs import Line
 from pilotq.broker.store.messages import (
     EndReport,
     ExecutionEnd,
@@ -292,7 +293,7 @@ class Host:
             _, reports, ends = call
             end_by_id = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
             for report in reports:
-                line = JournalEntry(**msgspec.msgpack.decode(report.entry))
+                line = Line(*msgspec.msgpack.decode(report.entry)).entry()
                 self.endings[report.id] = Ending(report, line, end_by_id.get(report.id))
             if self.answering:
                 self.answer(reports)

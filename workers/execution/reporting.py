@@ -14,6 +14,7 @@ import msgspec
 from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.journal_runs import pack_entry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.spec import command_text, is_bundle
@@ -32,12 +33,9 @@ OUTCOMES = {
     "worker lost": "lost",
 }  # fmt: skip
 LEAVE_REASONS = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
-STATUSES = {"finished": "finished", "canceled": "canceled", "stopped": "stopped"}
 CALL_MAX = 500  # ends in one script call: it stops the server for so long
 CALL_BYTES = 32 << 20  # of results in it, but for a single larger one: the server takes no message of any size
 TAIL_BYTES = 2048  # of captured stderr, in the text that RQ shows of a failure
-
-_pack = msgspec.msgpack.Encoder().encode
 
 
 class Reporter:
@@ -89,8 +87,6 @@ class Reporter:
         entry = JournalEntry(
             id=run.id,
             name=run.name,
-            status=STATUSES.get(outcome, "failed"),
-            reason=reason,
             execution=run.execution,
             node=self._node,
             cpus=e.allocation,
@@ -124,7 +120,7 @@ class Reporter:
             exit="" if code is None else str(code),
             started=iso(e.started) if e.started else "",
             allocation=e.allocation,
-            entry=_pack(entry),
+            entry=pack_entry(entry),
             text=self._text(e, outcome, reason, message, code),
             array=run.array,
             position=run.position,

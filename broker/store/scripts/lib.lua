@@ -344,15 +344,16 @@ local function elements_left(id)
   return count and math.max(count - (tonumber(f[2] or '') or count), 0) or 0
 end
 
--- Lines for the journal; one stream entry holds all lines of one call: msgpack [[line, changes], ...].
+-- Lines for the journal; one stream entry holds all lines of one call: msgpack [[line, changes], ...]. A line is a map of fields, or a
+-- Line of journal_runs.py.
 local lines = {}
 
 local function journal(line, changes)
   lines[#lines + 1] = '\146' .. line .. (type(changes) == 'string' and changes or cmsgpack.pack(changes))
 end
 
--- Packed {status, reason, final} of an ended execution; most executions of a call end alike.
-local ending_cache = {}
+-- Packed {status, reason, final} of an ended execution, nil of one that finished; most executions of a call end alike.
+local ending_cache = {['finished\n\n1'] = '\192'}
 
 local function packed_ending(status, reason, final)
   local key = status .. '\n' .. reason .. (final and '\n1' or '')

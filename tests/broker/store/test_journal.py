@@ -22,7 +22,8 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.journal_repair import damaged_lines, move_damaged_lines
-from pilotq.broker.store.journal_writer import JournalWriter
+from pilotq.broker.store.journal_runs import pack_entry
+from pilotq.broker.store.journal_writer import JournalWriter, _items_of
 from pilotq.broker.store.messages import ControlChanged
 from tests.support.waiting import wait_until
 
@@ -409,3 +410,21 @@ def test_whole_lines_that_a_writer_cuts_are_kept_beside_the_journal(link: Connec
     assert aside.read_bytes() == damaged.splitlines(keepends=True)[-1]
     assert aside.name in capfd.readouterr().err
     assert [(line.id, line.stdout_at) for line in Journal(str(path)).entries()] == [("a", []), ("b", ["/caf\udce9"])]
+
+
+def test_an_entry_without_the_names_of_its_fields_is_the_same() -> None:
+    usual = JournalEntry(
+        "1f", "", "finished", "", 3, True, "n1", "n1[0:1]", 100.0, 101.000001, 102.5, 103.25, 0, None, 4711, 1 << 20,
+        0.0015, command="sim 7", submission="s1",
+    )  # fmt: skip
+    unusual = JournalEntry(
+        "1f_7", "x", "failed", "exit", 1, True, "n1", "", 100.5, 99.5, None, 103.25, 3, 9, None, None, None, 1 << 30,
+        60.0, "1f", 7, "sim", "it failed", b"\xff", "text", ["a", 1, 2], [b"/b"], "s",
+    )  # fmt: skip
+    for entry, ending in ((usual, None), (unusual, {"status": "failed", "reason": "exit", "final": True})):
+        packed = b"\xdc\x00\x01\x92" + pack_entry(entry) + msgspec.msgpack.encode(ending)
+        ((found, decided),) = _items_of(b"e", packed)
+        assert (decided.status, decided.reason, decided.final) == (entry.status, entry.reason, True)
+        found.status, found.reason = entry.status, entry.reason
+        assert msgspec.to_builtins(found) == msgspec.to_builtins(entry)
+    assert len(pack_entry(usual)) < 70
