@@ -24,9 +24,7 @@ from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import (
     FLAG_ARRAY,
-    FLAG_ATTEMPT,
     FLAG_FUNCTION,
-    FLAG_ID,
     FLAG_LOGIN,
     FLAG_QCG,
     FLAG_RQ_JOB,
@@ -36,7 +34,7 @@ from pilotq.broker.tasks.spec import (
 )
 from pilotq.broker.tasks.submit_context import GPU_VARIABLES, environment
 from pilotq.workers.execution.execution import Execution
-from pilotq.workers.execution.templating import Variables, render
+from pilotq.workers.execution.templating import Variables, has_variables, render
 from pilotq.workers.gpu_variables import gpu_variables
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
 from pilotq.workers.shared_data import SharedData
@@ -124,6 +122,8 @@ class LaunchBuilder:
         self._node = info.name
         self.launch_model: LaunchModel | None = None
         self._spec = msgspec.msgpack.Decoder(Spec)
+        # The last one that was decoded, and whether it has variables: all elements of a lease have the same one.
+        self._decoded: tuple[bytes | None, Spec, bool] = None, Spec([]), False
         self._context = lru_cache(256)(self._fetch_context)
         self._reservation = lru_cache(4096)(self._find_reservation)
 
@@ -145,9 +145,12 @@ class LaunchBuilder:
         reservation = self._reservation(e.allocation, known.request.numa if known is not None else "")
         if is_bundle(run.spec):
             run = self._member(run)
-        spec = self._decode(run)
+        if run.spec is not self._decoded[0]:
+            decoded = self._decode(run)
+            self._decoded = run.spec, decoded, has_variables(decoded)
+        _, spec, varies = self._decoded
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
-        if spec.flags & (FLAG_ARRAY | FLAG_QCG | FLAG_ID | FLAG_ATTEMPT):
+        if varies:
             spec = render(spec, _variables(run, value, reservation, context.cwd))
         cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
         e.limit = spec.time_limit

@@ -53,6 +53,8 @@ class MemoryLimits:
 
     def exited(self, e: Execution, record: Exited | Returned, now: float) -> None:
         """Its main process has ended: take down what it has used, and whether the kernel has killed it for that."""
+        if e.memory is None and not record.status and not (isinstance(record, Exited) and record.killed_at):
+            return  # it went well, before it was measured
         record.max_rss = max(record.max_rss, e.memory.peak if e.memory is not None else 0)
         here = e.memory is not None and e.memory.over
         if e.reason == "memory" and here and not record.status and not record.remaining:

@@ -17,7 +17,7 @@ from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.journal_runs import pack_entry
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
-from pilotq.broker.tasks.spec import command_text, is_bundle
+from pilotq.broker.tasks.spec import Spec, command_text, is_bundle
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
@@ -45,12 +45,18 @@ class Reporter:
         self._node = node
         self._directory = directory
         self._prefix = os.fsencode(directory.rstrip("/") + "/")
+        self._last: tuple[Spec | None, str] = (
+            None,
+            "",
+        )  # of the last leased end: elements without variables share theirs
 
     def end(self, e: Execution, ended: float) -> EndReport | LeasedEnd:
         """How an execution has ended, or why it never began, at ``ended`` (unix seconds)."""
         if e.leased and type(e.exited) is Exited and not (e.exited.status or e.reason or e.suffix or e.message):
             try:
-                return LeasedEnd(e, ended, command_of(e), self._outputs(e), self.report)
+                if e.spec is not self._last[0]:
+                    self._last = e.spec, command_of(e)
+                return LeasedEnd(e, ended, self._last[1], self._outputs(e), self.report)
             except Exception:  # noqa: BLE001  # the boundary of one task: its own report says what is wrong
                 pass
         return self.report(e, ended)

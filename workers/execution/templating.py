@@ -84,6 +84,15 @@ def render(spec: Spec, variables: Variables) -> Spec:
     return spec
 
 
+def has_variables(spec: Spec) -> bool:
+    """Whether `render` may return anything else than an equal ``spec``, whatever the variables are."""
+    if not spec.flags & (FLAG_ID | FLAG_ATTEMPT | FLAG_ARRAY):
+        return bool(spec.flags & FLAG_QCG)
+    argv = () if spec.flags & FLAG_FUNCTION else spec.argv
+    paths = spec.cwd, spec.stdin, spec.stdout, spec.stderr
+    return bool(spec.flags & FLAG_QCG) or any(b"{" in text for text in (*argv, spec.script, *spec.env.values(), *paths))
+
+
 def _render_id(spec: Spec, task_id: bytes) -> Spec:
     paths = {name: _ID.sub(task_id, getattr(spec, name)) for name in ("cwd", "stdin", "stdout", "stderr")}
     return msgspec.structs.replace(spec, **paths)

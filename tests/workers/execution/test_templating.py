@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 from string import Template
 
+import msgspec
 import pytest
 
 from pilotq.broker.taskfiles.qcg_variables import escape_script, fill, fill_early, names_set_by
 from pilotq.broker.tasks.model import ArrayRange, Task
 from pilotq.broker.tasks.spec import spec_of
-from pilotq.workers.execution.templating import Variables, render
+from pilotq.workers.execution.templating import Variables, has_variables, render
 
 ELEMENT = Variables(task_id="7_3", index=3, value="a {index} $it", position=1)
 QCG = Variables(task_id="8_4", index=4, value='a"b', position=2, cores=4, nodes=("n1", "n2"), root="/root dir")
@@ -19,6 +20,15 @@ QCG = Variables(task_id="8_4", index=4, value='a"b', position=2, cores=4, nodes=
 def test_without_words_the_spec_itself_comes_back() -> None:
     spec = spec_of(Task(command=["{index}", "${it}"]))
     assert render(spec, ELEMENT) is spec
+
+
+def test_what_has_no_variables_is_the_same_for_every_element() -> None:
+    task = Task(command=["x", "$it"], env={"A": "1"}, cwd="d", stdout="o", array=ArrayRange(0, 9))
+    spec = spec_of(task)
+    assert not has_variables(spec) and render(spec, ELEMENT) == spec
+    for part in ({"command": ["{index}"]}, {"env": {"A": "{value}"}}, {"cwd": "{index}"}, {"stderr": "{id}"}):
+        assert has_variables(spec_of(msgspec.structs.replace(task, **part)))
+    assert has_variables(spec_of(Task(command=["x"], qcg=True)))
 
 
 def test_every_part_of_an_array_element() -> None:
