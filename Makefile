@@ -9,7 +9,7 @@ NATIVE := $(wildcard workers/launcher/native/*.[ch])
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test retest lint format types types-tree coverage faults sweep bench wheel native sanitize clean compose-passwords compose-test
+.PHONY: help demo docs test retest lint format types types-tree coverage faults sweep bench wheel native sanitize clean compose-passwords compose-test
 
 help:
 	@echo "make demo      install the run-time dependencies, run $(DEMO), say where the result is"
@@ -21,6 +21,7 @@ help:
 	@echo "make native    compile the native launcher; any warning is an error"
 	@echo "make sanitize  the launchers' tests with the native one under ASan and UBSan"
 	@echo "make compose-passwords, make compose-test: docs/compose.md"
+	@echo "make docs      the documents as a site, in site/"
 	@echo "make wheel     build dist/*.whl      make clean     remove all of this, .venv too"
 
 # The interpreter is a prerequisite by existence only: its date says nothing.
@@ -107,6 +108,13 @@ faults: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -p tests.support.fault_results $(FAULT_TESTS)
 	$(BIN)/python docs/generate.py
 
+$(VENV)/docs.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/build_site.py
+
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(FIGURES)
 
@@ -133,6 +141,6 @@ wheel: $(VENV)/dev.stamp
 	rm -rf build
 
 clean:
-	rm -rf .venv .vvuq .integrations .compose .types build integrations/*/build workers/launcher/_native*.so dist *.egg-info .mypy_cache .ruff_cache tests/.ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .vvuq .integrations .compose .types .site site build integrations/*/build workers/launcher/_native*.so dist *.egg-info .mypy_cache .ruff_cache tests/.ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
 	rm -rf $(DEMO)/results $(DEMO)/.pilotq
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

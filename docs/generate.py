@@ -27,6 +27,11 @@ from pilotq.cli import exit_codes as exit_codes_of_commands
 from pilotq.cli.formatting import to_json
 from pilotq.cli.main import SECTIONS, pilotq
 
+if __name__ == "__main__":
+    from pictures import Arrow, Box, draw, layers
+else:
+    from docs.pictures import Arrow, Box, draw, layers
+
 HERE = Path(__file__).parent
 WIDTH = 100
 GENERATED = "<!-- Written by docs/generate.py: change the code, then run `python docs/generate.py`. -->\n"
@@ -115,13 +120,10 @@ def states() -> str:
     for name in dict.fromkeys(EVENT_SCRIPTS.values()):
         events = ", ".join(f"`{event}`" for event, by in EVENT_SCRIPTS.items() if by == name)
         out.append(f"| `{name}.lua` | {events} | {purpose(name)} |\n")
-    out.append("\nThe same as a diagram:\n\n```mermaid\nstateDiagram-v2\n")
-    ways: dict[tuple[str, str], list[str]] = {}
-    for (before, event), after in TABLE.items():
-        ways.setdefault((before, after), []).append(event)
-    out += [f"    {before} --> {after}: {', '.join(events)}\n" for (before, after), events in ways.items()]
     out.append(
-        "```\n\n## Reasons\n\nThe list is closed. The reason of a task that finished is empty.\n\n"
+        "\nThe same as a picture (blue waits, yellow is under way, green has ended; dashed arrows lead back):\n\n"
+        "![The statuses of a task](pictures/states.svg)\n"
+        "\n## Reasons\n\nThe list is closed. The reason of a task that finished is empty.\n\n"
         "| reason | the task |\n|---|---|\n"
     )
     out += [f"| {reason} | {sentence} |\n" for reason, sentence in REASONS.items() if reason]
@@ -210,9 +212,6 @@ def json_schema() -> str:
     return to_json(schema.schema()) + "\n"
 
 
-PAGES = {"commands.md": commands, "states.md": states, "rq-matrix.md": matrix, "tasks.schema.json": json_schema}
-
-
 def refused_jobs() -> str:
     """The jobs of RQ that fail when they are enqueued."""
     return "| what |\n|---|\n" + "".join(f"| {what} |\n" for what in REFUSED)
@@ -245,34 +244,107 @@ def package_table() -> str:
     return "".join(out)
 
 
-def package_diagram() -> str:
-    """The packages as a diagram, without arrows that follow from others, and without `broker`, which all import."""
+def package_arrows() -> list[tuple[str, str]]:
+    """Who imports whom, without what follows from others, and without `broker`, which all import."""
     table = {name: imports for name, (_, imports) in packages_of_code().items() if name not in NOT_DRAWN}
     above: dict[str, set[str]] = {}  # package -> all that it imports, also through others
     arrows = []
-    groups: dict[str, list[str]] = {}
     for package, imports in table.items():
         drawn = [name for name in imports if name in table]
         through = set().union(*(above[name] for name in drawn))
         above[package] = through | set(drawn)
-        arrows += [f"    {node(package)} --> {node(name)}\n" for name in drawn if name not in through]
-        groups.setdefault(package.partition(".")[0], []).append(package)
-    out = ["```mermaid\nflowchart BT\n"]
-    for group, members in groups.items():
-        boxes = [f'        {node(name)}["{name}"]\n' for name in members]
-        out += [f'    subgraph folder_{group}["{group}/"]\n', *boxes, "    end\n"]
-    return "".join([*out, *arrows, "```\n"])
+        arrows += [(package, name) for name in drawn if name not in through]
+    return arrows
 
 
-def node(package: str) -> str:
-    """The identifier of a package in the diagram, where dots have a meaning."""
-    return package.replace(".", "_")
+def package_picture() -> str:
+    """The packages as a picture: each below all that it imports, one frame for each folder."""
+    table = packages_of_code()
+    arrows, names = package_arrows(), [name for name in table if name not in NOT_DRAWN]
+    rows = layers(arrows, names)
+    taken: dict[tuple[str, int], int] = {}
+    first = {"broker": 0, "workers": 2, "cli": 5}  # columns
+    boxes = []
+    for name in sorted(names, key=lambda name: name in ASIDE):
+        folder = name.partition(".")[0]
+        column = taken.setdefault((folder, rows[name]), 0)
+        taken[folder, rows[name]] += 1
+        boxes.append(Box(name, name, first[folder] + column, rows[name], group=f"{folder}/"))
+    return draw(boxes, [Arrow(*arrow) for arrow in arrows], gap_x=16, gap_y=44, title="Who imports whom", up=True)
+
+
+# What is drawn beside the others of its row: many arrows lead there, past those.
+ASIDE = ("broker.taskfiles",)
+
+
+def state_picture() -> str:
+    """The statuses as a picture; the arrow between two names its events where a pointer rests on it."""
+    ways: dict[tuple[str, str], list[str]] = {}
+    for (before, event), after in TABLE.items():
+        ways.setdefault((before, after), []).append(event)
+    kinds = dict.fromkeys(WAITING, "box") | dict.fromkeys(ACTIVE, "store") | dict.fromkeys(ENDED, "end")
+    boxes = [Box(name, name, *PLACES[name], kinds.get(name, "other")) for name in sorted(STATUSES)]
+    arrows = [Arrow(*pair, title=f"{pair[0]} to {pair[1]}: {', '.join(events)}") for pair, events in ways.items()]
+    return draw(boxes, arrows, gap_x=64, title="The statuses of a task")
+
+
+# Column and row of each status.
+PLACES = {
+    "created": (0, 2), "deferred": (1, 1), "scheduled": (1, 3), "ready_to_enqueue": (1, 4), "rate_limited": (2, 3),
+    "queued": (3, 2), "started": (4, 2), "finished": (5, 0.5), "failed": (5, 1.5), "stopped": (5, 2.5),
+    "canceled": (5, 3.5),
+}  # fmt: skip
+
+
+def process_picture() -> str:
+    """The processes of a pilot, and who starts whom."""
+    boxes = [
+        Box("run", "pilotq run, start", 0, 1.5, "other"),
+        Box("supervisor", "supervisor\nwrites the journal", 1, 1.5),
+        Box("server", "server\nRedis or Valkey", 2, 0, "store"),
+        Box("dispatcher", "dispatcher\nwho gets which cores", 2, 1),
+        Box("worker1", "worker\none for each node", 2, 2),
+        Box("worker2", "worker\nof the next node", 2, 3),
+        Box("launcher", "launcher\none for each 32 cores", 3, 2),
+        Box("task1", "task, pinned\na session of its own", 4, 1.5, "end"),
+        Box("task2", "task, pinned\na session of its own", 4, 2.5, "end"),
+    ]
+    arrows = [("run", "supervisor"), *(("supervisor", name) for name in ("server", "dispatcher", "worker1", "worker2"))]
+    arrows += [("worker1", "launcher"), ("launcher", "task1"), ("launcher", "task2")]
+    return draw(boxes, [Arrow(*arrow) for arrow in arrows], gap_x=48, title="The processes of a pilot: who starts whom")
+
+
+def way_picture() -> str:
+    """The way of a task through the processes."""
+    boxes = [
+        Box("user", "command,\nBroker, Executor", 0, 0.4, "other"),
+        Box("rq", "producer\nof RQ", 0, 2.2, "other"),
+        Box("server", "server: classes,\ntasks, inboxes", 1, 1.3, "store"),
+        Box("dispatcher", "dispatcher", 1, 0),
+        Box("worker", "worker", 2, 0.7),
+        Box("launcher", "launcher", 3, 0.7),
+        Box("supervisor", "supervisor", 2, 2.2),
+        Box("journal", "journal.jsonl", 3, 2.2, "store"),
+    ]
+    arrows = [
+        Arrow("user", "server", "commit.lua"), Arrow("rq", "server"), Arrow("server", "dispatcher", "heads, events"),
+        Arrow("dispatcher", "server", "claim.lua"), Arrow("server", "worker", "inbox of a node"),
+        Arrow("worker", "server", "report_started.lua,\ncomplete.lua"), Arrow("worker", "launcher", "run"),
+        Arrow("launcher", "worker", "started, ended"), Arrow("server", "supervisor", "journal stream"),
+        Arrow("supervisor", "journal"),
+    ]  # fmt: skip
+    return draw(boxes, arrows, gap_x=120, gap_y=50, title="The way of a task")
 
 
 # The foundation, and faces of one line that only re-export or call.
 NOT_DRAWN = ("pilotq", "broker", "broker.__init__", "__main__", "selfcheck")
+PAGES = {
+    "commands.md": commands, "states.md": states, "rq-matrix.md": matrix, "tasks.schema.json": json_schema,
+    "pictures/packages.svg": package_picture, "pictures/states.svg": state_picture,
+    "pictures/processes.svg": process_picture, "pictures/way-of-a-task.svg": way_picture,
+}  # fmt: skip
 PARTS = {
-    "design/0001-overview.md": {"packages": package_table, "diagram of packages": package_diagram},
+    "design/0001-overview.md": {"packages": package_table},
     "guarantees.md": {"faults": faults},
     "rq.md": {"refused": refused_jobs},
     "files.md": {"keys": file_keys},
