@@ -36,7 +36,7 @@ OWN = Settings()
 
 @contextmanager
 def rig(nodes: str) -> Iterator[Rig]:
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder:
         made = Rig(Path(folder), nodes)
         made.settings = {"restart_limit": 1000}
         try:

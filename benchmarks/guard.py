@@ -45,7 +45,7 @@ def main(parent: int, seconds: float, command: list[str]) -> int:
         signal.signal(number, leave)
     terminate_with(parent)
     become_subreaper()
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as name:
         home = Path(name)
         (home / "tmp").mkdir()
         environment = {**os.environ, "HOME": name, "PWD": name, "TMPDIR": str(home / "tmp")}

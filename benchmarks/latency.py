@@ -25,7 +25,7 @@ def delays(number: int) -> list[float]:
     """Milliseconds of each start."""
     luck = random.Random(1)
     found = []
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder, pilot() as directory:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder, pilot() as directory:
         program = compiled("first_instruction", folder)
         with Broker.connect(directory) as broker:
             for _ in range(WARM + number):

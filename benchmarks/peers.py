@@ -81,7 +81,7 @@ def run() -> list[Figure]:
     cores = len(os.sched_getaffinity(0))
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     failed: dict[tuple[str, str], str] = {}
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as name:
         home = Path(name)
         programs: dict[Peer, Path] = {}
         for peer in peers:

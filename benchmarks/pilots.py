@@ -13,7 +13,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def pilot(*options: str) -> Iterator[str]:
     """Start a pilot with these options of `pilotq start`; gives its directory, and ends it."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder:
         directory = os.path.join(folder, "pilot")
         command("start", "--dir", directory, *options)
         try:

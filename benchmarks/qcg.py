@@ -25,7 +25,7 @@ NODES = 64
 
 
 def run(tasks: int = 5_000, rounds: int = 3, chain: int = 2_000, short_chain: int = 500) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as name:
         home = Path(name)
         theirs = [str(install(home / "venv", f"qcg-pilotjob=={VERSION}") / "qcg-pm-service")]
         rates: list[tuple[float, float]] = []

@@ -18,7 +18,7 @@ from pilotq.broker import Broker
 def rate(number: int, rounds: int) -> tuple[float, float]:
     """Jobs per second that a pilot runs, and that the producer enqueues alone; the best of some rounds."""
     found = []
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder:
         with open(os.path.join(folder, "noop.py"), "w", encoding="utf-8") as file:
             file.write("def noop(n):\n    return None\n")
         directory = os.path.join(folder, "pilot")

@@ -326,7 +326,7 @@ SHAPES: dict[str, Callable[[Lab, int], None]] = {
 
 def measure(shape: str, count: int) -> None:
     """Measure one shape with the code that this process imports; prints JSON."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as directory:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as directory:
         running = start_server(directory, durability="none")
         admin = Connection(running.admin, timeout=600.0)
         try:
@@ -361,7 +361,7 @@ def _in_tree(tree: str, shape: str, count: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _tree_of(commit: str) -> Iterator[str]:
     """A folder with the package as it was at this commit."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder:
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
         os.mkdir(source := os.path.join(folder, "source"))
         subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)

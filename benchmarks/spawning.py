@@ -62,7 +62,7 @@ def through_pilot(submit: Submit, number: int) -> float:
 
 def run(rounds: int = 5) -> list[Figure]:
     number = int(os.environ.get("PILOTQ_COSTS", "20000"))
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder:
         pinned = compiled("pinned_loop", folder)
         sides: dict[str, Callable[[], float]] = {
             "pinned C loop": lambda: float(subprocess.check_output([pinned, str(number)])),

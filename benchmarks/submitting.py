@@ -42,7 +42,7 @@ def one_enqueue(rounds: int) -> float:
 
 def one_run(rounds: int) -> float:
     """Seconds of `pilotq run -- /bin/true`, from nothing to nothing, median."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder:
         return statistics.median(timed("run", "--", "/bin/true", cwd=folder) for _ in range(rounds))
 
 

@@ -305,7 +305,7 @@ def process_picture() -> str:
         Box("dispatcher", "dispatcher\nwho gets which cores", 2, 1),
         Box("worker1", "worker\none for each node", 2, 2),
         Box("worker2", "worker\nof the next node", 2, 3),
-        Box("launcher", "launcher\none for each 32 cores", 3, 2),
+        Box("launcher", "launcher\none for each 8 cores", 3, 2),
         Box("task1", "task, pinned\na session of its own", 4, 1.5, "end"),
         Box("task2", "task, pinned\na session of its own", 4, 2.5, "end"),
     ]

@@ -65,7 +65,7 @@ class PretendedPilot:
 @contextlib.contextmanager
 def pretended_pilot(nodes: int, cores: int, **settings: Any) -> Iterator[PretendedPilot]:
     """Start such a pilot, and end it; ``settings`` as in PILOTQ_SETTINGS."""
-    with tempfile.TemporaryDirectory(prefix="pilotq-bench-") as folder, _settings({"reply_s": PATIENCE_S, **settings}):
+    with tempfile.TemporaryDirectory(prefix="bench-pilotq-") as folder, _settings({"reply_s": PATIENCE_S, **settings}):
         started = start_pilot(os.path.join(folder, "pilot"), SupervisorOptions())
         try:
             pilot = PretendedPilot(started.directory, nodes, cores)
