@@ -12,6 +12,7 @@ from pilotq.broker.client.views import Counts
 from pilotq.broker.errors import ServerUnavailable, WaitTimedOut
 from pilotq.broker.pilot.start import ALLOCATION_ENDED, StartedPilot
 from pilotq.cli import formatting, progress
+from pilotq.cli.failure_stop import FailureStop
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.pilot_options import differences, pilot_failure, plural
 
@@ -34,6 +35,7 @@ class Lifetime:
         self.ended = 0.0  # when the last task had
         self.cores = 0  # of all nodes, as they were at the end
         self.mode = MODES[0]  # how the pilot ends when nobody has asked for another way
+        self.failure_stop = FailureStop("")
         self.cut_short = False  # the allocation has ended before all tasks had
 
     def run_to_end(self) -> None:
@@ -42,6 +44,8 @@ class Lifetime:
         try:
             with Broker.connect(self.pilot.directory) as broker:
                 try:
+                    if self.failure_stop.limit:
+                        self.failure_stop.before = broker.counts().failed  # of the run that this one resumes
                     self.begin(broker)
                     self._follow(broker)
                     self.ended = time.time()
@@ -92,6 +96,7 @@ class Lifetime:
                     return
             except WaitTimedOut:
                 self._update_progress(broker)
+                self._enforce_limit(broker)
             except ServerUnavailable:
                 # The supervisor starts it again, or ends. A refused connection comes back at once.
                 time.sleep(POLL_S)
@@ -110,6 +115,13 @@ class Lifetime:
             self.shown.update(self.counts, broker.running())
         except ServerUnavailable:
             pass  # it has ended, or is being started again: the next poll shows which
+
+    def _enforce_limit(self, broker: Broker) -> None:
+        try:
+            if sentence := self.failure_stop.enforce(broker):
+                self.say(sentence)
+        except ServerUnavailable:
+            pass  # the same
 
     def _end(self, broker: Broker) -> None:
         """End the pilot. After one Ctrl-C when nothing runs any more, after the next at once."""

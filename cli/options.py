@@ -18,6 +18,7 @@ from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.taskfiles.directives import read_directives
 from pilotq.broker.taskfiles.reader import FORMATS, read_tasks
 from pilotq.broker.tasks.dependencies import FIELDS
+from pilotq.broker.tasks.failure_limit import failures_allowed
 from pilotq.broker.tasks.model import MODELS, ArrayRange, Request, Task
 from pilotq.broker.tasks.quantities import parse_duration, parse_size, request_of
 from pilotq.broker.tasks.submit_context import POLICIES
@@ -37,6 +38,13 @@ def parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Paramete
             raise click.BadParameter(str(error), ctx, param) from None
 
     return callback
+
+
+def failure_limit(text: str) -> str:
+    """The value of --stop-on-failures; raises InvalidInput."""
+    if text:
+        failures_allowed(text, 1)
+    return text
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
@@ -61,6 +69,10 @@ counter_option = click.option(
 pool_option = click.option(
     "--pool", "pools", multiple=True, metavar="NAME=N",
     help="All nodes together: N units for --use NAME.",
+)  # fmt: skip
+stop_on_failures_option = click.option(
+    "--stop-on-failures", metavar="N|P%", default="", callback=parsed(failure_limit),
+    help="When more have failed cancel what waits.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -121,7 +133,7 @@ file_options = all_of(
     click.option(
         "--replies",
         metavar="FILE",
-        help="Write the replies to QCG-PilotJob's requests to FILE, one a line (- is stdout).",
+        help="Write QCG-PilotJob's replies (- is stdout).",
     ),
 )
 
@@ -169,6 +181,7 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         memory_max=options["memory_max"] or 0,
         time_grow=options["time_grow"],
         time_max=options["time_max"] or 0.0,
+        stop_on_failures=options.get("stop_on_failures") or "",
         env=dict(_variable(word) for word in options["env"]),
         cwd=options["cwd"],
         stdin=options["stdin"],
@@ -187,7 +200,7 @@ def _given(options: Mapping[str, Any]) -> set[str]:
     """What of a task the command line says itself."""
     source = click.get_current_context().get_parameter_source
     # Not `nodes`: those of `pilotq run` are the pilot's.
-    of_tasks = TASK_OPTIONS | {"task_nodes", *FIELDS}
+    of_tasks = TASK_OPTIONS | {"task_nodes", "stop_on_failures", *FIELDS}
     names = {n for n in options if n in of_tasks and source(n) == click.core.ParameterSource.COMMANDLINE}
     return {{"task_nodes": "nodes", "each_line": "values"}.get(name, name) for name in names}
 

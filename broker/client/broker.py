@@ -188,6 +188,13 @@ class Broker:
                 left.append(task_id)
         return left
 
+    def failures(self, ids: Sequence[str] | None = None) -> tuple[int, int]:
+        """How many of these tasks (default: all) have failed so far, and how many they are; elements count each."""
+        if ids is None:
+            counts = self.counts()
+            return counts.failed, counts.total
+        return self._queries.failures(ids)
+
     def result(self, task_id: str, *, timeout: float | None = None) -> Any:
         """What a function has returned; waits for it, and raises what it has raised.
 
@@ -204,17 +211,17 @@ class Broker:
             raise outcome.error
         return outcome.value.load() if isinstance(outcome.value, StoredValue) else outcome.value
 
-    def cancel(self, ids: Iterable[str]) -> dict[str, str]:
-        """Cancel tasks, waiting or running; returns id -> what happened.
+    def cancel(self, ids: Iterable[str], *, waiting: bool = False) -> dict[str, str]:
+        """Cancel tasks, waiting or running, or with ``waiting`` only what waits; returns id -> what happened.
 
         'canceled' (it was waiting), 'stopping' (it runs: its worker ends it), its status when it had ended, or
-        'unknown'.
+        'unknown'. With ``waiting`` also 'started': it was handed to a node, which cancels it if it has not begun.
         """
         wanted = _unique(ids)
         answers: dict[str, str] = {}
         for first in range(0, len(wanted), SLICE):
             part = wanted[first : first + SLICE]
-            answers.update(zip(part, self.store.cancel(part), strict=True))
+            answers.update(zip(part, self.store.cancel(part, waiting=waiting), strict=True))
         return answers
 
     def retry(self, ids: Iterable[str]) -> dict[str, str]:

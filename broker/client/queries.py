@@ -231,6 +231,16 @@ class TaskQueries:
             found.update((i, _text(row[0])) for i, row in zip(part, rows, strict=True) if row[0])
         return found
 
+    def failures(self, ids: Sequence[str]) -> tuple[int, int]:
+        """How many of these tasks have failed, and how many they are; elements of arrays count each."""
+        failed = total = 0
+        for first in range(0, len(ids), SLICE):
+            for status, span, failures in self._read(ids[first : first + SLICE], ("status", "pq_array", "pq_failures")):
+                size = _size(_text(span))
+                total += size or 1
+                failed += _whole(failures) if size else status in (b"failed", b"stopped")
+        return failed, total
+
     def _read(self, ids: Sequence[str], fields: Sequence[str] = VIEW_FIELDS) -> list[Sequence[bytes | None]]:
         commands = [("HMGET", keys.job(i), *fields) for i in ids]
         try:

@@ -22,6 +22,7 @@ from pilotq.broker.store.store import Store, iso, pack
 from pilotq.broker.store.value_blocks import packed_blocks
 from pilotq.broker.tasks.array_indices import text_of
 from pilotq.broker.tasks.dependencies import Parents, check_cycles, resolve
+from pilotq.broker.tasks.failure_limit import failures_allowed
 from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of, limited_class_name
 from pilotq.broker.tasks.quantities import size_text
@@ -217,6 +218,8 @@ class _Records:
         if task.is_array:
             ranges = task.array.ranges if task.array is not None else (range(task.size),)
             fields += ["pq_array", text_of(ranges), "pq_next", 0, "pq_left", task.size]
+        if task.stop_on_failures:
+            fields += ["pq_failures_max", failures_allowed(task.stop_on_failures, task.size)]
         yield keys.job(task_id), True, fields
         for blocks in _value_blocks(members or _values_of(task)):
             yield keys.values(task_id), False, blocks

@@ -81,12 +81,13 @@ class Lease(msgspec.Struct, array_like=True, tag="lease"):
 class Stop(msgspec.Struct, array_like=True, tag="stop"):
     """End this task if that execution is still here; ``reason`` is one of states.REASONS.
 
-    Of an array all its elements here are ended.
+    Of an array all its elements here are ended. With ``unstarted`` only what has not begun is.
     """
 
     id: str  # empty: all that run
     execution: int  # 0: whichever is here
     reason: str
+    unstarted: bool = False
 
 
 class RetractTasks(msgspec.Struct, array_like=True, tag="retract"):

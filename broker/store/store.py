@@ -153,12 +153,13 @@ class Store:
         )  # fmt: skip
         return answer
 
-    def cancel(self, ids: Sequence[str]) -> list[str]:
-        """The answers for all ids, in as many calls as that is work for."""
+    def cancel(self, ids: Sequence[str], *, waiting: bool = False) -> list[str]:
+        """The answers for all ids, in as many calls as that is work for; ``waiting``: what has begun goes on."""
         answers: list[str] = []
+        kind = "waiting" if waiting else ""
         while True:
             now, rest = time.time(), ids[len(answers) :]
-            found = self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, *rest)
+            found = self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, kind, *rest)
             answers += (answer.decode() for answer in found)
             if len(answers) == len(ids):
                 return answers

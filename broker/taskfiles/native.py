@@ -59,6 +59,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     retries: Count | None = None
     backoff: float | str | None = None
     retry_on: str | int | list[str | int] | None = None
+    stop_on_failures: Count | str | None = None
     memory_grow: float | None = None
     memory_max: Count | str | None = None
     time_grow: float | None = None
@@ -91,6 +92,7 @@ _QUANTITIES: dict[str, Callable[[str], Any]] = {
     "time_limit": parse_duration, "time_request": parse_duration, "backoff": parse_duration, "time_max": parse_duration,
     "memory_max": parse_size,
 }  # fmt: skip
+_WORDS = ("retry_on", "stop_on_failures")  # text, a number, or a list of such
 _NO_REQUEST = (None,) * 6
 
 
@@ -166,12 +168,9 @@ def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict
     if entry.array is not None or entry.values is not None:
         changes["array"] = None if entry.array is None else _read(ArrayRange.parse, entry.array, f"{where}.array")
         changes["values"] = None if entry.values is None else texts(entry.values)
-    for key in ALL_FIELDS:
-        if (names := getattr(entry, key)) is not None:
-            changes[key] = [names] if isinstance(names, str) else names
-    if entry.retry_on is not None:
-        codes = entry.retry_on if isinstance(entry.retry_on, list) else [entry.retry_on]
-        changes["retry_on"] = ",".join(map(str, codes))
+    names = {key: found for key in ALL_FIELDS if (found := getattr(entry, key)) is not None}
+    changes |= {key: [found] if isinstance(found, str) else found for key, found in names.items()}
+    changes |= {key: _joined(words) for key in _WORDS if (words := getattr(entry, key)) is not None}
     for key, parse in _QUANTITIES.items():
         value = getattr(entry, key)
         if value is not None:
@@ -180,6 +179,10 @@ def _described(entry: Entry, where: str, base: Task, shell: bool, requests: dict
         changes["env"] = base.env | {name: str(value) for name, value in entry.env.items()}
     changes["model_opts"] = {name: str(value) for name, value in (entry.model_opts or base.model_opts).items()}
     return msgspec.structs.replace(base, **changes)
+
+
+def _joined(words: Any) -> str:
+    return ",".join(map(str, words if isinstance(words, list) else [words]))
 
 
 def _what_runs(entry: Entry, where: str, shell: bool) -> tuple[list[str] | None, str | None]:

@@ -98,6 +98,10 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         'number, and seconds or text `"4h"`',
         "what has reached its time limit is tried again with so many times as much, up to `time_max`: beside `retries`",
     ),
+    "stop_on_failures": (
+        'number, or text `"5%"`',
+        "when more elements of the array have failed, those that wait are canceled; what runs goes on",
+    ),
     "env": ("table, name to text or number", "variables, on top of the environment"),
     "cwd": ("text", "where it runs. Relative to the submitter's directory, which is the default. It must exist"),
     "stdin, stdout, stderr": (

@@ -201,7 +201,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     ``after`` names tasks by name within one submission, or by id (``=ID``: in any case an id): they must finish before
     it starts. Those of ``after_any`` must end in any way, and those of ``after_notok`` otherwise than by finishing
     (they fail, are stopped or canceled). ``after_each`` names arrays of the same length, whose element i must finish
-    before element i of this array starts.
+    before element i of this array starts. When more elements of an array have failed than ``stop_on_failures`` says
+    (``20``, or ``5%`` of them), those that wait are canceled.
     """
 
     command: list[str] | None = None
@@ -227,6 +228,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     memory_max: int = 0  # ... up to so many bytes
     time_grow: float = 0.0  # the same of what has reached its time limit
     time_max: float = 0.0  # seconds
+    stop_on_failures: str = ""
     env: dict[str, str] = {}
     cwd: str | None = None
     stdin: str | None = None

@@ -18,6 +18,7 @@ import msgspec
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.os_strings import encode, unusable
 from pilotq.broker.tasks.array_indices import RANGES_MAX, range_problem
+from pilotq.broker.tasks.failure_limit import failures_allowed
 from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import (
     ARRAY_LIMIT,
@@ -118,6 +119,7 @@ _TASK: dict[str, Check] = {
     "memory_max": (_whole, "a whole number of bytes"),
     "time_grow": (_number, "a number"),
     "time_max": _SECONDS,
+    "stop_on_failures": _TEXT,
     "env": _TABLE,
     "cwd": _TEXT,
     "stdin": _TEXT,
@@ -264,6 +266,8 @@ def _problems(task: Task) -> Iterator[str]:
     yield from request_problems(task.request)
     if task.after_each and not task.is_array:
         yield "after_each is for arrays: use after"
+    if task.stop_on_failures:
+        yield from _failure_limit_problems(task)
 
 
 def _array_problems(array: ArrayRange) -> Iterator[str]:
@@ -384,6 +388,15 @@ def _grow_problems(what: str, factor: float, first: float, most: float) -> Itera
         yield f"{what}_grow makes {limit} larger for the next try: give {limit}, too"
     elif factor and not (GROW_MIN <= factor <= GROW_MAX and first < most < 1e15):
         yield f"{what}_grow must be a number from {GROW_MIN:g} to {GROW_MAX:g}, and {what}_max above {limit}"
+
+
+def _failure_limit_problems(task: Task) -> Iterator[str]:
+    if not task.is_array:
+        yield "stop_on_failures is for arrays"
+    try:
+        failures_allowed(task.stop_on_failures, 1)
+    except InvalidInput as error:
+        yield f"stop_on_failures: {error}"
 
 
 def _retry_problems(task: Task) -> Iterator[str]:

@@ -14,9 +14,12 @@ from pilotq.cli.task_selection import ids_of
 @click.command("cancel", no_args_is_help=True)
 @click.argument("words", nargs=-1, metavar="ID...")
 @click.option("--all", "everything", is_flag=True, help="All tasks that have not ended.")
+@click.option("--waiting", is_flag=True, help="Only what waits: what runs goes on.")
 @dir_option
 @json_option
-def cancel_command(words: tuple[str, ...], everything: bool, directory: str | None, as_json: bool) -> None:
+def cancel_command(
+    words: tuple[str, ...], everything: bool, waiting: bool, directory: str | None, as_json: bool
+) -> None:
     """Cancel tasks: waiting ones never start, running ones are ended.
 
     \b
@@ -25,10 +28,11 @@ def cancel_command(words: tuple[str, ...], everything: bool, directory: str | No
     if bool(words) == everything:
         raise InvalidInput("say which tasks to cancel, or --all" + (", not both" if words else ""))
     with Broker.connect(directory) as broker:
-        outcome = broker.cancel(broker.open_ids() if everything else ids_of(broker, words))
+        outcome = broker.cancel(broker.open_ids() if everything else ids_of(broker, words), waiting=waiting)
     if as_json:
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in outcome.items()]))
         return
     sentences = {"canceled": "canceled", "stopping": "is running, and is being ended", "unknown": "is not known"}
+    sentences |= {"started": "goes on, if its node has begun it"} if waiting else {}
     for task_id, word in outcome.items():
         click.echo(f"{formatting.clean(task_id)}: {sentences.get(word, f'had already ended: {word}')}")

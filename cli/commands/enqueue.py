@@ -14,6 +14,7 @@ from pilotq.cli.options import (
     dir_option,
     json_option,
     learn_option,
+    stop_on_failures_option,
     task_of,
     task_options,
 )
@@ -28,6 +29,7 @@ from pilotq.cli.task_selection import ids_of
 )
 @click.option("--after-any", multiple=True, metavar="ID", help="Wait until ID has ended in any way.")
 @click.option("--after-notok", multiple=True, metavar="ID", help="Run only if ID has ended and not finished.")
+@stop_on_failures_option
 @learn_option
 @dir_option
 @json_option

@@ -27,6 +27,7 @@ from pilotq.broker.taskfiles.batch import Batch
 from pilotq.broker.tasks.model import Task, description
 from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.cli import exit_codes, formatting, progress, stdin, summary
+from pilotq.cli.failure_stop import FailureStop
 from pilotq.cli.interrupts import Interrupts
 from pilotq.cli.lifetime import Lifetime
 from pilotq.cli.options import (
@@ -35,6 +36,7 @@ from pilotq.cli.options import (
     file_options,
     json_option,
     open_replies,
+    stop_on_failures_option,
     task_of,
     task_options,
 )
@@ -72,6 +74,7 @@ class FileOrCommand(click.Command):
 @click.argument("files", nargs=-1, metavar="FILE")
 @pilot_options
 @file_options
+@stop_on_failures_option
 @task_options
 @json_option
 @click.pass_context
@@ -98,6 +101,7 @@ def run_command(
         pilot = start(values, options)
         run = Run(pilot, interrupts, progress.display(quiet=single or as_json), batch.tasks, values["env_policy"])
         run.shows_output = single and not as_json
+        run.failure_stop = FailureStop(values["stop_on_failures"])
         if single and values["stdin"] is None and values["script"] is None:
             run.stdin = stdin.source(local=options.remote is None)
         run.run_to_end()
@@ -144,6 +148,7 @@ def _play(requests: Sequence[Any], file: str, values: dict[str, Any], options: S
         interrupts = stack.enter_context(Interrupts(allocation=options.remote is not None))
         pilot = start(values, options)
         play = Play(pilot, interrupts, progress.display(quiet=as_json or values["replies"] == "-"), plan)
+        play.failure_stop = FailureStop(values["stop_on_failures"])
         play.run_to_end()
     found = _summary(play, options.expected_nodes)
     found.omitted, found.refused = play.omitted(), play.played.refused
@@ -174,7 +179,7 @@ def _batch(ctx: click.Context, files: Sequence[str], command: Sequence[str], val
                 # Only what is left.
                 return Batch([], [] if os.path.exists(os.path.join(values["resume"], FILE)) else None)
             raise InvalidInput("give a FILE of tasks, or `--` and a command: see `pilotq run --help`")
-        return Batch([task_of(command, values)])
+        return Batch([task_of(command, {**values, "stop_on_failures": ""})])  # it counts all tasks
     if len(files) > 1 or (not os.path.exists(files[0]) and files[0] != "-" and shutil.which(files[0])):
         hint = f": for a command write `pilotq run -- {' '.join(files)}`"
         raise InvalidInput(("give one FILE" if len(files) > 1 else f"there is no file {files[0]}") + hint)

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 import click
 
 from pilotq.broker.client.archive import Archive
-from pilotq.broker.client.broker import open_pilot
+from pilotq.broker.client.broker import Broker, open_pilot
 from pilotq.broker.client.views import Counts
-from pilotq.broker.errors import ServerUnavailable, UnknownTask
+from pilotq.broker.errors import ServerUnavailable, UnknownTask, WaitTimedOut
 from pilotq.broker.settings import Settings
 from pilotq.broker.tasks.dependencies import ID
 from pilotq.broker.tasks.quantities import parse_duration
 from pilotq.cli import exit_codes, formatting
-from pilotq.cli.options import dir_option, json_option, parsed
+from pilotq.cli.failure_stop import FailureStop
+from pilotq.cli.options import dir_option, json_option, parsed, stop_on_failures_option
 from pilotq.cli.task_selection import ids_of
 
+LOOK_S = 0.5  # how often it is looked how many have failed
 RETRY_S = 0.2  # how often a wait tries a server that is away
 
 
@@ -26,9 +28,12 @@ RETRY_S = 0.2  # how often a wait tries a server that is away
 @click.argument("words", nargs=-1, metavar="[ID]...")
 @click.option("--timeout", metavar="TIME", callback=parsed(parse_duration),
               help="Give up after: 90, 10m.  [default: never]")  # fmt: skip
+@stop_on_failures_option
 @dir_option
 @json_option
-def wait_command(words: tuple[str, ...], timeout: float | None, directory: str | None, as_json: bool) -> int:
+def wait_command(
+    words: tuple[str, ...], timeout: float | None, stop_on_failures: str, directory: str | None, as_json: bool
+) -> int:
     """Wait until these tasks (default: all) have ended.
 
     Exits with 0 when all of them finished, 1 when some did not, 4 when the time is over. For a pilot that has ended the
@@ -38,9 +43,10 @@ def wait_command(words: tuple[str, ...], timeout: float | None, directory: str |
     Example: pilotq wait --timeout 10m && echo all finished
     """
     begin, asked, away_since = time.monotonic(), timeout, None
+    limit = FailureStop(stop_on_failures)
     while True:
         try:
-            counts, sentence = _wait(words, timeout, directory)
+            counts, sentence = _wait(words, timeout, directory, limit)
             break
         except ServerUnavailable:
             # It is being started again, or the pilot ends: then its journal has the answer.
@@ -59,11 +65,11 @@ def wait_command(words: tuple[str, ...], timeout: float | None, directory: str |
     return exit_codes.TASKS_FAILED if sentence else exit_codes.of_counts(counts)
 
 
-def _wait(words: Sequence[str], timeout: float | None, directory: str | None) -> tuple[Counts, str]:
+def _wait(words: Sequence[str], timeout: float | None, directory: str | None, limit: FailureStop) -> tuple[Counts, str]:
     """What became of the tasks, and a sentence about those that will never end. Raises WaitTimedOut."""
     with open_pilot(directory) as pilot:
         if not isinstance(pilot, Archive):
-            return pilot.wait(ids_of(pilot, words) if words else None, timeout=timeout), ""
+            return _follow(pilot, ids_of(pilot, words) if words else None, timeout, limit), ""
         counts = pilot.wait([_possible_id(pilot, word) for word in words] if words else None)
         where = pilot.pilot.directory
         if counts.left:
@@ -78,6 +84,21 @@ def _wait(words: Sequence[str], timeout: float | None, directory: str | None) ->
                 f"`pilotq start --resume {where}` goes on with it"
             )
         return counts, ""
+
+
+def _follow(pilot: Broker, ids: list[str] | None, timeout: float | None, limit: FailureStop) -> Counts:
+    """Wait for these; with a limit also look now and then how many have failed."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while limit.limit and not limit.exceeded:
+        left = LOOK_S if deadline is None else min(deadline - time.monotonic(), LOOK_S)
+        try:
+            return pilot.wait(ids, timeout=max(left, 0.0))
+        except WaitTimedOut:
+            if sentence := limit.enforce(pilot, ids):
+                click.echo(f"pilotq: {sentence}", err=True)
+            elif deadline is not None and time.monotonic() >= deadline:
+                raise
+    return pilot.wait(ids, timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
 
 
 def _possible_id(pilot: Archive, word: str) -> str:

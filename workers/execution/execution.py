@@ -34,6 +34,9 @@ class Phase(Enum):
     SWEPT = "swept"  # nothing of it lives here; other nodes are to confirm the same
 
 
+UNSTARTED = (Phase.PREFETCHED, Phase.CHAINED, Phase.WAITING)
+
+
 class Action(Enum):
     """What is to be done with an execution when its deadline has come or its end is requested."""
 

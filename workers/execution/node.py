@@ -29,7 +29,7 @@ from pilotq.broker.store.messages import (
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.workers.execution.crash_isolation import CrashIsolation
 from pilotq.workers.execution.escalation import Escalation
-from pilotq.workers.execution.execution import Action, Execution, Phase
+from pilotq.workers.execution.execution import UNSTARTED, Action, Execution, Phase
 from pilotq.workers.execution.file_threads import FileThreads
 from pilotq.workers.execution.held_back import hold_back, shortage_of
 from pilotq.workers.execution.hooks import NodeActions, NodeHooks
@@ -108,7 +108,8 @@ class Node:
             self._add(message)
         elif isinstance(message, Stop):
             for e in self._slots.find_all(message.id, message.execution):
-                self._stop(e, message.reason, self._settings.kill_grace_s, now)
+                if not message.unstarted or e.phase in UNSTARTED:
+                    self._stop(e, message.reason, self._settings.kill_grace_s, now)
         elif isinstance(message, RetractTasks):
             tasks = self._slots.retract(message.class_name, message.count)
             self._return(tasks, message.class_name)

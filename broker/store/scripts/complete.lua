@@ -57,9 +57,10 @@ local function end_element(f, id, status, text)
   local outcome = status == 'finished' and 1 or (status == 'canceled' and 3 or 2)
   redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', '#' .. f.position, outcome)
   local state = arrays[array]
-  if not state then state = {0, 0}; arrays[array] = state end
+  if not state then state = {0, 0, 0}; arrays[array] = state end
   state[1] = state[1] + 1
   if outcome ~= 1 then state[2] = state[2] + 1 end
+  if outcome == 2 then state[3] = state[3] + 1 end
   local drop = outcome == 3 or (outcome == 1 and text == '')
   if drop or (outcome == 2 and redis.call('HINCRBY', job_key(array), 'pq_kept', 1) > KEPT_ELEMENTS) then
     redis.call('DEL', job_key(id))
@@ -244,7 +245,7 @@ local function end_run_of_lease(r, lines_of_run)
   last_ended = r[4]
   count_end(r[3], 'finished', number)
   local state = arrays[array]
-  if not state then state = {0, 0}; arrays[array] = state end
+  if not state then state = {0, 0, 0}; arrays[array] = state end
   state[1] = state[1] + number
   if v[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, first + number - 1)) end
   runs[#runs + 1] = lines_of_run
@@ -379,7 +380,8 @@ if #runs > 0 then -- before the line of an array that ends with them
   redis.call('XADD', 'pilotq:journal', '*', 'r', string.char(220, math.floor(#runs / 256), #runs % 256) .. table.concat(runs))
 end
 for array, state in pairs(arrays) do
-  guarded({now, last_ended, ttl_failed}, array, array_ended, array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed)
+  guarded({now, last_ended, ttl_failed}, array, array_ended, array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed,
+    state[3])
 end
 flush_tally(ttl_failed)
 flush_lines()

@@ -391,6 +391,7 @@ local ADOPTED = 1e12
 -- Defined in lib_rq.lua, and in lib_leases.lua.
 local rq_ended, rq_count_in
 local drop_leases, number_leased
+local end_waiting
 
 -- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
 local function set_outcomes(array, first, last, outcome)
@@ -428,14 +429,25 @@ local function look_at(array, first, last)
   redis.call('RPUSH', 'pilotq:release', string.format('x:%s:%d', array, ttl))
 end
 
--- Elements of an array have ended: `number` of them, `bad` of these not finished. Ends the array with its last one.
--- An array whose record somebody deleted has nothing to count on: an HINCRBY would make a record again.
-local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed)
+-- Of an array `number` more have failed, and some are left: when these are more than may fail, what waits of it is canceled.
+local function count_failures(array, number, now, now_iso, ttl)
+  local failures = redis.call('HINCRBY', job_key(array), 'pq_failures', number)
+  local most = tonumber(redis.call('HGET', job_key(array), 'pq_failures_max') or '')
+  if most and failures > most then end_waiting(array, 'failures', now, now_iso, ttl) end
+end
+
+-- Elements of an array have ended: `number` of them, `bad` of these not finished, `failed` of these failed. Ends the array with
+-- its last one. An array whose record somebody deleted has nothing to count on: an HINCRBY would make a record again.
+local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed, failed)
   if redis.call('EXISTS', job_key(array)) == 0 then return end
   if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_unfinished', bad) end
-  if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then return end
+  if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then
+    if (failed or 0) > 0 then count_failures(array, failed, now, now_iso, ttl_failed) end
+    return
+  end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
-    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description', 'enqueued_at')
+    'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description', 'enqueued_at',
+    'pq_stopped')
   if f[10] then return end
   count_in(f[9])
   class_in(f[7])
@@ -444,6 +456,8 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   -- Where all of its elements finished all the same there was nothing to cancel, but for RQ's tools, which have said so.
   if f[2] and (tonumber(f[1] or 0) > 0 or f[8] == 'canceled') then
     status, reason = 'canceled', f[2]
+  elseif f[14] and tonumber(f[1] or 0) > 0 then
+    status, reason = f[14] == 'failures' and 'failed' or 'canceled', f[14]
   elseif f[8] == 'deferred' then
     status, reason = 'canceled', 'dependency' -- none of its elements ever ran
   elseif tonumber(f[1] or 0) > 0 then
@@ -580,7 +594,7 @@ local function end_damaged_element(id, array, now, now_iso, ttl)
   if not position then return false end
   set_outcomes(array, position, position, 2)
   if a[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, position, position)) end
-  array_ended(array, 1, 1, now, now_iso, ttl, ttl)
+  array_ended(array, 1, 1, now, now_iso, ttl, ttl, 1)
   return true
 end
 

@@ -135,7 +135,7 @@ local function end_leased(array, position, id, lease, status, now, now_iso, ttl)
     if redis.call('HGET', job_key(array), 'pq_elementwise') then
       redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, position, position))
     end
-    array_ended(array, 1, status == 'finished' and 0 or 1, now, now_iso, ttl, ttl)
+    array_ended(array, 1, status == 'finished' and 0 or 1, now, now_iso, ttl, ttl, status == 'failed' and 1 or 0)
   elseif redis.call('EXISTS', leases_key(array)) == 0 then
     redis.call('DEL', outcomes_key(array))
   end
@@ -165,4 +165,54 @@ number_leased = function(array)
     number = number + (tonumber(redis.call('HGET', LEASES, array .. ':' .. string.match(member, '^(%d+)')) or '') or 0)
   end
   return number
+end
+
+-- A worker ends what it has of this task or array: with `unstarted` only what it has not begun.
+local function stop_on(node, id, execution, unstarted)
+  local message = cmsgpack.pack('stop', id, tonumber(execution), 'canceled')
+  if unstarted then message = message .. cmsgpack.pack(true) end
+  send(node, 1, string.char(unstarted and 149 or 148) .. message)
+end
+
+-- Nodes that leases of an array name end what they have of it, and so do `nodes`. Returns whether there are any.
+local function stop_leased(array, unstarted, nodes)
+  nodes = nodes or {}
+  for _, member in ipairs(redis.call('ZRANGE', leases_key(array), 0, -1)) do
+    nodes[string.match(member, '^%d+ %d+ %d+ %d+ %S+ (.+)$') or ''] = true
+  end
+  nodes[''] = nil
+  for node in pairs(nodes) do stop_on(node, array, 0, unstarted) end
+  return next(nodes) ~= nil
+end
+
+-- Elements of an array that have a record and are with a node: '<id>:<execution>'.
+local function records_running(array, queue)
+  return redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. array .. '_', '(' .. array .. '`')
+end
+
+-- What waits of an array ends: what was not handed out now, what nodes have not begun by a message to them; what waits again, or
+-- element by element, is found by release_dependents.lua in slices. What runs goes on. `why` is noted once: why the array ends so;
+-- without it the caller has stopped what nodes have.
+end_waiting = function(array, why, now, now_iso, ttl)
+  local v = redis.call('HMGET', job_key(array), 'status', 'pq_class', 'pq_sub', 'pq_next', 'pq_parents', 'pq_stopped')
+  if why and v[6] then return end
+  local count, queue = count_in(text_of(array)), queue_of(class_in(v[2]))
+  local handed = v[5] and count or number_in('pq_next', v[4])
+  if why then
+    redis.call('HSET', job_key(array), 'pq_stopped', why)
+    local nodes = {}
+    for _, member in ipairs(records_running(array, queue)) do
+      local f = redis.pcall('HMGET', job_key(string.match(member, '^(.*):')), 'pq_node', 'pq_running')
+      if f[1] and not f[2] then nodes[f[1]] = true end
+    end
+    stop_leased(array, true, nodes)
+  end
+  redis.call('HSET', job_key(array), 'pq_next', count)
+  redis.call('ZREM', registry('deferred', queue), array)
+  if handed > 0 and v[1] ~= 'started' then
+    if v[1] ~= 'canceled' then redis.call('HSET', job_key(array), 'status', 'started', 'origin', queue, 'started_at', now_iso) end
+    redis.call('ZADD', registry('wip', queue), 'inf', array .. ':0')
+  end
+  if handed > 0 then redis.call('RPUSH', 'pilotq:release', string.format('c:%s:0:%d', array, handed - 1)) end
+  if handed < count then end_elements(array, v[3], handed, count - 1, now, now_iso, ttl) end
 end

@@ -7,7 +7,7 @@
 --   'e:<array>:<first>:<last>' elements (positions) have ended: arrays in pilotq:elementwise:<array> wait for each of them, and
 --      tasks in pilotq:dependents:<array>_<index>; those that have not ended are passed over, what was seen before counts once.
 --      A fifth part is the number of arrays that were handled of the first position;
---   'c:<array>:<first>:<last>' the array was canceled: what waits of these elements ends;
+--   'c:<array>:<first>:<last>' the array, or what waits of it, was canceled: what waits of these elements ends;
 --   's:<first number>' a large submission was accepted: the pieces of it that are left become tasks;
 --   'w:<id>:<wait>:<offset>' a task that waits again looks at the parents that are left in its list of very many;
 --   'x:<array>:<ttl>' the array has ended, and what stood before this was handled: its record is kept so many seconds more.
@@ -141,9 +141,9 @@ end
 
 -- The positions of an entry, as far as the limit goes.
 local function walk(kind, array, position, last, first, budget)
-  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status')
+  local v = redis.pcall('HMGET', job_key(array), 'pq_array', 'pq_sub', 'pq_cancel', 'status', 'pq_stopped')
   if not v[1] then return 0 end -- somebody deleted it
-  if kind == 'c' and not v[3] then return 0 end -- it has ended, and runs again
+  if kind == 'c' and not (v[3] or v[5]) then return 0 end -- it has ended, and runs again
   count_in(v[1])
   local handled = 0
   while position <= last and handled < budget do

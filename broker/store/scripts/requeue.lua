@@ -67,7 +67,7 @@ end
 local function revive(id, queue)
   redis.call('PERSIST', job_key(id))
   redis.call('HDEL', job_key(id), 'pq_reason', 'pq_exit', 'pq_cpus', 'pq_cancel', 'pq_crashes', 'pq_node', 'pq_slot',
-    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node')
+    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node', 'pq_stopped', 'pq_failures')
   local budget = redis.call('HGET', job_key(id), 'pq_budget')
   if budget then redis.call('HSET', job_key(id), 'pq_retries', budget) end
   -- RQ's own requeue has written the same in another form.
@@ -108,7 +108,8 @@ local function all_there(parents)
 end
 
 local ARRAY = {'status', 'pq_class', 'pq_sub', 'pq_name', 'pq_after', 'pq_next', 'pq_parents', 'pq_cancel', 'data',
-  'description', 'created_at', 'pq_retries', 'pq_first_attempt', 'pq_last_attempt', 'pq_reason', 'pq_left', 'pq_unfinished', 'pq_kept'}
+  'description', 'created_at', 'pq_retries', 'pq_first_attempt', 'pq_last_attempt', 'pq_reason', 'pq_left', 'pq_unfinished', 'pq_kept',
+  'pq_stopped'}
 
 local function read_array(id)
   local v, f = redis.call('HMGET', job_key(id), unpack(ARRAY)), {}
@@ -128,7 +129,7 @@ end
 
 -- Why nothing of an array can run again; nil if it can.
 local function hindrance(f)
-  if (f.cancel or f.status == 'canceled') and not f.ended then return 'ending' end
+  if (f.cancel or f.stopped or f.status == 'canceled') and not f.ended then return 'ending' end
   if f.parents and not all_there(f.after) or not needs_there(f.sub) then return 'gone' end
   if not f.parents and not parents_of(f.after, f.reason == 'dependency') then return 'dependency' end
 end
@@ -213,6 +214,7 @@ local function requeue_element(id, array, index)
   redis.call('BITFIELD', outcomes_key(array), 'SET', 'u2', at, 0)
   redis.call('HINCRBY', job_key(array), 'pq_left', 1)
   redis.call('HINCRBY', job_key(array), 'pq_unfinished', -1)
+  if outcome == 2 then redis.call('HINCRBY', job_key(array), 'pq_failures', -1) end
   if f.ended then
     reopen(array, f)
     redis.call('HSET', job_key(array), 'status', 'started', 'origin', queue_of(f.class), 'started_at', now_iso, 'pq_next', f.count)

@@ -278,6 +278,20 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.units)
     @rule(data=st.data())
+    def cancel_what_waits(self, data: st.DataObject) -> None:
+        """Their nodes are told to end what they have not begun: here they have begun all of it."""
+        name = data.draw(st.sampled_from([*self.model.units, *self.model.arrays]))
+        members = [self.model.units[i] for i in self.model.arrays.get(name, [name])]
+        if self.engine.status(name) == "canceled" and any(m.status not in ENDED for m in members):
+            return  # by RQ, before: the reconciler's call ends what waits of it
+        self.engine.store.cancel([name], waiting=True)
+        self.engine.inbox()
+        for unit in members:
+            if unit.status == "waiting":
+                unit.status = "canceled"
+
+    @precondition(lambda self: self.model.units)
+    @rule(data=st.data())
     def retry(self, data: st.DataObject) -> None:
         """Of what has ended and been followed: what is still to be omitted is omitted."""
         self.engine.release_dependents()

@@ -118,7 +118,7 @@ def test_cancel_by_rq_of_an_array(engine: Engine) -> None:
 
 def test_one_call_cancels_a_bounded_number(engine: Engine) -> None:
     ids = engine.submit(*[task()] * 300, array(600_000), array(600_000), array(10))
-    now = (1.0, "2026-01-31T12:00:00.000000Z", 60)
+    now = (1.0, "2026-01-31T12:00:00.000000Z", 60, "")
     assert len(engine.store.run("cancel", *now, *ids)) == 250
     assert len(engine.store.run("cancel", *now, *ids[299:])) == 3
     assert engine.cancel(*ids) == ["canceled"] * 303

@@ -1,0 +1,29 @@
+"""`FailureStop`: no more tasks are started when more have failed than may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.tasks.failure_limit import failures_allowed
+
+
+class FailureStop:
+    """The limit of one command. ``limit`` is as `failures_allowed` reads it, or empty: then nothing is done."""
+
+    def __init__(self, limit: str, before: int = 0) -> None:
+        self.limit = limit
+        self.before = before  # failures that do not count
+        self.exceeded = False
+
+    def enforce(self, broker: Broker, ids: Sequence[str] | None = None) -> str:
+        """Cancel what waits of these tasks (default: all) once, when too many have failed: returns a sentence then."""
+        if not self.limit or self.exceeded:
+            return ""
+        failed, total = broker.failures(ids)
+        failed -= self.before
+        if failed <= failures_allowed(self.limit, total):
+            return ""
+        broker.cancel(broker.open_ids() if ids is None else ids, waiting=True)
+        self.exceeded = True
+        return f"{failed:,} of {total:,} tasks have failed, more than {self.limit}: what waited is canceled"

@@ -1,0 +1,50 @@
+"""`--stop-on-failures` of `run`, `wait` and arrays: no more is started when too much has failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.support.command_line import in_background, prompt
+from tests.support.waiting import wait_until
+
+
+def test_run_stops_and_says_why(tmp_path: Path) -> None:
+    cli = prompt(tmp_path)
+    (tmp_path / "tasks.txt").write_text("false\n" * 5 + "sleep 0.3\n" * 200)
+    done = cli("run", "--nodes", "1", "--stop-on-failures", "1%", "--json", "tasks.txt")
+    assert done.returncode == 1
+    assert " of 205 tasks have failed, more than 1%: what waited is canceled\n" in done.stderr
+    counts = json.loads(done.stdout)["tasks"]
+    assert 3 <= counts["failed"] <= 5 and counts["canceled"] > 150 and counts["finished"] < 50
+
+
+def test_wait_and_arrays(tmp_path: Path) -> None:
+    with in_background(tmp_path, "--nodes", "1") as cli:
+        code = "[ {index} -gt 2 ] || exit 1; sleep 0.2"
+        (array,) = cli("enqueue", "--stop-on-failures", "2", "--array", "0-999", "--", "sh", "-c", code).stdout.split()
+        assert cli("wait", array).returncode == 1
+        (view,) = json.loads(cli("show", "--json", array).stdout)
+        assert view["elements"]["failed"] == "0-2" and view["elements"]["canceled"].endswith("-999")
+        assert (view["status"], view["reason"]) == ("failed", "failures")
+
+        bad, other, mine, held, _ = cli("submit", tasks(tmp_path)).stdout.split()
+        done = cli("wait", bad, other, "--stop-on-failures", "0")
+        assert done.returncode == 1
+        assert "pilotq: 1 of 1,001 tasks have failed, more than 0: what waited is canceled\n" in done.stderr
+        assert cli("wait", mine).returncode == 0, "others are let alone"
+        wait_until(lambda: cli("show", held).stdout.count("started") > 1)
+        said = cli("cancel", "--waiting", held, "never").stdout
+        assert f"{held}: goes on, if its node has begun it\n" in said and ": canceled" in said
+        (tmp_path / "go").touch()
+        assert cli("wait", held).returncode == 0
+
+
+def tasks(folder: Path) -> str:
+    hold = {"script": "while [ ! -e go ]; do sleep 0.05; done"}
+    found = [
+        {"command": "false"}, {"command": "sleep 0.2", "array": "0-999"}, {"command": "true"}, {**hold, "name": "held"},
+        {"command": "true", "after": "held", "name": "never"},
+    ]  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps({"tasks": found}))
+    return "jobs.json"
