@@ -44,6 +44,7 @@ def from_iso(text: str) -> float | None:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
+USERS_OF_COMMIT = ("commit", "release_dependents", "requeue")  # scripts that need lib_commit.lua
 FIRST_REPORT = 10  # number of the argument of complete.lua that has the first journal line
 
 
@@ -54,11 +55,13 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """A script of broker/store/scripts, with lib.lua, lib_leases.lua, lib_rq.lua and lib_commit.lua in front."""
+    """A script of broker/store/scripts, with lib.lua, lib_leases.lua, lib_rq.lua and, if it needs that, lib_commit.lua
+    in front: a script of Lua has at most 200 local names."""
     folder = files("pilotq.broker.store.scripts")
     # Out of memory only a submit is refused, and before it has written anything: ends make room.
     flags = "" if name == "commit" else " flags=allow-oom"
-    parts = [(folder / f"{part}.lua").read_text() for part in ("lib", "lib_leases", "lib_rq", "lib_commit", name)]
+    libraries = ["lib", "lib_leases", "lib_rq", *(["lib_commit"] if name in USERS_OF_COMMIT else [])]
+    parts = [(folder / f"{part}.lua").read_text() for part in (*libraries, name)]
     text = f"#!lua{flags}\n" + "".join(parts)
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
