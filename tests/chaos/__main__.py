@@ -36,7 +36,7 @@ from tests.support.waiting import wait_until
 CRASH_LIMIT = 8
 SETTINGS = {
     "node_timeout_margin_s": 1.0, "connect_s": 0.5, "reply_s": 1.0, "crash_limit": CRASH_LIMIT, "keep_records": 1000,
-    "stop_wait_s": 10.0,
+    "stop_wait_s": 10.0, "bundle_above": 30,
 }  # fmt: skip
 CONTACT_S = 3.0
 HEAL_S = 180.0

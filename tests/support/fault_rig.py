@@ -94,7 +94,9 @@ class Rig:
 
     def broker(self) -> Broker:
         assert self.pilot is not None
-        return Broker.connect(self.pilot.directory)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PILOTQ_SETTINGS", msgspec.json.encode(self.settings).decode())
+            return Broker.connect(self.pilot.directory)
 
     def restart(self) -> None:
         """Start the pilot again if its supervisor is dead; that may fail once more, by the next fault."""
@@ -185,8 +187,11 @@ class Rig:
         return Task(command=words, **fields)
 
     def mixed(self, number: int = 12) -> list[Task]:
-        """Short and longer ones, two cores, two nodes, a retried one, a chain, arrays, also element by element."""
-        tasks = [self.probe() for _ in range(number)]
+        """Short and longer ones, two cores, two nodes, a retried one, a chain, arrays, also element by element.
+
+        Where ``bundle_above`` is 6 and ``number`` 12 or more, some are a bundle.
+        """
+        tasks = [self.probe(priority=int(n > 4)) for n in range(number)]
         tasks += [self.probe(0.3), self.probe(0.25, request=Request(cores=(2, 2)))]
         tasks += [self.probe(request=Request(nodes=(2, 2))) for _ in range(2)]
         tasks += [self.probe(code=7, retries=1), self.probe(name="first"), self.probe(name="second", after=["first"])]

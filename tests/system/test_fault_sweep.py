@@ -123,7 +123,10 @@ CLIENT = """
 import sys
 from pilotq.broker import Broker, Task
 with Broker.connect(sys.argv[1]) as broker:
-    ids = broker.enqueue_many([Task(command=["true"]) for _ in range(600)], key=sys.argv[2])
+    # 500 tasks with records of their own, and a bundle of 100.
+    tasks = [Task(command=["true"], priority=n // 50) for n in range(500)]
+    tasks += [Task(command=["true", str(n)], priority=-1) for n in range(100)]
+    ids = broker.enqueue_many(tasks, key=sys.argv[2])
     broker.cancel(ids[:1] if sys.argv[3:] == ["cancel"] else [])
     broker.retry(sys.argv[4:])
     print(len(ids), len(set(ids)))
@@ -144,7 +147,7 @@ def common(shared: list[Rig], tmp_path_factory: pytest.TempPathFactory) -> Rig:
     if shared and shared[0].broken:
         shared.pop().stop()
     if not shared:
-        shared.append(Rig(tmp_path_factory.mktemp("sweep")))
+        shared.append(Rig(tmp_path_factory.mktemp("sweep"), bundle_above=6))
         shared[0].start()
     shared[0].broken = True
     return shared[0]
@@ -180,7 +183,7 @@ def test_a_fault_at_a_point(role: str, point: str, kind: str, tmp_path: Path, re
     elif role == "client":
         client_cell(request.getfixturevalue("common"), point, kind)
     elif role == "supervisor":
-        with rig(tmp_path) as r:
+        with rig(tmp_path, bundle_above=6) as r:
             supervisor_cell(r, point, kind)
         return
     else:
@@ -209,12 +212,13 @@ def server_commit_cell(r: Rig, point: str, kind: str) -> None:
     key = os.urandom(8).hex()
     fired = r.arm("client", point, kind, pid=r.process("server"))
     command = [sys.executable, "-c", CLIENT, r.pilot.directory, key, "submit"]
-    env = {**os.environ, "PILOTQ_FAILPOINTS": str(r.points)}
+    settings = {**os.environ, "PILOTQ_SETTINGS": '{"bundle_above": 60}'}
+    env = {**settings, "PILOTQ_FAILPOINTS": str(r.points)}
     subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert fired()
 
     def again() -> bool:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        done = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
         return done.stdout.split() == [b"600", b"600"]
 
     wait_until(again, seconds=60, what="the server accepts it")
@@ -230,11 +234,12 @@ def client_cell(r: Rig, point: str, kind: str) -> None:
         broker.wait([bad], timeout=60)
     fired = r.arm("client", point, kind, seconds=0.5)
     command = [sys.executable, "-c", CLIENT, r.pilot.directory, key, verb, *([bad] if verb == "requeue" else [])]
-    env = {**os.environ, "PILOTQ_FAILPOINTS": str(r.points)}
+    settings = {**os.environ, "PILOTQ_SETTINGS": '{"bundle_above": 60}'}
+    env = {**settings, "PILOTQ_FAILPOINTS": str(r.points)}
     first = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert fired()
     assert (first.returncode == 0) == (kind in ("stop", "delay")), first.stderr
-    again = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    again = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert again.stdout.split() == [b"600", b"600"], again.stderr
     with r.broker() as broker:
         wait_until(lambda: broker.counts(key).left == 0, seconds=60)

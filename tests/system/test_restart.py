@@ -23,9 +23,12 @@ def begun(r: Rig) -> int:
 
 
 def test_parts_that_are_killed_one_after_another_lose_nothing(tmp_path: Path) -> None:
-    """2,000 tasks. Each of the parts is killed twice while they run; what was running then may run once more."""
-    with rig(tmp_path) as r:
-        work = r.submit([r.probe() for _ in range(1000)] + [r.probe(array=ArrayRange(0, 999))])
+    """A bundle, single ones, an array. Each of the parts is killed twice; what was running then may run once more."""
+    with rig(tmp_path, bundle_above=300) as r:
+        bundle = [r.probe(priority=1) for _ in range(400)]
+        work = r.submit(
+            [*bundle, *(r.probe(priority=-n // 300) for n in range(600)), r.probe(array=ArrayRange(0, 999))]
+        )
         until = time.monotonic() + WITHIN_S
         for turn, part in enumerate(2 * TURNS):
             wait_until(lambda turn=turn: begun(r) > 100 + 150 * turn, seconds=60, what="some more have begun")
@@ -39,7 +42,7 @@ def test_parts_that_are_killed_one_after_another_lose_nothing(tmp_path: Path) ->
 
 def test_a_pilot_that_was_killed_as_a_whole_goes_on(tmp_path: Path) -> None:
     """Its tasks live on as orphans; the next pilot ends them before it starts the same ones again."""
-    with rig(tmp_path) as r:
+    with rig(tmp_path, bundle_above=50) as r:
         long = r.submit([r.probe(60.0)])
         wait_until(lambda: begun(r) == 1, seconds=60, what="the long one has begun")
         work = r.submit(r.mixed(300))

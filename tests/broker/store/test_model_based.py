@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -171,6 +172,20 @@ class Machine(RuleBasedStateMachine):
         self.model.arrays[name] = [f"{name}_{n}" for n in indices]
         for member, waits_for in zip(self.model.arrays[name], parents, strict=True):
             self.model.units[member] = Unit(member, retries, waits_for, name)
+
+    @precondition(lambda self: len(self.model.units) < 30)
+    @rule(size=st.integers(2, 5), retries=st.integers(0, 1))
+    def submit_bundle(self, size: int, retries: int) -> None:
+        """To all but those who look into it, it is an array."""
+        store = self.engine.store
+        store.settings = msgspec.structs.replace(self.engine.settings, bundle_above=1)
+        members = self.engine.submit(*[task(str(n), retries=retries) for n in range(size)])
+        store.settings = self.engine.settings
+        name = members[0].partition("_")[0]
+        assert members == [f"{name}_{n}" for n in range(size)]
+        self.model.retries[name], self.model.arrays[name] = retries, members
+        for member in members:
+            self.model.units[member] = Unit(member, retries, [], name)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
