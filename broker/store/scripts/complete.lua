@@ -355,36 +355,41 @@ local function report(r, line, text)
   return retried and 'retry' or 'ok'
 end
 
-local finished, failed = 0, 0
-local reports = cmsgpack.unpack(ARGV[9])
-local behind = 10 + 2 * #reports -- the place of the runs
-for number, r in ipairs(reports) do
-  local _, answer = guarded({now, r[5], ttl_failed}, r[1], report, r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
-  answers[number] = answer or 'stale'
-  if answers[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
-  if answers[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
+-- In a function of its own: a script has at most 200 local variables at a time.
+local function report_all()
+  local finished, failed = 0, 0
+  local reports = cmsgpack.unpack(ARGV[9])
+  local behind = 10 + 2 * #reports -- the place of the runs
+  for number, r in ipairs(reports) do
+    local _, answer = guarded({now, r[5], ttl_failed}, r[1], report, r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
+    answers[number] = answer or 'stale'
+    if answers[number] == 'ok' and r[3] == 'finished' then finished = finished + 1 end
+    if answers[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
+  end
+  for number, r in ipairs(ARGV[behind] and cmsgpack.unpack(ARGV[behind]) or {}) do
+    local _, answer = guarded(nil, r[1], end_run_of_lease, r, ARGV[behind + number])
+    answers[#answers + 1] = answer or 'apart'
+  end
+  finished = finished + finished_number
+  for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
+  for key, members in pairs(done) do push('ZADD', key, members) end
+  for class, ids in pairs(front) do
+    local back = {}
+    for k = #ids, 1, -1 do back[#back + 1] = ids[k] end
+    push('LPUSH', list_key(class), back)
+  end
+  if #runs > 0 then -- before the line of an array that ends with them
+    redis.call('XADD', 'pilotq:journal', '*', 'r', string.char(220, math.floor(#runs / 256), #runs % 256) .. table.concat(runs))
+  end
+  for array, state in pairs(arrays) do
+    guarded({now, last_ended, ttl_failed}, array, array_ended, array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed,
+      state[3])
+  end
+  flush_tally(ttl_failed)
+  flush_lines()
+  if node ~= '' then deliver(node, call, message, finished, failed) end
+  if requeued or redis.call('EXISTS', 'pilotq:release') == 1 then wake() end
+  return answers
 end
-for number, r in ipairs(ARGV[behind] and cmsgpack.unpack(ARGV[behind]) or {}) do
-  local _, answer = guarded(nil, r[1], end_run_of_lease, r, ARGV[behind + number])
-  answers[#answers + 1] = answer or 'apart'
-end
-finished = finished + finished_number
-for queue, members in pairs(wip) do push('ZREM', registry('wip', queue), members) end
-for key, members in pairs(done) do push('ZADD', key, members) end
-for class, ids in pairs(front) do
-  local back = {}
-  for k = #ids, 1, -1 do back[#back + 1] = ids[k] end
-  push('LPUSH', list_key(class), back)
-end
-if #runs > 0 then -- before the line of an array that ends with them
-  redis.call('XADD', 'pilotq:journal', '*', 'r', string.char(220, math.floor(#runs / 256), #runs % 256) .. table.concat(runs))
-end
-for array, state in pairs(arrays) do
-  guarded({now, last_ended, ttl_failed}, array, array_ended, array, state[1], state[2], now, last_ended, ttl_finished, ttl_failed,
-    state[3])
-end
-flush_tally(ttl_failed)
-flush_lines()
-if node ~= '' then deliver(node, call, message, finished, failed) end
-if requeued or redis.call('EXISTS', 'pilotq:release') == 1 then wake() end
-return answers
+
+return report_all()
