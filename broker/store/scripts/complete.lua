@@ -309,11 +309,13 @@ local function no_room(outcome, text)
   return #pickled > SMALL and string.sub(pickled, 1, 5) ~= 'file:' and not has_room(#text)
 end
 
--- The record of a task of a bundle that is kept says what that task was, for RQ's tools.
+-- The record of a task of a bundle that is kept says what that task was, for RQ's tools. The line is a Line of journal_runs.py, or
+-- a map of its fields.
 local function describe_member(id, line)
   local done, entry = pcall(cmsgpack.unpack, line)
   if not done or redis.call('EXISTS', job_key(id)) == 0 then return end
-  redis.call('HSET', job_key(id), 'description', printable(entry.command or ''), 'pq_name', printable(entry.name or ''))
+  local more = entry[14] or entry
+  redis.call('HSET', job_key(id), 'description', printable(entry[12] or entry.command), 'pq_name', printable(more.name))
 end
 
 local function report(r, line, text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
@@ -11,6 +13,7 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.journal_runs import pack_entry
 from pilotq.broker.store.leases import read_leases
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import pack
@@ -167,10 +170,13 @@ def test_one_of_them_is_found_and_shown_by_name(engine: Engine) -> None:
     assert [v.id for v in asked.tasks("queued", 2)] == ["1_5", "1_4"]
 
 
-def test_the_kept_record_of_one_says_which_it_was(engine: Engine) -> None:
+@pytest.mark.parametrize("packed", [pack, pack_entry])
+def test_the_kept_record_of_one_says_which_it_was(engine: Engine, packed: Callable[[JournalEntry], bytes]) -> None:
     engine.submit(*different(6))
     report = end_report(engine.claim(2)[1], "failed", "exit")
-    report.entry = pack(JournalEntry("1_1", name="n1", command="echo 1", array="1"))
+    report.entry = packed(
+        JournalEntry("1_1", name="n1", command="echo 1", array="1", queued=1.0, handed=1.0, ended=1.0)
+    )
     engine.store.run("complete", *engine.store.complete_arguments(NODE, engine.next_call(), b"event", [report]))
     assert (engine.hash("1_1")["pq_name"], engine.hash("1_1")["description"]) == ("n1", "echo 1")
 
