@@ -91,7 +91,8 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         name=f["pq_name"],
         status=status,
         reason=reason,
-        exit_code=_whole(exit_text) if exit_text else None,
+        # That of what has finished with 0 is not written.
+        exit_code=_whole(exit_text) if exit_text else 0 if status == "finished" and f["pq_cpus"] else None,
         execution=_whole(f["pq_exec"]),
         node=f["pq_node"].rpartition(":")[0] if status != "queued" else "",
         cores=f["pq_cpus"],

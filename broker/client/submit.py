@@ -26,7 +26,7 @@ from pilotq.broker.tasks.failure_limit import failures_allowed
 from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of, limited_class_name
 from pilotq.broker.tasks.quantities import size_text
-from pilotq.broker.tasks.spec import BUNDLE_SPEC, spec_of
+from pilotq.broker.tasks.spec import BUNDLE_SPEC, pack_spec, spec_of
 from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.broker.tasks.validation import Rest, is_like, rest_of, validate
 
@@ -201,7 +201,7 @@ class _Records:
         waits = [dependency_text(dependency, self.ids) for dependency in plan.parents.after.get(number, ())]
         waits += [parent_id(parent, self.ids) for parent in plan.parents.after_each.get(number, ())]
         members = plan.members.get(number)
-        spec = pack(spec_of(task, plan.payloads.get(number))) if members is None else BUNDLE_SPEC
+        spec = pack_spec(spec_of(task, plan.payloads.get(number))) if members is None else BUNDLE_SPEC
         fields: list[Argument] = [
             "status", "deferred" if waits else "queued", "origin", plan.classes[number],
             "pq_class", plan.classes[number], "pq_spec", spec,

@@ -17,10 +17,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.store.store import pack
 from pilotq.broker.tasks.model import PRIORITY_LIMIT, Request, class_name, limit_step
 from pilotq.broker.tasks.quantities import request_of
-from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec, command_text
+from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec, command_text, pack_spec
 from pilotq.broker.tasks.validation import request_problems
 
 DEFAULT_TIMEOUT_S = 180  # RQ's, for a record that names none
@@ -139,7 +138,7 @@ def job_request_of(queue: str, timeout: bytes, meta: bytes) -> JobRequest:
         raise InvalidInput(f"meta: {problem}")
     shape = msgspec.structs.replace(request, limit=limit_step(limit))
     spec = Spec([], time_limit=limit or 0.0, flags=FLAG_RQ_JOB, cores=request.cores[0])
-    return JobRequest(class_name(queue, priority, shape), pack(spec), shape)
+    return JobRequest(class_name(queue, priority, shape), pack_spec(spec), shape)
 
 
 def _limit(timeout: bytes) -> float | None:

@@ -17,6 +17,7 @@ import msgspec
 from pilotq.broker.store.journal import JournalEntry, PackedEntry
 
 _pack = msgspec.msgpack.Encoder().encode
+TIMES_BELOW = 1e11  # unix seconds
 
 # index, place of its allocation, microseconds from `base` to its start, microseconds that it ran, pid, bytes of memory,
 # microseconds of CPU time
@@ -116,12 +117,15 @@ _MORE = [(name, getattr(_USUAL, name)) for name in JournalEntry.__struct_fields_
 
 
 def pack_entry(entry: JournalEntry) -> bytes:
-    """The entry of an execution as a `Line`; its ``queued``, ``handed`` and ``ended`` are known."""
-    queued, cpu = entry.queued or 0.0, entry.cpu
+    """The entry of an execution as a `Line`; as a map where a time in it is none, as those of a damaged message are."""
+    queued, cpu = entry.queued, entry.cpu
 
     def after(moment: float | None) -> int | None:
-        return None if moment is None else round((moment - queued) * 1e6)
+        return None if moment is None else round((moment - (queued or 0.0)) * 1e6)
 
+    times = (queued, entry.handed, entry.ended)
+    if not all(moment is not None and 0 <= moment < TIMES_BELOW for moment in times):
+        return _pack(entry)
     more = {name: value for name, default in _MORE if (value := getattr(entry, name)) != default}
     return _pack(
         (

@@ -1,11 +1,11 @@
 """The messages between dispatcher and workers, and what a worker reports of an ended execution. All are msgpack.
 
-Dispatcher to worker: a stream for each incarnation of a node (the inbox), each entry a list of ``Run`` and ``Lease``
-(added by the claim script itself), ``Stop``, ``RetractTasks``, ``StateRequest``, ``Leave``. Worker to dispatcher: the
-list of events, each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``, ``NodeLost``, ``Draining``,
-``PartlyReleased``, ``Swept``; clients add ``ControlChanged``. Worker to worker, into the inbox too, about a multinode
-task: ``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others, ``RemoteEnded`` and ``Swept``
-back.
+Dispatcher to worker: a stream for each incarnation of a node (the inbox), each entry a list of ``Run``, ``Batch`` and
+``Lease`` (added by the claim script itself), ``Stop``, ``RetractTasks``, ``StateRequest``, ``Leave``. Worker to
+dispatcher: the list of events, each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``, ``NodeLost``,
+``Draining``, ``PartlyReleased``, ``Swept``; clients add ``ControlChanged``. Worker to worker, into the inbox too, about
+a multinode task: ``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others, ``RemoteEnded`` and
+``Swept`` back.
 
 A *slot* is one reservation as dispatcher and worker both know it: a number and an allocation text. A task is handed out
 with a slot, or with slot 0: then it is *prefetched*, and takes over the slot of the next task of its class that ends on
@@ -75,6 +75,29 @@ class Lease(msgspec.Struct, array_like=True, tag="lease"):
                 f"{self.array}_{index}", self.execution, slot, allocation, self.class_name, self.name, self.queued,
                 self.handed, self.shared, self.array, index, position, self.retries, self.submission, self.spec,
                 lease=self.first,
+            )  # fmt: skip
+
+
+class Batch(msgspec.Struct, array_like=True, tag="batch"):
+    """Run these tasks of one submission and class. The order of the fields is fixed by claim.lua.
+
+    Of each task (id, execution, slot, allocation, spec). The other fields are as in Run.
+    """
+
+    class_name: str
+    queued: float
+    handed: float
+    shared: str
+    retries: int
+    submission: str
+    tasks: list[tuple[str, int, int, str, bytes]]
+
+    def runs(self) -> Iterator[Run]:
+        """A `Run` for each task, in order."""
+        for task_id, execution, slot, allocation, spec in self.tasks:
+            yield Run(
+                task_id, execution, slot, allocation, self.class_name, "", self.queued, self.handed, self.shared, "",
+                -1, 0, self.retries, self.submission, spec,
             )  # fmt: skip
 
 
@@ -187,8 +210,8 @@ class ClearSuspicion(msgspec.Struct, array_like=True, tag="clear_suspicion"):
 
 
 ToWorker = (
-    Run | Lease | Stop | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded | Sweep | Swept
-    | Gone | ClearSuspicion
+    Run | Batch | Lease | Stop | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded | Sweep
+    | Swept | Gone | ClearSuspicion
 )  # fmt: skip
 
 
@@ -204,7 +227,7 @@ _NEEDED = frozenset({"id", "execution", "slot", "allocation", "class_name"})  # 
 def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
     """The messages of one entry of an inbox, and a sentence for each that is damaged.
 
-    For a `Lease` a `Run` for each of its elements.
+    For a `Lease` a `Run` for each of its elements, for a `Batch` one for each of its tasks.
     A `Run` of which a field cannot be read comes with an empty ``spec``: so that task ends, and no other.
     """
     try:
@@ -228,11 +251,11 @@ def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
 
 
 def _with_runs(messages: list[ToWorker]) -> list[ToWorker]:
-    if not any(isinstance(message, Lease) for message in messages):
+    if not any(isinstance(message, (Batch, Lease)) for message in messages):
         return messages
     found: list[ToWorker] = []
     for message in messages:
-        found += message.runs() if isinstance(message, Lease) else (message,)
+        found += message.runs() if isinstance(message, (Batch, Lease)) else (message,)
     return found
 
 

@@ -72,6 +72,16 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(Spec).decode
 read_member = msgspec.msgpack.Decoder(Member).decode
 BUNDLE_SPEC = _pack(Spec(argv=[], flags=FLAG_BUNDLE))  # of the record of a bundle
+_DEFAULTS = msgspec.structs.astuple(Spec([]))
+
+
+def pack_spec(spec: Spec) -> bytes:
+    """The specification, packed, without what is as usual at its end."""
+    values = msgspec.structs.astuple(spec)
+    size = len(values)
+    while size > 1 and values[size - 1] == _DEFAULTS[size - 1]:
+        size -= 1
+    return _pack(values[:size])
 
 
 @lru_cache(maxsize=256)

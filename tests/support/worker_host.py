@@ -293,7 +293,8 @@ class Host:
             _, reports, ends = call
             end_by_id = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
             for report in reports:
-                line = Line(*msgspec.msgpack.decode(report.entry)).entry()
+                fields = msgspec.msgpack.decode(report.entry)
+                line = Line(*fields).entry() if isinstance(fields, list) else JournalEntry(**fields)
                 self.endings[report.id] = Ending(report, line, end_by_id.get(report.id))
             if self.answering:
                 self.answer(reports)

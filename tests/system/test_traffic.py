@@ -20,8 +20,8 @@ CEILINGS = {
         log_bytes=130, journal_bytes=370,
     ),
     "single task": Traffic(
-        requests=2.7, commands=9.6, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
-        log_bytes=1_780, journal_bytes=350,
+        requests=0.4, commands=8.2, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
+        log_bytes=1_160, journal_bytes=350,
     ),
 }  # fmt: skip
 

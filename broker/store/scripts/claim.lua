@@ -2,7 +2,8 @@
 --
 -- Only heads are popped. An id whose hash is gone or not queued (canceled, deleted by a dashboard) is dropped, at most
 -- DROP_LIMIT of them in a call. One whose record is damaged has failed. An array stays at the head until its last element is handed out. The inbox gets
--- messages.Run, and messages.Lease for a run of elements, field by field.
+-- messages.Run, or messages.Batch for tasks of one submission, and messages.Lease for a run of elements, field by
+-- field.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
 --       7 msgpack [[class, [[node:incarnation, slot, allocation], ...]], ...]; slot 0 = prefetched.
 -- Returns for each class {number handed, length left, places of the first ids, elements left in the first one}: targets are
@@ -14,9 +15,10 @@ local inboxes, wip, answer = {}, {}, {}
 local DROP_LIMIT, dropped, moment = 2000, 0, {now, now_iso, ttl}
 local pack = cmsgpack.pack
 
--- As msgpack's bin 32: whatever is in it, or if there is none, the messages behind it can be read.
+-- As msgpack's bin 8 or 32: whatever is in it, or if there is none, the messages behind it can be read.
 local function binary(text)
   local size = #text
+  if size < 256 then return string.char(196, size) .. text end
   return string.char(198, math.floor(size / 16777216), math.floor(size / 65536) % 256, math.floor(size / 256) % 256, size % 256) .. text
 end
 
@@ -39,14 +41,52 @@ local function run_message(target, class, id, execution, f)
     .. binary(f.spec) .. pack(number_in('pq_crashes', f.crashes, 0), text_in('pq_suspect_node', f.suspect_node))
 end
 
-local function put(address, message)
+local function inbox_of(address)
   local inbox = inboxes[address]
   if not inbox then inbox = {}; inboxes[address] = inbox end
+  return inbox
+end
+
+-- Of a batch that is still open there are {what its tasks have in common, them}.
+local function close_batch(inbox)
+  local tasks = inbox.batch and inbox.batch[2]
+  if tasks then
+    inbox[#inbox + 1] = inbox.batch[1] .. string.char(220, math.floor(#tasks / 256), #tasks % 256) .. table.concat(tasks)
+  end
+  inbox.batch = nil
+end
+
+local function put(address, message)
+  local inbox = inbox_of(address)
+  close_batch(inbox)
   inbox[#inbox + 1] = message
 end
 
-local function hand(target, class, id, execution, message)
-  put(target[1], message)
+-- Most tasks have nothing that those around them in the submission have not, but what stands in a line of messages.Batch.
+local function is_usual(f)
+  local retries = number_in('pq_retries', f.retries, 0)
+  return f.spec and not f.array and (f.name or '') == '' and number_in('pq_crashes', f.crashes, 0) == 0
+    and (f.suspect_node or '') == '' and retries % 1 == 0
+end
+
+-- The two parts of a message; raises where the record is damaged, so they are made before anything is written.
+local function batch_message(target, class, id, execution, f)
+  local head = '\152' .. pack('batch', class, queued_in(f.queued, f.enqueued), tonumber(now), shared_by(f),
+    number_in('pq_retries', f.retries, 0), text_in('pq_sub', f.submission))
+  return head, '\149' .. pack(text_in('id', id), execution, target[2], target[3]) .. binary(f.spec)
+end
+
+local function put_in_batch(address, head, task)
+  local inbox = inbox_of(address)
+  if not inbox.batch or inbox.batch[1] ~= head then
+    close_batch(inbox)
+    inbox.batch = {head, {}}
+  end
+  table.insert(inbox.batch[2], task)
+end
+
+local function hand(target, class, id, execution, message, task)
+  if task then put_in_batch(target[1], message, task) else put(target[1], message) end
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
@@ -57,9 +97,9 @@ end
 -- A slot is noted only when there is one: what was prefetched has not run when its node dies. Of a task that was lost
 -- before, the worker says when it begins (report_started.lua): only that is charged.
 local function started(target, class, execution, crashes)
-  local charged = target[2] ~= 0 and tonumber(crashes or 0) == 0
-  return 'status', 'started', 'origin', queue_of(class), 'pq_exec', execution, 'pq_node', target[1], 'worker_name',
-    string.match(target[1], '^(.*):'), 'started_at', now_iso, charged and 'pq_slot' or 'pq_node', charged and target[2] or target[1]
+  local fields = {'status', 'started', 'origin', queue_of(class), 'pq_exec', execution, 'pq_node', target[1], 'worker_name',
+    string.match(target[1], '^(.*):'), 'started_at', now_iso, 'pq_slot', '1'}
+  return unpack(fields, 1, target[2] ~= 0 and tonumber(crashes or 0) == 0 and 14 or 12)
 end
 
 -- A byte of the outcomes that holds an element which has not ended (00).
@@ -187,11 +227,11 @@ local function claim_one(id, class, targets)
   end
   local target, execution = targets[from], number_in('pq_exec', v[4], 0) + 1
   local last_attempt = v[10] and number_in('pq_last_attempt', f.last_attempt, 1)
-  local message = run_message(target, class, id, execution, f)
+  local message, task = (is_usual(f) and batch_message or run_message)(target, class, id, execution, f)
   -- Records of elements go: only so does a retry know which numbers of executions were used.
   if v[10] and execution > last_attempt then redis.call('HSET', job_key(v[10]), 'pq_last_attempt', execution) end
   redis.call('HSET', job_key(id), started(target, class, execution, f.crashes))
-  hand(target, class, id, execution, message)
+  hand(target, class, id, execution, message, task)
   from = from + 1
   if f.submission == '' then begin_rq_job(id, execution, target) end
   return false
@@ -223,7 +263,10 @@ for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
   local left = ids[1] and elements_left(ids[1]) or 0
   answer[number] = {from - 1, #ids < show and #ids or redis.call('LLEN', list), places(ids), left}
 end
-for node, items in pairs(inboxes) do send(node, #items, table.concat(items)) end
+for node, items in pairs(inboxes) do
+  close_batch(items)
+  send(node, #items, table.concat(items))
+end
 for queue, members in pairs(wip) do push('ZADD', registry('wip', queue), members) end
 flush_tally(ttl)
 flush_lines()

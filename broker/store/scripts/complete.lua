@@ -95,8 +95,8 @@ local function final(r, f, id, status, reason, text, kind)
   local kept = status
   if f.array then kept = end_element(f, id, status, text) end
   if kept then
-    redis.call('HSET', job_key(id), 'status', status, 'ended_at', r[5], 'pq_exit', r[6], 'started_at', r[7],
-      'pq_cpus', r[8], 'pq_reason', reason)
+    local fields = {'status', status, 'ended_at', r[5], 'started_at', r[7], 'pq_cpus', r[8], 'pq_reason', reason, 'pq_exit', r[6]}
+    redis.call('HSET', job_key(id), unpack(fields, 1, status == 'finished' and r[6] == '0' and 10 or 12))
     redis.call('EXPIRE', job_key(id), ttl)
     local kind = status == 'stopped' and 'failed' or status
     add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)

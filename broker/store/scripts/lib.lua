@@ -201,7 +201,7 @@ local function offer(class)
   if offered[class] then return end
   offered[class] = true
   set_aside(class)
-  redis.call('HSET', 'pilotq:classes', class, '')
+  if redis.call('HGET', 'pilotq:classes', class) ~= '' then redis.call('HSET', 'pilotq:classes', class, '') end
   redis.call('SADD', 'pilotq:classes:changed', class)
   if redis.call('SCARD', 'rq:queues') < QUEUES_SHOWN then redis.call('SADD', 'rq:queues', list_key(class)) end
 end

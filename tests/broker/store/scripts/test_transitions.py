@@ -256,7 +256,7 @@ def test_end(engine: Engine, outcome: str) -> None:
     assert handed is not None
     assert engine.complete([handed], outcome, "exit" if outcome == "failed" else "") == ["ok"]
     record = engine.hash(task_id)
-    assert (record["status"], record["pq_cpus"], record["pq_exit"]) == (
+    assert (record["status"], record["pq_cpus"], record.get("pq_exit", "0")) == (
         outcome,
         "n1[0]",
         "0" if outcome == "finished" else "1",
