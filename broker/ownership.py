@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 
 
 def foreign(path: str) -> str:
@@ -33,5 +32,7 @@ def private_folder(path: str) -> str:
         os.mkdir(path, 0o700)
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode) or foreign(path) or writable_by_others(path):
+            import tempfile
+
             return tempfile.mkdtemp(prefix=f"{os.path.basename(path)}-", dir=os.path.dirname(path))
     return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import time
 import unicodedata
@@ -80,6 +79,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     ]
     colours = coloured(sys.stdout)
     if sys.stdout.isatty():
+        import shutil
+
         room = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * len(widths[:-1])
         widths[-1] = min(widths[-1], max(room, 10))
     out = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pilotq.broker.client.archive import Archive
-from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput, UnknownTask
 from pilotq.broker.os_strings import printable
+
+if TYPE_CHECKING:
+    from pilotq.broker.client.archive import Archive
+    from pilotq.broker.client.broker import Broker
 
 
 def ids_of(pilot: Broker | Archive, words: Iterable[str]) -> list[str]:

@@ -7,12 +7,9 @@ import shlex
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pilotq.broker.client.archive import Archive
-from pilotq.broker.client.output import Output
-from pilotq.broker.client.past import PastTasks
-from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.submit import submit
 from pilotq.broker.client.views import Counts, Explanation, NodeView, TaskView
 from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
@@ -20,8 +17,6 @@ from pilotq.broker.pilot.directory import Pilot, find, remember_total
 from pilotq.broker.settings import load
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection, parse_url
-from pilotq.broker.store.journal import Journal
-from pilotq.broker.store.messages import ControlChanged
 from pilotq.broker.store.registry import unavailable_nodes
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import Store, pack
@@ -32,8 +27,12 @@ from pilotq.broker.tasks.submit_context import SubmitContext, capture_context, w
 if TYPE_CHECKING:
     import redis
 
+    from pilotq.broker.client.archive import Archive
+    from pilotq.broker.client.output import Output
     from pilotq.broker.client.overview import Overview
     from pilotq.broker.client.overview_reader import OverviewReader
+    from pilotq.broker.client.past import PastTasks
+    from pilotq.broker.client.queries import TaskQueries
 
 POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
 SLICE = 500
@@ -54,10 +53,21 @@ class Broker:
         self.pilot = pilot
         self.link = Connection(address, timeout=timeout)
         self.store = Store(self.link, queue_id, load(os.environ.get("PILOTQ_SETTINGS")))
-        self._queries = TaskQueries(self.link, Journal(pilot.journal) if pilot is not None else None)
         self._redis: redis.Redis | None = None
         self._overview: OverviewReader | None = None
         self._elsewhere = False  # the pilot runs on another host than this process
+
+    @cached_property
+    def _queries(self) -> TaskQueries:
+        from pilotq.broker.client.queries import TaskQueries  # who only submits need not load them
+        from pilotq.broker.store.journal import Journal
+
+        return TaskQueries(self.link, Journal(self.pilot.journal) if self.pilot is not None else None)
+
+    def _past(self, ids: Sequence[str], link: Connection | None = None) -> PastTasks:
+        from pilotq.broker.client.past import PastTasks
+
+        return PastTasks(link, self._queries.journal, ids)
 
     @classmethod
     def connect(cls, dir: str | None = None, *, timeout: float = 10.0) -> Broker:
@@ -131,7 +141,7 @@ class Broker:
 
     def _statuses_in_journal(self, ids: Sequence[str]) -> dict[str, str]:
         """The statuses of those of these tasks that have ended, and whose records have expired."""
-        found = PastTasks(None, self._queries.journal, ids).statuses(ids)
+        found = self._past(ids).statuses(ids)
         return {task_id: status for task_id, status in found.items() if status in ENDED}
 
     # -- waiting and stopping -----------------------------------------------------------------------------------
@@ -140,7 +150,7 @@ class Broker:
         """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         left = None if ids is None else _unique(ids)
-        past = PastTasks(self.link, self._queries.journal, left or ())
+        past = self._past(left or (), self.link)
         counts = Counts(total=len(left or ()))
         pause = POLL_MIN_S
         while True:
@@ -237,20 +247,25 @@ class Broker:
     def pause(self, paused: bool) -> None:
         """Start no more tasks (running ones go on), or, with False, start tasks again."""
         self.store.write(*(("HSET", keys.CONTROL, "paused", 1) if paused else ("HDEL", keys.CONTROL, "paused")))
+        self._control_changed()
+
+    def _control_changed(self) -> None:
+        from pilotq.broker.store.messages import ControlChanged
+
         self.store.write("RPUSH", keys.EVENTS, pack(ControlChanged()))
 
     def close_nodes(self, names: Iterable[str], state: str, reason: str = "") -> None:
         """Assign nothing more to these nodes: ``drained``, or ``retired``, whose workers end when nothing runs."""
         pairs = [text for name in _unique(names) for text in (name, f"{state} {reason}".strip())]
         self.store.write("HSET", keys.DRAINED, *pairs)
-        self.store.write("RPUSH", keys.EVENTS, pack(ControlChanged()))
+        self._control_changed()
 
     def open_nodes(self, names: Iterable[str]) -> None:
         """Use these nodes again."""
         several = _unique(names)
         for key in (keys.DRAINED, keys.QUARANTINE):
             self.store.write("HDEL", key, *several)
-        self.store.write("RPUSH", keys.EVENTS, pack(ControlChanged()))
+        self._control_changed()
 
     def closed_nodes(self) -> dict[str, str]:
         """node -> its state (drained, retired, quarantined) and the reason."""
@@ -285,7 +300,7 @@ class Broker:
         wanted = _unique(ids)
         found = self._queries.statuses(wanted)
         if left := [task_id for task_id in wanted if task_id not in found]:
-            found |= PastTasks(self.link, self._queries.journal, left).statuses(left)
+            found |= self._past(left, self.link).statuses(left)
         return {task_id: found.get(task_id, "unknown") for task_id in wanted}
 
     def explain(self, task_id: str) -> Explanation:
@@ -358,6 +373,9 @@ class Broker:
             raise InvalidInput(f"there is no stream {stream!r}: give stdout or stderr")
         if self.pilot is None:
             raise NoPilot("captured output is read from the pilot's directory: give it with --dir")
+        from pilotq.broker.client.output import Output
+        from pilotq.broker.store.journal import Journal
+
         return Output(self._queries, self.pilot, Journal(self.pilot.journal))
 
     @property
@@ -407,5 +425,7 @@ def open_pilot(directory: str | None = None, *, timeout: float = 10.0) -> Broker
             if alive:
                 raise
         if not alive:
+            from pilotq.broker.client.archive import Archive
+
             return Archive(pilot)
         time.sleep(POLL_MAX_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -105,7 +105,7 @@ def submit(
 
     ``statuses_in_journal`` gives the statuses of parents whose records have expired, as far as there were such tasks.
     """
-    key = key or secrets.token_hex(8)
+    key = key or os.urandom(8).hex()
     replies = link.pipeline(
         [
             ("HVALS", keys.NODES),

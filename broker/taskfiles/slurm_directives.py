@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import re
 from collections.abc import Callable
 from typing import Any
@@ -243,7 +242,11 @@ def _file(text: str, job: str) -> str | None:
         "n": "0",
         "t": "0",
     }
-    known["u"] = getpass.getuser() if "%u" in text else ""
+    known["u"] = ""
+    if "%u" in text:
+        import getpass
+
+        known["u"] = getpass.getuser()
     text = text.replace("%A_%a", "%j")  # that is how an element is called here, whoever has asked for the array
     if any(match[1] or not known.get(match[2]) for match in _PATTERN.finditer(text)):
         return None

@@ -8,7 +8,6 @@ part of a pilot reads one.
 from __future__ import annotations
 
 import base64
-import pickle
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +110,8 @@ def _find_target(function: Callable[..., Any]) -> str | bytes:
 
 def dumps(thing: Any) -> bytes:
     """A pickle; what is defined in ``__main__``, or cannot be found by its name, goes by value (cloudpickle)."""
+    import pickle
+
     try:
         data = pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
         if b"__main__" not in data:

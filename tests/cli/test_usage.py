@@ -130,6 +130,16 @@ def test_light_commands_import_nothing_heavy(verb: str, tmp_path: Path) -> None:
     assert result.stdout.split() == ["2"], "no pilot here, and none of the heavy modules: " + result.stdout
 
 
+def test_enqueue_loads_only_what_a_submit_needs() -> None:
+    code = (
+        "import sys\nimport pilotq.cli.main, pilotq.cli.commands.enqueue\n"
+        "ours = ('client.queries', 'client.archive', 'store.journal', 'store.messages')\n"
+        "print(sorted({'tempfile', *('pilotq.broker.' + name for name in ours)} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
     def code_of(words: str) -> str:
