@@ -151,8 +151,9 @@ def test_it_kills_its_parent(pilot: LivePilot) -> None:
     assert len(pilot.lines(killer_id)) == 3
     pilot.broker.wait(ids, timeout=60)
     assert {pilot.broker.task(i).status for i in ids} == {"finished"}
-    # The last trials were made in launchers of their own; these end with their task.
-    wait_until(lambda: sum("workers.launcher" in p for p in left_of(pilot.pilot.directory)) == len(pilot.nodes))
+    # The last trials were made in launchers of their own; these end with their task. Those of the two cores of each
+    # node are left.
+    wait_until(lambda: sum("workers.launcher" in p for p in left_of(pilot.pilot.directory)) == 2 * len(pilot.nodes))
 
 
 # what comes in and goes out
