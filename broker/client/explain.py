@@ -25,6 +25,7 @@ from pilotq.broker.tasks.dependencies import (
     Dependency,
     read_dependency,
 )
+from pilotq.broker.tasks.model import NICE
 from pilotq.broker.tasks.states import REASONS
 
 NAMED = 5  # tasks that are named where there are more
@@ -179,6 +180,8 @@ class Explainer:
             found.why.append("no node is there: `pilotq nodes` lists those that have joined")
             return
         found.why += self._closed_nodes(nodes)
+        if info.priority == NICE:
+            found.why.append("it comes after all that are not nice: it begins when none of them could have its cores")
         if self._is_full(name, info, found):
             return
         self._resources(name, info, self._snapshot(nodes), found)

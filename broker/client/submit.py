@@ -64,7 +64,7 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
             payloads[number] = pack_call(task.function, task.args, task.kwargs)
         if task.memory_max and nodes and (why := cluster.never_fits(task.largest_shape())):
             raise NeverFits(f"{where}: memory_max {size_text(task.memory_max)} can never be had here: {why}")
-        kind = (task.queue, task.priority, task.shape())
+        kind = (task.queue, task.rank, task.shape())
         if kind not in seen:
             if nodes and (why := cluster.never_fits(kind[2])):
                 raise NeverFits(f"{where} can never run here: {why}")

@@ -8,6 +8,7 @@ does the same, because a claim may have happened whose answer it never saw.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.job_requests import JobRequest
 from pilotq.broker.scheduling.availability import Availability
 from pilotq.broker.scheduling.backlog import CLASSES_MAX, Backlog, Room, waiting_tasks
+from pilotq.broker.scheduling.giving_way import is_nice, make_room
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord
 from pilotq.broker.scheduling.placement import BackfillState, Shares, plan
 from pilotq.broker.scheduling.prefetch import Prefetch
@@ -46,6 +48,7 @@ from pilotq.broker.store.messages import (
     TasksReturned,
     ToDispatcher,
     ToWorker,
+    Vacate,
 )
 from pilotq.broker.store.registry import read_node, registered_nodes
 from pilotq.broker.store.resources import NodeInfo, class_info, format_allocation
@@ -283,17 +286,39 @@ class Dispatcher:
             heads = self._first()
             if not heads:
                 return
-            waiting = waiting_tasks(heads, CLAIM_LIMIT, self._room())
-            running = ((slot.shares, slot.ends_by) for slot in self.inventory.slots.values())
-            placed = plan(
-                self.inventory.cluster, waiting, running, self.backfill, now, self.settings.backfill_wait_s, CLAIM_LIMIT
-            )
+            placed = self._place(heads, now)
             targets = self._open_slots(placed, now)
             self.prefetch.add_targets(targets, heads, self.backfill, CLAIM_LIMIT)
             if not targets or not (
                 self._claim(targets, now) or len(placed) == CLAIM_LIMIT or (placed and len(heads) >= CLASSES_MAX)
             ):
                 return
+
+    def _place(self, heads: dict[str, Head], now: float) -> list[tuple[str, Shares]]:
+        """Reserve for waiting tasks: for nice ones when nothing else could have their cores."""
+        nice = {name: head for name, head in heads.items() if is_nice(name)}
+        others = {name: head for name, head in heads.items() if name not in nice} if nice else heads
+        wait_s = self.settings.backfill_wait_s
+        placed = self._plan(others, self.backfill, now, wait_s, CLAIM_LIMIT)
+        hold = self.backfill.hold
+        slots, in_the_way = make_room(
+            self.inventory, others, self.backfill.since, "" if hold is None else hold.class_name
+        )
+        asked: dict[str, list[int]] = {}
+        for slot in slots:
+            asked.setdefault(slot.shares[0].node, []).append(slot.number)
+        for node, numbers in asked.items():
+            self._send(self.inventory.nodes[node].info, Vacate(numbers))
+        if nice and not in_the_way and len(placed) < CLAIM_LIMIT:
+            placed += self._plan(nice, BackfillState(), now, math.inf, CLAIM_LIMIT - len(placed))
+        return placed
+
+    def _plan(
+        self, heads: dict[str, Head], state: BackfillState, now: float, wait_s: float, limit: int
+    ) -> list[tuple[str, Shares]]:
+        waiting = waiting_tasks(heads, limit, self._room())
+        running = ((slot.shares, slot.ends_by) for slot in self.inventory.slots.values())
+        return plan(self.inventory.cluster, waiting, running, state, now, wait_s, limit)
 
     def _initial_nodes_present(self, now: float) -> bool:
         """Whether all nodes the pilot began with are there, or were waited for long enough: which nodes a task gets

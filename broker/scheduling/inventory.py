@@ -188,4 +188,8 @@ class Inventory:
     def close_slot(self, node: NodeRecord, slot: Slot) -> None:
         self._forget(slot)
         node.slots.pop(slot.number, None)
-        self.cluster.release(tuple(share for share in slot.shares if share.node in self.nodes))
+        self.cluster.release(self.present(slot.shares))
+
+    def present(self, shares: tuple[NodeShare, ...]) -> tuple[NodeShare, ...]:
+        """Those on nodes that are there."""
+        return tuple(share for share in shares if share.node in self.nodes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from pilotq.broker.scheduling.giving_way import is_nice
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord, Prefetched
 from pilotq.broker.scheduling.placement import BackfillState
 from pilotq.broker.store.messages import ExecutionEnd, RetractTasks
@@ -61,7 +62,7 @@ class Prefetch:
         closed = self.closed_nodes(backfill)
         remaining = {name: head.waiting - len(targets.get(name, ())) for name, head in heads.items()}
         for name in self._not_outranked(heads, remaining):
-            if self._inventory.cluster.bars_pools(_class(name).request):
+            if is_nice(name) or self._inventory.cluster.bars_pools(_class(name).request):
                 continue  # slots that go on would never give back what the task of the hold waits for
             for node in self._inventory.nodes.values():
                 number = min(self._missing(node, name, remaining[name]), remaining[name], limit)

@@ -17,6 +17,7 @@ class Slot(msgspec.Struct):
     shares: tuple[NodeShare, ...]  # the first is on the primary node, whose worker runs the slot
     ends_by: float  # monotonic; inf when its task has no limit
     since: float = 0.0  # monotonic: when its present task got it
+    vacated: bool = False  # its node was asked to end its task, which is nice
 
 
 def ends_by(info: ClassInfo | None, now: float) -> float:

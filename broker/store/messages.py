@@ -120,6 +120,12 @@ class RetractTasks(msgspec.Struct, array_like=True, tag="retract"):
     count: int
 
 
+class Vacate(msgspec.Struct, array_like=True, tag="vacate"):
+    """End the tasks in these slots, which are nice: they are requeued (from the dispatcher)."""
+
+    slots: list[int]
+
+
 class StateRequest(msgspec.Struct, array_like=True, tag="state_request"):
     """A new dispatcher asks for all that the worker holds. Answered by StateReport."""
 
@@ -210,8 +216,8 @@ class ClearSuspicion(msgspec.Struct, array_like=True, tag="clear_suspicion"):
 
 
 ToWorker = (
-    Run | Batch | Lease | Stop | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded | Sweep
-    | Swept | Gone | ClearSuspicion
+    Run | Batch | Lease | Stop | Vacate | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded
+    | Sweep | Swept | Gone | ClearSuspicion
 )  # fmt: skip
 
 

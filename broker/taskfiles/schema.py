@@ -73,6 +73,10 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         "arrays of the same length: element number i waits for number i of each. Not together with the others",
     ),
     "priority": ("number, -1000 to 1000", "higher goes first. Default 0"),
+    "nice": (
+        "true or false",
+        "it begins only when nothing else waits for its cores, and is ended and queued again when something else does",
+    ),
     "time_limit": (
         'seconds, or text `"1h30m"`, `"1:30:00"`, `"2-00:00:00"`',
         "the task is ended when it has run so long",

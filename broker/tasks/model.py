@@ -22,6 +22,7 @@ MODELS = frozenset({"default", "threads", "openmpi", "intelmpi", "srunmpi", "mpi
 # One process each, so these two are the same here. The others start a rank on each core; see workers/multinode/mpi.py.
 ONE_PROCESS_MODELS = frozenset({"default", "threads"})
 PRIORITY_LIMIT = 1000
+NICE = -PRIORITY_LIMIT - 1  # the priority of nice tasks, which give way to all others
 ARRAY_LIMIT = 10_000_000
 INDEX_LIMIT = array_indices.INDEX_LIMIT  # also of retries
 GPU_PARTS = 10_000  # of which shares of a GPU are counted
@@ -202,7 +203,8 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     it starts. Those of ``after_any`` must end in any way, and those of ``after_notok`` otherwise than by finishing
     (they fail, are stopped or canceled). ``after_each`` names arrays of the same length, whose element i must finish
     before element i of this array starts. When more elements of an array have failed than ``stop_on_failures`` says
-    (``20``, or ``5%`` of them), those that wait are canceled.
+    (``20``, or ``5%`` of them), those that wait are canceled. A ``nice`` task begins only when no other waits for the
+    cores, and is ended and queued again when another one can use them.
     """
 
     command: list[str] | None = None
@@ -219,6 +221,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     after_notok: list[str] = []
     after_each: list[str] = []
     priority: int = 0
+    nice: bool = False
     time_limit: float | None = None
     time_request: float | None = None
     retries: int = 0
@@ -248,6 +251,11 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
         if self.array is not None:
             return len(self.array)
         return len(self.values) if self.values is not None else 1
+
+    @property
+    def rank(self) -> int:
+        """The priority of its class."""
+        return NICE if self.nice else self.priority
 
     @property
     def is_array(self) -> bool:

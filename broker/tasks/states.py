@@ -104,6 +104,7 @@ REASONS: Final[dict[str, str]] = {
     "crash limit": "its worker died under it too often",
     "worker lost": "its worker died",
     "pilot ended": "the pilot ended before it did",
+    "gave way": "was ended for tasks that are not nice, and waits again",
     "walltime": "the allocation it ran in ended before it did",
     "node": "failed at once on a node where others did so before it: another node tries it",
     "elements": "some of its elements did not finish",

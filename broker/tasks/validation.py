@@ -110,6 +110,7 @@ _TASK: dict[str, Check] = {
     "after_notok": (_texts, "a list of ids or names"),
     "after_each": (_texts, "a list of ids or names"),
     "priority": _WHOLE,
+    "nice": _FLAG,
     "time_limit": _SECONDS,
     "time_request": _SECONDS,
     "retries": _WHOLE,
@@ -246,6 +247,8 @@ def _problems(task: Task) -> Iterator[str]:
         yield from _value_problems(task, task.values)
     if task.size > ARRAY_LIMIT:
         yield f"an array may have at most {ARRAY_LIMIT:,} elements, not {task.size:,}"
+    if task.nice and task.priority:
+        yield "nice and priority do not go together: a nice task comes after all priorities"
     if abs(task.priority) > PRIORITY_LIMIT:
         yield f"priority {task.priority} is outside -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
     yield from _retry_problems(task)

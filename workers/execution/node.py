@@ -25,6 +25,7 @@ from pilotq.broker.store.messages import (
     StateRequest,
     Stop,
     ToWorker,
+    Vacate,
 )
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.workers.execution.crash_isolation import CrashIsolation
@@ -110,6 +111,10 @@ class Node:
             for e in self._slots.find_all(message.id, message.execution):
                 if not message.unstarted or e.phase in UNSTARTED:
                     self._stop(e, message.reason, self._settings.kill_grace_s, now)
+        elif isinstance(message, Vacate):
+            for e in self._slots:
+                if e.slot in message.slots:
+                    self._stop(e, "gave way", self._settings.kill_grace_s, now)
         elif isinstance(message, RetractTasks):
             tasks = self._slots.retract(message.class_name, message.count)
             self._return(tasks, message.class_name)

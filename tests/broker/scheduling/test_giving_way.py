@@ -1,0 +1,87 @@
+"""Which slots of nice tasks are vacated for tasks that wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from pilotq.broker.scheduling.giving_way import make_room
+from pilotq.broker.scheduling.inventory import Inventory
+from pilotq.broker.scheduling.slot import Slot
+from pilotq.broker.settings import Settings
+from pilotq.broker.store.messages import StateReport
+from pilotq.broker.store.resources import NodeInfo, class_info
+from pilotq.broker.store.store import Head
+from pilotq.broker.tasks.model import NICE, Request, class_name
+
+ONE, TWO = "default.p0.1c", "default.p0.2c"
+GIB = 1 << 30
+
+
+def nice(request: Request) -> str:
+    return class_name("default", NICE, request)
+
+
+@pytest.fixture
+def inventory() -> Inventory:
+    """Two nodes of two cores and 4 GiB each."""
+    found = Inventory(Settings())
+    for n, name in enumerate(("n1", "n2"), start=1):
+        found.add_node(NodeInfo(name, n, "here", 1, [0, 1], memory=4 * GIB), StateReport(name, n, 1, [], {}, []), 0.0)
+    return found
+
+
+def begin(inventory: Inventory, number: int, name: str) -> Slot:
+    info = class_info(name)
+    assert info is not None
+    shares = inventory.cluster.reserve(info.request)
+    assert shares is not None
+    slot = Slot(number, name, shares, 1e9)
+    inventory.open_slot(slot)
+    return slot
+
+
+def waiting(*names: str, count: int = 1) -> dict[str, Head]:
+    return {name: Head(count, ["1"] * count, 0) for name in names}
+
+
+def test_only_those_in_the_way_end_and_they_are_asked_once(inventory: Inventory) -> None:
+    slots = {n: begin(inventory, n, nice(Request())) for n in range(1, 5)}
+    before = [(name, inventory.cluster.used(name)) for name in inventory.cluster.names]
+    asked, in_the_way = make_room(inventory, waiting(ONE), [ONE])
+    assert len(asked) == 1 and asked[0] in slots.values() and in_the_way
+    assert make_room(inventory, waiting(ONE), [ONE]) == ([], True), "it is on its way"
+    more, _ = make_room(inventory, waiting(ONE, count=3), [ONE])
+    assert len(more) == 2
+    assert [(name, inventory.cluster.used(name)) for name in inventory.cluster.names] == before
+    assert inventory.cluster.reserve(Request()) is None
+
+
+def test_a_larger_task_gets_one_node(inventory: Inventory) -> None:
+    for n in range(1, 5):
+        begin(inventory, n, nice(Request()))
+    asked, _ = make_room(inventory, waiting(TWO), [TWO])
+    assert len(asked) == 2 and len({slot.shares[0].node for slot in asked}) == 1
+
+
+def test_nothing_ends_for_what_could_not_begin_all_the_same(inventory: Inventory) -> None:
+    wide = "default.p0.1n2c"
+    begin(inventory, 1, "default.p5.1c")
+    begin(inventory, 2, nice(Request()))
+    begin(inventory, 3, "default.p5.1c")
+    assert {slot.shares[0].node for slot in inventory.slots.values()} == {"n1", "n2"}
+    assert make_room(inventory, waiting(wide), [wide]) == ([], False)
+    assert make_room(inventory, waiting(ONE), []) == ([], False)
+
+
+def test_memory_has_no_name(inventory: Inventory) -> None:
+    begin(inventory, 1, nice(Request(memory=3 * GIB)))
+    begin(inventory, 2, nice(Request(memory=3 * GIB)))
+    name = class_name("default", 0, Request(memory=2 * GIB))
+    asked, in_the_way = make_room(inventory, waiting(name), [name])
+    assert len(asked) == 1 and in_the_way
+
+
+def test_those_that_are_not_nice_never_end(inventory: Inventory) -> None:
+    for n in range(1, 5):
+        begin(inventory, n, "default.p-1000.1c")
+    assert make_room(inventory, waiting(ONE), [ONE]) == ([], False)
