@@ -169,12 +169,12 @@ def gpus_text(gpus: Sequence[GpuView]) -> str:
     texts = []
     for (model, memory), names in kinds.items():
         facts = ", ".join(text for text in (model, f"{memory / (1 << 30):.3g} GiB" if memory else "") if text)
-        texts.append(f"{_ranges(names)} {facts}".rstrip())
+        texts.append(f"{number_ranges(names)} {facts}".rstrip())
     return f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}: {'; '.join(texts)}"
 
 
-def _ranges(names: Sequence[str]) -> str:
-    """``0-3,6``; names that are no numbers stand one by one."""
+def number_ranges(names: Sequence[str]) -> str:
+    """``0-3,6`` of the numbers 0, 1, 2, 3 and 6; names that are no numbers stand one by one."""
     found: list[list[str]] = []
     for name in names:
         last = found[-1][-1] if found else ""

@@ -85,7 +85,7 @@ class FailureGroup(msgspec.Struct, kw_only=True):
     """Tasks that failed or were stopped for the same reason, of one name (as in `Progress`), on one node; ``example``
     is the last one.
 
-    ``ids`` are the last of them, at most 100, for a retry.
+    ``ids`` are the last of them, at most 500, for a retry.
     """
 
     reason: str

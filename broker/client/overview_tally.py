@@ -15,7 +15,7 @@ from pilotq.broker.tasks.array_outcomes import count_indices
 GROUPS_MAX = 2000  # names and arrays that are counted
 FAILURES_MAX = 500  # groups of failures that are counted
 UNDONE_MAX = 100_000  # tasks that did not finish, and whose group is remembered in case they run again
-IDS_MAX = 100  # of a group of failures
+IDS_MAX = 500  # of a group of failures
 SAMPLE_S = 5
 SAMPLES = 60
 RATE_SAMPLES = 12

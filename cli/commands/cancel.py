@@ -8,6 +8,7 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
+from pilotq.cli.outcomes import cancel_sentence
 from pilotq.cli.task_selection import ids_of
 
 
@@ -32,7 +33,5 @@ def cancel_command(
     if as_json:
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in outcome.items()]))
         return
-    sentences = {"canceled": "canceled", "stopping": "is running, and is being ended", "unknown": "is not known"}
-    sentences |= {"started": "goes on, if its node has begun it"} if waiting else {}
     for task_id, word in outcome.items():
-        click.echo(f"{formatting.clean(task_id)}: {sentences.get(word, f'had already ended: {word}')}")
+        click.echo(f"{formatting.clean(task_id)}: {cancel_sentence(word)}")

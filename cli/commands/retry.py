@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import click
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.tasks.states import WAITING
 from pilotq.cli import exit_codes, formatting
 from pilotq.cli.options import dir_option, json_option
+from pilotq.cli.outcomes import AGAIN, retry_sentence
 from pilotq.cli.task_selection import ids_of
-
-AGAIN: Final = frozenset({"queued", "deferred"})
-# The answers of Broker.retry, except statuses of tasks that have nothing to run again.
-SENTENCES: Final = {
-    "queued": "runs again",
-    "deferred": "runs again when what it depends on has finished",
-    "dependency": "waits for a task that has not finished: retry that one, too",
-    "ending": "was canceled, and still runs: try again when it has ended",
-    "damaged": "has a record on the server that is damaged: submit it again",
-    "gone": "is only in the journal: submit it again",
-    "changed": "was changing meanwhile: try again",
-    "unknown": "is only in the journal: submit it again",
-    "finished": "has finished: there is nothing to run again",
-}
 
 
 @click.command("retry", no_args_is_help=True)
@@ -51,11 +35,5 @@ def retry_command(words: tuple[str, ...], everything: bool, directory: str | Non
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in answers.items()]))
     else:
         for task_id, word in answers.items():
-            click.echo(f"{formatting.clean(task_id)}: {_sentence(word, known.get(task_id, ''))}")
+            click.echo(f"{formatting.clean(task_id)}: {retry_sentence(word, known.get(task_id, ''))}")
     return exit_codes.ALL_FINISHED if AGAIN.issuperset(answers.values()) else exit_codes.TASKS_FAILED
-
-
-def _sentence(word: str, before: str) -> str:
-    if word in AGAIN and before in WAITING:
-        return f"is {before}: it has not ended"
-    return SENTENCES.get(word, f"is {word}: it has not ended")

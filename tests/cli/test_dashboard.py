@@ -41,7 +41,7 @@ def test_it_lets_in_whoever_knows_the_password_and_nobody_else(cli: Cli, tmp_pat
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
         assert page.password in page.stderr and len(page.password) >= 20
         assert [page.ask(password=word)[0] for word in ("", "wrong", page.password)] == [401, 401, 200]
-        assert page.ask("0/data/workers.json", password="")[0] == 401
+        assert page.ask("rq/0/data/workers.json", password="")[0] == 401
         assert [worker["name"] for worker in page.data("workers")["workers"]] == ["n1"]
         # No secret where others can read it: not in the command line, not on the pages, not in the environment.
         secret = Pilot(str(directory)).connection().address.password
@@ -70,26 +70,28 @@ def test_another_site_cannot_press_its_buttons(cli: Cli, tmp_path: Path) -> None
             )),
         ]  # fmt: skip
         buttons = [
-            (f"job/{task}/delete", "POST"), (f"job/{task}/requeue", "POST"), ("requeue/default", "POST"),
-            ("requeue/default", "GET"), ("requeue/default", "HEAD"), ("queue/default/failed/empty", "POST"),
-            ("queue/default/compact", "POST"), ("no/such/page", "POST"),
+            (f"rq/job/{task}/delete", "POST"), (f"rq/job/{task}/requeue", "POST"), ("rq/requeue/default", "POST"),
+            ("rq/requeue/default", "GET"), ("rq/requeue/default", "HEAD"), ("rq/queue/default/failed/empty", "POST"),
+            ("rq/queue/default/compact", "POST"), ("no/such/page", "POST"),
+            *((f"api/{name}", "POST") for name in ("cancel", "retry", "drain", "resume", "pause", "stop")),
         ]  # fmt: skip
         answers = {
             (path, method, str(headers)): page.ask(path, method=method, **headers)[0]
             for path, method in buttons for headers in foreign
         }  # fmt: skip
         assert answers == dict.fromkeys(answers, 403)
-        assert page.ask("requeue/default", Origin=page.url.strip("/"), Host="other:1")[0] == 403
+        assert page.ask("rq/requeue/default", Origin=page.url.strip("/"), Host="other:1")[0] == 403
         # Looking is not refused. It is redirected first, which urllib follows only from Python 3.11 on.
-        assert page.ask("0/view/queues", Origin="http://evil.example")[0] in (200, 308)
+        assert page.ask("rq/0/view/queues", Origin="http://evil.example")[0] in (200, 308)
         assert [job["id"] for job in page.data("jobs/default/failed/8/asc/1")["jobs"]] == [task]
-        assert page.ask(f"job/{task}/delete", method="POST", Origin=f"HTTP://{host}")[0] == 200
+        assert page.ask(f"rq/job/{task}/delete", method="POST", Origin=f"HTTP://{host}")[0] == 200
         assert page.data("jobs/default/failed/8/asc/1")["jobs"] == []
         # A tunnel or a proxy has another name, and perhaps another scheme.
         tunnel = {"Host": "login.example", "Origin": "https://login.example"}
-        assert page.ask("requeue/default", method="POST", **tunnel)[0] == 200
+        assert page.ask("rq/requeue/default", method="POST", **tunnel)[0] == 200
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page.request()) as answer:
             assert answer.headers["X-Frame-Options"] == "DENY"
+            assert answer.headers["Content-Security-Policy"].startswith("default-src 'self';")
 
 
 @needs_dashboard
@@ -153,13 +155,22 @@ def test_a_port_that_is_taken(cli: Cli, tmp_path: Path) -> None:
     assert len(refused.stderr.splitlines()) == 1
 
 
+@needs_dashboard
+def test_without_rqs_pages_there_are_still_ours(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rq_dashboard'] = None\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+        with served(tmp_path, home(tmp_path)) as page:
+            assert page.ask()[0] == 200
+            assert page.ask("rq/") == (
+                404, "RQ's pages need rq_dashboard, not installed here: `pip install 'pilotq[dashboard]'`\n"
+            )  # fmt: skip
+
+
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['rq_dashboard'] = None; sys.modules['six'] = None\n"
-        "from pilotq.cli.main import main; main(['dashboard'])"
-    )
+    code = "import sys; sys.modules['flask'] = None\nfrom pilotq.cli.main import main; main(['dashboard'])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert "needs rq_dashboard and six" in done.stderr and "pip install 'pilotq[dashboard]'" in done.stderr
+    assert "needs flask" in done.stderr and "pip install 'pilotq[dashboard]'" in done.stderr

@@ -231,7 +231,7 @@ def test_the_dashboard_is_for_those_with_the_password(stack: Stack) -> None:
                 return error.code, ""
 
     assert ask("", "of the server")[0] == 401
-    status, text = ask("0/data/workers.json", stack.password)
+    status, text = ask("rq/0/data/workers.json", stack.password)
     assert status == 200
     assert [worker["name"] for worker in json.loads(text)["workers"]] == stack.nodes()
 

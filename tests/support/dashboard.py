@@ -51,7 +51,7 @@ class Served(NamedTuple):
                 return error.code, error.read().decode()
 
     def data(self, path: str) -> Any:
-        status, text = self.ask(f"0/data/{path}.json")
+        status, text = self.ask(f"rq/0/data/{path}.json")
         assert status == 200, text
         return json.loads(text)
 

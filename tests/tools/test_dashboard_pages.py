@@ -34,7 +34,7 @@ class Page(NamedTuple):
     folder: Path
 
     def jobs(self, queue: str, registry: str) -> None:
-        self.browser.open(f"{self.served.url}0/view/jobs/{queue}/{registry}/200/asc/1")
+        self.browser.open(f"{self.served.url}rq/0/view/jobs/{queue}/{registry}/200/asc/1")
 
     def shell(self, text: str, **fields: object) -> str:
         return self.broker.enqueue(Task(command=["sh", "-c", text], cwd=str(self.folder), **fields))  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def one_each(page: Page) -> Iterator[dict[str, str]]:
 
 
 def test_the_overview_counts_the_tasks_of_each_state(page: Page, one_each: dict[str, str]) -> None:
-    page.browser.open(page.served.url)
+    page.browser.open(f"{page.served.url}rq/")
     page.browser.await_text("#queues tbody tr[data-role=queue]", CLASS)
     heads = page.browser.texts("#queues th")
     rows = {
@@ -117,7 +117,7 @@ def test_the_list_of_a_state_names_its_tasks(page: Page, one_each: dict[str, str
 
 @pytest.mark.parametrize("state", ["queued", "started", "deferred", "finished", "failed", "canceled"])
 def test_the_page_of_a_task(page: Page, one_each: dict[str, str], state: str) -> None:
-    page.browser.open(f"{page.served.url}0/view/job/{one_each[state]}")
+    page.browser.open(f"{page.served.url}rq/0/view/job/{one_each[state]}")
     (text,) = page.browser.await_text("#job-data", f"Status: {state}")
     assert "-one" in text and one_each[state] in page.browser.texts("h2")[0]
     if state == "failed":
@@ -125,7 +125,7 @@ def test_the_page_of_a_task(page: Page, one_each: dict[str, str], state: str) ->
 
 
 def test_the_workers_page(page: Page, one_each: dict[str, str]) -> None:
-    page.browser.open(f"{page.served.url}0/view/workers")
+    page.browser.open(f"{page.served.url}rq/0/view/workers")
     rows = page.browser.await_text("#workers tr[data-role=worker]", "n1")
     assert len(rows) == 1 and "default" in rows[0]
 
