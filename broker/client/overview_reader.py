@@ -175,6 +175,8 @@ class OverviewReader:
             )
             task_id, _, execution = member.rpartition(":")
             info = class_info(class_name)
+            if not name and array in self._census.arrays:
+                name = self._census.arrays[array].name
             view = ExecutionView(
                 id=task_id, execution=int(execution) if execution.isdigit() else 0, name=name, array=array,
                 node=node.rpartition(":")[0],

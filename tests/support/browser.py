@@ -97,6 +97,45 @@ class Browser:
         visible = "e && e.offsetParent !== null"
         wait_until(lambda: self.value(f"(e => {visible} && (e.click(), true))({element})"), what=f"{selector} to click")
 
+    def type(self, text: str) -> None:
+        """Write into what has the focus."""
+        self._ask("Input.insertText", text=text)
+
+    def key(self, name: str) -> None:
+        """Press a key, as the DOM names it: ArrowRight, Enter, /."""
+        codes = {
+            "Enter": (13, "\r"),
+            "ArrowLeft": (37, ""),
+            "ArrowUp": (38, ""),
+            "ArrowRight": (39, ""),
+            "ArrowDown": (40, ""),
+        }
+        code, text = codes.get(name, (0, name))
+        pressed = {"key": name, "windowsVirtualKeyCode": code, **({"text": text} if text else {})}
+        self._ask("Input.dispatchKeyEvent", type="keyDown", **pressed)
+        self._ask("Input.dispatchKeyEvent", type="keyUp", key=name)
+
+    def mouse(self, x: float, y: float, *, press: bool = False) -> None:
+        """Move the mouse to a point of the window, and click there."""
+        at = {"x": x, "y": y, "button": "left", "clickCount": 1}
+        self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for what in ("mousePressed", "mouseReleased") if press else ():
+            self._ask("Input.dispatchMouseEvent", type=what, **at)
+
+    def look(self, width: int, height: int, scheme: str = "light") -> None:
+        """Give the window this size, and the user this taste: light or dark."""
+        self._ask(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
+        self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def await_value(self, expression: str, seconds: float = 30.0) -> Any:
+        """Wait until a JavaScript expression is something true on the page; returns it."""
+        try:
+            return wait_until(lambda: self.value(expression), seconds=seconds, what=expression)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the page: {self.value('document.body.innerText')}") from None
+
     def await_answer(self, path: str) -> None:
         """Wait until a request since the page was opened, whose URL ends so, has been answered."""
 
