@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.figures import Figure, table
 
 NAMES = (
-    "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "rq_jobs", "qcg", "faults",
-    "dispatch", "latency", "occupancy", "costs", "traffic",
+    "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "metrics", "rq_jobs", "qcg",
+    "faults", "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
 # Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs others; minutes; half an hour;

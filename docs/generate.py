@@ -26,6 +26,7 @@ from pilotq.broker.tasks.states import ACTIVE, ENDED, EVENT_SCRIPTS, REASONS, ST
 from pilotq.cli import exit_codes as exit_codes_of_commands
 from pilotq.cli.formatting import to_json
 from pilotq.cli.main import SECTIONS, pilotq
+from pilotq.cli.metrics import FAMILIES
 
 if __name__ == "__main__":
     from pictures import Arrow, Box, draw, layers
@@ -190,6 +191,15 @@ def log_keys() -> str:
     return "| key | is |\n|---|---|\n" + "".join(f"| `{key}` | {text} |\n" for key, text in log.LINE.items())
 
 
+def metrics() -> str:
+    """The table of the metrics, in docs/metrics.md."""
+    rows = [
+        f"| `{name}` | {family.kind} | {', '.join(f'`{label}`' for label in family.labels)} | {family.text} |\n"
+        for name, family in FAMILIES.items()
+    ]
+    return "| metric | type | labels | is |\n|---|---|---|---|\n" + "".join(rows)
+
+
 def code(names: str) -> str:
     """Each of some names in backquotes."""
     return ", ".join(name if name == "..." else f"`{name}`" for name in names.split(", "))
@@ -348,7 +358,7 @@ PARTS = {
     "guarantees.md": {"faults": faults},
     "rq.md": {"refused": refused_jobs},
     "files.md": {"keys": file_keys},
-    "metrics.md": {"keys of a log": log_keys},
+    "metrics.md": {"metrics": metrics, "keys of a log": log_keys},
     "concepts.md": {"variables of tasks": task_variables, "variables of commands": command_variables},
 }
 

@@ -57,11 +57,12 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def served(folder: Path, directory: Path, *args: str) -> Iterator[Served]:
-    """The dashboard of the pilot in ``directory``, on a free port; ended with Ctrl-C unless it has ended by then."""
+def served(folder: Path, directory: Path, *args: str, verb: str = "dashboard") -> Iterator[Served]:
+    """The dashboard (or what ``verb`` serves) of the pilot in ``directory``, on a free port; ended with Ctrl-C unless
+    it has ended by then."""
     with open(folder / "dashboard.out", "wb") as out, open(folder / "dashboard.err", "wb") as err:
         process = subprocess.Popen(
-            command("dashboard", "--dir", str(directory), *args), cwd=folder, env=environment(),
+            command(verb, "--dir", str(directory), *args), cwd=folder, env=environment(),
             stdin=subprocess.DEVNULL, stdout=out, stderr=err,
         )  # fmt: skip
     try:

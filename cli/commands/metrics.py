@@ -1,0 +1,122 @@
+"""`pilotq metrics`: serves the metrics of a pilot to Prometheus, behind a password, as long as the pilot runs.
+
+The page of `pilotq dashboard` has the same at /metrics; this needs no browser's parts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from base64 import b64encode
+from hmac import compare_digest
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+
+import click
+
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.errors import InvalidInput, PilotqError
+from pilotq.cli.commands.dashboard import LOOPBACK, USER, _advice, _password, _PilotEndedError, _PilotWatch
+from pilotq.cli.metrics import MEDIA_TYPE, PilotMetrics
+from pilotq.cli.options import dir_option
+
+PORT = 9182
+TIMEOUT_S = 10.0  # for a request to be sent
+
+
+@click.command("metrics")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help=f"[default: {PORT}, or a free one]")
+@click.option("--bind", default=LOOPBACK[0], show_default=True, metavar="ADDRESS", help="The address to listen on.")
+@click.option("--password-file", metavar="FILE",
+              help="Its file.  [default: dashboard-password in the pilot's directory, made if missing]")  # fmt: skip
+@click.option("--once", is_flag=True, help="Print them, read to the end of the journal, and serve nothing.")
+@dir_option
+def metrics_command(
+    port: int | None, bind: str, password_file: str | None, once: bool, directory: str | None
+) -> None:  # fmt: skip
+    """Serve the metrics of the pilot to Prometheus, until Ctrl-C or the pilot's end.
+
+    It prints the URL. Needs prometheus-client: `pip install 'pilotq[metrics]'`.
+
+    \b
+    Example: pilotq metrics --port 9182
+    Example: pilotq metrics --once
+    """
+    if find_spec("prometheus_client") is None:
+        raise InvalidInput("metrics need prometheus-client, not installed here: `pip install 'pilotq[metrics]'`")
+    with Broker.connect(directory) as broker:
+        assert broker.pilot is not None, "connect always finds a directory"
+        pilot, connection = broker.pilot, broker.pilot.connection()
+    metrics = PilotMetrics(pilot)
+    if once:
+        try:
+            metrics.read_all()
+            click.echo(metrics.text(), nl=False)
+        finally:
+            metrics.close()
+        return
+    password, where = _password(pilot, password_file)
+    server = _server(metrics, password, bind, port)
+    server.service_actions = _PilotWatch(pilot, connection)  # type: ignore[method-assign]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    metrics.start()
+    number = server.server_address[1]
+    click.echo(f"http://{f'[{bind}]' if ':' in bind else bind}:{number}/metrics")
+    click.echo("\n".join(_advice(bind, int(number), where)), err=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    except _PilotEndedError as ended:
+        click.echo(f"pilotq: {ended}, and so do its metrics", err=True)
+    finally:
+        server.server_close()
+        metrics.close()
+
+
+def _server(metrics: PilotMetrics, password: str, bind: str, port: int | None) -> ThreadingHTTPServer:
+    """A server that listens; raises InvalidInput when it cannot."""
+    login = "Basic " + b64encode(f"{USER}:{password}".encode()).decode()
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = TIMEOUT_S
+
+        def do_GET(self) -> None:
+            if not compare_digest(self.headers.get("Authorization", "").encode(), login.encode()):
+                self._answer(401, b"Log in.\n", {"WWW-Authenticate": 'Basic realm="pilotq", charset="UTF-8"'})
+            elif self.path.partition("?")[0] != "/metrics":
+                self._answer(404, b"The metrics are at /metrics.\n", {})
+            else:
+                try:
+                    self._answer(200, metrics.text(), {"Content-Type": MEDIA_TYPE})
+                except PilotqError as error:
+                    self._answer(503, f"{error}\n".encode("utf-8", "backslashreplace"), {})
+
+        def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in ({"Content-Type": "text/plain; charset=utf-8"} | headers).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """One line for each request is noise."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+        daemon_threads = True
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Whoever asked has gone away."""
+
+    for number in (PORT, 0) if port is None else (port,):
+        try:
+            return Server((bind, number), Handler)
+        except OSError as error:
+            refused = error
+    raise InvalidInput(
+        f"metrics cannot be served on {bind}{f':{port}' if port else ''}: {os.strerror(refused.errno or 0)}; name "
+        "another with --port or --bind"
+    )
