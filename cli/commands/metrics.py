@@ -5,9 +5,7 @@ The page of `pilotq dashboard` has the same at /metrics; this needs no browser's
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 from base64 import b64encode
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,19 +15,28 @@ import click
 
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput, PilotqError
-from pilotq.cli.commands.dashboard import LOOPBACK, USER, _advice, _password, _PilotEndedError, _PilotWatch
 from pilotq.cli.metrics import MEDIA_TYPE, PilotMetrics
 from pilotq.cli.options import dir_option
+from pilotq.cli.serving import (
+    USER,
+    PilotEndedError,
+    PilotWatch,
+    announce,
+    bind_option,
+    listen,
+    password_of,
+    password_option,
+    port_option,
+)
 
 PORT = 9182
 TIMEOUT_S = 10.0  # for a request to be sent
 
 
 @click.command("metrics")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help=f"[default: {PORT}, or a free one]")
-@click.option("--bind", default=LOOPBACK[0], show_default=True, metavar="ADDRESS", help="The address to listen on.")
-@click.option("--password-file", metavar="FILE",
-              help="Its file.  [default: dashboard-password in the pilot's directory, made if missing]")  # fmt: skip
+@port_option(PORT)
+@bind_option
+@password_option
 @click.option("--once", is_flag=True, help="Print them, read to the end of the journal, and serve nothing.")
 @dir_option
 def metrics_command(
@@ -56,19 +63,17 @@ def metrics_command(
         finally:
             metrics.close()
         return
-    password, where = _password(pilot, password_file)
+    password, where = password_of(pilot, password_file)
     server = _server(metrics, password, bind, port)
-    server.service_actions = _PilotWatch(pilot, connection)  # type: ignore[method-assign]
+    server.service_actions = PilotWatch(pilot, connection)  # type: ignore[method-assign]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     metrics.start()
-    number = server.server_address[1]
-    click.echo(f"http://{f'[{bind}]' if ':' in bind else bind}:{number}/metrics")
-    click.echo("\n".join(_advice(bind, int(number), where)), err=True)
+    announce(bind, server.server_port, "/metrics", where)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         pass
-    except _PilotEndedError as ended:
+    except PilotEndedError as ended:
         click.echo(f"pilotq: {ended}, and so do its metrics", err=True)
     finally:
         server.server_close()
@@ -105,18 +110,14 @@ def _server(metrics: PilotMetrics, password: str, bind: str, port: int | None) -
             """One line for each request is noise."""
 
     class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
         daemon_threads = True
 
         def handle_error(self, request: object, client_address: object) -> None:
             """Whoever asked has gone away."""
 
-    for number in (PORT, 0) if port is None else (port,):
-        try:
-            return Server((bind, number), Handler)
-        except OSError as error:
-            refused = error
-    raise InvalidInput(
-        f"metrics cannot be served on {bind}{f':{port}' if port else ''}: {os.strerror(refused.errno or 0)}; name "
-        "another with --port or --bind"
-    )
+    listening = listen("metrics", bind, port, PORT)
+    server = Server((bind, listening.getsockname()[1]), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listening
+    server.server_port = listening.getsockname()[1]
+    return server

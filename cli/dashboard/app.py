@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import flask
 
+from pilotq.broker.errors import PilotqError
 from pilotq.broker.pilot.directory import Pilot
-from pilotq.cli.dashboard import USER, rq_pages
+from pilotq.cli.dashboard import rq_pages
 from pilotq.cli.dashboard.api import Api
 from pilotq.cli.dashboard.live import Live
+from pilotq.cli.metrics import MEDIA_TYPE, PilotMetrics
+from pilotq.cli.serving import USER
 
 STATIC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "static")
 # Names and output of tasks are anybody's text: a browser is to run and load nothing but the three files of this page.
@@ -31,6 +36,7 @@ def make_app(pilot: Pilot, url: str, password: str) -> Any:
     live = Live(pilot.directory)
     Api(pilot, live).add_to(app)
     live.start()
+    app.add_url_rule("/metrics", "metrics", _metrics(PilotMetrics(pilot)))
 
     def admit() -> Any:
         given = flask.request.authorization
@@ -81,6 +87,21 @@ def _same_origin(origin: str, host: str) -> bool:
 
 def _file(name: str) -> Any:
     return flask.send_from_directory(STATIC, name, max_age=0)
+
+
+def _metrics(metrics: PilotMetrics) -> Callable[[], Any]:
+    """The view of what `pilotq metrics` serves, too; it reads the journal from its first call on."""
+
+    def view() -> Any:
+        if find_spec("prometheus_client") is None:
+            lacking = "metrics need prometheus-client, not installed here: `pip install 'pilotq[metrics]'`\n"
+            return flask.Response(lacking, 404, mimetype="text/plain")
+        try:
+            return flask.Response(metrics.text(), content_type=MEDIA_TYPE)
+        except PilotqError as error:
+            return flask.Response(f"{error}\n", 503, mimetype="text/plain")
+
+    return view
 
 
 def _without_rq(lacking: list[str]) -> Any:

@@ -14,7 +14,7 @@ from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.cli.metrics import FAMILIES, NAMES_MAX, OTHER, JournalTotals
-from tests.support.dashboard import Served, served
+from tests.support.dashboard import Served, needs_dashboard, served
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
@@ -154,3 +154,11 @@ def test_the_dashboard_of_grafana_shows_what_is_exported() -> None:
     labels = {label for text in expressions for label in re.findall(r"by \(([\w, ]+)\)", text)}
     known = {label for family in FAMILIES.values() for label in family.labels} | {"le"}
     assert {label for text in labels for label in text.split(", ")} <= known
+
+
+@needs_dashboard
+def test_the_dashboard_has_the_same(pilot: LivePilot, tmp_path: Path) -> None:
+    with served(tmp_path, Path(pilot.pilot.directory)) as dashboard:
+        status, text = dashboard.ask("metrics")
+        assert status == 200 and value(samples(text), "pilotq_cores") == 3
+        assert dashboard.ask("metrics", password="")[0] == 401
