@@ -19,7 +19,12 @@ RETRY: Final = {
     "unknown": "is only in the journal: submit it again",
     "finished": "has finished: there is nothing to run again",
 }
-CANCEL: Final = {"canceled": "canceled", "stopping": "is running, and is being ended", "unknown": "is not known", "started": "goes on, if its node has begun it"}
+CANCEL: Final = {
+    "canceled": "canceled",
+    "stopping": "is running, and is being ended",
+    "unknown": "is not known",
+    "started": "goes on, if its node has begun it",
+}
 
 
 def retry_sentence(word: str, before: str) -> str:
