@@ -156,3 +156,34 @@ def test_a_pilot_that_has_ended_goes_on_and_is_listed(tmp_path: Path) -> None:
     with Archive(pilot) as archive:
         assert archive.counts().finished == 60 and archive.wait(ids).finished == 60
         assert archive.task(ids[59]).command == "./step 59" and archive.find("nobody") == []
+
+
+def test_a_file_runs_and_its_summary_names_what_failed(tmp_path: Path) -> None:
+    lines = [f"sh -c 'echo {n} >&2; exit {5 * (n == 7)}'\n" for n in range(12)]
+    (tmp_path / "tasks.txt").write_text("".join(lines))
+    cli, settings = prompt(tmp_path), json.dumps(SEVERAL)
+    done = cli("run", "--nodes", "2", "--json", "tasks.txt", PILOTQ_SETTINGS=settings)
+    assert done.returncode == 1
+    summary = json.loads(done.stdout)
+    assert (summary["tasks"]["finished"], summary["tasks"]["failed"]) == (11, 1)
+    (failed,) = summary["failed"]
+    assert failed["id"].endswith("_7") and failed["command"] == "sh -c echo 7 >&2; exit 5" and failed["exit_code"] == 5
+    again = cli("run", "--nodes", "2", "--resume", summary["directory"], "tasks.txt", PILOTQ_SETTINGS=settings)
+    assert again.returncode == 1 and "1 had failed before and did not run again" in again.stdout
+
+
+def test_all_that_failed_and_all_that_waits_are_taken_at_once(pilot: LivePilot, tmp_path: Path) -> None:
+    ids = pilot.broker.enqueue_many([shell(f"test -e {tmp_path}/good # {n}", retries=0) for n in range(6)])
+    assert pilot.broker.wait(ids, timeout=60).failed == 6
+    (tmp_path / "good").touch()
+    bundle = ids[0].partition("_")[0]
+    assert bundle in pilot.broker.retriable() and not set(ids) & set(pilot.broker.retriable())
+    assert pilot.broker.retry([bundle]) == {bundle: "queued"}
+    assert pilot.broker.wait(ids, timeout=60).finished == 6
+    wait_until(lambda: [line.execution for line in pilot.lines(ids[3])][:1] == [2], what="both in the journal")
+    held = pilot.broker.enqueue_many([Task(command=["sleep", f"{700 + n}"], time_request=1800) for n in range(9)])
+    wait_until(lambda: sum(v.reason == "running" for v in pilot.broker.tasks(status="started")) == 4, what="four run")
+    assert pilot.broker.cancel([held[0].partition("_")[0]], waiting=True)
+    wait_until(lambda: list(pilot.broker.statuses(held).values()).count("canceled") == 5, what="five wait no more")
+    pilot.broker.cancel(held)
+    pilot.broker.wait(held, timeout=60)
