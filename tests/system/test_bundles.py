@@ -187,3 +187,17 @@ def test_all_that_failed_and_all_that_waits_are_taken_at_once(pilot: LivePilot, 
     wait_until(lambda: list(pilot.broker.statuses(held).values()).count("canceled") == 5, what="five wait no more")
     pilot.broker.cancel(held)
     pilot.broker.wait(held, timeout=60)
+
+
+def test_what_was_prefetched_and_canceled_stands_in_the_journal_by_its_name(pilot: LivePilot) -> None:
+    short = pilot.broker.enqueue_many([Task(command=["true"], priority=3) for _ in range(40)])
+    pilot.broker.wait(short, timeout=60)
+    ids = pilot.broker.enqueue_many(
+        [Task(command=["sleep", f"{600 + n}"], name=f"p{n}", priority=3) for n in range(12)]
+    )
+    wait_until(lambda: list(pilot.broker.statuses(ids).values()).count("started") > 6, what="some are prefetched")
+    pilot.broker.cancel(ids)
+    assert pilot.broker.wait(ids, timeout=60).canceled == 12
+    wait_until(lambda: sum(bool(pilot.lines(i)) for i in ids) > 6, what="those that a node had in the journal")
+    lines = {line.id: (line.name, line.command) for i in ids for line in pilot.lines(i)}
+    assert lines == {i: (f"p{n}", f"sleep {600 + n}") for n, i in enumerate(ids) if i in lines}

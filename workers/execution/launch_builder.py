@@ -8,6 +8,7 @@ import os
 import random
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -186,6 +187,12 @@ class LaunchBuilder:
             key, start.id, start.execution, start.shared, start.allocation, start.argv, env, start.cwd
         )  # fmt: skip
         return context.base, reservation.slot, launch
+
+    def describe(self, e: Execution) -> None:
+        """Name and description of one of a bundle that ends without a launch, for its report, where they can be had."""
+        if is_bundle(e.run.spec):
+            with suppress(PilotqError, UnlaunchableError):
+                e.spec = self._decode(self._member(e.run))
 
     def _member(self, run: Run) -> Run:
         """One of a bundle, as it would be if it had been submitted by itself; its `Run` gets its name."""

@@ -493,6 +493,8 @@ class Node:
 
     def _report(self, e: Execution, ended: float, end: ExecutionEnd | None, now: float) -> None:
         self._memory.ended(e)
+        if e.spec is None:
+            self._builder.describe(e)
         report = self._reporter.end(e, ended)
         for captured in (e.exited.stdout, e.exited.stderr) if e.exited is not None else ():
             if captured.path:
