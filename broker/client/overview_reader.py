@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 
 from pilotq.broker.client.explain import Explainer
+from pilotq.broker.client.node_views import gpu_view
 from pilotq.broker.client.overview import (
     ExecutionView,
     FailureGroup,
@@ -18,7 +19,7 @@ from pilotq.broker.client.overview import (
 )
 from pilotq.broker.client.overview_census import ArrayState, Census
 from pilotq.broker.client.overview_tally import SAMPLE_S, SAMPLES, GroupTally, Tally, pattern_of
-from pilotq.broker.client.queries import TaskQueries, gpu_view
+from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.snapshot import snapshot_of
 from pilotq.broker.client.views import Counts
 from pilotq.broker.store import keys

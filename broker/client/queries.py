@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import chain, groupby, islice
 
-from pilotq.broker.client.views import GpuView, NodeView, TaskView
+from pilotq.broker.client.node_views import read_node_views
+from pilotq.broker.client.views import NodeView, TaskView
 from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.broker.store.leases import LeasedElement, leased_elements, number_leased, read_leases
-from pilotq.broker.store.registry import read_nodes, unavailable_nodes, user_queues
-from pilotq.broker.store.resources import GpuFacts, NodeInfo, class_info
+from pilotq.broker.store.registry import user_queues
+from pilotq.broker.store.resources import class_info
 from pilotq.broker.store.store import from_iso
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import count_indices, element_ranges, outcome_at, outcome_of
@@ -452,42 +453,7 @@ class TaskQueries:
 
     def nodes(self) -> list[NodeView]:
         """The nodes that have joined, by name."""
-        infos = sorted(read_nodes(self.link), key=lambda info: info.name)
-        names = [info.name for info in infos]
-        used = self.link.call("HMGET", keys.USAGE, *names) if names else []
-        beats = self.link.pipeline([("HGET", keys.worker(name), "last_heartbeat") for name in names])
-        closed = unavailable_nodes(self.link)
-        return [
-            _node_view(i, beat, use, closed.get(i.name, "")) for i, beat, use in zip(infos, beats, used, strict=True)
-        ]
-
-
-def _node_view(info: NodeInfo, last_heartbeat: bytes | None, in_use: bytes | None, closed: str) -> NodeView:
-    beat = _text(last_heartbeat)
-    used, _, running = _text(in_use).partition(" ")
-    state, _, why = closed.partition(" ")
-    return NodeView(
-        name=info.name,
-        state=(state or "up") if beat else "lost",
-        why=why,
-        host=info.host,
-        pid=info.pid,
-        cores=len(info.cores),
-        used=int(used or 0),
-        shared_cores=info.shared_cores,
-        running=int(running or 0),
-        gpus=[gpu_view(name, info.gpu_facts.get(name)) for name in info.gpus],
-        last_beat=from_iso(beat),
-        memory=info.memory,
-        memory_by=info.memory_by,
-    )
-
-
-def gpu_view(name: str, facts: GpuFacts | None) -> GpuView:
-    """The view of a GPU by what its worker knows of it."""
-    if facts is None:
-        return GpuView(name=name)
-    return GpuView(name=name, uuid=facts.uuid, model=facts.model, memory=facts.memory)
+        return read_node_views(self.link)
 
 
 def _pages(read: Pages, page: int) -> Iterator[str]:
