@@ -106,10 +106,12 @@ def submit(
     ``statuses_in_journal`` gives the statuses of parents whose records have expired, as far as there were such tasks.
     """
     key = key or os.urandom(8).hex()
+    # Of more tasks it is not known yet how many records they are: an array or a bundle takes one number.
+    early = len(tasks) if len(tasks) <= store.settings.bundle_above else 0
     replies = link.pipeline(
         [
             ("HVALS", keys.NODES),
-            ("INCRBY", keys.SEQ, len(tasks)),
+            ("INCRBY", keys.SEQ, early),
             ("LRANGE", keys.EXPECTED_NODES, 0, -1),
         ]
     )
@@ -121,10 +123,11 @@ def submit(
     if len(plan.tasks) >= CHUNK or payloads >= LARGE_BYTES:
         _check_memory(link, len(plan.tasks), payloads)
     failpoints.hit("submit checked")
-    first = int(replies[1]) - len(tasks) + 1
+    last = int(replies[1] if early else link.call("INCRBY", keys.SEQ, len(plan.tasks)))
     names = list(plan.classes)
     found = None
     while found is None:
+        first = last - len(plan.tasks) + 1
         ids = [id_of(first + n) for n in range(len(plan.tasks))]
         for number, task in enumerate(plan.tasks):
             if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
@@ -134,7 +137,7 @@ def submit(
         if submission.carried or not _in_use(link, ids):
             found = commit(store, submission, statuses_in_journal, partial(_stage, link, store, records))
         if found is None:
-            first = int(link.call("INCRBY", keys.SEQ, len(tasks))) - len(tasks) + 1
+            last = int(link.call("INCRBY", keys.SEQ, len(plan.tasks)))
     return found
 
 

@@ -54,6 +54,7 @@ def test_more_tasks_than_the_bound_share_a_record(engine: Engine) -> None:
     assert one is not None and (one.name, one.spec.argv) == ("n0", [b"echo", b"0"])
     assert last is not None and (last.name, last.spec.argv) == ("n2499", [b"echo", b"2499"])
     assert engine.hash("1")["description"] == "echo 0 (and 2,499 more)"
+    assert engine.submit(task()) == ["2"], "a bundle takes one number"
 
 
 def test_as_few_as_the_bound_are_by_themselves(engine: Engine) -> None:
