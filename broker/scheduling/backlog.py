@@ -71,9 +71,10 @@ class Backlog:
     def read_changed(self) -> None:
         """Read the lists that have got something since they were read last, of very many only some."""
         for _ in range(TURN_MAX // SLICE):
-            names = self.store.write("SPOP", keys.CHANGED_CLASSES, SLICE)
-            self.read([name.decode() for name in names])
-            if len(names) < SLICE:
+            heads = self.store.changed_heads(SLICE)
+            for name, head in heads.items():
+                self.set(name, head)
+            if len(heads) < SLICE:
                 self._unread = False
                 return
         self._unread = True

@@ -149,7 +149,8 @@ class Dispatcher:
         reads_on = self.backlog.more and not (self.paused or self.expected_nodes)
         timeout = f"{max(0.0 if reads_on else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
-        reply, term = self.ingest.pipeline(self.link, [wait, ("GET", keys.TERM)], self._refuse)
+        look = [("GET", keys.TERM), ("EXISTS", keys.RELEASE)]  # at the moment when there is something
+        reply, term, released = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
         now = time.monotonic()
         if reply is not None:
             failpoints.hit("events taken")
@@ -163,7 +164,8 @@ class Dispatcher:
                     self._handle_event(item, now)
             else:
                 self.heads_current = False
-                self.store.release_dependents(RELEASE_LIMIT)
+                if released:
+                    self.store.release_dependents(RELEASE_LIMIT)
         self._start_tasks(now)
 
     def _run_periodic_work(self, now: float) -> None:

@@ -188,7 +188,11 @@ class Store:
         return self.term
 
     def heads(self, classes: Sequence[str]) -> list[Head]:
-        return [_head(r) for r in self.run("heads", self.term, HEADS_SHOWN, *classes)] if classes else []
+        return [_head(r[1:]) for r in self.run("heads", self.term, HEADS_SHOWN, 0, *classes)] if classes else []
+
+    def changed_heads(self, limit: int) -> dict[str, Head]:
+        """The heads of at most so many classes whose lists have got something, by class; each is told once."""
+        return {r[0].decode(): _head(r[1:]) for r in self.run("heads", self.term, HEADS_SHOWN, limit)}
 
     def claim(self, groups: Sequence[tuple[str, Sequence[ClaimTarget]]]) -> list[tuple[int, Head]]:
         """Hand out heads of class lists to targets, in order; returns the number filled and the head of each class."""
