@@ -37,7 +37,7 @@ $(VENV)/demo.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev,report,metrics]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,report,metrics,otel]'
 	@touch $@ $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp

@@ -48,6 +48,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Use other tools": {
         "dashboard": "Show the pilot in a browser.",
         "metrics": "Serve the metrics of the pilot to Prometheus.",
+        "traces": "Send executions to an OpenTelemetry collector, as spans.",
         "url": "Print the URL of the pilot's server.",
         "exec": "Run a command that finds the pilot's server.",
         "qcg": "Let programs of QCG-PilotJob run on pilotq.",

@@ -27,6 +27,7 @@ from pilotq.cli import exit_codes as exit_codes_of_commands
 from pilotq.cli.formatting import to_json
 from pilotq.cli.main import SECTIONS, pilotq
 from pilotq.cli.metrics import FAMILIES
+from pilotq.cli.traces import ATTRIBUTES
 
 if __name__ == "__main__":
     from pictures import Arrow, Box, draw, layers
@@ -200,6 +201,12 @@ def metrics() -> str:
     return "| metric | type | labels | is |\n|---|---|---|---|\n" + "".join(rows)
 
 
+def span_attributes() -> str:
+    """The table of the attributes of an execution's span, in docs/metrics.md."""
+    rows = [f"| `{name}` | `{field}` |\n" for name, field in ATTRIBUTES.items()]
+    return "| attribute | key of the [journal](concepts.md#the-pilots-directory) |\n|---|---|\n" + "".join(rows)
+
+
 def code(names: str) -> str:
     """Each of some names in backquotes."""
     return ", ".join(name if name == "..." else f"`{name}`" for name in names.split(", "))
@@ -358,7 +365,7 @@ PARTS = {
     "guarantees.md": {"faults": faults},
     "rq.md": {"refused": refused_jobs},
     "files.md": {"keys": file_keys},
-    "metrics.md": {"metrics": metrics, "keys of a log": log_keys},
+    "metrics.md": {"metrics": metrics, "keys of a log": log_keys, "attributes": span_attributes},
     "concepts.md": {"variables of tasks": task_variables, "variables of commands": command_variables},
 }
 
