@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -109,6 +110,7 @@ def spans_of(entry: JournalEntry, pilot: str, parent_of: Callable[[str], str]) -
             )  # fmt: skip
 
 
+@lru_cache(maxsize=4)
 def _resource(pilot: str) -> Resource:
     from opentelemetry.sdk.resources import Resource
 
