@@ -20,8 +20,8 @@ class FailureStop:
         """Cancel what waits of these tasks (default: all) once, when too many have failed: returns a sentence then."""
         if not self.limit or self.exceeded:
             return ""
-        failed, total = broker.failures(ids)
-        failed -= self.before
+        counts = broker.counts(ids=ids)
+        failed, total = counts.failed - self.before, counts.total
         if failed <= failures_allowed(self.limit, total):
             return ""
         broker.cancel(broker.open_ids() if ids is None else ids, waiting=True)

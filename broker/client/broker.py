@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +146,17 @@ class Broker:
 
     # -- waiting and stopping -----------------------------------------------------------------------------------
 
-    def wait(self, ids: Iterable[str] | None = None, *, timeout: float | None = None) -> Counts:
-        """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds."""
+    def wait(
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        timeout: float | None = None,
+        on_poll: Callable[[], object] | None = None,
+    ) -> Counts:
+        """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds.
+
+        ``on_poll`` is called now and then meanwhile, some times a second; what it raises ends the wait.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         left = None if ids is None else _unique(ids)
         past = self._past(left or (), self.link)
@@ -168,6 +177,8 @@ class Broker:
                 return counts
             if deadline is not None and time.monotonic() > deadline:
                 raise WaitTimedOut(f"{missing} of {counts.total} tasks had not ended after {timeout:g} s")
+            if on_poll is not None:
+                on_poll()
             time.sleep(pause)
             pause = min(pause * 1.3, POLL_MAX_S)
 
@@ -197,13 +208,6 @@ class Broker:
             else:
                 left.append(task_id)
         return left
-
-    def failures(self, ids: Sequence[str] | None = None) -> tuple[int, int]:
-        """How many of these tasks (default: all) have failed so far, and how many they are; elements count each."""
-        if ids is None:
-            counts = self.counts()
-            return counts.failed, counts.total
-        return self._queries.failures(ids)
 
     def result(self, task_id: str, *, timeout: float | None = None) -> Any:
         """What a function has returned; waits for it, and raises what it has raised.
@@ -281,8 +285,13 @@ class Broker:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def counts(self, submission: str | None = None) -> Counts:
-        """Numbers of tasks, of the whole pilot or of one submission (by its key)."""
+    def counts(self, submission: str | None = None, *, ids: Sequence[str] | None = None) -> Counts:
+        """Numbers of tasks, of the whole pilot, of one submission (by its key), or of these tasks.
+
+        Elements of arrays count one each. Of ``ids`` each is read: what they cost grows with their number.
+        """
+        if ids is not None:
+            return self._queries.counts(ids)
         key = keys.COUNTS if submission is None else keys.submission(submission)
         values = self.link.call("HMGET", key, "total", "finished", "failed", "canceled")
         total, finished, failed, canceled = (int(v or 0) for v in values)

@@ -8,7 +8,7 @@ from heapq import merge
 from itertools import chain, groupby, islice
 
 from pilotq.broker.client.node_views import read_node_views
-from pilotq.broker.client.views import NodeView, TaskView
+from pilotq.broker.client.views import Counts, NodeView, TaskView
 from pilotq.broker.os_strings import printable
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
@@ -233,15 +233,29 @@ class TaskQueries:
             found.update((i, _text(row[0])) for i, row in zip(part, rows, strict=True) if row[0])
         return found
 
-    def failures(self, ids: Sequence[str]) -> tuple[int, int]:
-        """How many of these tasks have failed, and how many they are; elements of arrays count each."""
-        failed = total = 0
+    def counts(self, ids: Sequence[str]) -> Counts:
+        """What has become of these tasks so far; elements of arrays count one each, also while their array runs.
+
+        What is in no record any more has ended, in a way that is not known here: it counts as finished.
+        """
+        found = Counts()
         for first in range(0, len(ids), SLICE):
-            for status, span, failures in self._read(ids[first : first + SLICE], ("status", "pq_array", "pq_failures")):
-                size = _size(_text(span))
-                total += size or 1
-                failed += _whole(failures) if size else status in (b"failed", b"stopped")
-        return failed, total
+            part = ids[first : first + SLICE]
+            rows = self._read(part, ("status", "pq_array", "pq_left", "pq_unfinished", "pq_failures"))
+            for task_id, (status, span, left, unfinished, failures) in zip(part, rows, strict=True):
+                if size := _size(_text(span)):
+                    ended = size if _text(status) in ENDED else size - _whole(left)
+                    found.total += size
+                    found.finished += ended - _whole(unfinished)
+                    found.failed += _whole(failures)
+                    found.canceled += _whole(unfinished) - _whole(failures)
+                    continue
+                view = self._element_without_record(task_id) if status is None else None
+                word = _text(status) or (view.status if view is not None else "finished")
+                found.total += 1
+                if word in ENDED:
+                    found.add(word)
+        return found
 
     def _read(self, ids: Sequence[str], fields: Sequence[str] = VIEW_FIELDS) -> list[Sequence[bytes | None]]:
         commands = [("HMGET", keys.job(i), *fields) for i in ids]

@@ -429,9 +429,8 @@ local function look_at(array, first, last)
   redis.call('RPUSH', 'pilotq:release', string.format('x:%s:%d', array, ttl))
 end
 
--- Of an array `number` more have failed, and some are left: when these are more than may fail, what waits of it is canceled.
-local function count_failures(array, number, now, now_iso, ttl)
-  local failures = redis.call('HINCRBY', job_key(array), 'pq_failures', number)
+-- So many elements of an array have failed, and some are left: when these are more than may fail, what waits of it is canceled.
+local function limit_failures(array, failures, now, now_iso, ttl)
   local most = tonumber(redis.call('HGET', job_key(array), 'pq_failures_max') or '')
   if most and failures > most then end_waiting(array, 'failures', now, now_iso, ttl) end
 end
@@ -441,8 +440,9 @@ end
 local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_failed, failed)
   if redis.call('EXISTS', job_key(array)) == 0 then return end
   if bad > 0 then redis.call('HINCRBY', job_key(array), 'pq_unfinished', bad) end
+  local failures = (failed or 0) > 0 and redis.call('HINCRBY', job_key(array), 'pq_failures', failed)
   if redis.call('HINCRBY', job_key(array), 'pq_left', -number) > 0 then
-    if (failed or 0) > 0 then count_failures(array, failed, now, now_iso, ttl_failed) end
+    if failures then limit_failures(array, failures, now, now_iso, ttl_failed) end
     return
   end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
