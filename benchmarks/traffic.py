@@ -13,7 +13,7 @@ import select
 import threading
 from typing import NamedTuple
 
-from benchmarks.costs import Submit, await_ends, journal_bytes, submit_array, submit_many, submit_some
+from benchmarks.costs import Submit, await_ends, journal_bytes, submit_array, submit_many, submit_single, submit_some
 from benchmarks.figures import Figure
 from benchmarks.pretended.pilot import PretendedPilot, pretended_pilot
 from benchmarks.server_use import ServerUse
@@ -110,8 +110,12 @@ def _play(pilot: PretendedPilot, submit: Submit, number: int) -> None:
 
 def run() -> list[Figure]:
     number = int(os.environ.get("PILOTQ_TRAFFIC", "5000"))
-    shapes = {"element of an array": submit_array, "task of a bundle": submit_many, "single task": submit_some}
-    found = {what: traffic(submit, number) for what, submit in shapes.items()}
+    found = {
+        "element of an array": traffic(submit_array, number),
+        "task of a bundle": traffic(submit_many, number),
+        "single task": traffic(submit_some, number),
+        "task of an enqueue of its own": traffic(submit_single, number // 5),
+    }
     return [
         Figure(f"{what}, {field.replace('_', ' ')}", value, "")
         for what, one in found.items()
