@@ -9,7 +9,7 @@ NATIVE := $(wildcard workers/launcher/native/*.[ch])
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test retest lint format types types-tree coverage faults sweep bench wheel native sanitize clean compose-passwords compose-test
+.PHONY: help demo docs test retest lint format types types-tree coverage faults sweep bench screenshots wheel native sanitize clean compose-passwords compose-test
 
 help:
 	@echo "make demo      install the run-time dependencies, run $(DEMO), say where the result is"
@@ -18,6 +18,7 @@ help:
 	@echo "make coverage  tests with coverage   make bench     the benchmarks"
 	@echo "make faults    the fault tests, for docs/guarantees.md"
 	@echo "make sweep     every fault at every failpoint of every process"
+	@echo "make screenshots   the pictures of docs/pictures"
 	@echo "make native    compile the native launcher; any warning is an error"
 	@echo "make sanitize  the launchers' tests with the native one under ASan and UBSan"
 	@echo "make compose-passwords, make compose-test: docs/compose.md"
@@ -114,6 +115,10 @@ $(VENV)/docs.stamp: pyproject.toml $(NATIVE) | $(BIN)/python
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/python docs/build_site.py
+
+# With the extra `dashboard`, and Chromium.
+screenshots: $(VENV)/dev.stamp
+	$(BIN)/python -m docs.screenshots
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(FIGURES)

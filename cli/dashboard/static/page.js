@@ -4,6 +4,7 @@
 
 const state = { pilot: null, nodes: {}, executions: {}, progress: {}, queue: {}, failures: {}, history: {} };
 const $ = (id) => document.getElementById(id);
+const inOrder = new Intl.Collator("en", { numeric: true }).compare;  // n2 before n10
 const KINDS = ["finished", "failed", "canceled", "handed", "waiting"];
 
 // -- texts -----------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ function showNumbers() {
   bar($("whole"), [pilot.finished, pilot.failed, pilot.canceled, pilot.running + pilot.prefetched, pilot.waiting], pilot.total);
 }
 function showNodes() {
-  const names = Object.keys(state.nodes), down = names.filter((name) => state.nodes[name].state !== "up");
+  const names = Object.keys(state.nodes).sort(inOrder), down = names.filter((name) => state.nodes[name].state !== "up");
   put($("nodes-sum"), number(names.length) + (names.length === 1 ? " node, " : " nodes, ") + number(state.pilot.used) + " of " + number(state.pilot.cores) + " cores in use" + (state.pilot.detailed ? "" : "; each node is filled as far as its cores are in use"));
   keyed($("closed"), down.slice(0, 20), (name) => { const item = make("li"); item.append(nodeLink(name), make("span"), make("span", " ")); return item; }, (item, name) => {
     const node = state.nodes[name];
@@ -207,7 +208,7 @@ function showProgress() {
 function showQueue() {
   const keys = Object.keys(state.queue), pilot = state.pilot;
   $("queue").querySelector(".empty").hidden = keys.length > 0;
-  put($("queue-sum"), [pilot.prefetched ? number(pilot.prefetched) + " more are prefetched: on nodes already, and not started" : "", pilot.deferred ? number(pilot.deferred) + " wait for other tasks" : "", pilot.more_classes ? number(pilot.more_classes) + " more shapes" : ""].filter(Boolean).join("; "));
+  put($("queue-sum"), [pilot.prefetched ? number(pilot.prefetched) + " more are prefetched: on nodes already, and not started" : "", pilot.deferred ? number(pilot.deferred) + (pilot.deferred === 1 ? " waits" : " wait") + " for other tasks" : "", pilot.more_classes ? number(pilot.more_classes) + " more shapes" : ""].filter(Boolean).join("; "));
   keyed($("queue").querySelector("tbody"), keys, () => row([0, 2], 6), (element, key) => {
     const [priority, queue, shape, waiting, first, why, until] = state.queue[key], cells = element.children;
     put(cells[0], number(waiting)); put(cells[1], shape); put(cells[2], String(priority)); put(cells[3], queue);
@@ -230,8 +231,8 @@ function showFailures() {
     put(element.firstChild, title + ": " + number(total) + (total === 1 ? " task" : " tasks"));
     keyed(element.lastChild, keys, failureRow, (line, key) => {
       const [, , name, node, count, example, message] = state.failures[key], cells = line.children;
-      put(cells[0], named(name) + (message ? ": " + message : "")); put(cells[1], node ? "on " + node : ""); put(cells[2], number(count) + "×");
-      if (line.dataset.example !== example) { line.dataset.example = example; cells[3].replaceChildren(taskLink(example)); }
+      put(cells[0], named(name) + (message && state.failures[key][0] !== "exit" ? ": " + message : "")); put(cells[1], node ? "on " + node : ""); put(cells[2], number(count) + "×");
+      if (line.dataset.example !== example) { line.dataset.example = example; cells[3].replaceChildren("last: ", taskLink(example)); }
     });
   });
 }
@@ -270,9 +271,9 @@ function context(canvas, height) {
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 function showSparks() {
   const samples = Object.entries(state.history).sort(([a], [b]) => a - b).map(([, sample]) => sample), each = state.pilot.seconds;
-  const whole = samples.slice(0, -1).map((sample) => sample[0] / each);
+  const whole = samples.map((sample) => sample[0] / each);
   spark($("spark-ended"), whole, Math.max(...whole, 0.1), colour("finished"));
-  put($("spark-ended-now"), rate(state.pilot.rate) + " (most: " + rate(Math.max(...whole, 0)) + ")");
+  put($("spark-ended-now"), rate(state.pilot.rate) + " (most: " + rate(Math.max(...whole, state.pilot.rate)) + ")");
   spark($("spark-used"), samples.map((sample) => sample[1]), Math.max(...samples.map((sample) => sample[2] || 0), 1), colour("handed"));
   put($("spark-used-now"), state.pilot.cores ? Math.round(state.pilot.used / state.pilot.cores * 100) + " %" : "–");
 }
@@ -333,7 +334,7 @@ const map = {
     return { placed, height: y + tall };
   },
   draw() {
-    const names = Object.keys(state.nodes), canvas = $("map"), width = canvas.clientWidth || 300;
+    const names = Object.keys(state.nodes).sort(inOrder), canvas = $("map"), width = canvas.clientWidth || 300;
     this.spots = [];
     if (state.pilot.detailed) this.drawCores(canvas, width, names); else this.drawNodes(canvas, width, names);
     if (this.chosen) this.choose(this.spots.find((spot) => spot.key === this.chosen.key) || null, false);
