@@ -1,4 +1,7 @@
-"""Measures how long a page of `pilotq dashboard` takes, with many waiting tasks and many that have ended."""
+"""Measures how long RQ's pages of `pilotq dashboard` take, with many waiting tasks and many that have ended.
+
+`live_page.py` measures pilotq's own page.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ def pages(task: str) -> dict[str, list[str]]:
 
     def jobs(queue: str, registry: str, order: str, page: int = 1) -> list[str]:
         place = f"jobs/{queue}/{registry}/8/{order}/{page}"
-        return [f"0/view/{place}", f"0/data/{place}.json"]
+        return [f"rq/0/view/{place}", f"rq/0/data/{place}.json"]
 
     return {
-        "overview": ["", "0/data/queues.json"],
+        "overview": ["rq/", "rq/0/data/queues.json"],
         "waiting tasks": jobs(WAITING, "queued", "asc"),
         "waiting tasks, last page": jobs(WAITING, "queued", "dsc"),
         "waiting tasks, in the middle": jobs(WAITING, "queued", "asc", 6_000),
         "ended tasks": jobs("default", "canceled", "asc"),
         "ended tasks, last page": jobs("default", "canceled", "dsc"),
-        "one task": [f"0/view/job/{task}", f"0/data/job/{task}.json"],
-        "workers": ["0/view/workers", "0/data/workers.json"],
+        "one task": [f"rq/0/view/job/{task}", f"rq/0/data/job/{task}.json"],
+        "workers": ["rq/0/view/workers", "rq/0/data/workers.json"],
     }
 
 
