@@ -53,6 +53,10 @@ class Unit:
     finals: int = 0  # ends of executions that count
     again: bool = False  # it was retried: its executions go on with any higher number
     ends: int = 0  # how often it had ended before it was retried
+    waits: list[tuple[str, str]] = field(default_factory=list)  # those of its parents that are still to release it
+
+    def __post_init__(self) -> None:
+        self.waits = list(self.parents)
 
 
 @dataclass
@@ -85,18 +89,22 @@ class Model:
         while changed:
             changed = False
             for unit in self.units.values():
-                if unit.status == "waiting" and any(map(self.missed, unit.parents)):
+                if unit.status == "waiting" and any(map(self.missed, unit.waits)):
                     unit.status, changed = "canceled", True
 
-    def retry(self, units: list[Unit]) -> None:
+    def retry(self, units: list[Unit], *, anew: bool) -> None:
+        """``anew``: they wait for their parents again. What these have released by now stays released."""
+        for unit in self.units.values():
+            unit.waits = [d for d in unit.waits if not self.met(d)] if unit.status == "waiting" else unit.waits
         for unit in units:
+            unit.waits = list(unit.parents) if anew or unit.array in self.each else []
             unit.ends += 1
             unit.status, unit.cancel, unit.rq, unit.crashes, unit.again = "waiting", False, False, 0, True
             unit.retries = self.retries.get(unit.array, unit.retries)
             unit.met = False
 
     def ready(self) -> list[str]:
-        return [u.id for u in self.units.values() if u.status == "waiting" and all(map(self.met, u.parents))]
+        return [u.id for u in self.units.values() if u.status == "waiting" and all(map(self.met, u.waits))]
 
     def requeue(self, unit: Unit) -> None:
         unit.status = "canceled" if unit.cancel else "waiting"
@@ -321,7 +329,7 @@ class Machine(RuleBasedStateMachine):
             unfinished = [p for m in members for p in m.parents if not self.model.met(p)]
             assert not wanted or unfinished or self._is_ending(members), (answer, members)
             return
-        self.model.retry(wanted)
+        self.model.retry(wanted, anew=(over and name in self.model.arrays) or not members[0].array)
         if name in self.model.arrays and over:
             self.model.ends[name] += 1
         elif name not in self.model.arrays and members[0].array:
