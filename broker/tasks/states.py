@@ -108,7 +108,7 @@ REASONS: Final[dict[str, str]] = {
     "walltime": "the allocation it ran in ended before it did",
     "node": "failed at once on a node where others did so before it: another node tries it",
     "elements": "some of its elements did not finish",
-    "failures": "more of its elements failed than it may have: those that waited were canceled",
+    "failures": "too many of its elements failed: those that waited were canceled",
     "refused": "asks for what cannot be",
     "retries": "asked for more retries than it may have",
     "returned retry": "asked to be tried again",

@@ -333,6 +333,6 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_a_sentence_of_a_reason_goes_on_from_it_or_has_a_subject() -> None:
-    subjects = ("a ", "its ", "one ", "some ", "starting ", "the ")
+    subjects = ("a ", "its ", "one ", "some ", "starting ", "the ", "too many of ")
     for reason, sentence in REASONS.items():
         assert not reason or sentence.startswith(PREDICATES) != sentence.startswith(subjects), reason
