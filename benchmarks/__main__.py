@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.figures import Figure, table
 
 NAMES = (
-    "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "live_page", "metrics", "rq_jobs",
-    "qcg",
+    "submitting", "chain", "makespan", "spawning", "functions", "placement", "dashboard", "live_page", "metrics",
+    "rq_jobs", "qcg",
     "faults", "dispatch", "latency", "occupancy", "costs", "traffic",
 )  # fmt: skip
 
