@@ -18,6 +18,7 @@ from typing import Any
 import click
 import msgspec
 
+from pilotq.broker.client.core_hours import PARTS, CoreHours
 from pilotq.broker.client.views import Counts, GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
 
@@ -215,3 +216,18 @@ def print_ids(rows: Sequence[tuple[str, str, int]], as_json: bool) -> None:
         click.echo(to_json([{"id": i, "name": printable(name), "tasks": size} for i, name, size in rows]))
     elif rows:
         click.echo("\n".join(i for i, _, _ in rows))
+
+
+def core_hours_json(found: CoreHours) -> dict[str, float | str]:
+    """Core-hours by what they were spent on, and the sentence about it."""
+    hours = {part: round(getattr(found, part) / 3.6e9, 9) for part in ("whole", *PARTS)}
+    return {**hours, "advice": found.advice}
+
+
+def core_hours_table(found: CoreHours) -> str:
+    """A row for each thing that core-hours were spent on."""
+    rows = [
+        [what, f"{getattr(found, part) / 3.6e9:,.4g}", f"{100 * found.share(part):.1f} %"]
+        for part, what in PARTS.items()
+    ]
+    return table(("CORE-HOURS WENT INTO", "CORE-HOURS", "SHARE"), rows)

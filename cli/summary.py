@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from pilotq.broker.client.core_hours import CoreHours, core_hours
+from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.views import Counts
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.resources import parse_allocation
@@ -30,6 +32,7 @@ class Summary(msgspec.Struct, kw_only=True):
     seconds: float
     cores: int
     core_seconds: float = 0.0
+    core_hours: CoreHours = msgspec.field(default_factory=CoreHours)
     failed: list[JournalEntry] = []  # the first NAMED_MAX
     commands: dict[str, str] = {}  # what each of these runs, by its id or its array's, where that is known
     earlier: int = 0  # tasks that had failed before the run that is summed up, which resumes theirs
@@ -50,12 +53,14 @@ def summarise(
     """Sum up the journal's lines of executions that ended since ``begin`` (unix seconds, as ``end``)."""
     summary = Summary(counts=counts, seconds=max(end - begin, 0.0), cores=cores, directory=directory)
     before = set()
+    runs = Executions()
     for line in lines:
         if line.ended is None or line.ended < begin:  # of a run that this one resumes
             if line.final and line.status in ("failed", "stopped") and not line.elements:
                 before.add(line.id)
             continue
         before.discard(line.id)
+        runs.add(line)
         if line.started is not None:
             held = sum(len(part.cores) for part in parse_allocation(line.cpus)) if line.cpus else 0
             summary.core_seconds += held * max(line.ended - line.started, 0.0)
@@ -63,6 +68,7 @@ def summarise(
         if failed and len(summary.failed) < NAMED_MAX:
             summary.failed.append(line)
     summary.earlier = len(before)
+    summary.core_hours = core_hours(runs, cores=cores, begin=begin, end=max(begin, end))
     return summary
 
 
@@ -73,6 +79,7 @@ def as_json(summary: Summary, exit_code: int) -> dict[str, Any]:
         "seconds": round(summary.seconds, 3),
         "cores": summary.cores,
         "efficiency": None if summary.efficiency is None else round(summary.efficiency, 4),
+        "core_hours": formatting.core_hours_json(summary.core_hours),
         "failed": [
             {"id": line.id, "name": line.name, "status": line.status, "reason": line.reason,
              "command": _command(summary, line), "exit_code": line.exit_code, "execution": line.execution,
@@ -95,6 +102,8 @@ def as_text(summary: Summary, tails: dict[str, str]) -> str:
         formatting.counts_text(summary.counts) + (f"; {len(summary.omitted):,} omitted" if summary.omitted else ""),
         f"took {formatting.seconds(summary.seconds)} on {summary.cores} {noun}{used}",
     ]
+    if advice := summary.core_hours.advice:
+        out.append(advice)
     for line in summary.failed:
         out.append("")
         out.append(f"{failure(line)}")

@@ -1,38 +1,45 @@
-"""`pilotq report`: summarises the journal of a pilot, running or ended, or draws it."""
+"""`pilotq report`: summarises the journal of a pilot, running or ended, draws it, or writes it for other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
+from pilotq.broker.client.core_hours import CoreHours, core_hours
+from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.statistics import Spread, Statistics, statistics
 from pilotq.broker.client.usage import Usage, usage
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot, find
 from pilotq.broker.store.journal import Journal, JournalEntry
-from pilotq.broker.store.resources import parse_allocation
 from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 
-COLOURS = {"finished": "tab:green", "failed": "tab:red", "stopped": "tab:orange", "canceled": "tab:orange"}
-ROWS_MAX = 512  # rows of one chart: more could not be distinguished
+FILES = ("gantt", "usage", "trace", "csv", "parquet")  # kinds that write a file
 
 
 @click.command("report")
-@click.argument("kind", type=click.Choice(["stats", "gantt"]), default="stats")
+@click.argument("kind", type=click.Choice(["stats", *FILES]), default="stats")
 @click.argument("file", required=False)
 @click.option("--by-name", is_flag=True, help="What tasks of each name asked for and used, and what to ask for next.")
 @dir_option
 @json_option
 def report_command(kind: str, file: str | None, by_name: bool, directory: str | None, as_json: bool) -> None:
-    """Summarise the journal (stats), or draw which core ran what into FILE: .png, .svg or .pdf (gantt).
+    """Summarise the journal (stats), or write FILE: a picture, or the executions for other programs.
 
-    Stats are the use of the cores, waits, run times, failures by reason, and the longest executions. Drawing needs
-    matplotlib: `pip install 'pilotq[report]'`.
+    \b
+    stats    use of the cores, what the core-hours went into, waits, run times, failures by reason
+    gantt    which core ran what, as .png, .svg or .pdf: pip install 'pilotq[report]'
+    usage    the cores in use over time, as gantt
+    trace    trace events for Perfetto (ui.perfetto.dev) and chrome://tracing
+    csv      a row for each execution
+    parquet  the same: pip install 'pilotq[parquet]'
+
+    All are for a pilot that runs, too: of what has ended there.
 
     \b
     Example: pilotq report
@@ -40,21 +47,42 @@ def report_command(kind: str, file: str | None, by_name: bool, directory: str | 
     Example: pilotq report gantt run.png
     """
     pilot = find(directory)
-    if (kind == "gantt") == (file is None):
-        raise InvalidInput("report gantt: name the FILE to write" if kind == "gantt" else "report stats takes no FILE")
-    if kind == "gantt" and by_name:
-        raise InvalidInput("report: give gantt or --by-name, not both")
-    if kind == "gantt":
-        assert file is not None, "checked above"
-        number = _draw(pilot, file)
-        click.echo(f"pilotq: {number:,} executions are in {file}", err=True)
+    if (kind in FILES) == (file is None):
+        raise InvalidInput(f"report {kind}: name the FILE to write" if kind in FILES else "report stats takes no FILE")
+    if kind in FILES and by_name:
+        raise InvalidInput(f"report: give {kind} or --by-name, not both")
+    if file is not None:
+        number = _write(kind, pilot, file)
+        click.echo(f"pilotq: {number:,} executions are in {formatting.clean(file)}", err=True)
         return
     if by_name:
         usages = usage(Journal(pilot.journal).entries())
         click.echo(formatting.to_json(usages) if as_json else _usage_text(usages))
         return
-    found = statistics(Journal(pilot.journal).entries())
-    click.echo(formatting.to_json(_as_json(found)) if as_json else _as_text(found))
+    runs = Executions()
+    found = statistics(_added_to(runs, Journal(pilot.journal).entries()))
+    hours = core_hours(runs)
+    click.echo(formatting.to_json(_as_json(found, hours)) if as_json else _as_text(found, hours))
+
+
+def _write(kind: str, pilot: Pilot, file: str) -> int:
+    """Write the file, and return how many executions it shows."""
+    from pilotq.cli import report_export
+
+    entries = Journal(pilot.journal).entries()
+    if kind in ("csv", "parquet", "trace"):
+        return int(getattr(report_export, f"write_{kind}")(entries, file))
+    from pilotq.cli.report_drawing import draw_gantt, draw_usage
+
+    runs = Executions(entries)
+    (draw_gantt if kind == "gantt" else draw_usage)(runs, file)
+    return len(runs)
+
+
+def _added_to(runs: Executions, entries: Iterable[JournalEntry]) -> Iterator[JournalEntry]:
+    for entry in entries:
+        runs.add(entry)
+        yield entry
 
 
 def _usage_text(usages: Sequence[Usage]) -> str:
@@ -88,12 +116,13 @@ def _to_ask(one: Usage) -> str:
     return " ".join(words)
 
 
-def _as_json(found: Statistics) -> dict[str, Any]:
+def _as_json(found: Statistics, hours: CoreHours) -> dict[str, Any]:
     facts = {name: getattr(found, name) for name in found.__struct_fields__ if name != "longest"}
-    return {**facts, "longest": [line.id for line in found.longest]}
+    spent = formatting.core_hours_json(hours)
+    return {**facts, "longest": [line.id for line in found.longest], "core_hours": spent}
 
 
-def _as_text(found: Statistics) -> str:
+def _as_text(found: Statistics, hours: CoreHours) -> str:
     use = "" if found.use is None else f", in use {100 * found.use:.0f} % of the time"
     facts = [
         ("tasks", ", ".join(f"{n:,} {status}" for status, n in sorted(found.tasks.items())) or "none has ended"),
@@ -105,6 +134,8 @@ def _as_text(found: Statistics) -> str:
         ("run times", _spread(found.runs)),
     ]
     out = [f"{name:<12}{text}" for name, text in facts if text]
+    if hours.whole:
+        out += ["", formatting.core_hours_table(hours), hours.advice]
     if found.failures:
         out += ["", "executions that did not finish:"]
         rows = sorted(found.failures.items(), key=lambda item: -item[1])
@@ -127,44 +158,3 @@ def _spread(spread: Spread | None) -> str:
         return ""
     words = (("half of them up to", spread.median), ("90 %", spread.p90), ("the longest", spread.longest))
     return ", ".join(f"{word} {formatting.seconds(value)}" for word, value in words)
-
-
-def _draw(pilot: Pilot, file: str) -> int:
-    """Bars of all executions that ran, a row for each core; returns their number."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise InvalidInput("report gantt needs matplotlib: `pip install 'pilotq[report]'`") from None
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    bars: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
-    number = 0
-    for line in Journal(pilot.journal).entries():
-        if line.started is None or line.ended is None or not line.cpus:
-            continue
-        number += 1
-        bar = (line.started, line.ended - line.started, COLOURS.get(line.status, "tab:gray"))
-        for part in parse_allocation(line.cpus):
-            for core in part.cores:
-                bars.setdefault((part.node, core), []).append(bar)
-    if not number:
-        raise InvalidInput(f"the journal of {pilot.directory} has no execution that ran: there is nothing to draw")
-    if len(bars) > ROWS_MAX:
-        raise InvalidInput(f"{len(bars)} cores are too many for one chart: it has room for {ROWS_MAX}")
-    begin = min(start for row in bars.values() for start, _, _ in row)
-    figure, axes = plt.subplots(figsize=(12, 1.5 + 0.2 * len(bars)), layout="constrained")
-    for place, name in enumerate(sorted(bars)):
-        row = bars[name]
-        spans, colours = [(start - begin, length) for start, length, _ in row], [colour for *_, colour in row]
-        axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=colours, edgecolors="white", linewidth=0.3)
-    axes.set_yticks(range(len(bars)), [f"{node}:{core}" for node, core in sorted(bars)])
-    axes.set_xlabel("seconds since the first start")
-    axes.invert_yaxis()
-    try:
-        figure.savefig(file)
-    except ValueError as error:  # an ending that matplotlib does not know
-        raise InvalidInput(f"{file}: {error}") from None
-    finally:
-        plt.close(figure)
-    return number

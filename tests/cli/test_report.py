@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 import os
 import pty
@@ -13,8 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from pilotq.broker.client.core_hours import PARTS
+from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.statistics import Spread, statistics
+from pilotq.broker.client.timeline import Timeline
+from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.journal import JournalEntry
+from pilotq.cli.report_drawing import draw_gantt
+from pilotq.cli.report_export import write_parquet
 from tests.support.command_line import Cli, command, environment, in_background, prompt
 from tests.support.waiting import wait_until
 
@@ -69,8 +77,24 @@ def test_report_while_it_runs_and_afterwards(pilot: Cli, tmp_path: Path) -> None
         done = pilot("report", "gantt", name)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / name).read_bytes().startswith(magic)
+    spent = facts["core_hours"]
+    assert spent["whole"] == pytest.approx(sum(hours for part, hours in spent.items() if part in PARTS), rel=1e-6)
+    assert "CORE-HOURS WENT INTO" in pilot("report").stdout and spent["advice"] in pilot("report").stdout
+    assert pilot("report", "usage", "use.pdf").returncode == 0
+    assert (tmp_path / "use.pdf").read_bytes().startswith(b"%PDF")
+    assert pilot("report", "csv", "run.csv").returncode == 0
+    with open(tmp_path / "run.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and sorted(row["cores"] for row in rows) == [*"111112"]
+    assert {row["name"] for row in rows} >= {"long one"}
+    assert pilot("report", "trace", "run.json").returncode == 0
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert len(slices) >= 6 and {"long one"} <= {event["name"] for event in slices}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("run.csv.", "run.json.", "run.png."))]
     for words, text in (
-        (["gantt"], "name the FILE"), (["stats", "x"], "takes no FILE"), (["gantt", "run.xyz"], "run.xyz: "),
+        (["gantt"], "name the FILE"), (["csv", "no/such/x.csv"], "cannot be written"),
+        (["stats", "x"], "takes no FILE"), (["gantt", "run.xyz"], "run.xyz: "),
         (["gant"], "gantt"),
     ):  # fmt: skip
         done = pilot("report", *words)
@@ -81,6 +105,35 @@ def test_nothing_to_draw(pilot: Cli) -> None:
     pilot("stop")
     assert "none has ended" in pilot("report").stdout
     assert "there is nothing to draw" in pilot("report", "gantt", "x.png").stderr
+
+
+def test_charts_of_many_are_of_density(tmp_path: Path) -> None:
+    runs = Executions(line(str(i), i % 7, i % 7 + 2, f"n{i % 600}[0]") for i in range(1200))
+    draw_gantt(runs, str(tmp_path / "many.png"))
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_timeline_says_how_busy_cores_were() -> None:
+    runs = Executions(
+        [line("1", 0, 4, "n1[0]"), line("2", 1, 2.5, "n1[1]", status="failed"), line("3", 3, 4, "n2[0:1]")]
+    )
+    time = Timeline(runs, 4, 2)
+    assert (time.begin, time.end, time.rows, time.cores) == (0, 4, 2, [2, 2])
+    assert list(time.busy) == [0.5, 1, 0.75, 0.5, 0, 0, 0, 1]
+    assert list(time.failed) == [0, 0.5, 0.25, 0, 0, 0, 0, 0]
+
+
+def test_parquet_needs_pyarrow_and_has_the_same_rows(tmp_path: Path) -> None:
+    entries = [line("1", 0, 4, name="one\udcff"), line("2", 1, 3, status="failed", reason="exit", exit_code=3)]
+    if importlib.util.find_spec("pyarrow") is None:
+        with pytest.raises(InvalidInput, match="parquet"):
+            write_parquet(entries, str(tmp_path / "x.parquet"))
+        return
+    from pyarrow import parquet
+
+    assert write_parquet(entries, str(tmp_path / "x.parquet")) == 2
+    rows = parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    assert [row["name"] for row in rows] == ["one?", ""] and rows[1]["exit_code"] == 3 and rows[0]["signal"] is None
 
 
 def test_top_once(pilot: Cli) -> None:
