@@ -20,8 +20,8 @@ NAMES = (
 )  # fmt: skip
 
 # Needs root, and starts a Slurm cluster; takes a quarter of an hour; installs and runs others; minutes; half an hour;
-# a launcher alone.
-BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation", "launching")
+# a launcher alone; a minute, and half a GB of disk.
+BY_NAME = ("slurm", "endurance", "peers", "scale", "simulation", "launching", "report")
 
 
 def main(names: list[str]) -> None:

@@ -9,7 +9,7 @@ import click
 
 from pilotq.broker.client.core_hours import CoreHours, core_hours
 from pilotq.broker.client.executions import Executions
-from pilotq.broker.client.statistics import Spread, Statistics, statistics
+from pilotq.broker.client.statistics import Statistics, statistics
 from pilotq.broker.client.usage import Usage, usage
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot, find
@@ -18,8 +18,9 @@ from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
+from pilotq.cli.report_text import facts_of
 
-FILES = ("gantt", "usage", "trace", "csv", "parquet")  # kinds that write a file
+FILES = ("html", "gantt", "usage", "trace", "csv", "parquet")  # kinds that write a file
 
 
 @click.command("report")
@@ -29,10 +30,11 @@ FILES = ("gantt", "usage", "trace", "csv", "parquet")  # kinds that write a file
 @dir_option
 @json_option
 def report_command(kind: str, file: str | None, by_name: bool, directory: str | None, as_json: bool) -> None:
-    """Summarise the journal (stats), or write FILE: a picture, or the executions for other programs.
+    """Summarise the journal (stats), or write FILE: a page, a picture, or the executions for other programs.
 
     \b
     stats    use of the cores, what the core-hours went into, waits, run times, failures by reason
+    html     one page that needs no network: the same with a chart to zoom into, of up to millions of executions
     gantt    which core ran what, as .png, .svg or .pdf: pip install 'pilotq[report]'
     usage    the cores in use over time, as gantt
     trace    trace events for Perfetto (ui.perfetto.dev) and chrome://tracing
@@ -44,6 +46,7 @@ def report_command(kind: str, file: str | None, by_name: bool, directory: str | 
     \b
     Example: pilotq report
     Example: pilotq report --by-name
+    Example: pilotq report html run.html
     Example: pilotq report gantt run.png
     """
     pilot = find(directory)
@@ -69,6 +72,10 @@ def _write(kind: str, pilot: Pilot, file: str) -> int:
     """Write the file, and return how many executions it shows."""
     from pilotq.cli import report_export
 
+    if kind == "html":
+        from pilotq.cli.report_page import write_page
+
+        return write_page(Journal(pilot.journal), file)
     entries = Journal(pilot.journal).entries()
     if kind in ("csv", "parquet", "trace"):
         return int(getattr(report_export, f"write_{kind}")(entries, file))
@@ -123,17 +130,7 @@ def _as_json(found: Statistics, hours: CoreHours) -> dict[str, Any]:
 
 
 def _as_text(found: Statistics, hours: CoreHours) -> str:
-    use = "" if found.use is None else f", in use {100 * found.use:.0f} % of the time"
-    facts = [
-        ("tasks", ", ".join(f"{n:,} {status}" for status, n in sorted(found.tasks.items())) or "none has ended"),
-        ("executions", f"{found.executions:,} on {len(found.nodes):,} node" + ("" if len(found.nodes) == 1 else "s")),
-        ("time", f"{formatting.seconds(found.seconds)} from the first start to the last end"),
-        ("cores", f"{found.cores:,}{use}"),
-        ("CPU time", formatting.seconds(found.cpu_seconds)),
-        ("waits", _spread(found.waits)),
-        ("run times", _spread(found.runs)),
-    ]
-    out = [f"{name:<12}{text}" for name, text in facts if text]
+    out = [f"{name:<12}{text}" for name, text in facts_of(found)]
     if hours.whole:
         out += ["", formatting.core_hours_table(hours), hours.advice]
     if found.failures:
@@ -151,10 +148,3 @@ def _as_text(found: Statistics, hours: CoreHours) -> str:
 
 def _ran(line: JournalEntry) -> float:
     return max((line.ended or 0.0) - (line.started or 0.0), 0.0)
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return ""
-    words = (("half of them up to", spread.median), ("90 %", spread.p90), ("the longest", spread.longest))
-    return ", ".join(f"{word} {formatting.seconds(value)}" for word, value in words)

@@ -121,6 +121,9 @@ def test_the_summary_counts_core_seconds_of_all_executions_of_this_run() -> None
     assert found.core_seconds == 12.0
     assert found.efficiency == 0.6
     assert found.failed == []
+    assert "\n60 % of the core-hours went into the tail: " in summary.as_text(found, {})
+    spent = summary.as_json(found, 0)["core_hours"]
+    assert (spent["whole"] * 3600, spent["finished"] * 3600) == pytest.approx((20, 6), rel=1e-4)
 
 
 def test_the_summary_names_the_first_failed_tasks_and_counts_the_rest() -> None:

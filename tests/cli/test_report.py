@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pilotq.broker.client.core_hours import PARTS
@@ -20,9 +21,9 @@ from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.statistics import Spread, statistics
 from pilotq.broker.client.timeline import Timeline
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.store.journal import JournalEntry
-from pilotq.cli.report_drawing import draw_gantt
+from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.cli.report_export import write_parquet
+from pilotq.cli.report_page import write_page
 from tests.support.command_line import Cli, command, environment, in_background, prompt
 from tests.support.waiting import wait_until
 
@@ -107,9 +108,18 @@ def test_nothing_to_draw(pilot: Cli) -> None:
     assert "there is nothing to draw" in pilot("report", "gantt", "x.png").stderr
 
 
+DRAW = """
+import sys
+from pilotq.broker.client.executions import Executions
+from pilotq.broker.store.journal import Journal
+from pilotq.cli.report_drawing import draw_gantt
+draw_gantt(Executions(Journal(sys.argv[1]).entries()), sys.argv[2])
+"""
+
+
 def test_charts_of_many_are_of_density(tmp_path: Path) -> None:
-    runs = Executions(line(str(i), i % 7, i % 7 + 2, f"n{i % 600}[0]") for i in range(1200))
-    draw_gantt(runs, str(tmp_path / "many.png"))
+    journal = plant(tmp_path, [line(str(i), i % 7, i % 7 + 2, f"n{i % 600}[0]") for i in range(1200)])
+    subprocess.run([sys.executable, "-c", DRAW, journal.path, str(tmp_path / "many.png")], check=True)
     assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -121,6 +131,30 @@ def test_a_timeline_says_how_busy_cores_were() -> None:
     assert (time.begin, time.end, time.rows, time.cores) == (0, 4, 2, [2, 2])
     assert list(time.busy) == [0.5, 1, 0.75, 0.5, 0, 0, 0, 1]
     assert list(time.failed) == [0, 0.5, 0.25, 0, 0, 0, 0, 0]
+
+
+def plant(folder: Path, entries: list[JournalEntry]) -> Journal:
+    path = folder / "journal.jsonl"
+    path.write_bytes(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
+    return Journal(str(path))
+
+
+def test_the_page_escapes_what_tasks_are_called(tmp_path: Path) -> None:
+    name = "</script><script>alert(1)</script><!--"
+    entries = [line("<i>", 0, 4, name=name, status="failed", reason="exit"), line("2", 1, 3, "n1[1],n2[0]")]
+    assert write_page(plant(tmp_path, entries), str(tmp_path / "x.html")) == 2
+    text = (tmp_path / "x.html").read_text()
+    assert "<script>alert" not in text and "<i>" not in text and "<!--" not in text
+    assert text.count("</script>") == 2 and "&lt;script&gt;alert" in text
+    assert "http:" not in text and "https:" not in text and " src=" not in text
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert data["names"][0] == name and data["bars"]["ids"] == ["<i>", "2"]
+    assert data["places"] == [[[0, 1]], [[1, 2]]] and data["cores"] == 3
+
+
+def test_the_page_of_nothing(tmp_path: Path) -> None:
+    assert write_page(plant(tmp_path, []), str(tmp_path / "x.html")) == 0
+    assert "No execution has ended" in (tmp_path / "x.html").read_text()
 
 
 def test_parquet_needs_pyarrow_and_has_the_same_rows(tmp_path: Path) -> None:
