@@ -15,21 +15,25 @@ ROWS_MAX, BARS_MAX = 512, 50_000  # of one chart with a bar for each execution; 
 COLUMNS = 1200  # of a chart of density, and of the use over time
 
 
-def draw_gantt(runs: Executions, file: str) -> None:
-    """A row for each core and a bar for each execution; for many, how busy a core or group of cores was."""
+def draw_gantt(runs: Executions, file: str, *, gaps: bool = False) -> None:
+    """A row for each core and a bar for each execution; for many, how busy a core or group of cores was.
+
+    With ``gaps`` the chart shows which share of the time cores were idle.
+    """
     plt = _pyplot("gantt")
     held = runs.held()
     if not held:
         raise InvalidInput("the journal has no execution that ran: there is nothing to draw")
-    if len(held) > ROWS_MAX or len(runs) > BARS_MAX:
+    if gaps or len(held) > ROWS_MAX or len(runs) > BARS_MAX:
         figure, axes = plt.subplots(figsize=(12, 7), layout="constrained")
         time = Timeline(runs, COLUMNS, min(len(held), ROWS_MAX))
-        rows = [time.busy[row * COLUMNS : (row + 1) * COLUMNS] for row in range(time.rows)]
+        shares = [1.0 - share for share in time.busy] if gaps else list(time.busy)
+        rows = [shares[row * COLUMNS : (row + 1) * COLUMNS] for row in range(time.rows)]
         picture = axes.imshow(
             rows, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="viridis",
             extent=(0, time.end - time.begin, len(held), 0),
         )  # fmt: skip
-        figure.colorbar(picture, label="share of the time in use")
+        figure.colorbar(picture, label="share of the time idle" if gaps else "share of the time in use")
         axes.set_ylabel(f"cores, {held[0][0]}:{held[0][1]} to {held[-1][0]}:{held[-1][1]}")
     else:
         figure, axes = plt.subplots(figsize=(12, 1.5 + 0.2 * len(held)), layout="constrained")
