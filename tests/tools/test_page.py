@@ -38,7 +38,7 @@ class Page(NamedTuple):
     def open(self, place: str = "") -> None:
         self.browser.open("about:blank")  # else only the part behind # would change, and nothing be loaded
         self.browser.open(f"{self.served.url}#/{place}")
-        self.browser.await_value("document.documentElement.dataset.shown")
+        self.browser.await_value("document.documentElement?.dataset.shown")
 
     def shell(self, text: str, **fields: Any) -> str:
         return self.broker.enqueue(Task(command=["sh", "-c", text], cwd=str(self.folder), **fields))
@@ -280,7 +280,7 @@ def test_a_link_each_way(page: Page) -> None:
     page.browser.value("document.querySelector('header nav a').click()")
     page.browser.await_value("location.pathname.startsWith('/rq/') && Boolean(document.querySelector('a[href=\"/\"]'))")
     page.browser.value("document.querySelector('a[href=\"/\"]').click()")
-    page.browser.await_value("document.documentElement.dataset.shown")
+    page.browser.await_value("document.documentElement?.dataset.shown")
     page.browser.errors[:] = [error for error in page.browser.errors if "favicon" not in error]
 
 
@@ -292,7 +292,7 @@ def test_stop_ends_the_pilot(tmp_path: Path) -> None:
         browser(tmp_path, "pilotq", shown.password) as found,
     ):
         found.open(shown.url)
-        found.await_value("document.documentElement.dataset.shown")
+        found.await_value("document.documentElement?.dataset.shown")
         found.click("#stop")
         found.await_value("document.getElementById('ask').open")
         found.value("document.getElementById('ask-select').value = 'now'")

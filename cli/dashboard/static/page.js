@@ -556,10 +556,13 @@ function output(id) {
   follow("stdout");
   return card(make("h2", "Output"), tabs, text, note);
 }
-async function nodePage(name, at) {
+async function nodePage(name, at, seen) {
   let node;
-  try { node = await get("/api/node/" + encodeURIComponent(name)); } catch (error) { refused(error, at); return; }
+  try { node = await get("/api/node/" + encodeURIComponent(name)); } catch (error) { if (!seen) refused(error, at); return; }
   if (at !== shownAt) return;
+  const now = JSON.stringify(node), focus = document.activeElement.id;
+  again = setTimeout(() => { if (at === shownAt) nodePage(name, at, now); }, 2000);
+  if (now === seen) return;
   const actions = make("div", null, { class: "buttons" }), closed = node.state !== "up" && node.state !== "lost";
   actions.append(closed ? button("Resume", () => ask("Use node " + name + " again?", "It gets new tasks.", () => press("/api/resume", { nodes: [name] }).then(later)), { id: "resume" })
     : button("Drain", () => ask("Drain node " + name + "?", "It gets nothing new; what runs there goes on.", (reason) => press("/api/drain", { nodes: [name], reason }).then(later), { more: "reason, shown to others" }), { id: "drain" }));
@@ -577,6 +580,7 @@ async function nodePage(name, at) {
   header.append(top); table.append(make("caption", "What it has", { class: "unseen" }), header, body); box.append(table);
   const elements = Object.entries(node.elements || {}).map(([array, count]) => number(count) + " of " + array).join(", ");
   $("detail").replaceChildren(head, card(make("h2", "What it has"), node.executions.length ? box : make("p", "No task is named here.", { class: "dim" }), make("p", elements ? "short elements, which have no record of their own: " + elements : "", { class: "dim" })));
+  if (["drain", "resume"].includes(focus) && $(focus)) $(focus).focus();
 }
 async function findPage(words, at) {
   let answer;
