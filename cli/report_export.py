@@ -89,37 +89,41 @@ def _cores(entry: JournalEntry) -> int:
 def write_trace(entries: Iterable[JournalEntry], file: str) -> int:
     """Trace events as Chrome and Perfetto read them: a process for each node, a thread for each core.
 
-    An execution is a slice on the first core of each node that it held. Returns the number of slices.
+    An execution is a slice on the first core of each node that it held. Returns the number of executions.
     """
     number, before = 0, ""
     with written_whole(file) as draft, open(draft, "w", encoding="utf-8") as out:
         out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        for event in _events(entries):
-            number += event["ph"] == "X"
-            out.write(before + json.dumps(event, separators=(",", ":")))
+        for events in _events(entries):
+            number += 1
+            out.write(before + ",\n".join(json.dumps(event, separators=(",", ":")) for event in events))
             before = ",\n"
         out.write("\n]}\n")
     return number
 
 
-def _events(entries: Iterable[JournalEntry]) -> Iterator[dict[str, Any]]:
+def _events(entries: Iterable[JournalEntry]) -> Iterator[list[dict[str, Any]]]:
+    """The events of each execution."""
     nodes: dict[str, int] = {}
     threads: set[tuple[str, int]] = set()
     for entry in entries:
         if entry.elements or not entry.execution or entry.started is None or entry.ended is None or not entry.cpus:
             continue
+        events: list[dict[str, Any]] = []
         for part in parse_allocation(entry.cpus):
             core = part.cores[0] if part.cores else 0
             if part.node not in nodes:
                 nodes[part.node] = len(nodes) + 1
-                yield {"ph": "M", "name": "process_name", "pid": nodes[part.node], "args": {"name": part.node}}
+                name = {"name": part.node}
+                events.append({"ph": "M", "name": "process_name", "pid": nodes[part.node], "args": name})
             place = {"pid": nodes[part.node], "tid": core + 1}
             if (part.node, core) not in threads:
                 threads.add((part.node, core))
-                yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"core {core}"}}
-            yield {
+                events.append({"ph": "M", "name": "thread_name", **place, "args": {"name": f"core {core}"}})
+            events.append({
                 "ph": "X", "name": entry.name or entry.id, "cat": entry.status, **place,
                 "ts": round(entry.started * 1e6), "dur": max(round((entry.ended - entry.started) * 1e6), 1),
                 "args": {"id": entry.id, "execution": entry.execution, "status": entry.status,
                          "reason": entry.reason, "cores": entry.cpus, "exit_code": entry.exit_code},
-            }  # fmt: skip
+            })  # fmt: skip
+        yield events
