@@ -80,7 +80,7 @@ def test_the_wheel_holds_every_module_and_script_and_nothing_else(source: Path, 
         "/".join(["pilotq", *path.relative_to(source).parts[folder == "package" :]])
         for folder in SOURCE
         for path in (source / folder).rglob("*")
-        if path.suffix in (".py", ".lua", ".typed")
+        if path.suffix in (".py", ".lua", ".typed", ".html", ".css", ".js", ".svg")
     }
     assert "pilotq/py.typed" in expected
     with zipfile.ZipFile(wheel) as archive:
