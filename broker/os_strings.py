@@ -17,6 +17,8 @@ import msgspec
 T = TypeVar("T")
 _encoding, _errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 _json = msgspec.json.Encoder().encode
+# What a decoder raises for damaged data: also a text that is no UTF-8, and what is nested too deep.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def encode(text: str) -> bytes:

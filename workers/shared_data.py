@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from pilotq.broker.errors import PilotFailed, ServerUnavailable
+from pilotq.broker.os_strings import UNREADABLE
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
-from pilotq.broker.store.messages import UNREADABLE
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.value_blocks import BLOCK, read_block

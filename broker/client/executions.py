@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.resources import parse_allocation
+
+if TYPE_CHECKING:
+    from pilotq.broker.store.journal import JournalEntry
 
 
 class Words:

@@ -19,6 +19,7 @@ import msgspec
 from pilotq.broker import failpoints
 from pilotq.broker.errors import ServerUnavailable, Superseded
 from pilotq.broker.log import log
+from pilotq.broker.os_strings import UNREADABLE
 from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.job_requests import JobRequest
 from pilotq.broker.scheduling.availability import Availability
@@ -34,7 +35,6 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection
 from pilotq.broker.store.messages import (
-    UNREADABLE,
     ControlChanged,
     Draining,
     ExecutionEnd,

@@ -10,9 +10,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from pilotq.broker.errors import PilotFailed
+from pilotq.broker.os_strings import UNREADABLE
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.messages import UNREADABLE
 from pilotq.broker.store.value_blocks import BLOCK, read_block
 from pilotq.broker.tasks.spec import Member, read_member
 

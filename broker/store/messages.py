@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pilotq.broker.os_strings import UNREADABLE
+
 
 class Run(msgspec.Struct, array_like=True, tag="run"):
     """Run this execution. The order of the fields is fixed by claim.lua."""
@@ -221,8 +223,6 @@ ToWorker = (
 )  # fmt: skip
 
 
-# What a decoder raises for damaged data: also a text that is no UTF-8, and what is nested too deep.
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _decode = msgspec.msgpack.Decoder(list[ToWorker]).decode
 _decode_one = msgspec.msgpack.Decoder(ToWorker).decode
 _decode_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from pilotq.broker.errors import PilotFailed
-from pilotq.broker.store.messages import UNREADABLE
+from pilotq.broker.os_strings import UNREADABLE
 
 BLOCK = 1000  # values in one
 _pack = msgspec.msgpack.Encoder().encode

@@ -33,15 +33,14 @@ def report_command(kind: str, file: str | None, by_name: bool, directory: str | 
     """Summarise the journal (stats), or write FILE: a page, a picture, or the executions for other programs.
 
     \b
-    stats    use of the cores, what the core-hours went into, waits, run times, failures by reason
-    html     one page that needs no network: the same with a chart to zoom into, of up to millions of executions
-    gantt    which core ran what, as .png, .svg or .pdf: pip install 'pilotq[report]'
+    stats    core-hours, waits, run times, failures by reason
+    html     one page: the same with a chart to zoom into
+    gantt    which core ran what, as .png, .svg or .pdf:
+             pip install 'pilotq[report]'
     usage    the cores in use over time, as gantt
-    trace    trace events for Perfetto (ui.perfetto.dev) and chrome://tracing
+    trace    events for Perfetto (ui.perfetto.dev)
     csv      a row for each execution
     parquet  the same: pip install 'pilotq[parquet]'
-
-    All are for a pilot that runs, too: of what has ended there.
 
     \b
     Example: pilotq report

@@ -16,9 +16,9 @@ import msgspec
 
 from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.log import log
-from pilotq.broker.os_strings import decode, encode
+from pilotq.broker.os_strings import UNREADABLE, decode, encode
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
-from pilotq.broker.store.messages import UNREADABLE, Run, StartRemote
+from pilotq.broker.store.messages import Run, StartRemote
 from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
 from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS, PACK, SPREAD
 from pilotq.broker.tasks.retry_policy import parse_retry_on

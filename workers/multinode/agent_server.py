@@ -9,8 +9,7 @@ import socket
 import msgspec
 
 from pilotq.broker.log import log
-from pilotq.broker.os_strings import from_json, to_json
-from pilotq.broker.store.messages import UNREADABLE
+from pilotq.broker.os_strings import UNREADABLE, from_json, to_json
 from pilotq.workers.multinode.agent import CREDENTIALS, LENGTH
 
 REQUEST_MAX = 8 << 20  # an environment is at most a quarter of the stack's limit

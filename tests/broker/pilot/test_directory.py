@@ -16,7 +16,15 @@ import pytest
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotExists, PilotFailed, StateLost, Superseded
 from pilotq.broker.pilot import lock as lock_module
-from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, create, establish_queue_id, find, write_private
+from pilotq.broker.pilot.directory import (
+    SCHEMA_VERSION,
+    ConnectionInfo,
+    Pilot,
+    create,
+    establish_queue_id,
+    find,
+    write_private,
+)
 from pilotq.broker.pilot.lock import STALE_S, Holder, Lock, holder
 from pilotq.broker.pilot.server import start_server
 from pilotq.broker.store import keys
@@ -400,7 +408,7 @@ def test_an_empty_server_gets_a_queue_id_once(here: Path, link: Connection) -> N
     pilot = create("one")
     queue_id = establish_queue_id(pilot, link)
     assert len(queue_id) == 16
-    assert link.call("MGET", keys.QUEUE_ID, keys.SCHEMA) == [queue_id.encode(), b"4"]
+    assert link.call("MGET", keys.QUEUE_ID, keys.SCHEMA) == [queue_id.encode(), SCHEMA_VERSION.encode()]
     assert establish_queue_id(pilot, link) == queue_id
     # Died between the server's answer and its own note: the queue is the same.
     os.unlink(pilot.path("server", "queue-id"))
@@ -422,7 +430,8 @@ def test_a_server_that_lost_its_state_is_noticed(here: Path, link: Connection) -
 def test_data_of_another_version_is_refused(here: Path, link: Connection) -> None:
     link.call("MSET", keys.SCHEMA, "99", keys.QUEUE_ID, "e")
     with pytest.raises(
-        PilotFailed, match="version 99, this pilotq knows version 4: use the pilotq that made it, or start"
+        PilotFailed,
+        match=f"version 99, this pilotq knows version {SCHEMA_VERSION}: use the pilotq that made it, or",
     ):
         establish_queue_id(Pilot(str(here / "one")), link)
 
@@ -437,7 +446,7 @@ def test_a_directory_of_an_older_pilot_is_refused_and_left_as_it_is(here: Path, 
         assert sorted(link.call("KEYS", "*")) == [b"pilotq:epoch", keys.SCHEMA.encode()]
         Path(pilot.path("server", "epoch")).write_text("e")
     link.call("FLUSHALL")
-    with pytest.raises(PilotFailed, match="version 1, this pilotq knows version 4"):
+    with pytest.raises(PilotFailed, match=f"version 1, this pilotq knows version {SCHEMA_VERSION}"):
         establish_queue_id(pilot, link)
     assert link.call("DBSIZE") == 0
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from pilotq.broker.errors import InvalidInput, NoPilot, PilotExists, PilotFailed, StateLost
-from pilotq.broker.pilot.directory import Pilot
+from pilotq.broker.pilot.directory import SCHEMA_VERSION, Pilot
 from pilotq.broker.pilot.lock import holder
 from pilotq.broker.pilot.queue_client import QueueClient
 from pilotq.broker.pilot.server import start_server
@@ -94,7 +94,7 @@ def test_a_pilot_is_ready_when_start_returns_and_leaves_nothing_when_it_was_stop
     pilot = start()
     connection = pilot.connection()
     assert (connection.pilot, connection.directory, connection.pid) == ("pilot", pilot.directory, pilot.process.pid)
-    assert ask(pilot, "MGET", keys.QUEUE_ID, keys.SCHEMA) == [connection.queue_id.encode(), b"4"]
+    assert ask(pilot, "MGET", keys.QUEUE_ID, keys.SCHEMA) == [connection.queue_id.encode(), SCHEMA_VERSION.encode()]
     wait_until(lambda: registered(pilot))
     assert part(pilot, "dispatcher")
     held = holder(pilot.path("lock"))
