@@ -19,8 +19,9 @@ import click
 import msgspec
 
 from pilotq.broker.client.core_hours import PARTS, CoreHours
-from pilotq.broker.client.views import Counts, GpuView, NodeView, TaskView
+from pilotq.broker.client.views import Counts, Explanation, GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
+from pilotq.broker.tasks.states import ENDED, REASONS
 
 # ESC or its 8-bit form, then: a string up to its terminator (OSC, DCS, ...), a CSI sequence, or one more character.
 ESCAPE = re.compile(
@@ -35,6 +36,7 @@ DETAILS = (
     "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "array_limit",
     "elements", "ended",
 )  # fmt: skip
+STDERR_LINES = 10  # last lines of stderr in an explanation
 NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "HEARTBEAT")
 
 
@@ -151,6 +153,59 @@ def task_json(task: TaskView) -> dict[str, Any]:
 def details_json(task: TaskView) -> dict[str, Any]:
     """The record of one task that was asked for: that of a listing, and all else that is known."""
     return {**task_json(task), **{name: getattr(task, name) for name in DETAILS}}
+
+
+def _place(task: TaskView) -> str:
+    """The array or bundle that it is part of."""
+    return f"{task.array}, index {task.index}" if task.index is not None else task.array
+
+
+def details_text(task: TaskView) -> str:
+    """All that is known of one task, a line for each fact."""
+    reason = f"{task.reason}: {REASONS[task.reason]}" if REASONS.get(task.reason) else task.reason
+    times = task.times
+    facts = [
+        ("id", task.id),
+        ("name", task.name),
+        ("status", task.status),
+        ("reason", reason),
+        ("message", task.message),
+        ("exit code", "" if task.exit_code is None else str(task.exit_code)),
+        ("signal", str(task.signal or "")),
+        ("command", task.command),
+        ("queue", task.queue),
+        ("array" if task.index is not None else "bundle", _place(task)),
+        ("elements", f"{task.array_size:,}" if task.array_size else ""),
+        ("at a time", f"at most {task.array_limit:,}" if task.array_limit else ""),
+        *((f"  {status}", ranges) for status, ranges in task.elements.items()),
+        ("execution", str(task.execution or "")),
+        ("retries left", str(task.retries or "")),
+        ("cores", task.cores),
+        *((word, moment(times.get(word))) for word in ("queued", "handed", "started", "ended")),
+        ("ran", seconds(ran(task))),
+        ("CPU time", seconds(task.cpu)),
+        ("memory", f"{task.max_rss / 2**20:,.1f} MiB at most" if task.max_rss else ""),
+    ]
+    out = [f"{name:<14}{clean(text)}" for name, text in facts if text]
+    for stream, text in (("stdout", task.stdout_tail), ("stderr", task.stderr_tail)):
+        if text.strip():
+            out += [f"{stream}, the end:", *(f"  {line}" for line in lines(text))]
+    return "\n".join(out)
+
+
+def explanation_text(found: Explanation) -> str:
+    """An explanation for people: a sentence a line, the end of stderr, commands that show more."""
+    name = f" ({clean(found.name)})" if found.name else ""
+    verb = found.status if found.status in ENDED - {"canceled", "stopped"} else f"is {found.status}"
+    out = [
+        f"task {clean(found.id)}{name} {verb}",
+        *(f"  {clean(sentence)}" for sentence in found.why),
+    ]
+    if tail := [line for line in lines(found.output) if line][-STDERR_LINES:]:
+        out += ["  the end of what it wrote to stderr:", *(f"    {line}" for line in tail)]
+    if found.commands:
+        out.append(f"  more: {', '.join(found.commands)}")
+    return "\n".join(out)
 
 
 def nodes_table(nodes: Iterable[NodeView]) -> str:

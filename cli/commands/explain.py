@@ -5,13 +5,9 @@ from __future__ import annotations
 import click
 
 from pilotq.broker.client.broker import open_pilot
-from pilotq.broker.client.views import Explanation
-from pilotq.broker.tasks.states import ENDED
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 from pilotq.cli.task_selection import ids_of
-
-STDERR_LINES = 10  # last lines of what it wrote to stderr
 
 
 @click.command("explain", no_args_is_help=True)
@@ -32,18 +28,4 @@ def explain_command(words: tuple[str, ...], directory: str | None, as_json: bool
     if as_json:
         click.echo(formatting.to_json(found))
     else:
-        click.echo("\n\n".join(map(_text, found)))
-
-
-def _text(found: Explanation) -> str:
-    name = f" ({formatting.clean(found.name)})" if found.name else ""
-    verb = found.status if found.status in ENDED - {"canceled", "stopped"} else f"is {found.status}"
-    out = [
-        f"task {formatting.clean(found.id)}{name} {verb}",
-        *(f"  {formatting.clean(sentence)}" for sentence in found.why),
-    ]
-    if tail := [line for line in formatting.lines(found.output) if line][-STDERR_LINES:]:
-        out += ["  the end of what it wrote to stderr:", *(f"    {line}" for line in tail)]
-    if found.commands:
-        out.append(f"  more: {', '.join(found.commands)}")
-    return "\n".join(out)
+        click.echo("\n\n".join(map(formatting.explanation_text, found)))

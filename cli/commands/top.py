@@ -1,7 +1,8 @@
-"""`pilotq top`: progress, nodes and the longest running tasks of a pilot, again and again."""
+"""`pilotq top`: a pilot on a terminal, again and again; without one, a table of nodes and tasks, once."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -13,7 +14,6 @@ import msgspec
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.broker import Broker, open_pilot
 from pilotq.broker.client.views import Counts, NodeView, TaskView
-from pilotq.broker.errors import ServerUnavailable
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
 
@@ -22,13 +22,12 @@ OTHER_LINES = 6  # of a frame: counts, heads, blanks
 
 
 class Frame(msgspec.Struct, kw_only=True):
-    """The state of a pilot at one moment. ``rate`` is tasks ended per second since the frame before."""
+    """The state of a pilot at one moment."""
 
     at: float
     counts: Counts
     ended: bool = False
     running: int = 0
-    rate: float | None = None
     nodes: list[NodeView] = []
     tasks: list[TaskView] = []
 
@@ -40,41 +39,23 @@ class Frame(msgspec.Struct, kw_only=True):
 @dir_option
 @json_option
 def top_command(once: bool, every: float, directory: str | None, as_json: bool) -> None:
-    """Watch the pilot: tasks, nodes, and the tasks that run longest; until Ctrl-C or the pilot's end.
+    """Watch the pilot: a map of nodes and cores, what runs, progress, what waits and why, failures; until q or its end.
 
-    Without a terminal, and with --json, one frame is shown.
+    Keys: 1 to 5 or Tab choose the view, arrows a line, Enter shows its task, c cancels it after y, Esc leads back.
+    Without a terminal, with --once and with --json, a table of nodes and of the tasks that run longest is shown once.
 
     \b
     Example: pilotq top
     """
-    frame = take_frame(directory, None)
-    if as_json:
-        click.echo(formatting.to_json(_as_json(frame)))
-    elif once or not sys.stdout.isatty():
-        click.echo(text(frame))
-    else:
-        _live(directory, frame, every)
+    if not (as_json or once) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        from pilotq.cli.top_loop import watch
+
+        watch(directory, every)
+    frame = take_frame(directory)
+    click.echo(formatting.to_json(_as_json(frame)) if as_json else text(frame))
 
 
-def _live(directory: str | None, frame: Frame, every: float) -> None:
-    from rich.live import Live
-    from rich.text import Text
-
-    try:
-        with Live(Text.from_ansi(text(frame)), screen=True, auto_refresh=False) as live:
-            while not frame.ended:
-                time.sleep(every)
-                try:
-                    frame = take_frame(directory, frame)
-                except ServerUnavailable:
-                    continue  # it is being started again, or the pilot ends: the next frame shows which
-                live.update(Text.from_ansi(text(frame)), refresh=True)
-    except KeyboardInterrupt:
-        pass  # the usual way to end it
-    click.echo(text(frame))
-
-
-def take_frame(directory: str | None, before: Frame | None) -> Frame:
+def take_frame(directory: str | None) -> Frame:
     """One frame; raises as `reach`."""
     with open_pilot(directory) as pilot:
         now = time.time()
@@ -83,15 +64,12 @@ def take_frame(directory: str | None, before: Frame | None) -> Frame:
             frame.running, frame.nodes = pilot.running(), pilot.nodes()
             frame.tasks = list(pilot.tasks(status="started", limit=READ_MAX))
     frame.tasks = sorted((t for t in frame.tasks if not t.array_size), key=lambda t: t.times.get("started") or now)
-    if before is not None and now > before.at:
-        frame.rate = max(frame.counts.ended - before.counts.ended, 0) / (now - before.at)
     return frame
 
 
 def text(frame: Frame) -> str:
     """As many of the running tasks as the terminal has lines for."""
-    rate = "" if frame.rate is None else f"; {frame.rate:,.1f} ended per second"
-    out = [f"{formatting.counts_text(frame.counts)}; {frame.running:,} running{rate}"]
+    out = [f"{formatting.counts_text(frame.counts)}; {frame.running:,} running"]
     if frame.ended:
         return "\n".join([*out, "the pilot has ended"])
     out += ["", formatting.nodes_table(frame.nodes)]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
-import pty
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +21,7 @@ from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.cli.report_export import write_parquet, write_trace
 from pilotq.cli.report_page import write_page
-from tests.support.command_line import Cli, command, environment, in_background, prompt
+from tests.support.command_line import Cli, environment, in_background, prompt
 from tests.support.waiting import wait_until
 
 
@@ -195,31 +192,6 @@ def test_top_once(pilot: Cli) -> None:
     assert [row["id"] for row in facts["longest"]] == [task] and facts["nodes"][0]["cores"] == 2
     pilot("stop", "--now")
     assert "the pilot has ended" in pilot("top").stdout
-
-
-def test_top_live(pilot: Cli, tmp_path: Path) -> None:
-    pilot("enqueue", "--name", "sleeper", "--", "sleep", "100")
-    ours, theirs = pty.openpty()
-    env = environment(TERM="xterm", COLUMNS="100", LINES="30")
-    text = b""
-    try:
-        with subprocess.Popen(
-            command("top", "--every", "0.2"), cwd=tmp_path, env=env, stdin=theirs, stdout=theirs
-        ) as top:
-            os.close(theirs)
-            interrupted = False
-            while True:
-                try:
-                    text += os.read(ours, 65536)
-                except OSError:
-                    break  # its other end is closed
-                if not interrupted and text.count(b"ended per second") >= 2:
-                    top.send_signal(signal.SIGINT)
-                    interrupted = True
-            assert top.wait() == 0
-    finally:
-        os.close(ours)
-    assert b"sleeper" in text and interrupted
 
 
 def test_without_matplotlib_it_says_so(tmp_path: Path) -> None:
