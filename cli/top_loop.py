@@ -141,8 +141,14 @@ class Top:
         if key not in ("y", "Y"):
             self.say("not canceled")
             return
-        for task_id, word in self.broker.cancel([task]).items():
-            self.say(f"{task_id}: {cancel_sentence(word)}")
+        try:
+            for task_id, word in self.broker.cancel([task]).items():
+                self.say(f"{task_id}: {cancel_sentence(word)}")
+        except ServerUnavailable:
+            self.say(f"{task}: the server did not answer; look whether it still runs, and try again")
+            raise
+        except PilotqError as error:
+            self.say(str(error))
 
     def _read_task(self) -> None:
         began = time.monotonic()

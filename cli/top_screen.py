@@ -88,8 +88,8 @@ def rows(found: Overview, view: str, columns: int) -> list[Row]:
 
 
 HEADS = {
-    "nodes": "TASK      NAME                RAN  CORES",
-    "running": "TASK      NAME                RAN  CORES",
+    "nodes": "TASK      NAME                  RAN  CORES",
+    "running": "TASK      NAME                  RAN  CORES",
     "progress": "NAME                  DONE  PROGRESS",
     "queue": "  WAITING  QUEUE       PRIO  SHAPE           FIRST     WHY IT WAITS",
     "failures": "    TASKS  REASON      EXIT  NAME              NODE        LAST ONE  MESSAGE",
@@ -238,7 +238,7 @@ def _map_of_nodes(found: Overview, columns: int, room: int) -> list[Line]:
         for node in closed[:said]
     ]
     what = "a node" if each == 1 else f"{each} nodes"
-    legend = f"a sign is {what}: . free  1-9 tenths in use  # all  Lost Drained Retired Quarantined"
+    legend = f"a sign is {what}: . free  1-9 tenths in use  # all  L D R Q: lost, drained..."
     return [*out, [(legend, "dim")]][-room:]
 
 
