@@ -16,6 +16,7 @@ TASK_KEYS = "arrows scroll  c cancel  Esc back  q quit"
 NODE_WIDTH, LABEL_WIDTH = 16, 44  # columns of a node's name, and of all that stands before its cores
 MARKS = {"lost": "L", "drained": "D", "retired": "R", "quarantined": "Q"}
 STYLES = {"lost": "bold red", "quarantined": "red", "drained": "yellow", "retired": "yellow"}
+BEHIND_MAX = 1 << 16  # bytes of the journal that are not read yet of which nothing is said: it grows all the time
 REASONS_MAX = 4  # closed nodes whose reason stands below a map of whole nodes
 
 Line = list[tuple[str, str]]  # pieces of one line: text, style of rich
@@ -130,7 +131,7 @@ def _body(found: Overview, choice: Choice, columns: int, room: int) -> list[Line
     out: list[Line] = []
     if choice.view == "nodes":
         out = [*node_map(found, columns, max(room // 2, room - len(found.executions) - 2)), []]
-    elif found.behind:
+    elif found.behind > BEHIND_MAX:
         out = [[("the journal is still being read: names and failures are incomplete", "yellow")]]
     found_rows = rows(found, choice.view, columns - 2)
     if not found_rows:

@@ -63,6 +63,10 @@ def test_screens_fit_whatever_tasks_are_called(columns: int, lines: int) -> None
     assert "ab www" in text(found, Choice(task="1f"), columns, lines)[3]
     progress = "\n".join(text(found, Choice(view="progress"), columns, lines))
     assert " 65%" in progress and "#!" in progress and "!x" in progress and "x." in progress and "others" in progress
+    for behind, said in ((100, False), (10 << 20, True)):
+        found.behind = behind
+        shown = text(found, Choice(view="progress"), columns, lines)
+        assert any("still being read" in line for line in shown) is said
     assert "no core is free" in "\n".join(text(found, Choice(view="queue"), columns, lines))
     assert "exit           3" in "\n".join(text(found, Choice(view="failures"), columns, lines))
 
