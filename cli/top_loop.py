@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -188,6 +189,7 @@ def watch(directory: str | None, every: float) -> None:
     pilot = open_pilot(directory)
     if isinstance(pilot, Archive):
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal is left as it was
     with suppress(KeyboardInterrupt), _keyboard() as keyboard:
         _watch(Top(pilot), directory, every, keyboard)
 

@@ -151,6 +151,11 @@ def test_it_ends_with_the_pilot(tmp_path: Path) -> None:
     with in_background(tmp_path, "--nodes", "1") as cli:
         with terminal(command("top", "--every", "0.2"), tmp_path, environment()) as top:
             top.read_until("[1 nodes]")
+            top.process.terminate()
+            assert top.read_to_end() == 0
+        assert b"\x1b[?1049l" in top.shown, "the screen of before is there again"
+        with terminal(command("top", "--every", "0.2"), tmp_path, environment()) as top:
+            top.read_until("[1 nodes]")
             cli("stop", "--now")
             assert top.read_to_end() == 0
         assert b"the pilot has ended" in top.shown
