@@ -52,7 +52,7 @@ def make_app(pilot: Pilot, url: str, password: str) -> Any:
         response.headers["X-Frame-Options"] = "DENY"  # in a frame of another site its buttons could be pressed unseen
         response.headers["X-Content-Type-Options"] = "nosniff"
         if flask.request.path.startswith(rq_pages.PREFIX):
-            rq_pages.link_back(response)
+            rq_pages.amend(response)
         else:
             response.headers["Content-Security-Policy"] = POLICY
             response.headers["Referrer-Policy"] = "no-referrer"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from typing import Any
 
 PREFIX = "/rq"
 ANSWER_S = 10  # how long a page waits for the pilot's server
 BACK = b'<p style="text-align:right;margin:0 1em"><a href="/">pilotq: nodes, progress, failures</a></p>'
+_UNESCAPED = re.compile(rb"<%=((?:(?!%>|\.html\(\)).)*)%>", re.DOTALL)  # what calls html() is escaped by that
 
 
 def missing() -> list[str]:
@@ -29,10 +31,14 @@ def make_rq_app(url: str) -> Any:
     return app
 
 
-def link_back(response: Any) -> None:
-    """Put a link to pilotq's page into one of RQ's."""
+def amend(response: Any) -> None:
+    """Put a link to pilotq's page into one of RQ's, and make its templates escape what they show.
+
+    Those of rq-dashboard (0.9.0) show a job's description, error and metadata as they are, and so run scripts in them.
+    """
     if response.mimetype == "text/html" and not response.is_streamed:
-        response.set_data(response.get_data().replace(b"<body>", b"<body>" + BACK, 1))
+        page = _UNESCAPED.sub(rb"<%-\1%>", response.get_data())
+        response.set_data(page.replace(b"<body>", b"<body>" + BACK, 1))
 
 
 def _job_of(base: Any) -> Any:

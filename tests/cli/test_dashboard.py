@@ -174,3 +174,14 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "needs flask" in done.stderr and "pip install 'pilotq[dashboard]'" in done.stderr
+
+
+@needs_dashboard
+def test_rqs_pages_run_nothing_that_a_job_says(cli: Cli, tmp_path: Path) -> None:
+    task = cli("enqueue", "--", "true", "<script>").stdout.strip()
+    with served(tmp_path, home(tmp_path)) as page:
+        for path in (f"job/{task}", "workers", "queues", "jobs/default/queued/8/asc/1"):
+            status, text = page.ask(f"rq/0/view/{path}")
+            assert status == 200 and "<%- " in text
+            shown = [part.partition("%>")[0] for part in text.split("<%=")[1:]]
+            assert all(".text(" in part and part.strip().endswith(".html()") for part in shown), shown
