@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.timeline import Timeline
 from pilotq.broker.errors import InvalidInput
+from pilotq.broker.os_strings import printable
 from pilotq.broker.store.resources import parse_allocation
 from pilotq.cli.report_export import written_whole
 
@@ -20,7 +22,7 @@ def draw_gantt(runs: Executions, file: str, *, gaps: bool = False) -> None:
 
     With ``gaps`` the chart shows which share of the time cores were idle.
     """
-    plt = _pyplot("gantt")
+    plt = _pyplot("gantt", file)
     held = runs.held()
     if not held:
         raise InvalidInput("the journal has no execution that ran: there is nothing to draw")
@@ -60,7 +62,7 @@ def _bars(axes: Any, runs: Executions, held: list[tuple[str, int]]) -> None:
 
 def draw_usage(runs: Executions, file: str) -> None:
     """How many cores executions held over time."""
-    plt = _pyplot("usage")
+    plt = _pyplot("usage", file)
     held = runs.held()
     if not held:
         raise InvalidInput("the journal has no execution that ran: there is nothing to draw")
@@ -73,11 +75,19 @@ def draw_usage(runs: Executions, file: str) -> None:
     _save(plt, figure, file)
 
 
-def _pyplot(kind: str) -> Any:
+def _ending(file: str) -> str:
+    return os.path.splitext(file)[1][1:].lower()
+
+
+def _pyplot(kind: str, file: str) -> Any:
     try:
         import matplotlib as mpl
     except ImportError:
         raise InvalidInput(f"report {kind} needs matplotlib: `pip install 'pilotq[report]'`") from None
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if _ending(file) not in FigureCanvasBase.get_supported_filetypes():
+        raise InvalidInput(f"{printable(file)}: the ending says how to draw: name a .png, .svg or .pdf")
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
@@ -85,11 +95,8 @@ def _pyplot(kind: str) -> Any:
 
 
 def _save(plt: Any, figure: Any, file: str) -> None:
-    ending = file.rpartition(".")[2] if "." in file else "png"
     try:
         with written_whole(file) as draft:
-            figure.savefig(draft, format=ending)
-    except ValueError as error:  # an ending that matplotlib does not know
-        raise InvalidInput(f"{file}: {error}") from None
+            figure.savefig(draft, format=_ending(file))
     finally:
         plt.close(figure)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -25,13 +28,38 @@ COLUMNS: dict[str, type] = {
 
 @contextmanager
 def written_whole(file: str) -> Iterator[str]:
-    """The path of a file to write, which becomes ``file`` when that has gone well; raises InvalidInput."""
-    draft = f"{file}.{os.urandom(4).hex()}"
+    """The path of a file to write, which becomes ``file`` when that has gone well; raises InvalidInput.
+
+    A file that is there is replaced and its mode kept, at the end of a link, too; a pipe or device gets a copy.
+    """
     try:
-        yield draft
-        os.replace(draft, file)
+        mode = os.stat(file).st_mode if os.path.exists(file) else None
+        with _copied(file) if mode is not None and not stat.S_ISREG(mode) else _replaced(file, mode) as draft:
+            yield draft
     except OSError as error:
-        raise InvalidInput(f"{printable(file)}: it cannot be written ({error.strerror})") from None
+        raise InvalidInput(f"{printable(file)}: it cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def _copied(file: str) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        draft = os.path.join(folder, "draft")
+        yield draft
+        with open(draft, "rb") as whole, open(file, "wb") as out:
+            shutil.copyfileobj(whole, out)
+
+
+@contextmanager
+def _replaced(file: str, mode: int | None) -> Iterator[str]:
+    target = os.path.realpath(file)
+    draft = f"{target}.{os.urandom(4).hex()}"
+    try:
+        if mode is not None:  # whoever may not read the old file never reads the new one
+            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        yield draft
+        if mode is not None:
+            os.chmod(draft, stat.S_IMODE(mode))
+        os.replace(draft, target)
     finally:
         if os.path.lexists(draft):
             os.unlink(draft)

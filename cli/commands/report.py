@@ -53,6 +53,10 @@ def report_command(kind: str, file: str | None, by_name: bool, directory: str | 
         raise InvalidInput(f"report {kind}: name the FILE to write" if kind in FILES else "report stats takes no FILE")
     if kind in FILES and by_name:
         raise InvalidInput(f"report: give {kind} or --by-name, not both")
+    if kind in FILES and as_json:
+        raise InvalidInput(f"report: --json is for stats; report {kind} writes {formatting.clean(file or '')} as it is")
+    if file == "-":
+        raise InvalidInput(f"report {kind} writes a file as a whole, not to stdout: name the FILE")
     if file is not None:
         number = _write(kind, pilot, file)
         click.echo(f"pilotq: {number:,} executions are in {formatting.clean(file)}", err=True)
