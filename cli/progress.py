@@ -53,7 +53,7 @@ class Plain(Silent):
             return
         rate = (counts.ended - self._ended) / (now - self._last)
         self._last, self._ended, self._printed = now, counts.ended, text
-        speed = f", {_rate(rate)}{_left(counts, rate)}" if rate > 0 else ""
+        speed = f", {_rate(rate)}{_left(counts, running, rate)}" if rate > 0 else ""
         click.echo(f"pilotq: {text}, after {formatting.seconds(now - self._begin)}{speed}", err=True)
 
 
@@ -70,7 +70,8 @@ class Bar(Silent):
             def render(self, task: Task) -> Text:
                 rate = task.speed or 0.0
                 counts = Counts(total=int(task.total or 0), finished=int(task.completed))
-                return Text(f"{_rate(rate)}{_left(counts, rate)}" if rate > 0 else "")
+                left = _left(counts, task.fields.get("running", 0), rate) if rate > 0 else ""
+                return Text(f"{_rate(rate)}{left}" if rate > 0 else "")
 
         self._progress: Any = Progress(
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), Speed(),
@@ -86,7 +87,8 @@ class Bar(Silent):
             words.append(f"[red]{counts.failed:,} failed[/red]")
         if counts.canceled:
             words.append(f"[yellow]{counts.canceled:,} canceled[/yellow]")
-        self._progress.update(self._task, completed=counts.ended, total=counts.total, description=", ".join(words))
+        text = ", ".join(words)
+        self._progress.update(self._task, completed=counts.ended, total=counts.total, description=text, running=running)
 
     def close(self) -> None:
         self._progress.stop()
@@ -96,8 +98,11 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
 
 
-def _left(counts: Counts, rate: float) -> str:
-    return f", {formatting.seconds(counts.left / rate)} left" if counts.left > 0 else ""
+def _left(counts: Counts, running: int, rate: float) -> str:
+    """The time that what waits takes at this rate; nothing where that says little, at the end."""
+    if counts.left <= running or counts.left < rate:
+        return ""
+    return f", {formatting.seconds(counts.left / rate)} left"
 
 
 def display(quiet: bool) -> Silent:

@@ -9,6 +9,7 @@ import msgspec
 
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.resources import parse_allocation
+from pilotq.broker.tasks.array_outcomes import count_indices
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -25,7 +26,7 @@ class Statistics(msgspec.Struct, kw_only=True):
 
     ``seconds`` is from the first start to the last end; ``cores`` are all that any execution held; ``use`` is the share
     of cores x seconds that executions held. ``waits``: from submit to start of first executions. ``tasks`` counts tasks
-    by how they ended last, ``failures`` executions by reason, ``nodes`` executions by node.
+    by how they ended last, also those that never ran, ``failures`` executions by reason, ``nodes`` executions by node.
     """
 
     executions: int = 0
@@ -48,16 +49,15 @@ def statistics(entries: Iterable[JournalEntry], longest: int = 5) -> Statistics:
     held: set[tuple[str, int]] = set()
     waits: list[float] = []
     runs: list[float] = []
-    tasks: dict[str, str] = {}
+    ends = _Ends()
     failures: Counter[str] = Counter()
     nodes: Counter[str] = Counter()
     slowest: list[tuple[float, JournalEntry]] = []
     first, last = float("inf"), float("-inf")
     for entry in entries:
-        if entry.elements:
-            continue
-        tasks[entry.id] = entry.status if entry.final else "queued"
-        if not entry.execution:
+        ends.add(entry)
+        never_ran = not entry.execution or (entry.status == "canceled" and entry.started is None)
+        if entry.elements or never_ran:
             continue
         found.executions += 1
         nodes[entry.node] += 1
@@ -77,7 +77,7 @@ def statistics(entries: Iterable[JournalEntry], longest: int = 5) -> Statistics:
         if len(slowest) < longest or ran > slowest[-1][0]:
             entry.stdout = entry.stderr = ""
             slowest = sorted([*slowest, (ran, entry)], key=lambda item: -item[0])[:longest]
-    found.tasks, found.failures, found.nodes = dict(Counter(tasks.values())), dict(failures), dict(nodes)
+    found.tasks, found.failures, found.nodes = ends.counts(), dict(failures), dict(nodes)
     found.longest = [entry for _, entry in slowest]
     found.cores, found.waits, found.runs = len(held), _spread(waits), _spread(runs)
     if runs:
@@ -85,6 +85,31 @@ def statistics(entries: Iterable[JournalEntry], longest: int = 5) -> Statistics:
         possible = found.cores * found.seconds
         found.use = found.core_seconds / possible if possible > 0 else None
     return found
+
+
+class _Ends:
+    """How tasks ended last, by array; elements that never ran have no entry, only a place in that of their array."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, dict[str, str]] = {}  # array, or "" -> id -> status
+        self._arrays: dict[str, tuple[int, int, str]] = {}  # size, canceled elements, what those without an entry are
+
+    def add(self, entry: JournalEntry) -> None:
+        if entry.elements:
+            size = sum(map(count_indices, entry.elements.values()))
+            self._arrays[entry.id] = size, count_indices(entry.elements.get("canceled", "")), "canceled"
+        elif entry.id in self._arrays:  # it was requeued: what did not finish waits again
+            self._arrays[entry.id] = *self._arrays[entry.id][:2], "queued"
+            mine = self._tasks.get(entry.id, {})
+            mine.update((task_id, "queued") for task_id, status in mine.items() if status != "finished")
+        else:
+            self._tasks.setdefault(entry.array, {})[entry.id] = entry.status if entry.final else "queued"
+
+    def counts(self) -> dict[str, int]:
+        found = Counter(status for tasks in self._tasks.values() for status in tasks.values())
+        for array, (size, canceled, word) in self._arrays.items():
+            found[word] += min(size - len(self._tasks.get(array, {})), canceled)
+        return dict(+found)
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

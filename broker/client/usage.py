@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -44,17 +44,17 @@ class Usage(msgspec.Struct, kw_only=True):
     next_limit: float = 0.0
 
 
-def usage(entries: Iterable[JournalEntry]) -> list[Usage]:
-    """The usage by name, those that ran longest in all first."""
+def usage(entries: Iterable[JournalEntry], called: Callable[[str], str] = str) -> list[Usage]:
+    """The usage by name, those that ran longest in all first; ``called`` gives the name that an entry counts for."""
     found: dict[tuple[str, str], Usage] = {}
     seconds: dict[tuple[str, str], float] = {}
     for entry in entries:
         if entry.elements or not entry.execution or entry.started is None or entry.ended is None:
             continue
         program = "" if entry.name else entry.command.partition(" ")[0]
-        key = (entry.name, program)
+        key = (called(entry.name), program)
         if key not in found:
-            found[key] = Usage(name=entry.name, program=program)
+            found[key] = Usage(name=key[0], program=program)
         ran = max(entry.ended - entry.started, 0.0)
         seconds[key] = seconds.get(key, 0.0) + ran
         _count(found[key], entry, ran)

@@ -9,6 +9,7 @@ import click
 
 from pilotq.broker.client.core_hours import CoreHours, core_hours
 from pilotq.broker.client.executions import Executions
+from pilotq.broker.client.overview_tally import pattern_of
 from pilotq.broker.client.statistics import Statistics, statistics
 from pilotq.broker.client.usage import Usage, usage
 from pilotq.broker.errors import InvalidInput
@@ -21,12 +22,15 @@ from pilotq.cli.options import dir_option, json_option
 from pilotq.cli.report_text import facts_of
 
 FILES = ("html", "gantt", "usage", "trace", "csv", "parquet")  # kinds that write a file
+NAMES_MAX = 100  # lines of --by-name
 
 
 @click.command("report")
 @click.argument("kind", type=click.Choice(["stats", *FILES]), default="stats")
 @click.argument("file", required=False)
-@click.option("--by-name", is_flag=True, help="What tasks of each name asked for and used, and what to ask for next.")
+@click.option(
+    "--by-name", is_flag=True, help="What tasks of each name (t-* of t-1, t-2) asked for and used, and what to ask for."
+)
 @dir_option
 @json_option
 def report_command(kind: str, file: str | None, by_name: bool, directory: str | None, as_json: bool) -> None:
@@ -62,7 +66,7 @@ def report_command(kind: str, file: str | None, by_name: bool, directory: str | 
         click.echo(f"pilotq: {number:,} executions are in {formatting.clean(file)}", err=True)
         return
     if by_name:
-        usages = usage(Journal(pilot.journal).entries())
+        usages = usage(Journal(pilot.journal).entries(), pattern_of)
         click.echo(formatting.to_json(usages) if as_json else _usage_text(usages))
         return
     runs = Executions()
@@ -97,7 +101,7 @@ def _added_to(runs: Executions, entries: Iterable[JournalEntry]) -> Iterator[Jou
 
 def _usage_text(usages: Sequence[Usage]) -> str:
     rows, advice = [], []
-    for one in usages:
+    for one in usages[:NAMES_MAX]:
         name = one.name or f"({one.program})"
         rows.append([
             name, f"{one.executions:,}", f"{one.busy:.1f} of {one.cores}" if one.busy else str(one.cores),
@@ -109,7 +113,8 @@ def _usage_text(usages: Sequence[Usage]) -> str:
             advice.append(f"{formatting.clean(name)}: ask for {ask}" + (f" ({', '.join(short)})" if short else ""))
     if not rows:
         return "no execution has ended"
-    return "\n".join([formatting.table(("NAME", "RUNS", "CORES", "MEMORY", "TIME"), rows), "", *advice])
+    more = [f"and {len(usages) - NAMES_MAX:,} more names: --json has all"] if len(usages) > NAMES_MAX else []
+    return "\n".join([formatting.table(("NAME", "RUNS", "CORES", "MEMORY", "TIME"), rows), *more, "", *advice])
 
 
 def _of(used: float, asked: float, text: Callable[[Any], str]) -> str:

@@ -66,7 +66,7 @@ def wait_command(
         click.echo(f"pilotq: {sentence}", err=True)
     if as_json:
         click.echo(formatting.to_json(formatting.counts_json(counts)))
-    elif sys.stderr.isatty() and not sentence:
+    elif (sys.stderr.isatty() or shows_progress) and not sentence:
         click.echo(f"pilotq: {formatting.counts_text(counts)}", err=True)
     return exit_codes.TASKS_FAILED if sentence else exit_codes.of_counts(counts)
 

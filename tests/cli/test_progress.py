@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pilotq.cli.progress import PAUSE_MIN_S, pause_after
+import pytest
+
+from pilotq.broker.client.views import Counts
+from pilotq.cli.progress import PAUSE_MIN_S, Plain, pause_after
 from tests.support.command_line import command, environment, in_background
 from tests.support.terminal import terminal
 
@@ -17,6 +20,20 @@ def test_lines_get_rarer() -> None:
         lines += 1
     assert lines < 300, "of a whole day"
     assert pause_after(0.0) == pause_after(10.0) == PAUSE_MIN_S
+
+
+@pytest.mark.parametrize(
+    ("finished", "running", "left"), [(40, 2, True), (40, 60, False), (98, 1, False), (0, 2, False)]
+)
+def test_the_time_left_is_shown_while_it_says_something(
+    finished: int, running: int, left: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines = Plain()
+    now += 10.0
+    lines.update(Counts(total=100, finished=finished), running)
+    assert (" left" in capsys.readouterr().err) is left
 
 
 def test_a_bar_has_a_rate_and_the_time_that_is_left(tmp_path: Path) -> None:
@@ -44,4 +61,6 @@ def test_a_wait_shows_what_it_waits_for(tmp_path: Path) -> None:
         assert done.returncode == 4
         assert "pilotq: 0 of 1 task ended; 1 running, after " in done.stderr
         assert "had not ended after 3 s" in done.stderr
+        done = cli("wait", "--progress", *ids)
+        assert done.stderr.splitlines()[-1].startswith("pilotq: ") and " failed" in done.stderr
         assert "pilotq" not in cli("wait", "--timeout", "0.1s", *ids).stderr, "nothing is shown without it"

@@ -53,6 +53,25 @@ def test_statistics_of_known_lines() -> None:
     assert statistics([]).use is None
 
 
+def test_what_never_ran_and_what_waits_again_of_arrays() -> None:
+    def element(index: int, **fields: object) -> JournalEntry:
+        return line(f"6_{index}", 1, 2, array="6", index=index, **fields)
+
+    lines = [
+        element(0), element(1, status="failed", reason="exit"),
+        JournalEntry(id="6_2", status="canceled", array="6", index=2, execution=1),  # handed, and never begun
+        JournalEntry(id="6", status="failed", elements={"finished": "0", "failed": "1", "canceled": "2-9"}),
+    ]  # fmt: skip
+    found = statistics(lines)
+    assert (found.tasks, found.executions) == ({"finished": 1, "failed": 1, "canceled": 8}, 2)
+    lines.append(JournalEntry(id="6", status="queued", final=False))  # of `pilotq retry 6`
+    assert statistics(lines).tasks == {"finished": 1, "queued": 9}
+    lines.append(element(1, execution=2))
+    assert statistics(lines).tasks == {"finished": 2, "queued": 8}
+    lines += [*(element(index) for index in range(2, 10)), JournalEntry(id="6", elements={"finished": "0-9"})]
+    assert statistics(lines).tasks == {"finished": 10}
+
+
 @pytest.fixture
 def pilot(tmp_path: Path) -> Iterator[Cli]:
     with in_background(tmp_path, "--nodes", "2") as cli:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pilotq.broker.client.overview_tally import pattern_of
 from pilotq.broker.client.usage import Usage, learned, usage
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.tasks.model import Request, Task
@@ -48,6 +49,15 @@ def test_names_and_programs_are_apart_and_short_runs_say_nothing_of_cores() -> N
     assert [(one.name, one.program, one.executions, one.next_cores) for one in found] == [
         ("b", "", 1, 2), ("", "fit", 2, 0),
     ]  # fmt: skip
+
+
+def test_names_that_differ_in_their_numbers_only_count_together_on_request() -> None:
+    lines = [ran(f"t-{number}", number) for number in range(1, 1001)] + [ran("", 1.0, command="fit-2 x")]
+    found = usage(lines, pattern_of)
+    assert [(one.name, one.program, one.executions, one.longest) for one in found] == [
+        ("t-*", "", 1000, 1000.0), ("", "fit-2", 1, 1.0),
+    ]  # fmt: skip
+    assert len(usage(lines)) == 1001
 
 
 def test_what_was_used_is_asked_for_and_never_more_than_the_task_says() -> None:
