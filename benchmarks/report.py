@@ -61,7 +61,7 @@ def plant(path: Path, number: int) -> None:
             failed = rng.random() < 0.05
             node = f"n{core % NODES + 1}"
             entry = JournalEntry(
-                id=f"{task:x}", name=rng.choice(("sim", "post")), status="failed" if failed else "finished",
+                id=f"1_{task}", name=rng.choice(("sim", "post")), status="failed" if failed else "finished",
                 reason="exit" if failed else "", exit_code=int(failed), execution=1, node=node,
                 cpus=f"{node}[{core // NODES}]", queued=1.7e9, handed=1.7e9 + started, started=1.7e9 + started,
                 ended=1.7e9 + ended, cpu=ended - started, max_rss=rng.randrange(10**8), memory=1 << 28,

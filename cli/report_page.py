@@ -6,9 +6,7 @@ Names and words of tasks are untrusted: in the page they are escaped, and in its
 from __future__ import annotations
 
 import json
-import sys
 from array import array
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -21,15 +19,15 @@ from pilotq.broker.client.statistics import statistics
 from pilotq.broker.client.timeline import Timeline
 from pilotq.broker.client.usage import Usage, usage
 from pilotq.broker.store.journal import Journal, JournalEntry
-from pilotq.broker.store.resources import parse_allocation
 from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
+from pilotq.cli.report_bars import pack, pack_bars
 from pilotq.cli.report_export import written_whole
 from pilotq.cli.report_text import facts_of
 
-BARS_MAX = 50_000  # executions that the page has one by one; of more it has their density alone
 COLUMNS, ROWS = 8192, 128  # of the chart of density
+FEW = 50_000  # executions for which a quarter of these columns is enough
 USE_COLUMNS = 1024
 LISTED = 30  # rows of a table
 WAITS = (0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)  # seconds
@@ -45,13 +43,15 @@ def write_page(journal: Journal, file: str) -> int:
             yield entry
 
     found = statistics(added())
+    asked = _asked(usage(journal.entries()))  # first: it needs the most memory, of which the next makes use
+    data, lost = _data(runs) if len(runs) else ({}, "")
     sections = [
         _section("Summary", _table(("", ""), [list(fact) for fact in facts_of(found)])),
         _section("Where the core-hours went", _spent(core_hours(runs))),
-        _charts(runs) if len(runs) else "",
+        _charts(lost) if len(runs) else "",
         _section("Waits in the queue", _waits(runs)),
         _section("What did not finish", _failures(runs)),
-        _section("Asked for and used", _asked(usage(journal.entries()))),
+        _section("Asked for and used", asked),
     ]
     with written_whole(file) as draft, open(draft, "w", encoding="utf-8", errors="replace") as out:
         out.write(
@@ -61,8 +61,8 @@ def write_page(journal: Journal, file: str) -> int:
         )
         out.writelines(sections)
         if len(runs):
-            data = json.dumps(_data(runs), separators=(",", ":")).replace("<", "\\u003c")
-            out.write(f'<script type="application/json" id="data">{data}</script>\n')
+            text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+            out.write(f'<script type="application/json" id="data">{text}</script>\n')
             out.write(f"<script>{_part('page.js')}</script>\n")
         out.write("</body></html>\n")
     return len(runs)
@@ -114,10 +114,9 @@ def _spent(hours: CoreHours) -> str:
     return f"<p>{escape(hours.advice)}.</p>{_meters(rows)}"
 
 
-def _charts(runs: Executions) -> str:
-    many = "" if len(runs) <= BARS_MAX else " The executions are many: it shows how busy cores were."
+def _charts(lost: str) -> str:
     return f"""<h2>What the cores did</h2>
-<p>Zoom with the wheel (with Shift: time only) or + and -, drag or use the arrows to move, 0 shows all.{many}
+<p>Zoom with the wheel (with Shift: time only) or + and -, drag or use the arrows to move, 0 shows all. {lost}
 <button id="in">Zoom in</button> <button id="out">Zoom out</button> <button id="all">Show all</button></p>
 <canvas id="gantt" tabindex="0" role="img" aria-label="Gantt chart: which core ran what"></canvas>
 <div id="tip" role="status"></div>
@@ -162,52 +161,26 @@ def _asked(usages: Sequence[Usage]) -> str:
     return _table(("NAME", "RUNS", "CORES", "MEMORY", "TIME"), rows, (1,)) + more
 
 
-def _data(runs: Executions) -> dict[str, Any]:
-    """What the script of the page draws."""
+def _data(runs: Executions) -> tuple[dict[str, Any], str]:
+    """What the script of the page draws, and a sentence on what it lacks."""
     held = runs.held()
-    time = Timeline(runs, COLUMNS if len(runs) > BARS_MAX else COLUMNS // 4, ROWS)
+    time = Timeline(runs, COLUMNS if len(runs) > FEW else COLUMNS // 4, ROWS)
     use = Timeline(runs, USE_COLUMNS, 1)
     nodes: list[tuple[str, int, list[int]]] = []
     for row, (node, core) in enumerate(held):
         if not nodes or nodes[-1][0] != node:
             nodes.append((node, row, []))
         nodes[-1][2].append(core)
-    return {
-        "seconds": max(time.end - time.begin, 1e-6), "cores": len(held), "nodes": nodes,
+    seconds = max(time.end - time.begin, 1e-6)
+    bars = pack_bars(runs, held, time.begin, seconds)
+    data = {
+        "seconds": seconds, "cores": len(held), "nodes": nodes,
         "rows": time.rows, "columns": time.columns, "busy": _levels(time.busy), "failed": _levels(time.failed),
         "use": [round(share, 3) for share in use.busy],
-        **(_bars(runs, held, time.begin) if len(runs) <= BARS_MAX else {}),
+        "words": runs.statuses.words, "bars": bars.columns,
     }  # fmt: skip
+    return data, bars.lost
 
 
 def _levels(shares: array[float]) -> str:
-    return b64encode(bytes(min(round(share * 255), 255) for share in shares)).decode()
-
-
-def _bars(runs: Executions, held: list[tuple[str, int]], begin: float) -> dict[str, Any]:
-    row_of = {core: row for row, core in enumerate(held)}
-    times, what = array("d"), array("I")
-    for run in range(len(runs)):
-        times.extend((runs.started[run] - begin, runs.ended[run] - runs.started[run]))
-        what.extend((runs.place[run], runs.name[run], runs.status[run]))
-    if sys.byteorder == "big":
-        times.byteswap()
-        what.byteswap()
-    return {
-        "bars": {"times": b64encode(times).decode(), "what": b64encode(what).decode(), "ids": runs.ids},
-        "places": [_spans(text, row_of) for text in runs.places.words],
-        "names": [formatting.clean(name) for name in runs.names.words],
-        "words": runs.statuses.words,
-    }
-
-
-def _spans(text: str, row_of: dict[tuple[str, int], int]) -> list[tuple[int, int]]:
-    """The rows of an allocation, as first ones and their numbers."""
-    spans: list[tuple[int, int]] = []
-    parts = parse_allocation(text) if text else ()
-    for row in sorted(row_of[part.node, core] for part in parts for core in part.cores):
-        if spans and sum(spans[-1]) == row:
-            spans[-1] = (spans[-1][0], spans[-1][1] + 1)
-        else:
-            spans.append((row, 1))
-    return spans
+    return pack(bytes(min(round(share * 255), 255) for share in shares))

@@ -1,19 +1,61 @@
 "use strict";
 // The charts of a report: a Gantt chart with levels of detail, and the cores in use over time, on canvases.
-(() => {
+(async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const raw = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const chart = document.getElementById("gantt");
   if (!data.cores) return;
   const use = document.getElementById("use");
   const tip = document.getElementById("tip");
-  const busy = raw(data.busy), failed = raw(data.failed);
-  const bars = data.bars && {
-    times: new Float64Array(raw(data.bars.times).buffer),
-    what: new Uint32Array(raw(data.bars.what).buffer),
-    ids: data.bars.ids,
+  if (!window.DecompressionStream) {
+    tip.textContent = "This browser is too old for the charts: it has no DecompressionStream.";
+    return;
+  }
+  const unpack = async (text) => {
+    const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    return new Uint8Array(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
   };
-  const LEFT = 110, FEW = 20000;
+  const words = async (text) => JSON.parse(new TextDecoder().decode(await unpack(text)));
+  const numbers = async (text) => {
+    const bytes = await unpack(text), count = (bytes.length - 1) / bytes[0], found = new Float64Array(count);
+    for (let part = 0, at = 1, weight = 1; part < bytes[0]; part++, weight *= 256)
+      for (let index = 0; index < count; index++) found[index] += bytes[at++] * weight;
+    return found;
+  };
+  const signed = (number) => (number % 2 ? -(number + 1) / 2 : number / 2);
+  const sums = (differences) => {
+    let sum = 0;
+    return differences.map((each) => (sum += signed(each)));
+  };
+  const busy = await unpack(data.busy), failed = await unpack(data.failed);
+  const LEFT = 110, FEW = 20000, UNPACK = 100000;
+
+  // The executions one by one, unpacked when they may first be few enough to be drawn.
+  let bars = null, asked = false;
+  const unpackBars = async () => {
+    const packed = data.bars, count = packed.count, start = new Float64Array(count), end = new Float64Array(count);
+    const place = new Uint32Array(count), runs = await numbers(packed.runs), spans = await numbers(packed.spans);
+    const gaps = await numbers(packed.gaps), lengths = await numbers(packed.lengths);
+    for (let index = 0, at = 0; index < count; index++) {
+      start[index] = (at += signed(gaps[index])) * packed.unit;
+      end[index] = (at += lengths[index]) * packed.unit;
+    }
+    const first = sums(await numbers(packed.first)), rows = await numbers(packed.rows);
+    const span = new Uint32Array(spans.length + 1);
+    for (let index = 0, run = 0; index < spans.length; index++) {
+      span[index + 1] = span[index] + spans[index];
+      place.fill(index, run, (run += runs[index]));
+    }
+    bars = { count, start, end, place, span, first, rows, status: await numbers(packed.status) };
+    if (packed.names) [bars.names, bars.name] = [await words(packed.names), await numbers(packed.name)];
+    if (packed.heads) [bars.heads, bars.head, bars.number] = [await words(packed.heads), await numbers(packed.head), sums(await numbers(packed.number))];
+  };
+  const idOf = (index) => (bars.heads ? bars.heads[bars.head[index]] + (bars.number[index] ? bars.number[index] - 1 : "") : "");
+  const named = (index) => (bars.names ? bars.names[bars.name[index]] : "");
+  const within = (index, low, high) => {
+    for (let at = bars.span[bars.place[index]]; at < bars.span[bars.place[index] + 1]; at++)
+      if (bars.first[at] < high && bars.first[at] + bars.rows[at] > low) return true;
+    return false;
+  };
   let from = 0, to = data.seconds, top = 0, bottom = data.cores;
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const rgb = (name) => {
@@ -71,9 +113,6 @@
       if (x < width - 25) pen.fillText(length(at, step), x, height - 5);
     }
   };
-  const barAt = (index) => ({ start: bars.times[2 * index], end: bars.times[2 * index] + bars.times[2 * index + 1],
-    place: data.places[bars.what[3 * index]], name: data.names[bars.what[3 * index + 1]], status: data.words[bars.what[3 * index + 2]] });
-
   const drawGantt = () => {
     const [pen, width, full] = sized(chart), height = full - 24, across = (width - LEFT) / (to - from), down = height / (bottom - top);
     pen.save();
@@ -82,22 +121,25 @@
     pen.clip();
     pen.fillStyle = css("--ground");
     pen.fillRect(LEFT, 0, width - LEFT, height);
-    let seen = [];
-    if (bars && down >= 1)
-      for (let index = 0; index < bars.ids.length && seen.length <= FEW; index++) {
-        const start = bars.times[2 * index];
-        if (start <= to && start + bars.times[2 * index + 1] >= from) seen.push(index);
-      }
-    chart.dataset.detail = bars && down >= 1 && seen.length <= FEW ? "bars" : "density";
+    const thick = data.bars.count && down >= 1, seen = [];
+    if (thick && !asked && (data.bars.count * (to - from) * (bottom - top)) / data.seconds / data.cores <= UNPACK) {
+      asked = true;
+      unpackBars().then(draw);
+    }
+    if (thick && bars)
+      for (let index = 0; index < bars.count && seen.length <= FEW; index++)
+        if (bars.start[index] <= to && bars.end[index] >= from && within(index, top, bottom)) seen.push(index);
+    chart.dataset.detail = thick && bars && seen.length <= FEW ? "bars" : "density";
     if (chart.dataset.detail === "bars") {
-      const colours = { finished: css("--good"), failed: css("--bad") }, gap = down > 4 ? 1 : 0, labels = [];
+      const colours = { finished: css("--good"), failed: css("--bad") }, other = css("--other"), gap = down > 4 ? 1 : 0, labels = [];
       for (const index of seen) {
-        const bar = barAt(index), x = LEFT + (bar.start - from) * across, w = Math.max((bar.end - bar.start) * across, 1);
-        pen.fillStyle = colours[bar.status] || css("--other");
-        for (const [first, count] of bar.place) {
-          if (first + count <= top || first >= bottom) continue;
-          pen.fillRect(x, (first - top) * down + gap / 2, Math.max(w - (w > 3 ? 1 : 0), 1), count * down - gap);
-          if (w > 50 && down >= 12) labels.push([bar.name || bars.ids[index], x, (first - top + count / 2) * down + 4, w]);
+        const x = LEFT + (bars.start[index] - from) * across, w = Math.max((bars.end[index] - bars.start[index]) * across, 1);
+        pen.fillStyle = colours[data.words[bars.status[index]]] || other;
+        for (let at = bars.span[bars.place[index]]; at < bars.span[bars.place[index] + 1]; at++) {
+          const first = bars.first[at], rows = bars.rows[at];
+          if (first + rows <= top || first >= bottom) continue;
+          pen.fillRect(x, (first - top) * down + gap / 2, Math.max(w - (w > 3 ? 1 : 0), 1), rows * down - gap);
+          if (w > 50 && down >= 12) labels.push([named(index) || idOf(index), x, ((Math.max(first, top) + Math.min(first + rows, bottom)) / 2 - top) * down + 4, w]);
         }
       }
       pen.fillStyle = css("--onbar");
@@ -114,7 +156,10 @@
     pen.fillStyle = css("--text");
     pen.textAlign = "right";
     const step = Math.max(1, Math.ceil(16 / down));
-    for (let row = Math.ceil(top / step) * step; row < bottom; row += step) pen.fillText(nameOf(row).slice(-16), LEFT - 6, Math.max((row - top + 0.5) * down + 4, 10));
+    for (let row = Math.floor(top / step) * step; row < bottom; row += step) {
+      const low = Math.max(row, top), high = Math.min(row + 1, bottom);
+      if (high - low >= Math.min(0.5, 12 / down)) pen.fillText(nameOf(row).slice(-16), LEFT - 6, Math.max(((low + high) / 2 - top) * down + 4, 10));
+    }
     axis(pen, width, full);
   };
   const nameOf = (row) => {
@@ -183,11 +228,11 @@
   const textAt = (time, row) => {
     const core = nameOf(Math.min(Math.floor(row), data.cores - 1));
     if (chart.dataset.detail === "bars")
-      for (let index = 0; index < bars.ids.length; index++) {
-        const bar = barAt(index);
-        if (bar.start <= time && bar.end >= time && bar.place.some(([first, count]) => first <= row && row < first + count))
-          return `${core}: task ${bars.ids[index]} ${bar.name} ${bar.status}, ${+(bar.end - bar.start).toPrecision(4)} s`;
-      }
+      for (let index = 0; index < bars.count; index++)
+        if (bars.start[index] <= time && bars.end[index] >= time && within(index, row, row + 1e-9)) {
+          const what = ["task", idOf(index), named(index), data.words[bars.status[index]]].filter((word) => word).join(" ");
+          return `${core}: ${what}, ${+(bars.end[index] - bars.start[index]).toPrecision(4)} s`;
+        }
     const cell = Math.min(Math.floor((row / data.cores) * data.rows), data.rows - 1) * data.columns +
       Math.min(Math.floor((time / data.seconds) * data.columns), data.columns - 1);
     return `${core}, ${length(time, 1)}: in use ${Math.round(busy[cell] / 2.55)} %, by what did not finish ${Math.round(failed[cell] / 2.55)} %`;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,15 +14,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.report import plant as plant_many
 from pilotq.broker.client.core_hours import PARTS
 from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.statistics import Spread, statistics
 from pilotq.broker.client.timeline import Timeline
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.cli.report_bars import pack_bars
 from pilotq.cli.report_export import write_parquet, write_trace
 from pilotq.cli.report_page import write_page
 from tests.support.command_line import Cli, environment, in_background, prompt
+from tests.support.report_page import Bar, bars_of, data_of
 from tests.support.waiting import wait_until
 
 
@@ -167,9 +171,60 @@ def test_the_page_escapes_what_tasks_are_called(tmp_path: Path) -> None:
     assert "<script>alert" not in text and "<i>" not in text and "<!--" not in text
     assert text.count("</script>") == 2 and "&lt;script&gt;alert" in text
     assert "http:" not in text and "https:" not in text and " src=" not in text
-    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
-    assert data["names"][0] == name and data["bars"]["ids"] == ["<i>", "2"]
-    assert data["places"] == [[[0, 1]], [[1, 2]]] and data["cores"] == 3
+    data = data_of(tmp_path / "x.html")
+    assert data["cores"] == 3 and bars_of(data["bars"], data["words"]) == [
+        Bar("<i>", name, "failed", 0, 4_000_000, [(0, 1)]), Bar("2", "", "finished", 1_000_000, 3_000_000, [(1, 2)]),
+    ]  # fmt: skip
+
+
+def test_the_page_has_every_execution_of_many(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    plant_many(path, 60_000)
+    write_page(Journal(str(path)), str(tmp_path / "x.html"))
+    data, runs = data_of(tmp_path / "x.html"), Executions(Journal(str(path)).entries())
+    begin = min(runs.started)
+    row_of = {f"{node}[{core}]": row for row, (node, core) in enumerate(runs.held())}
+    wanted = [
+        Bar(
+            runs.ids[run], runs.names.words[runs.name[run]], runs.statuses.words[runs.status[run]],
+            round((runs.started[run] - begin) / 1e-6), round((runs.ended[run] - begin) / 1e-6),
+            [(row_of[runs.places.words[runs.place[run]]], 1)],
+        )
+        for run in range(60_000)
+    ]  # fmt: skip
+    assert data["bars"]["unit"] == 1e-6
+    assert sorted(bars_of(data["bars"], data["words"])) == sorted(wanted)
+
+
+def test_what_is_lost_where_the_page_would_be_too_large() -> None:
+    rng, entries = random.Random(1), []
+    for task in rng.sample(range(10_000), 2000):
+        start = rng.uniform(0, 9000)
+        cpus = f"n1[{task % 3}:{task % 5 + 3}]"
+        entries.append(line(str(task), start, rng.uniform(start, 9000), cpus, name=str(rng.randrange(10**6))))
+    entries += [line("007", 0, 9000), line("x", 0.5, 8000)]
+    runs = Executions(entries)
+    seen: list[str] = []
+    size, columns = 100_000, None
+    while columns is None or columns:
+        columns, lost = pack_bars(runs, runs.held(), 0, 9000, size)
+        assert sum(len(text) for text in columns.values() if isinstance(text, str)) <= size
+        for bar in bars_of(columns, runs.statuses.words) if "heads" in columns and lost not in seen else []:
+            run = runs.ids.index(bar.id)
+            times = (round(runs.started[run] / columns["unit"]), round(runs.ended[run] / columns["unit"]))
+            name = runs.names.words[runs.name[run]] if "names" in columns else ""
+            assert (bar.start, bar.end, bar.name) == (*times, name)
+        if lost not in seen:
+            seen.append(lost)
+        size = size * 97 // 100
+    small, coarse = "So that the page stays small, ", "times are rounded to 0.0086 s"
+    assert seen == [
+        "", f"{small}times are rounded to 0.001 s.", f"{small}{coarse}.", f"{small}names are left out.",
+        f"{small}times are rounded to 0.001 s and names are left out.", f"{small}{coarse} and names are left out.",
+        f"{small}times are rounded to 0.001 s and names and ids are left out.",
+        f"{small}{coarse} and names and ids are left out.",
+        "The executions are too many to be in the page one by one: it shows how busy cores were.",
+    ]  # fmt: skip
 
 
 def test_a_trace_has_a_slice_on_each_node(tmp_path: Path) -> None:
