@@ -6,6 +6,7 @@ and then changes of at most CHANGE_BYTES: what did not fit follows with the next
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 import traceback
@@ -25,7 +26,9 @@ BEHIND_S = 0.1  # while much of the journal is to be read
 SHARE = 10  # reading takes at most this part of the time
 SILENCE_S = 10.0  # after which a page is sent something though nothing has changed
 CHANGE_BYTES = 18_000  # of JSON in one change; the frame around it is a few bytes more
+ROW_BYTES = 40  # no row is smaller
 PAGES_MAX = 64
+TEXT_MAX, WHY_MAX = 300, 10  # characters of a reason or message, and reasons why something waits
 CORES_IN_DETAIL = 4096  # of more the page shows nodes only, and no single executions
 JOURNAL_S = 0.05  # of reading the journal at one update
 ROWS = ("nodes", "executions", "progress", "queue", "failures", "history")  # sections with rows
@@ -68,11 +71,12 @@ class Live:
     def events(self) -> Iterator[bytes]:
         """Server-sent events for one page, without end: the whole state, then changes."""
         with self._changed:
-            if self._pages >= PAGES_MAX:
-                yield _event("full", {"pages": PAGES_MAX})
-                return
-            self._pages += 1
+            full = self._pages >= PAGES_MAX
+            self._pages += not full
             self._changed.notify_all()  # the reader may rest
+        if full:  # sent without the lock: a page that reads nothing would stop all others
+            yield _event("full", {"pages": PAGES_MAX})
+            return
         try:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self.state), timeout=SILENCE_S)
@@ -89,7 +93,8 @@ class Live:
         """Wait for what comes after this change; returns the number of the last one, and the events."""
         with self._changed:
             self._changed.wait_for(lambda: self._number != number, timeout=SILENCE_S)
-            if self._changes and self._changes[0][0] > number + 1:  # its page was asleep for long
+            # The page was opened before the first reading, or was asleep for long.
+            if (not number and self.state) or (self._changes and self._changes[0][0] > number + 1):
                 return self._number, b"event: state\ndata: " + _encode(self.state) + b"\n\n"
             news = [b"event: change\ndata: " + data + b"\n\n" for at, data in self._changes if at > number]
             return self._number, b"".join(news) or b": still there\n\n"
@@ -171,12 +176,14 @@ def state_of(overview: Overview) -> State:
             ] for one in overview.progress
         },
         "queue": {
-            one.name: [one.priority, one.queue, one.shape, one.waiting, one.first, one.why, _short(one.until)]
-            for one in overview.queue
+            one.name: [
+                one.priority, one.queue, one.shape, one.waiting, one.first, [_cut(why) for why in one.why[:WHY_MAX]],
+                _short(one.until),
+            ] for one in overview.queue
         },
         "failures": {
             failure_key(one): [
-                one.reason, one.exit_code, one.name, one.node, one.number, one.example, one.message[:300],
+                one.reason, one.exit_code, one.name, one.node, one.number, one.example, _cut(one.message),
                 _short(one.at),
             ] for one in overview.failures
         },
@@ -186,25 +193,32 @@ def state_of(overview: Overview) -> State:
 
 def change_between(old: State, new: State, limit: int = CHANGE_BYTES) -> dict[str, dict[str, Any]]:
     """Section -> key -> the new row, or None where it is gone; a section without rows has the key ''. As much as fits
-    into ``limit`` bytes; small sections come first."""
+    into ``limit`` bytes: of each section some, by chance, so that none waits for ever. A larger row never comes.
+    """
     change: dict[str, dict[str, Any]] = {"pilot": {"": new["pilot"]}}
     left = limit - len(_encode(change))
-    for section in sorted(ROWS, key=lambda name: len(new[name])):
+    changed: dict[str, dict[str, Any]] = {}
+    for section in ROWS:
         before, after = old[section], new[section]
-        rows = {key: None for key in before if key not in after}
-        rows |= {key: row for key, row in after.items() if before.get(key) != row}
-        fitting: dict[str, Any] = {}
-        for key, row in rows.items():
-            left -= len(_encode(row)) + len(key) + 6
-            if left < 0:
-                break
+        changed[section] = {key: None for key in before if key not in after}
+        changed[section] |= {key: row for key, row in after.items() if before.get(key) != row}
+    sections = sorted((section for section in ROWS if changed[section]), key=lambda name: len(changed[name]))
+    for number, section in enumerate(sections):
+        left -= len(section) + 6
+        rest = left - left // (len(sections) - number)  # for the other sections
+        fitting = change[section] = {}
+        keys = list(changed[section])
+        random.shuffle(keys)
+        for key in keys:
+            row = changed[section][key]
+            size = len(_encode({key: row}))
+            if size > left:
+                continue
             fitting[key] = row
-        if fitting:
-            change[section] = fitting
-            left -= len(section) + 6
-        if left < 0:
-            break
-    return change
+            left -= size
+            if left <= rest + ROW_BYTES:
+                break
+    return {section: rows for section, rows in change.items() if rows}
 
 
 def apply(state: State, change: dict[str, dict[str, Any]]) -> None:
@@ -227,7 +241,7 @@ def failure_key(group: FailureGroup) -> str:
 
 def _of_node(node: NodeOverview) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "state": node.state, "why": node.why, "host": node.host, "cores": node.cores, "used": node.used,
+        "state": node.state, "why": _cut(node.why), "host": node.host, "cores": node.cores, "used": node.used,
         "running": node.running, "gpus": [[gpu.name, gpu.model] for gpu in node.gpus], "memory": node.memory,
         "memory_used": node.memory_used, "elements": node.elements, "threads": node.threads,
         "shared": node.shared_cores,
@@ -237,11 +251,21 @@ def _of_node(node: NodeOverview) -> dict[str, Any]:
 
 
 def _of_execution(one: Any) -> dict[str, Any]:
-    return {"name": one.name, "array": one.array, "cores": one.cores, "started": _short(one.started), "node": one.node}
+    return {
+        "name": _cut(one.name),
+        "array": one.array,
+        "cores": one.cores,
+        "started": _short(one.started),
+        "node": one.node,
+    }
 
 
 def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 3] + "..."
 
 
 def _event(name: str, value: Any) -> bytes:
