@@ -18,6 +18,7 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.client.overview import Overview
 from pilotq.broker.client.overview_tally import pattern_of
 from pilotq.broker.errors import PilotqError
+from pilotq.broker.log import log
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import ReplyError
@@ -32,6 +33,7 @@ NAMES_MAX = 50  # names of tasks that have series of their own
 NODES_MAX = 250  # nodes that have
 OTHER = "(other)"
 POLL_S = 1.0  # how often the journal is looked at
+TROUBLE_S = 4.0  # to wait longer when it cannot be read
 PIECE, PAUSE_S = 500, 0.001  # entries that are read at a time, and what is left to a scrape after them
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WAITS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0)
@@ -238,15 +240,25 @@ class PilotMetrics:
                 yield _metric(name, family, values[name])
 
     def _follow(self) -> None:
+        said = ""
         while not self._ended.is_set():
-            news = self._reader.read()
-            while piece := list(islice(news, PIECE)):
-                with self._summing:
-                    for entry in piece:
-                        self._totals.add(entry)
-                if self._ended.wait(PAUSE_S):
-                    return
+            try:
+                self._read_news()
+            except OSError as error:  # it may come back, as a file system does
+                if str(error) != said:
+                    log(f"the journal cannot be read, and its metrics stand still: {error}", level="warning")
+                said = str(error)
+                self._ended.wait(TROUBLE_S)
             self._ended.wait(POLL_S)
+
+    def _read_news(self) -> None:
+        news = self._reader.read()
+        while piece := list(islice(news, PIECE)):
+            with self._summing:
+                for entry in piece:
+                    self._totals.add(entry)
+            if self._ended.wait(PAUSE_S):
+                return
 
     def _of_journal(self) -> dict[str, Any]:
         try:

@@ -27,6 +27,7 @@ from pilotq.cli.serving import (
 )
 
 PORT = 9181  # rq-dashboard's own
+TIMEOUT_S = 10.0  # for a request to be sent, and for each piece of an answer to be taken
 
 
 @click.command("dashboard")
@@ -68,9 +69,13 @@ def _server(app: Any, bind: str, port: int | None) -> Any:
     """A server that listens; raises InvalidInput when it cannot."""
     import logging
 
-    from werkzeug.serving import make_server
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    handler: Any = type("Handler", (WSGIRequestHandler,), {"timeout": TIMEOUT_S})
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line for each request is noise
     # Listening is done here: werkzeug ends the process where it cannot.
     with listen("the dashboard", bind, port, PORT) as listening:
-        return make_server(bind, listening.getsockname()[1], app, threaded=True, fd=listening.fileno())
+        return make_server(
+            bind, listening.getsockname()[1], app, threaded=True, request_handler=handler, fd=listening.fileno()
+        )

@@ -94,9 +94,16 @@ def _server(metrics: PilotMetrics, password: str, bind: str, port: int | None) -
                 self._answer(404, b"The metrics are at /metrics.\n", {})
             else:
                 try:
-                    self._answer(200, metrics.text(), {"Content-Type": MEDIA_TYPE})
+                    text = metrics.text()
                 except PilotqError as error:
-                    self._answer(503, f"{error}\n".encode("utf-8", "backslashreplace"), {})
+                    self._refuse(str(error))
+                except OSError as error:
+                    self._refuse(f"the pilot's files cannot be read: {error}")
+                else:
+                    self._answer(200, text, {"Content-Type": MEDIA_TYPE})
+
+        def _refuse(self, why: str) -> None:
+            self._answer(503, f"{why}\n".encode("utf-8", "backslashreplace"), {})
 
         def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)

@@ -147,7 +147,7 @@ class Api:
         group = self._live.failure(key) if key else None
         if key and group is None:
             raise InvalidInput("these failures are no longer there: they run again, or were retried")
-        ids = group.ids if group is not None else _texts("ids")
+        ids = list(group.ids) if group is not None else _texts("ids")
         with self._connect() as broker:
             before = broker.statuses(ids)
             outcome = broker.retry(ids)
@@ -207,6 +207,8 @@ def _answer(function: Callable[..., Any]) -> Callable[..., Any]:
             return _json({"error": str(error)}, 503)
         except PilotqError as error:
             return _json({"error": str(error)}, 500)
+        except OSError as error:
+            return _json({"error": f"the pilot's files cannot be read: {error}"}, 503)
         return found if isinstance(found, flask.Response) else _json(found, 200)
 
     return view

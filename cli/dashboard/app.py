@@ -21,6 +21,7 @@ from pilotq.cli.serving import USER
 STATIC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "static")
 # Names and output of tasks are anybody's text: a browser is to run and load nothing but the three files of this page.
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+BODY_MAX = 1 << 20  # bytes of a request
 FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/favicon.svg": "favicon.svg"}
 
 
@@ -31,6 +32,7 @@ def make_app(pilot: Pilot, url: str, password: str) -> Any:
     app = flask.Flask("pilotq", static_folder=None) if lacking else rq_pages.make_rq_app(url)
     if lacking:
         app.add_url_rule(f"{rq_pages.PREFIX}/", "rq", lambda: _without_rq(lacking))
+    app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
     for path, name in FILES.items():
         app.add_url_rule(path, name, _file, defaults={"name": name})
     live = Live(pilot.directory)
@@ -100,6 +102,8 @@ def _metrics(metrics: PilotMetrics) -> Callable[[], Any]:
             return flask.Response(metrics.text(), content_type=MEDIA_TYPE)
         except PilotqError as error:
             return flask.Response(f"{error}\n", 503, mimetype="text/plain")
+        except OSError as error:
+            return flask.Response(f"the pilot's files cannot be read: {error}\n", 503, mimetype="text/plain")
 
     return view
 

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,3 +186,19 @@ def test_rqs_pages_run_nothing_that_a_job_says(cli: Cli, tmp_path: Path) -> None
             assert status == 200 and "<%- " in text
             shown = [part.partition("%>")[0] for part in text.split("<%=")[1:]]
             assert all(".text(" in part and part.strip().endswith(".html()") for part in shown), shown
+
+
+@needs_dashboard
+def test_a_connection_that_asks_nothing_ends(cli: Cli, tmp_path: Path) -> None:
+    with served(tmp_path, home(tmp_path)) as page:
+        port = int(page.url.rpartition(":")[2].strip("/"))
+        with socket.create_connection(("127.0.0.1", port)) as silent:
+            silent.settimeout(40)
+            assert silent.recv(1) == b"", "the dashboard closes it"
+        headers = {"Origin": page.url.strip("/"), "Content-Type": "application/json"}
+        request = page.request("api/cancel", method="POST", **headers)
+        request.data = b"[" + b" " * (1 << 20) + b"]"
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60)
+        refused.value.close()
+        assert refused.value.code == 413

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from pilotq.broker import ArrayRange, Broker, Task
-from pilotq.broker.client.overview import NodeOverview, Overview
+from pilotq.broker.client.overview import NodeOverview, Overview, Progress
 from pilotq.broker.client.views import Counts
-from pilotq.cli.dashboard.live import CHANGE_BYTES, apply, change_between, state_of
+from pilotq.cli.dashboard.live import CHANGE_BYTES, Live, apply, change_between, state_of
 from tests.support.command_line import Cli, in_background
 from tests.support.dashboard import Served, needs_dashboard, served
 from tests.support.waiting import wait_until
@@ -205,3 +206,70 @@ def test_what_is_gone_goes_from_the_page() -> None:
     assert change["nodes"]["a"] is None
     apply(page, change)
     assert page == wanted
+
+
+def test_no_row_waits_for_ever_while_all_change() -> None:
+    def overview(used: int) -> Overview:
+        nodes = [NodeOverview(name=f"node{n}", state="up", why="x" * 60, cores=[0], used=used) for n in range(500)]
+        progress = [Progress(name=f"array{n}", array=str(n), total=used, finished=used, rate=1.0) for n in range(500)]
+        return Overview(at=1.0, counts=Counts(), nodes=nodes, progress=progress, cores=2000)
+
+    page = state_of(overview(0))
+    new = {section: set(page[section]) for section in ("nodes", "progress")}
+    for used in range(1, 1000):
+        change = change_between(page, state_of(overview(used)))
+        assert len(json.dumps(change, separators=(",", ":"))) <= CHANGE_BYTES
+        apply(page, change)
+        new = {section: keys - set(change[section]) for section, keys in new.items()}
+        if not any(new.values()):
+            break
+    assert not any(new.values()), "rows that were never sent"
+
+
+def test_a_row_that_is_too_large_stops_no_other() -> None:
+    def overview(used: int) -> Overview:
+        large = NodeOverview(name="a" * (CHANGE_BYTES + 1), state="up", cores=[0], used=used)
+        small = NodeOverview(name="b", state="up", why="y" * 5000, cores=[0], used=used)
+        return Overview(at=1.0, counts=Counts(), nodes=[large, small], cores=2)
+
+    wanted = state_of(overview(1))
+    assert len(wanted["nodes"]["b"]["why"]) == 300
+    assert change_between(state_of(overview(0)), wanted)["nodes"] == {"b": wanted["nodes"]["b"]}
+
+
+def test_a_page_that_was_opened_before_the_first_reading_gets_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pilotq.cli.dashboard.live.SILENCE_S", 0.01)
+    live = Live("/nowhere")
+    events = live.events()
+    assert next(events) == b"event: state\ndata: {}\n\n"
+    live._publish(Overview(at=1.0, counts=Counts()))
+    assert next(events).startswith(b'event: state\ndata: {"pilot":')
+    assert next(events) == b": still there\n\n"
+
+
+def test_a_page_too_many_holds_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pilotq.cli.dashboard.live.PAGES_MAX", 0)
+    live = Live("/nowhere")
+    events = live.events()
+    assert next(events).startswith(b"event: full")
+    publishing = threading.Thread(target=live._publish, args=(Overview(at=1.0, counts=Counts()),), daemon=True)
+    publishing.start()
+    publishing.join(20)
+    assert live.state and list(events) == []
+
+
+@needs_dashboard
+def test_files_that_cannot_be_read_are_a_sentence(tmp_path: Path) -> None:
+    import flask
+
+    from pilotq.cli.dashboard.api import _answer
+    from pilotq.cli.dashboard.app import _metrics
+
+    class Unreadable:
+        def text(self) -> str:
+            return tmp_path.read_text()  # of a folder
+
+    with flask.Flask("test").test_request_context():
+        for answer in (_answer(Unreadable().text)(), _metrics(Unreadable())()):  # type: ignore[arg-type]
+            assert answer.status_code == 503
+            assert "the pilot's files cannot be read: " in answer.get_data(as_text=True)

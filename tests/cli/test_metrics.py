@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.cli.metrics import FAMILIES, NAMES_MAX, OTHER, JournalTotals
+from pilotq.cli.metrics import FAMILIES, NAMES_MAX, OTHER, JournalTotals, PilotMetrics
 from tests.support.dashboard import Served, needs_dashboard, served
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.paths import ROOT
@@ -162,3 +162,21 @@ def test_the_dashboard_has_the_same(pilot: LivePilot, tmp_path: Path) -> None:
         status, text = dashboard.ask("metrics")
         assert status == 200 and value(samples(text), "pilotq_cores") == 3
         assert dashboard.ask("metrics", password="")[0] == 401
+
+
+def test_a_journal_that_cannot_be_read_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pilotq.cli.metrics.TROUBLE_S", 0.01)
+    monkeypatch.setattr("pilotq.cli.metrics.POLL_S", 0.01)
+    own = Pilot(str(tmp_path))
+    Path(own.journal).mkdir()
+    metrics = PilotMetrics(own)
+    metrics.start()
+    try:
+        wait_until(lambda: "cannot be read" in capfd.readouterr().err, what="a line about it")
+        Path(own.journal).rmdir()
+        Path(own.journal).write_text('{"id":"1","name":"a","status":"finished","execution":1,"ended":1000.0}\n')
+        wait_until(lambda: metrics._totals.values()["pilotq_tasks_ended_total"], what="the entry")
+    finally:
+        metrics.close()
