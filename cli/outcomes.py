@@ -12,6 +12,7 @@ RETRY: Final = {
     "queued": "runs again",
     "deferred": "runs again when what it depends on has finished",
     "dependency": "waits for a task that has not finished: retry that one, too",
+    "never": "runs only if what it depends on does not finish, and that finished: there is nothing to run again",
     "ending": "was canceled, and still runs: try again when it has ended",
     "damaged": "has a record on the server that is damaged: submit it again",
     "gone": "is only in the journal: submit it again",
@@ -25,6 +26,7 @@ CANCEL: Final = {
     "unknown": "is not known",
     "started": "goes on, if its node has begun it",
 }
+NOTHING_WAITS: Final = "nothing of it waits"  # of an array, with `cancel --waiting`
 
 
 def retry_sentence(word: str, before: str) -> str:

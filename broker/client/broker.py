@@ -18,7 +18,7 @@ from pilotq.broker.settings import load
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Address, Connection, parse_url
 from pilotq.broker.store.registry import unavailable_nodes
-from pilotq.broker.store.requeue import requeue
+from pilotq.broker.store.requeue import never_again, requeue
 from pilotq.broker.store.store import Store, pack
 from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.states import ENDED, STATUSES
@@ -243,6 +243,7 @@ class Broker:
 
         id -> what happened: 'queued', 'deferred' (a task it depends on has not ended), its status when there is nothing
         to run again, 'dependency' (a task it depends on did not end as required: retry that first, or with it),
+        'never' (it runs only if a task does not finish that has finished),
         'ending' (it was canceled, and runs still), 'gone' (only the journal has it) or 'unknown'. Each gets one more
         execution, and those that its retries left.
         """
@@ -334,8 +335,11 @@ class Broker:
         return self._queries.open_ids()
 
     def retriable(self) -> list[str]:
-        """Ids of what ended and did not finish, as far as Redis has a record; an array stands for its elements."""
-        return self._queries.retriable()
+        """Ids of what ended, did not finish and can run again, as far as Redis has a record; an array stands for its
+        elements."""
+        ids = self._queries.retriable()
+        hopeless = never_again(self.link, ids)
+        return [task_id for task_id in ids if task_id not in hopeless]
 
     def nodes(self) -> list[NodeView]:
         """The nodes that have joined, by name."""

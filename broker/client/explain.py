@@ -96,7 +96,7 @@ class Explainer:
 
     def _cause(self, view: TaskView, found: Explanation) -> None:
         """Add the task that did not end as required, at the beginning of the chain of tasks omitted because of it."""
-        current, seen = view, {view.id}
+        current, behind, seen = view, view, {view.id}
         for _ in range(CHAIN):
             bad = next(
                 (p for p, ends in self._parents(current.id) if p.ended and END_LETTERS[p.status] not in ends), None
@@ -104,10 +104,15 @@ class Explainer:
             if bad is None or bad.id in seen:
                 break
             seen.add(bad.id)
-            current = bad
+            current, behind = bad, current
             if bad.reason != "dependency":
                 break
-        if current is not view:
+        if current.status == "finished":
+            found.tasks, found.commands = [current.id], []
+            ran = ended(current).why[0].removeprefix("it ")
+            which = "this task" if behind is view else _named(behind)
+            found.why.append(f"{_named(current)} {ran}; {which} runs only if that does not finish")
+        elif current is not view:
             found.tasks = [current.id]
             found.why.append(f"{_named(current)} {current.status}: {ended(current).why[0]}")
 

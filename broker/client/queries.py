@@ -111,6 +111,8 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         ended=status in ENDED,
     )
     view.array_size, view.is_bundle = _size(f["pq_array"]), bool(f["pq_bundle"])
+    if view.array_size:  # its record has the times of its last element
+        view.times.update(handed=None, started=None)
     if view.array_size and (info := class_info(f["pq_class"])) is not None:
         view.array_limit = info.at_most
     return view
@@ -155,9 +157,14 @@ def element_view(entry: JournalEntry, task_id: str) -> TaskView | None:
         return None
     times = {"queued": entry.queued, "ended": entry.ended}
     return TaskView(
-        id=task_id, name=entry.name, status=status, reason=entry.reason if status == "canceled" else "", array=entry.id,
-        index=index, times=times, ended=True, command=entry.command,
+        id=task_id, name=entry.name, status=status, array=entry.id, index=index, command=entry.command,
+        reason=_why_never_run(entry.reason) if status == "canceled" else "", times=times, ended=True,
     )  # fmt: skip
+
+
+def _why_never_run(reason: str, else_why: str = "canceled") -> str:
+    """Why an element was canceled before a node had it, by the reason of its array."""
+    return reason if reason in ("canceled", "dependency", "failures") else else_why
 
 
 def leased_view(element: LeasedElement, array: TaskView) -> TaskView:
@@ -307,9 +314,13 @@ class TaskQueries:
                 if element.id == task_id:
                     return self._describe(leased_view(element, view))
         status = {"waiting": view.status if view.status == "deferred" else "queued"}.get(outcome, outcome)
+        reason = ""
+        if status == "canceled":
+            stopped, each = self._read([array], ("pq_stopped", "pq_parents"))[0]
+            reason = _why_never_run(_text(stopped) or view.reason, "dependency" if each else "canceled")
         return self._describe(TaskView(
-            id=task_id, name=view.name, status=status, queue=view.queue, command=view.command, array=array,
-            index=index, times={"queued": view.times["queued"]}, ended=status in ENDED,
+            id=task_id, name=view.name, status=status, reason=reason, queue=view.queue, command=view.command,
+            array=array, index=index, times={"queued": view.times["queued"]}, ended=status in ENDED,
         ))  # fmt: skip
 
     # -- many -------------------------------------------------------------------------------------------------------

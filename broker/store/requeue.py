@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.array_indices import Indices
 from pilotq.broker.tasks.array_outcomes import CANCELED, FAILED, number_with, only_finished, positions_with
+from pilotq.broker.tasks.dependencies import read_dependency
 from pilotq.broker.tasks.states import ENDED
 
 OUTCOMES_ARGUMENT = 5  # number of the argument of requeue.lua that has the outcomes as they are to be
@@ -33,7 +35,29 @@ def requeue(store: Store, ids: Sequence[str]) -> dict[str, str]:
         flush()  # what stands before it may be what it depends on
         answers[task_id] = _array(store, task_id)
     flush()
+    hopeless = never_again(store.link, [task_id for task_id, word in answers.items() if word == "dependency"])
+    answers.update(dict.fromkeys(hopeless, "never"))
     return answers
+
+
+def never_again(link: Connection, ids: Sequence[str]) -> set[str]:
+    """Those of these omitted tasks that run only if another does not finish, which has finished, and what is omitted
+    because of them. In the order of submission; what depends on one element of an array is not found."""
+    found: set[str] = set()
+    for first in range(0, len(ids), BATCH):
+        part = ids[first : first + BATCH]
+        rows = link.pipeline([("HMGET", keys.job(i), "pq_reason", "pq_after") for i in part])
+        after = {
+            task_id: [read_dependency(text) for text in (parents or b"").decode("utf-8", "replace").split()]
+            for task_id, (reason, parents) in zip(part, rows, strict=True) if reason == b"dependency"
+        }  # fmt: skip
+        named = list({parent for several in after.values() for parent, ends in several if "k" not in ends})
+        statuses = link.pipeline([("HGET", keys.job(i), "status") for i in named]) if named else []
+        finished = {i for i, status in zip(named, statuses, strict=True) if status == b"finished"}
+        for task_id, several in after.items():
+            if any((p in finished and "k" not in ends) or (p in found and "o" not in ends) for p, ends in several):
+                found.add(task_id)
+    return found
 
 
 def _array_statuses(store: Store, ids: Sequence[str]) -> Iterator[str | None]:

@@ -8,7 +8,7 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput
 from pilotq.cli import formatting
 from pilotq.cli.options import dir_option, json_option
-from pilotq.cli.outcomes import cancel_sentence
+from pilotq.cli.outcomes import NOTHING_WAITS, cancel_sentence
 from pilotq.cli.task_selection import ids_of
 
 
@@ -29,9 +29,13 @@ def cancel_command(
     if bool(words) == everything:
         raise InvalidInput("say which tasks to cancel, or --all" + (", not both" if words else ""))
     with Broker.connect(directory) as broker:
-        outcome = broker.cancel(broker.open_ids() if everything else ids_of(broker, words), waiting=waiting)
+        ids = broker.open_ids() if everything else ids_of(broker, words)
+        views = [broker.task(task_id) for task_id in ids] if waiting and not everything else []
+        idle = [view.id for view in views if view.array_size and "waiting" not in view.elements]
+        outcome = broker.cancel(ids, waiting=waiting)
     if as_json:
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in outcome.items()]))
         return
     for task_id, word in outcome.items():
-        click.echo(f"{formatting.clean(task_id)}: {cancel_sentence(word)}")
+        sentence = NOTHING_WAITS if task_id in idle else cancel_sentence(word)
+        click.echo(f"{formatting.clean(task_id)}: {sentence}")

@@ -45,7 +45,14 @@ def test_each_way_to_wait(pilot: Cli, tmp_path: Path) -> None:
     assert "bad) failed" in pilot("explain", ids[1]).stdout
     assert pilot("retry", ids[4]).returncode == 1
     (never,) = pilot("enqueue", "--after-notok", ids[0], "--", "true").stdout.split()
-    assert "did not end as required\n  task " + ids[0] + " finished" in pilot("explain", never).stdout
+    (behind,) = pilot("enqueue", "--after", never, "--", "true").stdout.split()
+    why = pilot("explain", never).stdout
+    assert f"did not end as required\n  task {ids[0]} finished, after " in why and "retry" not in why
+    assert why.endswith("; this task runs only if that does not finish\n")
+    again = pilot("retry", never)
+    assert again.returncode == 1 and "and that finished: there is nothing to run again" in again.stdout
+    everything = pilot("retry", "--all").stdout.split()
+    assert f"{bad}:" in everything and not {f"{never}:", f"{behind}:"} & set(everything)
     refused = pilot("enqueue", "--after", bad, "--after-notok", "bad", "--", "true")
     assert refused.returncode == 2 and "it would have to end in two ways" in refused.stderr
 

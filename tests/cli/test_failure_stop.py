@@ -28,6 +28,16 @@ def test_wait_and_arrays(tmp_path: Path) -> None:
         assert view["elements"]["failed"] == "0-2" and view["elements"]["canceled"].endswith("-999")
         assert (view["status"], view["reason"]) == ("failed", "failures")
 
+        assert f"{array}: nothing of it waits" in cli("cancel", "--waiting", array).stdout
+        assert view["times"]["started"] is None, "not that of its last element"
+        never = f"{array}_999"
+        assert "too many of its elements failed" in cli("explain", never).stdout
+        (later,) = cli("enqueue", "--array", "0-999", "--", "sleep", "0.2").stdout.split()
+        assert cli("cancel", "--waiting", later).stdout == f"{later}: canceled\n"
+        assert cli("wait", later).returncode == 1
+        assert "canceled: was canceled by its user" in cli("show", f"{later}_999").stdout
+        assert "it was canceled by its user" in cli("explain", f"{later}_999").stdout
+
         bad, other, mine, held, _ = cli("submit", tasks(tmp_path)).stdout.split()
         done = cli("wait", bad, other, "--stop-on-failures", "0")
         assert done.returncode == 1

@@ -205,7 +205,8 @@ def test_how_it_waits(engine: Engine) -> None:
     engine.release_dependents()
     found = explain(engine, omitted)
     assert found.why[0] == "a task it depends on did not end as required"
-    assert found.why[1].startswith(f"task {a} (a) finished: it finished") and found.tasks == [a]
+    assert found.why[1].startswith(f"task {a} (a) finished, after ") and found.tasks == [a]
+    assert found.why[1].endswith("; this task runs only if that does not finish") and not found.commands
 
 
 def test_elements_wait_for_elements(engine: Engine) -> None:
