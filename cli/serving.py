@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,15 +38,19 @@ password_option = click.option(
 
 
 def password_of(pilot: Pilot, path: str | None) -> tuple[str, str]:
-    """The password, and where it is kept. A new one is shown once, and kept for the next time."""
+    """The password, and where it is kept. A new one is kept for the next time, and shown once, on a terminal only: what
+    is no terminal may be a log that others read. Raises InvalidInput for a file that holds none."""
     kept = path or pilot.path("dashboard-password")
     if path is None and not os.path.exists(kept):
         password = os.urandom(12).hex()
         write_private(kept, f"{password}\n".encode())
-        return password, f"the password {password}, kept in {kept}"
+        shown = sys.stderr.isatty()
+        return password, f"the password {password}, kept in {kept}" if shown else f"the password in {kept}"
     password = read_text(kept).strip()
     if not password:
         raise InvalidInput(f"{kept} is empty: write a password into it, or remove it")
+    if not password.isprintable():  # nobody could type it, and a browser could not send it
+        raise InvalidInput(f"{kept}: the password is to be one line of printable characters, in UTF-8")
     return password, f"the password in {kept}"
 
 

@@ -79,6 +79,7 @@ class Tally:
         self.more_failures = 0
         self.samples: dict[int, int] = {}
         self._undone: OrderedDict[str, _Undone] = OrderedDict()
+        self._elements: dict[str, set[str]] = {}  # the ids of those by their array
         self._changes: list[tuple[str, bool]] = []
 
     @property
@@ -113,7 +114,7 @@ class Tally:
         if not entry.final:
             if not entry.execution:
                 self._changes.append((entry.id, True))
-                for task_id in [entry.id, *(i for i in self._undone if i.startswith(f"{entry.id}_"))]:
+                for task_id in [entry.id, *self._elements.get(entry.id, ())]:
                     self._again(task_id)
             return
         self._changes.append((entry.id, False))
@@ -132,12 +133,23 @@ class Tally:
         if outcome != "finished":
             failure = self._fail(entry) if outcome == "failed" else None
             self._undone[entry.id] = _Undone(key, outcome, failure)
+            if entry.array:
+                self._elements.setdefault(entry.array, set()).add(entry.id)
             if len(self._undone) > UNDONE_MAX:
-                self._undone.popitem(last=False)
+                self._forget(next(iter(self._undone)))
+
+    def _forget(self, task_id: str) -> _Undone | None:
+        undone = self._undone.pop(task_id, None)
+        array = undone.group[0] if undone is not None else ""
+        if array:
+            self._elements[array].discard(task_id)
+            if not self._elements[array]:
+                del self._elements[array]
+        return undone
 
     def _again(self, task_id: str) -> None:
         """A task that did not finish runs again."""
-        undone = self._undone.pop(task_id, None)
+        undone = self._forget(task_id)
         if undone is None:
             return
         self._group(undone.group, "").outcomes[undone.outcome] -= 1

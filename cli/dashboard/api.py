@@ -155,7 +155,7 @@ class Api:
 
     def drain(self) -> Any:
         """`pilotq nodes drain`."""
-        names, reason = _texts("nodes"), _given("reason", str, "")
+        names, reason = _texts("nodes"), _whole("reason", _given("reason", str, ""))
         with self._connect() as broker:
             known = {node.name for node in broker.nodes()}
             if unknown := [name for name in names if name not in known]:
@@ -239,7 +239,14 @@ def _texts(name: str) -> list[str]:
     values = _given(name, list, None)
     if not values or not all(isinstance(value, str) and value for value in values):
         raise InvalidInput(f"{name} is no list of names")
-    return list(values)
+    return [_whole(name, value) for value in values]
+
+
+def _whole(name: str, text: str) -> str:
+    """A text that was sent; raises InvalidInput where it has half of a character, which nothing could store."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidInput(f"{name} has half of a character (a lone surrogate): send whole ones")
+    return text
 
 
 def _sentences(said: Any) -> dict[str, list[str]]:

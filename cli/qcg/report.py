@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except PilotqError as error:
         click.echo(f"{PROGRAM}: {formatting.clean(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"{PROGRAM}: {formatting.clean(str(error))}", err=True)
+        sys.exit(1)
     sys.exit(0)
 
 

@@ -40,7 +40,8 @@ def test_it_lets_in_whoever_knows_the_password_and_nobody_else(cli: Cli, tmp_pat
         port = page.url.rpartition(":")[2].strip("/")
         assert f"ssh -N -L {port}:127.0.0.1:{port} " in page.stderr
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-        assert page.password in page.stderr and len(page.password) >= 20
+        assert page.password not in page.stderr and len(page.password) >= 20
+        assert str(kept) in page.stderr, "stderr is no terminal here"
         assert [page.ask(password=word)[0] for word in ("", "wrong", page.password)] == [401, 401, 200]
         assert page.ask("rq/0/data/workers.json", password="")[0] == 401
         assert [worker["name"] for worker in page.data("workers")["workers"]] == ["n1"]
@@ -136,6 +137,10 @@ def test_a_password_of_ones_own(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     refused = cli("dashboard", "--password-file", "empty")
     assert refused.returncode == 2 and "empty is empty" in refused.stderr
+    for content in (b"caf\xe9\n", b"one\ntwo\n", b"a\x00b"):
+        (tmp_path / "odd").write_bytes(content)
+        refused = cli("dashboard", "--password-file", "odd")
+        assert refused.returncode == 2 and "odd: the password is to be one line of printable" in refused.stderr
 
 
 @needs_dashboard

@@ -165,9 +165,12 @@ def test_every_button_does_what_its_command_does(rig: Rig) -> None:
     refused = [
         ("cancel", {}), ("cancel", {"ids": [1]}), ("retry", {"ids": []}), ("retry", {"failure": "x"}),
         ("drain", {"nodes": ["n9"]}), ("resume", {"nodes": ["n1"]}), ("pause", {"paused": "yes"}),
-        ("stop", {"mode": "walltime"}),
+        ("stop", {"mode": "walltime"}), ("cancel", {"ids": [waits, "\ud800"]}), ("retry", {"ids": ["\udcff"]}),
+        ("drain", {"nodes": ["n1"], "reason": "\ud83d"}),
     ]  # fmt: skip
     assert [rig.press(button, **body)[0] for button, body in refused] == [400] * len(refused)
+    assert "half of a character" in rig.press("cancel", ids=["\ud800"])[1]["error"]
+    assert not rig.broker.closed_nodes()
 
 
 @needs_dashboard

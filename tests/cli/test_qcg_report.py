@@ -61,3 +61,11 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
 def test_what_is_no_pilot_is_refused_in_a_sentence(report: Report) -> None:
     done = report("stats", "no/such/folder")
     assert done.returncode and done.stderr.startswith("pilotq-qcg-report: ") and "Traceback" not in done.stderr
+
+
+def test_a_journal_that_cannot_be_read_is_a_sentence(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "pilot" / "server").mkdir(parents=True)
+    (tmp_path / "pilot" / "journal.jsonl").mkdir()
+    done = report("stats", str(tmp_path / "pilot"))
+    assert done.returncode == 1 and done.stderr.startswith("pilotq-qcg-report: ")
+    assert len(done.stderr.splitlines()) == 1 and "Is a directory" in done.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,6 +156,24 @@ def test_many_classes_are_not_all_read(engine: Engine) -> None:
     engine.link.pipeline([("RPUSH", keys.queue(name), "1") for name in names[::2]])
     found = OverviewReader(engine.link, TaskQueries(engine.link, None), "/pilot").update(0.0)
     assert len(found.queue) == 30 and found.more_classes == 2970
+
+
+def test_what_runs_again_is_found_without_looking_at_all_that_failed(tmp_path: Path) -> None:
+    class Unsearched(OrderedDict[str, Any]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("all that failed is looked through")
+
+    path = tmp_path / "journal.jsonl"
+    failed = {"status": "failed", "reason": "exit", "exit_code": 1, "execution": 1, "ended": 1000.0}
+    lines = [{"id": f"9_{index}", "array": "9", "index": index, **failed} for index in range(3)]
+    lines += [{"id": str(number), "name": "a", **failed} for number in (8, 90)]
+    lines += [{"id": task_id, "status": "queued", "final": False} for task_id in ("9", "90", "7")]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    tally = Tally(Journal(str(path)))
+    tally._undone = Unsearched()
+    tally.update(10.0)
+    assert tally.groups["9", ""].outcomes["failed"] == 0 and tally.groups["", "a"].outcomes["failed"] == 1
+    assert "8" in tally._undone and len(tally._undone) == 1 and not tally._elements
 
 
 def test_a_journal_is_read_bit_by_bit(tmp_path: Path) -> None:
