@@ -319,3 +319,21 @@ def test_a_large_pilot(tmp_path: Path) -> None:
             found.key("Enter")
             found.await_text("#detail tbody tr", "large")
             assert found.errors == []
+
+
+def test_a_hidden_page_holds_no_connection(page: Page) -> None:
+    task = page.shell(f"echo first-words; {HELD}")
+    page.open(f"task/{task}")
+    page.browser.await_text("#output", "first-words")
+    turn = (
+        "Object.defineProperty(document, 'hidden', {value: %s, configurable: true}),"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+    page.browser.value(turn % "true")
+    assert page.browser.value("logs.readyState") == 2 and page.browser.value("source === null")
+    page.browser.value(turn % "false")
+    page.browser.await_value("logs.readyState === 1 && source.readyState === 1")
+    page.browser.await_text("#output", "first-words")
+    (page.folder / "go-on").touch()
+    page.broker.wait([task], timeout=WAIT_S)
+    (page.folder / "go-on").unlink()

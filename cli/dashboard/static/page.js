@@ -142,7 +142,10 @@ function connect() {
 }
 function linked(how, text) { const element = $("link"); element.className = how; put(element, text || how); }
 // A browser has few connections to one server: a page that nobody sees needs none.
-document.addEventListener("visibilitychange", () => { if (document.hidden) { if (source) source.close(); source = null; } else connect(); });
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) { if (source) source.close(); source = null; if (logs && !logs.ended) { logs.close(); logs.asleep = true; } }
+  else { connect(); if (logs && logs.asleep) logs.again(); }
+});
 
 let planned = false;
 function show() {
@@ -542,6 +545,7 @@ function output(id) {
     if (logs) logs.close();
     text.textContent = ""; put(note, "reading");
     const mine = logs = new EventSource("/api/logs/" + encodeURIComponent(id) + "/" + stream);
+    mine.again = () => follow(stream);
     mine.addEventListener("text", (event) => {
       const below = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
       text.append(JSON.parse(event.data));
@@ -549,8 +553,8 @@ function output(id) {
       if (below) text.scrollTop = text.scrollHeight;
       put(note, "live");
     });
-    mine.addEventListener("end", (event) => { mine.close(); put(note, JSON.parse(event.data).error || (text.textContent ? "the end" : "nothing was written")); });
-    mine.onerror = () => { mine.close(); put(note, "the output cannot be read any more"); };
+    mine.addEventListener("end", (event) => { mine.close(); mine.ended = true; put(note, JSON.parse(event.data).error || (text.textContent ? "the end" : "nothing was written")); });
+    mine.onerror = () => { mine.close(); mine.ended = true; put(note, "the output cannot be read any more"); };
   };
   for (const stream of ["stdout", "stderr"]) tabs.append(button(stream, () => follow(stream), { role: "tab", "aria-selected": "false", "aria-controls": "output" }));
   follow("stdout");
