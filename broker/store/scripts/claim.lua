@@ -211,7 +211,7 @@ local function claim_one(id, class, targets)
   if v[10] then
     -- An element that had been given back, or released by another array's element: its array knows the rest.
     local a = redis.call('HMGET', job_key(v[10]), 'pq_spec', 'pq_shared', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_class',
-      'pq_cancel', 'pq_last_attempt', 'enqueued_at')
+      'pq_cancel', 'pq_last_attempt', 'enqueued_at', 'pq_stopped')
     local position = number_in('pq_pos', redis.call('HGET', job_key(id), 'pq_pos'))
     if not a[1] and not a[6] then -- somebody deleted the array: what waits of it goes too
       count_end(redis.call('HGET', job_key(id), 'pq_sub'), 'canceled', 1)
@@ -220,6 +220,10 @@ local function claim_one(id, class, targets)
     end
     if (a[4] or '') == '' then damaged('pq_sub', a[4]) end
     if a[7] then return false end -- the array was canceled: release_dependents.lua ends what waits of it
+    if a[10] then -- what waits of it was canceled, and this one waits again since
+      end_unrun(id, 'canceled', now, now_iso, ttl)
+      return false
+    end
     -- One that was tried again with more has its own spec.
     f = {spec = v[2] or a[1], shared = a[2], name = a[3], submission = a[4], queued = a[5], enqueued = a[9], retries = v[6], array = v[10],
       position = position, index = tonumber(string.match(id, '_(%d+)$')), crashes = v[11], suspect_node = v[12],

@@ -623,6 +623,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   if number > 0 then count_end(submission, 'failed', number) end
   local text = 'its record on the server is damaged: ' .. why
   local line = {id = printable(id), message = text, name = printable(v[5]), submission = printable(submission), array = array or nil}
+  if array and redis.pcall('HEXISTS', job_key(array), 'pq_bundle') == 0 then line.index = tonumber(string.match(id, '_(%d+)$')) end
   local queued = tonumber(v[6] or '') or seconds_of(v[12])
   journal(cmsgpack.pack(line), {status = 'failed', reason = 'refused', final = true, ended = tonumber(now),
     queued = queued and queued < EXACT and queued or tonumber(now)})

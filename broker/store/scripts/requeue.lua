@@ -39,8 +39,8 @@ local function uncount(submission, field, number)
   end
 end
 
-local function note(id, name, submission, array)
-  journal(cmsgpack.pack({id = id, name = printable(name), submission = printable(submission), array = array or ''}),
+local function note(id, name, submission, array, index)
+  journal(cmsgpack.pack({id = id, name = printable(name), submission = printable(submission), array = array or '', index = index}),
     {status = 'queued', reason = '', final = false})
 end
 
@@ -67,7 +67,7 @@ end
 local function revive(id, queue)
   redis.call('PERSIST', job_key(id))
   redis.call('HDEL', job_key(id), 'pq_reason', 'pq_exit', 'pq_cpus', 'pq_cancel', 'pq_crashes', 'pq_node', 'pq_slot',
-    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node', 'pq_stopped', 'pq_failures')
+    'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node', 'pq_stopped')
   local budget = redis.call('HGET', job_key(id), 'pq_budget')
   if budget then redis.call('HSET', job_key(id), 'pq_retries', budget) end
   -- RQ's own requeue has written the same in another form.
@@ -154,7 +154,7 @@ local function requeue_array(id, item)
   end
   work = work + #item[7] / 4
   redis.call('SET', outcomes_key(id), ARGV[item[3]])
-  redis.call('HDEL', job_key(id), 'pq_kept')
+  redis.call('HDEL', job_key(id), 'pq_kept', 'pq_failures')
   redis.call('HSET', job_key(id), 'pq_left', item[4] + item[5], 'pq_unfinished', 0, 'pq_next', item[6],
     'pq_has_gaps', 1, 'pq_first_attempt', f.last + 1)
   uncount(f.sub, 'failed', item[4])
@@ -221,7 +221,7 @@ local function requeue_element(id, array, index)
     redis.call('ZADD', registry('wip', queue_of(f.class)), 'inf', array .. ':0')
   end
   uncount(f.sub, outcome == 2 and 'failed' or 'canceled', 1)
-  note(id, f.name, f.sub, array)
+  note(id, f.name, f.sub, array, redis.call('HEXISTS', job_key(array), 'pq_bundle') == 0 and tonumber(index) or nil)
   if f.parents then
     redis.call('HDEL', elementwise_key(array) .. ':seen', 'w' .. string.format('%d', position))
     look_again(array, f.after, position, position)

@@ -190,6 +190,17 @@ def test_what_is_damaged_has_failed_with_a_sentence(engine: Engine, field: str) 
     assert engine.counts() == {"total": number, "failed": number} == engine.counts(keys.submission("k"))
 
 
+def test_a_damaged_element_has_failed_with_its_index(engine: Engine) -> None:
+    (a,) = engine.submit(array(3))
+    engine.return_unstarted(engine.claim(2))
+    engine.link.call("HSET", keys.job(f"{a}_1"), "pq_exec", "x")
+    engine.claim(1)
+    engine.claim(1)
+    assert engine.outcomes(a, 3) == "020"
+    entry = engine.final_entry(f"{a}_1")
+    assert (entry["reason"], entry["array"], entry["index"]) == ("refused", a, 1)
+
+
 def test_what_is_damaged_hides_no_other_task_from_readers(engine: Engine) -> None:
     victim, other = engine.submit(array(2), task())
     queries = TaskQueries(engine.link, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pilotq.broker.client.queries import TaskQueries
+from pilotq.broker.client.views import Counts
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store.messages import Stop
 from pilotq.broker.store.requeue import requeue
@@ -81,6 +82,34 @@ def test_a_retry_counts_anew(engine: Engine) -> None:
     assert engine.outcomes(name, 4) == "2011"
     engine.complete([second])
     assert (engine.status(name), engine.hash(name)["pq_reason"]) == ("failed", "elements")
+
+
+def test_a_retry_of_one_element_after_the_other_counts_them_all(engine: Engine) -> None:
+    (name,) = engine.submit(array(4, stop_on_failures="3"))
+    engine.complete(engine.claim(4), "failed", "exit")
+    for number, left in ((0, "3"), (2, "2"), (1, "1")):
+        assert requeue(engine.store, [f"{name}_{number}"]) == {f"{name}_{number}": "queued"}
+        assert engine.hash(name)["pq_failures"] == left
+    assert TaskQueries(engine.link, None).counts([name]) == Counts(total=4, failed=1)
+    engine.complete(engine.claim(4), "failed", "exit")
+    assert requeue(engine.store, [name]) == {name: "queued"}
+    assert TaskQueries(engine.link, None).counts([name]) == Counts(total=4)
+
+
+@pytest.mark.parametrize("how", ["retry", "return"])
+def test_what_waits_again_after_the_stop_is_canceled_too(engine: Engine, how: str) -> None:
+    (name,) = engine.submit(array(4, stop_on_failures="0", retries=1))
+    runs = engine.claim(3)
+    engine.complete(runs[:1], "stopped", "stopped")
+    engine.release_dependents()
+    if how == "retry":
+        assert engine.complete(runs[1:2], "failed", "exit") == ["retry"]
+    else:
+        engine.return_unstarted(runs[1:2])
+    assert engine.claim(5) == [] and engine.outcomes(name, 4) == "2303"
+    engine.complete(runs[2:])
+    assert engine.outcomes(name, 4) == "2313" and engine.status(name) == "failed"
+    assert engine.counts() == {"total": 4, "finished": 1, "failed": 1, "canceled": 2} and engine.nothing_left()
 
 
 def test_only_what_waits_is_canceled(engine: Engine) -> None:

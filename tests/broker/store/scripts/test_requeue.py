@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pilotq.broker.store import keys
+from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.requeue import requeue
 from tests.support.engine import ONE, Engine, array, fixtures, ids, task, wide
 
@@ -202,6 +203,15 @@ def test_the_last_element_of_a_long_array_is_found(engine: Engine, size: int) ->
     middle = len(bits) // 2 * 4
     assert [h.index for h in engine.claim(5)] == [middle, size - 1]
     assert engine.status(a) == "started"
+
+
+def test_the_journal_has_the_index_of_an_element_that_is_tried_again(engine: Engine) -> None:
+    (a,) = engine.submit(array(3))
+    fail(engine, 3)
+    assert again(engine, f"{a}_1") == {f"{a}_1": "queued"}
+    (entry,) = (entry for entry in engine.journal() if entry["id"] == f"{a}_1" and not entry["final"])
+    assert (entry["id"], entry["status"], entry["array"], entry["index"]) == (f"{a}_1", "queued", a, 1)
+    assert JournalEntry(f"{a}_1", array=a, index=entry["index"]).submitted_as == a
 
 
 def test_one_element_opens_its_array_again(engine: Engine) -> None:
