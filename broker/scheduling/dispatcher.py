@@ -308,7 +308,7 @@ class Dispatcher:
         )
         asked: dict[str, list[int]] = {}
         for slot in slots:
-            asked.setdefault(slot.shares[0].node, []).append(slot.number)
+            asked.setdefault(self.inventory.owner(slot).info.name, []).append(slot.number)
         for node, numbers in asked.items():
             self._send(self.inventory.nodes[node].info, Vacate(numbers))
         if nice and not in_the_way and len(placed) < CLAIM_LIMIT:

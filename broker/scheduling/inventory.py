@@ -159,6 +159,10 @@ class Inventory:
         node = self.nodes[name]
         return not node.slots and not node.prefetched and not self.cluster.used(name)
 
+    def owner(self, slot: Slot) -> NodeRecord:
+        """The node whose worker runs a slot: no share may be left there (`release_swept`)."""
+        return next(node for node in self.nodes.values() if node.slots.get(slot.number) is slot)
+
     def open_slot(self, slot: Slot) -> None:
         self._add(self.nodes[slot.shares[0].node], slot)
 

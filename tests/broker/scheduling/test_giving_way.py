@@ -8,7 +8,7 @@ from pilotq.broker.scheduling.giving_way import make_room
 from pilotq.broker.scheduling.inventory import Inventory
 from pilotq.broker.scheduling.slot import Slot
 from pilotq.broker.settings import Settings
-from pilotq.broker.store.messages import StateReport
+from pilotq.broker.store.messages import PartlyReleased, StateReport
 from pilotq.broker.store.resources import NodeInfo, class_info
 from pilotq.broker.store.store import Head
 from pilotq.broker.tasks.model import NICE, Request, class_name
@@ -85,3 +85,16 @@ def test_those_that_are_not_nice_never_end(inventory: Inventory) -> None:
     for n in range(1, 5):
         begin(inventory, n, "default.p-1000.1c")
     assert make_room(inventory, waiting(ONE), [ONE]) == ([], False)
+
+
+def test_the_node_that_runs_it_is_asked_though_no_share_is_left_there() -> None:
+    inventory = Inventory(Settings())
+    for n, name in enumerate(("n1", "n2", "n3"), start=1):
+        inventory.add_node(NodeInfo(name, n, "here", 1, [0]), StateReport(name, n, 1, [], {}, []), 0.0)
+    slot = begin(inventory, 1, nice(Request(nodes=(3, 3))))
+    inventory.release_swept(PartlyReleased("n1", 1, 1, "n2[0],n3[0]"))
+    begin(inventory, 2, "default.p5.1c")
+    inventory.remove_node("n2")
+    assert make_room(inventory, waiting(ONE), [ONE]) == ([slot], True)
+    assert slot.shares[0].node == "n2" and inventory.owner(slot).info.name == "n1"
+    assert make_room(inventory, waiting(ONE), [ONE]) == ([], True)
