@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from pilotq.broker.client.queries import array_of, indices_in
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Connection
+from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalReader
 from pilotq.broker.tasks.array_outcomes import indices_of, outcome_at
 
@@ -44,14 +44,17 @@ class PastTasks:
             if (array := array_of(task_id)) is not None:
                 wanted.setdefault(array, []).append(task_id)
         for array, elements in wanted.items():
-            row, outcomes = self._link.pipeline(
-                [("HMGET", keys.job(array), "pq_array", "pq_next"), ("GET", keys.outcomes(array))]
-            )
+            commands = [("HMGET", keys.job(array), "pq_array", "pq_next"), ("GET", keys.outcomes(array))]
+            try:
+                row, outcomes = self._link.pipeline(commands)
+                following = int(row[1] or 0)
+            except (ReplyError, ValueError):  # others can write there
+                continue
             if (indices := indices_in(row[0].decode("utf-8", "replace") if row[0] else "")) is None:
                 continue
             for task_id in elements:
                 if (position := indices.position(int(task_id.rpartition("_")[2]))) is not None:
-                    outcome = outcome_at(outcomes or b"", position, int(row[1] or 0))
+                    outcome = outcome_at(outcomes or b"", position, following)
                     found[task_id] = "queued" if outcome == "waiting" else outcome
         return found
 

@@ -245,7 +245,10 @@ class TaskQueries:
 
         What is in no record any more has ended, in a way that is not known here: it counts as finished.
         """
+        from pilotq.broker.client.past import PastTasks
+
         found = Counts()
+        gone: list[str] = []  # without a record
         for first in range(0, len(ids), SLICE):
             part = ids[first : first + SLICE]
             rows = self._read(part, ("status", "pq_array", "pq_left", "pq_unfinished", "pq_failures"))
@@ -257,11 +260,15 @@ class TaskQueries:
                     found.failed += _whole(failures)
                     found.canceled += _whole(unfinished) - _whole(failures)
                     continue
-                view = self._element_without_record(task_id) if status is None else None
-                word = _text(status) or (view.status if view is not None else "finished")
                 found.total += 1
-                if word in ENDED:
+                if status is None:
+                    gone.append(task_id)
+                elif (word := _text(status)) in ENDED:
                     found.add(word)
+        known = PastTasks(self.link, None, ()).statuses(gone) if gone else {}
+        for word in (known.get(task_id, "finished") for task_id in gone):
+            if word in ENDED:
+                found.add(word)
         return found
 
     def _read(self, ids: Sequence[str], fields: Sequence[str] = VIEW_FIELDS) -> list[Sequence[bytes | None]]:
@@ -276,8 +283,10 @@ class TaskQueries:
         view = self.views([task_id])[0]
         entries = self.journal.find(task_id) if self.journal is not None else []
         if view is None:
-            if not entries:
-                return self._element_without_record(task_id)
+            if not entries or not entries[0].final:  # of a task that was to run again its array may know more
+                found = self._element_without_record(task_id)
+                if found is not None or not entries:
+                    return found
             return view_of_entry(entries[0])
         if view.array_size:
             array, following, bits = self._array(task_id)

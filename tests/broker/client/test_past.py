@@ -75,6 +75,37 @@ def test_elements_are_asked_of_their_array_first(engine: Engine) -> None:
     }  # fmt: skip
 
 
+def test_what_the_array_knows_counts_more_than_a_retry_in_the_journal(engine: Engine, tmp_path: Path) -> None:
+    (a,) = engine.submit(array(3))
+    engine.cancel(a)
+    journal = write(tmp_path / "journal.jsonl", end(f"{a}_1", "failed"), retry(f"{a}_1"), retry("zz_1"))
+    found = [queries.TaskQueries(engine.link, journal).task(i) for i in (f"{a}_1", "zz_1")]
+    assert [view and view.status for view in found] == ["canceled", "queued"]
+
+
+def test_elements_without_records_are_counted_by_array(engine: Engine) -> None:
+    (a,) = engine.submit(array(400))
+    runs = engine.claim(4)
+    engine.complete_runs(runs[:2])
+    engine.complete(runs[2:3], "failed", "exit")
+    asked = queries.TaskQueries(engine.link, None)
+    ids = [f"{a}_{n}" for n in range(400)]
+    before = commands(engine)
+    assert asked.counts([*ids, "zz_0", "zz"]) == Counts(total=402, finished=4, failed=1)
+    assert commands(engine) - before < 402 + 10
+    engine.link.call("SET", keys.job("y"), "a string")
+    assert asked.counts(["y_1"]) == Counts(total=1, finished=1)
+    engine.cancel(a)
+    engine.release_dependents()
+    assert asked.counts(ids) == Counts(total=400, finished=2, failed=1, canceled=396)
+
+
+def commands(engine: Engine) -> int:
+    """How many the server has processed."""
+    text = engine.admin.call("INFO", "stats").decode()
+    return int(text.split("total_commands_processed:")[1].split()[0])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_counts_of_an_ended_pilot_whatever_was_retried(tmp_path: Path, seed: int) -> None:
     luck = random.Random(seed)
