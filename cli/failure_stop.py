@@ -15,15 +15,16 @@ class FailureStop:
         self.limit = limit
         self.before = before  # failures that do not count
         self.exceeded = False
+        self.total = 0  # the most there were: records go, and an array without one counts as one task
 
     def enforce(self, broker: Broker, ids: Sequence[str] | None = None) -> str:
         """Cancel what waits of these tasks (default: all) once, when too many have failed: returns a sentence then."""
         if not self.limit or self.exceeded:
             return ""
         counts = broker.counts(ids=ids)
-        failed, total = counts.failed - self.before, counts.total
-        if failed <= failures_allowed(self.limit, total):
+        failed, self.total = counts.failed - self.before, max(self.total, counts.total)
+        if failed <= failures_allowed(self.limit, self.total):
             return ""
         broker.cancel(broker.open_ids() if ids is None else ids, waiting=True)
         self.exceeded = True
-        return f"{failed:,} of {total:,} tasks have failed, more than {self.limit}: what waited is canceled"
+        return f"{failed:,} of {self.total:,} tasks have failed, more than {self.limit}: what waited is canceled"

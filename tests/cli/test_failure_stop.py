@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pilotq.broker.client.broker import Broker
+from pilotq.broker.store import keys
+from pilotq.cli.failure_stop import FailureStop
 from tests.support.command_line import in_background, prompt
+from tests.support.engine import QUEUE_ID, Engine, array, fixtures
 from tests.support.waiting import wait_until
+
+engine, server, node = fixtures
 
 
 def test_run_stops_and_says_why(tmp_path: Path) -> None:
@@ -48,6 +54,21 @@ def test_wait_and_arrays(tmp_path: Path) -> None:
         assert f"{held}: goes on, if its node has begun it\n" in said and ": canceled" in said
         (tmp_path / "go").touch()
         assert cli("wait", held).returncode == 0
+
+
+def test_a_share_is_one_of_all_there_were(engine: Engine) -> None:
+    done, more = engine.submit(array(100), array(40))
+    broker = Broker(engine.running.address, QUEUE_ID, None)
+    stop = FailureStop("10%")
+    assert stop.enforce(broker, [done, more]) == ""
+    engine.complete(engine.claim(100))
+    engine.link.call("DEL", keys.job(done))  # its time is over
+    runs = engine.claim(16)
+    engine.complete(runs[:14], "failed", "exit")
+    assert stop.enforce(broker, [done, more]) == "", "14 of 140"
+    engine.complete(runs[14:15], "failed", "exit")
+    assert stop.enforce(broker, [done, more]) == ("15 of 140 tasks have failed, more than 10%: what waited is canceled")
+    broker.close()
 
 
 def tasks(folder: Path) -> str:
