@@ -279,10 +279,12 @@ def core_hours_json(found: CoreHours) -> dict[str, float | str]:
     return {**hours, "advice": found.advice}
 
 
+def core_time(micro: int) -> str:
+    """Core-microseconds as core-hours: ``1.25``; what is below 0.01 as ``6.6 core-seconds``."""
+    return f"{micro / 1e6:,.3g} core-seconds" if 0 < micro < 0.01 * 3.6e9 else f"{micro / 3.6e9:,.4g}"
+
+
 def core_hours_table(found: CoreHours) -> str:
     """A row for each thing that core-hours were spent on."""
-    rows = [
-        [what, f"{getattr(found, part) / 3.6e9:,.4g}", f"{100 * found.share(part):.1f} %"]
-        for part, what in PARTS.items()
-    ]
+    rows = [[what, core_time(getattr(found, part)), f"{100 * found.share(part):.1f} %"] for part, what in PARTS.items()]
     return table(("CORE-HOURS WENT INTO", "CORE-HOURS", "SHARE"), rows)

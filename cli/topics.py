@@ -77,9 +77,9 @@ def dependencies() -> str:
     return "\n".join([
         "Keys in files; `pilotq enqueue` has --after, --after-any and --after-notok:", "",
         *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in ALL_FIELDS}), "",
-        *_wrapped("A task that waits for others is deferred. When one of them ends otherwise it is canceled, with the "
-                  f"reason \"dependency\" ({REASONS['dependency']}), and so is what waits for it. `pilotq explain ID` "
-                  "names the task that was the cause, `pilotq retry` runs both again."),
+        *_wrapped("A task that waits for others is deferred. When one of them ends otherwise, the waiting task is "
+                  f"canceled, with the reason \"dependency\" ({REASONS['dependency']}), and so is what waits for it. "
+                  "`pilotq explain ID` names the cause. To run both again name both, or `pilotq retry --all`."),
     ])  # fmt: skip
 
 

@@ -43,9 +43,11 @@ COMMANDS_HEAD = """\
 
 Every command takes `--help`. ID is the id that `enqueue` and `submit` print, or the name of one task. Commands find the
 pilot by `--dir`, else by the variable `PILOTQ_DIR`, else by `.pilotq/current` here or in a directory above. `list`,
-`show`, `explain`, `logs`, `status` and `wait` also answer for a pilot that has ended, from its journal.
+`show`, `explain`, `logs`, `status`, `wait`, `report`, `traces` and `top` also answer for a pilot that has ended, from
+its journal. `pilotq qcg` and `pilotq-qcg-report` are for [QCG-PilotJob's files](from-qcg-pilotjob.md).
 
-`pilotq run -- CMD` also takes the options of `pilotq enqueue` that describe a task, except `--nodes` and `--after`.
+`pilotq run -- CMD` also takes the options of `pilotq enqueue` that describe a task, except `--nodes`, `--after`,
+`--after-any` and `--after-notok`.
 
 ## Exit codes
 

@@ -11,16 +11,16 @@ from pilotq.broker.client.executions import Executions
 MICRO = 1_000_000
 NOTABLE = 0.05  # a smaller share is not worth a change
 PARTS = {
-    "finished": "executions that finished",
-    "lost": "executions that failed, were stopped, or were tried again",
-    "start_up": "idle before the first execution began",
-    "no_work": "idle, with too little in the queue",
-    "large": "idle, too few for the large task that was next",
-    "overhead": "idle while tasks that fit were waiting, also for others",
-    "tail": "idle after the last execution had begun",
+    "finished": "finished: executions that finished",
+    "lost": "wasted: executions that failed, were stopped, or were tried again",
+    "start_up": "start-up: idle before the first execution began",
+    "no_work": "nothing queued: idle, with too little in the queue",
+    "large": "large tasks: idle, too few for the task that was next",
+    "overhead": "overhead: idle while tasks that fit were waiting, also for others",
+    "tail": "tail: idle after the last execution had begun",
 }
 ADVICE = {
-    "lost": "was lost to failures and retries: `pilotq report` says why they failed",
+    "lost": "was wasted on failures and retries: `pilotq report` says why they failed",
     "start_up": "passed before the first task began: let one pilot run more tasks",
     "no_work": "had nothing queued: ask for fewer cores, or submit more at once",
     "large": "waited for large tasks: ask for tasks with fewer cores, or for more cores at once",

@@ -16,6 +16,8 @@ def failures_allowed(text: str, total: int) -> int:
     [3, 1, 0]
     """
     match = _LIMIT.fullmatch(text)
-    if match is None or (match[2] and float(match[2]) > 100):
+    if match is not None and match[2] and float(match[2]) > 100:
+        raise InvalidInput(f"{text!r}: a percentage is from 0 to 100")
+    if match is None:
         raise InvalidInput(f"{text!r} is no number of tasks and no percentage: write 20, or 5%")
     return int(match[1]) if match[1] else int(float(match[2]) * total / 100 + 1e-9)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pilotq.broker.client.broker import Broker
+from pilotq.broker.errors import InvalidInput
 from pilotq.broker.tasks.dependencies import ALL_FIELDS
 from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.cli import formatting
@@ -43,6 +44,12 @@ def enqueue_command(
     Example: pilotq enqueue --cores 2 --array 0-99 -- ./simulate --seed {index}
     """
     task = task_of(command, options)
+    if limit := "" if task.is_array else options["stop_on_failures"]:
+        raise InvalidInput(
+            f"--stop-on-failures is for arrays here: give --array, or `pilotq wait --stop-on-failures {limit}`"
+        )
+    if task.nice and task.priority and not options["priority"]:
+        raise InvalidInput("--nice and #SBATCH --nice (a priority here) do not go together: use --no-directives")
     with Broker.connect(directory) as broker:
         for field in ALL_FIELDS:
             setattr(task, field, [f"={task_id}" for task_id in ids_of(broker, getattr(task, field))])

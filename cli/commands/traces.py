@@ -24,12 +24,11 @@ PIECE = 500  # executions that are sent at a time
 POLL_S, AGAIN_S = 1.0, 5.0  # how often the journal is looked at, and a collector that does not answer is tried again
 GIVE_UP_S = 600.0  # how long such a one is waited for, with --follow
 ANSWER_S = 10
+ENDPOINT, DEFAULT = "OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318"
 
 
 @click.command("traces")
-@click.option(
-    "--endpoint", metavar="URL", help="The collector's, as OTEL_EXPORTER_OTLP_ENDPOINT, which is the default."
-)
+@click.option("--endpoint", metavar="URL", help=f"The collector's.  [default: ${ENDPOINT}, else {DEFAULT}]")
 @click.option("--follow", is_flag=True, help="Go on with what ends, until the pilot has ended.")
 @dir_option
 def traces_command(endpoint: str | None, follow: bool, directory: str | None) -> None:
@@ -62,7 +61,8 @@ def traces_command(endpoint: str | None, follow: bool, directory: str | None) ->
     finally:
         parents.close()
         exporter.shutdown()  # type: ignore[no-untyped-call]
-        click.echo(f"pilotq: the collector has {number:,} spans", err=True)
+        if number:
+            click.echo(f"pilotq: the collector has {number:,} spans", err=True)
 
 
 def _exporter(endpoint: str | None) -> OTLPSpanExporter:
@@ -110,7 +110,12 @@ def _send_news(
         deadline = time.monotonic() + patience
         while spans and exporter.export(spans) is not SpanExportResult.SUCCESS:
             if time.monotonic() > deadline:
-                raise PilotFailed("the collector does not take spans: see whether it runs, and --endpoint")
+                where = urlsplit(exporter._endpoint)  # without what may be secret
+                host = where.netloc.rpartition("@")[2]
+                raise PilotFailed(
+                    f"no answer from {where.scheme}://{host}{where.path}, or it takes no spans: see whether the "
+                    "collector runs, and --endpoint"
+                )
             time.sleep(AGAIN_S)
         number += len(spans)
     return number

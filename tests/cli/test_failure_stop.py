@@ -34,6 +34,9 @@ def test_wait_and_arrays(tmp_path: Path) -> None:
         assert view["elements"]["failed"] == "0-2" and view["elements"]["canceled"].endswith("-999")
         assert (view["status"], view["reason"]) == ("failed", "failures")
 
+        for limit, text in (("200%", "a percentage is from 0 to 100"), ("2", "or `pilotq wait --stop-on-failures 2`")):
+            refused = cli("enqueue", "--stop-on-failures", limit, "--", "true")
+            assert refused.returncode == 2 and text in refused.stderr
         assert f"{array}: nothing of it waits" in cli("cancel", "--waiting", array).stdout
         assert view["times"]["started"] is None, "not that of its last element"
         never = f"{array}_999"

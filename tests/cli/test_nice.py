@@ -61,6 +61,13 @@ def test_it_fills_what_a_larger_task_leaves_idle(pilot: Cli, tmp_path: Path) -> 
     assert pilot("wait", one, wide, nice).returncode == 0
 
 
+def test_a_script_that_asks_for_a_priority_is_no_nice_task(pilot: Cli, tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text("#!/bin/sh\n#SBATCH --nice=5\ntrue\n")
+    refused = pilot("enqueue", "--nice", "--script", "job.sh")
+    assert refused.returncode == 2 and "do not go together: use --no-directives" in refused.stderr
+    assert pilot("enqueue", "--nice", "--no-directives", "--script", "job.sh").returncode == 0
+
+
 def test_arrays_and_functions_are_nice_too(pilot: Cli, tmp_path: Path) -> None:
     (tmp_path / "jobs.json").write_text(
         json.dumps({"tasks": [{"command": "true", "array": "0-49", "nice": True}, {"function": "time:sleep",

@@ -132,7 +132,8 @@ def test_spans_of_a_pilot_that_has_ended_are_the_same_each_time(tmp_path: Path) 
     with collector() as (found, url):
         found.refuse = 1
         refused = cli("traces", "--endpoint", url)
-        assert refused.returncode == 3 and "the collector does not take spans" in refused.stderr
+        assert refused.returncode == 3 and "spans: see whether the collector" in refused.stderr
+        assert "no answer from http://127.0.0.1:" in refused.stderr and "0 spans" not in refused.stderr
         assert "Traceback" not in refused.stderr and not found.spans
         for _ in range(2):
             done = cli("traces", "--endpoint", url)
