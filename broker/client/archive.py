@@ -7,7 +7,7 @@ from itertools import islice
 
 from pilotq.broker.client.output import captured
 from pilotq.broker.client.past import PastTasks
-from pilotq.broker.client.queries import array_of, element_view, newest_entries, view_of_entry
+from pilotq.broker.client.queries import array_of, element_view, view_of_entry
 from pilotq.broker.client.views import Counts, Explanation, TaskView
 from pilotq.broker.errors import UnknownTask
 from pilotq.broker.os_strings import printable
@@ -70,7 +70,7 @@ class Archive:
         seen: set[str] = set()
 
         def known() -> Iterator[TaskView]:
-            for entry in newest_entries(self._journal):
+            for entry in self._journal.newest():
                 if entry.id not in seen:
                     seen.add(entry.id)
                     yield _view(entry)

@@ -184,17 +184,6 @@ def array_of(task_id: str) -> str | None:
     return found and found[1]
 
 
-def newest_entries(journal: Journal) -> Iterator[JournalEntry]:
-    """The entries of the journal, newest first; not many more are read than are taken."""
-    given, count = 0, SLICE
-    while True:
-        entries = journal.last(count)
-        yield from islice(entries, given, None)
-        if len(entries) < count:
-            return
-        given, count = len(entries), 4 * count
-
-
 def add_journal_facts(view: TaskView, entry: JournalEntry) -> TaskView:
     """Add to a view of Redis what only the journal has of an ended task."""
     view.signal, view.message = entry.signal, entry.message
@@ -461,7 +450,7 @@ class TaskQueries:
         return lambda first, count: self.link.call("ZREVRANGE", key, first, first + count - 1)
 
     def _of_journal(self, seen: set[str]) -> Iterator[TaskView]:
-        for entry in newest_entries(self.journal) if self.journal is not None else ():
+        for entry in self.journal.newest() if self.journal is not None else ():
             if entry.final and entry.id not in seen:
                 seen.add(entry.id)
                 yield view_of_entry(entry)

@@ -99,6 +99,8 @@ class _Line(JournalEntry):
 
 _decode = msgspec.json.Decoder(_Line).decode
 
+NEWEST_FIRST = 500  # entries that `Journal.newest` reads at first
+
 
 class Journal:
     """Reads a journal, also while it is written and after the pilot has ended. A missing file is an empty journal.
@@ -150,6 +152,16 @@ class Journal:
                     found.append(entry)
                 end = start
         return found
+
+    def newest(self) -> Iterator[JournalEntry]:
+        """The entries, newest first; not many more are read than are taken."""
+        given, count = 0, NEWEST_FIRST
+        while True:
+            entries = self.last(count)
+            yield from entries[given:]
+            if len(entries) < count:
+                return
+            given, count = len(entries), 4 * count
 
     def _matches(self, pattern: bytes, wanted: Callable[[JournalEntry], bool]) -> Iterator[JournalEntry]:
         """Entries that contain the pattern and are wanted, newest first."""
