@@ -46,10 +46,10 @@ def test_every_rank_is_on_its_node_and_core(cluster: Cluster, kind: str) -> None
     (cluster.folder / "tasks.toml").write_text(tasks_of(program, models))
     job = cluster.submit(
         "pilotq run --dir p tasks.toml; echo code $?",
-        "srun --overlap -N4 -n4 pgrep -af '[h]ello.* 1000' && echo left; true",
+        "srun --overlap -N4 -n4 pgrep -af '[h]ello.* 1000' && echo ranks live; true",
     )
     assert job.await_end() == "COMPLETED", job.said()
-    assert "code 1" in job.said() and "left" not in job.said()
+    assert "code 1" in job.said() and "ranks live" not in job.said()
     found = lines_of(cluster.folder)
     for model, nodes in models:
         assert_placed(found[f"{model}-{nodes}"], nodes)
