@@ -143,7 +143,8 @@ def test_everything_may_still_be_canceled_afterwards(engine: Engine) -> None:
 
 @pytest.mark.parametrize("limit", ["x", "-1", "101%", "5 %", "1.5"])
 def test_what_is_no_limit_is_refused(engine: Engine, limit: str) -> None:
-    with pytest.raises(InvalidInput, match="no number of tasks and no percentage: write 20, or 5%"):
+    said = "a percentage is from 0 to 100" if limit == "101%" else "no number of tasks and no percentage: write 20"
+    with pytest.raises(InvalidInput, match=said):
         engine.submit(array(2, stop_on_failures=limit))
     with pytest.raises(InvalidInput, match="stop_on_failures is for arrays"):
         engine.submit(task(stop_on_failures="1"))
