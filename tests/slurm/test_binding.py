@@ -69,7 +69,9 @@ def test_memory_is_what_the_job_was_granted(confined: Cluster) -> None:
     assert node["memory"] == GRANTED * MB
     use = ("--", "python3", "-c", f"x = bytearray({3 * GRANTED} << 20); x[::4096] = x[1::4096]")
     assert "can never run here" in cli("enqueue", "--memory", f"{GRANTED + 50}M", "--", "true")
-    tasks = [cli("enqueue", *command).strip() for command in (("--memory", "100M", *use), use, ("--", "true"))]
+    # More than it asks for, and less than what the kernel grants: the worker has to end it.
+    some = ("--", "python3", "-c", "import time; x = bytearray(150 << 20); x[::4096] = x[1::4096]; time.sleep(60)")
+    tasks = [cli("enqueue", *command).strip() for command in (("--memory", "100M", *some), use, ("--", "true"))]
     cli("wait", "--timeout", "60s")
     said = cli("explain", *tasks)
     cli("stop")
