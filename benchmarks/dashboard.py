@@ -5,16 +5,12 @@
 
 from __future__ import annotations
 
-import base64
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 from benchmarks.figures import Figure
-from benchmarks.pilots import pilot
+from benchmarks.pilots import keep_records, pilot
+from benchmarks.served import served
 from pilotq.broker import Broker, Task
 
 WAITING = "default.p0.1c"
@@ -41,33 +37,21 @@ def pages(task: str) -> dict[str, list[str]]:
 
 def measure(directory: str, task: str, rounds: int) -> dict[str, tuple[float, float]]:
     """Page -> median and worst of its seconds."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pilotq", "dashboard", "--dir", directory], stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        word = Path(directory, "dashboard-password").read_text().strip()
-        login = {"Authorization": "Basic " + base64.b64encode(f"pilotq:{word}".encode()).decode()}
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with served("dashboard", directory) as server:
 
         def show(paths: list[str]) -> float:
             began = time.perf_counter()
             for path in paths:
-                with opener.open(urllib.request.Request(url + path, headers=login), timeout=60) as answer:
-                    answer.read()
+                server.read(path)
             return time.perf_counter() - began
 
         times = {name: [show(paths) for _ in range(rounds + 1)][1:] for name, paths in pages(task).items()}
-    finally:
-        process.terminate()
-        process.wait()
     return {name: (statistics.median(seconds), max(seconds)) for name, seconds in times.items()}
 
 
 def run(number: int = 100_000, rounds: int = 15) -> list[Figure]:
     with pilot() as directory, Broker.connect(directory) as broker:
+        keep_records(broker)
         broker.pause(True)
         ended = broker.enqueue_many([Task(command=["/bin/true", "ended", str(n)]) for n in range(number)])
         broker.cancel(ended)

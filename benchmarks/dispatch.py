@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.figures import Figure
+from benchmarks.pilots import keep_records
 from benchmarks.pretended.pilot import PretendedPilot, pretended_pilot
 from pilotq.broker import ArrayRange, Broker, Task
 
@@ -31,6 +32,7 @@ def submit_array(broker: Broker, number: int) -> None:
 
 
 def submit_single(broker: Broker, number: int) -> None:
+    keep_records(broker)
     broker.enqueue_many([Task(command=["/bin/true", str(n)]) for n in range(number)])
 
 

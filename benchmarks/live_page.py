@@ -5,25 +5,21 @@ A large pilot is one of 100 pretended nodes with 100,000 waiting tasks; Chromium
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import itertools
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.figures import Figure
 from benchmarks.parts import cpu, parts
 from benchmarks.pilots import pilot
 from benchmarks.pretended.pilot import pretended_pilot
+from benchmarks.served import Served, served
 from pilotq.broker import ArrayRange, Broker, Task
 from pilotq.broker.store.connection import Connection
 from tests.support.browser import browser, find
@@ -32,34 +28,6 @@ from tests.support.waiting import wait_until
 NODES, CORES, WAITING = 100, 128, 100_000
 UPDATES = 30
 PAGES = 10
-
-
-class Shown(NamedTuple):
-    url: str
-    password: str
-
-    def open(self, path: str) -> http.client.HTTPResponse:
-        login = {"Authorization": "Basic " + base64.b64encode(f"pilotq:{self.password}".encode()).decode()}
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        answer: http.client.HTTPResponse = opener.open(
-            urllib.request.Request(self.url + path, headers=login), timeout=60
-        )
-        return answer
-
-
-@contextlib.contextmanager
-def dashboard(directory: str) -> Iterator[Shown]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pilotq", "dashboard", "--dir", directory], stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        yield Shown(url, Path(directory, "dashboard-password").read_text().strip())
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def server_seconds(link: Connection) -> float:
@@ -71,7 +39,7 @@ def server_seconds(link: Connection) -> float:
 
 def first_and_updates(directory: str) -> list[Figure]:
     """The figures of a page that is opened on the pilot in this directory."""
-    with dashboard(directory) as shown:
+    with served("dashboard", directory) as shown:
         wait_until(lambda: shown.open("api/events").readline() != b"", seconds=60)
         firsts = []
         for _ in range(5):
@@ -110,7 +78,7 @@ def server_time(directory: str) -> list[Figure]:
     ]  # fmt: skip
 
 
-def painted(shown: Shown) -> list[Figure]:
+def painted(shown: Served) -> list[Figure]:
     if find() is None:
         return []
     times = []
@@ -129,7 +97,11 @@ def painted(shown: Shown) -> list[Figure]:
 
 def with_pages(number: int, tasks: int = 3000, rounds: int = 3) -> list[Figure]:
     """How fast short tasks end with no page open, and with so many, in turn."""
-    with pilot("--nodes", "n1:2,n2:2") as directory, dashboard(directory) as shown, Broker.connect(directory) as broker:
+    with (
+        pilot("--nodes", "n1:2,n2:2") as directory,
+        served("dashboard", directory) as shown,
+        Broker.connect(directory) as broker,
+    ):
         watched = parts(directory)
 
         def work() -> tuple[float, float]:

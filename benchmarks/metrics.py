@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import msgspec
 
 from benchmarks.figures import Figure
-from benchmarks.pilots import pilot
+from benchmarks.pilots import keep_records, pilot
+from benchmarks.served import served
 from pilotq.broker import Broker, Task
 from pilotq.broker.store.resources import NodeInfo
 
@@ -22,38 +18,21 @@ NODES, CORES = 100, 128
 
 def measure(directory: str, rounds: int) -> tuple[list[float], int]:
     """Seconds of each scrape, once the journal is read, and the bytes of the last one."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pilotq", "metrics", "--dir", directory], stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        word = Path(directory, "dashboard-password").read_text().strip()
-        login = {"Authorization": "Basic " + base64.b64encode(f"pilotq:{word}".encode()).decode()}
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-        def scrape() -> tuple[float, bytes]:
-            began = time.perf_counter()
-            with opener.open(urllib.request.Request(url, headers=login), timeout=60) as answer:
-                text = answer.read()
-            return time.perf_counter() - began, text
-
-        while b"\npilotq_journal_unread_bytes 0.0\n" not in scrape()[1]:
+    with served("metrics", directory) as server:
+        while b"\npilotq_journal_unread_bytes 0.0\n" not in server.read():
             time.sleep(0.1)
         times = []
         for _ in range(rounds):
-            seconds, text = scrape()
-            times.append(seconds)
+            began = time.perf_counter()
+            text = server.read()
+            times.append(time.perf_counter() - began)
             time.sleep(0.2)
-    finally:
-        process.terminate()
-        process.wait()
     return times, len(text)
 
 
 def run(number: int = 100_000, rounds: int = 30) -> list[Figure]:
     with pilot("--nodes", "1") as directory, Broker.connect(directory) as broker:
+        keep_records(broker)
         broker.pause(True)
         for index in range(NODES):
             info = NodeInfo(f"m{index}", 1, "nowhere", 1, list(range(CORES)))

@@ -9,6 +9,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+import msgspec
+
+from pilotq.broker import Broker
+
 
 @contextlib.contextmanager
 def pilot(*options: str) -> Iterator[str]:
@@ -30,3 +34,9 @@ def command(*arguments: str, cwd: str | None = None) -> str:
     if done.returncode:
         raise SystemExit(f"pilotq {' '.join(arguments)} ended with {done.returncode}: {done.stderr}")
     return done.stdout
+
+
+def keep_records(broker: Broker) -> None:
+    """What this broker submits from now on has a record for each task: many that are alike would share one."""
+    if hasattr(broker.store.settings, "bundle_above"):  # an older pilotq, that `scale` compares with, shares none
+        broker.store.settings = msgspec.structs.replace(broker.store.settings, bundle_above=sys.maxsize)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Figure, table
+from benchmarks.pilots import keep_records
 from pilotq.broker.client.archive import Archive
 from pilotq.broker.client.broker import Broker
 from pilotq.broker.pilot.directory import Pilot
@@ -334,6 +335,7 @@ def measure(shape: str, count: int) -> None:
             admin.call("CONFIG", "SET", "slowlog-log-slower-than", 100)
             admin.call("CONFIG", "SET", "slowlog-max-len", 10_000)
             broker = Broker(running.address, "bench", Pilot(directory), timeout=600.0)
+            keep_records(broker)
             lab = Lab(directory, admin, broker)
             try:
                 SHAPES[shape](lab, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.views import Counts
 from pilotq.broker.tasks.failure_limit import failures_allowed
 
 
@@ -17,11 +18,11 @@ class FailureStop:
         self.exceeded = False
         self.total = 0  # the most there were: records go, and an array without one counts as one task
 
-    def enforce(self, broker: Broker, ids: Sequence[str] | None = None) -> str:
-        """Cancel what waits of these tasks (default: all) once, when too many have failed: returns a sentence then."""
+    def enforce(self, broker: Broker, counts: Counts, ids: Sequence[str] | None = None) -> str:
+        """Cancel what waits of these tasks (default: all), whose ``counts`` these are, once, when too many have failed:
+        returns a sentence then."""
         if not self.limit or self.exceeded:
             return ""
-        counts = broker.counts(ids=ids)
         failed, self.total = counts.failed - self.before, max(self.total, counts.total)
         if failed <= failures_allowed(self.limit, self.total):
             return ""

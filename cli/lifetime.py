@@ -118,7 +118,7 @@ class Lifetime:
 
     def _enforce_limit(self, broker: Broker) -> None:
         try:
-            if sentence := self.failure_stop.enforce(broker):
+            if sentence := self.failure_stop.enforce(broker, self.counts):
                 self.say(sentence)
         except ServerUnavailable:
             pass  # the same

@@ -33,7 +33,7 @@ bind_option = click.option(
 password_option = click.option(
     "--password-file",
     metavar="FILE",
-    help="Its file.  [default: dashboard-password in the pilot's directory, made if missing]",
+    help="Take the password from FILE.  [default: dashboard-password in the pilot's directory, made if missing]",
 )
 
 

@@ -13,7 +13,6 @@ from pilotq.broker.client.core_hours import CoreHours, core_hours
 from pilotq.broker.client.executions import Executions
 from pilotq.broker.client.views import Counts
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.broker.store.resources import parse_allocation
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
 
@@ -61,13 +60,12 @@ def summarise(
             continue
         before.discard(line.id)
         runs.add(line)
-        if line.started is not None:
-            held = sum(len(part.cores) for part in parse_allocation(line.cpus)) if line.cpus else 0
-            summary.core_seconds += held * max(line.ended - line.started, 0.0)
         failed = line.final and line.status in ("failed", "stopped") and not line.elements  # an array is its elements
         if failed and len(summary.failed) < NAMED_MAX:
             summary.failed.append(line)
     summary.earlier = len(before)
+    spans = zip(runs.cores, runs.started, runs.ended, strict=True)
+    summary.core_seconds = sum(cores * (ended - started) for cores, started, ended in spans)
     summary.core_hours = core_hours(runs, cores=cores, begin=begin, end=max(begin, end))
     return summary
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 from benchmarks.figures import Figure
+from benchmarks.pilots import keep_records
 from benchmarks.pretended.pilot import pretended_pilot
 from benchmarks.server_use import ServerUse
 from benchmarks.simulation.measured import CORES, Sizes, play, until_ended
@@ -49,6 +50,7 @@ def _queued(number: int, *, single: bool) -> list[float]:
         broker.pause(True)
         before, began = server.now().memory, time.perf_counter()
         if single:
+            keep_records(broker)
             broker.enqueue_many([Task(command=["true"]) for _ in range(number)])
         else:
             broker.enqueue(Task(command=["true"], array=ArrayRange(1, number)))

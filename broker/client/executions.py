@@ -42,6 +42,7 @@ class Executions:
         self.status, self.reason, self.node = array("L"), array("L"), array("L")
         self.names, self.places = Words(), Words()
         self.statuses, self.reasons, self.nodes = Words(), Words(), Words()
+        self._cores_of: list[int] = []  # place -> how many cores it has
         self._retried: dict[str, float] = {}  # task -> end of its last execution
         for entry in entries:
             self.add(entry)
@@ -61,9 +62,12 @@ class Executions:
         self.queued.append(min(queued, entry.started))
         self.started.append(entry.started)
         self.ended.append(max(entry.ended, entry.started))
-        self.cores.append(sum(len(part.cores) for part in parse_allocation(entry.cpus)) if entry.cpus else 0)
         self.name.append(self.names.number(entry.name))
-        self.place.append(self.places.number(entry.cpus))
+        place = self.places.number(entry.cpus)
+        if place == len(self._cores_of):
+            self._cores_of.append(sum(len(part.cores) for part in parse_allocation(entry.cpus)) if entry.cpus else 0)
+        self.place.append(place)
+        self.cores.append(self._cores_of[place])
         self.status.append(self.statuses.number(entry.status))
         self.reason.append(self.reasons.number(entry.reason))
         self.node.append(self.nodes.number(entry.node))

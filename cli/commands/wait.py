@@ -84,11 +84,13 @@ class Watch:
         began = time.monotonic()
         if began < self.next:
             return
-        if sentence := self.limit.enforce(pilot, ids):
-            click.echo(f"pilotq: {sentence}", err=True)
-        if type(self.shown) is not progress.Silent:
+        shows, stops = type(self.shown) is not progress.Silent, self.limit.limit and not self.limit.exceeded
+        if shows or stops:
             counts = pilot.counts(ids=ids)
-            self.shown.update(counts, min(pilot.running(), counts.left))
+            if sentence := self.limit.enforce(pilot, counts, ids):
+                click.echo(f"pilotq: {sentence}", err=True)
+            if shows:
+                self.shown.update(counts, min(pilot.running(), counts.left))
         now = time.monotonic()
         self.next = now + max(LOOK_S, (now - began) / LOOK_SHARE)
 

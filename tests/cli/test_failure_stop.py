@@ -62,15 +62,17 @@ def test_wait_and_arrays(tmp_path: Path) -> None:
 def test_a_share_is_one_of_all_there_were(engine: Engine) -> None:
     done, more = engine.submit(array(100), array(40))
     broker = Broker(engine.running.address, QUEUE_ID, None)
-    stop = FailureStop("10%")
-    assert stop.enforce(broker, [done, more]) == ""
+    stop, both = FailureStop("10%"), [done, more]
+    assert stop.enforce(broker, broker.counts(ids=both), both) == ""
     engine.complete(engine.claim(100))
     engine.link.call("DEL", keys.job(done))  # its time is over
     runs = engine.claim(16)
     engine.complete(runs[:14], "failed", "exit")
-    assert stop.enforce(broker, [done, more]) == "", "14 of 140"
+    assert stop.enforce(broker, broker.counts(ids=both), both) == "", "14 of 140"
     engine.complete(runs[14:15], "failed", "exit")
-    assert stop.enforce(broker, [done, more]) == ("15 of 140 tasks have failed, more than 10%: what waited is canceled")
+    assert stop.enforce(broker, broker.counts(ids=both), both) == (
+        "15 of 140 tasks have failed, more than 10%: what waited is canceled"
+    )
     broker.close()
 
 
