@@ -58,6 +58,9 @@ def run_supervisor(options: SupervisorOptions, clean_node: CleanNode) -> int:
         # The boundary to the process that started this one: `start_pilot` reads the line from the log.
         log(f"{FAILURE_PREFIX}{type(error).__name__}: {error}", level="error")
         return error.exit_code if isinstance(error, PilotqError) else PilotqError.exit_code
+    finally:
+        # The interpreter gives handlers of ours back to the system while it ends; a late SIGTERM would become the result.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Supervisor:

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,18 @@ def test_draining_the_journal_is_not_disturbed_by_answers_under_way(tmp_path: Pa
     finally:
         server.stop()
     assert [line.id for line in Journal(str(tmp_path / "journal.jsonl")).entries()] == ["a"]
+
+
+def test_a_signal_after_the_end_does_not_change_the_exit_code(start: Start) -> None:
+    pilot = start()
+    wait_until(lambda: registered(pilot))
+    pilot.process.terminate()
+    deadline = time.monotonic() + 20
+    while pilot.process.poll() is None and time.monotonic() < deadline:
+        pilot.process.terminate()  # up to the last moment of the interpreter
+        with suppress(subprocess.TimeoutExpired):
+            pilot.process.wait(0.002)
+    assert pilot.process.returncode == 0
 
 
 def test_over_tcp(start: Start) -> None:
