@@ -90,7 +90,9 @@ def test_a_failure_has_its_traceback_and_a_job_without_result_its_state(executor
 
 
 def test_many_are_one_submission(executor: Any) -> None:
+    helpers = importlib.import_module("submitit.helpers")
     jobs = executor.map_array(math.gcd, range(10), [6] * 10)
+    assert set(helpers.as_completed(jobs, poll_frequency=0.1)) == set(jobs)
     assert [job.result() for job in jobs] == [math.gcd(n, 6) for n in range(10)]
     with executor.batch():
         some = [executor.submit(abs, -n) for n in range(3)]
