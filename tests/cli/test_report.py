@@ -244,17 +244,29 @@ def test_the_page_of_nothing(tmp_path: Path) -> None:
     assert "No execution has ended" in (tmp_path / "x.html").read_text()
 
 
-def test_parquet_needs_pyarrow_and_has_the_same_rows(tmp_path: Path) -> None:
-    entries = [line("1", 0, 4, name="one\udcff"), line("2", 1, 3, status="failed", reason="exit", exit_code=3)]
-    if importlib.util.find_spec("pyarrow") is None:
-        with pytest.raises(InvalidInput, match="parquet"):
-            write_parquet(entries, str(tmp_path / "x.parquet"))
-        return
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InvalidInput, match="parquet"):
+        write_parquet([], str(tmp_path / "x.parquet"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_parquet_has_the_same_rows(tmp_path: Path, pilot: Cli) -> None:
     from pyarrow import parquet
 
-    assert write_parquet(entries, str(tmp_path / "x.parquet")) == 2
-    rows = parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    entries = [line("1", 0, 4, name="one\udcff"), line("2", 1, 3, status="failed", reason="exit", exit_code=3)]
+    assert write_parquet(entries, str(tmp_path / "z.parquet")) == 2
+    rows = parquet.read_table(tmp_path / "z.parquet").to_pylist()
     assert [row["name"] for row in rows] == ["one?", ""] and rows[1]["exit_code"] == 3 and rows[0]["signal"] is None
+    assert pilot("enqueue", "--name", "fit", "--array", "1-3", "--", "true").returncode == 0
+    assert pilot("wait").returncode == 0
+    wait_until(lambda: "3 executions" in pilot("report", "csv", "x.csv").stderr, what="the journal")
+    done = pilot("report", "parquet", "y.parquet")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "x.csv", newline="") as file:
+        texts = list(csv.DictReader(file))
+    rows = parquet.read_table(tmp_path / "y.parquet").to_pylist()
+    assert [{name: "" if v is None else str(v) for name, v in row.items()} for row in rows] == texts
 
 
 def test_top_once(pilot: Cli) -> None:
