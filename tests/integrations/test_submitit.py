@@ -119,7 +119,7 @@ def test_a_job_is_canceled(executor: Any, pilot: LivePilot) -> None:
 
 def test_a_job_that_comes_to_its_time_limit_goes_on_from_its_checkpoint(executor: Any) -> None:
     executor.update_parameters(pilotq_signal_delay_s=30)
-    executor._executor.parameters["timeout_min"] = 0.1  # the signal after 4.8 s
+    executor._executor.parameters["timeout_min"] = 0.2  # the signal after 9.6 s
     job = executor.submit(Slow())
     assert job.result() == 2
 
