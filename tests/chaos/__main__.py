@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +43,7 @@ CONTACT_S = 3.0
 HEAL_S = 180.0
 OPEN_TASKS = 400  # producers wait while so many have not ended
 SHOWN = 20
+LOG_LINES = 15  # of each part, when tasks have not ended
 CRASHED = ("failed", "crash limit")
 HOSTILE: dict[str, tuple[Task, frozenset[tuple[str, str]]]] = {
     "leaves a daemon": (Task(script="setsid sleep 300 & exit 0"), FINISHED),
@@ -179,6 +181,20 @@ class Chaos:
             return broker.counts().left == 0 and len(nodes) == wanted and not any(node.used for node in nodes)
         return False
 
+    def unfinished(self) -> Iterator[str]:
+        """What is known of the nodes and of tasks that have not ended: where they are, and what they wait for."""
+        with suppress(PilotqError), self.rig.broker() as broker:
+            yield str(broker.counts())
+            yield from map(str, broker.nodes())
+            open_tasks = [view for status in ("started", "queued") for view in broker.tasks(status=status, limit=SHOWN)]
+            for view in open_tasks:
+                yield f"{view}; {broker.explain(view.id)}"
+        assert self.rig.pilot is not None
+        for name in ("supervisor", "dispatcher", *(f"worker-{plan.name}" for plan in self.rig.plans), "far"):
+            log = self.rig.folder / "far.log" if name == "far" else Path(self.rig.pilot.log(name))
+            with suppress(OSError):
+                yield from (f"{name}: {line}" for line in log.read_text().splitlines()[-LOG_LINES:])
+
     def history(self) -> History:
         assert self.rig.pilot is not None
         accepted: dict[str, Expected] = {}
@@ -221,6 +237,7 @@ def main() -> int:
                 wait_until(condition, seconds=HEAL_S, what=what)
             except AssertionError as error:
                 wrong.append(str(error))
+                print(*chaos.unfinished(), sep="\n", flush=True)
         healed = time.monotonic() - healed
         history = chaos.history()
         wrong += judge(history)
