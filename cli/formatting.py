@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -21,6 +21,7 @@ import msgspec
 from pilotq.broker.client.core_hours import PARTS, CoreHours
 from pilotq.broker.client.views import Counts, Explanation, GpuView, NodeView, TaskView
 from pilotq.broker.os_strings import printable
+from pilotq.broker.tasks.array_outcomes import ids_text
 from pilotq.broker.tasks.states import ENDED, REASONS
 
 # ESC or its 8-bit form, then: a string up to its terminator (OSC, DCS, ...), a CSI sequence, or one more character.
@@ -160,6 +161,16 @@ def _place(task: TaskView) -> str:
     return f"{task.array}, index {task.index}" if task.index is not None else task.array
 
 
+def elements_text(task: TaskView, ranges: str) -> str:
+    """Which elements of an array these ranges hold, or which tasks of a bundle, by their ids."""
+    return ids_text(task.id, ranges) if task.is_bundle else ranges
+
+
+def tasks_of(task_id: str, bundles: Mapping[str, int]) -> str:
+    """An id, or where it is of one of these bundles those of its tasks: ``1f_0 to 1f_1999``."""
+    return ids_text(task_id, f"0-{bundles[task_id] - 1}") if task_id in bundles else task_id
+
+
 def details_text(task: TaskView) -> str:
     """All that is known of one task, a line for each fact."""
     reason = f"{task.reason}: {REASONS[task.reason]}" if REASONS.get(task.reason) else task.reason
@@ -175,9 +186,9 @@ def details_text(task: TaskView) -> str:
         ("command", task.command),
         ("queue", task.queue),
         ("array" if task.index is not None else "bundle", _place(task)),
-        ("elements", f"{task.array_size:,}" if task.array_size else ""),
+        ("tasks" if task.is_bundle else "elements", f"{task.array_size:,}" if task.array_size else ""),
         ("at a time", f"at most {task.array_limit:,}" if task.array_limit else ""),
-        *((f"  {status}", ranges) for status, ranges in task.elements.items()),
+        *((f"  {status}", elements_text(task, ranges)) for status, ranges in task.elements.items()),
         ("execution", str(task.execution or "")),
         ("retries left", str(task.retries or "")),
         ("cores", task.cores),

@@ -73,7 +73,7 @@ class Top:
         elif key == "c":
             if task := self.choice.task or self._row().task:
                 self.asked = task
-                self.choice = self.choice._replace(notice=f"cancel {task}, and all of it if it is an array? y/n")
+                self.choice = self.choice._replace(notice=f"cancel {task}, and all that it stands for? y/n")
             else:
                 self.say("there is no task in this line: `pilotq list` has their ids")
         elif self.choice.task:

@@ -151,7 +151,7 @@ def _body(found: Overview, choice: Choice, columns: int, room: int) -> list[Line
 def _more(found: Overview, view: str) -> str:
     number, what = {
         "queue": (found.more_classes, "shapes"), "failures": (found.more_failures, "failures"),
-        "running": (found.unnamed, "executions without a name here: short elements of arrays, or too many"),
+        "running": (found.unnamed, "executions without a name here: short ones of arrays and bundles, or too many"),
     }.get(view, (0, ""))  # fmt: skip
     return f"  and {number:,} more {what}" if number else ""
 

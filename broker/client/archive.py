@@ -7,7 +7,8 @@ from itertools import islice
 
 from pilotq.broker.client.output import captured
 from pilotq.broker.client.past import PastTasks
-from pilotq.broker.client.queries import array_of, element_view, view_of_entry
+from pilotq.broker.client.record_views import array_of, element_view, view_of_entry
+from pilotq.broker.client.unrecorded import canceled_members
 from pilotq.broker.client.views import Counts, Explanation, TaskView
 from pilotq.broker.errors import UnknownTask
 from pilotq.broker.os_strings import printable
@@ -66,14 +67,19 @@ class Archive:
         return ended(self.task(task_id), self.pilot.directory)
 
     def tasks(self, *, status: str | None = None, limit: int = 1000) -> Iterator[TaskView]:
-        """Tasks, those that ended last first."""
+        """Tasks, those that ended last first; behind them those of bundles that were canceled and never ran."""
         seen: set[str] = set()
 
         def known() -> Iterator[TaskView]:
+            bundles = []
             for entry in self._journal.newest():
                 if entry.id not in seen:
                     seen.add(entry.id)
-                    yield _view(entry)
+                    if entry.bundle:
+                        bundles.append(entry)
+                    else:
+                        yield _view(entry)
+            yield from canceled_members(bundles, seen)
 
         return islice((view for view in known() if status in (None, view.status)), limit)
 

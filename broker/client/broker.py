@@ -331,12 +331,16 @@ class Broker:
         return self._queries.find(name)
 
     def open_ids(self) -> list[str]:
-        """Ids of the tasks that have not ended; an array stands for its elements."""
+        """Ids of what has not ended; an array stands for its elements, a bundle for its tasks."""
         return self._queries.open_ids()
+
+    def bundles(self, ids: Sequence[str]) -> dict[str, int]:
+        """Those of these ids that stand for a bundle, with the number of its tasks (their ids: ``<id>_0`` and on)."""
+        return self._queries.bundles(ids)
 
     def retriable(self) -> list[str]:
         """Ids of what ended, did not finish and can run again, as far as Redis has a record; an array stands for its
-        elements."""
+        elements, a bundle for its tasks."""
         ids = self._queries.retriable()
         hopeless = never_again(self.link, ids)
         return [task_id for task_id in ids if task_id not in hopeless]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from pilotq.broker.client.queries import TaskQueries, array_of, indices_in
+from pilotq.broker.client.queries import TaskQueries
+from pilotq.broker.client.record_views import array_of, indices_in
 from pilotq.broker.client.snapshot import Snapshot, take_snapshot
 from pilotq.broker.client.views import Explanation, TaskView
 from pilotq.broker.scheduling.status import HoldStatus
@@ -17,6 +18,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.registry import nodes_and_missing, unavailable_nodes
 from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, parse_allocation
+from pilotq.broker.tasks.array_outcomes import ids_text
 from pilotq.broker.tasks.dependencies import (
     ANY_END,
     END_LETTERS,
@@ -58,7 +60,8 @@ class Explainer:
             if view.reason == "dependency":
                 self._cause(view, found)
         elif view.array_size and view.status == "started":
-            found.why = [*_elements(view), "it ends when the last of its elements has ended"]
+            parts = "tasks" if view.is_bundle else "elements"
+            found.why = [*_elements(view), f"it ends when the last of its {parts} has ended"]
         elif view.status == "started":
             self._started(view, found)
         elif view.status == "deferred":
@@ -316,6 +319,8 @@ def _how(view: TaskView) -> str:
 
 
 def _elements(view: TaskView) -> list[str]:
+    if view.is_bundle:
+        return [f"tasks {outcome}: {ids_text(view.id, _short(ranges))}" for outcome, ranges in view.elements.items()]
     return [f"elements {outcome}: {_short(ranges)}" for outcome, ranges in view.elements.items()]
 
 
@@ -324,6 +329,8 @@ def _short(ranges: str) -> str:
 
 
 def _named(view: TaskView) -> str:
+    if view.is_bundle:
+        return f"the tasks of bundle {view.id}"
     return f"task {view.id} ({view.name})" if view.name else f"task {view.id}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pilotq.broker.client.queries import array_of, indices_in
+from pilotq.broker.client.record_views import array_of, indices_in
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalReader

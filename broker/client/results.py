@@ -112,7 +112,7 @@ def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outc
     commands: list[tuple[Argument, ...]] = []
     for number in unclear:
         # Its status first: what has ended by then has its result, too.
-        commands.append(("HMGET", keys.job(ids[number]), "status", "pq_array", "pq_reason", "pq_sub"))
+        commands.append(("HMGET", keys.job(ids[number]), "status", "pq_array", "pq_reason", "pq_sub", "pq_bundle"))
         commands.append(("XREVRANGE", keys.results(ids[number]), "+", "-", "COUNT", 1))
     replies = link.pipeline(commands) if commands else []
     for place, number in enumerate(unclear):
@@ -160,9 +160,11 @@ def _outcome(
     task_id: str, record: list[bytes | None], fields: dict[bytes, bytes], files: OutputFiles
 ) -> Outcome | None:
     """Of any task; None when it has not ended."""
-    raw_status, array, reason, submission = record
+    raw_status, array, reason, submission, bundle = record
     if raw_status is None:
         return Outcome(error=UnknownTask(f"the result of task {task_id} is gone: records are kept for a time only"))
+    if bundle is not None:
+        return Outcome(error=InvalidInput(f"{task_id} is a bundle: its tasks have exit codes, but no results"))
     if array is not None:
         return Outcome(error=InvalidInput(f"task {task_id} is an array: ask for its elements, {task_id}_INDEX"))
     status = raw_status.decode()

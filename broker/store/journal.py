@@ -68,7 +68,8 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
     stdout_at: list[Any] = []
     stderr_at: list[Any] = []
     submission: str = ""
-    elements: dict[str, str] = {}  # of an array: status -> compact ranges of indices
+    elements: dict[str, str] = {}  # of an array or bundle: status -> compact ranges of indices
+    bundle: bool = False  # it stands for the tasks of a bundle
     at: str = ""  # stream id, and number within that entry: the writer goes on behind it after a restart
 
     @property

@@ -114,6 +114,14 @@ def count_indices(ranges: str) -> int:
     return sum(map(len, _pieces(ranges)))
 
 
+def ids_text(bundle: str, ranges: str) -> str:
+    """The ids of the tasks of a bundle that ranges hold, for people: ``1f_0 to 1f_3, 1f_7``."""
+    return ", ".join(
+        f"{bundle}_{part[0]}" if len(part) == 1 else f"{bundle}_{part[0]} to {bundle}_{part[-1]}"
+        for part in _pieces(ranges)
+    )
+
+
 def outcome_of(elements: dict[str, str], index: int) -> str | None:
     """The outcome whose ranges hold the index; None when none does."""
     return next((outcome for outcome, ranges in elements.items() if any(index in r for r in _pieces(ranges))), None)

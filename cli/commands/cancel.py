@@ -33,9 +33,10 @@ def cancel_command(
         views = [broker.task(task_id) for task_id in ids] if waiting and not everything else []
         idle = [view.id for view in views if view.array_size and "waiting" not in view.elements]
         outcome = broker.cancel(ids, waiting=waiting)
+        bundles = broker.bundles(list(outcome))
     if as_json:
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in outcome.items()]))
         return
     for task_id, word in outcome.items():
         sentence = NOTHING_WAITS if task_id in idle else cancel_sentence(word)
-        click.echo(f"{formatting.clean(task_id)}: {sentence}")
+        click.echo(f"{formatting.clean(formatting.tasks_of(task_id, bundles))}: {sentence}")

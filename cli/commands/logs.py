@@ -30,10 +30,11 @@ def logs_command(word: str, follow: bool, stderr: bool, directory: str | None) -
     out = sys.stdout.buffer
     with open_pilot(directory) as pilot:
         (task_id,) = ids_of(pilot, [word])
-        if size := pilot.task(task_id).array_size:
+        task = pilot.task(task_id)
+        if size := task.array_size:
+            kind, example = ("a bundle", f"{task_id}_0") if task.is_bundle else ("an array", f"{task_id}_INDEX")
             raise InvalidInput(
-                f"{task_id} is an array of {size:,} tasks, and each has its own output: name one, `pilotq logs "
-                f"{task_id}_INDEX`"
+                f"{task_id} is {kind} of {size:,} tasks, and each has its own output: name one, `pilotq logs {example}`"
             )
         for piece in pilot.follow(task_id, stream):
             out.write(piece)

@@ -31,9 +31,11 @@ def retry_command(words: tuple[str, ...], everything: bool, directory: str | Non
     with Broker.connect(directory) as broker:
         known = {i: broker.task(i).status for i in ids_of(broker, words)}
         answers = broker.retry(broker.retriable() if everything else known)
+        bundles = broker.bundles(list(answers))
     if as_json:
         click.echo(formatting.to_json([{"id": task_id, "outcome": word} for task_id, word in answers.items()]))
     else:
         for task_id, word in answers.items():
-            click.echo(f"{formatting.clean(task_id)}: {retry_sentence(word, known.get(task_id, ''))}")
+            named = formatting.clean(formatting.tasks_of(task_id, bundles))
+            click.echo(f"{named}: {retry_sentence(word, known.get(task_id, ''))}")
     return exit_codes.ALL_FINISHED if AGAIN.issuperset(answers.values()) else exit_codes.TASKS_FAILED

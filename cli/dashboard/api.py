@@ -69,7 +69,10 @@ class Api:
             explanation = broker.explain(task_id)
         entries = Journal(self._pilot.journal).find(task_id)
         facts = formatting.details_json(view)
-        facts["elements"] = {status: _short(ranges) for status, ranges in view.elements.items()}
+        facts["elements"] = {
+            status: formatting.elements_text(view, _short(ranges)) for status, ranges in view.elements.items()
+        }
+        facts["is_bundle"] = view.is_bundle
         facts |= {"stdout_tail": view.stdout_tail, "stderr_tail": view.stderr_tail, "ran": formatting.ran(view)}
         explained = {"why": explanation.why, "until": explanation.until, "tasks": explanation.tasks[:SENTENCES_MAX]}
         return {
@@ -100,8 +103,10 @@ class Api:
         if stream not in ("stdout", "stderr"):
             raise InvalidInput(f"a task writes to stdout and stderr, not to {stream!r}")
         with self._connect() as broker:
-            if broker.task(task_id).array_size:
-                raise InvalidInput(f"{task_id} is an array, and each of its elements has its own output")
+            view = broker.task(task_id)
+            if view.array_size:
+                parts = "a bundle, and each of its tasks" if view.is_bundle else "an array, and each of its elements"
+                raise InvalidInput(f"{task_id} is {parts} has its own output")
         return _stream(self._follow(task_id, stream))
 
     def _follow(self, task_id: str, stream: str) -> Iterator[bytes]:
@@ -139,7 +144,10 @@ class Api:
         ids = _texts("ids")
         with self._connect() as broker:
             outcome = broker.cancel(ids)
-        return _sentences((task_id, cancel_sentence(word)) for task_id, word in outcome.items())
+            bundles = broker.bundles(ids)
+        return _sentences(
+            (formatting.tasks_of(task_id, bundles), cancel_sentence(word)) for task_id, word in outcome.items()
+        )
 
     def retry(self) -> Any:
         """`pilotq retry`, of tasks or of a group of failures (the last ones of it, where there are very many)."""
@@ -151,7 +159,11 @@ class Api:
         with self._connect() as broker:
             before = broker.statuses(ids)
             outcome = broker.retry(ids)
-        return _sentences((task_id, retry_sentence(word, before[task_id])) for task_id, word in outcome.items())
+            bundles = broker.bundles(ids)
+        return _sentences(
+            (formatting.tasks_of(task_id, bundles), retry_sentence(word, before[task_id]))
+            for task_id, word in outcome.items()
+        )
 
     def drain(self) -> Any:
         """`pilotq nodes drain`."""

@@ -14,6 +14,7 @@ from rq.job import Job
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.client.archive import Archive
+from pilotq.broker.errors import InvalidInput
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.journal import Journal
 from tests.support.command_line import in_background, prompt
@@ -131,6 +132,50 @@ def test_tasks_over_several_nodes_and_later_dependents(pilot: LivePilot) -> None
     assert [pilot.output(i) for i in ids] == [f"{n} 2\n".encode() for n in range(4)]
 
 
+def test_commands_speak_of_its_tasks_by_their_ids(pilot: LivePilot) -> None:
+    said = {}
+    ids = pilot.broker.enqueue_many([shell(f"echo {n}; exit {n % 2}") for n in range(4)])
+    assert pilot.broker.wait(ids, timeout=60).failed == 2
+    bundle = ids[0].partition("_")[0]
+    for verb in ("show", "explain", "logs", "retry"):
+        done = pilot.cli(verb, bundle)
+        said[verb] = (done.stdout + done.stderr).decode()
+    said["show"] = said["show"].replace("elements: some of its tasks", "some of its tasks")  # the reason's word
+    assert not [text for text in said.values() if "element" in text or "array" in text]
+    assert f"  failed      {bundle}_1, {bundle}_3\n" in said["show"] and "\ntasks         4\n" in said["show"]
+    assert f"tasks finished: {bundle}_0, {bundle}_2" in said["explain"]
+    assert f"a bundle of 4 tasks, and each has its own output: name one, `pilotq logs {bundle}_0`" in said["logs"]
+    assert said["retry"] == f"{bundle}_0 to {bundle}_3: runs again\n"
+    assert pilot.broker.wait(ids, timeout=60).failed == 2
+    (after,) = pilot.broker.enqueue_many([Task(command=["true"], after=[bundle])])
+    assert f"tasks of bundle {bundle} failed" in " ".join(pilot.broker.explain(after).why)
+    with pytest.raises(InvalidInput, match="exit codes, but no results") as error:
+        pilot.broker.result(bundle)
+    assert "array" not in str(error.value)
+
+
+def test_a_list_has_what_was_canceled_before_a_node_had_it_and_no_bundles(tmp_path: Path) -> None:
+    with live_pilot(tmp_path, **SEVERAL) as pilot:
+        ids = pilot.broker.enqueue_many(
+            [Task(command=["sleep", f"{600 + n}"], name=f"c{n}", time_request=900) for n in range(9)]
+        )
+        wait_until(lambda: sum(v.reason == "running" for v in pilot.broker.tasks(status="started")) == 4, what="four")
+        bundle = ids[0].partition("_")[0]
+        assert pilot.broker.cancel([bundle], waiting=True) == {bundle: "canceled"}
+        wait_until(lambda: pilot.broker.counts().canceled == 5, what="those that wait are canceled")
+        seen = {view.id: view for view in pilot.broker.tasks()}
+        assert set(seen) == set(ids)
+        facts = [(seen[i].name, seen[i].status, seen[i].reason, seen[i].command) for i in ids[4:]]
+        assert facts == [(f"c{n}", "canceled", "canceled", f"sleep {600 + n}") for n in range(4, 9)]
+        assert {view.id for view in pilot.broker.tasks(status="canceled")} == set(ids[4:])
+        pilot.broker.cancel(ids)
+        assert pilot.broker.wait(ids, timeout=60).canceled == 9
+        wait_until(lambda: bool(pilot.lines(bundle)), what="its end in the journal")
+        rows = [view.id for view in pilot.broker.tasks()]
+        assert sorted(rows) == sorted(ids) == sorted(view.id for view in Archive(Pilot(pilot.pilot.directory)).tasks())
+        assert [view.id for view in pilot.broker.tasks(limit=7)] == rows[:7]
+
+
 def test_a_pilot_that_has_ended_goes_on_and_is_listed(tmp_path: Path) -> None:
     (tmp_path / "tasks.txt").write_text("".join(f"./step {n}\n" for n in range(60)))
     step = tmp_path / "step"
@@ -142,6 +187,7 @@ def test_a_pilot_that_has_ended_goes_on_and_is_listed(tmp_path: Path) -> None:
         wait_until(lambda: json.loads(cli("status", "--json").stdout)["tasks"]["finished"] >= 20, seconds=60)
         assert cli("stop").returncode == 0
     cli = prompt(tmp_path)
+    assert ids[0].partition("_")[0] not in [row["id"] for row in json.loads(cli("list", "--json").stdout)]
     done = [row["id"] for row in json.loads(cli("list", "--status", "finished", "--json").stdout)]
     assert len(done) >= 20 and cli("logs", done[0]).stdout == f"{ids.index(done[0])}\n"
     assert "bundle        " in cli("show", done[0]).stdout

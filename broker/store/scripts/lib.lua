@@ -447,7 +447,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
     'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description', 'enqueued_at',
-    'pq_stopped')
+    'pq_stopped', 'pq_bundle')
   if f[10] then return end
   count_in(f[9])
   class_in(f[7])
@@ -477,7 +477,8 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   redis.call('DEL', elementwise_key(array) .. ':seen')
   drop_leases(array)
   redis.call('SREM', 'pilotq:parents', array)
-  journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4]), command = printable(f[12])}),
+  journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4]), command = printable(f[12]),
+      bundle = f[15] and true or nil}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or seconds_of(f[13]) or tonumber(now),
       outcomes = outcomes, array = f[9]})
   request_release(array, f[6], status)

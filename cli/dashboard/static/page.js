@@ -419,7 +419,7 @@ const map = {
     if (one) return where + ": task " + spot.execution.replace(/:[0-9]+$/, "") + (one.name ? " (" + one.name + ")" : "") + ", for " + duration(Date.now() / 1000 - one.started) + closed;
     if (spot.core === undefined && spot.gpu === undefined) return where + ": " + number(node.used) + " of " + number(this.cores(spot.node).length) + " cores in use" + closed;
     const some = Object.keys(node.elements || {});
-    return where + ": " + (spot.hidden ? "in use" + (some.length ? ", by short elements of " + some.slice(0, 3).join(", ") : "") : "free") + closed;
+    return where + ": " + (spot.hidden ? "in use" + (some.length ? ", by short tasks of " + some.slice(0, 3).join(", ") : "") : "free") + closed;
   },
   choose(spot, speak = true) { this.chosen = spot; put($("map-says"), spot && document.activeElement === $("map") ? this.words(spot) : ""); if (speak) this.draw(); },
   at(event) {
@@ -508,14 +508,14 @@ function fillTask(head, why, runs, { task, explain, executions, more_executions 
   if (head.seen === seen) return;
   head.seen = seen;
   const kept = document.activeElement && head.contains(document.activeElement) ? document.activeElement.textContent : null;
-  const actions = make("div", null, { class: "buttons" }), times = task.times;
+  const actions = make("div", null, { class: "buttons" }), times = task.times, parts = task.is_bundle ? "tasks" : "elements";
   if (!task.ended) actions.append(button("Cancel", () => cancelTask(task.id), { id: "cancel", class: "grave" }));
   if (task.ended && task.status !== "finished") actions.append(button("Retry", () => retryTask(task.id), { id: "retry" }));
   const status = make("span", task.status, { class: "state " + task.status });
-  head.replaceChildren(heading((task.array_size ? "Array " : "Task ") + task.id + (task.name ? ": " + task.name : "")), actions, facts([
+  head.replaceChildren(heading((task.is_bundle ? "Bundle " : task.array_size ? "Array " : "Task ") + task.id + (task.name ? ": " + task.name : "")), actions, facts([
     ["status", status], ["reason", reasonText(task.reason, task.exit_code)], ["message", task.message], ["exit code", task.exit_code], ["signal", task.signal], ["command", task.command],
-    ["queue", task.queue], ["array", task.array ? taskLink(task.array, task.array + ", index " + task.index) : ""], ["elements", task.array_size ? number(task.array_size) : ""],
-    ["at a time", task.array_limit ? "at most " + number(task.array_limit) : ""], ...Object.entries(task.elements).map(([word, ranges]) => ["elements " + word, ranges]),
+    ["queue", task.queue], [task.index === null ? "bundle" : "array", task.array ? taskLink(task.array, task.array + (task.index === null ? "" : ", index " + task.index)) : ""], [parts, task.array_size ? number(task.array_size) : ""],
+    ["at a time", task.array_limit ? "at most " + number(task.array_limit) : ""], ...Object.entries(task.elements).map(([word, ranges]) => [parts + " " + word, ranges]),
     ["node", task.node ? nodeLink(task.node) : ""], ["cores", task.cores], ["execution", task.execution || ""], ["retries left", task.retries || ""],
     ["queued", moment(times.queued)], ["handed", moment(times.handed)], ["started", moment(times.started)], ["ended", moment(times.ended)], ["ran", task.ran === null ? "" : duration(task.ran)],
     ["CPU time", task.cpu === null ? "" : duration(task.cpu)], ["memory", task.max_rss ? bytes(task.max_rss) + " at most" : ""],
@@ -583,7 +583,7 @@ async function nodePage(name, at, seen) {
   }
   header.append(top); table.append(make("caption", "What it has", { class: "unseen" }), header, body); box.append(table);
   const elements = Object.entries(node.elements || {}).map(([array, count]) => number(count) + " of " + array).join(", ");
-  $("detail").replaceChildren(head, card(make("h2", "What it has"), node.executions.length ? box : make("p", "No task is named here.", { class: "dim" }), make("p", elements ? "short elements, which have no record of their own: " + elements : "", { class: "dim" })));
+  $("detail").replaceChildren(head, card(make("h2", "What it has"), node.executions.length ? box : make("p", "No task is named here.", { class: "dim" }), make("p", elements ? "short tasks of arrays and bundles, which have no record of their own: " + elements : "", { class: "dim" })));
   if (["drain", "resume"].includes(focus) && $(focus)) $(focus).focus();
 }
 async function findPage(words, at) {

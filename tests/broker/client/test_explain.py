@@ -298,7 +298,7 @@ def test_ways_to_end(live: LivePilot) -> None:
         "signal": (Task(script="kill -9 $$"), "was killed by a signal: "),
         "time limit": (Task(command=["sleep", "100"], time_limit=0.2), "ran longer than its time limit"),
         "not found": (Task(command=["no-such-program-at-all"]), "its program, directory or input file does not exist"),
-        "elements": (Task(script="exit {index}", array=ArrayRange(0, 2)), "some of its elements did not finish"),
+        "elements": (Task(script="exit {index}", array=ArrayRange(0, 2)), "some of its tasks did not finish"),
     }
     ids = {word: live.broker.enqueue(task) for word, (task, _) in ways.items()}
     for word, (_, text) in ways.items():
@@ -334,6 +334,6 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_a_sentence_of_a_reason_goes_on_from_it_or_has_a_subject() -> None:
-    subjects = ("a ", "its ", "one ", "some ", "starting ", "the ", "too many of ")
+    subjects = ("a ", "its ", "one ", "some ", "starting ", "the ", "more tasks ")
     for reason, sentence in REASONS.items():
         assert not reason or sentence.startswith(PREDICATES) != sentence.startswith(subjects), reason
