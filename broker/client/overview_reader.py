@@ -23,14 +23,17 @@ from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.snapshot import snapshot_of
 from pilotq.broker.client.views import Counts
 from pilotq.broker.store import keys
+from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.leases import LeaseRecord, number_leased
 from pilotq.broker.store.registry import decode_texts, read_nodes, user_queues
 from pilotq.broker.store.resources import NodeInfo, class_info
 from pilotq.broker.store.store import from_iso
+from pilotq.broker.store.value_blocks import BLOCK
 
 NAMED_MAX = 4096  # executions that are named
 READ_MAX = 500  # records of executions that are read at one update
+BLOCKS_MAX = 16  # of bundles, that are read for names at one update: a block has 1,000 tasks
 CLASSES_MAX = 1000  # classes whose lengths are read
 SHOWN_CLASSES, SHOWN_PROGRESS, SHOWN_FAILURES = 30, 100, 100
 SLOW_S = 5.0  # how often nodes and queues are read
@@ -42,16 +45,21 @@ FIELDS = ("pq_name", "pq_array_of", "pq_class", "pq_node", "pq_cpus", "started_a
 class _Known:
     """What was read of an execution that a node has."""
 
-    __slots__ = ("class_name", "has_slot", "view")
+    __slots__ = ("class_name", "has_slot", "nameless", "view")
 
-    def __init__(self, view: ExecutionView, class_name: str, has_slot: bool) -> None:
+    def __init__(self, view: ExecutionView, class_name: str, has_slot: bool, nameless: bool) -> None:
         self.view = view
         self.class_name = class_name
         self.has_slot = has_slot
+        self.nameless = nameless  # its name was not read yet
 
     @property
     def launched(self) -> bool:
         return self.view.started is not None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.launched and not self.nameless
 
 
 class OverviewReader:
@@ -60,12 +68,13 @@ class OverviewReader:
     def __init__(self, link: Connection, queries: TaskQueries, directory: str) -> None:
         self._link = link
         self._queries = queries
+        self._bundles = Bundles(link)
         self._directory = directory
         self._tally = Tally(queries.journal)
         self._census = Census()
         self._census.begin(link)
         self._known: dict[str, _Known] = {}  # by member of a wip registry
-        self._turn: deque[str] = deque()  # of these, those whose launch was not reported
+        self._turn: deque[str] = deque()  # of these, those that are to be read again
         self._queues: list[str] = []
         self._infos: list[NodeInfo] = []
         self._beats: dict[str, bool] = {}
@@ -153,7 +162,7 @@ class OverviewReader:
         fresh = [member for member in members if member not in self._known][:READ_MAX]
         while self._turn and len(fresh) < READ_MAX:
             member = self._turn.popleft()
-            if member in self._known and not self._known[member].launched:
+            if member in self._known and not self._known[member].is_complete:
                 fresh.append(member)
                 if len(fresh) > len(self._turn):
                     break
@@ -170,6 +179,7 @@ class OverviewReader:
     def _read(self, members: list[str]) -> None:
         ids = [keys.job(member.rpartition(":")[0]) for member in members]
         rows = self._link.read_hashes(ids, *FIELDS) if ids else []
+        names = self._names_in_bundles(members, rows)
         for member, row in zip(members, rows, strict=True):
             name, array, class_name, node, cpus, started, running, slot = (
                 value.decode("utf-8", "replace") if value else "" for value in row
@@ -179,16 +189,39 @@ class OverviewReader:
             if not name and array in self._census.arrays:
                 name = self._census.arrays[array].name
             view = ExecutionView(
-                id=task_id, execution=int(execution) if execution.isdigit() else 0, name=name, array=array,
+                id=task_id, execution=int(execution) if execution.isdigit() else 0, array=array,
+                name=names.get(member, name) or "",
                 node=node.rpartition(":")[0],
             )  # fmt: skip
             if running and cpus:
                 view.cores = cpus
                 view.started = _time(started)
                 view.memory = info.request.memory if info is not None else 0
-            self._known[member] = _Known(view, class_name, bool(slot))
-            if view.started is None:
+            known = self._known[member] = _Known(
+                view, class_name, bool(slot), member in names and names[member] is None
+            )
+            if not known.is_complete:
                 self._turn.append(member)
+
+    def _names_in_bundles(self, members: list[str], rows: list[list[bytes | None]]) -> dict[str, str | None]:
+        """Names of tasks of bundles by member; None of those that are to be read at another update."""
+        found: dict[str, str | None] = {}
+        places: dict[tuple[str, int], str] = {}
+        for member, row in zip(members, rows, strict=True):
+            array, known = (row[1] or b"").decode("utf-8", "replace"), self._known.get(member)
+            if known is not None and not known.nameless:
+                found[member] = known.view.name
+            elif array and not row[0] and (index := member.rpartition(":")[0].removeprefix(f"{array}_")).isdigit():
+                places[array, int(index)] = member
+        self._bundles.learn(array for array, _ in places)
+        bundled = sorted(place for place in places if self._bundles.is_bundle(place[0]))
+        found |= dict.fromkeys(places[place] for place in bundled)
+        blocks = sorted({(bundle, position // BLOCK) for bundle, position in bundled})[:BLOCKS_MAX]
+        for bundle, position in bundled:
+            if (bundle, position // BLOCK) in blocks:
+                one = self._bundles.member(bundle, position)
+                found[places[bundle, position]] = one.name if one is not None else ""
+        return found
 
     def _leases(self) -> Counter[str]:
         leased = number_leased(self._link)

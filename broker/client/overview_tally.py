@@ -127,7 +127,8 @@ class Tally:
         key = group_of(entry.array, entry.name)
         outcome = "failed" if entry.status == "stopped" else entry.status
         self._again(entry.id)  # somebody may have repaired the journal: an end counts once
-        self._group(key, entry.name).add(outcome, 1, sample)
+        # The tasks of a bundle have names of their own, and it has none.
+        self._group(key, "" if entry.array and entry.index is None else entry.name).add(outcome, 1, sample)
         if sample:
             self.samples[sample] = self.samples.get(sample, 0) + 1
         if outcome != "finished":

@@ -143,6 +143,21 @@ def test_names_are_read_once_and_only_so_many(engine: Engine, monkeypatch: pytes
     assert [(one.shape, one.waiting) for one in found.queue] == [("1c", 61)]  # the array was not read yet
 
 
+def test_tasks_of_bundles_have_their_names_a_few_blocks_at_an_update(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilotq.broker.client.overview_reader.BLOCKS_MAX", 1)
+    engine.reset(bundle_above=3)
+    engine.submit(*(task("echo", str(number), name=f"n{number}") for number in range(2500)))
+    handed = {h.id: h for h in engine.claim(2500)}
+    for task_id in ("1_7", "1_8", "1_2400"):
+        engine.report_started(handed[task_id])
+    reader = OverviewReader(engine.link, TaskQueries(engine.link, None), "/pilot")
+    names = [{one.id: one.name for one in reader.update(0.0).executions} for _ in range(3)]
+    assert names[0] == {"1_7": "n7", "1_8": "n8", "1_2400": ""}
+    assert names[2] == {"1_7": "n7", "1_8": "n8", "1_2400": "n2400"}
+
+
 def test_an_array_counts_in_its_queue(engine: Engine) -> None:
     engine.submit(array(100_000, name="array"), task(priority=3))
     found = OverviewReader(engine.link, TaskQueries(engine.link, None), "/pilot").update(0.0)
@@ -174,6 +189,17 @@ def test_what_runs_again_is_found_without_looking_at_all_that_failed(tmp_path: P
     tally.update(10.0)
     assert tally.groups["9", ""].outcomes["failed"] == 0 and tally.groups["", "a"].outcomes["failed"] == 1
     assert "8" in tally._undone and len(tally._undone) == 1 and not tally._elements
+
+
+def test_tasks_of_a_bundle_count_together_under_no_name_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    line = '{"id":"9_%d","array":"9","name":"n%d","status":"finished","execution":1,"ended":1000.0}\n'
+    path.write_text("".join(line % (number, number) for number in range(4)))
+    tally = Tally(Journal(str(path)))
+    tally.update(10.0)
+    assert [(key, group.name, group.outcomes["finished"]) for key, group in tally.groups.items()] == [
+        (("9", ""), "", 4)
+    ]
 
 
 def test_a_journal_is_read_bit_by_bit(tmp_path: Path) -> None:
