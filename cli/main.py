@@ -65,6 +65,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
 }
 HIDDEN: Final = {"supervisor": "The process that `run` and `start` leave in the background."}
+OPTIONS_OF: Final = ("enqueue", "submit", "start", "run", "wait")  # commands that are looked through for an option
 _show_others = warnings.showwarning
 COMMANDS: Final = frozenset[str]().union(*SECTIONS.values(), HIDDEN)
 
@@ -203,10 +204,29 @@ def _usage(error: click.ClickException) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return exit_codes.INVALID
-    text = error.format_message()
+    text = _of_others(error) or error.format_message()
     if context is not None:
         text = f"{text.rstrip('.')}{'' if text.endswith('?') else '.'} See `{context.command_path} --help`."
     return _print_error(text, exit_codes.INVALID)
+
+
+def _of_others(error: click.ClickException) -> str:
+    """Which command has the option that this one has not; empty when none has, or when that is not the error."""
+    context = getattr(error, "ctx", None)
+    if not isinstance(error, click.NoSuchOption) or context is None:
+        return ""
+    option, here = error.option_name, context.info_name
+    for name in OPTIONS_OF:
+        others = pilotq.get_command(context, name)
+        if others is None or not any(option in (*one.opts, *one.secondary_opts) for one in others.params):
+            continue
+        if (here, name) == ("run", "enqueue"):
+            return (
+                f"`pilotq run` has no {option}, as its pilot is new and has no tasks before: start one with "
+                f"`pilotq start`, and use `pilotq enqueue {option}`"
+            )
+        return f"`{context.command_path}` has no {option}: `pilotq {name}` has it"
+    return ""
 
 
 def _print_error(text: str, code: int) -> int:

@@ -192,3 +192,21 @@ def test_a_closed_reader_is_no_error(tmp_path: Path) -> None:
     finally:
         os.close(write)
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--after-any", "1", "--", "true"],
+         "`pilotq run` has no --after-any, as its pilot is new and has no tasks before: start one with `pilotq start`, "
+         "and use `pilotq enqueue --after-any`. See `pilotq run --help`."),
+        (["run", "--learn", "--", "true"], "and use `pilotq enqueue --learn`."),
+        (["submit", "--after", "1", "file"], "`pilotq submit` has no --after: `pilotq enqueue` has it."),
+        (["enqueue", "--min-nodes", "2", "true"], "`pilotq enqueue` has no --min-nodes: `pilotq start` has it."),
+        (["run", "--arry", "1-2", "--", "true"], "'--array'"),
+        (["run", "--xyz"], "No such option"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_command_is_said_to_be_its(words: list[str], said: str, tmp_path: Path) -> None:
+    done = pilotq(*words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
