@@ -24,6 +24,7 @@ import msgspec
 HEADER = struct.Struct("<I")
 INLINE_BYTES = 4096  # captured output up to this size travels in the message
 END_BYTES = 4096  # of larger output, in the message
+INDEX_MARK, NUMBER_MARK = b"\0i", b"\0n"  # in the strings of a `LaunchRun`: no string that the system takes has a NUL
 
 
 class LaunchBase(msgspec.Struct, array_like=True, tag="base"):
@@ -48,6 +49,14 @@ class LaunchSlot(msgspec.Struct, array_like=True, tag="slot"):
 
 class Forget(msgspec.Struct, array_like=True, tag="forget"):
     """No later launch names a base or slot that was sent before this message."""
+
+
+class Element(msgspec.Struct, array_like=True, frozen=True):
+    """The element of an array that a launch is: when it ends plainly `Ran` says so, with a row that has these."""
+
+    index: int
+    place: int  # of the allocation, among those that its rows name
+    origin: float  # unix seconds, from which its start is counted
 
 
 class Launch(msgspec.Struct, array_like=True, tag="launch"):
@@ -78,6 +87,43 @@ class Launch(msgspec.Struct, array_like=True, tag="launch"):
     script: bytes = b""
     make_cwd: bool = False  # the working directory is made, parents too, as QCG-PilotJob does
     files: dict[bytes, bytes] = {}  # path -> content: written before it starts
+    element: Element | None = None
+
+
+class LaunchRun(msgspec.Struct, array_like=True, tag="launch_run"):
+    """Start elements of an array one after the other: as many launches as ``number``, each chained behind the last.
+
+    ``launch`` is that of the first one, with its ``element``. The keys of the others are the numbers behind its key,
+    their indices follow in steps. Its strings have `INDEX_MARK` where each element has its index, and `NUMBER_MARK`
+    where it has eight hexadecimal digits that no other one of this worker process has.
+    """
+
+    number: int
+    step: int  # from one index to the next
+    launch: Launch
+
+    def launch_of(self, number: int) -> Launch:
+        """The launch of one of them, counted from 0."""
+        template, first = self.launch, self.launch.element
+        assert first is not None
+        element = msgspec.structs.replace(first, index=first.index + self.step * number)
+        index = b"%d" % element.index
+        digits = b"%08x" % (template.key + number & 0xFFFFFFFF)
+
+        def filled(text: bytes) -> bytes:
+            return text.replace(INDEX_MARK, index).replace(NUMBER_MARK, digits) if b"\0" in text else text
+
+        return msgspec.structs.replace(
+            template,
+            key=template.key + number,
+            id=filled(template.id.encode()).decode(),
+            argv=[filled(argument) for argument in template.argv],
+            env={name: filled(value) for name, value in template.env.items()},
+            cwd=filled(template.cwd),
+            stdin=filled(template.stdin),
+            after=template.key + number - 1 if number else template.after,
+            element=element,
+        )
 
 
 class ConfinedLaunch(Launch, array_like=True, tag="confined"):
@@ -226,6 +272,20 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     killed_at: int = 0  # bytes that its cgroup held when the kernel killed it for that
 
 
+class Ran(msgspec.Struct, array_like=True, tag="ran"):
+    """A launch that is an `Element` ended plainly: within a moment, with exit code 0, and it has left nothing and
+    written nothing that was captured.
+
+    ``row`` is its line of the journal: a packed Row of broker/store/journal_runs.py. ``seconds`` is how long it ran,
+    by the monotonic clock, ``ended`` (unix seconds) when it ended.
+    """
+
+    key: int
+    seconds: float
+    ended: float
+    row: bytes
+
+
 class Returned(msgspec.Struct, array_like=True, tag="returned"):
     """A function came to its end. ``remaining`` as in Exited: so many processes that it started still live.
 
@@ -263,8 +323,8 @@ class GroupSwept(msgspec.Struct, array_like=True, tag="swept"):
     stderr: Captured
 
 
-ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | ConfinedLaunch | Call | Retract | Signal | Quit
-FromLauncher = Begun | Started | Retracted | Refused | Exited | Returned | GroupSwept
+ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | LaunchRun | ConfinedLaunch | Call | Retract | Signal | Quit
+FromLauncher = Begun | Started | Retracted | Refused | Exited | Ran | Returned | GroupSwept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 

@@ -1,7 +1,7 @@
 /* Gives changed messages to the parser of the native launcher: fuzz_records ROUNDS FILE...
  *
  * Each file is a message; each round changes some of its bytes, or cuts it, always in the same way. What is a plain
- * launch is made, too. Prints how many were that, and how many messages there were. */
+ * launch is made, too, and so are the first and the last one of a run. Prints how many were that, and how many messages there were. */
 
 #include "launch.h"
 
@@ -20,19 +20,38 @@ static unsigned random_below(size_t bound) {
     return (unsigned)(state % bound);
 }
 
+static int try_message(const unsigned char *bytes, size_t size);
+
+static int try_run(const unsigned char *bytes, size_t size) {
+    struct run_record run;
+    struct buffer element = {0};
+    int plain = 0;
+    if (!read_run(bytes, size, &run))
+        return 0;
+    for (int last = 0; last < 2; last++) {
+        element.size = 0;
+        if (put_element(&element, &run, last ? run.number - 1 : 0))
+            plain |= try_message(element.at, element.size);
+    }
+    free(element.at);
+    return plain;
+}
+
 /* 1 when it is a plain launch. The bytes are a block of their own, so that each access behind them is noticed. */
 static int try_message(const unsigned char *bytes, size_t size) {
     static const char *shared[] = {"A=0", "B=1", "PILOTQ_INDEX=2"};
     const struct variables variables = {shared, 3};
     struct launch_record record;
     unsigned char *copy = malloc(size ? size : 1);
+    enum record_kind kind;
     int plain;
     if (!copy)
         exit(2);
     memcpy(copy, bytes, size);
     (void)object_size((struct reader){copy, copy + size});
-    plain = read_record(copy, size, &record) == PLAIN_LAUNCH;
-    if (plain) {
+    kind = read_record(copy, size, &record);
+    plain = kind == PLAIN_LAUNCH || (kind == LAUNCH_RUN && try_run(copy, size));
+    if (kind == PLAIN_LAUNCH) {
         struct launch *launch = make_launch(&record, copy, size, &variables);
         size_t length = 0;
         if (!launch)

@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.workers.protocol import (
     Begun,
+    Element,
     Exited,
     FrameDecoder,
     FromLauncher,
     GroupSwept,
     Launch,
     LaunchBase,
+    LaunchRun,
     LaunchSlot,
+    Ran,
     Refused,
     Retracted,
     Signal,
@@ -34,7 +37,7 @@ from tests.support.worker_host import as_bytes
 
 WAIT_S = 20.0
 CPUS = sorted(os.sched_getaffinity(0))
-R = TypeVar("R", Begun, Started, Retracted, Refused, Exited, GroupSwept)
+R = TypeVar("R", Begun, Started, Retracted, Refused, Exited, Ran, GroupSwept)
 
 
 class Driver:
@@ -93,15 +96,32 @@ class Driver:
         settings = {"id": f"t{key}", "attempt": 1, "base": "base", "env": {}, "cwd": self.folder, **fields}
         return Launch(key=key, slot=slot, argv=words, **as_bytes(settings))
 
+    def keep_keys(self, number: int) -> None:
+        """So many of the next keys are used by somebody else."""
+        for _ in range(number):
+            next(self._keys)
+
     def get(self, kind: type[R], key: int) -> R:
         """Wait for that message."""
         while (found := self.find(kind, key)) is None:
-            ready, _, _ = select.select([self.up], [], [], WAIT_S)
-            assert ready, f"no {kind.__name__} for {key}; seen: {self.seen}"
-            data = os.read(self.up, 1 << 16)
-            assert data, "the launcher ended"
-            self.seen += self._decoder.feed(data)
+            self.read(f"{kind.__name__} for {key}")
         return found
+
+    def end_of(self, key: int) -> Exited | Ran:
+        """Wait for the end of an element."""
+        while True:
+            for message in self.seen:
+                if isinstance(message, (Exited, Ran)) and message.key == key:
+                    return message
+            self.read(f"end of {key}")
+
+    def read(self, what: str = "message") -> None:
+        """Wait for the next messages."""
+        ready, _, _ = select.select([self.up], [], [], WAIT_S)
+        assert ready, f"no {what}; seen: {self.seen}"
+        data = os.read(self.up, 1 << 16)
+        assert data, "the launcher ended"
+        self.seen += self._decoder.feed(data)
 
     def drain(self) -> None:
         """Read the messages that a dead launcher has left in the pipe."""
@@ -134,6 +154,15 @@ class Driver:
             self.process.wait()
             os.close(self.up)
             os.close(self.wake)
+
+
+def run_of(driver: Driver, number: int, *argv: str | bytes, origin: float = 0.0, **fields: Any) -> LaunchRun:
+    """The message of a run of so many elements of the array ``7``, with the indices 3, 5, 7...; to be sent."""
+    marked = {"PILOTQ_INDEX": "\0i", "QCG_PM_STEP_ID": "\0n"}
+    own = {"id": "7_\0i", "env": marked, "element": Element(3, 1, origin)}
+    template = driver.prepare(*argv, **{**own, **fields})
+    driver.keep_keys(number - 1)
+    return LaunchRun(number, 2, template)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Running:
 
     __slots__ = (
         "key", "tracker_key", "name", "pid", "began", "started", "stdout", "stderr", "killed", "unwanted", "chain",
-        "script", "cgroup",
+        "script", "cgroup", "element",
     )  # fmt: skip
 
     def __init__(
@@ -53,3 +53,4 @@ class Running:
         self.chain = chain
         self.cgroup = launch.cgroup if isinstance(launch, ConfinedLaunch) else ""
         self.script = script  # path of its script's file, to be removed
+        self.element = launch.element if isinstance(launch, Launch) else None  # until it has been told of

@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 
+import msgspec
+
 from pilotq.broker import failpoints
 from pilotq.broker.log import log_as
 from pilotq.broker.os_strings import printable
@@ -40,13 +42,16 @@ from pilotq.workers.protocol import (
     Begun,
     Call,
     Captured,
+    Element,
     Exited,
     Forget,
     FrameDecoder,
     GroupSwept,
     Launch,
     LaunchBase,
+    LaunchRun,
     LaunchSlot,
+    Ran,
     Refused,
     Retract,
     Retracted,
@@ -63,6 +68,7 @@ ANNOUNCE_S = 0.02  # a process that has ended by then, and left nothing, gets no
 READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped for each read
 FAULT_BYTES = 16 * os.sysconf("SC_PAGE_SIZE")  # the kernel maps so much of a file around each page fault
 SHUTDOWN_S = 5.0  # how long the last kill may take; a process that lives then hangs in the kernel
+_encode = msgspec.msgpack.Encoder().encode
 # They may be sent to a whole process group or job step (Ctrl-C, scancel, srun --signal): our end is the pipe's.
 IGNORED = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
@@ -181,6 +187,9 @@ class Launcher:
         """Do what a message asks for; False when it is Quit."""
         if isinstance(message, (Launch, Call)):
             self._enqueue(message)
+        elif isinstance(message, LaunchRun):
+            for number in range(message.number):
+                self._enqueue(message.launch_of(number))
         elif isinstance(message, Retract):
             self._retract(message.key)
         elif isinstance(message, Signal):
@@ -301,6 +310,7 @@ class Launcher:
 
     def _report_started(self, running: Running, now: float) -> None:
         del self._unannounced[running.key]
+        running.element = None  # its end is told by itself
         out, err = running.stdout, running.stderr
         paths = out.path if out else b"", err.path if err else b""
         self._reports.report(Started(running.key, running.pid, running.started, now - running.began, *paths))
@@ -358,7 +368,10 @@ class Launcher:
                 report.stdout, report.stderr = self._collect(running)
                 failpoints.hit("collected")
                 self._complete(key, running.chain)
-            self._reports.report(report)
+            if running.element is not None and isinstance(report, Exited):
+                self._reports.report(_ran(report, running.element))
+            else:
+                self._reports.report(report)
             failpoints.hit("reported")
 
     def _check_ended(self) -> None:
@@ -415,6 +428,16 @@ def _ended_children() -> Iterator[ChildEnd]:
             return
         cpu, faults = usage.ru_utime + usage.ru_stime, usage.ru_minflt + usage.ru_majflt
         yield ChildEnd(pid, status, cpu, usage.ru_maxrss, faults)
+
+
+def _ran(exited: Exited, element: Element) -> Exited | Ran:
+    """The end of an element, as it is told."""
+    if exited.status or exited.stdout.length or exited.stderr.length:
+        return exited
+    after, lasted = round((exited.started - element.origin) * 1e6), round((exited.ended - exited.started) * 1e6)
+    memory, cpu = exited.max_rss, round(exited.cpu * 1e6)
+    row = (element.index, element.place, after, max(lasted, 0), exited.pid, memory, cpu)
+    return Ran(exited.key, exited.seconds, exited.ended, _encode(row))
 
 
 def _peak(end: ChildEnd) -> int:

@@ -18,11 +18,13 @@ from pilotq.broker.launcher_kind import VARIABLE, native_failure
 from pilotq.workers.protocol import (
     Begun,
     Call,
+    Element,
     Exited,
     Forget,
     GroupSwept,
     Launch,
     LaunchBase,
+    LaunchRun,
     LaunchSlot,
     Quit,
     Retract,
@@ -30,7 +32,7 @@ from pilotq.workers.protocol import (
     Started,
     encode_frame,
 )
-from tests.support.launcher_driver import CPUS, Driver
+from tests.support.launcher_driver import CPUS, Driver, run_of
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -143,6 +145,13 @@ def test_a_program_in_front_on_the_path_is_found_within_a_second(driver: Driver,
     assert driver.run("tool", base=base).stdout.data == b"two\n"
 
 
+def test_a_run_is_started_by_the_native_part_alone(driver: Driver) -> None:
+    run = run_of(driver, 40, "/bin/true")
+    driver.send(run)
+    driver.end_of(run.launch.key + 39)
+    assert in_python(driver) == []
+
+
 def test_frames_in_pieces_are_read_whole(driver: Driver) -> None:
     launches = [driver.prepare("true") for _ in range(5)]
     data = encode_frame(launches)
@@ -237,7 +246,15 @@ def sample_messages() -> list[bytes]:
     )  # fmt: skip
     scripted = msgspec.structs.replace(launch, script=b"#!/bin/sh\n", files={b"/f": b"content"}, make_cwd=True)
     call = Call(1, "f", 1, "base", "n[0]", {}, b"/", payload=bytes(range(256)), element=-5, rq_fields={b"a": b"b"})
-    others = [LaunchBase("base", {b"PATH": b"/bin"}, 0o22, {7: 1 << 40}), LaunchSlot("n[0]", {}, {}, [0, 5000]),
+    template = msgspec.structs.replace(
+        launch,
+        id="7_\0i",
+        env={b"PILOTQ_INDEX": b"\0i", b"QCG_PM_STEP_ID": b"ab\0n"},
+        argv=[b"/bin/echo", b"a\0ib\0i", b"\0n"],
+        element=Element(3, 1, 1e9),
+    )
+    run = LaunchRun(300, 7, template)
+    others = [run, LaunchBase("base", {b"PATH": b"/bin"}, 0o22, {7: 1 << 40}), LaunchSlot("n[0]", {}, {}, [0, 5000]),
               Retract(1), Signal(1 << 40, 9, "x"), Forget(), Quit()]  # fmt: skip
     return [msgspec.msgpack.encode(message) for message in (launch, scripted, call, *others)]
 

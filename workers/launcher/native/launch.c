@@ -88,6 +88,7 @@ struct launch *make_launch(
     launch->envp = launch->argv + record->argc + 1;
     free_at = (char *)(launch->argv + pointers);
     launch->key = record->key;
+    launch->element = record->element;
     launch->message_size = size;
     launch->message = (unsigned char *)copy(&free_at, (struct text){message, size});
     for (uint32_t n = 0; n < record->argc; n++)

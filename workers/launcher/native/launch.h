@@ -26,6 +26,7 @@ struct launch {
     pid_t pid;
     double began, running_since, started; /* monotonic before and after the start, unix time after it */
     struct launch *older, *newer;         /* among those that run */
+    struct element element;
 };
 
 /* Launches that are started one after the other. */

@@ -167,6 +167,8 @@ typedef struct {
     struct program programs[PROGRAMS_MAX];
     int ignored[SIGNALS_MAX];
     struct buffer in, out; /* `out` has room for the head of its frame at its begin */
+    struct buffer element; /* the message of one of a run */
+    struct buffer row;     /* ... and of its end, the line of the journal */
     uint32_t reports;      /* in `out` */
     struct launch *buckets[BUCKETS], *oldest, *newest;
     struct chain *startable, *startable_last;
@@ -600,11 +602,15 @@ static int is_the_callers(Core *self, int64_t after) {
     return found;
 }
 
+static int receive_run(Core *self, const unsigned char *at, size_t size);
+
 static int receive_record(Core *self, const unsigned char *at, size_t size) {
     struct launch_record record;
     enum record_kind kind = read_record(at, size, &record);
     struct launch *launch = NULL, *before;
     struct chain *chain;
+    if (kind == LAUNCH_RUN)
+        return receive_run(self, at, size);
     if (kind == FORGET_RECORD)
         PyDict_Clear(self->contexts);
     if (kind == PLAIN_LAUNCH) {
@@ -626,6 +632,25 @@ static int receive_record(Core *self, const unsigned char *at, size_t size) {
     }
     add_to_table(self, launch);
     append_to_chain(chain, launch);
+    return 0;
+}
+
+/* The elements of a run, each as if its launch had come by itself. */
+static int receive_run(Core *self, const unsigned char *at, size_t size) {
+    struct run_record run;
+    if (!read_run(at, size, &run))
+        return pass_on(self, at, size);
+    for (int64_t number = 0; number < run.number; number++) {
+        self->element.size = 0;
+        if (!put_element(&self->element, &run, number)) {
+            if (!self->element.failed && !number)
+                return pass_on(self, at, size);
+            PyErr_NoMemory();
+            return -1;
+        }
+        if (receive_record(self, self->element.at, self->element.size) < 0)
+            return -1;
+    }
     return 0;
 }
 
@@ -765,6 +790,28 @@ static void report_end(Core *self, const struct launch *launch, const struct end
     put_captured(to, data[1], sizes[1]);
 }
 
+static int64_t microseconds(double seconds) { return (int64_t)(seconds * 1e6 + (seconds < 0 ? -0.5 : 0.5)); }
+
+/* An element that has ended plainly: its line of the journal, as Row of broker/store/journal_runs.py. */
+static void report_ran(Core *self, const struct launch *launch, const struct end *end, double at) {
+    const double ended = now(CLOCK_REALTIME), lasted = ended - launch->started;
+    struct buffer *to, *row = &self->row;
+    row->size = 0;
+    put_list(row, 7);
+    put_integer(row, launch->element.index);
+    put_integer(row, launch->element.place);
+    put_integer(row, microseconds(launch->started - launch->element.origin));
+    put_integer(row, microseconds(lasted > 0 ? lasted : 0));
+    put_integer(row, launch->pid);
+    put_integer(row, peak(&end->usage));
+    put_integer(row, microseconds(cpu_seconds(&end->usage)));
+    to = new_report(self, 5, "ran", launch->key);
+    put_real(to, at - launch->running_since);
+    put_real(to, ended);
+    put_bytes(to, row->at, row->size);
+    to->failed |= row->failed;
+}
+
 /* A launch of ours has ended: report it, and let its chain go on; or hand the chain over. */
 static int complete(Core *self, const struct end *end) {
     struct launch *launch = end->launch;
@@ -776,7 +823,10 @@ static int complete(Core *self, const struct end *end) {
         return -1;
     if (!left_nothing(self, launch) || !read_captured(launch, data, sizes))
         return hand_over(self, chain, end);
-    report_end(self, launch, end, at, data, sizes);
+    if (launch->element.index >= 0 && !end->status && !sizes[0] && !sizes[1])
+        report_ran(self, launch, end, at);
+    else
+        report_end(self, launch, end, at, data, sizes);
     remove_running(self, launch);
     if (hit(self, "collected") < 0 || release_files(self, launch) < 0)
         return -1;
@@ -1028,6 +1078,8 @@ static void core_free(PyObject *object) {
         close(self->last_pid);
     free(self->in.at);
     free(self->out.at);
+    free(self->element.at);
+    free(self->row.at);
     Py_XDECREF(self->cpus);
     Py_XDECREF(self->chains);
     Py_XDECREF(self->mains);

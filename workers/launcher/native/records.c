@@ -2,10 +2,20 @@
 
 #include "records.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEPTH_MAX = 32, LAUNCH_FIELDS = 17 }; /* the tag is the first field */
+enum {
+    DEPTH_MAX = 32,
+    LAUNCH_FIELDS = 18, /* the tag is the first field */
+    KEY_FIELD = 1,
+    AFTER_FIELD = 13,
+    ELEMENT_FIELD = 17,
+    ELEMENT_FIELDS = 3,
+    RUN_FIELDS = 4,
+    RUN_MAX = 1 << 16, /* elements of a run */
+};
 
 static size_t left(const struct reader *from) { return (size_t)(from->end - from->at); }
 
@@ -102,11 +112,14 @@ static int read_count(struct reader *from, int pairs, uint32_t *count) {
 
 int read_list(struct reader *list, uint32_t *count) { return read_count(list, 0, count); }
 
+static int is_string(unsigned char head) {
+    return (head >= 0xa0 && head < 0xc0) || (head >= 0xc4 && head <= 0xc6) || (head >= 0xd9 && head <= 0xdb);
+}
+
 static int read_string(struct reader *from, struct text *text) {
     uint64_t bytes, objects;
     unsigned char head = from->at < from->end ? *from->at : 0xc1;
-    int string = (head >= 0xa0 && head < 0xc0) || (head >= 0xc4 && head <= 0xc6) || (head >= 0xd9 && head <= 0xdb);
-    if (!string || !read_head(from, &bytes, &objects))
+    if (!is_string(head) || !read_head(from, &bytes, &objects))
         return 0;
     *text = (struct text){from->at, (size_t)bytes};
     from->at += bytes;
@@ -134,6 +147,16 @@ static int read_integer(struct reader *from, int64_t *value) {
     number = read_number(from, (size_t)1 << (head - 0xcc), &good);
     *value = (int64_t)number;
     return good && number <= INT64_MAX;
+}
+
+static int read_real(struct reader *from, double *value) {
+    int good = 1;
+    uint64_t bits;
+    if (from->at >= from->end || *from->at++ != 0xcb)
+        return 0;
+    bits = read_number(from, 8, &good);
+    memcpy(value, &bits, sizeof bits);
+    return good;
 }
 
 static int contains(struct text text, unsigned char sign) { return text.size && memchr(text.at, sign, text.size) != 0; }
@@ -174,6 +197,17 @@ static int read_arguments(struct reader *from, struct launch_record *record) {
     return 1;
 }
 
+static int read_element(struct reader *from, struct element *element) {
+    uint32_t fields;
+    element->index = -1;
+    if (from->at < from->end && *from->at == 0xc0) {
+        from->at++;
+        return 1;
+    }
+    return read_count(from, 0, &fields) && fields == ELEMENT_FIELDS && read_integer(from, &element->index)
+        && read_integer(from, &element->place) && read_real(from, &element->origin);
+}
+
 enum record_kind read_record(const unsigned char *at, size_t size, struct launch_record *record) {
     struct reader from = {at, at + size};
     struct text text = {0, 0};
@@ -182,6 +216,8 @@ enum record_kind read_record(const unsigned char *at, size_t size, struct launch
         return OTHER_RECORD;
     if (is_word(text, "forget"))
         return FORGET_RECORD;
+    if (is_word(text, "launch_run"))
+        return LAUNCH_RUN;
     if (!is_word(text, "launch") || fields != LAUNCH_FIELDS)
         return OTHER_RECORD;
     if (!read_integer(&from, &record->key) || !read_argument(&from, &record->id)
@@ -190,12 +226,34 @@ enum record_kind read_record(const unsigned char *at, size_t size, struct launch
         || !read_path(&from, &record->stdin_path, 1) || !read_path(&from, &record->stdout_path, 1)
         || !read_path(&from, &record->stderr_path, 1))
         return OTHER_RECORD;
-    /* suffix, after, script, whether the directory is to be made, files */
+    /* suffix, after, script, whether the directory is to be made, files, element */
     if (!read_string(&from, &text) || text.size || !read_integer(&from, &record->after) || !read_string(&from, &text)
         || text.size || from.at >= from.end || *from.at++ != 0xc2 || !read_count(&from, 1, &files) || files
-        || from.at != from.end)
+        || !read_element(&from, &record->element) || from.at != from.end)
         return OTHER_RECORD;
     return PLAIN_LAUNCH;
+}
+
+int read_run(const unsigned char *at, size_t size, struct run_record *run) {
+    struct reader from = {at, at + size}, launch;
+    struct text text = {0, 0};
+    uint32_t fields;
+    if (!read_count(&from, 0, &fields) || fields != RUN_FIELDS || !read_string(&from, &text)
+        || !read_integer(&from, &run->number) || !read_integer(&from, &run->step))
+        return 0;
+    launch = run->launch = from;
+    if (!skip(&from) || from.at != from.end || !read_count(&launch, 0, &fields) || fields != LAUNCH_FIELDS)
+        return 0;
+    for (int field = 0; field < LAUNCH_FIELDS; field++) {
+        int good = field == KEY_FIELD ? read_integer(&launch, &run->key)
+            : field == AFTER_FIELD    ? read_integer(&launch, &run->after)
+            : field == ELEMENT_FIELD  ? read_element(&launch, &run->element)
+                                      : skip(&launch);
+        if (!good)
+            return 0;
+    }
+    return run->number > 0 && run->number <= RUN_MAX && run->key <= INT64_MAX - RUN_MAX && run->element.index >= 0
+        && run->element.index <= INT64_MAX / 2 && run->step <= INT64_MAX / 2 / RUN_MAX;
 }
 
 static unsigned char *extend(struct buffer *to, size_t size) {
@@ -249,12 +307,118 @@ void put_bytes(struct buffer *to, const void *at, size_t size) {
 void put_integer(struct buffer *to, int64_t value) {
     if (value >= 0 && value < 0x80)
         put_number(to, (unsigned char)value, 0, 0);
-    else
+    else if (value < 0 || value > UINT32_MAX)
         put_number(to, 0xd3, (uint64_t)value, 8);
+    else if (value > UINT16_MAX)
+        put_number(to, 0xce, (uint64_t)value, 4);
+    else if (value > UINT8_MAX)
+        put_number(to, 0xcd, (uint64_t)value, 2);
+    else
+        put_number(to, 0xcc, (uint64_t)value, 1);
 }
 
 void put_real(struct buffer *to, double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     put_number(to, 0xcb, bits, 8);
+}
+
+/* What an element has where the template has a mark: NUL and a letter, as in workers/protocol.py. */
+struct fills {
+    char index[24], number[12];
+};
+
+static const char *fill_of(const struct fills *fills, struct text rest) {
+    if (rest.size < 2)
+        return NULL;
+    return rest.at[1] == 'i' ? fills->index : rest.at[1] == 'n' ? fills->number : NULL;
+}
+
+/* A string with its marks filled in; `head` says of which type it was. */
+static int put_filled(struct buffer *to, unsigned char head, struct text text, const struct fills *fills) {
+    size_t size = 0;
+    /* First the size, then the bytes. */
+    for (int writes = 0; writes < 2; writes++) {
+        struct text rest = text;
+        if (writes && head >= 0xc4 && head <= 0xc6)
+            put_number(to, 0xc6, size, 4);
+        else if (writes)
+            put_number(to, 0xdb, size, 4);
+        while (rest.size) {
+            const unsigned char *mark = memchr(rest.at, 0, rest.size);
+            size_t before = mark ? (size_t)(mark - rest.at) : rest.size;
+            const char *fill = "";
+            if (writes)
+                put_raw(to, rest.at, before);
+            size += before;
+            rest.at += before;
+            rest.size -= before;
+            if (!mark)
+                break;
+            if (!(fill = fill_of(fills, rest)))
+                return 0;
+            if (writes)
+                put_raw(to, fill, strlen(fill));
+            size += strlen(fill);
+            rest.at += 2;
+            rest.size -= 2;
+        }
+    }
+    return 1;
+}
+
+/* Copy one object, with the marks in its strings filled in. */
+static int copy_filled(struct buffer *to, struct reader *from, const struct fills *fills) {
+    uint64_t bytes, objects;
+    for (uint64_t waiting = 1; waiting; waiting--) {
+        const unsigned char *begin = from->at;
+        struct text text;
+        if (begin < from->end && is_string(*begin)) {
+            if (!read_string(from, &text))
+                return 0;
+            if (!contains(text, 0))
+                put_raw(to, begin, (size_t)(from->at - begin));
+            else if (!put_filled(to, *begin, text, fills))
+                return 0;
+            continue;
+        }
+        if (!read_head(from, &bytes, &objects))
+            return 0;
+        from->at += bytes;
+        put_raw(to, begin, (size_t)(from->at - begin));
+        waiting += objects;
+    }
+    return 1;
+}
+
+int put_element(struct buffer *to, const struct run_record *run, int64_t number) {
+    struct reader from = run->launch;
+    const int64_t index = run->element.index + number * run->step;
+    struct fills fills;
+    uint32_t fields;
+    snprintf(fills.index, sizeof fills.index, "%lld", (long long)index);
+    snprintf(fills.number, sizeof fills.number, "%08x", (unsigned)(run->key + number));
+    put_number(to, 0xdc, LAUNCH_FIELDS, 2);
+    if (!read_count(&from, 0, &fields))
+        return 0;
+    for (int field = 0; field < LAUNCH_FIELDS; field++) {
+        if (field != KEY_FIELD && field != AFTER_FIELD && field != ELEMENT_FIELD) {
+            if (!copy_filled(to, &from, &fills))
+                return 0;
+            continue;
+        }
+        if (!skip(&from))
+            return 0;
+        if (field == KEY_FIELD)
+            put_integer(to, run->key + number);
+        else if (field == AFTER_FIELD)
+            put_integer(to, number ? run->key + number - 1 : run->after);
+        else {
+            put_list(to, ELEMENT_FIELDS);
+            put_integer(to, index);
+            put_integer(to, run->element.place);
+            put_real(to, run->element.origin);
+        }
+    }
+    return !to->failed;
 }
