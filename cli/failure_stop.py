@@ -26,6 +26,6 @@ class FailureStop:
         failed, self.total = counts.failed - self.before, max(self.total, counts.total)
         if failed <= failures_allowed(self.limit, self.total):
             return ""
-        broker.cancel(broker.open_ids() if ids is None else ids, waiting=True)
+        broker.cancel(broker.open_ids() if ids is None else ids, failures=True)
         self.exceeded = True
         return f"{failed:,} of {self.total:,} tasks have failed, more than {self.limit}: what waited is canceled"

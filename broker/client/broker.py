@@ -225,17 +225,19 @@ class Broker:
             raise outcome.error
         return outcome.value.load() if isinstance(outcome.value, StoredValue) else outcome.value
 
-    def cancel(self, ids: Iterable[str], *, waiting: bool = False) -> dict[str, str]:
+    def cancel(self, ids: Iterable[str], *, waiting: bool = False, failures: bool = False) -> dict[str, str]:
         """Cancel tasks, waiting or running, or with ``waiting`` only what waits; returns id -> what happened.
 
         'canceled' (it was waiting), 'stopping' (it runs: its worker ends it), its status when it had ended, or
-        'unknown'. With ``waiting`` also 'started': it was handed to a node, which cancels it if it has not begun.
+        'unknown'. With ``waiting`` also 'started': it was handed to a node, which cancels it if it has not begun. With
+        ``failures`` only what waits, too, and it is said that too many tasks have failed (reason "failures").
         """
+        reason = "failures" if failures else "canceled"
         wanted = _unique(ids)
         answers: dict[str, str] = {}
         for first in range(0, len(wanted), SLICE):
             part = wanted[first : first + SLICE]
-            answers.update(zip(part, self.store.cancel(part, waiting=waiting), strict=True))
+            answers.update(zip(part, self.store.cancel(part, waiting=waiting or failures, reason=reason), strict=True))
         return answers
 
     def retry(self, ids: Iterable[str]) -> dict[str, str]:

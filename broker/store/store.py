@@ -160,13 +160,15 @@ class Store:
         )  # fmt: skip
         return answer
 
-    def cancel(self, ids: Sequence[str], *, waiting: bool = False) -> list[str]:
-        """The answers for all ids, in as many calls as that is work for; ``waiting``: what has begun goes on."""
+    def cancel(self, ids: Sequence[str], *, waiting: bool = False, reason: str = "canceled") -> list[str]:
+        """The answers for all ids, in as many calls as that is work for; ``waiting``: what has begun goes on, and what
+        waits is canceled for this reason."""
         answers: list[str] = []
-        kind = "waiting" if waiting else ""
         while True:
             now, rest = time.time(), ids[len(answers) :]
-            found = self.run("cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, kind, *rest)
+            found = self.run(
+                "cancel", f"{now:.6f}", iso(now), self.settings.failed_ttl_s, reason if waiting else "", *rest
+            )
             answers += (answer.decode() for answer in found)
             if len(answers) == len(ids):
                 return answers

@@ -51,6 +51,9 @@ def test_wait_and_arrays(tmp_path: Path) -> None:
         done = cli("wait", bad, other, "--stop-on-failures", "0")
         assert done.returncode == 1
         assert "pilotq: 1 of 1,001 tasks have failed, more than 0: what waited is canceled\n" in done.stderr
+        assert "reason        failures: more tasks failed than may" in cli("show", f"{other}_999").stdout
+        rows = {row["id"]: row["reason"] for row in json.loads(cli("list", "--limit", "2000", "--json").stdout)}
+        assert rows[other] == "failures"
         assert cli("wait", mine).returncode == 0, "others are let alone"
         wait_until(lambda: cli("show", held).stdout.count("started") > 1)
         said = cli("cancel", "--waiting", held, "never").stdout

@@ -29,8 +29,8 @@ from pilotq.workers.session import Session, iso
 
 # The outcome of a task whose execution the worker has ended, by reason; every other reason is a failure.
 OUTCOMES = {
-    "canceled": "canceled", "stopped": "stopped", "pilot ended": "requeue", "walltime": "requeue",
-    "gave way": "requeue", "worker lost": "lost",
+    "canceled": "canceled", "failures": "canceled", "stopped": "stopped", "pilot ended": "requeue",
+    "walltime": "requeue", "gave way": "requeue", "worker lost": "lost",
 }  # fmt: skip
 LEAVE_REASONS = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
 CALL_MAX = 500  # ends in one script call: it stops the server for so long

@@ -1,7 +1,7 @@
 -- cancel: the user wants these tasks not to run (any more). Event cancel.
 --
--- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5 what of them: 'waiting' (what has begun
---       goes on; of an array the elements that wait are canceled) or '' (all), 6... ids.
+-- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5 '' (all of them) or the reason for which what
+--       waits is canceled (what has begun goes on; of an array the elements that wait are canceled), 6... ids.
 -- Returns for each id, or for the first ones only when they are much work: 'canceled' (it was waiting), 'stopping' (it runs,
 -- or elements of it do: their workers have the message to stop it), its status when it has ended (that of a damaged
 -- record is 'failed' from now on), 'started' (only what waits is canceled: its worker ends it if it has not begun), or 'unknown'. Ids stay in the middle of their lists: claim drops them.
@@ -9,7 +9,8 @@
 -- pq_cancel) is treated like any other; the reconciler calls for that.
 if not queue_id_ok() then return queue_id_error() end
 local now, now_iso, ttl = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local only_waiting, changed = ARGV[5] == 'waiting', false
+local only_waiting, changed = ARGV[5] ~= '' and ARGV[5], false
+local why = only_waiting or 'canceled'
 local WORK_MAX, work = 250, 0 -- of one call: a task, or some thousand elements of an array, count one
 
 local function send_stop(id, node, execution)
@@ -23,7 +24,7 @@ local function cancel_array(id, v)
   local count, queue = count_in(v[4]), queue_of(v[5])
   work = work + count / 4000
   if only_waiting then
-    end_waiting(id, 'canceled', now, now_iso, ttl)
+    end_waiting(id, why, now, now_iso, ttl)
     return 'canceled'
   end
   if not v[7] then number_in('pq_next', v[6]) end
@@ -54,7 +55,7 @@ local function cancel_element(id)
   if v[2] then return 'stopping' end
   local lease = only_waiting and select(3, leased(id))
   if lease then
-    stop_on(lease.address, id, lease.execution, true)
+    stop_on(lease.address, id, lease.execution, only_waiting)
     return 'started'
   end
   if record_leased(id) then return nil end -- it runs, or is about to: as one that has a record
@@ -97,7 +98,7 @@ local function cancel(id, is_recorded)
     send_stop(id, v[3], v[2])
     return 'stopping'
   end
-  end_unrun(id, 'canceled', now, now_iso, ttl)
+  end_unrun(id, why, now, now_iso, ttl)
   return 'canceled'
 end
 

@@ -447,7 +447,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
     'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description', 'enqueued_at',
-    'pq_stopped', 'pq_bundle')
+    'pq_stopped', 'pq_bundle', 'pq_failures')
   if f[10] then return end
   count_in(f[9])
   class_in(f[7])
@@ -457,7 +457,8 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   if f[2] and (tonumber(f[1] or 0) > 0 or f[8] == 'canceled') then
     status, reason = 'canceled', f[2]
   elseif f[14] and tonumber(f[1] or 0) > 0 then
-    status, reason = f[14] == 'failures' and 'failed' or 'canceled', f[14]
+    -- Too many failures may have been those of others.
+    status, reason = f[14] == 'failures' and tonumber(f[16] or 0) > 0 and 'failed' or 'canceled', f[14]
   elseif f[8] == 'deferred' then
     status, reason = 'canceled', 'dependency' -- none of its elements ever ran
   elseif tonumber(f[1] or 0) > 0 then

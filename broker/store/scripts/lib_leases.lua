@@ -167,9 +167,9 @@ number_leased = function(array)
   return number
 end
 
--- A worker ends what it has of this task or array: with `unstarted` only what it has not begun.
+-- A worker ends what it has of this task or array: with `unstarted`, a reason, only what it has not begun.
 local function stop_on(node, id, execution, unstarted)
-  local message = cmsgpack.pack('stop', id, tonumber(execution), 'canceled')
+  local message = cmsgpack.pack('stop', id, tonumber(execution), unstarted or 'canceled')
   if unstarted then message = message .. cmsgpack.pack(true) end
   send(node, 1, string.char(unstarted and 149 or 148) .. message)
 end
@@ -205,7 +205,7 @@ end_waiting = function(array, why, now, now_iso, ttl)
       local f = redis.pcall('HMGET', job_key(string.match(member, '^(.*):')), 'pq_node', 'pq_running')
       if f[1] and not f[2] then nodes[f[1]] = true end
     end
-    stop_leased(array, true, nodes)
+    stop_leased(array, why, nodes)
   end
   redis.call('HSET', job_key(array), 'pq_next', count)
   redis.call('ZREM', registry('deferred', queue), array)

@@ -23,7 +23,7 @@ def test_what_waits_is_canceled_and_what_runs_goes_on(engine: Engine) -> None:
     engine.complete(runs[2:3], "failed", "exit")
     engine.release_dependents()
     assert engine.outcomes(name, 8) == "22200333"
-    assert engine.inbox() == [Stop(name, 0, "canceled", unstarted=True)], "what its node has not begun is not begun"
+    assert engine.inbox() == [Stop(name, 0, "failures", unstarted=True)], "what its node has not begun is not begun"
     assert engine.claim(5) == []
     engine.complete(runs[3:4])
     engine.complete(runs[4:], "failed", "exit")
@@ -148,3 +148,27 @@ def test_what_is_no_limit_is_refused(engine: Engine, limit: str) -> None:
         engine.submit(array(2, stop_on_failures=limit))
     with pytest.raises(InvalidInput, match="stop_on_failures is for arrays"):
         engine.submit(task(stop_on_failures="1"))
+
+
+def test_what_is_canceled_as_others_have_failed_says_so(engine: Engine) -> None:
+    one, name, bad = engine.submit(task(), array(4), task(priority=1))
+    (handed,) = engine.claim(1, "default.p1.1c")
+    assert handed.id == bad
+    runs = engine.claim(3)
+    ids = [run.id for run in runs]
+    assert ids == [one, f"{name}_0", f"{name}_1"]
+    (more,) = engine.submit(task())
+    answers = engine.store.cancel([one, name, more], waiting=True, reason="failures")
+    assert answers == ["started", "canceled", "canceled"]
+    assert (engine.status(more), engine.hash(more)["pq_reason"]) == ("canceled", "failures")
+    assert engine.final_entry(more)["reason"] == "failures"
+    stops = [message for message in engine.inbox() if isinstance(message, Stop)]
+    assert {(stop.id, stop.reason, stop.unstarted) for stop in stops} == {
+        (one, "failures", True), (name, "failures", True)
+    }  # fmt: skip
+    engine.complete(runs[:2])
+    engine.complete(runs[2:], "canceled", "failures")
+    assert engine.final_entry(f"{name}_1")["reason"] == "failures"
+    assert (engine.status(name), engine.hash(name)["pq_reason"]) == ("canceled", "failures"), "none of its own failed"
+    view = TaskQueries(engine.link, None).task(f"{name}_3")
+    assert view is not None and (view.status, view.reason) == ("canceled", "failures")
