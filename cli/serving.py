@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import getpass
+import io
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeVar
 
 import click
@@ -20,6 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 USER = "pilotq"  # the name to log in with
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLL_S = 1.0  # how often to check whether the pilot still runs
+PIECE_S = 10.0  # within which a next piece of a request is to come, and a piece of an answer is to be taken
+REQUEST_S = 30.0  # within which a request is to be there as a whole
 
 
 def port_option(usual: int) -> Callable[[F], F]:
@@ -81,6 +85,38 @@ def announce(bind: str, port: int, path: str, where: str) -> None:
     else:
         lines.append(f"pilotq: other machines reach {bind}, and the password travels unencrypted")
     click.echo("\n".join([*lines, "pilotq: Ctrl-C ends it"]), err=True)
+
+
+class BoundedHandler(BaseHTTPRequestHandler):
+    """Handles one request of a connection, which has to be sent within REQUEST_S, and each piece of it within PIECE_S:
+    each connection has a thread."""
+
+    timeout = PIECE_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Sent(self.connection))
+
+
+class _Sent(io.RawIOBase):
+    """What a client sends; raises TimeoutError when it has taken too long."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline = time.monotonic() + REQUEST_S
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request was not sent in time")
+        self._connection.settimeout(min(left, PIECE_S))
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(PIECE_S)  # answers have it, too
 
 
 class PilotEndedError(Exception):

@@ -16,6 +16,7 @@ from pilotq.broker.client.broker import Broker
 from pilotq.broker.errors import InvalidInput
 from pilotq.cli.options import dir_option
 from pilotq.cli.serving import (
+    BoundedHandler,
     PilotEndedError,
     PilotWatch,
     announce,
@@ -27,7 +28,6 @@ from pilotq.cli.serving import (
 )
 
 PORT = 9181  # rq-dashboard's own
-TIMEOUT_S = 10.0  # for a request to be sent, and for each piece of an answer to be taken
 
 
 @click.command("dashboard")
@@ -71,7 +71,7 @@ def _server(app: Any, bind: str, port: int | None) -> Any:
 
     from werkzeug.serving import WSGIRequestHandler, make_server
 
-    handler: Any = type("Handler", (WSGIRequestHandler,), {"timeout": TIMEOUT_S})
+    handler: Any = type("Handler", (BoundedHandler, WSGIRequestHandler), {})
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line for each request is noise
     # Listening is done here: werkzeug ends the process where it cannot.

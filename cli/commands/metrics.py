@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from base64 import b64encode
 from hmac import compare_digest
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from importlib.util import find_spec
 
 import click
@@ -19,6 +19,7 @@ from pilotq.cli.metrics import MEDIA_TYPE, PilotMetrics
 from pilotq.cli.options import dir_option
 from pilotq.cli.serving import (
     USER,
+    BoundedHandler,
     PilotEndedError,
     PilotWatch,
     announce,
@@ -30,7 +31,6 @@ from pilotq.cli.serving import (
 )
 
 PORT = 9182
-TIMEOUT_S = 10.0  # for a request to be sent
 
 
 @click.command("metrics")
@@ -84,10 +84,8 @@ def _server(metrics: PilotMetrics, password: str, bind: str, port: int | None) -
     """A server that listens; raises InvalidInput when it cannot."""
     login = "Basic " + b64encode(f"{USER}:{password}".encode()).decode()
 
-    class Handler(BaseHTTPRequestHandler):
-        timeout = TIMEOUT_S
-
-        def do_GET(self) -> None:
+    class Handler(BoundedHandler):
+        def do_GET(self) -> None:  # noqa: N802
             if not compare_digest(self.headers.get("Authorization", "").encode(), login.encode()):
                 self._answer(401, b"Log in.\n", {"WWW-Authenticate": 'Basic realm="pilotq", charset="UTF-8"'})
             elif self.path.partition("?")[0] != "/metrics":
