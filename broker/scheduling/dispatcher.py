@@ -214,12 +214,17 @@ class Dispatcher:
 
     def _handle_ends(self, node: NodeRecord, ends: Iterable[ExecutionEnd], now: float) -> None:
         changed, suspected = False, self.availability.suspected
+        released: dict[str, list[tuple[Slot, bool]]] = {}
         for end in ends:
             self.prefetch.record_end(node, end, now)
-            self.inventory.end_execution(node, end, now)
+            if (slot := self.inventory.end_execution(node, end, now)) is not None:
+                released.setdefault(slot.class_name, []).append((slot, end.seconds >= 0))
             changed |= self.availability.record_end(node.info.name, end, now)
         if changed:
             self._update_availability(now)
+        if released.keys() & node.prefetched.keys():
+            for message in self.prefetch.reopen(node, released, self._first(), self._closed(), now):
+                self._send(node.info, message)
         if self.availability.suspected > suspected:
             self._retract(now)
 
@@ -367,24 +372,32 @@ class Dispatcher:
     def _claim(self, targets: dict[str, list[ClaimTarget]], now: float) -> bool:
         """Claim tasks for these targets; returns whether another plan may find more (some got none)."""
         asked = list(targets.items())
-        short = False
+        short, opened = False, []
         for (class_name, wanted), (filled, head) in zip(asked, self.store.claim(asked), strict=True):
             self.backlog.set(class_name, head)
             for target in wanted[:filled]:
-                if not target.slot:
-                    self.prefetch.add(self.inventory.nodes[target.node.rpartition(":")[0]], class_name, 1, now)
+                node = self.inventory.nodes[target.node.rpartition(":")[0]]
+                if target.slot:
+                    opened.append((self.inventory.slots[target.slot], node))
+                else:
+                    self.prefetch.add(node, class_name, 1, now)
             for target in wanted[filled:]:
                 short = True
                 if target.slot:
                     slot = self.inventory.slots[target.slot]
                     self.inventory.close_slot(self.inventory.nodes[slot.shares[0].node], slot)
+        for slot, node in opened:  # one message brings all of it to a node
+            slot.seen = node.sent
         return short
 
     def _retract(self, now: float) -> None:
         """Take back prefetched tasks that are stuck, when they would fit elsewhere or delay something better."""
-        closed = set(self.inventory.nodes) if self.paused else self.prefetch.closed_nodes(self.backfill)
-        for info, message in self.prefetch.to_retract(self._first(), closed, now):
+        for info, message in self.prefetch.to_retract(self._first(), self._closed(), now):
             self._send(info, message)
+
+    def _closed(self) -> set[str]:
+        """Nodes whose slots must not go on."""
+        return set(self.inventory.nodes) if self.paused else self.prefetch.closed_nodes(self.backfill)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class Prefetched(msgspec.Struct):
 
     count: int = 0
     since: float = 0.0  # monotonic, when tasks were last added, started or returned
+    sent: int = 0  # `NodeRecord.sent` when tasks were last added
 
 
 class NodeRecord(msgspec.Struct):
@@ -38,6 +39,8 @@ class NodeRecord(msgspec.Struct):
     info: NodeInfo
     slots: dict[int, Slot] = {}
     prefetched: dict[str, Prefetched] = {}
+    sent: int = 0  # tasks that it was ever sent in advance
+    seen: int = 0  # so many of these it had, at least, when it released a slot last
 
     @property
     def address(self) -> str:
@@ -178,16 +181,18 @@ class Inventory:
         if not self.slots_of[slot.class_name]:
             del self.slots_of[slot.class_name]
 
-    def end_execution(self, node: NodeRecord, end: ExecutionEnd, now: float) -> None:
-        """One execution has ended; its slot goes on (``kept``) or is closed. A slot older than our term is unknown
-        here."""
+    def end_execution(self, node: NodeRecord, end: ExecutionEnd, now: float) -> Slot | None:
+        """One execution has ended; its slot goes on (``kept``), or is closed and returned. A slot older than our term
+        is unknown here."""
         slot = self.slots.get(end.slot)
         if slot is None:
-            return
+            return None
         if end.kept:
             slot.ends_by, slot.since = ends_by(class_info(end.class_name), now), now
-            return
+            return None
         self.close_slot(node, slot)
+        node.seen = max(node.seen, slot.seen)
+        return slot
 
     def close_slot(self, node: NodeRecord, slot: Slot) -> None:
         self._forget(slot)

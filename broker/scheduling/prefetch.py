@@ -7,13 +7,14 @@ Pure but for the inventory, which it updates. Times are monotonic and arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pilotq.broker.scheduling.giving_way import is_nice
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord, Prefetched
 from pilotq.broker.scheduling.placement import BackfillState
-from pilotq.broker.store.messages import ExecutionEnd, RetractTasks
-from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info
+from pilotq.broker.scheduling.slot import Slot, ends_by
+from pilotq.broker.store.messages import ExecutionEnd, Reopen, RetractTasks
+from pilotq.broker.store.resources import ClassInfo, NodeInfo, class_info, format_allocation
 from pilotq.broker.store.store import ClaimTarget, Head
 from pilotq.broker.tasks.model import order_of
 from pilotq.broker.tasks.runtime_estimate import RuntimeEstimates
@@ -39,8 +40,9 @@ class Prefetch:
     def add(self, node: NodeRecord, class_name: str, count: int, now: float) -> None:
         """So many more tasks of the class were sent to the node."""
         prefetched = node.prefetched.setdefault(class_name, Prefetched())
+        node.sent += count
         prefetched.count += count
-        prefetched.since = now
+        prefetched.since, prefetched.sent = now, node.sent
 
     def remove(self, node: NodeRecord, class_name: str, count: int, now: float) -> None:
         """So many of them have started or were returned."""
@@ -109,6 +111,37 @@ class Prefetch:
         info = _class(class_name)
         return info.at_most > 0 and not self._inventory.room(info, class_name)
 
+    # -- slots that were released too early ------------------------------------------------------------------------
+
+    def reopen(
+        self, node: NodeRecord, released: Mapping[str, Sequence[tuple[Slot, bool]]], heads: Mapping[str, Head],
+        closed: set[str], now: float,
+    ) -> Iterator[Reopen | RetractTasks]:  # fmt: skip
+        """Open slots again that a node has released before it got tasks that were on their way to it.
+
+        Nobody else would start these. ``released`` are the slots of each class, and whether something has run there.
+        What must not go on is retracted where no slot of its class is left.
+        """
+        for name, slots in released.items():
+            prefetched, info = node.prefetched.get(name), class_info(name)
+            deserted = all(slot.class_name != name for slot in node.slots.values())
+            has_run = any(ran for _, ran in slots)
+            if prefetched is None or info is None or not (prefetched.sent > node.seen or (deserted and has_run)):
+                continue
+            usable = [slot for slot, _ in slots if _is_on_one_node(info)][: prefetched.count]
+            cluster = self._inventory.cluster
+            barred = node.info.name in closed or cluster.bars_pools(info.request)
+            late = cluster.is_late(node.info.name, info.request)
+            if usable and not barred and not late and not self._is_outranked(heads, info.priority):
+                for slot in usable:
+                    cluster.take(slot.shares)
+                    slot.seen, slot.since, slot.ends_by = node.sent, now, ends_by(info, now)
+                    self._inventory.open_slot(slot)
+                yield Reopen(name, [(slot.number, format_allocation(slot.shares)) for slot in usable])
+            elif deserted:
+                yield RetractTasks(name, prefetched.count)
+                prefetched.since = now
+
     # -- what is retracted -----------------------------------------------------------------------------------------
 
     def closed_nodes(self, backfill: BackfillState) -> set[str]:
@@ -144,6 +177,11 @@ class Prefetch:
         """Whether something of a higher priority waits that could run here."""
         better = [name for name in heads if _class(name).priority > priority and not self._is_full(name)]
         return any(self._inventory.cluster.is_possible(_class(name).request) for name in better)
+
+
+def _is_on_one_node(info: ClassInfo) -> bool:
+    """Whether a slot of the class is free when its own node says so."""
+    return info.request.nodes is None and not info.request.spread
 
 
 def _class(name: str) -> ClassInfo:

@@ -18,6 +18,7 @@ class Slot(msgspec.Struct):
     ends_by: float  # monotonic; inf when its task has no limit
     since: float = 0.0  # monotonic: when its present task got it
     vacated: bool = False  # its node was asked to end its task, which is nice
+    seen: int = 0  # `NodeRecord.sent` when its node was told of it: so many the node has when it releases the slot
 
 
 def ends_by(info: ClassInfo | None, now: float) -> float:

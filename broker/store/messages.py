@@ -1,11 +1,11 @@
 """The messages between dispatcher and workers, and what a worker reports of an ended execution. All are msgpack.
 
 Dispatcher to worker: a stream for each incarnation of a node (the inbox), each entry a list of ``Run``, ``Batch`` and
-``Lease`` (added by the claim script itself), ``Stop``, ``RetractTasks``, ``StateRequest``, ``Leave``. Worker to
-dispatcher: the list of events, each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``, ``NodeLost``,
-``Draining``, ``PartlyReleased``, ``Swept``; clients add ``ControlChanged``. Worker to worker, into the inbox too, about
-a multinode task: ``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others, ``RemoteEnded`` and
-``Swept`` back.
+``Lease`` (added by the claim script itself), ``Stop``, ``RetractTasks``, ``Reopen``, ``StateRequest``, ``Leave``.
+Worker to dispatcher: the list of events, each element one of ``NodeReport``, ``TasksReturned``, ``StateReport``,
+``NodeLost``, ``Draining``, ``PartlyReleased``, ``Swept``; clients add ``ControlChanged``. Worker to worker, into the
+inbox too, about a multinode task: ``StartRemote``, ``StopRemote``, ``Sweep`` from its *primary node* to the others,
+``RemoteEnded`` and ``Swept`` back.
 
 A *slot* is one reservation as dispatcher and worker both know it: a number and an allocation text. A task is handed out
 with a slot, or with slot 0: then it is *prefetched*, and takes over the slot of the next task of its class that ends on
@@ -128,6 +128,16 @@ class Vacate(msgspec.Struct, array_like=True, tag="vacate"):
     slots: list[int]
 
 
+class Reopen(msgspec.Struct, array_like=True, tag="reopen"):
+    """Slots that were released while tasks of their class were on their way to the node: they go on with these.
+
+    Answered by a NodeReport: one for which no task is left is released again.
+    """
+
+    class_name: str
+    slots: list[tuple[int, str]]  # number, allocation
+
+
 class StateRequest(msgspec.Struct, array_like=True, tag="state_request"):
     """A new dispatcher asks for all that the worker holds. Answered by StateReport."""
 
@@ -218,8 +228,8 @@ class ClearSuspicion(msgspec.Struct, array_like=True, tag="clear_suspicion"):
 
 
 ToWorker = (
-    Run | Batch | Lease | Stop | Vacate | RetractTasks | StateRequest | Leave | StartRemote | StopRemote | RemoteEnded
-    | Sweep | Swept | Gone | ClearSuspicion
+    Run | Batch | Lease | Stop | Vacate | RetractTasks | Reopen | StateRequest | Leave | StartRemote | StopRemote
+    | RemoteEnded | Sweep | Swept | Gone | ClearSuspicion
 )  # fmt: skip
 
 

@@ -26,9 +26,11 @@ from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.leases import leased_elements, read_leases
 from pilotq.broker.store.messages import (
+    UNKNOWN,
     EndReport,
     ExecutionEnd,
     Leave,
+    Reopen,
     RetractTasks,
     Run,
     StateReport,
@@ -325,6 +327,7 @@ class FakeNode:
         self.most_prefetched = 0
         self.stops: list[Stop] = []
         self.retractions: list[RetractTasks] = []
+        self.reopened: list[Reopen] = []
         self.verdicts: list[tuple[str, int, str]] = []
         self.left = False
         self._reports: list[EndReport] = []
@@ -380,6 +383,8 @@ class FakeNode:
             slots = [(slot, allocation, h.class_name) for h, slot, allocation in self.running.values()]
             prefetched = {name: len(waiting) for name, waiting in self.prefetched.items() if waiting}
             self.link.post_state(StateReport(self.info.name, self.info.incarnation, message.term, slots, prefetched))
+        elif isinstance(message, Reopen):
+            self._reopen(message)
         elif isinstance(message, RetractTasks):
             self.retractions.append(message)
             waiting = self.prefetched[message.class_name]
@@ -389,6 +394,15 @@ class FakeNode:
             self._stop(message)
         elif isinstance(message, Leave):
             self.left = True
+
+    def _reopen(self, message: Reopen) -> None:
+        self.reopened.append(message)
+        waiting, ends = self.prefetched[message.class_name], []
+        for slot, allocation in message.slots:
+            ends.append(ExecutionEnd(slot, message.class_name, -1.0, kept=bool(waiting), health=UNKNOWN))
+            if waiting:
+                self._start(waiting.popleft(), slot, allocation)
+        self.link.post_ends([], ends)
 
     def _stop(self, stop: Stop) -> None:
         self.stops.append(stop)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.store.messages import Leave, RetractTasks, StateRequest
+from pilotq.broker.store.messages import Leave, Reopen, RetractTasks, StateRequest
 from tests.support.dead_mount import dead_mount
 from tests.support.launcher_driver import hanging_program
 from tests.support.waiting import wait_until
@@ -47,6 +47,16 @@ def test_a_slot_goes_from_task_to_task_of_its_class(tmp_path: Path) -> None:
         e.report.allocation == "n1[1]" and e.report.outcome == "finished" and e.entry.exit_code == 0 for e in ends
     )
     assert "other" not in host.endings
+
+
+def test_a_slot_that_is_opened_again_goes_on_with_what_is_prefetched_or_is_released(tmp_path: Path) -> None:
+    with Host(tmp_path) as host:
+        host.run("a", "true")
+        host.send(Reopen("c", [(4, "n1[1]"), (5, "n1[0]")]))
+        ending = host.end_of("a")
+        assert ending.end is not None and (ending.end.slot, ending.report.allocation) == (4, "n1[1]")
+        reports, ends = host.reported("ends")[0]
+        assert not reports and [end[:4] for end in ends] == [(4, "c", -1.0, True), (5, "c", -1.0, False)]
 
 
 def test_a_slot_ends_with_a_task_that_was_lost_before(tmp_path: Path) -> None:

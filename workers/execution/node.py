@@ -16,10 +16,12 @@ from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
 from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import (
+    UNKNOWN,
     ClearSuspicion,
     EndReport,
     ExecutionEnd,
     Leave,
+    Reopen,
     RetractTasks,
     Run,
     StateRequest,
@@ -112,9 +114,10 @@ class Node:
                 if not message.unstarted or e.phase in UNSTARTED:
                     self._stop(e, message.reason, self._settings.kill_grace_s, now)
         elif isinstance(message, Vacate):
-            for e in self._slots:
-                if e.slot in message.slots:
-                    self._stop(e, "gave way", self._settings.kill_grace_s, now)
+            for e in [e for e in self._slots if e.slot in message.slots]:
+                self._stop(e, "gave way", self._settings.kill_grace_s, now)
+        elif isinstance(message, Reopen):
+            self._reopen(message)
         elif isinstance(message, RetractTasks):
             tasks = self._slots.retract(message.class_name, message.count)
             self._return(tasks, message.class_name)
@@ -141,6 +144,15 @@ class Node:
         if self.leaving:
             e.reason = LEAVE_REASONS[0]
             self._return(self._slots.retract_all())
+
+    def _reopen(self, message: Reopen) -> None:
+        """Start prefetched tasks in slots that are open again; what becomes of these is reported as after an end."""
+        ends = []
+        for number, allocation in message.slots:
+            e = self._slots.open(number, allocation, message.class_name)
+            self._ready += [e] if e is not None else []
+            ends.append(ExecutionEnd(number, message.class_name, -1.0, e is not None, UNKNOWN))
+        self._session.post_ends([], ends)
 
     def _stop(self, e: Execution, reason: str, grace: float, now: float, *, notice: bool = False) -> None:
         if e.launched:

@@ -26,7 +26,7 @@ class Slot:
     __slots__ = ("allocation", "class_name", "task", "chain")
 
     def __init__(self, task: Execution) -> None:
-        self.allocation = task.run.allocation
+        self.allocation = task.allocation
         self.class_name = task.run.class_name
         self.task = task
         self.chain: deque[Execution] = deque()  # chained behind it, in order
@@ -55,6 +55,17 @@ class SlotTable:
             self._slots_of[run.class_name] += 1
         else:
             self._queues.setdefault(run.class_name, OrderedDict())[e.key] = e
+        return e
+
+    def open(self, number: int, allocation: str, class_name: str) -> Execution | None:
+        """Open a slot for the oldest of the prefetched tasks of a class, now WAITING; None if there is none."""
+        queue = self._queues.get(class_name)
+        if queue is None:
+            return None
+        e = self._take(class_name, queue)
+        e.phase, e.slot, e.allocation = Phase.WAITING, number, allocation
+        self._slots[number] = Slot(e)
+        self._slots_of[class_name] += 1
         return e
 
     def find(self, task_id: str, execution: int) -> Execution | None:

@@ -60,6 +60,15 @@ def test_one_that_ends_while_it_is_prefetched_frees_no_slot_and_keeps_the_order(
     assert table.end(follower) is last
 
 
+def test_a_slot_is_opened_for_the_oldest_that_is_prefetched_or_not_at_all() -> None:
+    table = SlotTable(SETTINGS)
+    a, b = table.add(run_message("a")), table.add(run_message("b"))
+    assert table.open(7, "n1[3]", "c") is a and table.slots() == [(7, "n1[3]", "c")]
+    assert (a.phase, a.slot, a.allocation) == (Phase.WAITING, 7, "n1[3]")
+    assert table.end(a) is b and table.open(8, "n1[4]", "c") is None
+    assert table.slots() == [(7, "n1[3]", "c")]
+
+
 def test_retract_takes_the_newest_and_gives_them_in_their_order() -> None:
     table = SlotTable(SETTINGS)
     for name in "abcd":
