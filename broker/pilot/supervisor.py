@@ -59,7 +59,7 @@ def run_supervisor(options: SupervisorOptions, clean_node: CleanNode) -> int:
         log(f"{FAILURE_PREFIX}{type(error).__name__}: {error}", level="error")
         return error.exit_code if isinstance(error, PilotqError) else PilotqError.exit_code
     finally:
-        # The interpreter gives handlers of ours back to the system while it ends; a late SIGTERM would become the result.
+        # The interpreter takes our handlers away while it ends: a late SIGTERM would become the exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
