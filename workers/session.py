@@ -91,6 +91,7 @@ class Session:
 
     def __init__(self, address: Address, queue_id: str, settings: Settings) -> None:
         self.settings = settings
+        self.address = address
         self.contact_s = settings.node_timeout_s
         # While the server is away nothing may hold up the worker for long.
         self._inbox_link = Connection(address, timeout=settings.connect_s)
@@ -269,7 +270,11 @@ class Session:
             call = self._sent.popleft()
             if isinstance(reply, ScriptMissing):
                 # It did not run, and later calls may have: it goes again as the newest.
-                self._load(call.script)
+                try:
+                    self._load(call.script)
+                except ServerUnavailable:
+                    self._sent.appendleft(call)
+                    raise
                 if call.script in NUMBERED:
                     self._call_number += 1
                     call = call._replace(args=(call.args[0], self._call_number, *call.args[2:]))

@@ -17,11 +17,12 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
-from pilotq.broker.errors import InvalidInput, PilotFailed, ServerUnavailable, StateLost, Superseded
+from pilotq.broker.errors import InvalidInput, PilotFailed, PilotqError, ServerUnavailable, StateLost, Superseded
 from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.broker.log import log, log_as
-from pilotq.broker.pilot.directory import find
+from pilotq.broker.pilot.directory import Pilot, find
 from pilotq.broker.processes import become_subreaper
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.store.connection import Address
@@ -38,6 +39,7 @@ from pilotq.workers.spilled_results import SpilledResults
 CUT_OFF_S = 1.0  # beyond the grace, for tasks to be swept when nobody is left to report to
 SHOWN_AFTER_S = 1.0  # RQ's record of an execution costs three keys: short ones have none
 SHOWN_MAX = 16  # for each node: RQ's pages read them all
+MOVED_S = 2.0  # how long the server has not answered when it is looked for elsewhere
 Descriptors = dict[int, int]  # number -> what is waited for
 
 
@@ -73,7 +75,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
         node = make_node(session, launchers, directory, info, real, settings, cgroup)
         log(f"worker of node {info.name}, incarnation {info.incarnation}, {len(info.cores)} cores, {kind} launcher")
         try:
-            return _Loop(session, launchers, node, signals, settings).run()
+            return _Loop(session, launchers, node, signals, settings, directory).run()
         finally:
             node.close()
     except PilotFailed as error:
@@ -158,8 +160,9 @@ class _Loop:
     """Waits for messages, launchers, signals and deadlines, and passes each to the node."""
 
     def __init__(
-        self, session: Session, launchers: LauncherPool, node: Node, signals: _Signals, settings: Settings
-    ) -> None:
+        self, session: Session, launchers: LauncherPool, node: Node, signals: _Signals, settings: Settings,
+        directory: str,
+    ) -> None:  # fmt: skip
         self._session = session
         self._launchers = launchers
         self._node = node
@@ -171,6 +174,9 @@ class _Loop:
         self._leave_by: float | None = None  # monotonic: how long is waited for the last confirmations
         self._online = True
         self._exit_code = 0
+        self._pilot = Pilot(directory)
+        self._look_at = 0.0  # monotonic: when it is looked for the server at another address
+        self._moved = False
 
     def run(self) -> int:
         while not self._over():
@@ -278,10 +284,19 @@ class _Loop:
 
     def _check_contact(self, now: float) -> None:
         """Tasks of a node that is out of touch for too long end, as they are given to others; without tasks nobody
-        needs this worker."""
-        bound = self._contact_bound()
-        if self._session.out_of_touch(now) >= bound:
+        needs this worker. So do those of a node that may be out of touch for ever, once its pilot goes on elsewhere."""
+        bound, out_of_touch = self._contact_bound(), self._session.out_of_touch(now)
+        if out_of_touch >= bound:
             raise ServerUnavailable(f"no answer from the server for {bound:g} s")
+        if self._moved:
+            raise Superseded("the pilot was started again, with its server at another address")
+        if out_of_touch > MOVED_S and now >= self._look_at:
+            self._look_at = now + MOVED_S
+            self._node.beside(self._look_for_server)
+
+    def _look_for_server(self) -> None:
+        with suppress(PilotqError):
+            self._moved = self._pilot.connection().address != self._session.address
 
     def _contact_bound(self) -> float:
         return self._session.contact_s or math.inf if self._node.busy else self._settings.server_wait_s

@@ -67,6 +67,7 @@ class Rig:
             (folder / name).mkdir()
         self.pilot: StartedPilot | None = None
         self.broken = False
+        self._options: dict[str, Any] = {}  # of SupervisorOptions: those of its first start
         self._restarting = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._wake_stopped)
@@ -75,8 +76,9 @@ class Rig:
     # -- its life ---------------------------------------------------------------------------------------------------
 
     def start(self, **options: Any) -> None:
-        """Start it, or go on with it."""
-        made = SupervisorOptions(nodes=[LocalNode(*plan) for plan in self.plans], **options)
+        """Start it, or go on with it with the same options."""
+        self._options = options or self._options
+        made = SupervisorOptions(nodes=[LocalNode(*plan) for plan in self.plans], **self._options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PILOTQ_SETTINGS", msgspec.json.encode(self.settings).decode())
             patch.setenv("PILOTQ_FAILPOINTS", str(self.points))
