@@ -15,7 +15,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from contextlib import suppress
 from itertools import islice
@@ -25,8 +25,9 @@ import msgspec
 
 from pilotq.broker.client import private_pilot
 from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.calls import Call, Calls, when_done
 from pilotq.broker.client.completions import Completions
-from pilotq.broker.client.mapping import mapped, run_each
+from pilotq.broker.client.mapping import run_each
 from pilotq.broker.client.resource_dict import task_of
 from pilotq.broker.client.results import Ended, Outcome, OutputFiles, StoredValue, discard, outcome_of
 from pilotq.broker.errors import (
@@ -37,7 +38,6 @@ from pilotq.broker.errors import (
     PilotqError,
     ServerUnavailable,
 )
-from pilotq.broker.tasks.functions import Packed, pack_call
 from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.quantities import request_of
 from pilotq.broker.tasks.submit_context import capture_context
@@ -95,60 +95,7 @@ class TaskFuture(futures.Future[Any]):
         return done, cancelled, value, error
 
 
-class _Calls(futures.Executor):
-    """What an executor and its `Options` have in common: calls whose tasks are as ``_base``."""
-
-    _base: Task
-    _max_workers: int  # how many of its calls can run at once; Dask and joblib read it
-    # Not None: the argument ``resource_dict`` of a call is not the function's, but executorlib's; on top of these.
-    _resources: Mapping[str, Any] | None = None
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TaskFuture:
-        """Run ``fn(*args, **kwargs)`` as one task. Raises InvalidInput when the call cannot be pickled."""
-        if not callable(fn):
-            raise TypeError(f"submit takes a function and its arguments, not {type(fn).__name__}")
-        base = self._base
-        if self._resources is not None and "resource_dict" in kwargs:
-            base = task_of(base, {**self._resources, **kwargs.pop("resource_dict")})
-        return self._call(base, fn, args, kwargs)
-
-    def map(
-        self,
-        fn: Callable[..., Any],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[Any]:
-        """Results in order; one task for ``chunksize`` calls. The rest is canceled when one raises, or after
-        ``timeout`` seconds (TimeoutError). With ``buffersize`` at most so many tasks are ahead of the results that were
-        taken, and the iterables are read as they are needed; else they are read, and submitted, at once."""
-        calls = zip(*iterables, strict=False)
-        return mapped(self._put_call, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
-
-    def starmap(
-        self,
-        fn: Callable[..., Any],
-        iterable: Iterable[Iterable[Any]],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[Any]:
-        """As `map`, of ``fn(*args)`` for each ``args`` of the iterable."""
-        calls = map(tuple, iterable)
-        return mapped(self._put_call, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
-
-    def _put_call(self, fn: Any, args: tuple[Any, ...]) -> TaskFuture:
-        return self._call(self._base, fn, args, {})
-
-    def _call(self, base: Task, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskFuture:
-        return self._put(msgspec.structs.replace(base, function=Packed(pack_call(fn, args, kwargs))))
-
-    def _put(self, task: Task) -> TaskFuture:
-        raise NotImplementedError
-
-
-class Options(_Calls):
+class Options(Calls):
     """An executor whose tasks ask for resources, or have other fields of `Task` set: made by `Executor.options`."""
 
     def __init__(self, executor: Executor, base: Task) -> None:
@@ -166,11 +113,14 @@ class Options(_Calls):
         """End the executor that it is of."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
-    def _put(self, task: Task) -> TaskFuture:
-        return self._executor._put(task)
+    def _put(self, call: Call) -> TaskFuture:
+        return self._executor._put(call)
+
+    def _put_after(self, waited: Sequence[futures.Future[Any]], call: Call) -> TaskFuture:
+        return self._executor._put_after(waited, call)
 
 
-class Executor(_Calls):
+class Executor(Calls):
     """Runs Python functions on a pilot: that of ``dir`` (found as by `Broker.connect`), else a private one.
 
     A private pilot has the nodes of ``nodes`` (as of `pilotq start`; default: all cores here). It ends with
@@ -204,7 +154,7 @@ class Executor(_Calls):
         self._name = secrets.token_hex(6)
         self._completions = Completions(self._reader.link, self._name)
         self._lock = threading.Lock()
-        self._submit_queue: queue.SimpleQueue[tuple[TaskFuture, Task] | TaskFuture | None] = queue.SimpleQueue()
+        self._submit_queue: queue.SimpleQueue[tuple[TaskFuture, Call] | TaskFuture | None] = queue.SimpleQueue()
         self._waiting: dict[str, TaskFuture] = {}  # by id, oldest first
         self._committing = False  # a submission is under way
         self._ended_early: list[Ended] = []  # before the submission returned their ids
@@ -276,14 +226,23 @@ class Executor(_Calls):
 
     # -- submitting ------------------------------------------------------------------------------------------------
 
-    def _put(self, task: Task) -> TaskFuture:
+    def _put(self, call: Call) -> TaskFuture:
+        future = self._new_future()
+        self._submit_queue.put((future, call))
+        return future
+
+    def _put_after(self, waited: Sequence[futures.Future[Any]], call: Call) -> TaskFuture:
+        future = self._new_future()
+        when_done(waited, lambda: self._submit_queue.put((future, call)))
+        return future
+
+    def _new_future(self) -> TaskFuture:
         future = TaskFuture(self)
         self._check_process(future)
         with self._lock:
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._open.add(future)
-        self._submit_queue.put((future, task))
         return future
 
     def _check_process(self, future: TaskFuture) -> None:
@@ -331,7 +290,7 @@ class Executor(_Calls):
             items = [self._submit_queue.get()]
             while len(items) < BATCH_MAX and not self._submit_queue.empty():
                 items.append(self._submit_queue.get())
-            fresh = [item for item in items if isinstance(item, tuple) and not item[0].cancelled()]
+            fresh = self._tasks_of([item for item in items if isinstance(item, tuple) and not item[0].cancelled()])
             ids = [item.task_id for item in items if isinstance(item, TaskFuture) and item.task_id is not None]
             del items
             if fresh:
@@ -342,6 +301,16 @@ class Executor(_Calls):
         with suppress(PilotqError):
             self._completions.wake(self._broker.link)
         self._broker.close()
+
+    def _tasks_of(self, calls: list[tuple[TaskFuture, Call]]) -> list[tuple[TaskFuture, Task]]:
+        """The tasks of calls; the futures of those that waited for one that failed are done then."""
+        found = []
+        for future, call in calls:
+            try:
+                found.append((future, call if isinstance(call, Task) else call()))
+            except BaseException as error:  # noqa: BLE001  # what another call has raised
+                self._set_outcome(future, Outcome(error=error))
+        return found
 
     def _enqueue(self, batch: list[tuple[TaskFuture, Task]], key: str) -> None:
         tasks = [task for _, task in batch]

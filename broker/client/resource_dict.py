@@ -14,15 +14,18 @@ KEYS = (
     "cores", "cwd", "error_log_file", "exclusive", "gpus_per_core", "num_nodes", "priority", "restart_limit",
     "run_time_max", "threads_per_core",
 )  # fmt: skip
+# Of MPI, of Slurm, of executorlib's cache: what asks for nothing is taken, as it is in executorlib's own defaults.
+MEANINGLESS = ("cache_key", "openmpi_oversubscribe", "pmi_mode", "slurm_cmd_args")
 
 
 def task_of(base: Task, wanted: Mapping[str, Any]) -> Task:
     """``base`` with what ``wanted`` asks for: KEYS of executorlib, ``threads_per_core`` as the cores of the call.
 
-    Raises InvalidInput for other keys, and for more than one of ``cores``: those are MPI ranks, and a function is one
-    process.
+    Raises InvalidInput for other keys, unless they are MEANINGLESS and ask for nothing, and for more than one of
+    ``cores``: those are MPI ranks, and a function is one process.
     """
-    if unknown := sorted(set(map(str, wanted)) - set(KEYS)):
+    empty = {key for key in MEANINGLESS if not wanted.get(key)}
+    if unknown := sorted(set(map(str, wanted)) - set(KEYS) - empty):
         raise InvalidInput(
             f"resource_dict: {', '.join(unknown)} has no meaning on a pilot: leave it out; known are {', '.join(KEYS)}"
         )

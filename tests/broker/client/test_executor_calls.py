@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 
@@ -70,10 +72,51 @@ def test_executors_with_a_resource_dict_take_that_of_a_call(pilot: LivePilot) ->
         assert len(executor.submit(os.sched_getaffinity, 0).result(WAIT_S)) == 2
         one = executor.submit(os.sched_getaffinity, 0, resource_dict={"threads_per_core": 1, "run_time_max": 60})
         assert len(one.result(WAIT_S)) == 1
-        where = executor.submit(os.getcwd, resource_dict={"cwd": "/", "cores": 1})
+        defaults = {"cores": 1, "gpus_per_core": 0, "openmpi_oversubscribe": False, "slurm_cmd_args": []}
+        where = executor.submit(os.getcwd, resource_dict={"cwd": "/", **defaults})
         assert where.result(WAIT_S) == "/"
-        for wrong, words in ({"cores": 2}, "MPI ranks"), ({"slurm_cmd_args": []}, "slurm_cmd_args has no meaning"):
+        for wrong, words in ({"cores": 2}, "MPI ranks"), ({"slurm_cmd_args": ["-x"]}, "slurm_cmd_args has no meaning"):
             with pytest.raises(InvalidInput, match=words):
                 executor.submit(os.getcwd, resource_dict=wrong)
     with Executor(pilot.pilot.directory) as plain:  # there it is an argument like any other
         assert plain.submit(dict, resource_dict=1).result(WAIT_S) == {"resource_dict": 1}
+
+
+def test_futures_among_the_arguments_stand_for_their_results(executor: Executor, pilot: LivePilot) -> None:
+    one = executor.submit(functions.product, 2, 3)
+    two = executor.options(cores=2).submit(functions.product, one, one)
+    many = [executor.submit(functions.product, n, two) for n in range(3)]
+    assert executor.submit(sum, many).result(WAIT_S) == 3 * 36
+    named = executor.submit(dict, first=one, more={"b": two}, rest=(1, two))
+    assert named.result(WAIT_S) == {"first": 6, "more": {"b": 36}, "rest": (1, 36)}
+    assert list(executor.map(functions.product, many, [one] * 3)) == [0, 216, 432]
+    assert executor.submit(functions.product, executor.submit(bytes, 5000), 2).result(WAIT_S) == bytes(10_000)
+    with futures.ThreadPoolExecutor(1) as threads:
+        assert executor.submit(abs, threads.submit(int, "-7")).result(WAIT_S) == 7
+
+
+def test_a_call_that_waits_for_another_one_ends_as_that_does(pilot: LivePilot) -> None:
+    held: futures.Future[int] = futures.Future()
+    with Executor(pilot.pilot.directory) as executor:
+        failed = executor.submit(operator.truediv, 1, 0)
+        for _ in range(500):  # longer than Python's stack
+            failed = executor.submit(abs, failed)
+        with pytest.raises(ZeroDivisionError):
+            failed.result(WAIT_S)
+        odd = executor.submit(abs, executor.submit(threading.Lock))
+        assert "pickle" in str(odd.exception(WAIT_S))
+        waits, given_up = executor.submit(abs, held), executor.submit(abs, held)
+        last = executor.submit(abs, given_up)
+        assert given_up.cancel()
+        with pytest.raises(futures.CancelledError):
+            last.result(WAIT_S)
+        executor.shutdown(wait=False)
+        assert not waits.done()
+        held.set_result(-4)
+        assert waits.result(WAIT_S) == 4 and given_up.cancelled()
+    held = futures.Future()
+    with Executor(pilot.pilot.directory) as executor:
+        waits = executor.submit(abs, held)
+        executor.shutdown(cancel_futures=True)
+        assert waits.cancelled()
+    held.set_result(1)
