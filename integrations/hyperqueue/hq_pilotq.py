@@ -10,11 +10,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import msgspec
 
+import pilotq
 from pilotq.broker import Broker, Request, Task
 from pilotq.broker.client.views import TaskView
 from pilotq.broker.errors import InvalidInput, PilotqError, UnknownTask
@@ -41,7 +44,7 @@ USAGE = """\
 hq: on a pilot of pilotq. Known are:
   hq submit [OPTIONS] [--] COMMAND...   hq submit --directives=file SCRIPT
   hq job list [--all | --filter STATES]   hq job info|cancel|wait JOBS
-  hq server start|stop|info   hq worker start|list
+  hq server start|stop|info   hq worker start|list   hq --version
 JOBS is 1,3-5, all or last. Options of submit are those of `#HQ` lines; --output-mode is cli, quiet or json."""
 
 
@@ -109,11 +112,15 @@ def _run(words: list[str], mode: str) -> int:
     }  # fmt: skip
     if verb in commands:
         return commands[verb](rest, mode)
+    if verb == "--version":
+        print(f"hq on pilotq {pilotq.__version__}")
+        return 0
     if verb in ("server start", "server stop", "worker start", "worker stop", "worker list"):
         print(f"hq: `{verb}` does nothing: `pilotq start` and `pilotq stop` begin and end a pilot", file=sys.stderr)
         return 0
-    print(USAGE, file=sys.stderr)
-    return 0 if verb in ("--help", "help", "-h") else 2
+    asked = verb in ("", "--help", "help", "-h")
+    print(USAGE if asked else f"hq: `{verb}` is not known here\n{USAGE}", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 # -- submit -----------------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def _task_of(options: dict[str, Option], command: list[str], mode: str) -> Task:
     directives = options.pop("directives", None)
     wanted = "auto" if directives is None else directives.value
     script = _script(command[0], wanted)
-    asked = Requested("hq submit")
+    asked = Requested("submit")
     try:
         hq_directives.read(options, asked)
     except InvalidInput as error:
@@ -194,8 +201,10 @@ def _say_what_is_ignored(ignored: Iterable[Option], mode: str) -> None:
     """Raises InvalidInput for options without which the job would be another one; names the others to a person."""
     left = [option for option in ignored if option.name not in (*GLOBAL, "wait", "progress")]
     texts = {option: option.text if "=" in option.text else f"{option.text} {option.value}".strip() for option in left}
-    if refused := [text for option, text in texts.items() if option.name in REFUSED]:
-        raise InvalidInput(f"submit: {refused[0]}: a pilot does not have this")
+    for option in left:
+        if option.name in REFUSED:
+            hint = "give a number" if option.name in ("cpus", "resource") else "leave it out"
+            raise InvalidInput(f"submit: {texts[option]}: a pilot does not have this: {hint}")
     if texts and mode == "cli":
         print(f"hq: not obeyed, it has no meaning here: {' '.join(texts.values())}", file=sys.stderr)
 
@@ -266,11 +275,13 @@ def job_list(words: list[str], mode: str) -> int:
 def job_info(words: list[str], mode: str) -> int:
     """Tell what is known of jobs."""
     with Broker.connect() as broker:
-        views = [broker.task(task_id) for task_id in _selected(broker, words)]
+        ids = _selected(broker, words)
+        with _numbers_in_errors(broker, ids):
+            views = [broker.task(task_id) for task_id in ids]
         jobs = _jobs(broker, views)
         for view in views:
             view.times = {name: at for name, at in view.times.items() if at is not None}
-    found = [
+    found: list[dict[str, Any]] = [
         {"info": job.shown(), "started_at": view.times.get("queued"), "finished_at": view.times.get("ended"),
          "exit_code": view.exit_code, "reason": view.reason, "cores": view.cores, "command": view.command}
         for job, view in zip(jobs, sorted(views, key=lambda view: order_of(view.id)), strict=True)
@@ -278,9 +289,19 @@ def job_info(words: list[str], mode: str) -> int:
     if mode == "json":
         _print_json(found)
     elif mode == "cli":
-        for one in found:
-            print("\n".join(f"{name:<12} {value}" for name, value in one.items()))
+        for job, one in zip(jobs, found, strict=True):
+            one["info"] = f"job {job.number} ({job.name}) {job.state}; tasks: {_in_words(job.tasks)}"
+            one |= {name: _as_date(one[name]) for name in ("started_at", "finished_at")}
+            print("\n".join(f"{name:<12} {value}" for name, value in one.items() if value not in (None, "")))
     return 0
+
+
+def _in_words(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in numbers.items() if number)
+
+
+def _as_date(at: float | None) -> str:
+    return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def job_cancel(words: list[str], mode: str) -> int:
@@ -298,7 +319,12 @@ def job_cancel(words: list[str], mode: str) -> int:
 def job_wait(words: list[str], mode: str) -> int:
     """Wait until jobs have ended; 1 when one did not finish."""
     with Broker.connect() as broker:
-        counts = broker.wait(None if words == ["all"] else _selected(broker, words))
+        ids = None if words == ["all"] else _selected(broker, words)
+        with _numbers_in_errors(broker, ids or []):
+            counts = broker.wait(ids)
+    if mode == "cli" and counts.finished < counts.total:
+        ends = {"finished": counts.finished, "failed": counts.failed, "canceled": counts.canceled}
+        print(f"hq: not all tasks have finished: {_in_words(ends)}", file=sys.stderr)
     if mode == "json":
         _print_json({"finished": counts.finished, "failed": counts.failed, "canceled": counts.canceled, "invalid": 0})
     return 0 if counts.finished == counts.total else 1
@@ -331,6 +357,16 @@ def _selected(broker: Broker, words: list[str]) -> list[str]:
             raise UnknownTask(f"{part!r} is no number of a job: give 1,3-5, all or last")
         numbers += range(int(first), int(last or first) + 1)
     return [id_of(number) for number in dict.fromkeys(numbers)]
+
+
+@contextmanager
+def _numbers_in_errors(broker: Broker, ids: list[str]) -> Iterator[None]:
+    """An UnknownTask names the jobs, and not the tasks."""
+    try:
+        yield
+    except UnknownTask:
+        gone = [str(order_of(task_id)) for task_id, status in broker.statuses(ids).items() if status == "unknown"]
+        raise UnknownTask(f"there is no job {', '.join(gone)}: `hq job list --all` shows those there are") from None
 
 
 def _jobs(broker: Broker, views: Iterable[TaskView]) -> list[Job]:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
 HQ = ROOT / "integrations" / "hyperqueue" / "hq_pilotq.py"
+pytestmark = pytest.mark.timeout(300)  # each call starts Python
 WAIT_S = 60.0
 
 
@@ -140,11 +142,27 @@ def test_wrong_calls_say_what_is_wrong(hq: Shell) -> None:
         ("submit",): "give a command",
         ("job", "cancel", "x"): "'x' is no number of a job",
         ("job", "list", "--filter", "odd"): "there is no state odd",
+        ("submit", "--time-limit", "x", "true"): "hq: submit --time-limit: 'x' is no duration",
         ("job", "cancel", "99999"): "there is no job 99999",
+        ("job", "wait", "99998,99999"): "there is no job 99998, 99999: `hq job list --all`",
+        ("job", "info", "99999"): "there is no job 99999",
     }.items():
         done = hq.run("hq", *words)
         assert done.returncode == 1 and why in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert hq.run("hq", "alloc", "list").returncode == 2
+    done = hq.run("hq", "alloc", "list")
+    assert done.returncode == 2 and done.stderr.startswith("hq: `alloc list` is not known here\n")
+    assert "hq submit [OPTIONS]" in hq("--help") and hq("--version").startswith("hq on pilotq ")
+
+
+def test_people_are_told_how_jobs_have_ended(hq: Shell) -> None:
+    number = hq("submit", "--name=bad", "--stdout=none", "sh", "-c", "exit 3").split()[-1]
+    done = hq.run("hq", "job", "wait", number)
+    assert (done.returncode, done.stderr) == (1, "hq: not all tasks have finished: 1 failed\n")
+    assert hq.run("hq", "--output-mode=quiet", "job", "wait", number).stderr == ""
+    lines = dict(line.split(maxsplit=1) for line in hq("job", "info", number).splitlines())
+    assert lines["info"] == f"job {number} (bad) failed; tasks: 1 failed" and lines["exit_code"] == "3"
+    assert time.strptime(lines["finished_at"], "%Y-%m-%d %H:%M:%S")
+    assert lines["cores"].startswith("n1[") and lines["command"].startswith("sh -c")
 
 
 @pytest.mark.skipif(find_spec("aiida_hyperqueue") is None, reason="aiida-hyperqueue is not installed")
