@@ -1,20 +1,27 @@
 """Measures the integrations against the ways in which the tools run without them: python integrations/figures.py NAME.
 
-NAME is `joblib` or `snakemake`. Both ways run in turn, as the load of a machine changes.
+NAME is `hq`, `joblib` or `snakemake`. Both ways run in turn, as the load of a machine changes. CPU time is said where
+waiting for a core is most of the time on a busy machine.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
+CALLS = int(os.environ.get("CALLS", "10000"))  # of joblib
+JOBS = int(os.environ.get("JOBS", "1000"))  # of Snakemake
+SUBMITS = 20
 GENERIC_JOBS = 20  # of cluster-generic, which takes seconds for each
 RULES = """
 rule all:
@@ -38,8 +45,42 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def spent() -> float:
+    """CPU time of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def hq_submits() -> None:
+    """`hq submit` of one task, and Python that does nothing: the median of each, and the CPU time."""
+    from pilotq.broker.client import private_pilot
+
+    hq = os.path.join(os.path.dirname(sys.executable), "hq")
+    commands = {
+        "hq submit": [hq, "submit", "--stdout=none", "--stderr=none", "true"],
+        "python": [sys.executable, "-c", ""],
+    }
+    pilot = private_pilot.start(1)
+    os.environ["PILOTQ_DIR"] = pilot.directory
+    try:
+        for _ in range(ROUNDS):
+            walls: dict[str, list[float]] = {name: [] for name in commands}
+            cpus = dict.fromkeys(commands, 0.0)
+            for _ in range(SUBMITS):
+                for name, command in commands.items():
+                    before = spent()
+                    run = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+                    walls[name].append(timed(run))
+                    cpus[name] += spent() - before
+            said = (f"{n} {statistics.median(walls[n]):.3f} s, CPU {cpus[n] / SUBMITS:.3f} s" for n in commands)
+            print(f"load {os.getloadavg()[0]:.1f}: {'; '.join(said)}")
+    finally:
+        private_pilot.end(pilot)
+        private_pilot.remove_kept()
+
+
 def joblib_calls() -> None:
-    """10,000 calls of 1 ms, by loky and by pilotq, both warm."""
+    """CALLS calls of 1 ms, by loky and by pilotq, both warm."""
     import joblib
     import joblib_pilotq  # noqa: F401
 
@@ -50,26 +91,26 @@ def joblib_calls() -> None:
     for backend in ("loky", "pilotq"):
         calls(backend, 100)
     for _ in range(ROUNDS):
-        loky, pilotq = calls("loky", 10_000), calls("pilotq", 10_000)
+        loky, pilotq = calls("loky", CALLS), calls("pilotq", CALLS)
         print(f"load {os.getloadavg()[0]:.1f}: loky {loky:.2f} s, pilotq {pilotq:.2f} s, ratio {pilotq / loky:.2f}")
 
 
 def snakemake_jobs() -> None:
-    """1,000 jobs of 0.1 s on 2 cores, the floor of Snakemake's own scheduling, and fewer by cluster-generic."""
+    """JOBS jobs of 0.1 s on 2 cores, the floor of Snakemake's own scheduling, and fewer by cluster-generic."""
     many = ["--jobs", "1000", "--max-jobs-per-timespan", "10000/1s"]
     pilotq = ["--executor", "pilotq", "--pilotq-nodes", "2", *many]
     submit = "sh -c 'sh \"$0\" >/dev/null 2>&1 & echo $!'"
     generic = ["--executor", "cluster-generic", "--cluster-generic-submit-cmd", submit]
     for _ in range(ROUNDS):
-        floor = workflow(1000, "true", ["--cores", "2"])
-        ours = workflow(1000, "sleep 0.1", pilotq)
-        local = workflow(1000, "sleep 0.1", ["--cores", "2"])
-        bare = workflow(1000, "true", pilotq)
+        floor = workflow(JOBS, "true", ["--cores", "2"])
+        ours = workflow(JOBS, "sleep 0.1", pilotq)
+        local = workflow(JOBS, "sleep 0.1", ["--cores", "2"])
+        bare = workflow(JOBS, "true", pilotq)
         slow = workflow(GENERIC_JOBS, "sleep 0.1", [*generic, "--jobs", "2", "--seconds-between-status-checks", "1"])
         print(
             f"load {os.getloadavg()[0]:.1f}: `true` local {floor:.1f} s, pilotq {bare:.1f} s; "
             f"0.1 s local {local:.1f} s, pilotq {ours:.1f} s; cluster-generic {slow / GENERIC_JOBS:.2f} s a job, "
-            f"{slow / GENERIC_JOBS * 1000 / ours:.1f} x pilotq"
+            f"{slow / GENERIC_JOBS * JOBS / ours:.1f} x pilotq"
         )
 
 
@@ -86,4 +127,4 @@ def workflow(jobs: int, command: str, options: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    {"joblib": joblib_calls, "snakemake": snakemake_jobs}[sys.argv[1]]()
+    {"hq": hq_submits, "joblib": joblib_calls, "snakemake": snakemake_jobs}[sys.argv[1]]()
