@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,18 @@ def test_ctrl_c_ends_what_runs_and_the_private_pilot(tmp_path: Path) -> None:
     assert not Path(directory).exists() and not left_of(directory) and not list(tmp_path.glob("done/*"))
 
 
+def test_a_private_pilot_ends_when_snakemake_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text(SLOW)
+    with running(tmp_path, "--executor", "pilotq", "--jobs", "6", "--pilotq-nodes", "2") as process:
+        wait_until(lambda: len(started(tmp_path)) == 2, seconds=WAIT_S, what="two jobs that run")
+        process.kill()
+        assert process.stdout is not None
+        [directory] = re.findall(r"tasks of the pilot in (\S+),", process.stdout.read())
+    wait_until(lambda: not left_of(directory), seconds=WAIT_S, what="the end of the pilot and its tasks")
+    assert not list(tmp_path.glob("done/*"))
+    shutil.rmtree(Path(directory).parent)  # nobody is left who would
+
+
 def test_after_ctrl_c_the_next_run_begins_anew_and_others_in_the_directory_are_left_alone(tmp_path: Path) -> None:
     options = ("--executor", "pilotq", "--jobs", "6")
     (tmp_path / "done").mkdir()
@@ -308,6 +321,7 @@ def test_without_a_pilot_the_reason_is_said(tmp_path: Path) -> None:
     (tmp_path / "Snakefile").write_text(WIDE)
     said = snakemake(tmp_path, "--executor", "pilotq", "--jobs", "2", "--pilotq-dir", "nowhere", code=1)
     assert "The executor pilotq has no pilot: nowhere (--dir) is no pilot's directory" in said
+    assert "cannot schedule" not in said
 
 
 def test_on_another_host_a_command_waits_for_its_inputs_and_a_second_execution_begins_anew(tmp_path: Path) -> None:

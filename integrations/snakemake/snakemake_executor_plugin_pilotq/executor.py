@@ -53,6 +53,7 @@ class Executor(RemoteExecutor):
             self._resumable = self._take_over()
         except (PilotqError, OSError) as error:
             self._end_pilot()
+            super().shutdown()  # at the end of the program its thread would print an error that is none
             raise WorkflowError(f"The executor pilotq has no pilot: {error}") from None
 
     # -- submitting -------------------------------------------------------------------------------------------------
