@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +27,7 @@ GRACE_S = 3.0
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail a test that leaves a child, a process of its pilot, an open descriptor or a scratch folder behind.
 
     It is set up before every other fixture of the test, so it checks after those have cleaned up. Processes and
@@ -41,6 +43,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     started, stayed = _started(pids, home), _folders() - folders
     with contextlib.suppress(AssertionError):
         wait_until(lambda: (not started and not stayed) or _update_left(started, stayed, pids, home), seconds=GRACE_S)
+    stayed -= _of_other_workers(stayed, tmp_path_factory.getbasetemp()) if stayed else set()
     left = [*started.values(), *(f"folder {path}" for path in sorted(stayed))]
     for pid in started:  # so that one failure stays one
         with contextlib.suppress(ProcessLookupError):
@@ -107,11 +110,23 @@ def _descriptors() -> set[tuple[int, int, int]]:
 
 def _folders() -> set[str]:
     """Folders of servers' sockets that no server listens in: a living server of ours is found as a process."""
-    found = {str(path) for path in SCRATCH.glob("pilotq-*")}
+    found = {str(path) for scratch in {SCRATCH, Path(tempfile.gettempdir())} for path in scratch.glob("pilotq-*")}
     if not found:
         return found
     listening = (PROC / "net/unix").read_text(errors="replace")
     return {path for path in found if f" {path}/" not in listening}
+
+
+def _of_other_workers(folders: set[str], base: Path) -> set[str]:
+    """Those of these folders that a server is configured for whose files are in the folders of another worker of xdist:
+    a busy machine may take long to start it, or to end it."""
+    found = set()
+    for home in {*base.parent.glob("popen-gw*"), *SCRATCH.glob("tests-gw*")} - {base, Path(tempfile.gettempdir())}:
+        for file in home.rglob("server.conf"):
+            with contextlib.suppress(FileNotFoundError):
+                text = file.read_text(errors="replace")
+                found |= {folder for folder in folders if f"unixsocket {folder}/" in text}
+    return found
 
 
 # -- skips ------------------------------------------------------------------------------------------------------------
@@ -123,8 +138,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell that starts us in the background has SIGINT ignored, and what we start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if worker := os.environ.get(
+        "PYTEST_XDIST_WORKER"
+    ):  # what its tests leave in such a folder is not charged to others
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix=f"tests-{worker}-", dir=SCRATCH)
     config.stash[_unlisted] = []
     config.pluginmanager.register(Skips(config), "pilotq-skips")
+
+
+def pytest_unconfigure() -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
 
 
 class Skips:

@@ -148,7 +148,7 @@ def test_output_that_never_comes_is_an_error_and_not_nothing(live: LivePilot, mo
 
 
 def test_what_never_ran_has_no_output(live: LivePilot) -> None:
-    live.broker.pause(True)
+    live.pause()
     task = live.enqueue("echo", "hello")
     assert next(live.broker.follow(task)) == b""
     live.broker.cancel([task])
@@ -158,7 +158,7 @@ def test_what_never_ran_has_no_output(live: LivePilot) -> None:
 
 
 def test_following_a_task_that_somebody_deletes_ends_with_a_sentence(live: LivePilot) -> None:
-    live.broker.pause(True)
+    live.pause()
     task = live.enqueue("echo", "hello")
     pieces = live.broker.follow(task)
     assert next(pieces) == b""
@@ -194,7 +194,7 @@ def test_what_is_only_prefetched_does_not_run(live: LivePilot) -> None:
 
 
 def test_a_long_queue_is_listed_by_its_newest(live: LivePilot) -> None:
-    live.broker.pause(True)
+    live.pause()
     ids = live.broker.enqueue_many([Task(command=["true"], priority=i % 5) for i in range(5000)])
     begin = live.broker.link.call("INFO", "commandstats").decode()
     assert [t.id for t in live.broker.tasks(limit=50)] == ids[:-51:-1]

@@ -77,6 +77,29 @@ def test_a_leak_fails_the_test_and_is_named(leak: str, tmp_path: Path) -> None:
     assert words in output
 
 
+@pytest.mark.parametrize("other", ["popen-gw1", "scratch/tests-gw1-x"])
+def test_a_folder_of_another_worker_is_not_charged_to_this_one(other: str, tmp_path: Path) -> None:
+    theirs, ours = (tmp_path / "scratch" / name for name in ("pilotq-left", "pilotq-left-more"))
+    files = tmp_path / other / "test_0" / "pilot" / "server"
+    files.mkdir(parents=True)
+    (files / "server.conf").write_text(f"port 0\nunixsocket {theirs}/s.sock\n")
+    body = "def test_it():\n    os.mkdir(os.environ['THEIRS'])\n    os.mkdir(os.environ['OURS'])\n"
+    code, output = inner_run(tmp_path, body, THEIRS=str(theirs), OURS=str(ours))
+    assert code == 1 and f"left behind: folder {ours}\n" in output, output
+    assert f"folder {theirs}\n" not in output and f"folder {theirs};" not in output
+
+
+def test_a_worker_has_a_folder_for_what_its_tests_leave(tmp_path: Path) -> None:
+    body = (
+        "import tempfile\nfrom pathlib import Path\ndef test_it():\n"
+        "    assert os.environ['TMPDIR'] == tempfile.gettempdir() and '/scratch/tests-gw0-' in tempfile.gettempdir()\n"
+        "    tempfile.mkdtemp(prefix='pilotq-')\n"
+    )
+    code, output = inner_run(tmp_path, body, PYTEST_XDIST_WORKER="gw0")
+    assert code == 1 and "left behind: folder " in output and "AssertionError" not in output, output
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_a_tidy_test_passes(tmp_path: Path) -> None:
     body = (
         "def test_it(tmp_path):\n    child = start(str(tmp_path), stdin=subprocess.PIPE)\n    child.communicate()\n"

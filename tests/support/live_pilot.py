@@ -16,6 +16,7 @@ import pytest
 from pilotq.broker import Broker, Request, Task
 from pilotq.broker.client.views import TaskView
 from pilotq.broker.pilot.start import LocalNode, StartedPilot, SupervisorOptions, start_pilot
+from pilotq.broker.store import keys
 from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
 from pilotq.workers.process_tree import environment, processes
@@ -52,6 +53,12 @@ class LivePilot:
 
     def output(self, task_id: str, stream: str = "stdout") -> bytes:
         return b"".join(self.broker.output(task_id, stream))
+
+    def pause(self) -> None:
+        """Start nothing that is submitted from now on: the dispatcher has taken the event, and reads what it says
+        before it hands out anything else."""
+        self.broker.pause(True)
+        wait_until(lambda: not self.broker.link.call("LLEN", keys.EVENTS), seconds=WAIT_S, what="the event is taken")
 
     def cli(self, *args: str) -> subprocess.CompletedProcess[bytes]:
         """`pilotq ARGS --dir ...`"""

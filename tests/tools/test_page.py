@@ -25,7 +25,7 @@ WAIT_S = 60.0
 CHECK = (Path(__file__).parents[1] / "support" / "page_check.js").read_text()
 HELD = "until test -e go-on; do sleep 0.05; done"
 HOSTILE = "<img src=x onerror=document.title='taken'>"
-NUMBERS = ("finished", "failed", "canceled", "running", "total", "used", "cores")
+NUMBERS = ("finished", "failed", "canceled", "running", "prefetched", "waiting", "total", "used", "cores")
 
 
 class Page(NamedTuple):
@@ -43,8 +43,13 @@ class Page(NamedTuple):
     def shell(self, text: str, **fields: Any) -> str:
         return self.broker.enqueue(Task(command=["sh", "-c", text], cwd=str(self.folder), **fields))
 
-    def number(self, name: str) -> int:
-        return int(self.browser.texts(f"#{name}")[0].replace(",", ""))
+    def numbers(self) -> dict[str, int]:
+        """All figures of one moment."""
+        code = (
+            "Object.fromEntries(%s.map((name) => [name, document.getElementById(name).innerText.replaceAll(',', '')]))"
+        )
+        found = self.browser.value(code % json.dumps(NUMBERS))
+        return {name: int(text) for name, text in found.items()}
 
     def yes(self) -> None:
         """Answer the question that a button asks."""
@@ -92,17 +97,24 @@ def held(page: Page) -> Iterator[str]:
 def test_every_figure_is_that_of_the_command(page: Page, held: str) -> None:
     page.broker.enqueue_many([Task(command=["false"], name=f"bad-{n}") for n in range(2)])
     page.broker.enqueue(Task(command=["true"], name="many", array=ArrayRange(0, 99)))
-    wait_until(lambda: page.broker.counts().left == 1, seconds=WAIT_S)
+    said: dict[str, Any] = {}
+
+    def settled() -> bool:
+        """Only the held task is left, and its cores alone are in use: from now on no figure changes."""
+        said.update(json.loads(page.cli("status", "--json").stdout))
+        return (said["tasks"]["left"], said["running"], said["used"]) == (1, 1, 3)
+
+    wait_until(settled, seconds=WAIT_S, what="nothing but the held task")
     page.open()
-    said = json.loads(page.cli("status", "--json").stdout)
-    wanted = {**said["tasks"], "running": said["running"], "used": said["used"], "cores": said["cores"]}
-    wait_until(lambda: {name: page.number(name) for name in NUMBERS} == {name: wanted[name] for name in NUMBERS},
-               seconds=WAIT_S, what=f"the numbers {wanted}")  # fmt: skip
-    assert (page.number("waiting"), page.number("prefetched")) == (0, 0)
-    (row,) = (row for row in page.browser.await_text("#progress tbody tr", "many [") if row.startswith("many"))
-    assert row.split()[2:4] == ["100", "100"]
+    figures = {**said["tasks"], "prefetched": 0, "waiting": 0, **{n: said[n] for n in ("running", "used", "cores")}}
+    wanted = {name: figures[name] for name in NUMBERS}
+    wait_until(lambda: page.numbers() == wanted, seconds=WAIT_S, what=f"the numbers {wanted}")
+    # What the page has from the journal comes when that is written.
+    wait_until(lambda: [row.split()[2:4] for row in page.browser.texts("#progress tbody tr") if row.startswith("many")]
+               == [["100", "100"]], seconds=WAIT_S, what="the progress of the array")  # fmt: skip
+    page.browser.await_text("#failure-list h3", "exit code 1: 2 tasks", WAIT_S)
     assert page.browser.texts("#nodes-sum")[0].startswith("2 nodes, 3 of 5 cores in use")
-    assert "exit code 1: 2 tasks" in page.browser.await_text("#failure-list h3", "exit code 1")[0]
+    assert page.numbers() == wanted
 
 
 def test_a_core_leads_to_its_task(page: Page, held: str) -> None:

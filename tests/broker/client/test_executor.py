@@ -94,7 +94,7 @@ def test_what_has_no_room_in_the_server_is_kept_in_files(executor: Executor, pil
     address = pilot.pilot.connection().admin
     assert address is not None
     with closing(Connection(address)) as admin:
-        pilot.broker.pause(True)
+        pilot.pause()
         calls = [Task(function=operator.mul, args=(bytes([n % 256]), 3_000)) for n in range(300)]
         tasks = pilot.broker.enqueue_many(calls)
         made = [executor.submit(operator.mul, [n], 1_500) for n in range(300)]
