@@ -21,8 +21,9 @@ from pilotq.broker.store.resources import parse_allocation
 BATCH = 65_536  # rows of a Parquet file that are held at a time
 COLUMNS: dict[str, type] = {
     "id": str, "name": str, "array": str, "index": int, "execution": int, "status": str, "reason": str, "final": bool,
-    "node": str, "cpus": str, "cores": int, "queued": float, "handed": float, "started": float, "ended": float,
-    "exit_code": int, "signal": int, "cpu": float, "max_rss": int, "memory": int, "limit": float, "command": str,
+    "node": str, "cpus": str, "cores": int, "queued": float, "released": float, "handed": float,
+    "started": float, "ended": float, "exit_code": int, "signal": int, "cpu": float, "max_rss": int,
+    "memory": int, "limit": float, "command": str,
 }  # fmt: skip
 
 

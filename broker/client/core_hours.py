@@ -16,7 +16,7 @@ PARTS = {
     "start_up": "start-up: idle before the first execution began",
     "no_work": "nothing queued: idle, with too little in the queue",
     "large": "large tasks: idle, too few for the task that was next",
-    "overhead": "overhead: idle while tasks that fit were waiting, also for others",
+    "overhead": "overhead: idle while tasks that fit were waiting",
     "tail": "tail: idle after the last execution had begun",
 }
 ADVICE = {
@@ -24,7 +24,7 @@ ADVICE = {
     "start_up": "passed before the first task began: let one pilot run more tasks",
     "no_work": "had nothing queued: ask for fewer cores, or submit more at once",
     "large": "waited for large tasks: ask for tasks with fewer cores, or for more cores at once",
-    "overhead": "was idle while tasks waited for others, or began: longer tasks begin less often",
+    "overhead": "was idle while tasks began: longer tasks begin less often",
     "tail": "went into the tail: long tasks first and shorter ones last, or fewer cores",
 }
 
@@ -64,8 +64,8 @@ def core_hours(
     Without them: all cores that any execution held, from the first time in the queue to the last end. Of what
     executions held only the time in between counts, and where they held more than ``cores``, as much as there is.
     Idle cores count as a whole for what there was at the time, see PARTS; next is the execution that began first of
-    those in the queue. Tasks with dependencies are in the queue from their submission: the journal has no other time.
-    A node that joined late or left early counts as idle meanwhile.
+    those in the queue, in which tasks with dependencies are from their release on. A node that joined late or left
+    early counts as idle meanwhile.
     """
     found = CoreHours()
     if not len(runs):

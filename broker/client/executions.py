@@ -31,7 +31,8 @@ class Executions:
     """The executions that began and ended, in the order of their ends; entry number i of each column is execution i.
 
     Times are unix seconds. ``queued`` is when the execution could have begun as far as the queue goes: of a task that
-    is tried again, the end of the execution before. ``cores`` is how many it held. ``name``, ``status``, ``reason``,
+    is tried again, the end of the execution before; of one that came after others, the end of the last of these (of an
+    array that did, once its own end has been added). ``cores`` is how many it held. ``name``, ``status``, ``reason``,
     ``node`` and ``place`` (the text of the allocation) are numbers of words in ``names``, ``statuses`` and so on.
     """
 
@@ -44,6 +45,7 @@ class Executions:
         self.statuses, self.reasons, self.nodes = Words(), Words(), Words()
         self._cores_of: list[int] = []  # place -> how many cores it has
         self._retried: dict[str, float] = {}  # task -> end of its last execution
+        self._of_arrays: dict[str, array[int]] = {}  # array -> its executions, until it has ended
         for entry in entries:
             self.add(entry)
 
@@ -52,10 +54,15 @@ class Executions:
 
     def add(self, entry: JournalEntry) -> None:
         """Add an entry; one that is no execution, or none that began, is left out."""
+        if entry.elements:
+            for number in self._of_arrays.pop(entry.id, ()):
+                self.queued[number] = min(max(self.queued[number], entry.released or 0.0), self.started[number])
         if entry.elements or not entry.execution or entry.started is None or entry.ended is None:
             return
+        if entry.index is not None:
+            self._of_arrays.setdefault(entry.array, array("L")).append(len(self.ids))
         queued = entry.started if entry.queued is None else entry.queued
-        queued = max(queued, self._retried.pop(entry.id, queued))
+        queued = max(queued, entry.released or queued, self._retried.pop(entry.id, queued))
         if not entry.final:
             self._retried[entry.id] = entry.ended
         self.ids.append(entry.id)

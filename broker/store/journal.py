@@ -70,6 +70,7 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
     submission: str = ""
     elements: dict[str, str] = {}  # of an array or bundle: status -> compact ranges of indices
     bundle: bool = False  # it stands for the tasks of a bundle
+    released: float | None = None  # of what has waited for other tasks: when the last of them had ended
     at: str = ""  # stream id, and number within that entry: the writer goes on behind it after a restart
 
     @property
@@ -89,6 +90,7 @@ class _Line(JournalEntry):
     """An entry as it stands in the file, with what can be checked of it."""
 
     queued: Moment = None
+    released: Moment = None
     handed: Moment = None
     started: Moment = None
     ended: Moment = None

@@ -306,6 +306,8 @@ def _loose(field: bytes, packed: bytes) -> list[Any]:
         found = {n: getattr(entry, n) if value is msgspec.UNSET else value for n, value in found.items()}
         if ending.outcomes is not msgspec.UNSET:
             found["elements"] = element_ranges(_bytes_of(ending.outcomes), ending.array)
+        if ending.released is not msgspec.UNSET:
+            found["released"] = ending.released
         named = ("id", "name", "execution", "submission", "array", "index")
         decoded.append(({n: getattr(entry, n) for n in named}, found))
     return decoded

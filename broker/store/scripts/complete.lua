@@ -320,11 +320,12 @@ end
 
 local function report(r, line, text)
   local id, execution = r[1], tostring(r[2])
-  local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
+  local fields = {'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown', 'pq_released'}
+  local v = redis.pcall('HMGET', job_key(id), unpack(fields))
   if not v[1] and not v[2] or r[9] ~= '' and not is_record_of(r[9], id) then
     local answer = vanished(r, id, execution, line)
     if answer then return answer end
-    v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown')
+    v = redis.call('HMGET', job_key(id), unpack(fields))
   end
   if not string.match(v[2] or '', '^%d+$') or not STATUSES[v[1]] then v[1], v[2] = mend(id, v, execution, r[11]) end
   if v[2] ~= execution then return 'stale' end
@@ -353,7 +354,7 @@ local function report(r, line, text)
   local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)
   if not retried then final(r, f, id, status, reason, text, kind) end
   if not retried and f.array and known(f.array)[3] then describe_member(id, line) end
-  journal(line, packed_ending(status, reason, not retried))
+  journal(line, packed_ending(status, reason, not retried, v[6]))
   return retried and 'retry' or 'ok'
 end
 

@@ -352,10 +352,13 @@ local function journal(line, changes)
   lines[#lines + 1] = '\146' .. line .. (type(changes) == 'string' and changes or cmsgpack.pack(changes))
 end
 
--- Packed {status, reason, final} of an ended execution, nil of one that finished; most executions of a call end alike.
+-- Packed {status, reason, final} of an ended execution, nil of one that finished; most executions of a call end alike. One that
+-- has waited for others was released at some time.
 local ending_cache = {['finished\n\n1'] = '\192'}
 
-local function packed_ending(status, reason, final)
+local function packed_ending(status, reason, final, released)
+  released = tonumber(released or '')
+  if released then return cmsgpack.pack({status = status, reason = reason, final = final, released = released}) end
   local key = status .. '\n' .. reason .. (final and '\n1' or '')
   local packed = ending_cache[key]
   if not packed then
@@ -447,7 +450,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   end
   local f = redis.call('HMGET', job_key(array), 'pq_unfinished', 'pq_cancel', 'pq_name', 'pq_sub', 'pq_queued_at',
     'pq_has_dependents', 'pq_class', 'status', 'pq_array', 'pq_reason', 'pq_elementwise', 'description', 'enqueued_at',
-    'pq_stopped', 'pq_bundle', 'pq_failures')
+    'pq_stopped', 'pq_bundle', 'pq_failures', 'pq_released')
   if f[10] then return end
   count_in(f[9])
   class_in(f[7])
@@ -481,7 +484,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   journal(cmsgpack.pack({id = array, name = printable(f[3]), submission = printable(f[4]), command = printable(f[12]),
       bundle = f[15] and true or nil}),
     {status = status, reason = reason, final = true, ended = tonumber(now), queued = tonumber(f[5] or '') or seconds_of(f[13]) or tonumber(now),
-      outcomes = outcomes, array = f[9]})
+      outcomes = outcomes, array = f[9], released = tonumber(f[17] or '')})
   request_release(array, f[6], status)
 end
 

@@ -46,7 +46,7 @@ local function release(id, wait, ends, kind)
   class_in(v[2])
   if not string.find(ends, kind, 1, true) then return omit(id, now, now_iso, ttl) end
   local open = number_in('pq_open_parents', v[4]) - 1
-  redis.call('HSET', job_key(id), 'pq_open_parents', string.format('%d', open))
+  redis.call('HSET', job_key(id), 'pq_open_parents', string.format('%d', open), unpack(open > 0 and {} or {'pq_released', now}))
   if open > 0 then return end
   redis.call('ZREM', registry('deferred', queue_of(v[2])), id)
   if v[3] == '' then release_rq_job(id, v[2]) else queue_up(id, v[2]) end
@@ -95,7 +95,7 @@ local function release_element(child, number, position, outcome)
   if redis.call('EXISTS', job_key(child .. '_' .. string.format('%d', index))) == 1 then return end
   local id = make_element(child, position,
     {array = text, data = v[5], description = v[6], created = v[7], submission = v[8], class = v[2]},
-    {'status', 'queued', 'pq_exec', first_attempt - 1, 'pq_retries', v[9] or '0'})
+    {'status', 'queued', 'pq_exec', first_attempt - 1, 'pq_retries', v[9] or '0', 'pq_released', now})
   queue_up(id, v[2])
 end
 

@@ -53,6 +53,20 @@ def test_a_retry_waits_from_the_end_of_the_execution_before() -> None:
     assert parts(entries[:2]) == {"finished": 2, "lost": 3, "overhead": 1}
 
 
+def test_what_came_after_others_was_not_in_the_queue_before_these_had_ended() -> None:
+    first = ran("1", 0, 0, 4, "n1[0]")
+    assert parts([first, ran("2", 0, 7, 8, "n1[0]")]) == {"finished": 5, "overhead": 3}
+    assert parts([first, ran("2", 0, 7, 8, "n1[0]", released=6)]) == {"finished": 5, "no_work": 2, "overhead": 1}
+    again = ran("2", 9, 9, 10, "n1[0]", execution=2, released=6)  # requeued: that is later
+    assert list(Executions([again]).queued) == [9]
+    # Of an array its own line says it, behind those of its elements.
+    elements = [ran(f"3_{n}", 0, 7 + n, 8 + n, "n1[0]", array="3", index=n) for n in range(2)]
+    array = JournalEntry(id="3", status="finished", elements={"finished": "0-1"}, released=6)
+    assert list(Executions([first, *elements]).queued) == [0, 0, 0]
+    assert list(Executions([first, *elements, array]).queued) == [0, 6, 6]
+    assert parts([first, *elements, array]) == {"finished": 6, "no_work": 2, "overhead": 1}
+
+
 def test_shared_cores_count_once() -> None:
     entries = [ran("1", 0, 0, 4, "n1[0]"), ran("2", 0, 0, 4, "n1[0]", status="failed")]
     assert parts(entries) == {"finished": 2, "lost": 2}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pilotq.broker.client import commit
@@ -179,3 +181,24 @@ def test_what_can_never_be_is_refused_and_what_is_said_twice_counts_once(engine:
     assert [engine.hash(i)["pq_open_parents"] for i in (ok, notok)] == ["1", "1"]
     end(engine, parent, "failed")
     assert engine.statuses(ok, notok) == ["canceled", "queued"]
+
+
+def test_the_journal_says_when_what_waited_could_begin_and_of_nothing_else(engine: Engine) -> None:
+    before, parents = engine.submit(task(), array(2, name="a"))
+    begin = time.time()
+    child, later, each = engine.submit(
+        task(after=[before], retries=1), array(2, after=[before]), array(2, after_each=[parents])
+    )
+    runs = engine.claim(3)
+    engine.complete(runs)
+    engine.release_dependents()
+    (handed,) = engine.claim(1)
+    assert handed.id == child and engine.complete([handed], "failed", "exit") == ["retry"]
+    engine.run_all()
+    assert engine.nothing_left()
+    lines = engine.journal()
+    told = {line["id"]: line["released"] for line in lines if "released" in line}
+    assert set(told) == {child, later, f"{each}_0", f"{each}_1"}
+    assert all(begin <= moment <= time.time() for moment in told.values())
+    assert len([line for line in lines if line["id"] == child and line["released"] == told[child]]) == 2
+    assert {"pq_released" in engine.hash(i) for i in (before, parents)} == {False}
