@@ -132,12 +132,13 @@ class Broker:
             from pilotq.broker.client.usage import learned, usage  # most programs do not need it
 
             tasks = learned(tasks, usage(self._queries.journal.entries()))
-        if context is None:
-            context = capture_context(functions=any(task.function is not None for task in tasks))
-        context = without_secret(context, self.link.address.password)
-        if self._elsewhere:
-            context = without_host_limits(context)
-        return submit(self.link, self.store, tasks, context, key, self._statuses_in_journal)
+
+        def of_tasks() -> SubmitContext:
+            captured = context or capture_context(functions=any(task.function is not None for task in tasks))
+            captured = without_secret(captured, self.link.address.password)
+            return without_host_limits(captured) if self._elsewhere else captured
+
+        return submit(self.link, self.store, tasks, of_tasks, key, self._statuses_in_journal)
 
     def _statuses_in_journal(self, ids: Sequence[str]) -> dict[str, str]:
         """The statuses of those of these tasks that have ended, and whose records have expired."""

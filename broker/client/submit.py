@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from pilotq.broker import failpoints
@@ -45,9 +45,13 @@ def _no_journal(_: Sequence[str]) -> dict[str, str]:
 
 def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
     """Refuse the whole submit if anything in it is wrong: raises InvalidInput or NeverFits. Pure."""
-    cluster = Cluster()
-    for node in nodes:
-        cluster.add_node(node)
+    plan = _plan(tasks)
+    _check_fit(plan, nodes)
+    return plan
+
+
+def _plan(tasks: Sequence[Task]) -> SubmitPlan:
+    """What can be told without the nodes; raises InvalidInput."""
     classes: list[str] = []
     likes: list[int] = []
     seen: dict[tuple[str, int, Request], str] = {}
@@ -58,22 +62,40 @@ def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
             likes.append(likes[-1])
             classes.append(classes[-1])
             continue
-        where = f"task {task.name!r}" if task.name else f"task {number + 1}"
-        validate(task, where)
+        validate(task, _place(tasks, number))
         if task.function is not None:
             payloads[number] = pack_call(task.function, task.args, task.kwargs)
-        if task.memory_max and nodes and (why := cluster.never_fits(task.largest_shape())):
-            raise NeverFits(f"{where}: memory_max {size_text(task.memory_max)} can never be had here: {why}")
         kind = (task.queue, task.rank, task.shape())
         if kind not in seen:
-            if nodes and (why := cluster.never_fits(kind[2])):
-                raise NeverFits(f"{where} can never run here: {why}")
             seen[kind] = class_name(*kind)
         rest = rest_of(task)
         likes.append(number)
         classes.append(seen[kind])
     parents = _check_dependencies(tasks)
     return SubmitPlan(tasks, classes, parents, sum(t.size for t in tasks), payloads, likes, {}, b"")
+
+
+def _place(tasks: Sequence[Task], number: int) -> str:
+    name = tasks[number].name
+    return f"task {name!r}" if name else f"task {number + 1}"
+
+
+def _check_fit(plan: SubmitPlan, nodes: Sequence[NodeInfo]) -> None:
+    """Raise NeverFits where these nodes can never hold a task; without nodes nothing is known."""
+    if not nodes:
+        return
+    cluster = Cluster()
+    for node in nodes:
+        cluster.add_node(node)
+    seen = set()
+    for number in dict.fromkeys(plan.likes):
+        task = plan.tasks[number]
+        if task.memory_max and (why := cluster.never_fits(task.largest_shape())):
+            where = _place(plan.tasks, number)
+            raise NeverFits(f"{where}: memory_max {size_text(task.memory_max)} can never be had here: {why}")
+        if plan.classes[number] not in seen and (why := cluster.never_fits(task.shape())):
+            raise NeverFits(f"{_place(plan.tasks, number)} can never run here: {why}")
+        seen.add(plan.classes[number])
 
 
 def _check_dependencies(tasks: Sequence[Task]) -> Parents:
@@ -97,28 +119,32 @@ def submit(
     link: Connection,
     store: Store,
     tasks: Sequence[Task],
-    context: SubmitContext,
+    context: SubmitContext | Callable[[], SubmitContext],
     key: str | None,
     statuses_in_journal: StatusesInJournal = _no_journal,
 ) -> list[str]:
     """Check, stage and commit; returns the ids in order. Nothing is visible unless all of it is.
 
+    ``context`` may be what makes it, while the server answers.
     ``statuses_in_journal`` gives the statuses of parents whose records have expired, as far as there were such tasks.
     """
     key = key or os.urandom(8).hex()
     # Of more tasks it is not known yet how many records they are: an array or a bundle takes one number.
     early = len(tasks) if len(tasks) <= store.settings.bundle_above else 0
+    prepared = _Prepared(tasks, context)
     replies = link.pipeline(
         [
             ("HVALS", keys.NODES),
             ("INCRBY", keys.SEQ, early),
             ("LRANGE", keys.EXPECTED_NODES, 0, -1),
-        ]
+        ],
+        prepared.make,
     )
     nodes = decode_nodes(replies[0])
     if {name.decode() for name in replies[2]} - {node.name for node in nodes}:
         nodes = []  # some are still starting, or are started again: what they can hold is not known
-    plan = bundled(check(tasks, nodes), store.settings.bundle_above)
+    _check_fit(prepared.plan, nodes)
+    plan = bundled(prepared.plan, store.settings.bundle_above)
     payloads = sum(map(len, plan.payloads.values())) + sum(map(plan.size_of, plan.members))
     if len(plan.tasks) >= CHUNK or payloads >= LARGE_BYTES:
         _check_memory(link, len(plan.tasks), payloads)
@@ -132,13 +158,29 @@ def submit(
         for number, task in enumerate(plan.tasks):
             if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
                 plan.classes[number] = limited_class_name(names[number], task.array.limit, ids[number])
-        records = _Records(plan, ids, context, key)
-        submission = Submission(plan, ids, first, key, context.key(), records.carried())
+        records = _Records(plan, ids, prepared.context, key)
+        submission = Submission(plan, ids, first, key, prepared.context_key, records.carried())
         if submission.carried or not _in_use(link, ids):
             found = commit(store, submission, statuses_in_journal, partial(_stage, link, store, records))
         if found is None:
             last = int(link.call("INCRBY", keys.SEQ, len(plan.tasks)))
     return found
+
+
+class _Prepared:
+    """What a submission needs of this process alone."""
+
+    plan: SubmitPlan
+    context: SubmitContext
+    context_key: str
+
+    def __init__(self, tasks: Sequence[Task], context: SubmitContext | Callable[[], SubmitContext]) -> None:
+        self._tasks, self._context = tasks, context
+
+    def make(self) -> None:
+        self.plan = _plan(self._tasks)
+        self.context = self._context if isinstance(self._context, SubmitContext) else self._context()
+        self.context_key = self.context.key()
 
 
 def _in_use(link: Connection, ids: list[str]) -> bool:

@@ -82,7 +82,10 @@ class RqIngest:
     # -- notifications ------------------------------------------------------------------------------------------------
 
     def pipeline(self, connection: Connection, commands: Sequence[tuple[Any, ...]], refuse: Refuse) -> list[Any]:
-        """As ``connection.pipeline(commands)``, but route jobs that arrive meanwhile; that wakes the dispatcher."""
+        """As ``connection.pipeline(commands)``, but route jobs that arrive meanwhile; that wakes the dispatcher.
+
+        Errors are returned as exceptions, not raised.
+        """
         connection.post_all(commands)
         poll = select.poll()
         poll.register(connection.fileno(), select.POLLIN)
@@ -102,9 +105,6 @@ class RqIngest:
             if not ready:
                 connection.close()
                 raise ServerUnavailable(f"the server at {connection.address} does not answer")
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
         return replies
 
     def _receive(self) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from pilotq.broker.scheduling.placement import Waiting
 from pilotq.broker.store import keys
+from pilotq.broker.store.connection import Argument
 from pilotq.broker.store.resources import ClassInfo, class_info
 from pilotq.broker.store.store import Head, Store
 from pilotq.broker.tasks.model import Request, order_of
@@ -78,6 +80,19 @@ class Backlog:
                 self._unread = False
                 return
         self._unread = True
+
+    def command(self) -> tuple[Argument, ...]:
+        """A command that reads what has changed, to be sent with others; its reply goes to `take`."""
+        return self.store.changed_heads_command(SLICE)
+
+    def take(self, reply: Any) -> bool:
+        """Take the reply to `command`; False where that was an error, or there is more to be read."""
+        if isinstance(reply, Exception):
+            return False
+        heads = self.store.read_changed_heads(reply)
+        for name, head in heads.items():
+            self.set(name, head)
+        return len(heads) < SLICE
 
     def read(self, names: Sequence[str]) -> None:
         for first in range(0, len(names), SLICE):

@@ -33,7 +33,7 @@ from pilotq.broker.scheduling.slot import Slot, ends_by
 from pilotq.broker.scheduling.status import StatusPublisher
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Address, Connection
+from pilotq.broker.store.connection import Address, Argument, Connection
 from pilotq.broker.store.messages import (
     ControlChanged,
     Draining,
@@ -149,9 +149,16 @@ class Dispatcher:
         reads_on = self.backlog.more and not (self.paused or self.expected_nodes)
         timeout = f"{max(0.0 if reads_on else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
-        look = [("GET", keys.TERM), ("EXISTS", keys.RELEASE)]  # at the moment when there is something
-        reply, term, released = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
+        look: list[tuple[Argument, ...]] = [("GET", keys.TERM), ("EXISTS", keys.RELEASE)]  # at the moment when there is something
+        if not (self.inventory.slots or self.backlog.heads):  # what comes is new work: one round trip less
+            look.append(self.backlog.command())
+        reply, term, released, *changed = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
         now = time.monotonic()
+        for answer in (reply, term, released):
+            if isinstance(answer, Exception):
+                raise answer
+        is_read = [self.backlog.take(answer) for answer in changed] == [True]
+        self.heads_current = self.heads_current and (is_read or not changed)
         if reply is not None:
             failpoints.hit("events taken")
             key, items = reply
@@ -163,7 +170,7 @@ class Dispatcher:
                 for item in items:
                     self._handle_event(item, now)
             else:
-                self.heads_current = False
+                self.heads_current = is_read and not released
                 if released:
                     self.store.release_dependents(RELEASE_LIMIT)
         self._start_tasks(now)

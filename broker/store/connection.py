@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import hiredis
@@ -128,9 +128,22 @@ class Connection:
         self._send(_packed(command))
         return _checked(self._read(self.timeout if timeout is None else timeout))
 
-    def pipeline(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
-        """Send all, then return all replies; the first error is raised after every reply was read."""
-        return self.stream([commands])
+    def pipeline(
+        self, commands: Sequence[tuple[Argument, ...]], meanwhile: Callable[[], object] | None = None
+    ) -> list[Any]:
+        """Send all, then return all replies; the first error is raised after every reply was read.
+
+        While the server works ``meanwhile`` is called; what it raises is raised after every reply was read, too.
+        """
+        if meanwhile is None:
+            return self.stream([commands])
+        self.connect()
+        self._send(b"".join([_packed(c) for c in commands]))
+        try:
+            meanwhile()
+        finally:
+            replies = [self._read(self.timeout) for _ in commands]
+        return [_checked(r) for r in replies]
 
     def read_hashes(self, keys: Sequence[str], *fields: str) -> list[list[bytes | None]]:
         """These fields of many hashes; a key of another type reads as one that is missing."""

@@ -194,7 +194,14 @@ class Store:
 
     def changed_heads(self, limit: int) -> dict[str, Head]:
         """The heads of at most so many classes whose lists have got something, by class; each is told once."""
-        return {r[0].decode(): _head(r[1:]) for r in self.run("heads", self.term, HEADS_SHOWN, limit)}
+        return self.read_changed_heads(self.run("heads", self.term, HEADS_SHOWN, limit))
+
+    def changed_heads_command(self, limit: int) -> tuple[Argument, ...]:
+        """The command of `changed_heads`, to be sent with others; its reply goes to `read_changed_heads`."""
+        return self.command("heads", self.term, HEADS_SHOWN, limit)
+
+    def read_changed_heads(self, reply: Any) -> dict[str, Head]:
+        return {r[0].decode(): _head(r[1:]) for r in reply}
 
     def claim(self, groups: Sequence[tuple[str, Sequence[ClaimTarget]]]) -> list[tuple[int, Head]]:
         """Hand out heads of class lists to targets, in order; returns the number filled and the head of each class."""
