@@ -82,7 +82,7 @@ class _Call(NamedTuple):
 
 
 class Session:
-    """Receives messages for a worker and sends its reports: wait on `filenos()`, then call `pump`.
+    """Receives messages for a worker and sends its reports: call `listen`, wait on `filenos()`, then call `pump`.
 
     Lost connections are made again by `pump`, with pauses; what had not been confirmed is sent again. `pump` raises
     StateLost when the server came back with another queue id; Superseded when a newer incarnation of this node has
@@ -106,6 +106,7 @@ class Session:
         self._to_report_state = False
         self._fields: dict[str, str] = {}  # of RQ's worker record
         self._read_to = "0"  # id of the last entry of the inbox that was read
+        self._to_ask = False  # the last question for the inbox was answered
         self._unconfirmed = 0  # entries that were read, but are still in the inbox
         self._call_number = 0
         self._sent: deque[_Call] = deque()
@@ -230,7 +231,16 @@ class Session:
         if (self._sent and now - self._sent[0].at > late) or now - self._asked_at > BLOCK_S + late:
             raise ServerUnavailable(f"the server at {self._report_link.address} has not answered for {late:g} s")
 
+    def listen(self) -> None:
+        """Ask for the next messages, after `pump`: when those it has returned were dealt with, which is more urgent."""
+        if self._to_ask and not self._down:
+            try:
+                self._ask_inbox()
+            except ServerUnavailable:
+                self._inbox_link.close()  # the next pump finds out
+
     def _ask_inbox(self) -> None:
+        self._to_ask = False
         info = self._registered()
         # The bound only serves connections that died without an error; a reply comes as soon as there is one.
         inbox = keys.inbox(info.name, info.incarnation)
@@ -250,10 +260,7 @@ class Session:
                     log(f"what the dispatcher has sent is damaged: {sentence}", level="error")
                 self._read_to = entry.decode()
                 self._unconfirmed += 1
-            try:
-                self._ask_inbox()
-            except ServerUnavailable:
-                self._inbox_link.close()  # the next pump finds out; what was read counts
+            self._to_ask = True
         if self._unconfirmed >= CONFIRM_ENTRIES:
             self._confirm_inbox()
         return found

@@ -207,6 +207,7 @@ class _Loop:
         for launcher in self._launchers.living.values():
             launcher.flush()
         if self._online:
+            self._session.listen()
             self._node.report(time.monotonic())
         ready = self._wait()
         now = time.monotonic()

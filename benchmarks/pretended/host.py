@@ -82,6 +82,7 @@ class VirtualNode(_Loop):
         """Send what the turn has brought about, as the next one would do first, and say what is waited for."""
         now = time.monotonic()
         if self._online:
+            self._session.listen()
             self._node.report(now)
         wanted, self._own_next = self.wanted(now)
         self.descriptors = {fd: events for fd, events in wanted.items() if fd < FIRST_NUMBER - 1}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 
 from pilotq.broker import failpoints
 from pilotq.broker.client.bundles import bundled
@@ -46,7 +46,8 @@ def _no_journal(_: Sequence[str]) -> dict[str, str]:
 def check(tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> SubmitPlan:
     """Refuse the whole submit if anything in it is wrong: raises InvalidInput or NeverFits. Pure."""
     plan = _plan(tasks)
-    _check_fit(plan, nodes)
+    if nodes:
+        _check_fit(plan, _cluster_of(nodes))
     return plan
 
 
@@ -80,13 +81,22 @@ def _place(tasks: Sequence[Task], number: int) -> str:
     return f"task {name!r}" if name else f"task {number + 1}"
 
 
-def _check_fit(plan: SubmitPlan, nodes: Sequence[NodeInfo]) -> None:
-    """Raise NeverFits where these nodes can never hold a task; without nodes nothing is known."""
-    if not nodes:
-        return
+def _cluster_of(nodes: Iterable[NodeInfo]) -> Cluster:
     cluster = Cluster()
     for node in nodes:
         cluster.add_node(node)
+    return cluster
+
+
+@lru_cache(maxsize=1)
+def _cluster_of_records(records: tuple[bytes, ...]) -> tuple[Cluster, frozenset[str]]:
+    """The nodes of these records, which seldom change, and their names."""
+    nodes = decode_nodes(records)
+    return _cluster_of(nodes), frozenset(node.name for node in nodes)
+
+
+def _check_fit(plan: SubmitPlan, cluster: Cluster) -> None:
+    """Raise NeverFits where these nodes can never hold a task."""
     seen = set()
     for number in dict.fromkeys(plan.likes):
         task = plan.tasks[number]
@@ -140,24 +150,24 @@ def submit(
         ],
         prepared.make,
     )
-    nodes = decode_nodes(replies[0])
-    if {name.decode() for name in replies[2]} - {node.name for node in nodes}:
-        nodes = []  # some are still starting, or are started again: what they can hold is not known
-    _check_fit(prepared.plan, nodes)
+    cluster, names = _cluster_of_records(tuple(replies[0]))
+    # Where some are still starting, or are started again, it is not known what they can hold.
+    if names and names.issuperset(name.decode() for name in replies[2]):
+        _check_fit(prepared.plan, cluster)
     plan = bundled(prepared.plan, store.settings.bundle_above)
     payloads = sum(map(len, plan.payloads.values())) + sum(map(plan.size_of, plan.members))
     if len(plan.tasks) >= CHUNK or payloads >= LARGE_BYTES:
         _check_memory(link, len(plan.tasks), payloads)
     failpoints.hit("submit checked")
     last = int(replies[1] if early else link.call("INCRBY", keys.SEQ, len(plan.tasks)))
-    names = list(plan.classes)
+    classes = list(plan.classes)
     found = None
     while found is None:
         first = last - len(plan.tasks) + 1
         ids = [id_of(first + n) for n in range(len(plan.tasks))]
         for number, task in enumerate(plan.tasks):
             if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
-                plan.classes[number] = limited_class_name(names[number], task.array.limit, ids[number])
+                plan.classes[number] = limited_class_name(classes[number], task.array.limit, ids[number])
         records = _Records(plan, ids, prepared.context, key)
         submission = Submission(plan, ids, first, key, prepared.context_key, records.carried())
         if submission.carried or not _in_use(link, ids):

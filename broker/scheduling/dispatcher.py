@@ -149,7 +149,8 @@ class Dispatcher:
         reads_on = self.backlog.more and not (self.paused or self.expected_nodes)
         timeout = f"{max(0.0 if reads_on else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
-        look: list[tuple[Argument, ...]] = [("GET", keys.TERM), ("EXISTS", keys.RELEASE)]  # at the moment when there is something
+        # At the moment when there is something:
+        look: list[tuple[Argument, ...]] = [("GET", keys.TERM), ("EXISTS", keys.RELEASE)]
         if not (self.inventory.slots or self.backlog.heads):  # what comes is new work: one round trip less
             look.append(self.backlog.command())
         reply, term, released, *changed = self.ingest.pipeline(self.link, [wait, *look], self._refuse)

@@ -341,6 +341,7 @@ class FakeNode:
 
     def turn(self, seconds: float = 0.0) -> None:
         """Wait at most so long for something to arrive, and deal with it."""
+        self.link.listen()
         select.select(self.link.filenos(), [], [], seconds)
         for message in self.link.pump(time.monotonic()):
             self._receive(message)
