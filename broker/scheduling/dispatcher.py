@@ -8,10 +8,9 @@ does the same, because a claim may have happened whose answer it never saw.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.rq.job_requests import JobRequest
 from pilotq.broker.scheduling.availability import Availability
 from pilotq.broker.scheduling.backlog import CLASSES_MAX, Backlog, Room, waiting_tasks
-from pilotq.broker.scheduling.giving_way import is_nice, make_room
+from pilotq.broker.scheduling.giving_way import is_nice, make_room, plan_nice
 from pilotq.broker.scheduling.inventory import Inventory, NodeRecord
 from pilotq.broker.scheduling.placement import BackfillState, Shares, plan
 from pilotq.broker.scheduling.prefetch import Prefetch
@@ -82,7 +81,7 @@ class Dispatcher:
         self.inventory = Inventory(self.settings)
         self.backlog = Backlog(self.store)
         self.damaged_nodes: set[str] = set()
-        self.backfill = BackfillState()
+        self.backfill, self.nice_backfill = BackfillState(), BackfillState()
         self.reconciler = Reconciler(self.store)
         self.next_slot = 0
         self.next_check = 0.0
@@ -181,7 +180,7 @@ class Dispatcher:
         self.next_check = now + min(self.settings.reconcile_s, self.settings.retract_after_s / 4)
         self._retract(now)
         self.status.publish_usage(self.inventory)
-        self.status.publish_hold(self.backfill.hold, now)
+        self.status.publish_hold(self.backfill.hold or self.nice_backfill.hold, now)
         self.ingest.poll(now, self._refuse)
         self._update_availability(now)
         if self.reconciler.due(now):
@@ -314,7 +313,7 @@ class Dispatcher:
         nice = {name: head for name, head in heads.items() if is_nice(name)}
         others = {name: head for name, head in heads.items() if name not in nice} if nice else heads
         wait_s = self.settings.backfill_wait_s
-        placed = self._plan(others, self.backfill, now, wait_s, CLAIM_LIMIT)
+        placed = self._plan(plan, others, self.backfill, now, wait_s, CLAIM_LIMIT)
         hold = self.backfill.hold
         slots, in_the_way = make_room(
             self.inventory, others, self.backfill.since, "" if hold is None else hold.class_name
@@ -325,15 +324,23 @@ class Dispatcher:
         for node, numbers in asked.items():
             self._send(self.inventory.nodes[node].info, Vacate(numbers))
         if nice and not in_the_way and len(placed) < CLAIM_LIMIT:
-            placed += self._plan(nice, BackfillState(), now, math.inf, CLAIM_LIMIT - len(placed))
+            placed += self._plan(plan_nice, nice, self.nice_backfill, now, wait_s, CLAIM_LIMIT - len(placed))
+        elif not nice:
+            self.nice_backfill = BackfillState()
         return placed
 
     def _plan(
-        self, heads: dict[str, Head], state: BackfillState, now: float, wait_s: float, limit: int
+        self,
+        place: Callable[..., list[tuple[str, Shares]]],
+        heads: dict[str, Head],
+        state: BackfillState,
+        now: float,
+        wait_s: float,
+        limit: int,
     ) -> list[tuple[str, Shares]]:
         waiting = waiting_tasks(heads, limit, self._room())
         running = ((slot.shares, slot.ends_by) for slot in self.inventory.slots.values())
-        return plan(self.inventory.cluster, waiting, running, state, now, wait_s, limit)
+        return place(self.inventory.cluster, waiting, running, state, now, wait_s, limit)
 
     def _initial_nodes_present(self, now: float) -> bool:
         """Whether all nodes the pilot began with are there, or were waited for long enough: which nodes a task gets

@@ -1,16 +1,18 @@
 """How nice tasks give way: which of their slots are vacated for others that wait, and whether more may begin. Pure.
 
 A nice task begins only when nothing else waits that could have its cores, and runs where others leave room: also on
-cores that are idle until a larger task can begin. As soon as one that is not nice could begin if nice tasks were gone,
-those of them that are in its way end, and wait again.
+cores that are idle until a larger task can begin. Among themselves they are placed as all others are. As soon as one
+that is not nice could begin if nice tasks were gone, those of them that are in its way end, and wait again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 
+from pilotq.broker.scheduling.cluster import Cluster
 from pilotq.broker.scheduling.inventory import Inventory
-from pilotq.broker.scheduling.placement import Shares
+from pilotq.broker.scheduling.placement import BackfillState, Shares, Waiting, plan
 from pilotq.broker.scheduling.slot import Slot
 from pilotq.broker.store.resources import class_info
 from pilotq.broker.store.store import Head
@@ -59,6 +61,30 @@ def make_room(
     for slot in new:
         slot.vacated = True
     return new, bool(in_the_way)
+
+
+def plan_nice(
+    cluster: Cluster,
+    waiting: Iterable[Waiting],
+    running: Iterable[tuple[Shares, float]],
+    state: BackfillState,
+    now: float,
+    wait_s: float,
+    limit: int,
+) -> list[tuple[str, Shares]]:
+    """`plan` for nice tasks, with a hold that only they see: it is in the cluster during this call.
+
+    While cores are held for a task that is not nice there is no other hold, and nothing is known of what is blocked.
+    """
+    if cluster.holding:
+        return plan(cluster, waiting, running, BackfillState(), now, math.inf, limit)
+    if (hold := state.hold) is not None:
+        nodes = {node.name for node in cluster.open_nodes}
+        if all(share.node in nodes for share in hold.shares):
+            cluster.hold(hold.shares, hold.request)
+    found = plan(cluster, waiting, running, state, now, wait_s, limit)
+    cluster.unhold()
+    return found
 
 
 def _overlap(own: Shares, request: Request, wanted: Shares) -> bool:

@@ -56,6 +56,7 @@ class Hold(NamedTuple):
     since: float
     shares: Shares
     frees_at: float
+    request: Request
 
     def admits(self, waiting: Waiting, now: float) -> bool:
         """Whether a task of another class may use held cores."""
@@ -221,7 +222,7 @@ class _Pass:
         drained = drain(self.cluster, waiting.request, self.running) if due else None
         if drained is not None:
             shares, frees_at = drained
-            state.hold = Hold(waiting.class_name, waiting.priority, since, shares, frees_at)
+            state.hold = Hold(waiting.class_name, waiting.priority, since, shares, frees_at, waiting.request)
             self.cluster.hold(shares, waiting.request)
 
     def _end_hold(self) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotq.broker.scheduling.cluster import Cluster
+from pilotq.broker.scheduling.giving_way import plan_nice
 from pilotq.broker.scheduling.placement import BackfillState, Waiting, drain, plan
 from pilotq.broker.store.resources import NodeInfo, NodeShare, format_allocation, parse_allocation
 from pilotq.broker.tasks.model import Request
@@ -308,6 +309,7 @@ def test_running_tasks_are_looked_at_only_when_a_hold_begins() -> None:
 
 # The promise, with a simulated clock
 
+Placed = list[tuple[str, tuple[NodeShare, ...]]]
 LARGE = {
     "cores": FOUR,
     "range": Request(cores=(3, 8)),
@@ -322,7 +324,9 @@ LARGE = {
 }
 
 
-def simulate(kind: str, limits: bool, luck: list[int], arrives: float, wait_s: float) -> tuple[float, float, list[str]]:
+def simulate(
+    kind: str, limits: bool, luck: list[int], arrives: float, wait_s: float, place: Callable[..., Placed] = plan
+) -> tuple[float, float, list[str]]:
     """An endless stream of small tasks and one large: when it was seen, when it started, all that was placed.
 
     There is a pass after each end, and none between, so the time of one pass is nothing. The lengths of small tasks
@@ -354,7 +358,7 @@ def simulate(kind: str, limits: bool, luck: list[int], arrives: float, wait_s: f
             seen = min(seen, now)
             waiting.append(Waiting("large", 0, LARGE[kind], [1], 1))
         running = ((shares, by) for _, _, shares, by in ends)
-        for name, shares in plan(cluster, waiting, running, state, now, wait_s):
+        for name, shares in place(cluster, waiting, running, state, now, wait_s, 500):
             log.append(f"{now} {name} {format_allocation(shares)}")
             if name == "large":
                 return seen, now, log
@@ -382,3 +386,15 @@ def test_a_large_task_starts_within_the_wait_and_the_longest_running_task(
     seen, started, log = simulate(kind, limits, luck, arrives, wait_s)
     assert started <= seen + wait_s + max(luck)
     assert simulate(kind, limits, luck, arrives, wait_s) == (seen, started, log)
+
+
+@settings(max_examples=120, deadline=None, database=None)
+@given(
+    st.sampled_from(sorted(LARGE)),
+    st.booleans(),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.floats(0, 20),
+)
+def test_so_does_a_large_nice_task_among_nice_ones(kind: str, limits: bool, luck: list[int], arrives: float) -> None:
+    seen, started, _ = simulate(kind, limits, luck, arrives, 1.0, plan_nice)
+    assert started <= seen + 1.0 + max(luck)

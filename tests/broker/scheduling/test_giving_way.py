@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from pilotq.broker.scheduling.giving_way import make_room
+from pilotq.broker.scheduling.giving_way import make_room, plan_nice
 from pilotq.broker.scheduling.inventory import Inventory
+from pilotq.broker.scheduling.placement import BackfillState, Waiting, plan
 from pilotq.broker.scheduling.slot import Slot
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import PartlyReleased, StateReport
@@ -98,3 +101,28 @@ def test_the_node_that_runs_it_is_asked_though_no_share_is_left_there() -> None:
     assert make_room(inventory, waiting(ONE), [ONE]) == ([slot], True)
     assert slot.shares[0].node == "n2" and inventory.owner(slot).info.name == "n1"
     assert make_room(inventory, waiting(ONE), [ONE]) == ([], True)
+
+
+def test_cores_are_held_for_a_large_nice_task_against_nice_ones_only(inventory: Inventory) -> None:
+    cluster, state = inventory.cluster, BackfillState()
+    running = {core: cluster.reserve(Request()) or () for core in range(4)}
+    lists = [Waiting("large", NICE, Request(cores=(2, 2)), [1], 1), Waiting("small", NICE, Request(), [2, 9], 2)]
+
+    def place(now: float) -> list[str]:
+        return [
+            name for name, _ in plan_nice(cluster, lists, ((s, math.inf) for s in running.values()), state, now, 1, 9)
+        ]
+
+    cluster.release(running.pop(0))
+    assert place(0.0) == ["small"], "it overtakes for a moment"
+    cluster.release(running.pop(1))
+    assert place(2.0) == [] and not cluster.holding, "the core is kept for the large one"
+    other = Waiting("other", 0, Request(), [3], 1)
+    ((_, taken),) = plan(cluster, [other], [], BackfillState(), 2.0)
+    cluster.release(taken)
+    assert place(3.0) == []
+    cluster.hold(taken, Request())  # for a task that is not nice
+    assert place(3.0) == [] and cluster.holding
+    cluster.unhold()
+    cluster.release(next(shares for shares in running.values() if shares[0].node != taken[0].node))
+    assert place(4.0) == ["small"], "elsewhere they go on"
