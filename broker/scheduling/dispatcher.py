@@ -170,9 +170,10 @@ class Dispatcher:
                 for item in items:
                     self._handle_event(item, now)
             else:
-                self.heads_current = is_read and not released
-                if released:
-                    self.store.release_dependents(RELEASE_LIMIT)
+                self.heads_current = is_read
+            if released:  # what comes next waits for it: not only when its wake-up is read
+                self.store.release_dependents(RELEASE_LIMIT)
+                self.heads_current = False
         self._start_tasks(now)
 
     def _run_periodic_work(self, now: float) -> None:

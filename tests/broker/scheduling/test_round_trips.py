@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 from collections.abc import Callable
 
+from pilotq.broker.scheduling.dispatcher import Dispatcher
 from pilotq.broker.store import keys
 from pilotq.broker.store.messages import ControlChanged
 from pilotq.broker.store.store import pack
-from tests.support.engine import Engine, FakeNode, RunningDispatcher, fixtures, pump, task
+from tests.support.engine import QUEUE_ID, Engine, FakeNode, RunningDispatcher, fixtures, pump, task
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures
@@ -59,3 +61,25 @@ def test_one_call_after_the_wake_up(engine: Engine, node: Callable[..., FakeNode
         running.dispatcher.stop = True
         engine.link.call("RPUSH", keys.EVENTS, pack(ControlChanged()))
     assert made == CLIENT + CLAIM + WAIT
+
+
+def test_what_waited_for_a_task_is_handed_out_when_its_end_is_read(
+    engine: Engine, node: Callable[..., FakeNode]
+) -> None:
+    n1 = node()
+    with contextlib.closing(Dispatcher(engine.running.address, QUEUE_ID, engine.settings)) as dispatcher:
+        dispatcher._take_over()
+
+        def turned(condition: Callable[[], object]) -> bool:
+            dispatcher._turn()
+            n1.turn()
+            return bool(condition())
+
+        first, second = engine.submit(task(name="first"), task(after=["first"]))
+        wait_until(lambda: turned(lambda: first in n1.running))
+        wait_until(lambda: turned(lambda: not engine.link.call("EXISTS", keys.EVENTS, keys.WAKEUP)))
+        n1.finish(first)
+        pump([n1], lambda: not n1.link.unsent())
+        dispatcher._turn()
+        pump([n1], lambda: n1.running, seconds=2.0)
+        assert list(n1.running) == [second]
