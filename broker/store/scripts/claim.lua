@@ -194,7 +194,7 @@ end
 local function claim_one(id, class, targets)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
     'pq_sub', 'pq_queued_at', 'pq_array', 'pq_array_of', 'pq_crashes', 'pq_suspect_node', 'enqueued_at')
-  if v[1] ~= 'queued' and (STATUSES[v[1]] or not v[2]) then return false end
+  if v[1] ~= 'queued' and (STATUSES[v[1]] or not v[2] and not v[10]) then return false end
   if v[1] ~= 'queued' then damaged('status', v[1]) end
   -- A producer's job that took the id of a deleted task: it is routed from the list that it is in.
   if not v[2] and not v[10] and (v[7] or '') == '' then return false end

@@ -221,3 +221,15 @@ def test_a_job_with_the_id_of_a_deleted_task_waits_for_its_own_turn(engine: Engi
     engine.link.call("HSET", keys.job(victim), "status", "queued", "origin", "default", "data", "x")
     assert ids(engine.claim(60)) == [first, *rest]
     assert engine.status(victim) == "queued"
+
+
+@pytest.mark.parametrize("damage", [None, b"no status"], ids=["missing", "unknown"])
+def test_an_element_that_waits_again_with_a_damaged_status_has_failed(engine: Engine, damage: bytes | None) -> None:
+    (a,) = engine.submit(array(2))
+    first, second = engine.claim(2)
+    assert engine.return_unstarted([second]) == 1
+    plant(engine, (keys.job(second.id), b"status", damage))
+    assert engine.claim(5) == []
+    engine.complete([first])
+    assert (engine.outcomes(a, 2), engine.status(a)) == ("12", "failed")
+    assert engine.final_entry(second.id)["reason"] == "refused" and engine.nothing_left()
