@@ -25,7 +25,7 @@ from pilotq.broker.client.views import Counts
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.leases import LeaseRecord, number_leased
+from pilotq.broker.store.leases import LeaseRecord, number_leased, task_leases
 from pilotq.broker.store.registry import decode_texts, read_nodes, user_queues
 from pilotq.broker.store.resources import NodeInfo, class_info
 from pilotq.broker.store.store import from_iso
@@ -149,7 +149,7 @@ class OverviewReader:
 
     def _executions(self, found: Overview, slots: int) -> Counter[str]:
         """Add what nodes have; returns the number of elements that leases hold, by array."""
-        commands = [(("ZCARD", key), ("ZRANGE", key, 0, NAMED_MAX - 1))
+        commands = [(("ZCARD", key), ("ZREVRANGE", key, 0, NAMED_MAX - 1))
                     for key in (keys.registry("wip", queue) for queue in self._queues)]  # fmt: skip
         replies = self._link.pipeline([command for pair in commands for command in pair])
         handed = sum(replies[::2])
@@ -180,7 +180,9 @@ class OverviewReader:
         ids = [keys.job(member.rpartition(":")[0]) for member in members]
         rows = self._link.read_hashes(ids, *FIELDS) if ids else []
         names = self._names_in_bundles(members, rows)
-        for member, row in zip(members, rows, strict=True):
+        classes = [(row[FIELDS.index("pq_class")] or b"").decode("utf-8", "replace") for row in rows]
+        leases = task_leases(self._link, [(m, keys.queue_of(name)) for m, name in zip(members, classes, strict=True)])
+        for member, row, lease in zip(members, rows, leases, strict=True):
             name, array, class_name, node, cpus, started, running, slot = (
                 value.decode("utf-8", "replace") if value else "" for value in row
             )
@@ -191,15 +193,14 @@ class OverviewReader:
             view = ExecutionView(
                 id=task_id, execution=int(execution) if execution.isdigit() else 0, array=array,
                 name=names.get(member, name) or "",
-                node=node.rpartition(":")[0],
+                node=(lease.address if lease is not None else node).rpartition(":")[0],
             )  # fmt: skip
             if running and cpus:
                 view.cores = cpus
                 view.started = _time(started)
                 view.memory = info.request.memory if info is not None else 0
-            known = self._known[member] = _Known(
-                view, class_name, bool(slot), member in names and names[member] is None
-            )
+            has_slot = bool(slot) or (lease is not None and lease.has_slot)
+            known = self._known[member] = _Known(view, class_name, has_slot, member in names and names[member] is None)
             if not known.is_complete:
                 self._turn.append(member)
 

@@ -26,7 +26,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Connection, ReplyError
 from pilotq.broker.store.journal import Journal, JournalEntry
-from pilotq.broker.store.leases import number_leased
+from pilotq.broker.store.leases import number_leased, with_leases
 from pilotq.broker.store.registry import user_queues
 from pilotq.broker.tasks.array_outcomes import element_ranges
 from pilotq.broker.tasks.states import ENDED, WAITING
@@ -52,7 +52,7 @@ class TaskQueries:
         found: list[TaskView | None] = []
         for first in range(0, len(ids), SLICE):
             part = ids[first : first + SLICE]
-            rows = self._read(part)
+            rows = with_leases(self.link, part, VIEW_FIELDS, self._read(part))
             found += [view_of_record(i, row) if row[0] is not None else None for i, row in zip(part, rows, strict=True)]
         elements = [view for view in found if view is not None and view.array]
         self._bundles.learn(view.array for view in elements)
@@ -65,7 +65,8 @@ class TaskQueries:
         found: dict[str, str] = {}
         for first in range(0, len(ids), SLICE):
             part = ids[first : first + SLICE]
-            rows = self._read(part, ("status",))
+            fields = ("status", "pq_class", "pq_exec")
+            rows = with_leases(self.link, part, fields, self._read(part, fields))
             found.update((i, text_of(row[0])) for i, row in zip(part, rows, strict=True) if row[0])
         return found
 

@@ -86,8 +86,9 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         reason=reason,
         # That of what has finished with 0 is not written.
         exit_code=whole_of(exit_text) if exit_text else 0 if status == "finished" and f["pq_cpus"] else None,
-        execution=whole_of(f["pq_exec"]),
-        node=f["pq_node"].rpartition(":")[0] if status != "queued" else "",
+        # What a lease held until it finished has no other number than 1 if none is written.
+        execution=whole_of(f["pq_exec"]) or int(status == "finished" and bool(f["pq_cpus"])),
+        node=(f["pq_node"].rpartition(":")[0] or f["pq_cpus"].partition("[")[0]) if status != "queued" else "",
         cores=f["pq_cpus"],
         times={
             "queued": _number(f["pq_queued_at"]) or _time(f["enqueued_at"]),

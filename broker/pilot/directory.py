@@ -23,7 +23,7 @@ from pilotq.broker.store.connection import Address, Connection
 HOME = ".pilotq"  # pilots for which no directory is named have one in here
 TOTAL = "submitted"  # file of a pilot that was asked to end: the number of tasks submitted to it
 FOLDERS = ("server", "logs", "output")
-SCHEMA_VERSION = "5"
+SCHEMA_VERSION = "6"
 
 
 class ConnectionInfo(msgspec.Struct, kw_only=True):

@@ -17,7 +17,7 @@ from pilotq.broker.rq.repair import RqRepair
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.broker.store.leases import leased_elements, number_leased, read_leases
+from pilotq.broker.store.leases import holder_of, leased_elements, number_leased, read_holders, read_leases
 from pilotq.broker.store.messages import EndReport, Stop
 from pilotq.broker.store.registry import user_queues
 from pilotq.broker.store.resources import NodeInfo
@@ -30,6 +30,7 @@ TIMED = (0, "(inf")  # scores of what expires: RQ writes -1 or inf for what is k
 CANCELED_PAGE = 5000  # members of a registry of canceled tasks that are read at once
 CLOCKS_S = 5.0  # how far clocks of clients may differ before a cancel of RQ's is found late, in _check_running
 POLL_S = 3.0  # of the time between two polls of the heartbeats more does not count: we, or the server, were away
+UNKNOWN = ":"  # the address of a node whose number somebody has removed
 LOST_S = 120.0  # a worker without a heartbeat for so long, and without a process on this machine, is lost
 
 
@@ -216,6 +217,7 @@ class Reconciler:
                 if node and node not in alive:
                     lost.add(node)
         lost |= {lease.address for lease in read_leases(self.link)} - alive
+        lost |= set(read_holders(self.link).values()) - alive
         return sum(self.requeue_node(node, "the pilot was started again") for node in sorted(lost))
 
     def requeue_node(self, address: str, why: str, *, clean: bool = False) -> int:
@@ -247,6 +249,8 @@ class Reconciler:
                     reports.append(EndReport(task_id, execution, outcome, reason, iso(now), "", "", "", pack(entry)))
                 self.store.report_lost(reports)
                 number += len(batch)
+        if holder := self.link.call("HGET", keys.HOLDERS, address):
+            self.link.call("HDEL", keys.HOLDERS, address, holder)
         return number
 
     def _requeue_leased(self, address: str, outcome: str, reason: str, why: str) -> int:
@@ -298,14 +302,19 @@ class Reconciler:
 
     def _running(self, queue: str) -> list[tuple[str, str, int]]:
         """(id, node:incarnation, execution) of all members of the queue's wip registry; arrays have no node."""
-        members = [m.decode() for m in self.link.call("ZRANGE", keys.registry("wip", queue), 0, -1)]
+        flat = self.link.call("ZRANGE", keys.registry("wip", queue), 0, -1, "WITHSCORES")
+        holders = read_holders(self.link)
         found = []
-        for first in range(0, len(members), SLICE):
-            batch = members[first : first + SLICE]
-            ids = [m.rpartition(":")[0] for m in batch]
+        for first in range(0, len(flat), 2 * SLICE):
+            batch = flat[first : first + 2 * SLICE]
+            members = [m.decode() for m in batch[::2]]
+            ids = [m.rpartition(":")[0] for m in members]
             nodes = self.link.read_hashes([keys.job(i) for i in ids], "pq_node")
-            for member, task_id, (node,) in zip(batch, ids, nodes, strict=True):
-                found.append((task_id, node.decode() if node else "", int(member.rpartition(":")[2])))
+            for member, score, task_id, (node,) in zip(members, batch[1::2], ids, nodes, strict=True):
+                number = holder_of(score)
+                # A lease says it; the record may name the node of an earlier execution.
+                address = (node or b"").decode() if number is None else holders.get(number, UNKNOWN)
+                found.append((task_id, address, int(member.rpartition(":")[2])))
         return found
 
     # -- old records ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ EXPECTED_NODES = (
     "pilotq:expected-nodes"  # list: names of nodes that the supervisor starts itself, as ordered by the user
 )
 NEXT_INCARNATION = "pilotq:next-incarnation"  # counter: the last incarnation (fencing token) given to a node
+HOLDERS = "pilotq:holders"  # hash: number in the scores of leases of tasks -> name:incarnation, and the reverse
 LEASES = "pilotq:leases"  # hash: <array>:<first position> -> elements of the lease without an end and a record
 COUNTS = "pilotq:counts"  # hash: total, finished, failed, canceled tasks since the queue began
 SHARED_REFS = "pilotq:shared-refs"  # hash: key of a shared record -> submissions that use it and have not ended
@@ -53,7 +54,7 @@ WORKERS = "rq:workers"
 PERMANENT = (
     SCHEMA, QUEUE_ID, TERM, SEQ, CLASSES, CHANGED_CLASSES, SUBMISSIONS, PARENTS, NODES, EXPECTED_NODES,
     NEXT_INCARNATION, COUNTS, SHARED_REFS, EVENTS, WAKEUP, RELEASE, JOURNAL, CONTROL, STATUS, USAGE, ALLOCATION_ENDS,
-    DRAINED, LEAVING, QUARANTINE, LEASES, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
+    DRAINED, LEAVING, QUARANTINE, LEASES, HOLDERS, RATE_LIMITS, SUSPENDED, QUEUES, WORKERS,
     "rq:queue:*", "rq:wip:*", "rq:finished:*", "rq:failed:*", "rq:canceled:*", "rq:deferred:*", "rq:workers:*",
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.

@@ -1,9 +1,9 @@
-"""Reads the leases of runs of elements: which nodes have elements of arrays that have no record of their own."""
+"""Reads leases: which nodes have elements of arrays without a record, and tasks whose records say that they wait."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pilotq.broker.store import keys
@@ -97,3 +97,64 @@ def _held(link: Connection, lease: LeaseRecord) -> list[int]:
 
 def _bit(bits: bytes, place: int) -> bool:
     return place // 8 < len(bits) and bool(bits[place // 8] >> (7 - place % 8) & 1)
+
+
+class TaskLease(NamedTuple):
+    """A task by itself is with a node, though its record says that it waits. See lib_leases.lua."""
+
+    execution: int
+    address: str  # name:incarnation of the worker; empty where nobody knows it
+    has_slot: bool
+
+
+def read_holders(link: Connection) -> dict[int, str]:
+    """Number of a node in the scores of leases -> name:incarnation."""
+    flat = link.call("HGETALL", keys.HOLDERS)
+    return {int(n): address.decode() for n, address in zip(flat[::2], flat[1::2], strict=True) if b":" in address}
+
+
+def holder_of(score: bytes | None) -> int | None:
+    """The number of the node that a score in wip says; None where it is that of no lease."""
+    value = float(score or 0)
+    return int(-value // 2) if value < 0 else None
+
+
+def task_leases(link: Connection, executions: Sequence[tuple[str, str]]) -> list[TaskLease | None]:
+    """Leases of these executions: ``<id>:<execution>``, queue."""
+    members: dict[str, list[str]] = {}
+    for member, queue in executions:
+        members.setdefault(queue, []).append(member)
+    commands = [("ZMSCORE", keys.registry("wip", queue), *mine) for queue, mine in members.items()]
+    scores = dict(zip(members, map(iter, link.pipeline(commands)), strict=True)) if commands else {}
+    found = [(int(member.rpartition(":")[2]), next(scores[queue])) for member, queue in executions]
+    holders = read_holders(link) if any(holder_of(score) is not None for _, score in found) else {}
+    return [
+        None if (number := holder_of(score)) is None
+        else TaskLease(execution, holders.get(number, ""), float(score) % 2 == 1)
+        for execution, score in found
+    ]  # fmt: skip
+
+
+def with_leases(
+    link: Connection, ids: Sequence[str], fields: Sequence[str], rows: Sequence[Sequence[bytes | None]]
+) -> list[Sequence[bytes | None]]:
+    """Rows of records with these fields, status, pq_class and pq_exec among them, as they are by leases of tasks."""
+    found = list(rows)
+    status, class_name, last = (fields.index(name) for name in ("status", "pq_class", "pq_exec"))
+    queued = [number for number, row in enumerate(rows) if row[status] == b"queued" and row[class_name]]
+    asked = [
+        (f"{ids[n]}:{_next(rows[n][last])}", keys.queue_of((rows[n][class_name] or b"").decode("utf-8", "replace")))
+        for n in queued
+    ]
+    for number, lease, (_, queue) in zip(queued, task_leases(link, asked), asked, strict=True):
+        if lease is not None:
+            by_lease = {
+                "status": b"started", "pq_exec": b"%d" % lease.execution, "pq_node": lease.address.encode(),
+                "origin": queue.encode(),
+            }  # fmt: skip
+            found[number] = [by_lease.get(name, value) for name, value in zip(fields, rows[number], strict=True)]
+    return found
+
+
+def _next(execution: bytes | None) -> int:
+    return int(execution) + 1 if execution is not None and execution.isdigit() else 1

@@ -24,7 +24,7 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.journal import JournalEntry
-from pilotq.broker.store.leases import leased_elements, read_leases
+from pilotq.broker.store.leases import leased_elements, read_leases, with_leases
 from pilotq.broker.store.messages import (
     UNKNOWN,
     EndReport,
@@ -205,8 +205,10 @@ class Engine:
         return {k.decode(): v.decode("utf-8", "replace") for k, v in zip(flat[::2], flat[1::2], strict=True)}
 
     def status(self, task_id: str) -> str | None:
-        value = self.link.call("HGET", keys.job(task_id), "status")
-        return value.decode() if value is not None else None
+        """The status of a task as it is by leases."""
+        fields = ("status", "pq_class", "pq_exec")
+        [row] = with_leases(self.link, [task_id], fields, [self.link.call("HMGET", keys.job(task_id), *fields)])
+        return row[0].decode() if row[0] is not None else None
 
     def statuses(self, *ids: str) -> list[str | None]:
         return [self.status(i) for i in ids]

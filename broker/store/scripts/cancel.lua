@@ -69,6 +69,7 @@ local function cancel_element(id)
 end
 
 local function cancel(id, is_recorded)
+  own_task(id)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
     'pq_sub', 'origin', 'pq_cancel', 'pq_reason', 'pq_running')
   local status = v[1]
@@ -80,7 +81,8 @@ local function cancel(id, is_recorded)
   if waiting and (v[8] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
   if not STATUSES[status] then damaged('status', status) end
   if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
-  if status == 'canceled' and (v[10] or v[11]) then return status end
+  -- One that had finished before RQ's cancel met it has no reason, and a TTL.
+  if status == 'canceled' and (v[10] or v[11] or (v[8] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0) then return status end
   if only_waiting and not waiting and not v[4] then
     if v[3] and not v[12] then send_stop(id, v[3], v[2]) end
     return status

@@ -85,12 +85,24 @@ local function put_in_batch(address, head, task)
   table.insert(inbox.batch[2], task)
 end
 
-local function hand(target, class, id, execution, message, task)
+-- The score of a lease in wip: which node has the task, and whether with a slot.
+local function lease_of_target(target)
+  local address = target[1]
+  local number = inbox_of(address).holder or redis.call('HGET', 'pilotq:holders', address)
+  if not number then
+    number = string.format('%d', redis.call('HINCRBY', 'pilotq:holders', 'last', 1))
+    redis.call('HSET', 'pilotq:holders', address, number, number, address)
+  end
+  inbox_of(address).holder = number
+  return string.format('%d', -2 * number - (target[2] ~= 0 and 1 or 0))
+end
+
+local function hand(target, class, id, execution, message, task, score)
   if task then put_in_batch(target[1], message, task) else put(target[1], message) end
   local queue = queue_of(class)
   local members = wip[queue]
   if not members then members = {}; wip[queue] = members end
-  members[#members + 1] = 'inf'
+  members[#members + 1] = score
   members[#members + 1] = id .. ':' .. execution
 end
 
@@ -190,6 +202,17 @@ local function begin_rq_job(id, execution, target)
   end
 end
 
+-- Executions of tasks, '<id>:<execution>', that are with a node by leases: an id may be in a list twice.
+local taken = {}
+
+local function read_taken(ids, queue)
+  local members = {}
+  for i, id in ipairs(ids) do members[i] = id .. ':1' end
+  for i, score in ipairs(redis.call('ZMSCORE', registry('wip', queue), unpack(members))) do
+    if tonumber(score or '0') < 0 then taken[members[i]] = true end
+  end
+end
+
 -- One popped id: returns whether it must go back to the head of its list.
 local function claim_one(id, class, targets)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_spec', 'pq_shared', 'pq_exec', 'pq_name', 'pq_retries',
@@ -230,12 +253,20 @@ local function claim_one(id, class, targets)
       last_attempt = a[8]}
   end
   local target, execution = targets[from], number_in('pq_exec', v[4], 0) + 1
+  local may_be_leased, member = not v[10] and f.submission ~= '', id .. ':' .. string.format('%d', execution)
+  if may_be_leased and (taken[member] or execution > 1 and lease_score(queue_of(class), id, execution)) then return false end
   local last_attempt = v[10] and number_in('pq_last_attempt', f.last_attempt, 1)
   local message, task = (is_usual(f) and batch_message or run_message)(target, class, id, execution, f)
   -- Records of elements go: only so does a retry know which numbers of executions were used.
   if v[10] and execution > last_attempt then redis.call('HSET', job_key(v[10]), 'pq_last_attempt', execution) end
-  redis.call('HSET', job_key(id), started(target, class, execution, f.crashes))
-  hand(target, class, id, execution, message, task)
+  local score = 'inf'
+  if may_be_leased and number_in('pq_crashes', f.crashes, 0) == 0 then
+    score = lease_of_target(target)
+    taken[member] = true
+  else
+    redis.call('HSET', job_key(id), started(target, class, execution, f.crashes))
+  end
+  hand(target, class, id, execution, message, task, score)
   from = from + 1
   if f.submission == '' then begin_rq_job(id, execution, target) end
   return false
@@ -249,6 +280,7 @@ for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
   while from <= #targets and dropped < DROP_LIMIT do
     local ids = redis.call('LPOP', list, math.min(#targets - from + 1, PIECE))
     if not ids then break end
+    read_taken(ids, queue_of(class))
     for i, id in ipairs(ids) do
       -- An array in front of it may have taken all targets.
       local before, again = from, from > #targets

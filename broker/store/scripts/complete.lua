@@ -32,10 +32,16 @@ local answers, done, wip, front, arrays, elementwise = {}, {}, {}, {}, {}, {}
 local requeued, last_ended = false, ''
 local runs, finished_number = {}, 0
 
-local function add(map, key, ...)
+local FIELDS = {'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown', 'pq_released'} -- of a record
+
+local function add(items, ...)
+  for _, item in ipairs({...}) do items[#items + 1] = item end
+end
+
+local function items_of(map, key)
   local items = map[key]
   if not items then items = {}; map[key] = items end
-  for _, item in ipairs({...}) do items[#items + 1] = item end
+  return items
 end
 
 -- Is the array's record there, does anything wait for it element by element, and is it a bundle? Asked once a call.
@@ -82,7 +88,7 @@ local function final_rq_job(r, f, id, status, reason, text, kind)
       'pq_cpus', r[8], 'pq_reason', reason)
     local score = ttl > 0 and now + ttl or (status == 'finished' and 'inf' or -1)
     if ttl > 0 then redis.call('EXPIRE', job_key(id), ttl) end
-    add(done, registry(status == 'stopped' and 'failed' or status, queue), status == 'canceled' and now or score, id)
+    add(items_of(done, registry(status == 'stopped' and 'failed' or status, queue)), status == 'canceled' and now or score, id)
     if status ~= 'canceled' then add_result(id, kind or (status == 'finished' and '1' or '2'), kind and '' or text, worker, ttl) end
   end
   request_release(id, f.dependents, status)
@@ -95,11 +101,17 @@ local function final(r, f, id, status, reason, text, kind)
   local kept = status
   if f.array then kept = end_element(f, id, status, text) end
   if kept then
-    local fields = {'status', status, 'ended_at', r[5], 'started_at', r[7], 'pq_cpus', r[8], 'pq_reason', reason, 'pq_exit', r[6]}
-    redis.call('HSET', job_key(id), unpack(fields, 1, status == 'finished' and r[6] == '0' and 10 or 12))
+    local fields = {'status', status, 'ended_at', r[5], 'started_at', r[7], 'pq_cpus', r[8]}
+    if reason ~= '' then add(fields, 'pq_reason', reason) end
+    if status ~= 'finished' or r[6] ~= '0' then add(fields, 'pq_exit', r[6]) end
+    if f.is_leased then
+      add(fields, 'origin', queue)
+      if r[2] ~= 1 then add(fields, 'pq_exec', r[2]) end
+    end
+    redis.call('HSET', job_key(id), unpack(fields))
     redis.call('EXPIRE', job_key(id), ttl)
     local kind = status == 'stopped' and 'failed' or status
-    add(done, registry(kind, queue), status == 'canceled' and now or now + ttl, id)
+    add(items_of(done, registry(kind, queue)), status == 'canceled' and now or now + ttl, id)
     -- The value of an executor's call goes to that executor alone.
     local stored = text ~= '' and status ~= 'canceled' and not (status == 'finished' and executor_of(f.submission))
     if stored then add_result(id, status == 'finished' and '1' or '2', text, worker, ttl) end
@@ -113,7 +125,7 @@ local function requeue(id, f, command)
   redis.call('HDEL', job_key(id), 'worker_name', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
   if f.submission == '' then begin_wait(id) end
   offer(f.class)
-  if command == 'LPUSH' then add(front, f.class, id) else redis.call('RPUSH', list_key(f.class), id) end
+  if command == 'LPUSH' then add(items_of(front, f.class), id) else redis.call('RPUSH', list_key(f.class), id) end
   requeued = true
 end
 
@@ -298,7 +310,7 @@ end
 local function mend(id, v, execution, class)
   if class == '' then class = redis.call('HGET', job_key(id), 'pq_class') or '' end
   if not redis.call('ZSCORE', registry('wip', queue_of(class)), id .. ':' .. execution) then return v[1], v[2] end
-  redis.call('HSET', job_key(id), 'pq_exec', execution)
+  redis.call('HSET', job_key(id), 'pq_exec', execution, 'origin', queue_of(class))
   return STATUSES[v[1]] and v[1] or 'started', execution
 end
 
@@ -318,20 +330,34 @@ local function describe_member(id, line)
   redis.call('HSET', job_key(id), 'description', printable(entry[12] or entry.command), 'pq_name', printable(more.name))
 end
 
+-- Where a lease holds a task, status and execution are those that it has by that. Returns whether it is the lease of this execution.
+local function held_by_lease(r, id, execution, v)
+  local last = string.format('%d', (tonumber(v[2] or '') or 0) + 1)
+  if r[11] == '' then
+    if not lease_of_task(id) then return false end
+  elseif not lease_score(queue_of(r[11]), id, last) then
+    return false
+  end
+  v[2] = last
+  if v[1] == 'queued' then v[1] = 'started' end
+  return last == execution
+end
+
 local function report(r, line, text)
-  local id, execution = r[1], tostring(r[2])
-  local fields = {'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown', 'pq_released'}
-  local v = redis.pcall('HMGET', job_key(id), unpack(fields))
-  if not v[1] and not v[2] or r[9] ~= '' and not is_record_of(r[9], id) then
+  local id, execution, is_leased = r[1], tostring(r[2])
+  local v = redis.pcall('HMGET', job_key(id), unpack(FIELDS))
+  if r[9] == '' and (v[1] == 'queued' or v[1] == 'canceled') then is_leased = held_by_lease(r, id, execution, v) end
+  if not v[1] and not v[2] and redis.pcall('HEXISTS', job_key(id), 'pq_class') ~= 1 or r[9] ~= '' and not is_record_of(r[9], id) then
     local answer = vanished(r, id, execution, line)
     if answer then return answer end
-    v = redis.call('HMGET', job_key(id), unpack(fields))
+    v = redis.call('HMGET', job_key(id), unpack(FIELDS))
   end
+  if v[1] == 'finished' and not v[2] then v[2] = '1' end
   if not string.match(v[2] or '', '^%d+$') or not STATUSES[v[1]] then v[1], v[2] = mend(id, v, execution, r[11]) end
   if v[2] ~= execution then return 'stale' end
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
   local f = {status = v[1], cancel = v[3], dependents = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
-    submission = r[12], retries = r[13]}
+    submission = r[12], retries = r[13], is_leased = is_leased}
   if f.class == '' or f.array and f.submission == '' then
     local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
     f.class, f.submission, f.retries = class_in(more[1]), more[2], number_in('pq_retries', more[3], 0)
@@ -348,7 +374,9 @@ local function report(r, line, text)
   if #text > LARGE and r[3] == 'finished' and f.submission == '' and no_room(r[3], text) then
     r[3], r[4], text = 'failed', 'result', ''
   end
-  add(wip, f.queue, id .. ':' .. execution)
+  -- What has finished gets with its end what a record has that is with a node.
+  if is_leased and (r[3] ~= 'finished' or v[1] == 'canceled') then f.is_leased = not own_task(id) end
+  add(items_of(wip, f.queue), id .. ':' .. execution)
   last_ended = r[5]
   if v[5] then hide_execution(id, execution, v[5]) end
   local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)

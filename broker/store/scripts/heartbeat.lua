@@ -20,7 +20,9 @@ redis.call('EXPIRE', key, ARGV[4])
 
 local function show(item)
   local v = redis.pcall('HMGET', job_key(item[1]), 'status', 'pq_exec', 'pq_sub')
-  if not v[1] and record_leased(item[1]) then v = redis.pcall('HMGET', job_key(item[1]), 'status', 'pq_exec', 'pq_sub') end
+  if not v[1] and record_leased(item[1]) or v[1] == 'queued' and own_task(item[1], tostring(item[2])) then
+    v = redis.pcall('HMGET', job_key(item[1]), 'status', 'pq_exec', 'pq_sub')
+  end
   -- In the index only what we made: RQ's pages of workers unpickle what they find there, and fail as a whole.
   if v[1] == 'started' and v[2] == tostring(item[2]) then
     show_execution(item[1], v[2], ARGV[2], item[3], (v[3] or '') ~= '', ARGV[4])

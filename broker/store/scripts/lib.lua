@@ -620,6 +620,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
     for _, key in ipairs({outcomes_key(id), values_key(id)}) do redis.call('EXPIRE', key, ttl) end
   end
   redis.call('ZREM', registry('wip', queue), id .. ':' .. (v[10] and '0' or v[8] or ''))
+  if not v[10] then redis.call('ZREM', registry('wip', queue), id .. ':' .. string.format('%d', (tonumber(v[8] or '') or 0) + 1)) end
   redis.call('ZREM', registry('deferred', queue), id)
   redis.call('ZREM', registry('scheduled', queue), id)
   redis.call('HSET', job_key(id), 'status', 'failed', 'origin', queue, 'pq_reason', 'refused', 'ended_at', now_iso)

@@ -7,10 +7,11 @@ local parents, elements, counts = {}, {}, {}
 
 -- The status of a parent. Elements have no record of their own before they run and after they finished.
 local function read_parent(parent)
-  local v = redis.pcall('HMGET', job_key(parent), 'status', 'pq_class', 'pq_reason')
+  local v = redis.pcall('HMGET', job_key(parent), 'status', 'pq_class', 'pq_reason', 'pq_sub')
   if v.err then return false end -- a stranger's key
   -- RQ's cancel says so while it may still run; its end is to come.
-  local status = v[1] == 'canceled' and v[2] and not v[3] and 'started' or v[1]
+  local is_open = v[1] == 'canceled' and v[2] and not v[3]
+  local status = is_open and not ((v[4] or '') ~= '' and redis.call('TTL', job_key(parent)) >= 0) and 'started' or v[1]
   redis.call('LLEN', dependents_key(parent)) -- what cannot be written to raises here, and not between two writes
   redis.call('LLEN', elementwise_key(parent))
   local array, index = string.match(parent, '^(.-)_(%d+)$')

@@ -158,6 +158,35 @@ local function record_or_end(id, array, position, execution, status, now, now_is
   return status
 end
 
+-- A task by itself is a run of length one. Its lease is its place in wip: a score below 0 says by number which node has it
+-- (pilotq:holders), and, where that is odd, that it has a slot. Its record says until its end, or until it needs more, that it waits.
+local function lease_score(queue, id, execution)
+  local score = tonumber(redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution) or '0')
+  return score < 0 and score
+end
+
+-- Queue, execution, score and status of a task that a lease holds; nil when none does. `class`: what is known of it elsewhere.
+local function lease_of_task(id, class)
+  local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'origin')
+  if v.err or v[1] ~= 'queued' and v[1] ~= 'canceled' then return end
+  local queue, execution = queue_of(pcall(class_in, v[3]) and v[3] or class or v[4] or ''), string.format('%d', (tonumber(v[2] or '') or 0) + 1)
+  local score = lease_score(queue, id, execution)
+  if score then return queue, execution, score, v[1] end
+end
+
+-- The record of a task that a lease holds (for this execution, if one is given) says so from now on; false when none does.
+local function own_task(id, wanted, class)
+  local queue, execution, score, status = lease_of_task(id, class)
+  if not score or (wanted or execution) ~= execution then return false end
+  local address = redis.call('HGET', 'pilotq:holders', string.format('%d', math.floor(-score / 2))) or ':'
+  -- RQ's cancel has set the status, and nothing else.
+  redis.call('HSET', job_key(id), 'status', status == 'queued' and 'started' or status, 'origin', queue, 'pq_exec', execution,
+    'pq_node', address, 'worker_name', string.match(address, '^(.*):'))
+  if score % 2 == 1 then redis.call('HSET', job_key(id), 'pq_slot', '1') end
+  redis.call('ZADD', registry('wip', queue), 'inf', id .. ':' .. execution)
+  return true
+end
+
 -- How many elements of an array are held by leases.
 number_leased = function(array)
   local number = 0

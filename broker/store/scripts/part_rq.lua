@@ -18,13 +18,11 @@ local FOREIGN = {'success_callback_name', 'failure_callback_name', 'stopped_call
 -- The status that ours had.
 local function status_before(id, queue, f)
   if redis.call('ZSCORE', registry('wip', queue), id .. ':' .. (f.pq_array and '0' or f.pq_exec or '')) then return 'started' end
-  if f.pq_reason then
-    if f.pq_reason == 'stopped' then return 'stopped' end
-    for _, kind in ipairs({'finished', 'failed', 'canceled'}) do
-      if redis.call('ZSCORE', registry(kind, queue), id) then return kind end
-    end
-    return f.pq_reason == '' and 'finished' or 'failed'
+  if f.pq_reason == 'stopped' then return 'stopped' end
+  for _, kind in ipairs({'finished', 'failed', 'canceled'}) do
+    if (f.pq_reason or kind == 'finished') and redis.call('ZSCORE', registry(kind, queue), id) then return kind end
   end
+  if f.pq_reason then return f.pq_reason == '' and 'finished' or 'failed' end
   if redis.call('ZSCORE', registry('scheduled', queue), id) then return 'scheduled' end
   if tonumber(f.pq_open_parents or '0') > 0 or f.pq_parents then return 'deferred' end
   return 'queued'
@@ -32,6 +30,9 @@ end
 
 local function restore(id, f, description)
   local queue, key = queue_of(class_in(f.pq_class)), job_key(id)
+  if own_task(id) then
+    f.pq_exec, f.pq_node = unpack(redis.call('HMGET', key, 'pq_exec', 'pq_node'))
+  end
   local status = status_before(id, queue, f)
   redis.call('HDEL', key, unpack(FOREIGN))
   for _, name in ipairs({'started_at', 'ended_at', 'worker_name'}) do

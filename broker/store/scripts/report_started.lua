@@ -6,7 +6,8 @@ if not queue_id_ok() then return queue_id_error() end
 local number = 0
 for i = 2, #ARGV, 6 do
   local v = redis.pcall('HMGET', job_key(ARGV[i]), 'status', 'pq_exec')
-  if not v[1] and select(2, guarded(nil, ARGV[i], record_leased, ARGV[i])) then
+  local needs_record = not v[1] and record_leased or v[1] == 'queued' and own_task
+  if needs_record and select(2, guarded(nil, ARGV[i], needs_record, ARGV[i], ARGV[i + 1])) then
     v = redis.pcall('HMGET', job_key(ARGV[i]), 'status', 'pq_exec')
   end
   if v[1] == 'started' and v[2] == ARGV[i + 1] then

@@ -254,6 +254,7 @@ local function requeue(item)
   if (v[1] == 'queued' and not v[7] or v[1] == 'deferred') and (v[3] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
   if not v[1] or v[8] then return requeue_element(id, string.match(id, '^(.-)_(%d+)$')) end
   if v[6] then return item[2] and requeue_array(id, item) or v[1] end
+  if v[1] == 'queued' and lease_of_task(id) then return 'started' end
   if not v[2] then return v[1] end -- only RQ's own producers know it
   if v[3] == '' then return requeue_rq_job(id, v[1], v[2]) end
   return requeue_task(id, v)

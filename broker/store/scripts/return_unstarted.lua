@@ -12,8 +12,12 @@ local lists, wip, number = {}, {}, 0
 
 local function give_back(id, execution, class, array, position)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
+  local has_changed = array == '' and own_task(id, execution, class)
   if array ~= '' and not is_record_of(array, id) then
     record_or_end(id, array, position, execution, 'canceled', now, now_iso, ttl)
+    has_changed = true
+  end
+  if has_changed then
     v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_class', 'pq_cancel')
   end
   class = v[3]

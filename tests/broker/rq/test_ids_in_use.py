@@ -11,6 +11,7 @@ from rq.job import Job
 
 from pilotq.broker.rq.ingest import RqIngest
 from pilotq.broker.store import keys
+from pilotq.broker.store.store import iso
 from tests.support.engine import ONE, Engine, array, fixtures, ids, task
 from tests.support.rq_producer import CLASS, producing, route, work
 
@@ -33,7 +34,7 @@ def run_job(engine: Engine, client: redis.Redis) -> str:
 
 
 @pytest.mark.parametrize(
-    "place", ["waits", "deferred", "runs", "ended while it was hidden", "finished", "failed", "canceled"]
+    "place", ["waits", "deferred", "handed", "runs", "ended while it was hidden", "finished", "failed", "canceled"]
 )
 def test_a_task_stays_what_it_is(engine: Engine, client: redis.Redis, ingest: RqIngest, place: str) -> None:
     parent, victim = engine.submit(task(name="p"), task("echo", "1", after=["p"] if place == "deferred" else []))
@@ -42,7 +43,11 @@ def test_a_task_stays_what_it_is(engine: Engine, client: redis.Redis, ingest: Rq
         engine.complete(handed, place, "" if place == "finished" else "exit")
     if place == "canceled":
         engine.cancel(victim)
+    if place == "runs":
+        assert engine.store.run("report_started", victim, 1, "n1[0]", iso(time.time()), b"", b"") == 1
     before = engine.hash(victim)
+    if place == "handed":  # from then on its record says what its lease did
+        before |= {"status": "started", "pq_exec": "1", "worker_name": "n1"}
     enqueue(client, victim)
     if place == "ended while it was hidden":
         assert engine.complete(handed) == ["ok", "ok"]
@@ -62,7 +67,7 @@ def test_a_task_stays_what_it_is(engine: Engine, client: redis.Redis, ingest: Rq
     if place == "waits":
         handed = engine.claim(5)
         assert ids(handed) == [parent, victim]
-    if place == "runs" or place == "waits":
+    if place in ("handed", "runs", "waits"):
         assert engine.complete(handed) == ["ok", "ok"]
     assert engine.claim(5) == [] or place == "canceled"
     lines = [line for line in engine.journal() if line["id"] == victim]

@@ -25,6 +25,7 @@ from rq.registry import (
 
 from pilotq.broker.rq.jobs import run
 from pilotq.broker.store.messages import EndReport
+from pilotq.broker.store.store import iso
 from tests.support.engine import NODE, ONE, Engine, FakeNode, array, end_entry, fixtures, pump, task
 from tests.support.rq_producer import producing
 
@@ -45,6 +46,11 @@ def test_a_task_through_its_life(engine: Engine, client: redis.Redis) -> None:
     assert job.get_position() == 0
     assert abs(job.created_at.timestamp() - time.time()) < 60 and job.enqueued_at == job.created_at
     (handed,) = engine.claim()
+    started = StartedJobRegistry("default", connection=client)
+    assert started.get_job_ids(cleanup=True) == [task_id]
+    assert Job.fetch(task_id, connection=client).get_status() == JobStatus.QUEUED  # until it has run for a moment
+    engine.store.run("report_started", task_id, 1, "n1[0]", iso(time.time()), b"", b"")
+    assert started.get_job_ids(cleanup=True) == [task_id]
     job = Job.fetch(task_id, connection=client)
     assert (job.get_status(), job.origin, job.worker_name) == (JobStatus.STARTED, "default", "n1")
     assert job.started_at is not None and job.ended_at is None

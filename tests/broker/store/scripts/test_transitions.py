@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from pilotq.broker.client.submit import submit
 from pilotq.broker.store import keys
+from pilotq.broker.store.leases import TaskLease, task_leases
 from pilotq.broker.store.messages import Run, Stop
 from pilotq.broker.store.store import Store, iso
 from pilotq.broker.tasks.states import ENDED, EVENT_SCRIPTS, RQ_EVENTS, STATUSES, TABLE
@@ -163,7 +166,10 @@ def test_claim(engine: Engine) -> None:
         ONE,
     )
     assert (engine.list(), engine.registry("wip")) == ([], [f"{task_id}:1"])
-    assert engine.link.call("ZSCORE", keys.registry("wip", "default"), f"{task_id}:1") == b"inf"
+    assert engine.link.call("ZSCORE", keys.registry("wip", "default"), f"{task_id}:1") == b"-3"  # first node, slot
+    assert task_leases(engine.link, [(f"{task_id}:1", "default")]) == [TaskLease(1, NODE, True)]
+    assert engine.hash(task_id)["status"] == "queued"  # nothing is written until it needs that
+    assert engine.store.run("report_started", task_id, 1, "n1[0]", iso(time.time()), b"", b"") == 1
     record = engine.hash(task_id)
     assert (record["status"], record["pq_node"], record["worker_name"], record["origin"]) == (
         "started",
@@ -171,6 +177,7 @@ def test_claim(engine: Engine) -> None:
         "n1",
         "default",
     )
+    assert engine.link.call("ZSCORE", keys.registry("wip", "default"), f"{task_id}:1") == b"inf"
 
 
 def test_cancel_of_what_runs(engine: Engine) -> None:
