@@ -1,7 +1,7 @@
 -- cancel: the user wants these tasks not to run (any more). Event cancel.
 --
--- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5 '' (all of them) or the reason for which what
---       waits is canceled (what has begun goes on; of an array the elements that wait are canceled), 6... ids.
+-- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5 reason for which what waits is canceled (what
+--       has begun goes on; of an array the elements that wait are canceled), or '' (all of them), 6... ids.
 -- Returns for each id, or for the first ones only when they are much work: 'canceled' (it was waiting), 'stopping' (it runs,
 -- or elements of it do: their workers have the message to stop it), its status when it has ended (that of a damaged
 -- record is 'failed' from now on), 'started' (only what waits is canceled: its worker ends it if it has not begun), or 'unknown'. Ids stay in the middle of their lists: claim drops them.
