@@ -7,6 +7,7 @@ however that happens.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 from collections import deque
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+COLLECT_AFTER = 50_000  # objects that were made and are still there
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
@@ -27,6 +29,12 @@ def become_subreaper() -> None:
     if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def spare_collections() -> None:
+    """Look for cycles of objects seldom, and not among those that are there now: tasks make many, but no cycles."""
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
 
 
 def terminate_with(parent: int) -> None:

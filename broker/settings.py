@@ -20,13 +20,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Nothing is prefetched before so many tasks of the class have ended: their mean run time is not known earlier.
     prefetch_after: int = 5
     # A slot prefetches at most so many tasks, however short they are.
-    prefetch_max: int = 200
+    prefetch_max: int = 500
     # A prefetched task that has not started after so many seconds is retracted where it would fit elsewhere.
     retract_after_s: float = 1.0
     # A launcher is given chains of so many seconds of work: longer than a turn of the worker, too short to be noticed.
     chain_s: float = 0.02
     # A chain has at most so many tasks.
-    chain_max: int = 32
+    chain_max: int = 256
     # A new dispatcher waits so many seconds for the nodes its pilot began with.
     initial_nodes_wait_s: float = 5.0
 
@@ -76,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Where a submission has more tasks than so many that are alike, these share a record, as elements of an array do.
     bundle_above: int = 1000
+    # The same for calls of an executor, whose results go to it and nowhere else: so nobody needs a record of each.
+    bundle_calls_above: int = 4
 
     # -- how long records are kept ------------------------------------------------------------------------------------
 

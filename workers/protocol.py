@@ -193,9 +193,13 @@ class Quit(msgspec.Struct, array_like=True, tag="quit"):
 
 
 class Begun(msgspec.Struct, array_like=True, tag="begun"):
-    """The launch is being started: those before it in its chain have ended. Before this no process of it exists."""
+    """The launch is being started: those before it in its chain have ended. Before this no process of it exists.
+
+    Of a call: an interpreter is given it, and the ``others`` behind it.
+    """
 
     key: int
+    others: list[int] = []
 
 
 class Started(msgspec.Struct, array_like=True, tag="started"):
@@ -290,7 +294,8 @@ class Returned(msgspec.Struct, array_like=True, tag="returned"):
     """A function came to its end. ``remaining`` as in Exited: so many processes that it started still live.
 
     ``outcome`` is finished, failed or retried; ``text`` is EndReport.text, ``reason`` and ``message`` those of a
-    failure. Times are as in Exited, ``cpu`` seconds the call's, ``max_rss`` bytes the interpreter's peak.
+    failure. A short result of a function of ours is its pickle, ``value``, and there is no text. Times are as in
+    Exited, ``cpu`` seconds the call's, ``max_rss`` bytes the interpreter's peak.
     """
 
     key: int
@@ -307,6 +312,7 @@ class Returned(msgspec.Struct, array_like=True, tag="returned"):
     remaining: int
     stdout: Captured
     stderr: Captured
+    value: bytes = b""
 
     @property
     def status(self) -> int:

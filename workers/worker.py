@@ -23,7 +23,7 @@ from pilotq.broker.errors import InvalidInput, PilotFailed, PilotqError, ServerU
 from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.broker.log import log, log_as
 from pilotq.broker.pilot.directory import Pilot, find
-from pilotq.broker.processes import become_subreaper
+from pilotq.broker.processes import become_subreaper, spare_collections
 from pilotq.broker.settings import Settings, load
 from pilotq.broker.store.connection import Address
 from pilotq.broker.store.messages import Leave, Stop
@@ -67,6 +67,7 @@ def serve(session: Session, directory: str, info: NodeInfo, real: Mapping[int, i
     os.makedirs(output, mode=0o700, exist_ok=True)
     session.keep_result = SpilledResults(output, info.name).keep
     become_subreaper()
+    spare_collections()
     signals = _Signals()
     cgroup = _cgroups_of_tasks(directory, info)
     launchers = LauncherPool(output, info.name, info.cores, settings, kind)

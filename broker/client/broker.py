@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pilotq.broker.client.submit import submit
+from pilotq.broker.client.submit import submit, submit_calls
 from pilotq.broker.client.views import Counts, Explanation, NodeView, TaskView
 from pilotq.broker.errors import InvalidInput, NoPilot, ServerUnavailable, UnknownTask, WaitTimedOut
 from pilotq.broker.pilot.directory import Pilot, find, remember_total
@@ -134,11 +134,19 @@ class Broker:
             tasks = learned(tasks, usage(self._queries.journal.entries()))
 
         def of_tasks() -> SubmitContext:
-            captured = context or capture_context(functions=any(task.function is not None for task in tasks))
-            captured = without_secret(captured, self.link.address.password)
-            return without_host_limits(captured) if self._elsewhere else captured
+            return self._sent(context or capture_context(functions=any(task.function is not None for task in tasks)))
 
         return submit(self.link, self.store, tasks, of_tasks, key, self._statuses_in_journal)
+
+    def enqueue_calls(self, base: Task, payloads: Sequence[bytes], *, key: str, context: SubmitContext) -> list[str]:
+        """Submit many calls of functions, packed by `functions.pack_call`: each is a task like ``base``, whose own
+        function counts for nothing. Otherwise as `enqueue_many`."""
+        return submit_calls(self.link, self.store, base, payloads, self._sent(context), key)
+
+    def _sent(self, context: SubmitContext) -> SubmitContext:
+        """A submit context as the pilot gets it."""
+        context = without_secret(context, self.link.address.password)
+        return without_host_limits(context) if self._elsewhere else context
 
     def _statuses_in_journal(self, ids: Sequence[str]) -> dict[str, str]:
         """The statuses of those of these tasks that have ended, and whose records have expired."""

@@ -8,12 +8,13 @@ need nothing of their own in the server before they run: no task waits for one o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from pilotq.broker.client.commit import NO_BUNDLE, SubmitPlan
 from pilotq.broker.tasks.dependencies import ALL_FIELDS, Element, Parent, Parents
+from pilotq.broker.tasks.functions import Packed
 from pilotq.broker.tasks.model import ARRAY_LIMIT, ArrayRange, Task
 from pilotq.broker.tasks.spec import MemberPacker
 
@@ -30,7 +31,7 @@ def bundled(plan: SubmitPlan, above: int) -> SubmitPlan:
     for numbers in groups:
         if len(numbers) <= above or len(members) == NO_BUNDLE or len(numbers) > ARRAY_LIMIT:
             continue
-        packed = [packer.pack(plan.tasks[n], plan.tasks[plan.likes[n]]) for n in numbers]
+        packed = [packer.pack(plan.tasks[n], plan.tasks[plan.likes[n]], plan.payloads.get(n)) for n in numbers]
         small = [len(one) <= MEMBER_MAX for one in packed]
         if sum(small) <= above:
             continue
@@ -50,7 +51,7 @@ def _groups(plan: SubmitPlan) -> Iterable[list[int]]:
     for number, like in enumerate(plan.likes):
         task = plan.tasks[like]
         if like not in fits:
-            fits[like] = _can_be_member(task)
+            fits[like] = shares_record(task)
         if fits[like] and number not in parents:
             groups[plan.classes[number], task.retries].append(number)
     return groups.values()
@@ -65,10 +66,27 @@ def _named(parents: Iterable[Iterable[Parent]]) -> Iterable[int]:
                 yield parent
 
 
-def _can_be_member(task: Task) -> bool:
+def shares_record(task: Task) -> bool:
     """Whether it needs nothing that only a task with a record of its own has."""
     waits = any(getattr(task, field) for field in ALL_FIELDS)
-    return not (task.is_array or waits or task.function is not None or task.memory_grow or task.time_grow or task.qcg)
+    return not (task.is_array or waits or task.memory_grow or task.time_grow or task.qcg)
+
+
+def with_calls(alone: SubmitPlan, payloads: Sequence[bytes], members: Sequence[bytes]) -> SubmitPlan:
+    """The plan of these calls of functions, each also packed as a `Member`; ``alone`` is that of the first one.
+
+    What is alike in them was checked, and can share a record. Large ones have records of their own.
+    """
+    [first], [name] = alone.tasks, alone.classes
+    layout = bytes([0 if len(member) <= MEMBER_MAX else NO_BUNDLE for member in members])
+    bundle = layout.index(0)
+    records = [number for number, place in enumerate(layout) if place == NO_BUNDLE or number == bundle]
+    tasks = [msgspec.structs.replace(first, function=Packed(payloads[number])) for number in records]
+    place, small = records.index(bundle), [member for member in members if len(member) <= MEMBER_MAX]
+    tasks[place] = _record(tasks[place], len(small))
+    own = {number: payloads[record] for number, record in enumerate(records) if number != place}
+    parents, likes = Parents({}, {}), range(len(tasks))
+    return SubmitPlan(tasks, [name] * len(tasks), parents, len(payloads), own, likes, {place: small}, layout)
 
 
 def _with_bundles(plan: SubmitPlan, layout: bytes, members: list[list[bytes]]) -> SubmitPlan:

@@ -8,19 +8,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pilotq.broker.client.mapping import mapped
 from pilotq.broker.client.resource_dict import task_of
-from pilotq.broker.tasks.functions import Packed, pack_call
+from pilotq.broker.tasks.functions import pack_call
 from pilotq.broker.tasks.model import Task
 
 if TYPE_CHECKING:
     from pilotq.broker.client.executor import TaskFuture
 
-Call = Task | Callable[[], Task]  # a task, or what makes it when the futures among its arguments are done
+
+class PackedCall(NamedTuple):
+    """A call whose task is like ``base``."""
+
+    base: Task
+    payload: bytes  # made by functions.pack_call
+
+
+class Waiting(NamedTuple):
+    """A call that waited for the futures among its arguments; ``make`` packs it, or raises what one of these has."""
+
+    future: TaskFuture
+    make: Callable[[], PackedCall]
 
 
 class Calls(futures.Executor):
@@ -56,7 +67,7 @@ class Calls(futures.Executor):
         ``timeout`` seconds (TimeoutError). With ``buffersize`` at most so many tasks are ahead of the results that were
         taken, and the iterables are read as they are needed; else they are read, and submitted, at once."""
         calls = zip(*iterables, strict=False)
-        return mapped(self._put_call, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+        return mapped(self._put_calls, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
 
     def starmap(
         self,
@@ -68,31 +79,31 @@ class Calls(futures.Executor):
     ) -> Iterator[Any]:
         """As `map`, of ``fn(*args)`` for each ``args`` of the iterable."""
         calls = map(tuple, iterable)
-        return mapped(self._put_call, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+        return mapped(self._put_calls, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
 
-    def _put_call(self, fn: Any, args: tuple[Any, ...]) -> TaskFuture:
-        return self._call(self._base, fn, args, {})
+    def _put_calls(self, fn: Any, calls: Iterator[tuple[Any, ...]], most: int) -> Iterator[TaskFuture]:
+        while part := list(islice(calls, most)):
+            if any(map(_futures_in, part)):
+                yield from (self._call(self._base, fn, args, {}) for args in part)
+            else:
+                yield from self._put([PackedCall(self._base, pack_call(fn, args, {})) for args in part])
 
     def _call(self, base: Task, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskFuture:
         if waited := _futures_in((*args, *kwargs.values())):
 
-            def made() -> Task:
+            def made() -> PackedCall:
                 given = [_with_results(value) for value in args]
                 named = {name: _with_results(value) for name, value in kwargs.items()}
-                return _task(base, fn, given, named)
+                return PackedCall(base, pack_call(fn, given, named))
 
             return self._put_after(waited, made)
-        return self._put(_task(base, fn, args, kwargs))
+        return self._put([PackedCall(base, pack_call(fn, args, kwargs))])[0]
 
-    def _put(self, call: Call) -> TaskFuture:
+    def _put(self, calls: list[PackedCall]) -> list[TaskFuture]:
         raise NotImplementedError
 
-    def _put_after(self, waited: Sequence[futures.Future[Any]], call: Call) -> TaskFuture:
+    def _put_after(self, waited: Sequence[futures.Future[Any]], make: Callable[[], PackedCall]) -> TaskFuture:
         raise NotImplementedError
-
-
-def _task(base: Task, fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Task:
-    return msgspec.structs.replace(base, function=Packed(pack_call(fn, args, kwargs)))
 
 
 def _futures_in(values: Iterable[Any]) -> list[futures.Future[Any]]:

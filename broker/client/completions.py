@@ -10,6 +10,7 @@ import msgspec
 from pilotq.broker.client.results import Ended, Outcome, OutputFiles, fetch
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Argument, Connection
+from pilotq.broker.tasks.array_outcomes import OUTCOMES, outcome_at
 from pilotq.broker.tasks.states import ENDED
 
 WAIT_MS = 1000  # how long one read waits for the first entry
@@ -17,6 +18,7 @@ READ_MAX = 8  # entries that are read at once: each holds the ends of one call o
 SLICE = 500
 LEFT_S = 60  # an entry that nobody reads any more goes after so many seconds
 _decode = msgspec.msgpack.Decoder(list[Ended]).decode
+_decode_runs = msgspec.msgpack.Decoder(list[tuple[str, int, list[bytes]]]).decode
 
 
 class Place(NamedTuple):
@@ -55,7 +57,11 @@ class Completions:
         self._removed = self._read
         ends: list[Ended] = []
         for entry, fields in reply[0][1] if reply else ():
-            ends += _decode(fields[1])
+            if fields[0] == b"ends":
+                ends += _decode(fields[1])
+            else:
+                for bundle, place, values in _decode_runs(fields[1]):
+                    ends += [Ended(f"{bundle}_{n}", "finished", "", "", one) for n, one in enumerate(values, place)]
             self._read = _place(entry)
         return ends
 
@@ -63,9 +69,10 @@ class Completions:
         """Look at the records of tasks: what has ended, or is gone, and is not in the stream, was missed."""
         if self._missed:
             return  # of the last time: the stream is long
-        ended = []
-        for first in range(0, len(ids), SLICE):
-            part = ids[first : first + SLICE]
+        ended = self._ended_of_bundles([task_id for task_id in ids if "_" in task_id])
+        alone = [task_id for task_id in ids if "_" not in task_id]
+        for first in range(0, len(alone), SLICE):
+            part = alone[first : first + SLICE]
             statuses = self._link.pipeline([("HGET", keys.job(task_id), "status") for task_id in part])
             ended += [i for i, s in zip(part, statuses, strict=True) if s is None or s.decode() in ENDED]
         found = fetch(self._link, ended[:SLICE], files)
@@ -73,6 +80,20 @@ class Completions:
         # All that ended before is in the stream by now, or was never told.
         newest = self._link.call("XREVRANGE", self._key, "+", "-", "COUNT", 1)
         self._missed_after = _place(newest[0][0]) if newest else START
+
+    def _ended_of_bundles(self, ids: Sequence[str]) -> list[str]:
+        """Those of these that have ended, or whose bundle is gone: most of them have no record while they are open."""
+        bundles = list(dict.fromkeys(task_id.partition("_")[0] for task_id in ids))
+        commands = [(("EXISTS", keys.job(bundle)), ("GET", keys.outcomes(bundle))) for bundle in bundles]
+        replies = self._link.pipeline([command for pair in commands for command in pair]) if commands else []
+        there = dict(zip(bundles, replies[::2], strict=True))
+        outcomes = dict(zip(bundles, (reply or b"" for reply in replies[1::2]), strict=True))
+        found = []
+        for task_id in ids:
+            bundle, _, position = task_id.partition("_")
+            if not there[bundle] or outcome_at(outcomes[bundle], int(position), 0) != OUTCOMES[0]:
+                found.append(task_id)
+        return found
 
     def missed(self) -> list[tuple[str, Outcome]]:
         """What the last poll has found, as soon as the stream is read so far that it cannot be there."""

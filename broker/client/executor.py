@@ -15,7 +15,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from contextlib import suppress
 from itertools import islice
@@ -25,7 +25,8 @@ import msgspec
 
 from pilotq.broker.client import private_pilot
 from pilotq.broker.client.broker import Broker
-from pilotq.broker.client.calls import Call, Calls, when_done
+from pilotq.broker.client.call_batches import Batch, Put, batches, submit
+from pilotq.broker.client.calls import Calls, PackedCall, Waiting, when_done
 from pilotq.broker.client.completions import Completions
 from pilotq.broker.client.mapping import run_each
 from pilotq.broker.client.resource_dict import task_of
@@ -40,7 +41,6 @@ from pilotq.broker.errors import (
 )
 from pilotq.broker.tasks.model import Task
 from pilotq.broker.tasks.quantities import request_of
-from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.broker.tasks.validation import validate
 
 BATCH_MAX = 2000  # tasks in one submission
@@ -113,11 +113,11 @@ class Options(Calls):
         """End the executor that it is of."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
-    def _put(self, call: Call) -> TaskFuture:
-        return self._executor._put(call)
+    def _put(self, calls: list[PackedCall]) -> list[TaskFuture]:
+        return self._executor._put(calls)
 
-    def _put_after(self, waited: Sequence[futures.Future[Any]], call: Call) -> TaskFuture:
-        return self._executor._put_after(waited, call)
+    def _put_after(self, waited: Sequence[futures.Future[Any]], make: Callable[[], PackedCall]) -> TaskFuture:
+        return self._executor._put_after(waited, make)
 
 
 class Executor(Calls):
@@ -154,7 +154,7 @@ class Executor(Calls):
         self._name = secrets.token_hex(6)
         self._completions = Completions(self._reader.link, self._name)
         self._lock = threading.Lock()
-        self._submit_queue: queue.SimpleQueue[tuple[TaskFuture, Call] | TaskFuture | None] = queue.SimpleQueue()
+        self._submit_queue: queue.SimpleQueue[Put | Waiting | TaskFuture | None] = queue.SimpleQueue()
         self._waiting: dict[str, TaskFuture] = {}  # by id, oldest first
         self._committing = False  # a submission is under way
         self._ended_early: list[Ended] = []  # before the submission returned their ids
@@ -226,24 +226,25 @@ class Executor(Calls):
 
     # -- submitting ------------------------------------------------------------------------------------------------
 
-    def _put(self, call: Call) -> TaskFuture:
-        future = self._new_future()
-        self._submit_queue.put((future, call))
+    def _put(self, calls: list[PackedCall]) -> list[TaskFuture]:
+        made = self._new_futures(len(calls))
+        for future, call in zip(made, calls, strict=True):
+            self._submit_queue.put(Put(future, *call))
+        return made
+
+    def _put_after(self, waited: Sequence[futures.Future[Any]], make: Callable[[], PackedCall]) -> TaskFuture:
+        [future] = self._new_futures(1)
+        when_done(waited, lambda: self._submit_queue.put(Waiting(future, make)))
         return future
 
-    def _put_after(self, waited: Sequence[futures.Future[Any]], call: Call) -> TaskFuture:
-        future = self._new_future()
-        when_done(waited, lambda: self._submit_queue.put((future, call)))
-        return future
-
-    def _new_future(self) -> TaskFuture:
-        future = TaskFuture(self)
-        self._check_process(future)
+    def _new_futures(self, number: int) -> list[TaskFuture]:
+        made = [TaskFuture(self) for _ in range(number)]
+        self._check_process(made[0])
         with self._lock:
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            self._open.add(future)
-        return future
+            self._open.update(made)
+        return made
 
     def _check_process(self, future: TaskFuture) -> None:
         """A process that was forked has none of the threads that would ever make a future done."""
@@ -257,9 +258,9 @@ class Executor(Calls):
         self._submit_queue.put(future)
         self._forget(future)
 
-    def _forget(self, future: TaskFuture) -> None:
+    def _forget(self, *done: TaskFuture) -> None:
         with self._lock:
-            self._open.discard(future)
+            self._open.difference_update(done)
             last = self._closing and not self._open
         if last:
             self._submit_queue.put(None)
@@ -276,8 +277,7 @@ class Executor(Calls):
             with self._lock:
                 self._closing = True
                 left = list(self._open)
-            for future in left:
-                self._set_outcome(future, Outcome(error=PilotFailed(f"a thread of the executor has failed: {error!r}")))
+            self._fail(left, PilotFailed(f"a thread of the executor has failed: {error!r}"))
             self._submit_queue.put(None)
             raise
         finally:
@@ -290,46 +290,48 @@ class Executor(Calls):
             items = [self._submit_queue.get()]
             while len(items) < BATCH_MAX and not self._submit_queue.empty():
                 items.append(self._submit_queue.get())
-            fresh = self._tasks_of([item for item in items if isinstance(item, tuple) and not item[0].cancelled()])
-            ids = [item.task_id for item in items if isinstance(item, TaskFuture) and item.task_id is not None]
-            del items
-            if fresh:
-                number += 1
-                self._enqueue(fresh, f"@{self._name}.{number}")
-            self._cancel(ids)
-            del fresh, ids  # else the last future stays while there is nothing to do
+            number = self._send_items(items, number)
+            del items  # else the last future stays while there is nothing to do
         with suppress(PilotqError):
             self._completions.wake(self._broker.link)
         self._broker.close()
 
-    def _tasks_of(self, calls: list[tuple[TaskFuture, Call]]) -> list[tuple[TaskFuture, Task]]:
-        """The tasks of calls; the futures of those that waited for one that failed are done then."""
+    def _send_items(self, items: list[Put | Waiting | TaskFuture | None], number: int) -> int:
+        """Submit calls, and cancel the tasks of futures; returns the number of the last submission."""
+        fresh = [item for item in items if isinstance(item, (Put, Waiting)) and not item.future.cancelled()]
+        for batch in batches(self._packed(fresh), self._broker.store.settings.bundle_calls_above):
+            number += 1
+            self._enqueue(batch, f"@{self._name}.{number}")
+        self._cancel([item.task_id for item in items if isinstance(item, TaskFuture) and item.task_id is not None])
+        return number
+
+    def _packed(self, calls: list[Put | Waiting]) -> list[Put]:
+        """Calls with all of their arguments; the futures of those that waited for one that failed are done then."""
         found = []
-        for future, call in calls:
+        for call in calls:
             try:
-                found.append((future, call if isinstance(call, Task) else call()))
+                found.append(call if isinstance(call, Put) else Put(call.future, *call.make()))
             except BaseException as error:  # noqa: BLE001  # what another call has raised
-                self._set_outcome(future, Outcome(error=error))
+                self._set_outcome(call.future, Outcome(error=error))
+                self._forget(call.future)
         return found
 
-    def _enqueue(self, batch: list[tuple[TaskFuture, Task]], key: str) -> None:
-        tasks = [task for _, task in batch]
+    def _enqueue(self, batch: Batch, key: str) -> None:
         with self._lock:
             self._committing = True
         try:
-            context = capture_context(functions=True)
-            ids = self._until_answered(lambda: self._broker.enqueue_many(tasks, key=key, context=context))
+            ids = self._until_answered(lambda: submit(self._broker, batch, key))
         except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for ever for these futures
             self._end_commit([], [])
-            if len(batch) > 1 and not isinstance(error, ServerUnavailable):
-                for number, item in enumerate(batch):  # some of them are wrong
-                    self._enqueue([item], f"{key}.{number}")
+            if len(batch.puts) > 1 and not isinstance(error, ServerUnavailable):
+                for number, put in enumerate(batch.puts):  # some of them are wrong
+                    self._enqueue(Batch([put], alike=False), f"{key}.{number}")
                 return
-            for future, _ in batch:
-                self._set_outcome(future, Outcome(error=error))
+            self._fail([put.future for put in batch.puts], error)
             return
-        self._end_commit([future for future, _ in batch], ids)
-        self._cancel([future.task_id for future, _ in batch if future.cancelled() and future.task_id is not None])
+        futures_of = [put.future for put in batch.puts]
+        self._end_commit(futures_of, ids)
+        self._cancel([future.task_id for future in futures_of if future.cancelled() and future.task_id is not None])
 
     def _end_commit(self, submitted: list[TaskFuture], ids: list[str]) -> None:
         """A submission has ended: its ids are known, and those that have ended before that."""
@@ -394,29 +396,32 @@ class Executor(Calls):
         return ids
 
     def _take(self, ends: list[Ended]) -> None:
-        for ended in ends:
-            with self._lock:
-                future = self._waiting.pop(ended.id, None)
-                early = future is None and bool(self._committing)
-                if early:
-                    self._ended_early.append(ended)
-            if future is not None and not future.cancelled():
+        found: list[tuple[TaskFuture, Ended]] = []
+        late: list[Ended] = []  # of a canceled future it comes late, and nobody asks for its value
+        with self._lock:
+            for ended in ends:
+                if (future := self._waiting.pop(ended.id, None)) is not None:
+                    found.append((future, ended))
+                else:
+                    (self._ended_early if self._committing else late).append(ended)
+        for future, ended in found:
+            if future.cancelled():
+                late.append(ended)
+            else:
                 self._set_outcome(future, outcome_of(ended, self._files))
-            elif not early:  # of a canceled future it comes late, and nobody asks for its value
-                discard(ended, self._files)
+        self._forget(*(future for future, _ in found))
+        for ended in late:
+            discard(ended, self._files)
 
     def _set_outcome_of(self, task_id: str, outcome: Outcome) -> None:
         with self._lock:
             future = self._waiting.pop(task_id, None)
         if future is not None:
             self._set_outcome(future, outcome)
+            self._forget(future)
 
     def _set_outcome(self, future: TaskFuture, outcome: Outcome) -> None:
-        try:
-            if future.cancelled() or not future.set_running_or_notify_cancel():
-                return
-        except RuntimeError:
-            return  # it was canceled at this moment, and those who wait were woken
+        """Whoever calls this also calls `_forget`."""
         try:
             if isinstance(outcome.error, FunctionCanceled):
                 future.set_exception(futures.CancelledError(str(outcome.error)))
@@ -424,16 +429,21 @@ class Executor(Calls):
                 future.set_exception(outcome.error)
             else:
                 future.set_result(outcome.value)
+        except futures.InvalidStateError:
+            pass  # it was canceled at this moment
         except BaseException:  # what a callback of the user raises, an exit too, does not end our thread
             logging.getLogger("concurrent.futures").exception("exception calling callback for %r", future)
-        self._forget(future)
+
+    def _fail(self, left: Iterable[TaskFuture], error: Exception) -> None:
+        for future in left:
+            self._set_outcome(future, Outcome(error=error))
+            self._forget(future)
 
     def _fail_all(self, error: PilotqError) -> None:
         with self._lock:
             left = list(self._waiting.values())
             self._waiting.clear()
-        for future in left:
-            self._set_outcome(future, Outcome(error=error))
+        self._fail(left, error)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._finish(cancel=kind is not None and issubclass(kind, KeyboardInterrupt))

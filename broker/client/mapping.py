@@ -11,7 +11,9 @@ from typing import Any
 
 from pilotq.broker.tasks.functions import target_of
 
-Put = Callable[[Any, tuple[Any, ...]], "futures.Future[Any]"]
+BLOCK = 500  # calls that are submitted together, where all are at once
+# Submits calls of a function, so many at a time as is said, and gives their futures.
+Put = Callable[[Any, Iterator[tuple[Any, ...]], int], "Iterator[futures.Future[Any]]"]
 
 
 def mapped(
@@ -23,7 +25,7 @@ def mapped(
     chunksize: int,
     buffersize: int | None,
 ) -> Iterator[Any]:
-    """Submit ``fn(*args)`` for each of ``calls`` by ``put(fn, args)``, ``chunksize`` calls together; yield results.
+    """Submit ``fn(*args)`` for each of ``calls`` by ``put``, ``chunksize`` calls as one; yield results.
 
     With ``buffersize`` only so many are submitted ahead of what was yielded. Raises ValueError and TypeError for wrong
     arguments.
@@ -39,10 +41,9 @@ def mapped(
     end_at = None if timeout is None else time.monotonic() + timeout
     if chunksize > 1:
         several = iter(lambda: list(islice(calls, chunksize)), [])
-        submitted = (put(run_each, (fn, part)) for part in several)
+        submitted = put(run_each, ((fn, part) for part in several), 1 if buffersize else BLOCK)
     else:
-        target = target_of(fn)  # once for all
-        submitted = (put(target, args) for args in calls)
+        submitted = put(target_of(fn), calls, 1 if buffersize else BLOCK)
     found = _results(deque(islice(submitted, buffersize)), submitted, end_at)
     return chain.from_iterable(found) if chunksize > 1 else found
 
@@ -69,5 +70,6 @@ def _take(future: futures.Future[Any], timeout: float | None) -> Any:
     """The result; a future that has none in time is canceled."""
     try:
         return future.result(timeout)
-    finally:
+    except BaseException:
         future.cancel()
+        raise

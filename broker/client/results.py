@@ -45,6 +45,7 @@ class Ended(NamedTuple):
     status: str
     reason: str
     text: str  # of EndReport
+    value: bytes = b""  # pickled; then there is no text
 
 
 class OutputFiles:
@@ -122,6 +123,11 @@ def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outc
 
 def outcome_of(ended: Ended, files: OutputFiles) -> Outcome:
     """The outcome of a function that its executor was told of."""
+    if ended.value:
+        try:
+            return Outcome(load(ended.value))
+        except FunctionFailed as error:
+            return Outcome(error=error)
     if ended.status == "finished":
         return _value(ended.text, files, owned=True)
     trace, _, exception = ended.text.partition("\n")

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 
+import msgspec
+
 from pilotq.broker import failpoints
-from pilotq.broker.client.bundles import bundled
+from pilotq.broker.client.bundles import MEMBER_MAX, bundled, shares_record, with_calls
 from pilotq.broker.client.commit import StatusesInJournal, Submission, SubmitPlan, commit, dependency_text, parent_id
 from pilotq.broker.errors import InvalidInput, NeverFits, ServerRefused
 from pilotq.broker.os_strings import encode, printable
@@ -23,10 +25,10 @@ from pilotq.broker.store.value_blocks import packed_blocks
 from pilotq.broker.tasks.array_indices import text_of
 from pilotq.broker.tasks.dependencies import Parents, check_cycles, resolve
 from pilotq.broker.tasks.failure_limit import failures_allowed
-from pilotq.broker.tasks.functions import pack_call
+from pilotq.broker.tasks.functions import Packed, pack_call
 from pilotq.broker.tasks.model import Request, Task, class_name, description, id_of, limited_class_name
 from pilotq.broker.tasks.quantities import size_text
-from pilotq.broker.tasks.spec import BUNDLE_SPEC, pack_spec, spec_of
+from pilotq.broker.tasks.spec import BUNDLE_SPEC, MemberPacker, pack_spec, spec_of
 from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.broker.tasks.validation import Rest, is_like, rest_of, validate
 
@@ -138,10 +140,40 @@ def submit(
     ``context`` may be what makes it, while the server answers.
     ``statuses_in_journal`` gives the statuses of parents whose records have expired, as far as there were such tasks.
     """
-    key = key or os.urandom(8).hex()
     # Of more tasks it is not known yet how many records they are: an array or a bundle takes one number.
-    early = len(tasks) if len(tasks) <= store.settings.bundle_above else 0
-    prepared = _Prepared(tasks, context)
+    above = store.settings.bundle_above
+    early = len(tasks) if len(tasks) <= above else 0
+    prepared = _Prepared(lambda: _plan(tasks), context)
+    return _submit(link, store, early, prepared, lambda plan: bundled(plan, above), key, statuses_in_journal)
+
+
+def submit_calls(
+    link: Connection, store: Store, base: Task, payloads: Sequence[bytes], context: SubmitContext, key: str
+) -> list[str]:
+    """The same for calls of functions that are packed (`functions.pack_call`), each a task like ``base``."""
+    members = MemberPacker().pack_calls(base, payloads) if shares_record(base) else []
+    small = sum(len(member) <= MEMBER_MAX for member in members)
+    if small <= store.settings.bundle_calls_above:
+        tasks = [msgspec.structs.replace(base, function=Packed(payload)) for payload in payloads]
+        return submit(link, store, tasks, context, key)
+    first = msgspec.structs.replace(base, function=Packed(payloads[0]))
+    prepared = _Prepared(lambda: _plan([first]), context)
+    number = len(payloads) - small + 1
+    return _submit(link, store, number, prepared, lambda plan: with_calls(plan, payloads, members), key, _no_journal)
+
+
+def _submit(
+    link: Connection,
+    store: Store,
+    early: int,
+    prepared: _Prepared,
+    with_bundles: Callable[[SubmitPlan], SubmitPlan],
+    key: str | None,
+    statuses_in_journal: StatusesInJournal,
+) -> list[str]:
+    """``early``: how many records there will be, where that is known by now; else 0. ``with_bundles`` makes the plan
+    with them of one whose tasks are checked."""
+    key = key or os.urandom(8).hex()
     replies = link.pipeline(
         [
             ("HVALS", keys.NODES),
@@ -154,7 +186,7 @@ def submit(
     # Where some are still starting, or are started again, it is not known what they can hold.
     if names and names.issuperset(name.decode() for name in replies[2]):
         _check_fit(prepared.plan, cluster)
-    plan = bundled(prepared.plan, store.settings.bundle_above)
+    plan = with_bundles(prepared.plan)
     payloads = sum(map(len, plan.payloads.values())) + sum(map(plan.size_of, plan.members))
     if len(plan.tasks) >= CHUNK or payloads >= LARGE_BYTES:
         _check_memory(link, len(plan.tasks), payloads)
@@ -184,11 +216,11 @@ class _Prepared:
     context: SubmitContext
     context_key: str
 
-    def __init__(self, tasks: Sequence[Task], context: SubmitContext | Callable[[], SubmitContext]) -> None:
-        self._tasks, self._context = tasks, context
+    def __init__(self, plan: Callable[[], SubmitPlan], context: SubmitContext | Callable[[], SubmitContext]) -> None:
+        self._plan, self._context = plan, context
 
     def make(self) -> None:
-        self.plan = _plan(self._tasks)
+        self.plan = self._plan()
         self.context = self._context if isinstance(self._context, SubmitContext) else self._context()
         self.context_key = self.context.key()
 

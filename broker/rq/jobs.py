@@ -154,6 +154,11 @@ class CurrentJob:
         self._task = ""
         sys.meta_path.insert(0, self)
 
+    @property
+    def known(self) -> bool:
+        """Whether a function may have seen its job: then it may have noted something in the record of that."""
+        return "rq.job" in sys.modules
+
     def begin(self, task_id: str) -> None:
         self._task = task_id
         if (module := sys.modules.get("rq.job")) is not None:

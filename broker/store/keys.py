@@ -11,6 +11,7 @@ PERMANENT lists the patterns that may have no TTL; a test fails on any other key
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 _CLASS: Final = re.compile(r"(.*)\.p-?[0-9]+\.[^.]*", re.DOTALL)
@@ -132,6 +133,7 @@ def completed(name: str) -> str:
     return f"pilotq:completed:{name}"
 
 
+@lru_cache(maxsize=256)
 def executor_of(submission_key: str) -> str:
     """The name of the executor that has made a submission, as executor_of in lib.lua; empty when nobody's."""
     match = _EXECUTOR.fullmatch(submission_key)

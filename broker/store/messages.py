@@ -413,7 +413,7 @@ class EndReport(msgspec.Struct):
 class RunEnd(NamedTuple):
     """Elements of an array that a lease holds, at consecutive positions, and that have finished, for complete.lua.
 
-    Nothing is kept of them but lines of the journal.
+    Nothing is kept of them but lines of the journal; ``values``, if there are any, go to their executor.
     """
 
     array: str
@@ -423,3 +423,4 @@ class RunEnd(NamedTuple):
     first: int
     number: int  # of elements
     lines: bytes  # packed RunLines
+    values: bytes = b""  # packed list: the pickled result of each

@@ -242,7 +242,7 @@ class Store:
         """ARGV of complete.lua after the queue id; ``message`` is for the dispatcher, ``call`` its number."""
         s = self.settings
         rows, specs = [], []
-        behind = FIRST_REPORT + 2 * len(reports) + 1 + len(runs)  # the place of the specs among the arguments
+        behind = FIRST_REPORT + 2 * len(reports) + 1 + 2 * len(runs)  # the place of the specs among the arguments
         for r in reports:
             row: tuple[str | int | float, ...] = (
                 r.id, r.execution, r.outcome, r.reason, r.ended, r.exit, r.started, r.allocation, r.array, r.position,
@@ -258,5 +258,7 @@ class Store:
         ]  # fmt: skip
         for report in reports:
             head += (report.entry, report.text)
-        head += (pack([run[:-1] for run in runs]), *(run.lines for run in runs))
+        head.append(pack([run[:-2] for run in runs]))
+        for run in runs:
+            head += (run.lines, run.values)
         return head + specs

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import msgspec
 
 from pilotq.broker.os_strings import encode, printable
-from pilotq.broker.tasks.functions import decode_payload_name, pack_call
+from pilotq.broker.tasks.functions import Packed, decode_payload_name, pack_call
 from pilotq.broker.tasks.model import Task, one_line
 
 # Spec.flags
@@ -106,17 +106,29 @@ class MemberPacker:
         self._like: Task | None = None
         self._head = self._tail = b""
 
-    def pack(self, task: Task, like: Task) -> bytes:
-        """The packed `Member`; ``like`` is the task itself, or one that `validation.is_like` has compared it to."""
+    def pack(self, task: Task, like: Task, payload: bytes | None = None) -> bytes:
+        """The packed `Member`; ``like`` is the task itself, or one that `validation.is_like` has compared it to.
+
+        ``payload`` is the packed call of its function."""
         name = _pack(printable(task.name) if task.name is not None else "")
         if task is like or not task.command:
-            return b"\x92" + _pack(spec_of(task)) + name
+            return b"\x92" + _pack(spec_of(task, payload)) + name
         if like is not self._like:
-            packed = _pack(spec_of(like))
-            argv = _pack([encode(argument) for argument in like.command or ()])
-            at = packed.index(argv, 1, len(argv) + 4)  # behind the head of the list of fields
-            self._like, self._head, self._tail = like, b"\x92" + packed[:at], packed[at + len(argv) :]
+            self._begin(like, [encode(argument) for argument in like.command or ()])
         return b"".join((self._head, _pack([argument.encode() for argument in task.command]), self._tail, name))
+
+    def pack_calls(self, base: Task, payloads: Sequence[bytes]) -> list[bytes]:
+        """The packed `Member` of each call of a function: a task like ``base``, whose packed call is the payload."""
+        base = msgspec.structs.replace(base, function=Packed(b""))
+        self._begin(base, [b""])
+        head, tail = self._head, self._tail + _pack(printable(base.name) if base.name is not None else "")
+        return [b"".join((head, _pack((payload,)), tail)) for payload in payloads]
+
+    def _begin(self, like: Task, argv: list[bytes]) -> None:
+        """Pack what all that is like this task has around its arguments, once."""
+        packed, own = _pack(spec_of(like)), _pack(argv)
+        at = packed.index(own, 1, len(own) + 4)  # behind the head of the list of fields
+        self._like, self._head, self._tail = like, b"\x92" + packed[:at], packed[at + len(own) :]
 
 
 def command_text(spec: Spec) -> str:
@@ -130,7 +142,12 @@ def command_text(spec: Spec) -> str:
         payload = decode_payload_name(spec.argv[0])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
         return ""
-    return one_line(f"{payload.name}(...)") if payload.name else ""
+    return _call_text(payload.name) if payload.name else ""
+
+
+@lru_cache(maxsize=256)
+def _call_text(name: str) -> str:
+    return one_line(f"{name}(...)")
 
 
 def spec_of(task: Task, payload: bytes | None = None) -> Spec:

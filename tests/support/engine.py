@@ -126,9 +126,11 @@ class Engine:
         arguments = self.store.complete_arguments(node, call or self.next_call(), message, reports)
         return [v.decode() for v in self.store.run("complete", *arguments)]
 
-    def complete_runs(self, tasks: Sequence[Run], *, node: str = NODE) -> list[str]:
-        """Report elements that finished as a worker does: as runs, and those by themselves that the server wants so."""
-        ends = [leased_end(h) for h in tasks]
+    def complete_runs(self, tasks: Sequence[Run], *, node: str = NODE, values: Sequence[bytes] = ()) -> list[str]:
+        """Report elements that finished as a worker does: as runs, and those by themselves that the server wants so.
+
+        ``values`` are the results of functions."""
+        ends = [leased_end(h, value) for h, value in zip(tasks, values or [b""] * len(tasks), strict=True)]
         runs = list(runs_of(ends, node.rpartition(":")[0]))
         arguments = self.store.complete_arguments(node, self.next_call(), b"event", [], [run for run, _ in runs])
         verdicts = [v.decode() for v in self.store.run("complete", *arguments)]
@@ -288,13 +290,13 @@ def end_report(h: Run, outcome: str, reason: str) -> EndReport:
     )  # fmt: skip
 
 
-def leased_end(h: Run) -> LeasedEnd:
+def leased_end(h: Run, value: bytes = b"") -> LeasedEnd:
     """The end of an element that has run for a millisecond."""
     e = Execution(1, h)
     now = time.time()
     e.allocation, e.started = h.allocation or "n1[0]", now
     e.exited = Exited(1, 1, 0, now, now, 0.001, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT)
-    return LeasedEnd(e, now, "true", {}, lambda e, ended: end_report(e.run, "finished", ""))
+    return LeasedEnd(e, now, "true", {}, value, lambda e, ended: end_report(e.run, "finished", ""))
 
 
 def _loose(field: bytes, packed: bytes) -> list[Any]:

@@ -144,12 +144,14 @@ class LaunchBuilder:
         context = self._context(run.shared)
         known = class_info(run.class_name)
         reservation = self._reservation(e.allocation, known.request.numa if known is not None else "")
-        if is_bundle(run.spec):
-            run = self._member(run)
-        if run.spec is not self._decoded[0]:
-            decoded = self._decode(run)
-            self._decoded = run.spec, decoded, has_variables(decoded)
+        member = is_bundle(run.spec)
+        packed = self._member(run) if member else run.spec
+        if packed is not self._decoded[0]:
+            decoded = self._decode(packed)
+            self._decoded = packed, decoded, has_variables(decoded)
         _, spec, varies = self._decoded
+        if member and (varies or not spec.flags & FLAG_FUNCTION):
+            run = msgspec.structs.replace(run, array="", index=-1, position=0)  # as if it had been submitted by itself
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
         if varies:
             spec = render(spec, _variables(run, value, reservation, context.cwd))
@@ -194,8 +196,8 @@ class LaunchBuilder:
             with suppress(PilotqError, UnlaunchableError):
                 e.spec = self._decode(self._member(e.run))
 
-    def _member(self, run: Run) -> Run:
-        """One of a bundle, as it would be if it had been submitted by itself; its `Run` gets its name."""
+    def _member(self, run: Run) -> bytes:
+        """The packed specification of one of a bundle; its `Run` gets its name."""
         packed = self._shared_data.fetch_value(run.array, run.position)
         try:
             spec, name = _MEMBER.decode(packed)
@@ -204,12 +206,12 @@ class LaunchBuilder:
                 "launch", f"its description in the server is damaged ({error}): submit it again"
             ) from None
         run.name = name
-        return msgspec.structs.replace(run, array="", index=-1, position=0, spec=bytes(spec))
+        return bytes(spec)
 
-    def _decode(self, run: Run) -> Spec:
+    def _decode(self, packed: bytes) -> Spec:
         """The specification of a task. What was checked at submit is checked again: its record may be damaged."""
         try:
-            spec = self._spec.decode(run.spec)
+            spec = self._spec.decode(packed)
         except UNREADABLE as error:
             raise UnlaunchableError(
                 "launch", f"its record in the server is damaged ({error}): submit it again"
@@ -236,7 +238,7 @@ class LaunchBuilder:
 
     def _call(self, e: Execution, spec: Spec, value: bytes | None, cwd: bytes, after: int, slot: str) -> Call:
         run = e.run
-        env = _array_environment(run)
+        env = _array_environment(run) if spec.flags & FLAG_ARRAY else {}
         if spec.env:
             env.update(spec.env)
         call = Call(

@@ -93,6 +93,9 @@ class LauncherHandle:
 
     def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:
         """Raises what an encoder raises when this launch cannot travel; then none of it is sent."""
+        if base.name in self._known_bases and slot.name in self._known_slots:
+            self._records.append(msgspec.Raw(_encode(launch)))
+            return
         forget = len(self._known_bases) + len(self._known_slots) >= KNOWN_MAX
         # Encoded here, one by one: what cannot be encoded must not take with it all that goes into one frame.
         records: list[ToLauncher | msgspec.Raw] = [Forget()] if forget else []

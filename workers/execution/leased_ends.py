@@ -30,6 +30,7 @@ class LeasedEnd(NamedTuple):
     ended: float  # unix seconds
     command: str
     outputs: dict[str, Any]  # fields of its entry in the journal: what it has written
+    value: bytes  # pickled, of a function
     report: Callable[[Execution, float], EndReport]  # makes its own report, for the case that it is needed
 
 
@@ -38,13 +39,16 @@ def runs_of(ends: list[LeasedEnd], node: str) -> Iterator[tuple[RunEnd, Apart]]:
     ends = sorted(ends, key=lambda end: (end.e.run.array, end.e.run.execution, end.e.run.position))
     first = 0
     for number in range(1, len(ends) + 1):
-        if number == len(ends) or not _follows(ends[number - 1].e.run, ends[number].e.run):
+        if number == len(ends) or not _follows(ends[number - 1], ends[number]):
             yield _run_of(ends[first:number], node)
             first = number
 
 
-def _follows(run: Run, other: Run) -> bool:
-    """Whether the other is the next element of the same lease."""
+def _follows(end: LeasedEnd, next_end: LeasedEnd) -> bool:
+    """Whether the next one is the next element of the same lease, and also has a value, or has none."""
+    run, other = end.e.run, next_end.e.run
+    if bool(end.value) != bool(next_end.value):
+        return False
     same = run.array == other.array and run.execution == other.execution and run.lease == other.lease
     return same and other.position == run.position + 1
 
@@ -68,5 +72,6 @@ def _run_of(ends: list[LeasedEnd], node: str) -> tuple[RunEnd, Apart]:
         ends[0].e.limit, list(places), base, rows, more, is_bundle(run.spec),
     )  # fmt: skip
     last = iso(max(end.ended for end in ends))
-    packed = RunEnd(run.array, run.execution, run.submission, last, run.position, len(ends), _pack(lines))
+    values = _pack([end.value for end in ends]) if ends[0].value else b""
+    packed = RunEnd(run.array, run.execution, run.submission, last, run.position, len(ends), _pack(lines), values)
     return packed, lambda: [end.report(end.e, end.ended) for end in ends]

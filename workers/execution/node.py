@@ -195,6 +195,9 @@ class Node:
         elif isinstance(record, Begun):
             e.launch_begun = True
             self._launchers.living[e.launcher].starting_key = e.key
+            for key in record.others:
+                if (other := self._escalation.executions.get(key)) is not None:
+                    other.launch_begun = True
         elif isinstance(record, Started):
             e.held_back = None
             suffix = e.suffix.encode()

@@ -15,7 +15,9 @@ from pilotq.broker.log import log
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.journal_runs import pack_entry
+from pilotq.broker.store.keys import executor_of
 from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
+from pilotq.broker.tasks.functions import result_text
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.spec import Spec, command_text, is_bundle
 from pilotq.broker.tasks.states import REASONS
@@ -35,6 +37,7 @@ OUTCOMES = {
 LEAVE_REASONS = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
 CALL_MAX = 500  # ends in one script call: it stops the server for so long
 CALL_BYTES = 32 << 20  # of results in it, but for a single larger one: the server takes no message of any size
+VALUES_BYTES = 256 << 10  # of results for executors in it: while the memory is short, there may be room for no more
 TAIL_BYTES = 2048  # of captured stderr, in the text that RQ shows of a failure
 
 
@@ -52,11 +55,12 @@ class Reporter:
 
     def end(self, e: Execution, ended: float) -> EndReport | LeasedEnd:
         """How an execution has ended, or why it never began, at ``ended`` (unix seconds)."""
-        if e.leased and type(e.exited) is Exited and not (e.exited.status or e.reason or e.suffix or e.message):
+        if e.leased and not (e.reason or e.suffix or e.message) and _leaves_lines_only(e):
             try:
                 if e.spec is not self._last[0]:
                     self._last = e.spec, command_of(e)
-                return LeasedEnd(e, ended, self._last[1], self._outputs(e), self.report)
+                value = e.exited.value if isinstance(e.exited, Returned) else b""
+                return LeasedEnd(e, ended, self._last[1], self._outputs(e), value, self.report)
             except Exception:  # noqa: BLE001  # the boundary of one task: its own report says what is wrong
                 pass
         return self.report(e, ended)
@@ -140,7 +144,7 @@ class Reporter:
 
     def _outputs(self, e: Execution) -> dict[str, Any]:
         """The fields of an entry that say what an execution has written, or where that is; nothing of what is empty."""
-        if e.exited is None or (e.exited.stdout is e.exited.stderr is NO_OUTPUT and not (e.stdout or e.stderr)):
+        if e.exited is None or (e.exited.stdout == e.exited.stderr == NO_OUTPUT and not (e.stdout or e.stderr)):
             return {}
         fields: dict[str, Any] = {}
         for name, captured, named in (
@@ -170,8 +174,8 @@ class Reporter:
 
     def _text(self, e: Execution, outcome: str, reason: str, message: str, code: int | None) -> str:
         """What a function has returned, or what RQ's tools show of a failure, in RQ's encoding."""
-        if isinstance(e.exited, Returned) and e.exited.text and e.reason in ("", "time limit"):
-            return e.exited.text
+        if isinstance(e.exited, Returned) and e.reason in ("", "time limit") and (e.exited.text or e.exited.value):
+            return e.exited.text or result_text(e.exited.value)
         if outcome not in ("failed", "stopped"):
             return ""
         what = e.run.name or e.run.id
@@ -188,6 +192,13 @@ class Reporter:
 def command_of(e: Execution) -> str:
     """Its command on one line, shortened."""
     return "" if e.spec is None else command_text(e.spec)
+
+
+def _leaves_lines_only(e: Execution) -> bool:
+    """Whether it has finished, and nothing of it is to be kept in the server: a short result goes to its executor."""
+    if isinstance(e.exited, Returned):
+        return e.exited.outcome == "finished" and bool(e.exited.value and executor_of(e.run.submission))
+    return e.exited is not None and not e.exited.status
 
 
 def _outcome(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:
@@ -281,10 +292,13 @@ class Outbox:
 
     def _batch_size(self) -> int:
         """How many of those that wait go into one call."""
-        size = 0
+        size = values = 0
         for number, (report, _) in enumerate(self._waiting[:CALL_MAX]):
-            size += len(report.text) if isinstance(report, EndReport) else 0
-            if size > CALL_BYTES and number:
+            if isinstance(report, EndReport):
+                size += len(report.text)
+            else:
+                values += len(report.value)
+            if (size > CALL_BYTES or values > VALUES_BYTES) and number:
                 return number
         return CALL_MAX
 

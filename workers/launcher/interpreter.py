@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,9 @@ FUNCTIONS_MAX = 1000  # so many imported functions are kept
 MESSAGE_CHARS = 500  # of an exception, in listings
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Call | Interrupt).decode
-Outcome = tuple[str, str, str, str]  # outcome, reason, message, text
+# Only for reading: the dictionary below `os.environb`, which is slow.
+_VARIABLES: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
+Outcome = tuple[str, str, str, str | bytes]  # outcome, reason, message, and the text or value of Returned
 
 
 class Interpreter:
@@ -106,53 +108,49 @@ class Interpreter:
 
     def _call(self, call: Call) -> Returned:
         began, started = time.monotonic(), time.time()
+        opened: list[int] = []
         try:
-            with self._files_of(call):
-                self._enter_environment(call)
-                outcome = self._perform(call)
-                _flush()
+            self._set_files(call, opened)
+            self._enter_environment(call)
+            outcome = self._perform(call)
+            _flush()
         except Refusal as error:
             outcome = ("failed", error.reason, str(error), "")
+        finally:
+            for fd in opened:
+                os.close(fd)
         remaining = _remaining()
         self._interrupts.renew()
         before = self._cpu
         self._cpu, max_rss = _usage()
         out = err = NO_OUTPUT
         if not remaining:
-            name = f"{call.id}.{call.attempt}"
-            out, err = self._collect(self._files[0], name + ".out"), self._collect(self._files[1], name + ".err")
+            out, err = self._collect(self._files[0], call, ".out"), self._collect(self._files[1], call, ".err")
         seconds = time.monotonic() - began
         kind, reason, message, text = outcome
         # What an exception says is the user's: a file name in it may hold what no message can.
-        message, text = printable(message), printable(text)
+        value, text = (text, "") if isinstance(text, bytes) else (b"", printable(text))
         return Returned(
-            call.key, self._pid, kind, reason, message, text, started, time.time(), seconds, self._cpu - before,
-            max_rss, remaining, out, err,
+            call.key, self._pid, kind, reason, printable(message), text, started, time.time(), seconds,
+            self._cpu - before, max_rss, remaining, out, err, value,
         )  # fmt: skip
 
     # -- files and environment of a call ---------------------------------------------------------------------------
 
-    @contextmanager
-    def _files_of(self, call: Call) -> Iterator[None]:
-        """Set 0, 1 and 2 while a call runs, whatever the one before has done to them."""
-        opened: list[int] = []
-        try:
-            stdin, out, err = self._null, self._files[0].fd, self._files[1].fd
-            if call.stdin:
-                opened.append(stdin := open_input(call.stdin))
-            if call.stdout:
-                opened.append(out := open_output(call.stdout, call.suffix))
-            if call.stderr and call.stderr == call.stdout:
-                err = out
-            elif call.stderr:
-                opened.append(err := open_output(call.stderr, call.suffix))
-            os.dup2(stdin, 0)
-            os.dup2(out, 1)
-            os.dup2(err, 2)
-            yield
-        finally:
-            for fd in opened:
-                os.close(fd)
+    def _set_files(self, call: Call, opened: list[int]) -> None:
+        """Set 0, 1 and 2 for a call, whatever the one before has done to them; ``opened`` gets what is to be closed."""
+        stdin, out, err = self._null, self._files[0].fd, self._files[1].fd
+        if call.stdin:
+            opened.append(stdin := open_input(call.stdin))
+        if call.stdout:
+            opened.append(out := open_output(call.stdout, call.suffix))
+        if call.stderr and call.stderr == call.stdout:
+            err = out
+        elif call.stderr:
+            opened.append(err := open_output(call.stderr, call.suffix))
+        os.dup2(stdin, 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
 
     def _enter_environment(self, call: Call) -> None:
         """Working directory and environment variables of a call; those of the one before are set back."""
@@ -171,11 +169,18 @@ class Interpreter:
         for name, value in variables.items():
             if name not in self._env:
                 self._env[name] = os.environb.get(name)
+            elif _VARIABLES.get(name) == value:
+                continue
             os.environb[name] = value
 
-    def _collect(self, file: PoolFile, name: str) -> Captured:
+    def _collect(self, file: PoolFile, call: Call, end: str) -> Captured:
         """Take the output of a call from a file of ours, as the launcher does for a process; the file stays ours."""
-        captured = self._capture.collect(file, name)
+        try:
+            if not os.lseek(file.fd, 0, os.SEEK_END):
+                return NO_OUTPUT
+        except OSError:
+            pass  # its file system fails: `collect` knows what to do
+        captured = self._capture.collect(file, f"{call.id}.{call.attempt}{end}")
         if captured.path and not os.path.exists(file.path):
             file.fd = open_current(file)
         return captured
@@ -186,9 +191,12 @@ class Interpreter:
         if call.rq_fields:
             return self._perform_rq(call)
         try:
-            with self._interruptible(call):
+            try:  # as `_interruptible`, which takes longer than most of the rest
+                self._begin_function(call)
                 self._current.begin(call.id)
                 data = _pickled(self._run(call))
+            finally:
+                self._end_function()
         except Refusal:
             raise
         except BaseException as error:  # noqa: BLE001  # whatever a function raises is its outcome, SystemExit too
@@ -196,6 +204,8 @@ class Interpreter:
         finally:
             self._running = 0  # it may have been interrupted on its way out
             self._current.end()
+        if len(data) <= INLINE_BYTES and not self._current.known:
+            return "finished", "", "", data
         return "finished", "", "", self._text_of(call, data, "result", RESULT_SUFFIX)
 
     def _text_of(self, call: Call, data: bytes, kind: str, suffix: str) -> str:
@@ -238,14 +248,20 @@ class Interpreter:
     @contextmanager
     def _interruptible(self, call: Call) -> Iterator[None]:
         try:
-            self._running = call.key
-            if self._signaled:
-                self.on_interrupt()  # it was meant for this call, and arrived too early
+            self._begin_function(call)
             yield
         finally:
-            self._running = 0
-            if os.getpid() != self._pid:
-                _end_child(sys.exc_info()[1])
+            self._end_function()
+
+    def _begin_function(self, call: Call) -> None:
+        self._running = call.key
+        if self._signaled:
+            self.on_interrupt()  # it was meant for this call, and arrived too early
+
+    def _end_function(self) -> None:
+        self._running = 0
+        if os.getpid() != self._pid:
+            _end_child(sys.exc_info()[1])
 
     def _run(self, call: Call) -> Any:
         payload = decode_payload(call.payload)
@@ -285,6 +301,10 @@ class Interpreter:
         raise TimeoutError("the function has run as long as its time limit allows")
 
 
+# `signal.getsignal` makes a member of an enumeration of it, if it can: that takes longer than most of a call.
+_handler_of: Callable[[int], Any] = sys.modules["_signal"].getsignal
+
+
 class _InterruptHandler:
     """The handler of the signal that follows an Interrupt; a function may have put its own in its place."""
 
@@ -301,7 +321,7 @@ class _InterruptHandler:
 
     def renew(self) -> None:
         """Install it again if a function has replaced it."""
-        if signal.getsignal(signal.SIGTERM) != self._handle:
+        if _handler_of(signal.SIGTERM) != self._handle:
             signal.signal(signal.SIGTERM, self._handle)
 
 
@@ -340,7 +360,8 @@ def failure(error: BaseException, exception: str = "") -> Outcome:
 
 
 def _flush() -> None:
-    for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
+    usual = sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__
+    for stream in (sys.stdout, sys.stderr) if usual else (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         try:
             if stream is not None:
                 stream.flush()

@@ -27,7 +27,7 @@ import msgspec
 from pilotq.broker import failpoints
 from pilotq.broker.log import log_as
 from pilotq.broker.os_strings import printable
-from pilotq.broker.processes import become_subreaper
+from pilotq.broker.processes import become_subreaper, spare_collections
 from pilotq.workers import cgroups
 from pilotq.workers.launcher.capture import Capture
 from pilotq.workers.launcher.chain import Chain, Running
@@ -282,7 +282,8 @@ class Launcher:
             del self._chains[launch.key]
             self._reports.report(Retracted(launch.key))
         if chain:
-            self._startable.append(chain)
+            if not self._startable or self._startable[-1] is not chain:
+                self._startable.append(chain)
             self._reports.defer_wake()
         elif chain.interpreter:
             self._reports.defer_wake()
@@ -477,6 +478,7 @@ def main(argv: list[str]) -> None:
                 os.set_inheritable(int(name), False)
             except OSError:
                 pass  # the descriptor of the listing
+    spare_collections()
     pipes = [int(options[name]) for name in ("--down", "--up", "--wake")]
     own = LauncherOptions(os.path.abspath(options["--dir"]), options["--node"], int(options["--calls"]))
     Launcher(own, *pipes, native=options["--kind"] == "native").run()

@@ -12,7 +12,7 @@
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none); then msgpack
 --         [[array, execution, submission, ended ISO (of the last), first position, number], ...]: runs of elements that a lease
 --         of this node holds, and that have finished: nothing is to be kept of them but lines of the journal; for each run those
---         lines, packed (journal_runs.py); then specs.
+--         lines, packed (journal_runs.py), and a packed list of the results that go to its executor ('' = none); then specs.
 -- outcome: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), requeue (not counted),
 -- suspect
 -- (failed at once, like others before it on its node: requeued for another node to try, within EXCUSE_LIMIT), retried (a
@@ -240,57 +240,6 @@ local function decide(outcome, reason, f, id, r, text)
   return outcome, reason, false
 end
 
--- The elements first..last of an array: 'ok' if all of them were held by a lease of this execution and have finished now.
-local function end_run_of_lease(r, lines_of_run)
-  local array, first, number = r[1], r[5], r[6]
-  local v = known(array)
-  local lease = count_of(v[1]) and lease_around(array, first)
-  if not lease or lease.address ~= node or lease.execution ~= tostring(r[2]) or first + number > lease.first + lease.count then
-    return 'apart'
-  end
-  local finished = finished_bytes(array, first, number)
-  if not finished then return 'apart' end
-  -- What has got a record is not the lease's any more.
-  if redis.call('BITCOUNT', recorded_key(array), first, first + number - 1, 'BIT') > 0 then return 'apart' end
-  redis.call('SETRANGE', outcomes_key(array), math.floor(first / 4), finished)
-  leave_lease(array, lease, number)
-  last_ended = r[4]
-  count_end(r[3], 'finished', number)
-  local state = arrays[array]
-  if not state then state = {0, 0, 0}; arrays[array] = state end
-  state[1] = state[1] + number
-  if v[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, first + number - 1)) end
-  runs[#runs + 1] = lines_of_run
-  finished_number = finished_number + number
-  return 'ok'
-end
-
--- There is no record: an element that finished, or a task whose record expired, or was deleted while it ran. That
--- counts as canceled, once: its place in wip tells. Returns nil when it is an element that has got a record now, as its lease
--- holds it.
-local function vanished(r, id, execution, line)
-  local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
-  -- A heartbeat may have shown it again between two steps of RQ's delete.
-  if not array then hide_execution(id, execution, worker) end
-  -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
-  if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
-  local status = (r[3] == 'finished' or r[3] == 'canceled') and r[3] or 'failed'
-  local held = record_or_end(id, r[9], r[10], execution, status, now, r[5], ttl_failed)
-  if held == 'record' then return end
-  last_ended = r[5]
-  if held then
-    notify_executor(r[12], id, held, r[4], '')
-    journal(line, packed_ending(held, r[4], true))
-    return 'ok'
-  end
-  if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
-  count_end(r[12] ~= '' and r[12] or submission_of(id), 'canceled', 1)
-  if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
-  notify_executor(r[12], id, 'canceled', 'canceled', '')
-  journal(line, packed_ending('canceled', 'canceled', true))
-  return 'stale'
-end
-
 -- Ends go through though the memory is full, for they make room; results do not. Of our functions the worker keeps them in a
 -- file then, and reports again. A producer's job has failed, as RQ's own worker fails to store its value.
 local SMALL, LARGE = 256, 16384
@@ -304,6 +253,59 @@ local function has_room(size)
   end
   room = room - size
   return room >= 0
+end
+
+-- The elements first..last of an array: 'ok' if all of them were held by a lease of this execution and have finished now.
+local function end_run_of_lease(r, lines_of_run, values)
+  local array, first, number = r[1], r[5], r[6]
+  local v = known(array)
+  local lease = count_of(v[1]) and lease_around(array, first)
+  if not lease or lease.address ~= node or lease.execution ~= tostring(r[2]) or first + number > lease.first + lease.count then
+    return 'apart'
+  end
+  local finished = finished_bytes(array, first, number)
+  if not finished then return 'apart' end
+  -- What has got a record is not the lease's any more.
+  if redis.call('BITCOUNT', recorded_key(array), first, first + number - 1, 'BIT') > 0 then return 'apart' end
+  if #values > SMALL and not has_room(#values) then return 'apart' end
+  redis.call('SETRANGE', outcomes_key(array), math.floor(first / 4), finished)
+  leave_lease(array, lease, number)
+  last_ended = r[4]
+  count_end(r[3], 'finished', number)
+  local state = arrays[array]
+  if not state then state = {0, 0, 0}; arrays[array] = state end
+  state[1] = state[1] + number
+  if v[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, first + number - 1)) end
+  if values ~= '' then notify_executor(r[3], '\147' .. cmsgpack.pack(array, first) .. values) end
+  runs[#runs + 1] = lines_of_run
+  finished_number = finished_number + number
+  return 'ok'
+end
+
+-- There is no record: an element that finished, or a task whose record expired, or was deleted while it ran. That
+-- counts as canceled, once: its place in wip tells. Returns nil when it is an element that has got a record now, as its lease
+-- holds it.
+local function vanished(r, id, execution, line, text)
+  local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
+  -- A heartbeat may have shown it again between two steps of RQ's delete.
+  if not array then hide_execution(id, execution, worker) end
+  -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
+  if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
+  local status = (r[3] == 'finished' or r[3] == 'canceled') and r[3] or 'failed'
+  local held = record_or_end(id, r[9], r[10], execution, status, now, r[5], ttl_failed)
+  if held == 'record' then return end
+  last_ended = r[5]
+  if held then
+    notify_executor(r[12], id, held, r[4], held == r[3] and text or '')
+    journal(line, packed_ending(held, r[4], true))
+    return 'ok'
+  end
+  if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
+  count_end(r[12] ~= '' and r[12] or submission_of(id), 'canceled', 1)
+  if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
+  notify_executor(r[12], id, 'canceled', 'canceled', '')
+  journal(line, packed_ending('canceled', 'canceled', true))
+  return 'stale'
 end
 
 -- Status and execution of a record that has lost one of them: its place in wip tells whether this execution stands.
@@ -348,7 +350,7 @@ local function report(r, line, text)
   local v = redis.pcall('HMGET', job_key(id), unpack(FIELDS))
   if r[9] == '' and (v[1] == 'queued' or v[1] == 'canceled') then is_leased = held_by_lease(r, id, execution, v) end
   if not v[1] and not v[2] and redis.pcall('HEXISTS', job_key(id), 'pq_class') ~= 1 or r[9] ~= '' and not is_record_of(r[9], id) then
-    local answer = vanished(r, id, execution, line)
+    local answer = vanished(r, id, execution, line, text)
     if answer then return answer end
     v = redis.call('HMGET', job_key(id), unpack(FIELDS))
   end
@@ -398,7 +400,7 @@ local function report_all()
     if answers[number] == 'ok' and r[3] == 'failed' then failed = failed + 1 end
   end
   for number, r in ipairs(ARGV[behind] and cmsgpack.unpack(ARGV[behind]) or {}) do
-    local _, answer = guarded(nil, r[1], end_run_of_lease, r, ARGV[behind + number])
+    local _, answer = guarded(nil, r[1], end_run_of_lease, r, ARGV[behind + 2 * number - 1], ARGV[behind + 2 * number])
     answers[#answers + 1] = answer or 'apart'
   end
   finished = finished + finished_number

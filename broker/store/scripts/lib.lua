@@ -266,11 +266,12 @@ local UNREAD_TTL = 86400 -- of what an executor is told: it may be stopped for a
 local EXECUTOR = '^@(' .. string.rep('%x', 12) .. ')%.'
 local function executor_of(submission) return submission and string.match(submission, EXECUTOR) end
 
+-- Without a status: `id` is a run of tasks of a bundle that have finished, packed: the bundle, the first position, and their results.
 local function notify_executor(submission, id, status, reason, text)
   local name = executor_of(submission)
   if not name then return end
-  completed[name] = completed[name] or {}
-  table.insert(completed[name], {id, status, reason, text})
+  completed[name] = completed[name] or {ends = {}, runs = {}}
+  if status then table.insert(completed[name].ends, {id, status, reason, text}) else table.insert(completed[name].runs, id) end
 end
 
 local function count_end(submission, status, number)
@@ -318,8 +319,13 @@ local function flush_tally(ttl)
       if left == 0 then unshare(redis.call('HGET', submit_key(submission), 'shared'), ttl) end
     end
   end
-  for name, ends in pairs(completed) do
-    redis.call('XADD', completed_key(name), '*', 'ends', cmsgpack.pack(ends))
+  for name, told in pairs(completed) do
+    local ends, runs = told.ends, told.runs
+    if #ends > 0 then redis.call('XADD', completed_key(name), '*', 'ends', cmsgpack.pack(ends)) end
+    if #runs > 0 then
+      local head = string.char(220, math.floor(#runs / 256), #runs % 256)
+      redis.call('XADD', completed_key(name), '*', 'runs', head .. table.concat(runs))
+    end
     redis.call('EXPIRE', completed_key(name), UNREAD_TTL)
   end
   tally, completed = {}, {}
@@ -537,6 +543,13 @@ end
 -- Elements first..last of an array, of which none runs, end as canceled. Where some may have been canceled one by one before
 -- (pq_has_gaps), these have ended, and are passed over.
 local function end_elements(array, submission, first, last, now, now_iso, ttl)
+  if executor_of(submission) then -- the calls of one are at most some thousands
+    for position = first, last do
+      if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1] == 0 then
+        notify_executor(submission, array .. '_' .. string.format('%d', position), 'canceled', 'canceled', '')
+      end
+    end
+  end
   if first == last or not redis.call('HGET', job_key(array), 'pq_has_gaps') then
     return end_run(array, submission, first, last, now, now_iso, ttl)
   end

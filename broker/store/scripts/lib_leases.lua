@@ -30,7 +30,11 @@ local function lease_of(array, position, id)
   local at = string.format('%d', position)
   if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. at)[1] ~= 0 then return end
   if redis.call('GETBIT', recorded_key(array), at) == 1 then return end
-  lease.is_taken = redis.call('EXISTS', job_key(id)) == 1
+  if redis.call('EXISTS', job_key(id)) == 1 then
+    -- It may be only what a function has noted in its job, which had no record yet.
+    local v = redis.pcall('HMGET', job_key(id), 'meta', 'data', 'status')
+    lease.is_taken = v.err or not v[1] or v[2] or v[3]
+  end
   return lease
 end
 

@@ -8,6 +8,8 @@ import msgspec
 import pytest
 
 from pilotq.broker.client import commit
+from pilotq.broker.client import submit as client_submit
+from pilotq.broker.client.completions import Completions
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store import keys
@@ -17,9 +19,11 @@ from pilotq.broker.store.journal_runs import pack_entry
 from pilotq.broker.store.leases import read_leases
 from pilotq.broker.store.requeue import requeue
 from pilotq.broker.store.store import pack
+from pilotq.broker.tasks.functions import decode_payload, pack_call
 from pilotq.broker.tasks.model import Request, Task
 from pilotq.broker.tasks.spec import Member, is_bundle
-from tests.support.engine import NODE, ONE, Engine, array, end_report, fixtures, ids, task
+from pilotq.workers.execution.leased_ends import runs_of
+from tests.support.engine import NODE, ONE, SHARED, Engine, array, end_report, fixtures, ids, leased_end, task
 
 engine, server, node = fixtures
 LATER = "default.p0.1c-t60"
@@ -93,7 +97,7 @@ def test_each_class_and_number_of_retries_has_a_bundle(engine: Engine) -> None:
     "odd",
     [
         {"after": ["n0"]}, {"values": ["a", "b"]}, {"memory_grow": 2.0, "memory_max": 1 << 30, "retries": 1},
-        {"qcg": True}, {"command": ["true", "x" * 5000]}, {"command": None, "function": "math:sqrt"},
+        {"qcg": True}, {"command": ["true", "x" * 5000]}, {"command": None, "function": "math:sqrt", "after": ["n0"]},
     ],
 )  # fmt: skip
 def test_what_needs_more_than_a_bundle_has_stays_by_itself(engine: Engine, odd: dict[str, object]) -> None:
@@ -222,3 +226,84 @@ def test_a_member_that_was_damaged_is_shown_without_its_description(engine: Engi
     engine.link.call("DEL", keys.values("1"))
     assert queries(engine).find("n3") == []
     assert engine.list(ONE) == ["1"]
+
+
+# -- calls of an executor ---------------------------------------------------------------------------------------------
+
+EXECUTOR = "0123456789ab"
+KEY = f"@{EXECUTOR}.1"
+
+
+def submit_calls(engine: Engine, count: int, *sizes: int, base: Task = Task()) -> list[str]:  # noqa: B008  # frozen
+    """Calls of one function, and some with arguments of so many bytes behind them."""
+    payloads = [pack_call("math:sqrt", (n,), {}) for n in range(count)]
+    payloads += [pack_call("builtins:len", (bytes(size),), {}) for size in sizes]
+    return client_submit.submit_calls(engine.link, engine.store, base, payloads, SHARED, KEY)
+
+
+def told(engine: Engine) -> list[tuple[str, str, bytes]]:
+    """What the executor is told: id, status, value."""
+    completions = Completions(engine.link, EXECUTOR)
+    return sorted((e.id, e.status, e.value) for e in completions.read())
+
+
+def test_calls_of_an_executor_share_a_record_but_for_large_ones(engine: Engine) -> None:
+    engine.reset(bundle_calls_above=4)
+    found = submit_calls(engine, 5, 10_000)
+    assert found == [*(f"1_{n}" for n in range(5)), "2"] and engine.counts() == {"total": 6}
+    assert submit_calls(engine, 5, 10_000) == found, "the same key gives the same ids"
+    assert engine.hash("1")["description"] == "math:sqrt(...) (and 4 more)" and "pq_bundle" not in engine.hash("2")
+    one = members(engine, "1", 5)[3]
+    assert one is not None and decode_payload(one.spec.argv[0]).name == "math:sqrt"
+    engine.reset(bundle_calls_above=5)
+    assert submit_calls(engine, 5, 10_000) == [str(n) for n in range(1, 7)], "too few"
+    engine.reset(bundle_calls_above=4)
+    limited = submit_calls(engine, 6, base=Task(time_limit=9.0, name="n"))
+    one = members(engine, limited[0].partition("_")[0], 1)[0]
+    assert one is not None and (one.name, one.spec.time_limit) == ("n", 9.0)
+
+
+def test_results_of_calls_come_in_runs_and_nothing_of_them_is_kept(engine: Engine) -> None:
+    found = submit_calls(engine, 6)
+    handed = engine.claim(6)
+    values = [str(n).encode() for n in range(6)]
+    assert engine.complete_runs(handed, values=values) == ["ok"] * 6
+    assert told(engine) == [(i, "finished", v) for i, v in zip(found, values, strict=True)]
+    assert engine.complete_runs(handed, values=values) == ["ok"] * 6, "repeated, it is told once"
+    assert len(told(engine)) == 6 and engine.counts() == {"total": 6, "finished": 6}
+    assert not [key for key in engine.all_keys() if key.startswith("rq:results:")]
+
+
+def test_a_call_that_failed_or_was_canceled_is_told_by_itself(engine: Engine) -> None:
+    found = submit_calls(engine, 6)
+    handed = engine.claim(3)
+    engine.complete([handed[1]], "failed", "exception", text="trace")
+    assert engine.store.cancel([found[4]]) == ["canceled"]
+    assert told(engine) == [(found[1], "failed", b""), (found[4], "canceled", b"")]
+    engine.complete_runs([handed[0]], values=[b"0"])
+    assert engine.store.cancel(["1"]) and told(engine)[-1][:2] == (found[5], "canceled")
+
+
+def test_results_without_room_are_reported_one_by_one(engine: Engine) -> None:
+    submit_calls(engine, 6)
+    handed = engine.claim(6)
+    used = int(engine.admin.call("INFO", "memory").decode().partition("used_memory:")[2].split()[0])
+    engine.admin.call("CONFIG", "SET", "maxmemory", used + 20_000)
+    try:
+        ends = [leased_end(h, bytes(4000)) for h in handed]
+        [(run, _)] = runs_of(ends, "n1")
+        arguments = engine.store.complete_arguments(NODE, engine.next_call(), b"event", [], [run])
+        assert engine.store.run("complete", *arguments) == [b"apart"]
+        assert engine.complete(handed, text="x" * 30_000) == ["full"] * 6
+    finally:
+        engine.admin.call("CONFIG", "SET", "maxmemory", 0)
+    assert told(engine) == [] and engine.counts() == {"total": 6}
+
+
+def test_what_a_function_notes_in_its_job_becomes_a_part_of_its_record(engine: Engine) -> None:
+    found = submit_calls(engine, 6)
+    handed = engine.claim(1)
+    engine.link.call("HSET", keys.job(found[0]), "meta", b"noted")
+    assert engine.complete(handed, text="value") == ["ok"]
+    assert engine.hash(found[0])["meta"] == "noted" and engine.status(found[0]) == "finished"
+    assert engine.ttl(keys.job(found[0])) > 0 and told(engine)[0][1] == "finished"

@@ -168,13 +168,20 @@ def test_what_others_cancel_or_delete_is_noticed_however_many_wait(
     wide = executor.options(cores=2)
     many = [wide.submit(functions.wait_for_ever, str(mark)), *(wide.submit(functions.product, n) for n in range(700))]
     wait_until(lambda: many[-1].task_id is not None and mark.exists(), what="submission and start")
-    last, gone = many[-1], many[-2]
-    pilot.broker.cancel([str(last.task_id)])
-    pilot.broker.redis.delete(keys.job(str(gone.task_id)))
-    assert isinstance(last.exception(WAIT_S), futures.CancelledError)
-    assert isinstance(gone.exception(WAIT_S), (UnknownTask, futures.CancelledError))
-    for future in many:
-        future.cancel()
+    last, alone = many[-1], wide.submit(functions.product, 1)
+    wait_until(lambda: alone.task_id is not None, what="a submission of one")
+    together = [wide.submit(functions.product, n) for n in range(50)]
+    wait_until(lambda: together[-1].task_id is not None, what="submission of a bundle")
+    bundle = str(together[-1].task_id).partition("_")[0]
+    gone = [alone, *(future for future in together if str(future.task_id).startswith(f"{bundle}_"))]
+    try:
+        pilot.broker.cancel([str(last.task_id)])
+        pilot.broker.redis.delete(keys.job(str(alone.task_id)), keys.job(bundle))
+        assert isinstance(last.exception(WAIT_S), futures.CancelledError)
+        assert all(isinstance(future.exception(WAIT_S), (UnknownTask, futures.CancelledError)) for future in gone)
+    finally:
+        for future in [*many, *together]:
+            future.cancel()
 
 
 def test_a_client_that_lags_gets_every_result(tmp_path: Path) -> None:

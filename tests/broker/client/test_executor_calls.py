@@ -7,13 +7,17 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rq.job import Job
 
 from pilotq.broker import Executor
 from pilotq.broker.errors import InvalidInput
 from tests.support import functions
 from tests.support.live_pilot import LivePilot, live_pilot
+from tests.support.waiting import wait_until
 
 WAIT_S = 60.0
 
@@ -21,6 +25,7 @@ WAIT_S = 60.0
 @pytest.fixture(scope="module")
 def pilot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePilot]:
     with live_pilot(tmp_path_factory.mktemp("executor"), "n1:2") as live:
+        live.broker.redis.ping()  # its connection is not one test's
         yield live
 
 
@@ -120,3 +125,70 @@ def test_a_call_that_waits_for_another_one_ends_as_that_does(pilot: LivePilot) -
         executor.shutdown(cancel_futures=True)
         assert waits.cancelled()
     held.set_result(1)
+
+
+def test_calls_that_are_alike_share_a_record_and_keep_their_order(executor: Executor) -> None:
+    made = [executor.submit(functions.product, n, 3) for n in range(1500)]
+    assert [future.result(WAIT_S) for future in made] == [3 * n for n in range(1500)]
+    bundles = {str(future.task_id).partition("_")[0] for future in made}
+    assert len(bundles) < 1000 and any("_" in str(future.task_id) for future in made)
+    mixed = [executor.options(name=f"n{n % 2}").submit(functions.product, n) for n in range(20)]
+    assert [future.result(WAIT_S) for future in mixed] == list(range(20))
+
+
+@pytest.mark.parametrize("way", ["killed", "exited"])
+def test_an_interpreter_that_dies_amid_calls_fails_only_the_one_that_ran(
+    executor: Executor, tmp_path: Path, way: str
+) -> None:
+    file, victim = tmp_path / "calls", 170
+    made = [executor.submit(functions.note_and_die, str(file), n, victim, way) for n in range(300)]
+    assert futures.wait(made, timeout=WAIT_S).not_done == set()
+    assert "interpreter" in str(made[victim].exception()) or "signal" in str(made[victim].exception()).lower()
+    assert [future.result() for n, future in enumerate(made) if n != victim] == [n for n in range(300) if n != victim]
+    assert sorted(map(int, file.read_text().split())) == list(range(300)), "each began once"
+
+
+def test_a_time_limit_amid_calls_ends_the_one_that_ran(executor: Executor) -> None:
+    limited = executor.options(time_limit=5.0)
+    made = [limited.submit(functions.use_memory, 0, 60.0 if n == 60 else 0.0) for n in range(120)]
+    assert isinstance(made[60].exception(WAIT_S), TimeoutError)
+    assert [future.result(WAIT_S) for n, future in enumerate(made) if n != 60] == [0] * 119
+
+
+def test_a_cancel_amid_calls_ends_the_one_that_ran(executor: Executor, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    made: list[futures.Future[Any]] = [executor.submit(functions.product, n) for n in range(60)]
+    made.append(executor.submit(functions.wait_for_ever, str(mark)))
+    made += [executor.submit(functions.product, n) for n in range(60)]
+    wait_until(mark.exists, what="the call that does not end")
+    assert made[60].cancel()
+    rest = [future for n, future in enumerate(made) if n != 60]
+    assert [future.result(WAIT_S) for future in rest] == 2 * list(range(60))
+    wait_until(lambda: mark.read_text() == "KeyboardInterrupt", what="the interrupt")
+
+
+def test_a_result_behind_which_a_long_call_runs_comes_at_once(executor: Executor, tmp_path: Path) -> None:
+    """On each core a call that does not end has others behind it and in front of it."""
+    marks = [str(tmp_path / name) for name in "ab"]
+    many = [executor.submit(functions.product, n) for n in range(400)]
+    long = [executor.submit(functions.wait_for_ever, mark) for mark in marks]
+    behind = [executor.submit(functions.product, n) for n in range(50)]
+    assert [future.result(WAIT_S) for future in many] == list(range(400))
+    for future in long:
+        future.cancel()
+    assert [future.result(WAIT_S) for future in behind] == list(range(50))
+
+
+def test_calls_of_one_executor_differ_in_what_they_ask_for_and_keep_it(executor: Executor) -> None:
+    wide, variables = executor.options(cores=2), executor.options(env={"MINE": "yes"})
+    cores = [(wide if n % 2 else executor).submit(os.sched_getaffinity, 0) for n in range(40)]
+    mine = [(variables if n % 2 else executor).submit(os.getenv, "MINE") for n in range(40)]
+    assert [len(future.result(WAIT_S)) for future in cores] == [1, 2] * 20
+    assert [future.result(WAIT_S) for future in mine] == [None, "yes"] * 20
+
+
+def test_calls_note_something_in_their_jobs(executor: Executor, pilot: LivePilot) -> None:
+    made = [executor.submit(functions.note, f"word {n}") for n in range(10)]
+    assert [future.result(WAIT_S) for future in made] == [future.task_id for future in made]
+    jobs = [Job.fetch(str(future.task_id), connection=pilot.broker.redis) for future in made]
+    assert [job.get_meta()["word"] for job in jobs] == [f"word {n}" for n in range(10)]
