@@ -127,9 +127,7 @@ class Engine:
         return [v.decode() for v in self.store.run("complete", *arguments)]
 
     def complete_runs(self, tasks: Sequence[Run], *, node: str = NODE, values: Sequence[bytes] = ()) -> list[str]:
-        """Report elements that finished as a worker does: as runs, and those by themselves that the server wants so.
-
-        ``values`` are the results of functions."""
+        """Report elements that finished, with ``values``, as a worker does: as runs, or by themselves."""
         ends = [leased_end(h, value) for h, value in zip(tasks, values or [b""] * len(tasks), strict=True)]
         runs = list(runs_of(ends, node.rpartition(":")[0]))
         arguments = self.store.complete_arguments(node, self.next_call(), b"event", [], [run for run, _ in runs])

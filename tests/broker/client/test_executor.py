@@ -153,13 +153,6 @@ def test_a_result_that_raises_where_it_is_read_fails_its_call_alone(
     assert executor.submit(functions.product, 3).result(WAIT_S) == 3
 
 
-def test_a_callback_that_exits_does_not_end_the_executor(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
-    future = executor.submit(functions.product, 1)
-    future.add_done_callback(lambda _: sys.exit(3))
-    assert executor.submit(functions.product, 2).result(WAIT_S) == 2 and future.result(WAIT_S) == 1
-    wait_until(lambda: "exception calling callback" in caplog.text, what="the word of it")
-
-
 def test_what_others_cancel_or_delete_is_noticed_however_many_wait(
     executor: Executor, pilot: LivePilot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -192,3 +193,10 @@ def test_calls_note_something_in_their_jobs(executor: Executor, pilot: LivePilot
     assert [future.result(WAIT_S) for future in made] == [future.task_id for future in made]
     jobs = [Job.fetch(str(future.task_id), connection=pilot.broker.redis) for future in made]
     assert [job.get_meta()["word"] for job in jobs] == [f"word {n}" for n in range(10)]
+
+
+def test_a_callback_that_exits_does_not_end_the_executor(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
+    future = executor.submit(functions.product, 1)
+    future.add_done_callback(lambda _: sys.exit(3))
+    assert executor.submit(functions.product, 2).result(WAIT_S) == 2 and future.result(WAIT_S) == 1
+    wait_until(lambda: "exception calling callback" in caplog.text, what="the word of it")
