@@ -57,7 +57,7 @@ class VirtualNode(_Loop):
         session.pump = counted  # type: ignore[method-assign]
         self.pool = PretendedPool(directory, name, info.cores, settings, "python")
         node = make_node(session, self.pool, directory, info, {}, settings)
-        super().__init__(session, self.pool, node, _NoSignals(), settings)
+        super().__init__(session, self.pool, node, _NoSignals(), settings, directory)
         self.descriptors: Descriptors = {}  # it waits for these
         self.next = 0.0  # monotonic: when it wants a turn though none of them is ready
         self._own_next = 0.0  # the same, without what its launchers want
