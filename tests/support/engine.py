@@ -304,12 +304,10 @@ def _loose(field: bytes, packed: bytes) -> list[Any]:
 
     decoded = []
     for entry, ending in _items_of(field, packed):
-        found = {n: getattr(ending, n) for n in ("status", "reason", "final")}
+        found = {n: getattr(ending, n) for n in ("status", "reason", "final", "released")}
         found = {n: getattr(entry, n) if value is msgspec.UNSET else value for n, value in found.items()}
         if ending.outcomes is not msgspec.UNSET:
             found["elements"] = element_ranges(_bytes_of(ending.outcomes), ending.array)
-        if ending.released is not msgspec.UNSET:
-            found["released"] = ending.released
         named = ("id", "name", "execution", "submission", "array", "index")
         decoded.append(({n: getattr(entry, n) for n in named}, found))
     return decoded

@@ -197,7 +197,7 @@ def test_the_journal_says_when_what_waited_could_begin_and_of_nothing_else(engin
     engine.run_all()
     assert engine.nothing_left()
     lines = engine.journal()
-    told = {line["id"]: line["released"] for line in lines if "released" in line}
+    told = {line["id"]: line["released"] for line in lines if line["released"]}
     assert set(told) == {child, later, f"{each}_0", f"{each}_1"}
     assert all(begin <= moment <= time.time() for moment in told.values())
     assert len([line for line in lines if line["id"] == child and line["released"] == told[child]]) == 2
