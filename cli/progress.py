@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pilotq.broker.client.views import Counts
+from pilotq.broker.client.views import Counts, seconds_left
 from pilotq.cli import formatting
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Plain(Silent):
             return
         rate = (counts.ended - self._ended) / (now - self._last)
         self._last, self._ended, self._printed = now, counts.ended, text
-        speed = f", {_rate(rate)}{_left(counts, running, rate)}" if rate > 0 else ""
+        speed = f", {_speed(counts, running, rate)}" if rate > 0 else ""
         click.echo(f"pilotq: {text}, after {formatting.seconds(now - self._begin)}{speed}", err=True)
 
 
@@ -70,8 +70,7 @@ class Bar(Silent):
             def render(self, task: Task) -> Text:
                 rate = task.speed or 0.0
                 counts = Counts(total=int(task.total or 0), finished=int(task.completed))
-                left = _left(counts, task.fields.get("running", 0), rate) if rate > 0 else ""
-                return Text(f"{_rate(rate)}{left}" if rate > 0 else "")
+                return Text(_speed(counts, task.fields.get("running", 0), rate) if rate > 0 else "")
 
         self._progress: Any = Progress(
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), Speed(),
@@ -94,15 +93,11 @@ class Bar(Silent):
         self._progress.stop()
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
-
-
-def _left(counts: Counts, running: int, rate: float) -> str:
-    """The time that what waits takes at this rate; nothing where that says little, at the end."""
-    if counts.left <= running or counts.left < rate:
-        return ""
-    return f", {formatting.seconds(counts.left / rate)} left"
+def _speed(counts: Counts, running: int, rate: float) -> str:
+    """The rate, and the time that is left at it."""
+    text = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+    left = seconds_left(counts.left, running, rate)
+    return text if left is None else f"{text}, {formatting.seconds(left)} left"
 
 
 def display(quiet: bool) -> Silent:

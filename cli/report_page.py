@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pilotq.broker.client.core_hours import PARTS, CoreHours, core_hours
-from pilotq.broker.client.executions import Executions
+from pilotq.broker.client.executions import Executions, given_to
 from pilotq.broker.client.statistics import statistics
 from pilotq.broker.client.timeline import Timeline
-from pilotq.broker.client.usage import Usage, usage
-from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.client.usage import Usage, UsageTally
+from pilotq.broker.store.journal import Journal
 from pilotq.broker.tasks.quantities import size_text
 from pilotq.broker.tasks.states import REASONS
 from pilotq.cli import formatting
@@ -35,15 +35,9 @@ WAITS = (0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)  # seconds
 
 def write_page(journal: Journal, file: str) -> int:
     """Write the page, and return the number of executions in its charts."""
-    runs = Executions()
-
-    def added() -> Iterator[JournalEntry]:
-        for entry in journal.entries():
-            runs.add(entry)
-            yield entry
-
-    found = statistics(added())
-    asked = _asked(usage(journal.entries()))  # first: it needs the most memory, of which the next makes use
+    runs, usages = Executions(), UsageTally()
+    found = statistics(given_to(journal.entries(), runs.add, usages.add))
+    asked = _asked(usages.take())
     data, lost = _data(runs) if len(runs) else ({}, "")
     sections = [
         _section("Summary", _table(("", ""), [list(fact) for fact in facts_of(found)])),

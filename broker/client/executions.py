@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pilotq.broker.store.resources import parse_allocation
 
 if TYPE_CHECKING:
     from pilotq.broker.store.journal import JournalEntry
+
+
+def given_to(entries: Iterable[JournalEntry], *takers: Callable[[JournalEntry], object]) -> Iterator[JournalEntry]:
+    """The entries; each is given to ``takers`` first: so several make something of one reading."""
+    for entry in entries:
+        for take in takers:
+            take(entry)
+        yield entry
 
 
 class Words:

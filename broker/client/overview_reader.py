@@ -21,7 +21,7 @@ from pilotq.broker.client.overview_census import ArrayState, Census
 from pilotq.broker.client.overview_tally import SAMPLE_S, SAMPLES, GroupTally, Tally, pattern_of
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.snapshot import snapshot_of
-from pilotq.broker.client.views import Counts
+from pilotq.broker.client.views import Counts, seconds_left
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Connection
@@ -249,8 +249,7 @@ class OverviewReader:
             found.rate = max(ends[-1][1] - ends[0][1], 0) / (clock - ends[0][0])
         else:
             found.rate = sum(group.rate(found.at) for group in self._tally.groups.values())
-        if found.rate > 0 and found.counts.left:
-            found.left_s = found.counts.left / found.rate
+        found.left_s = seconds_left(found.counts.left, found.running, found.rate)
         last = int(found.at // SAMPLE_S)
         self._uses[last] = (found.used, found.cores)
         for number in [number for number in self._uses if number <= last - SAMPLES]:
@@ -290,7 +289,7 @@ class OverviewReader:
             handed=min(handed, state.size - state.ended), rate=tally.rate(now),
         )  # fmt: skip
         one.waiting = state.size - state.ended - one.handed
-        one.left_s = _left(one)
+        one.left_s = seconds_left(one.waiting + one.handed, one.handed, one.rate)
         return one
 
     # -- queue and failures -----------------------------------------------------------------------------------------
@@ -365,13 +364,8 @@ def _progress(tally: GroupTally, array: str, name: str, still: int, handed: int,
     )  # fmt: skip
     one.waiting = still - one.handed
     one.total = one.finished + one.failed + one.canceled + still
-    one.left_s = _left(one)
+    one.left_s = seconds_left(one.waiting + one.handed, one.handed, one.rate)
     return one
-
-
-def _left(one: Progress) -> float | None:
-    still = one.waiting + one.handed
-    return still / one.rate if one.rate > 0 and still else None
 
 
 def _time(text: str) -> float | None:

@@ -46,21 +46,37 @@ class Usage(msgspec.Struct, kw_only=True):
 
 def usage(entries: Iterable[JournalEntry], called: Callable[[str], str] = str) -> list[Usage]:
     """The usage by name, those that ran longest in all first; ``called`` gives the name that an entry counts for."""
-    found: dict[tuple[str, str], Usage] = {}
-    seconds: dict[tuple[str, str], float] = {}
+    tally = UsageTally(called)
     for entry in entries:
+        tally.add(entry)
+    return tally.take()
+
+
+class UsageTally:
+    """Adds up the usage by name, an entry at a time; see `usage`."""
+
+    def __init__(self, called: Callable[[str], str] = str) -> None:
+        self._called = called
+        self._found: dict[tuple[str, str], Usage] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
+
+    def add(self, entry: JournalEntry) -> None:
         if entry.elements or not entry.execution or entry.started is None or entry.ended is None:
-            continue
+            return
         program = "" if entry.name else entry.command.partition(" ")[0]
-        key = (called(entry.name), program)
-        if key not in found:
-            found[key] = Usage(name=key[0], program=program)
+        key = (self._called(entry.name), program)
+        if key not in self._found:
+            self._found[key] = Usage(name=key[0], program=program)
         ran = max(entry.ended - entry.started, 0.0)
-        seconds[key] = seconds.get(key, 0.0) + ran
-        _count(found[key], entry, ran)
-    for one in found.values():
-        _advise(one)
-    return [found[key] for key in sorted(found, key=lambda key: -seconds[key])]
+        self._seconds[key] = self._seconds.get(key, 0.0) + ran
+        _count(self._found[key], entry, ran)
+
+    def take(self) -> list[Usage]:
+        """The usage of what was added; nothing is kept."""
+        found, seconds, self._found, self._seconds = self._found, self._seconds, {}, {}
+        for one in found.values():
+            _advise(one)
+        return [found[key] for key in sorted(found, key=lambda key: -seconds[key])]
 
 
 def _count(one: Usage, entry: JournalEntry, ran: float) -> None:

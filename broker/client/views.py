@@ -80,6 +80,12 @@ class NodeView(msgspec.Struct, kw_only=True):
     memory_by: str = ""  # who holds tasks to the memory that they ask for; empty: nobody
 
 
+def seconds_left(left: int, running: int, rate: float) -> float | None:
+    """The seconds that so many tasks take of which so many run, at a rate of ends a second; None where that says
+    little: when nothing ends, and at the end."""
+    return left / rate if rate > 0 and left > running and left >= rate else None
+
+
 class Counts(msgspec.Struct, kw_only=True):
     """Tasks of a pilot or of one submission; elements of arrays count one each."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from pilotq.broker.client.core_hours import CoreHours, core_hours
-from pilotq.broker.client.executions import Executions
+from pilotq.broker.client.executions import Executions, given_to
 from pilotq.broker.client.overview_tally import pattern_of
 from pilotq.broker.client.statistics import Statistics, statistics
 from pilotq.broker.client.usage import Usage, usage
@@ -70,7 +70,7 @@ def report_command(kind: str, file: str | None, by_name: bool, directory: str | 
         click.echo(formatting.to_json(usages) if as_json else _usage_text(usages))
         return
     runs = Executions()
-    found = statistics(_added_to(runs, Journal(pilot.journal).entries()))
+    found = statistics(given_to(Journal(pilot.journal).entries(), runs.add))
     hours = core_hours(runs)
     click.echo(formatting.to_json(_as_json(found, hours)) if as_json else _as_text(found, hours))
 
@@ -91,12 +91,6 @@ def _write(kind: str, pilot: Pilot, file: str) -> int:
     runs = Executions(entries)
     (draw_gantt if kind == "gantt" else draw_usage)(runs, file)
     return len(runs)
-
-
-def _added_to(runs: Executions, entries: Iterable[JournalEntry]) -> Iterator[JournalEntry]:
-    for entry in entries:
-        runs.add(entry)
-        yield entry
 
 
 def _usage_text(usages: Sequence[Usage]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from pilotq.broker.client.core_hours import CoreHours, core_hours
-from pilotq.broker.client.executions import Executions
+from pilotq.broker.client.executions import Executions, given_to
 from pilotq.broker.client.statistics import statistics
 from pilotq.broker.errors import InvalidInput, PilotqError
 from pilotq.broker.pilot.directory import find
@@ -61,7 +61,7 @@ def reports() -> None:
 def stats(wdir: str, details: bool) -> None:
     """Numbers, times, and what the core-hours went into."""
     runs = Executions()
-    found = statistics(_added_to(runs, _entries(wdir)))
+    found = statistics(given_to(_entries(wdir), runs.add))
     _facts(facts_of(found))
     hours = core_hours(runs)
     if hours.whole:
@@ -186,12 +186,6 @@ def _entries(wdir: str) -> Iterator[JournalEntry]:
 
 def _executions(wdir: str) -> Iterator[JournalEntry]:
     return (entry for entry in _entries(wdir) if entry.execution and not entry.elements)
-
-
-def _added_to(runs: Executions, entries: Iterator[JournalEntry]) -> Iterator[JournalEntry]:
-    for entry in entries:
-        runs.add(entry)
-        yield entry
 
 
 def _spent(wdir: str) -> tuple[Executions, CoreHours]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pilotq.broker.client.views import Counts
+from pilotq.broker.client.views import Counts, seconds_left
 from pilotq.cli.progress import PAUSE_MIN_S, Plain, pause_after
 from tests.support.command_line import command, environment, in_background
 from tests.support.terminal import terminal
@@ -34,6 +34,11 @@ def test_the_time_left_is_shown_while_it_says_something(
     now += 10.0
     lines.update(Counts(total=100, finished=finished), running)
     assert (" left" in capsys.readouterr().err) is left
+
+
+def test_bar_page_and_top_have_one_time_that_is_left() -> None:
+    assert seconds_left(60, 2, 4.0) == 15.0
+    assert [seconds_left(*one) for one in ((60, 60, 4.0), (3, 1, 4.0), (60, 2, 0.0), (0, 0, 1.0))] == [None] * 4
 
 
 def test_a_bar_has_a_rate_and_the_time_that_is_left(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pilotq.broker.errors import InvalidInput
-from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.cli.commands.report import report_command
 from pilotq.cli.report_export import COLUMNS, write_csv
+from pilotq.cli.report_page import write_page
 
 HEAD = ",".join(COLUMNS)
 
@@ -63,3 +65,20 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words:
     with pytest.raises(InvalidInput, match=said):
         report_command.main([*words, "--dir", "pilot"], standalone_mode=False)
     assert os.listdir(tmp_path) == ["pilot"]
+
+
+def test_the_page_is_made_of_one_reading(tmp_path: Path) -> None:
+    class Once(Journal):
+        readings = 0
+
+        def entries(self) -> Iterator[JournalEntry]:
+            self.readings += 1
+            return super().entries()
+
+    line = '{"id":"%d","name":"fit","status":"finished","execution":1,"node":"n1","cpus":"n1[0]","queued":1.0,'
+    line += '"started":2.0,"ended":%d.0,"max_rss":1048576,"cpu":1.5}\n'
+    (tmp_path / "journal.jsonl").write_text("".join(line % (number, 4 + number) for number in range(3)))
+    journal = Once(str(tmp_path / "journal.jsonl"))
+    assert write_page(journal, str(tmp_path / "run.html")) == 3 and journal.readings == 1
+    text = (tmp_path / "run.html").read_text()
+    assert all(part in text for part in ("Where the core-hours went", "Asked for and used", "<td>fit</td>"))
