@@ -279,7 +279,7 @@ class _Records:
         stamp = iso(time.time())
         self.plan, self.ids, self.context = plan, ids, context
         self.common: list[Argument] = [
-            "pq_sub", key, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp, "timeout", "-1"
+            "pq_sub", key, "data", COMMAND_DATA, "created_at", stamp, "enqueued_at", stamp,
         ]  # fmt: skip
 
     def hashes(self, number: int) -> Iterator[tuple[str, bool, list[Argument]]]:

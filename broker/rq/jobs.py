@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rq.job import Job
 
 # pickle of ("pilotq.broker.rq.jobs.run", None, (), {}): the `data` of every command task. RQ reads it uncompressed.
-COMMAND_DATA = b"\x80\x02(X\x19\x00\x00\x00pilotq.broker.rq.jobs.runN)}t."
+COMMAND_DATA = b"(\x8c\x19pilotq.broker.rq.jobs.runN)}t."
 STOPPED_CALLBACK_S = 20  # the most that a callback gets after its job was killed, whatever its own timeout is
 Ending = tuple[str, str, str, str]  # outcome, reason, message, text: as of protocol.Returned
 

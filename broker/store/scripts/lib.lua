@@ -673,8 +673,7 @@ local function make_element(array, position, f, extra)
   local id = array .. '_' .. string.format('%d', index)
   local n, created = #extra, f.created or ''
   for i, value in ipairs({'pq_class', f.class, 'pq_array_of', array, 'pq_pos', string.format('%d', position), 'pq_sub',
-    f.submission or '', 'data', f.data or '', 'description', f.description or '', 'created_at', created, 'enqueued_at', created,
-    'timeout', '-1'}) do
+    f.submission or '', 'data', f.data or '', 'description', f.description or '', 'created_at', created, 'enqueued_at', created}) do
     extra[n + i] = value
   end
   redis.call('HSET', job_key(id), unpack(extra))

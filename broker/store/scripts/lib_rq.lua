@@ -144,7 +144,7 @@ end
 
 -- The `data` of every record of ours (COMMAND_DATA in broker/rq/jobs.py). Another one is that of a job which a producer has
 -- enqueued under the id of ours: part_rq.lua parts the two.
-local OWN_DATA = '\128\2(X\25\0\0\0pilotq.broker.rq.jobs.runN)}t.'
+local OWN_DATA = '(\140\25pilotq.broker.rq.jobs.runN)}t.'
 
 -- Has a producer's job been written over this task of ours? Then its status is RQ's.
 local function is_hidden(id, submission)

@@ -13,7 +13,7 @@ local FOREIGN = {'success_callback_name', 'failure_callback_name', 'stopped_call
   'number_of_retries', 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry', 'repeats_left', 'repeat_intervals',
   'rate_limit_key', 'rate_limit_concurrency', 'result', 'exc_info', 'success_callback_timeout', 'failure_callback_timeout',
   'stopped_callback_timeout', 'webhooks', 'result_ttl', 'failure_ttl', 'dependency_id', 'dependency_ids', 'meta', 'ttl',
-  'allow_dependency_failures', 'enqueue_at_front'}
+  'allow_dependency_failures', 'enqueue_at_front', 'timeout'}
 
 -- The status that ours had.
 local function status_before(id, queue, f)
@@ -40,7 +40,7 @@ local function restore(id, f, description)
   end
   if f.worker_name == '' and f.pq_node then redis.call('HSET', key, 'worker_name', string.match(f.pq_node, '^(.*):')) end
   if f.pq_array_of then description = redis.call('HGET', job_key(f.pq_array_of), 'description') or description end
-  redis.call('HSET', key, 'status', status, 'origin', queue, 'data', OWN_DATA, 'description', description, 'timeout', '-1')
+  redis.call('HSET', key, 'status', status, 'origin', queue, 'data', OWN_DATA, 'description', description)
   if ENDED[status] and redis.call('TTL', key) < 0 and not f.pq_array_of then redis.call('EXPIRE', key, ttl) end
   if status == 'queued' then queue_up(id, f.pq_class) end -- it is in its list already, or was to get there now
   if status == 'deferred' then redis.call('ZADD', registry('deferred', queue), ADOPTED + now, id) end

@@ -40,7 +40,7 @@ def test_a_task_through_its_life(engine: Engine, client: redis.Redis) -> None:
         JobStatus.QUEUED,
         ONE,
         "echo hello world",
-        -1,
+        None,  # the limits of a task are its node's
     )
     assert job.func is run and job.args == () and job.kwargs == {} and job.meta == {}
     assert job.get_position() == 0
