@@ -19,7 +19,7 @@ CEILINGS = {
         log_bytes=130, journal_bytes=370,
     ),
     "single task": Traffic(
-        requests=0.4, commands=8.2, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
+        requests=0.4, commands=6.3, inbox_entries=0.02, messages=1.05, events=0.04, journal_entries=0.04,
         log_bytes=905, journal_bytes=350,
     ),
     # The dispatcher, which may hand out nothing yet, wakes up for each.

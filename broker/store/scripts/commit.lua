@@ -54,8 +54,10 @@ do
 end
 
 local function is_taken()
-  for _, hash in ipairs(carried) do
-    if redis.call('EXISTS', hash[1]) == 1 then return true end
+  local names = {}
+  for i, hash in ipairs(carried) do names[i] = hash[1] end
+  for i = 1, #names, PIECE do
+    if redis.call('EXISTS', unpack(names, i, math.min(i + PIECE - 1, #names))) > 0 then return true end
   end
 end
 

@@ -332,13 +332,34 @@ local function describe_member(id, line)
   redis.call('HSET', job_key(id), 'description', printable(entry[12] or entry.command), 'pq_name', printable(more.name))
 end
 
+-- '<id>:<execution>' of what is reported -> whether it is in wip as a lease; read for all of a call at once.
+local is_lease = {}
+
+local function read_leases(reports)
+  local members = {}
+  for _, r in ipairs(reports) do
+    if r[9] == '' and r[11] ~= '' and r[12] ~= '' then
+      local mine = items_of(members, queue_of(r[11]))
+      mine[#mine + 1] = r[1] .. ':' .. r[2]
+    end
+  end
+  for queue, mine in pairs(members) do
+    for first = 1, #mine, PIECE do
+      local scores = redis.pcall('ZMSCORE', registry('wip', queue), unpack(mine, first, math.min(first + PIECE - 1, #mine)))
+      for i, score in ipairs(scores.err and {} or scores) do is_lease[mine[first + i - 1]] = tonumber(score or '0') < 0 end
+    end
+  end
+end
+
 -- Where a lease holds a task, status and execution are those that it has by that. Returns whether it is the lease of this execution.
 local function held_by_lease(r, id, execution, v)
   local last = string.format('%d', (tonumber(v[2] or '') or 0) + 1)
   if r[11] == '' then
     if not lease_of_task(id) then return false end
-  elseif not lease_score(queue_of(r[11]), id, last) then
-    return false
+  else
+    local known = is_lease[id .. ':' .. last]
+    if known == nil then known = lease_score(queue_of(r[11]), id, last) end
+    if not known then return false end
   end
   v[2] = last
   if v[1] == 'queued' then v[1] = 'started' end
@@ -393,6 +414,7 @@ local function report_all()
   local finished, failed = 0, 0
   local reports = cmsgpack.unpack(ARGV[9])
   local behind = 10 + 2 * #reports -- the place of the runs
+  read_leases(reports)
   for number, r in ipairs(reports) do
     local _, answer = guarded({now, r[5], ttl_failed}, r[1], report, r, ARGV[8 + 2 * number], ARGV[9 + 2 * number])
     answers[number] = answer or 'stale'
