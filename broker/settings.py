@@ -36,6 +36,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     report_batch_s: float = 0.02
     # Ends are reported earlier when there are so many.
     report_batch_max: int = 64
+    # Ends of which only their lines in the journal are to be kept wait for so many seconds ...
+    plain_batch_s: float = 0.05
+    # ... or until there are so many: the server is called seldom, and a node has work for longer.
+    plain_batch_max: int = 256
     # A start is reported on its own only if the task runs for so many seconds.
     started_after_s: float = 0.1
 

@@ -218,8 +218,7 @@ class _Loop:
         for launcher in list(self._launchers.living.values()):
             # With each heartbeat all of them: one that hangs does not wake this process for what it has done before.
             if heartbeat_due or launcher.wake in ready:
-                for record in launcher.receive():
-                    self._node.receive_record(record, now)
+                self._node.receive_records(launcher.receive(), now)
                 if launcher.closed:
                     self._node.launcher_ended(launcher, now)
         if self._signals.fileno in ready:

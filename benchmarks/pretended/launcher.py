@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from itertools import count
 
+import msgspec
+
 from pilotq.workers.execution.launcher_pool import ISOLATED, LauncherHandle, LauncherPool
 from pilotq.workers.launcher.launcher import ANNOUNCE_S
 from pilotq.workers.launcher.report_pipe import WAKE_DELAY_S, WAKE_REPORTS
@@ -20,12 +22,15 @@ from pilotq.workers.protocol import (
     NO_OUTPUT,
     Begun,
     Call,
+    Element,
     Exited,
     FromLauncher,
     Launch,
     LaunchBase,
+    LaunchRun,
     LaunchSlot,
     Quit,
+    Ran,
     Retract,
     Retracted,
     Signal,
@@ -34,6 +39,7 @@ from pilotq.workers.protocol import (
 
 FIRST_NUMBER = 1 << 30  # no descriptor has such a number
 _numbers = count(FIRST_NUMBER)
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def seconds_of(argv: Sequence[bytes]) -> float:
@@ -53,6 +59,7 @@ class PretendedLauncher(LauncherHandle):
         self._wall = time.time() - time.monotonic()
         self._records: list[FromLauncher] = []
         self._running: dict[int, float] = {}  # key -> when it began (monotonic)
+        self._elements: dict[int, Element] = {}  # key -> which one it is, of those that came in runs
         self._moments: list[tuple[float, int, bool]] = []  # heap: when, key, whether it ends then, or is announced
         self._behind: dict[int, Launch] = {}  # key -> what is chained behind it
         self._before: dict[int, int] = {}  # key of what is chained -> key it waits for
@@ -65,7 +72,11 @@ class PretendedLauncher(LauncherHandle):
     def pid(self) -> int:
         return self._number
 
-    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:  # noqa: ARG002
+    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call | LaunchRun) -> None:
+        if isinstance(launch, LaunchRun):
+            for number in range(launch.number):
+                self.launch(base, slot, launch.launch_of(number))
+            return
         assert isinstance(launch, Launch), "functions are not pretended"
         began = time.thread_time()
         self.launched += 1
@@ -125,6 +136,8 @@ class PretendedLauncher(LauncherHandle):
     def _start(self, launch: Launch, at: float) -> None:
         seconds = seconds_of(launch.argv)
         self._running[launch.key] = at
+        if launch.element is not None:
+            self._elements[launch.key] = launch.element
         heapq.heappush(self._moments, (at + seconds, launch.key, True))
         if seconds > ANNOUNCE_S:
             heapq.heappush(self._moments, (at + ANNOUNCE_S, launch.key, False))
@@ -132,9 +145,15 @@ class PretendedLauncher(LauncherHandle):
 
     def _end(self, key: int, at: float, status: int) -> None:
         began = self._running.pop(key)
-        self._records.append(
-            Exited(key, 1, status, self._wall + began, self._wall + at, at - began, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT)
-        )
+        element = self._elements.pop(key, None)
+        if element is not None and not status and at - began <= ANNOUNCE_S:
+            after = round((self._wall + began - element.origin) * 1e6)
+            row = _encode((element.index, element.place, after, round((at - began) * 1e6), 1, 0, 0))
+            self._records.append(Ran(key, at - began, self._wall + at, row))
+        else:
+            self._records.append(
+                Exited(key, 1, status, self._wall + began, self._wall + at, at - began, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT)
+            )
         follower = self._behind.pop(key, None)
         if follower is None:
             self._unseen += WAKE_REPORTS

@@ -31,11 +31,12 @@ class Prefetch:
     # -- what nodes report -----------------------------------------------------------------------------------------
 
     def record_end(self, node: NodeRecord, end: ExecutionEnd, now: float) -> None:
-        """One execution has ended: its run time counts, and its slot goes on with a prefetched task if it is kept."""
+        """Executions have ended: their run time counts, and after each the slot goes on with a prefetched task if it
+        is kept."""
         if end.seconds >= 0:
-            self._estimates.add(end.class_name, end.seconds)
+            self._estimates.add(end.class_name, end.seconds, end.number)
         if end.kept or end.slot == 0:
-            self.remove(node, end.class_name, 1, now)
+            self.remove(node, end.class_name, end.number, now)
 
     def add(self, node: NodeRecord, class_name: str, count: int, now: float) -> None:
         """So many more tasks of the class were sent to the node."""

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +18,7 @@ from pilotq.broker.store.journal import JournalEntry, PackedEntry
 
 _pack = msgspec.msgpack.Encoder().encode
 TIMES_BELOW = 1e11  # unix seconds
+INDEX_PLACE = "\0i"  # in the command of a run: each element has its index there
 
 # index, place of its allocation, microseconds from `base` to its start, microseconds that it ran, pid, bytes of memory,
 # microseconds of CPU time
@@ -45,8 +46,10 @@ class RunLines(msgspec.Struct, array_like=True):
 
     def entries(self) -> Iterator[PackedEntry]:
         """The entry of each element, in the order of the rows."""
+        varies = INDEX_PLACE in self.command
         for number, (index, place, after, lasted, pid, max_rss, cpu) in enumerate(self.rows):
             started = round(self.base + after / 1e6, 6)
+            command = self.command.replace(INDEX_PLACE, str(index)) if varies else self.command
             entry = PackedEntry(
                 id=f"{self.array}_{index}",
                 name=self.name,
@@ -64,7 +67,7 @@ class RunLines(msgspec.Struct, array_like=True):
                 cpu=cpu / 1e6,
                 array=self.array,
                 index=None if self.bundled else index,
-                command=self.command,
+                command=command,
                 submission=self.submission,
                 memory=self.memory,
                 limit=self.limit or None,
@@ -72,6 +75,14 @@ class RunLines(msgspec.Struct, array_like=True):
             for name, value in self.more.get(number, {}).items():
                 setattr(entry, name, value)
             yield entry
+
+
+def pack_run(lines: RunLines, rows: Sequence[bytes]) -> bytes:
+    """A run, with rows that are packed already."""
+    head = b"\xdd" + len(rows).to_bytes(4, "big")
+    fields = [getattr(lines, name) for name in RunLines.__struct_fields__]
+    fields[RunLines.__struct_fields__.index("rows")] = msgspec.Raw(b"".join((head, *rows)))
+    return _pack(fields)
 
 
 class Line(NamedTuple):

@@ -67,17 +67,15 @@ class Lease(msgspec.Struct, array_like=True, tag="lease"):
     spec: bytes
     slots: list[tuple[int, str]]
 
-    def runs(self) -> Iterator[Run]:
-        """A `Run` for each element, in order."""
-        for number in range(self.number):
-            slot, allocation = self.slots[number] if number < len(self.slots) else (0, "")
-            position = self.first + number
-            index = self.index + self.step * number
-            yield Run(
-                f"{self.array}_{index}", self.execution, slot, allocation, self.class_name, self.name, self.queued,
-                self.handed, self.shared, self.array, index, position, self.retries, self.submission, self.spec,
-                lease=self.first,
-            )  # fmt: skip
+    def run(self, number: int) -> Run:
+        """The `Run` of one of the elements, counted from 0."""
+        slot, allocation = self.slots[number] if number < len(self.slots) else (0, "")
+        index = self.index + self.step * number
+        return Run(
+            f"{self.array}_{index}", self.execution, slot, allocation, self.class_name, self.name, self.queued,
+            self.handed, self.shared, self.array, index, self.first + number, self.retries, self.submission, self.spec,
+            lease=self.first,
+        )  # fmt: skip
 
 
 class Batch(msgspec.Struct, array_like=True, tag="batch"):
@@ -243,7 +241,7 @@ _NEEDED = frozenset({"id", "execution", "slot", "allocation", "class_name"})  # 
 def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
     """The messages of one entry of an inbox, and a sentence for each that is damaged.
 
-    For a `Lease` a `Run` for each of its elements, for a `Batch` one for each of its tasks.
+    For a `Batch` a `Run` for each of its tasks.
     A `Run` of which a field cannot be read comes with an empty ``spec``: so that task ends, and no other.
     """
     try:
@@ -267,11 +265,11 @@ def decode_inbox(packed: bytes) -> tuple[list[ToWorker], list[str]]:
 
 
 def _with_runs(messages: list[ToWorker]) -> list[ToWorker]:
-    if not any(isinstance(message, (Batch, Lease)) for message in messages):
+    if not any(isinstance(message, Batch) for message in messages):
         return messages
     found: list[ToWorker] = []
     for message in messages:
-        found += message.runs() if isinstance(message, (Batch, Lease)) else (message,)
+        found += message.runs() if isinstance(message, Batch) else (message,)
     return found
 
 
@@ -309,7 +307,7 @@ HEALTHY, UNKNOWN, FAILED, SUSPECT = range(4)
 
 
 class ExecutionEnd(NamedTuple):
-    """What the dispatcher must know of one ended execution."""
+    """What the dispatcher must know of an ended execution, or of several that ended alike."""
 
     slot: int
     class_name: str
@@ -318,6 +316,7 @@ class ExecutionEnd(NamedTuple):
     health: int = HEALTHY  # of its node: HEALTHY, UNKNOWN, FAILED or SUSPECT
     last_suspect_node: str = ""  # as it was handed
     why: str = ""  # of one that is SUSPECT: what happened, a sentence for people
+    number: int = 1  # of executions that have ended so, one after the other in that slot; ``seconds`` is their mean
 
 
 class NodeReport(msgspec.Struct, array_like=True, tag="node_report"):

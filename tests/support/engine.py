@@ -29,6 +29,7 @@ from pilotq.broker.store.messages import (
     UNKNOWN,
     EndReport,
     ExecutionEnd,
+    Lease,
     Leave,
     Reopen,
     RetractTasks,
@@ -197,6 +198,7 @@ class Engine:
         name, _, incarnation = node.rpartition(":")
         inbox = keys.inbox(name, int(incarnation))
         found = [m for _, (_, packed) in self.link.call("XRANGE", inbox, "-", "+") for m in decode_inbox(packed)[0]]
+        found = [one for m in found for one in (map(m.run, range(m.number)) if isinstance(m, Lease) else (m,))]
         self.link.call("DEL", inbox)
         return found
 

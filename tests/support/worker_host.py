@@ -25,6 +25,7 @@ from pilotq.broker.store.journal_runs import Line
 from pilotq.broker.store.messages import (
     EndReport,
     ExecutionEnd,
+    Lease,
     Run,
     RunEnd,
     StateReport,
@@ -33,7 +34,7 @@ from pilotq.broker.store.messages import (
     decode_inbox,
 )
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.broker.tasks.spec import Spec
+from pilotq.broker.tasks.spec import FLAG_ARRAY, Spec
 from pilotq.broker.tasks.submit_context import SubmitContext
 from pilotq.workers.session import Apart
 from tests.support.paths import ROOT
@@ -279,6 +280,19 @@ class Host:
             Run(
                 task_id, execution, slot, allocation, class_name, "", 1.0, 2.0, shared, array, index, position, 0, "",
                 packed, crashes,
+            )
+        )  # fmt: skip
+
+    def lease(
+        self, array: str, number: int, *argv: str, slot: int = 1, allocation: str = "n1[0]", class_name: str = "c",
+        first: int = 0, index: int = 0, step: int = 1, **spec: Any,
+    ) -> None:  # fmt: skip
+        """Elements of an array, the first one with a slot, if it is not 0."""
+        packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], flags=FLAG_ARRAY, **as_bytes(spec)))
+        self.send(
+            Lease(
+                array, 1, class_name, "", 1.0, 2.0, "base", first, number, index, step, 0, "", packed,
+                [(slot, allocation)] if slot else [],
             )
         )  # fmt: skip
 

@@ -48,6 +48,11 @@ class FailureStreak:
             why = self._explain(e, report)
         return end._replace(health=health, last_suspect_node=suspect_node, why=why)
 
+    def succeeded(self, started: float) -> None:
+        """Something that has no report of its own, and began then (unix seconds), has finished."""
+        if self._count and started >= self._since:
+            self._reset()
+
     def _health(self, e: Execution, report: EndReport | None, seconds: float) -> int:
         if report is not None and report.outcome not in ("finished", "failed"):
             return UNKNOWN

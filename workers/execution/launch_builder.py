@@ -18,26 +18,39 @@ from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Supe
 from pilotq.broker.log import log
 from pilotq.broker.os_strings import UNREADABLE, decode, encode
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
-from pilotq.broker.store.messages import Run, StartRemote
+from pilotq.broker.store.journal_runs import INDEX_PLACE
+from pilotq.broker.store.messages import Lease, Run, StartRemote
 from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
 from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS, PACK, SPREAD
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import (
     FLAG_ARRAY,
+    FLAG_BUNDLE,
     FLAG_FUNCTION,
     FLAG_LOGIN,
     FLAG_QCG,
     FLAG_RQ_JOB,
     FLAG_VALUES,
     Spec,
+    command_text,
     is_bundle,
 )
 from pilotq.broker.tasks.submit_context import GPU_VARIABLES, environment
 from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.leased_runs import HeldLease, LeasedRun, Template
 from pilotq.workers.execution.templating import Variables, has_variables, render
 from pilotq.workers.gpu_variables import gpu_variables
-from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot
+from pilotq.workers.protocol import (
+    INDEX_MARK,
+    NUMBER_MARK,
+    Call,
+    Element,
+    Launch,
+    LaunchBase,
+    LaunchRun,
+    LaunchSlot,
+)
 from pilotq.workers.shared_data import SharedData
 from pilotq.workers.shortage import is_shortage
 
@@ -53,6 +66,11 @@ NODE_VARIABLES = frozenset(
 # threads of all of them onto one core.
 PROC_BIND = {PACK: "close", SPREAD: "spread"}
 
+
+# Elements of such are not alike, or need more than a start.
+APART_FLAGS = FLAG_BUNDLE | FLAG_FUNCTION | FLAG_QCG | FLAG_RQ_JOB | FLAG_VALUES
+SIGN = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"  # for an index, in a command that is shown
+SHOWN_MAX = 160  # characters of such a command: with each index it is as long as a listing shows
 
 _MEMBER = msgspec.msgpack.Decoder(tuple[msgspec.Raw, str])  # spec.Member
 
@@ -145,11 +163,8 @@ class LaunchBuilder:
         known = class_info(run.class_name)
         reservation = self._reservation(e.allocation, known.request.numa if known is not None else "")
         member = is_bundle(run.spec)
-        packed = self._member(run) if member else run.spec
-        if packed is not self._decoded[0]:
-            decoded = self._decode(packed)
-            self._decoded = packed, decoded, has_variables(decoded)
-        _, spec, varies = self._decoded
+        spec = self._known_spec(self._member(run) if member else run.spec)
+        varies = self._decoded[2]
         if member and (varies or not spec.flags & FLAG_FUNCTION):
             run = msgspec.structs.replace(run, array="", index=-1, position=0)  # as if it had been submitted by itself
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
@@ -175,6 +190,61 @@ class LaunchBuilder:
             full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
             launch = self.launch_model.apply(e, spec, reservation, full, launch)
         return context.base, reservation.slot, launch
+
+    def hold(self, lease: Lease) -> HeldLease | None:
+        """What the elements of a lease have in common, if they are alike: programs of one process, without values, and
+        without files to write first or to keep."""
+        try:
+            spec = self._known_spec(lease.spec)
+        except UnlaunchableError:
+            return None
+        known = class_info(lease.class_name)
+        one = spec.model in ONE_PROCESS_MODELS and known is not None and known.request.nodes is None
+        if not one or spec.flags & APART_FLAGS or spec.stdout or spec.stderr or _command(spec)[1]:
+            return None
+        varies = self._decoded[2]
+        # With a sign that it shows as it is for the index, which has another length in each of them.
+        shown = command_text(render(spec, Variables(lease.array, lease.execution, index_text=SIGN)) if varies else spec)
+        texts = *spec.argv, *(spec.env or {}).values(), spec.cwd, spec.stdin
+        if SIGN in command_text(spec) or len(shown) > SHOWN_MAX or any(b"\0" in text for text in texts):
+            return None
+        return HeldLease(lease, spec, shown.replace(SIGN, INDEX_PLACE), varies=varies)
+
+    def build_run(self, run: LeasedRun, after: int) -> tuple[LaunchBase, LaunchSlot, LaunchRun]:
+        """The launches of a run in a slot, and what they name; ``after`` and what it raises are as of `build`."""
+        held = run.held
+        template = held.templates.get(run.allocation)
+        if template is None:
+            try:
+                template = held.templates[run.allocation] = self._template(held, run.allocation)
+            except Exception as error:  # noqa: BLE001  # the boundary of its tasks
+                raise refusal(error) from None
+        index = held.lease.index + held.lease.step * run.number
+        element = Element(index, held.place_of(run.allocation), held.lease.handed)
+        launch = msgspec.structs.replace(template.launch, key=run.key, after=after, element=element)
+        return template.base, template.slot, LaunchRun(run.count, held.lease.step, launch)
+
+    def _template(self, held: HeldLease, allocation: str) -> Template:
+        lease, spec = held.lease, held.spec
+        context = self._context(lease.shared)
+        known = class_info(lease.class_name)
+        reservation = self._reservation(allocation, known.request.numa if known is not None else "")
+        mark = INDEX_MARK.decode()
+        run = msgspec.structs.replace(lease.run(0), id=f"{lease.array}_{mark}")
+        if held.varies:
+            variables = _variables(run, None, reservation, context.cwd)
+            variables.index_text = mark
+            spec = render(spec, variables)
+        cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
+        env = _environment(run, spec, reservation.slot.env, INDEX_MARK)
+        env |= {b"PILOTQ_INDEX": INDEX_MARK, **(spec.env or {})}
+        if b"QCG_PM_STEP_ID" not in (spec.env or {}):
+            env[b"QCG_PM_STEP_ID"] = env[b"QCG_PM_STEP_ID"][: -len(b"%08x" % 0)] + NUMBER_MARK
+        launch = Launch(
+            0, run.id, run.execution, lease.shared, reservation.slot.name, _command(spec)[0], env, cwd,
+            _below(cwd, spec.stdin),
+        )  # fmt: skip
+        return Template(context.base, reservation.slot, launch)
 
     def build_remote(self, start: StartRemote, key: int) -> tuple[LaunchBase, LaunchSlot, Launch]:
         """The launch of a process for another node's execution; raises as `build`."""
@@ -207,6 +277,12 @@ class LaunchBuilder:
             ) from None
         run.name = name
         return bytes(spec)
+
+    def _known_spec(self, packed: bytes) -> Spec:
+        if packed is not self._decoded[0]:
+            decoded = self._decode(packed)
+            self._decoded = packed, decoded, has_variables(decoded)
+        return self._decoded[1]
 
     def _decode(self, packed: bytes) -> Spec:
         """The specification of a task. What was checked at submit is checked again: its record may be damaged."""

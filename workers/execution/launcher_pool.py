@@ -24,6 +24,7 @@ from pilotq.workers.protocol import (
     FromLauncher,
     Launch,
     LaunchBase,
+    LaunchRun,
     LaunchSlot,
     Quit,
     Retract,
@@ -91,7 +92,7 @@ class LauncherHandle:
     def pid(self) -> int:
         return self._process.pid
 
-    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call) -> None:
+    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call | LaunchRun) -> None:
         """Raises what an encoder raises when this launch cannot travel; then none of it is sent."""
         if base.name in self._known_bases and slot.name in self._known_slots:
             self._records.append(msgspec.Raw(_encode(launch)))

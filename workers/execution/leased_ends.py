@@ -1,23 +1,29 @@
-"""Collects the ends of elements that finished and that a lease holds: they are reported together, as columns."""
+"""Collects the ends of elements that finished and that a lease holds: they are reported together, as columns.
+
+Those that ended plainly in a run come packed, and stay so (`plain_runs`); the others one by one (`runs_of`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from pilotq.broker.store.journal_runs import RunLines
-from pilotq.broker.store.messages import EndReport, Run, RunEnd
+from pilotq.broker.store.journal_runs import Row, RunLines, pack_run
+from pilotq.broker.store.messages import EndReport, Lease, Run, RunEnd
 from pilotq.broker.store.resources import class_info
 from pilotq.broker.tasks.spec import is_bundle
 from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.leased_runs import HeldLease, PlainEnds
+from pilotq.workers.protocol import NO_OUTPUT, Exited
 from pilotq.workers.session import Apart, iso
 
 _pack = msgspec.msgpack.Encoder().encode
+read_row = msgspec.msgpack.Decoder(Row).decode
 
 
-def memory_of(run: Run) -> int:
+def memory_of(run: Run | Lease) -> int:
     """The bytes that its task asks for."""
     info = class_info(run.class_name)
     return info.request.memory if info is not None else 0
@@ -75,3 +81,58 @@ def _run_of(ends: list[LeasedEnd], node: str) -> tuple[RunEnd, Apart]:
     values = _pack([end.value for end in ends]) if ends[0].value else b""
     packed = RunEnd(run.array, run.execution, run.submission, last, run.position, len(ends), _pack(lines), values)
     return packed, lambda: [end.report(end.e, end.ended) for end in ends]
+
+
+def plain_runs(
+    ends: Sequence[PlainEnds], node: str, report: Callable[[Execution, float], EndReport]
+) -> Iterator[tuple[RunEnd, Apart]]:
+    """The same for elements that ended plainly; ``report`` makes an element's own report, where that is needed."""
+    ordered = sorted(ends, key=lambda end: (id(end.held), end.number))
+    first = 0
+    for number in range(1, len(ordered) + 1):
+        before = ordered[number - 1]
+        follows = number < len(ordered) and (before.held, before.number + len(before.rows)) == (
+            ordered[number].held,
+            ordered[number].number,
+        )
+        if not follows:
+            yield _plain_run_of(ordered[first:number], node, report)
+            first = number
+
+
+def _plain_run_of(
+    ends: Sequence[PlainEnds], node: str, report: Callable[[Execution, float], EndReport]
+) -> tuple[RunEnd, Apart]:
+    held, number, ended = ends[0].held, ends[0].number, max(end.ended for end in ends)
+    lease, allocations = held.lease, list(held.places)
+    rows = [row for end in ends for row in end.rows]
+    lines = RunLines(
+        lease.array, lease.name, lease.submission, node, lease.execution, lease.queued, lease.handed, held.command,
+        memory_of(lease), held.spec.time_limit, allocations, lease.handed, [],
+    )  # fmt: skip
+    packed = pack_run(lines, rows)
+
+    def apart() -> list[EndReport]:
+        return [
+            report(*_element_of(held, number + place, read_row(row), allocations)) for place, row in enumerate(rows)
+        ]
+
+    last = iso(ended)
+    return RunEnd(lease.array, lease.execution, lease.submission, last, lease.first + number, len(rows), packed), apart
+
+
+def _element_of(held: HeldLease, number: int, row: Row, allocations: Sequence[str]) -> tuple[Execution, float]:
+    """The execution that a row is of, and when it ended."""
+    e = Execution(0, held.lease.run(number))
+    held.describe(e)
+    exited = exited_of(e.key, row, held.lease.handed)
+    e.allocation, e.exited, e.pid, e.started = allocations[row[1]], exited, exited.pid, exited.started
+    return e, exited.ended
+
+
+def exited_of(key: int, row: Row, origin: float) -> Exited:
+    """The end of a launch that `Ran` tells with this row."""
+    _, _, after, lasted, pid, max_rss, cpu = row
+    started = origin + after / 1e6
+    ended = started + lasted / 1e6
+    return Exited(key, pid, 0, started, ended, lasted / 1e6, cpu / 1e6, max_rss, 0, NO_OUTPUT, NO_OUTPUT)

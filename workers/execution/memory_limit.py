@@ -37,6 +37,10 @@ class MemoryLimits:
         fields = {name: getattr(launch, name) for name in Launch.__struct_fields__}
         return ConfinedLaunch(**fields, cgroup=f"{self._cgroup}{launch.key}", memory=limit)
 
+    def confines(self, class_name: str) -> bool:
+        """Whether programs of this class get cgroups."""
+        return bool(self._cgroup and self.limit_of(class_name))
+
     def started(self, e: Execution, pid: int) -> None:
         """Its main process runs, or that of the function's interpreter: it is measured.
 

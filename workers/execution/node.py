@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pilotq.broker import failpoints
 from pilotq.broker.errors import ServerUnavailable, StateLost, Superseded
@@ -20,6 +20,7 @@ from pilotq.broker.store.messages import (
     ClearSuspicion,
     EndReport,
     ExecutionEnd,
+    Lease,
     Leave,
     Reopen,
     RetractTasks,
@@ -38,6 +39,8 @@ from pilotq.workers.execution.held_back import hold_back, shortage_of
 from pilotq.workers.execution.hooks import NodeActions, NodeHooks
 from pilotq.workers.execution.launch_builder import LaunchBuilder, NotYetError, Prepared, UnlaunchableError, refusal
 from pilotq.workers.execution.launcher_pool import LauncherHandle, LauncherPool
+from pilotq.workers.execution.leased_ends import exited_of, read_row
+from pilotq.workers.execution.leased_runs import LeasedRun
 from pilotq.workers.execution.memory_limit import MemoryLimits
 from pilotq.workers.execution.orphans import OrphanReaper
 from pilotq.workers.execution.output_files import PendingOutputs
@@ -49,6 +52,7 @@ from pilotq.workers.protocol import (
     Exited,
     FromLauncher,
     GroupSwept,
+    Ran,
     Refused,
     Retract,
     Retracted,
@@ -83,10 +87,11 @@ class Node:
         self._reporter = Reporter(info.name, directory)
         self._orphans = OrphanReaper(directory, settings)
         self._memory = MemoryLimits(info, settings, cgroup)
-        self.outbox = Outbox(session, settings, info.name)
+        self.outbox = Outbox(session, settings, info.name, self._reporter.report)
         self._ready: deque[Execution] = deque()  # have a slot: `launch` takes them
         self._postponed: dict[int, Execution] = {}  # have a slot, but must wait for the server or their turn
         self._retry_at = self._look_at = 0.0
+        self._unpack_at = 0.0  # when the first of a run may be overdue; 0: no run has a slot
         self._to_chain: set[int] = set()  # slots that have gone on to another task: `launch` chains others to it
         self._retracted: list[Execution] = []  # prefetched again, and to be returned to the dispatcher
         self._starts: list[tuple[str, int, str, str, bytes, bytes]] = []
@@ -99,7 +104,7 @@ class Node:
 
     @property
     def busy(self) -> bool:
-        return len(self._slots) > 0 or self._hooks.busy
+        return bool(self._slots) or self._hooks.busy
 
     def running(self) -> list[Execution]:
         return [e for e in self._slots if e.started]
@@ -109,21 +114,18 @@ class Node:
     def receive(self, message: ToWorker, now: float) -> None:
         if isinstance(message, Run):
             self._add(message)
+        elif isinstance(message, Lease):
+            self._add_lease(message)
         elif isinstance(message, Stop):
-            for e in self._slots.find_all(message.id, message.execution):
-                if not message.unstarted or e.phase in UNSTARTED:
-                    self._stop(e, message.reason, self._settings.kill_grace_s, now)
+            self._stop_all(message, now)
         elif isinstance(message, Vacate):
+            self._unpack_launched(lambda run: run.slot in message.slots)
             for e in [e for e in self._slots if e.slot in message.slots]:
                 self._stop(e, "gave way", self._settings.kill_grace_s, now)
         elif isinstance(message, Reopen):
             self._reopen(message)
         elif isinstance(message, RetractTasks):
-            tasks = self._slots.retract(message.class_name, message.count)
-            self._return(tasks, message.class_name)
-            for e in self._slots.newest_chained(message.class_name, message.count - len(tasks)):
-                e.to_retract = True
-                self._carry_out(e, self._escalation.retract(e, now), now)
+            self._retract(message, now)
         elif isinstance(message, StateRequest):
             # What has ended is no longer in the state: reported later, it would be counted a second time.
             self.outbox.flush(now, all_now=True)
@@ -134,6 +136,23 @@ class Node:
             self.outbox.streak.clear_suspicion(healthy=message.healthy)
         else:
             self._hooks.receive(message, now)
+
+    def _stop_all(self, message: Stop, now: float) -> None:
+        for run in self._slots.runs():
+            if run.holds(message.id, message.execution):
+                self._unpack(run)
+        for e in self._slots.find_all(message.id, message.execution):
+            if not message.unstarted or e.phase in UNSTARTED:
+                self._stop(e, message.reason, self._settings.kill_grace_s, now)
+
+    def _retract(self, message: RetractTasks, now: float) -> None:
+        tasks = self._slots.retract(message.class_name, message.count)
+        self._return(tasks, message.class_name)
+        if len(tasks) < message.count:
+            self._unpack_launched(lambda run: run.class_name == message.class_name)
+        for e in self._slots.newest_chained(message.class_name, message.count - len(tasks)):
+            e.to_retract = True
+            self._carry_out(e, self._escalation.retract(e, now), now)
 
     def _add(self, run: Run) -> None:
         if self._slots.find(run.id, run.execution) is not None:
@@ -153,6 +172,48 @@ class Node:
             self._ready += [e] if e is not None else []
             ends.append(ExecutionEnd(number, message.class_name, -1.0, e is not None, UNKNOWN))
         self._session.post_ends([], ends)
+
+    def _add_lease(self, lease: Lease) -> None:
+        """Enter the elements of a lease: those without a slot as a run, if they are alike."""
+        ends = [lease.run(number) for number in (0, lease.number - 1)]
+        if any(run.holds(end.id, end.execution) for end in ends for run in self._slots.runs()):
+            return  # sent twice
+        held = None
+        if not self.leaving and not self._memory.confines(lease.class_name):
+            held = self._builder.hold(lease)
+        with_slot = len(lease.slots)
+        for number in range(lease.number if held is None else with_slot):
+            self._add(lease.run(number))
+        if held is not None and lease.number > with_slot:
+            self._slots.add_run(held, with_slot, lease.number - with_slot)
+
+    def _unpack(self, run: LeasedRun, count: int = 0) -> None:
+        """Make executions of a run, or of its first ``count`` elements: something is to be done with one of them."""
+        since, begun = run.since, run.begun
+        found = self._slots.unpack(run, count)
+        if not run.slot:
+            return
+        slot = self._slots.slot(run.slot)
+        for e in found:
+            e.launcher = run.launcher
+            run.held.describe(e)
+            if slot is not None and slot.task is e:
+                e.launch_begun = begun
+                self._escalation.launching(e, since)
+            else:
+                self._escalation.chained(e)
+
+    def _unpack_launched(self, wanted: Callable[[LeasedRun], bool] = lambda _: True) -> None:
+        for run in self._slots.runs(launched=True):
+            if wanted(run):
+                self._unpack(run)
+
+    def _unpack_behind(self, e: Execution) -> None:
+        """What is chained behind an execution must be seen one by one."""
+        slot = self._slots.slot(e.slot)
+        for run in list(slot.chain) if slot is not None and slot.task is e else ():
+            if isinstance(run, LeasedRun):
+                self._unpack(run)
 
     def _stop(self, e: Execution, reason: str, grace: float, now: float, *, notice: bool = False) -> None:
         if e.launched:
@@ -178,20 +239,54 @@ class Node:
         """End all tasks and return those that have not started; repeated, it can only shorten the grace."""
         self.leaving, self._notice_signal = True, message.notice
         self._return(self._slots.retract_all())
+        self._unpack_launched()
         for e in self._slots:
             self._stop(e, message.reason, message.grace, now, notice=message.notice != 0)
         self._hooks.leave(message.grace, now)
 
     # -- records of launchers --------------------------------------------------------------------------------------
 
+    def receive_records(self, records: Sequence[FromLauncher], now: float) -> None:
+        """What a launcher has told, in order."""
+        runs = self._slots.runs_by_key
+        passed: dict[LeasedRun, int] = {}  # so many of their elements have ended plainly
+        try:
+            for record in records:
+                run = runs.get(record.key)
+                if run is None:
+                    self.receive_record(record, now)
+                elif isinstance(record, Ran):
+                    failpoints.hit("end received")
+                    if run not in passed:
+                        self.outbox.open_ends(run, now)
+                    passed[run] = passed.get(run, 0) + 1
+                    del runs[run.key]
+                    run.pass_plain(record)
+                    if run.count:
+                        runs[run.key] = run
+                    else:
+                        self._end_run(run, now)
+                elif isinstance(record, Begun):
+                    run.begun = True
+                    self._launchers.living[run.launcher].starting_key = record.key
+                else:
+                    if run in passed:
+                        self._count_plain(run, passed.pop(run), now)
+                    self._unpack(run, 0 if isinstance(record, Refused) and record.passing else 1)
+                    self.receive_record(record, now)
+        finally:
+            for run, number in passed.items():
+                self._count_plain(run, number, now)
+
     def receive_record(self, record: FromLauncher, now: float) -> None:
         e = self._escalation.executions.get(record.key)
         if e is None:
             if not self._hooks.receive_record(record):
                 self._receive_late_record(record, now)
-        elif isinstance(record, (Exited, Returned)):
+        elif isinstance(record, (Exited, Returned, Ran)):
             e.held_back = None
-            self._exited(e, record, now)
+            ended = exited_of(e.key, read_row(record.row), e.run.handed) if isinstance(record, Ran) else record
+            self._exited(e, ended, now)
         elif isinstance(record, Begun):
             e.launch_begun = True
             self._launchers.living[e.launcher].starting_key = e.key
@@ -214,9 +309,49 @@ class Node:
         elif isinstance(record, Retracted):
             self._not_started(e, now)
 
+    def _end_run(self, run: LeasedRun, now: float) -> None:
+        """All elements of a run have ended."""
+        follower = self._slots.end_run(run)
+        if follower is not None:
+            self._go_on(follower, now)
+            return
+        assert run.ends is not None
+        run.ends.kept = False
+        self.outbox.urgent = True
+
+    def _count_plain(self, run: LeasedRun, number: int, now: float) -> None:
+        """So many elements of a run have ended plainly, one after the other."""
+        mean = self.outbox.count_plain(run, number)
+        self._slots.add_runtime(run.class_name, mean, number)
+        run.since = now
+        self._to_chain.add(run.slot)
+
+    def _go_on(self, follower: Execution | LeasedRun, now: float) -> None:
+        """It has a slot now, in which something else has ended."""
+        if isinstance(follower, LeasedRun):
+            follower.since = now
+            self._unpack_at = self._unpack_at or now + self._settings.launch_confirm_s
+            self._to_chain.add(follower.slot)
+        elif follower.phase is Phase.CHAINED:
+            self._escalation.launching(follower, now)
+            self._to_chain.add(follower.slot)
+        else:
+            self._ready.append(follower)
+
+    def _unpack_overdue(self, now: float) -> None:
+        """Those whose launch was not confirmed in time are seen one by one: the escalation decides."""
+        self._unpack_at = 0.0
+        for run in self._slots.first_runs():
+            due = run.since + self._settings.launch_confirm_s
+            if due <= now:
+                self._unpack(run)
+            else:
+                self._unpack_at = min(due, self._unpack_at or due)
+
     def _receive_late_record(self, record: FromLauncher, now: float) -> None:
         """A record of what was reported as unkillable, else of what was taken from a launcher that was given up."""
-        over = isinstance(record, GroupSwept) or (isinstance(record, (Exited, Returned)) and not record.remaining)
+        over = isinstance(record, (GroupSwept, Ran))
+        over = over or (isinstance(record, (Exited, Returned)) and not record.remaining)
         if over and (e := self._slots.unkillable.get(record.key)) is not None:
             self._end(e, time.time(), now)
 
@@ -254,12 +389,12 @@ class Node:
 
     def _drain(self, launcher: LauncherHandle, now: float) -> None:
         while records := launcher.receive():
-            for record in records:
-                self.receive_record(record, now)
+            self.receive_records(records, now)
 
     def _abandon(self, launcher: LauncherHandle, now: float, *, dead: bool) -> None:
         """Take everything from a launcher that is dead or hangs, and replace it."""
         self._drain(launcher, now)
+        self._unpack_launched(lambda run: run.launcher == launcher.number)
         taken = []
         for e in [e for e in self._escalation.executions.values() if e.launcher == launcher.number]:
             if dead and not e.launch_begun:
@@ -285,10 +420,12 @@ class Node:
     def next(self) -> float | None:
         """Monotonic time at which `tick` wants to be called."""
         retry_at = max(self._retry_at, self._look_at) if self._postponed else None
-        moments = [self._escalation.next(), self._orphans.next(), self._hooks.next(), retry_at]
+        moments = [self._escalation.next(), self._orphans.next(), self._hooks.next(), retry_at, self._unpack_at or None]
         return min((m for m in moments if m is not None), default=None)
 
     def tick(self, now: float) -> None:
+        if self._unpack_at and now >= self._unpack_at:
+            self._unpack_overdue(now)
         for e, action in self._escalation.due(now):
             # A launcher that was given up in this very loop has taken others with it.
             if e.key in self._escalation.executions:
@@ -316,6 +453,7 @@ class Node:
             self._hooks.killing(e)
         if action is not Action.RETRACT:
             # It takes longer than was expected: what is chained to it must be free to go elsewhere.
+            self._unpack_behind(e)
             for other in self._slots.chained_behind(e):
                 self._carry_out(other, self._escalation.retract(other, now), now)
         if action is Action.ANNOUNCE:
@@ -341,6 +479,7 @@ class Node:
             level="warning",
             task=e.run.id,
         )
+        self._unpack_launched(lambda run: run.launcher == launcher.number)
         self._escalation.mark_lost(launcher.number, launcher.starting_key)
         self._abandon(launcher, now, dead=False)
 
@@ -379,17 +518,40 @@ class Node:
         task = slot.task
         last = slot.chain[-1] if slot.chain else task
         launcher = self._launchers.living.get(task.launcher)
-        if launcher is None or launcher.stopping or task.run.crashes or task.reason or self.leaving:
+        if launcher is None or launcher.stopping or self.leaving:
             return
-        for _ in range(0 if self._escalation.retracting(last) else self._slots.chain_room(slot)):
+        if isinstance(task, Execution) and (task.run.crashes or task.reason):
+            return
+        if isinstance(last, Execution) and self._escalation.retracting(last):
+            return
+        room, after = self._slots.chain_room(slot), _last_key(last)
+        while room > 0 and now >= self._retry_at:
             e = self._slots.next_prefetched(slot)
-            if e is None or e.run.crashes or now < self._retry_at:
+            if isinstance(e, LeasedRun):
+                run = self._slots.chain_run(slot, room)
+                room -= run.count
+                after = self._send_run(run, after, launcher)
+                continue
+            if e is None or e.run.crashes:
                 return
+            room -= 1
             self._slots.chain(slot)
-            prepared = self._build(e, last.key, now)
+            prepared = self._build(e, after, now)
             if prepared is not None and self._send(e, launcher, prepared, now):
                 self._escalation.chained(e)
-                last = e
+                after = e.key
+
+    def _send_run(self, run: LeasedRun, after: int, launcher: LauncherHandle) -> int:
+        """Send a run to its launcher, behind that key; the key to chain to next. Whatever is wrong is found and said of
+        each of its elements."""
+        try:
+            launcher.launch(*self._builder.build_run(run, after))
+        except Exception:  # noqa: BLE001  # the boundary of its tasks
+            for e in self._slots.unpack(run):
+                self._slots.return_to_queue(e)
+            return after
+        run.launcher = launcher.number
+        return run.last_key
 
     def _build(self, e: Execution, after: int, now: float) -> Prepared | None:
         """The records for its launcher. None when that must wait for the server, or when it can never be launched."""
@@ -425,11 +587,12 @@ class Node:
         """It cannot be launched: never, or not now."""
         if passing and not e.reason and hold_back(e, message, now, self._settings.shortage_s):
             self._retry_at = now + RETRY_S
+            self._unpack_behind(e)
             self._out_of_escalation(e)
             if e.phase is Phase.CHAINED:
                 self._slots.return_to_queue(e)
             elif (follower := self._slots.give_way(e)) is not None:
-                self._escalation.launching(follower, now)
+                self._go_on(follower, now)
             else:
                 e.phase = Phase.WAITING
                 self._postponed[e.key] = e
@@ -472,11 +635,8 @@ class Node:
         late = e.key in self._slots.unkillable
         self._out_of_escalation(e)
         follower = self._slots.end(e, go_on=self._may_go_on(e))
-        if follower is not None and follower.phase is Phase.CHAINED:
-            self._escalation.launching(follower, now)
-            self._to_chain.add(follower.slot)
-        elif follower is not None:
-            self._ready.append(follower)
+        if follower is not None:
+            self._go_on(follower, now)
         seconds = now - e.began if e.started and not late else -1.0
         end = ExecutionEnd(e.slot, e.run.class_name, seconds, follower is not None)
         if late:
@@ -575,3 +735,7 @@ class Node:
                 "what was still to be done with files of tasks is left undone: their file systems do not answer",
                 level="warning",
             )
+
+
+def _last_key(last: Execution | LeasedRun) -> int:
+    return last.last_key if isinstance(last, LeasedRun) else last.key

@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -24,7 +25,8 @@ from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
 from pilotq.workers.execution.larger_request import larger_request
-from pilotq.workers.execution.leased_ends import LeasedEnd, memory_of, runs_of
+from pilotq.workers.execution.leased_ends import LeasedEnd, memory_of, plain_runs, runs_of
+from pilotq.workers.execution.leased_runs import LeasedRun, PlainEnds
 from pilotq.workers.execution.memory_limit import KILLED
 from pilotq.workers.protocol import NO_OUTPUT, Captured, Exited, Returned, tail
 from pilotq.workers.session import Session, iso
@@ -238,14 +240,20 @@ class Outbox:
     way: what ends meanwhile goes into the next one, so a busy server makes batches larger, not queues longer.
     """
 
-    def __init__(self, session: Session, settings: Settings, node: str) -> None:
+    def __init__(
+        self, session: Session, settings: Settings, node: str, report: Callable[[Execution, float], EndReport]
+    ) -> None:
+        """``report`` makes the report of one of many that ended plainly, where it needs one of its own."""
         self._session = session
         self._settings = settings
         self._node = node
+        self._report = report
         self.streak = FailureStreak(settings)
         self._waiting: list[tuple[EndReport | LeasedEnd, ExecutionEnd | None]] = []
-        self._since = 0.0
-        self._urgent = False
+        self._plain: list[PlainEnds] = []
+        self._number_plain = 0  # of elements in them
+        self._since = self._plain_since = 0.0
+        self.urgent = False
 
     def add(self, e: Execution, report: EndReport | LeasedEnd, end: ExecutionEnd | None, now: float) -> None:
         """``end`` is None when the slot stays taken."""
@@ -257,7 +265,25 @@ class Outbox:
             self._since = now
         self._waiting.append((report, end))
         if end is None or not end.kept:
-            self._urgent = True
+            self.urgent = True
+
+    def open_ends(self, run: LeasedRun, now: float) -> None:
+        """Elements of a run are about to end plainly: `LeasedRun.pass_plain` adds them to ``ends``."""
+        ends = run.ends
+        if ends is None or ends.closed or ends.number + len(ends.rows) != run.number:
+            run.ends = PlainEnds(run)
+            if not self._plain:
+                self._plain_since = now
+            self._plain.append(run.ends)
+
+    def count_plain(self, run: LeasedRun, number: int) -> float:
+        """So many were added since the last call; the seconds that they ran, on average."""
+        ends = run.ends
+        assert ends is not None
+        self._number_plain += number
+        seconds, ends.counted = ends.seconds - ends.counted, ends.seconds
+        self.streak.succeeded(ends.ended - seconds / number)
+        return seconds / number
 
     def _mark_suspect(self) -> None:
         """The node is suspect: those of the streak not yet reported are no more to blame than the last."""
@@ -267,28 +293,48 @@ class Outbox:
 
     def due(self, now: float) -> float | None:
         """Monotonic time at which `flush` wants to be called; None: not before something else happens."""
-        if not self._waiting or self._session.unsent():
+        if not len(self) or self._session.unsent():
             return None
-        if self._urgent or len(self._waiting) >= self._settings.report_batch_max:
+        settings = self._settings
+        full = len(self._waiting) >= settings.report_batch_max or self._number_plain >= settings.plain_batch_max
+        if self.urgent or full:
             return now
-        return self._since + self._settings.report_batch_s
+        moments = [self._since + settings.report_batch_s] if self._waiting else []
+        moments += [self._plain_since + settings.plain_batch_s] if self._plain else []
+        return min(moments)
 
     def flush(self, now: float, *, all_now: bool = False) -> bool:
         """Post what is due; with ``all_now`` everything. True if something was posted."""
-        due = now if all_now and self._waiting else self.due(now)
+        due = now if all_now and len(self) else self.due(now)
         if due is None or due > now:
             return False
-        while self._waiting:
+        while len(self):
             call = self._waiting[: self._batch_size()]
             del self._waiting[: len(call)]
             reports = [report for report, _ in call if isinstance(report, EndReport)]
             leased = [report for report, _ in call if isinstance(report, LeasedEnd)]
-            runs = list(runs_of(leased, self._node))
-            self._session.post_ends(reports, [end for _, end in call if end is not None], runs)
+            plain = self._take_plain(CALL_MAX - len(call))
+            runs = [*runs_of(leased, self._node), *plain_runs(plain, self._node, self._report)]
+            ends = [end for _, end in call if end is not None]
+            self._session.post_ends(reports, [*ends, *(end for one in plain for end in one.slot_ends())], runs)
             if not all_now:
                 break
-        self._urgent = bool(self._waiting)
+        self.urgent = len(self) > 0
         return True
+
+    def _take_plain(self, most: int) -> list[PlainEnds]:
+        """About so many of the elements that have ended plainly, for one call."""
+        number = 0
+        taken = []
+        for ends in self._plain:
+            if number >= most:
+                break
+            ends.closed = True
+            number += len(ends.rows)
+            taken.append(ends)
+        del self._plain[: len(taken)]
+        self._number_plain -= number
+        return taken
 
     def _batch_size(self) -> int:
         """How many of those that wait go into one call."""
@@ -303,4 +349,4 @@ class Outbox:
         return CALL_MAX
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._number_plain

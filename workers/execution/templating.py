@@ -33,6 +33,7 @@ class Variables(msgspec.Struct):
     attempt: int = 1
     name: str = ""
     index: int = -1  # as the user counts; -1 when the task is no element of an array
+    index_text: str = ""  # what stands for it, if that is not the number
     value: str | None = None  # the element's, as os.fsdecode shows it; None in arrays without values: it is the index
     position: int = 0
     cores: int = 1  # all cores of the reservation
@@ -65,7 +66,7 @@ def render(spec: Spec, variables: Variables) -> Spec:
 
         spec = _render(spec, numbered, lambda text: numbered(text) if is_for_shell(text) else text, b"{")
     if spec.flags & FLAG_ARRAY:
-        index = str(variables.index)
+        index = variables.index_text or str(variables.index)
         value = index if variables.value is None else variables.value
 
         def braces(text: str) -> str:

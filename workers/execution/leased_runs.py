@@ -1,0 +1,145 @@
+"""Runs of elements that came in one lease, without an object for each of them.
+
+A node keeps the elements of a lease packed as long as they are all alike: waiting, chained, running for a moment, ended
+plainly. Of what is more than that an `Execution` is made (`SlotTable.unpack`), and all else knows only that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pilotq.broker.store.messages import ExecutionEnd, Lease, Run
+from pilotq.broker.tasks.spec import Spec
+from pilotq.workers.execution.execution import Execution
+from pilotq.workers.execution.templating import Variables, render
+from pilotq.workers.protocol import Launch, LaunchBase, LaunchSlot, Ran
+
+
+class Template(NamedTuple):
+    """What the launches of all elements of a lease in one slot are made from."""
+
+    base: LaunchBase
+    slot: LaunchSlot
+    launch: Launch
+
+
+class HeldLease:
+    """A lease whose elements are alike, on the node that has them: they differ by their index alone.
+
+    ``command`` is that of the journal, with `INDEX_PLACE` for the index.
+    """
+
+    def __init__(self, lease: Lease, spec: Spec, command: str, *, varies: bool) -> None:
+        self.lease = lease
+        self.spec = spec
+        self.varies = varies  # there are variables in it
+        self.command = command
+        self.places: dict[str, int] = {}  # of allocations, in the rows of its ends
+        self.templates: dict[str, Template] = {}  # by allocation
+
+    def place_of(self, allocation: str) -> int:
+        return self.places.setdefault(allocation, len(self.places))
+
+    def describe(self, e: Execution) -> None:
+        """Set what an execution that is an element of it would have if its launch had been built."""
+        run = e.run
+        variables = Variables(run.id, run.execution, run.name, run.index, position=run.position)
+        e.spec = render(self.spec, variables) if self.varies else self.spec
+        e.limit = self.spec.time_limit
+
+
+class LeasedRun:
+    """So many elements of a lease, at consecutive positions. Their keys are consecutive, too, from ``key`` on.
+
+    With a ``slot`` its launcher has them, and the first one is the next that begins there, or has begun; else they are
+    prefetched.
+    """
+
+    __slots__ = ("held", "key", "number", "count", "slot", "allocation", "launcher", "begun", "since", "ends")
+
+    def __init__(self, held: HeldLease, key: int, number: int, count: int) -> None:
+        self.held = held
+        self.key = key
+        self.number = number  # of the first one in the lease, counted from 0
+        self.count = count
+        self.slot = 0
+        self.allocation = ""
+        self.launcher = 0
+        self.begun = False  # its launcher has begun to start the first one
+        self.since = 0.0  # monotonic: since when the first one is to start
+        self.ends: PlainEnds | None = None  # those that were collected last
+
+    @property
+    def last_key(self) -> int:
+        return self.key + self.count - 1
+
+    @property
+    def class_name(self) -> str:
+        return self.held.lease.class_name
+
+    def split(self, count: int) -> LeasedRun:
+        """Take out the first ``count``."""
+        taken = LeasedRun(self.held, self.key, self.number, count)
+        self.pass_first(count)
+        return taken
+
+    def pass_first(self, count: int = 1) -> None:
+        self.key += count
+        self.number += count
+        self.count -= count
+        self.begun = False
+
+    def pass_plain(self, record: Ran) -> None:
+        """The first one has ended plainly; its row goes to ``ends``."""
+        ends = self.ends
+        assert ends is not None
+        ends.rows.append(record.row)
+        ends.seconds += record.seconds
+        ends.ended = record.ended
+        self.key += 1
+        self.number += 1
+        self.count -= 1
+        self.begun = False
+
+    def run(self, number: int) -> Run:
+        """The message of one of them, counted from its first, as if it had come by itself."""
+        return self.held.lease.run(self.number + number)
+
+    def holds(self, task_id: str, execution: int) -> bool:
+        """Whether the task is one of them, or their array; execution 0 means any."""
+        lease = self.held.lease
+        if execution not in (0, lease.execution):
+            return False
+        if task_id == lease.array:
+            return True
+        array, _, index = task_id.rpartition("_")
+        if array != lease.array or not index.isdecimal():
+            return False
+        number, rest = divmod(int(index) - lease.index, lease.step or 1)
+        return not rest and self.number <= number < self.number + self.count
+
+
+class PlainEnds:
+    """Ends of elements of a lease in one slot, at consecutive positions, that are still to be reported."""
+
+    __slots__ = ("held", "slot", "number", "rows", "seconds", "counted", "ended", "kept", "closed")
+
+    def __init__(self, run: LeasedRun) -> None:
+        self.held = run.held
+        self.slot = run.slot
+        self.number = run.number
+        self.rows: list[bytes] = []
+        self.seconds = self.counted = 0.0  # that they ran, in all; of these, those that the caller has counted
+        self.ended = 0.0  # unix seconds: when the last one did
+        self.kept = True  # its slot has gone on
+        self.closed = False  # nothing is added any more
+
+    def slot_ends(self) -> Iterator[ExecutionEnd]:
+        """What the dispatcher must know of them: the slot went on after each, or after each but the last."""
+        number, mean = len(self.rows), self.seconds / len(self.rows)
+        name = self.held.lease.class_name
+        if number > 1 or self.kept:
+            yield ExecutionEnd(self.slot, name, mean, True, number=number if self.kept else number - 1)
+        if not self.kept:
+            yield ExecutionEnd(self.slot, name, mean, False)
