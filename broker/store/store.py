@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache, lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -106,6 +107,15 @@ class ClaimTarget(NamedTuple):
     node: str  # name:incarnation
     slot: int  # 0: prefetched
     allocation: str
+
+
+def _counted(targets: Sequence[ClaimTarget]) -> list[tuple[str | int, ...]]:
+    """The targets, those that follow each other and are alike once, with their number: prefetched tasks of a node."""
+    found: list[tuple[str | int, ...]] = []
+    for target, alike in groupby(targets):
+        number = sum(1 for _ in alike)
+        found.append((*target, number) if number > 1 else target)
+    return found
 
 
 def _head(reply: Any) -> Head:
@@ -206,9 +216,8 @@ class Store:
     def claim(self, groups: Sequence[tuple[str, Sequence[ClaimTarget]]]) -> list[tuple[int, Head]]:
         """Hand out heads of class lists to targets, in order; returns the number filled and the head of each class."""
         now = time.time()
-        answer = self.run(
-            "claim", self.term, f"{now:.6f}", iso(now), HEADS_SHOWN, self.settings.failed_ttl_s, pack(groups)
-        )
+        packed = pack([(name, _counted(targets)) for name, targets in groups])
+        answer = self.run("claim", self.term, f"{now:.6f}", iso(now), HEADS_SHOWN, self.settings.failed_ttl_s, packed)
         return [(int(r[0]), _head(r[1:])) for r in answer]
 
     def release_dependents(self, limit: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@
 -- messages.Run, or messages.Batch for tasks of one submission, and messages.Lease for a run of elements, field by
 -- field.
 -- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 show (ids of each list to return), 6 ttl of canceled records (s),
---       7 msgpack [[class, [[node:incarnation, slot, allocation], ...]], ...]; slot 0 = prefetched.
+--       7 msgpack [[class, [[node:incarnation, slot, allocation, number of such targets (none: 1)], ...]], ...]; slot 0 = prefetched.
 -- Returns for each class {number handed, length left, places of the first ids, elements left in the first one}: targets are
 -- filled in order.
 if not queue_id_ok() then return queue_id_error() end
@@ -273,7 +273,10 @@ local function claim_one(id, class, targets)
 end
 
 for number, group in ipairs(cmsgpack.unpack(ARGV[7])) do
-  local class, targets = group[1], group[2]
+  local class, targets = group[1], {}
+  for _, target in ipairs(group[2]) do
+    for _ = 1, target[4] or 1 do targets[#targets + 1] = target end
+  end
   from = 1
   local list = list_key(class)
   set_aside(class)
