@@ -35,7 +35,7 @@ COLOURS = {"finished": "green", "failed": "red", "canceled": "yellow", "stopped"
 TASK_COLUMNS = ("ID", "NAME", "STATUS", "REASON", "EXIT", "CORES", "RAN", "COMMAND")
 DETAILS = (
     "queue", "command", "message", "signal", "max_rss", "cpu", "retries", "array", "index", "array_size", "array_limit",
-    "elements", "ended",
+    "elements", "ended", "children", "open_children", "child_of",
 )  # fmt: skip
 STDERR_LINES = 10  # last lines of stderr in an explanation
 NODE_COLUMNS = ("NAME", "STATE", "HOST", "CORES", "USED", "RUNNING", "HEARTBEAT")
@@ -122,7 +122,8 @@ def ran(task: TaskView) -> float | None:
     started = task.times.get("started")
     if started is None:
         return None
-    return max((task.times.get("ended") or time.time()) - started, 0.0)
+    ended = task.times.get("joining") or task.times.get("ended") or time.time()
+    return max(ended - started, 0.0)
 
 
 def task_row(task: TaskView) -> list[str]:
@@ -171,9 +172,17 @@ def tasks_of(task_id: str, bundles: Mapping[str, int]) -> str:
     return ids_text(task_id, f"0-{bundles[task_id] - 1}") if task_id in bundles else task_id
 
 
+def _children(task: TaskView) -> str:
+    """What was submitted within a task that joins."""
+    if task.reason == "joining":
+        return f"waits for {task.open_children:,} of its {task.children:,} children"
+    return f"{task.children:,}, {task.open_children:,} of them have not ended" if task.children else ""
+
+
 def details_text(task: TaskView) -> str:
     """All that is known of one task, a line for each fact."""
-    reason = f"{task.reason}: {REASONS[task.reason]}" if REASONS.get(task.reason) else task.reason
+    says = "its process has ended" if task.reason == "joining" else REASONS.get(task.reason)
+    reason = f"{task.reason}: {says}" if says else task.reason
     times = task.times
     facts = [
         ("id", task.id),
@@ -185,6 +194,8 @@ def details_text(task: TaskView) -> str:
         ("signal", str(task.signal or "")),
         ("command", task.command),
         ("queue", task.queue),
+        ("children", _children(task)),
+        ("child of", task.child_of),
         ("array" if task.index is not None else "bundle", _place(task)),
         ("tasks" if task.is_bundle else "elements", f"{task.array_size:,}" if task.array_size else ""),
         ("at a time", f"at most {task.array_limit:,}" if task.array_limit else ""),
@@ -192,7 +203,7 @@ def details_text(task: TaskView) -> str:
         ("execution", str(task.execution or "")),
         ("retries left", str(task.retries or "")),
         ("cores", task.cores),
-        *((word, moment(times.get(word))) for word in ("queued", "handed", "started", "ended")),
+        *((word, moment(times.get(word))) for word in ("queued", "handed", "started", "joining", "ended")),
         ("ran", seconds(ran(task))),
         ("CPU time", seconds(task.cpu)),
         ("memory", f"{task.max_rss / 2**20:,.1f} MiB at most" if task.max_rss else ""),

@@ -137,7 +137,7 @@ class JournalTotals:
             return
         name = self._label(entry.name)
         self.executions[name[0], entry.status, entry.reason] += 1
-        if not entry.final:
+        if not entry.final and entry.joining is None:
             self.retries[name] += 1
         if entry.started is None:
             return

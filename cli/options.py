@@ -58,9 +58,7 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
-dir_option = click.option(
-    "--dir", "directory", metavar="DIR", help="The pilot's directory.  [default: $PILOTQ_DIR, else .pilotq/current]"
-)
+dir_option = click.option("--dir", "directory", metavar="DIR", help="Pilot  [default: $PILOTQ_DIR or .pilotq/current]")
 learn_option = click.option("--learn", is_flag=True, help="Ask for what tasks of its name have used before.")
 counter_option = click.option(
     "--counter", "counters", multiple=True, metavar="NAME=N",
@@ -172,6 +170,7 @@ def task_of(command: Sequence[str], options: dict[str, Any]) -> Task:
         after=list(options.get("after", ())),
         after_any=list(options.get("after_any", ())),
         after_notok=list(options.get("after_notok", ())),
+        join=options.get("join", False),
         priority=options["priority"],
         nice=options["nice"],
         time_limit=options["time_limit"],
@@ -202,7 +201,7 @@ def _given(options: Mapping[str, Any]) -> set[str]:
     """What of a task the command line says itself."""
     source = click.get_current_context().get_parameter_source
     # Not `nodes`: those of `pilotq run` are the pilot's.
-    of_tasks = TASK_OPTIONS | {"task_nodes", "stop_on_failures", *FIELDS}
+    of_tasks = TASK_OPTIONS | {"task_nodes", "stop_on_failures", "join", *FIELDS}
     names = {n for n in options if n in of_tasks and source(n) == click.core.ParameterSource.COMMANDLINE}
     return {{"task_nodes": "nodes", "each_line": "values"}.get(name, name) for name in names}
 

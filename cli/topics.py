@@ -75,11 +75,15 @@ def dependencies() -> str:
 
     keys = schema.keys()
     return "\n".join([
-        "Keys in files; `pilotq enqueue` has --after, --after-any and --after-notok:", "",
-        *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in ALL_FIELDS}), "",
+        "Keys in files; `pilotq enqueue` has options for all but after_each:", "",
+        *_rows({key: f"{keys[key][0]}: {keys[key][1]}" for key in (*ALL_FIELDS, "join")}), "",
         *_wrapped("A task that waits for others is deferred. When one of them ends otherwise, the waiting task is "
                   f"canceled, with the reason \"dependency\" ({REASONS['dependency']}), and so is what waits for it. "
                   "`pilotq explain ID` names the cause. To run both again name both, or `pilotq retry --all`."),
+        "",
+        *_wrapped("A task that joins is deferred, too, with the reason \"joining\", when its process has ended and its "
+                  "children have not. If its process finished and one of these did not, it has failed with the reason "
+                  "\"children\". To cancel it cancels them."),
     ])  # fmt: skip
 
 

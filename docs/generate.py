@@ -47,7 +47,7 @@ pilot by `--dir`, else by the variable `PILOTQ_DIR`, else by `.pilotq/current` h
 its journal. `pilotq qcg` and `pilotq-qcg-report` are for [QCG-PilotJob's files](from-qcg-pilotjob.md).
 
 `pilotq run -- CMD` also takes the options of `pilotq enqueue` that describe a task, except `--nodes`, `--after`,
-`--after-any` and `--after-notok`.
+`--after-any`, `--after-notok` and `--join`.
 
 ## Exit codes
 

@@ -149,8 +149,10 @@ class Archive:
 def _view(entry: JournalEntry) -> TaskView:
     view = view_of_entry(entry)
     if not entry.final:
-        # It was to be retried, and waits for that.
+        # It was to be retried, and waits for that; or its children had not ended.
         view.status, view.exit_code, view.signal = "queued", None, None
+        if entry.joining is not None:
+            view.status, view.reason, view.times["ended"] = "deferred", "joining", None
     return view
 
 

@@ -136,7 +136,15 @@ class Broker:
         def of_tasks() -> SubmitContext:
             return self._sent(context or capture_context(functions=any(task.function is not None for task in tasks)))
 
-        return submit(self.link, self.store, tasks, of_tasks, key, self._statuses_in_journal)
+        return submit(self.link, self.store, tasks, of_tasks, key, self._statuses_in_journal, self._submitter())
+
+    def _submitter(self) -> str:
+        """The task of this pilot within which this process runs; empty when there is none."""
+        task_id, directory = os.environ.get("PILOTQ_TASK_ID", ""), os.environ.get("PILOTQ_DIR", "")
+        if not task_id or not directory or self.pilot is None:
+            return ""
+        same = os.path.realpath(directory) == os.path.realpath(self.pilot.directory)
+        return task_id if same else ""
 
     def enqueue_calls(self, base: Task, payloads: Sequence[bytes], *, key: str, context: SubmitContext) -> list[str]:
         """Submit many calls of functions, packed by `functions.pack_call`: each is a task like ``base``, whose own
@@ -351,9 +359,11 @@ class Broker:
 
     def retriable(self) -> list[str]:
         """Ids of what ended, did not finish and can run again, as far as Redis has a record; an array stands for its
-        elements, a bundle for its tasks."""
+        elements, a bundle for its tasks, and a task that joins for what was submitted within it."""
         ids = self._queries.retriable()
-        hopeless = never_again(self.link, ids)
+        from pilotq.broker.client.joins import submitted_again
+
+        hopeless = never_again(self.link, ids) | submitted_again(self.link, ids)
         return [task_id for task_id in ids if task_id not in hopeless]
 
     def nodes(self) -> list[NodeView]:

@@ -69,7 +69,7 @@ def _named(parents: Iterable[Iterable[Parent]]) -> Iterable[int]:
 def shares_record(task: Task) -> bool:
     """Whether it needs nothing that only a task with a record of its own has."""
     waits = any(getattr(task, field) for field in ALL_FIELDS)
-    return not (task.is_array or waits or task.memory_grow or task.time_grow or task.qcg)
+    return not (task.is_array or task.join or waits or task.memory_grow or task.time_grow or task.qcg)
 
 
 def with_calls(alone: SubmitPlan, payloads: Sequence[bytes], members: Sequence[bytes]) -> SubmitPlan:

@@ -54,6 +54,7 @@ class Submission(NamedTuple):
     key: str
     shared: str  # content key of the submit context
     carried: Sequence[Argument] = ()  # arguments of commit.lua that hold all records; none: they are to be staged
+    submitter: str = ""  # id of the task within which they are submitted
 
 
 def commit(
@@ -159,8 +160,12 @@ def ids_of_tasks(ids: Sequence[str], layout: bytes) -> list[str]:
 
 
 def _common(submission: Submission) -> dict[str, Any]:
-    layout = submission.plan.layout
-    return {"shared": submission.shared, **({"layout": b64encode(zlib.compress(layout, 1)).decode()} if layout else {})}
+    found, layout = {"shared": submission.shared}, submission.plan.layout
+    if layout:
+        found["layout"] = b64encode(zlib.compress(layout, 1)).decode()
+    if submission.submitter:
+        found["submitter"] = submission.submitter
+    return found
 
 
 def _ids(submission: Submission, answer: list[Any]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from pilotq.broker.client.joins import open_children, waits_for, way_to
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.client.record_views import array_of, indices_in
 from pilotq.broker.client.snapshot import Snapshot, take_snapshot
@@ -65,7 +66,8 @@ class Explainer:
         elif view.status == "started":
             self._started(view, found)
         elif view.status == "deferred":
-            self._deferred(view, found)
+            self._joining(view, found) if view.reason == "joining" else self._deferred(view, found)
+            self._circle(view, found)
         elif view.status == "queued":
             found.why = _elements(view)
             self._queued(view, found)
@@ -120,6 +122,33 @@ class Explainer:
             found.why.append(f"{_named(current)} {current.status}: {ended(current).why[0]}")
 
     # -- what waits for other tasks ---------------------------------------------------------------------------------
+
+    def _joining(self, view: TaskView, found: Explanation) -> None:
+        joining, bad, first, cancel = self._fields(
+            view.id, "pq_joining", "pq_bad_children", "pq_bad_child", "pq_cancel"
+        )
+        status, _, reason = joining.partition(":")
+        how = f"{status} ({reason})" if reason else status
+        found.why = [f"its process has ended: {how}"]
+        if view.open_children:
+            found.why.append(f"it waits for {view.open_children:,} of its {_children(view.children)}")
+            found.tasks = open_children(self._link, view.id)
+            named = (self._queries.task(child) for child in found.tasks[:NAMED])
+            found.why += [f"{_named(child)} is {child.status}" for child in named if child is not None]
+        else:
+            found.why.append("all of its children have ended: it is about to end")
+        if cancel:
+            found.why.append("it was canceled, and its children with it: it ends when they have")
+        elif status == "finished" and bad.isdigit() and int(bad):
+            name = f", the first of them {first}" if first else ""
+            found.why.append(f"it will have failed: {_children(int(bad))} did not finish{name}")
+
+    def _circle(self, view: TaskView, found: Explanation) -> None:
+        """Add the way by which a task waits for itself, if there is one."""
+        ways = waits_for(self._link, [view.id]).get(view.id, [])
+        if way := way_to(self._link, ways, {view.id}):
+            text = " -> ".join((view.id, *way))
+            found.why.append(f"it can never end by itself, as it waits for itself: {text}; cancel one of them")
 
     def _deferred(self, view: TaskView, found: Explanation) -> None:
         parents = self._parents(view.id)
@@ -332,6 +361,10 @@ def _named(view: TaskView) -> str:
     if view.is_bundle:
         return f"the tasks of bundle {view.id}"
     return f"task {view.id} ({view.name})" if view.name else f"task {view.id}"
+
+
+def _children(number: int) -> str:
+    return "1 child" if number == 1 else f"{number:,} children"
 
 
 def _count(number: int) -> str:

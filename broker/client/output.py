@@ -160,7 +160,11 @@ class Output:
     def _state(self, task_id: str, stream: str) -> tuple[str, int, str]:
         """Status, number of the last execution, and the file that a running one writes."""
         field = "pq_out" if stream == "stdout" else "pq_err"
-        status, execution, path = self._queries.link.call("HMGET", keys.job(task_id), "status", "pq_exec", field)
+        status, execution, path, joining = self._queries.link.call(
+            "HMGET", keys.job(task_id), "status", "pq_exec", field, "pq_joining"
+        )
+        if joining is not None:  # its process has written all that it will
+            status = b"finished"
         if status is not None:
             return status.decode(), int(execution or 0), os.fsdecode(path or b"")
         view = self._queries.task(task_id)
@@ -175,7 +179,7 @@ class Output:
         deadline = time.monotonic() + (JOURNAL_WAIT_S if certain else UNCERTAIN_WAIT_S)
         while True:
             entries = self._journal.find(task_id)
-            if any(entry.final and entry.execution >= execution for entry in entries):
+            if any((entry.final or entry.joining is not None) and entry.execution >= execution for entry in entries):
                 return entries
             if status == "canceled" and entries and entries[0].execution == 0:
                 return entries  # it waited

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import chain, islice
 
+from pilotq.broker.client.joins import child_of
 from pilotq.broker.client.node_views import read_node_views
 from pilotq.broker.client.record_views import (
     VIEW_FIELDS,
@@ -118,6 +119,8 @@ class TaskQueries:
                 if found is not None or not entries:
                     return found
             return view_of_entry(entries[0])
+        (submission,) = self._read([task_id], ("pq_sub",))[0]
+        view.child_of = child_of(self.link, text_of(submission)).partition("#")[0]
         if view.array_size:
             array, following, bits = self._unrecorded.outcomes(task_id)
             view.elements = element_ranges(bits, array, following) if indices_in(array) else {}

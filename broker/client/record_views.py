@@ -23,7 +23,7 @@ from pilotq.broker.tasks.states import ENDED
 VIEW_FIELDS = (
     "status", "description", "origin", "pq_name", "pq_reason", "pq_exit", "pq_exec", "pq_node", "pq_cpus",
     "pq_queued_at", "enqueued_at", "started_at", "ended_at", "pq_retries", "pq_array", "pq_next", "pq_array_of",
-    "pq_running", "pq_class", "pq_bundle",
+    "pq_running", "pq_class", "pq_bundle", "pq_joining", "pq_process_ended", "pq_children", "pq_open_children",
 )  # fmt: skip
 _HEAD = re.compile(r"[0-9]+:[0-9]+:([0-9]{1,16})(?= |$)")  # of pq_array
 _ELEMENT = re.compile(r"(.+)_(0|[1-9][0-9]{0,15})")  # an index has one spelling, and at most 16 digits (INDEX_LIMIT)
@@ -77,8 +77,11 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
     reason = f["pq_reason"]
     if status == "started" and not f["pq_array"]:
         reason = "running" if f["pq_running"] else "handed"
+    joining = status == "deferred" and bool(f["pq_joining"])
+    if joining:
+        reason = "joining"
     # Until a launch is reported, started_at is the time at which the task was assigned; the journal has both.
-    launched = status in ENDED or f["pq_running"]
+    launched = status in ENDED or f["pq_running"] or joining
     view = TaskView(
         id=task_id,
         name=f["pq_name"],
@@ -103,6 +106,9 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
         index=whole_of(task_id.rpartition("_")[2]) if f["pq_array_of"] else None,
         ended=status in ENDED,
     )
+    if f["pq_process_ended"]:
+        view.times["joining"] = _time(f["pq_process_ended"])
+    view.children, view.open_children = whole_of(f["pq_children"]), whole_of(f["pq_open_children"])
     view.array_size, view.is_bundle = size_of(f["pq_array"]), bool(f["pq_bundle"])
     if view.array_size:  # its record has the times of its last element
         view.times.update(handed=None, started=None)
@@ -113,7 +119,7 @@ def view_of_record(task_id: str, values: Sequence[bytes | None]) -> TaskView:
 
 def view_of_entry(entry: JournalEntry) -> TaskView:
     """A view of an ended task from its last entry in the journal."""
-    return TaskView(
+    view = TaskView(
         id=entry.id,
         name=entry.name,
         command=entry.command,
@@ -137,6 +143,9 @@ def view_of_entry(entry: JournalEntry) -> TaskView:
         stderr_tail=_tail(entry.stderr),
         ended=entry.final,
     )
+    if entry.joining is not None:
+        view.times["joining"] = entry.joining
+    return view
 
 
 def _tail(data: str | bytes) -> str:

@@ -134,10 +134,12 @@ def submit(
     context: SubmitContext | Callable[[], SubmitContext],
     key: str | None,
     statuses_in_journal: StatusesInJournal = _no_journal,
+    submitter: str = "",
 ) -> list[str]:
     """Check, stage and commit; returns the ids in order. Nothing is visible unless all of it is.
 
     ``context`` may be what makes it, while the server answers.
+    ``submitter`` is the task of the same pilot within which this process runs: if that joins, these are its children.
     ``statuses_in_journal`` gives the statuses of parents whose records have expired, as far as there were such tasks.
     """
     # Of more tasks it is not known yet how many records they are: an array or a bundle takes one number.
@@ -190,6 +192,10 @@ def _submit(
     payloads = sum(map(len, plan.payloads.values())) + sum(map(plan.size_of, plan.members))
     if len(plan.tasks) >= CHUNK or payloads >= LARGE_BYTES:
         _check_memory(link, len(plan.tasks), payloads)
+    if submitter:
+        from pilotq.broker.client.joins import refuse_cycles  # most submits are made by no task
+
+        refuse_cycles(link, submitter, plan)
     failpoints.hit("submit checked")
     last = int(replies[1] if early else link.call("INCRBY", keys.SEQ, len(plan.tasks)))
     classes = list(plan.classes)
@@ -201,7 +207,7 @@ def _submit(
             if task.array is not None and task.array.limit is not None and task.array.limit < len(task.array):
                 plan.classes[number] = limited_class_name(classes[number], task.array.limit, ids[number])
         records = _Records(plan, ids, prepared.context, key)
-        submission = Submission(plan, ids, first, key, prepared.context_key, records.carried())
+        submission = Submission(plan, ids, first, key, prepared.context_key, records.carried(), submitter)
         if submission.carried or not _in_use(link, ids):
             found = commit(store, submission, statuses_in_journal, partial(_stage, link, store, records))
         if found is None:
@@ -302,6 +308,8 @@ class _Records:
             fields += ["pq_after", " ".join(waits)]
         if task.retries:
             fields += ["pq_retries", task.retries]
+        if task.join:
+            fields += ["pq_join", 1]
         if task.is_array:
             ranges = task.array.ranges if task.array is not None else (range(task.size),)
             fields += ["pq_array", text_of(ranges), "pq_next", 0, "pq_left", task.size]

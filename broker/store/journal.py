@@ -71,6 +71,8 @@ class JournalEntry(msgspec.Struct, omit_defaults=True):
     elements: dict[str, str] = {}  # of an array or bundle: status -> compact ranges of indices
     bundle: bool = False  # it stands for the tasks of a bundle
     released: float | None = None  # of what has waited for other tasks: when the last of them had ended
+    # Of a task that joins: when its process had ended. It has a line for that, not final, and one for its own end.
+    joining: float | None = None
     at: str = ""  # stream id, and number within that entry: the writer goes on behind it after a restart
 
     @property
@@ -94,6 +96,7 @@ class _Line(JournalEntry):
     handed: Moment = None
     started: Moment = None
     ended: Moment = None
+    joining: Moment = None
     stdout: str = ""
     stderr: str = ""
     stdout_at: Place = []
@@ -116,8 +119,18 @@ class Journal:
         self._examined = False
 
     def find(self, task_id: str) -> list[JournalEntry]:
-        """All executions of a task, newest first; empty if the journal does not know it."""
-        return list(self._matches(b'\n{"id":' + _to_json(printable(task_id)) + b",", lambda entry: entry.id == task_id))
+        """All executions of a task, newest first; empty if the journal does not know it.
+
+        That of a task that has joined its children is one entry, which ended with the last child.
+        """
+        sought = b'\n{"id":' + _to_json(printable(task_id)) + b","
+        found = list(self._matches(sought, lambda entry: entry.id == task_id))
+        if len(found) > 1 and found[0].final and found[0].joining is not None and found[1].joining is not None:
+            end, process = found[:2]
+            process.final, process.status, process.reason, process.ended = True, end.status, end.reason, end.ended
+            process.message = end.message or process.message
+            del found[0]
+        return found
 
     def tasks_by_name(self, name: str) -> list[JournalEntry]:
         """All executions of the tasks with this name, newest first."""

@@ -43,6 +43,7 @@ class _Ending(msgspec.Struct):
     ended: float | msgspec.UnsetType = msgspec.UNSET
     queued: float | msgspec.UnsetType = msgspec.UNSET
     released: float | msgspec.UnsetType = msgspec.UNSET
+    joining: float | msgspec.UnsetType = msgspec.UNSET
     outcomes: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     array: str = ""  # "start:step:count": the indices of the elements
 
@@ -283,7 +284,7 @@ def _cut_torn(path: str, file: int) -> tuple[int, tuple[tuple[int, int], int]]:
 
 def _render(entry: PackedEntry, ending: _Ending, at: str) -> bytes:
     entry.at = at
-    for name in ("status", "reason", "final", "ended", "queued", "released"):
+    for name in ("status", "reason", "final", "ended", "queued", "released", "joining"):
         value = getattr(ending, name)
         if value is not msgspec.UNSET:
             setattr(entry, name, value)

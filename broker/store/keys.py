@@ -60,7 +60,8 @@ PERMANENT = (
     "rq:scheduled:*", "rq:ready:*", "rq:rl:*",
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
     "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:dependents:*", "pilotq:outcomes:*",
-    "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*", "pilotq:leases:*", "pilotq:recorded:*",
+    "pilotq:children:*", "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*", "pilotq:leases:*",
+    "pilotq:recorded:*",
 )  # fmt: skip
 
 
@@ -163,6 +164,11 @@ def values(array_id: str) -> str:
 def dependents(task_id: str) -> str:
     """List of the ids that wait for this whole task."""
     return f"pilotq:dependents:{task_id}"
+
+
+def children(task_id: str) -> str:
+    """List of the tasks and arrays that were submitted from within a task that joins."""
+    return f"pilotq:children:{task_id}"
 
 
 def elementwise(array_id: str) -> str:

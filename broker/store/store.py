@@ -58,13 +58,13 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """A script of broker/store/scripts, with lib.lua, lib_leases.lua, lib_rq.lua and, if it needs that, lib_commit.lua
-    in front: a script of Lua has at most 200 local names."""
+    """A script of broker/store/scripts, with lib.lua, lib_leases.lua, lib_rq.lua, lib_joins.lua and, if it needs that,
+    lib_commit.lua in front: a script of Lua has at most 200 local names."""
     folder = os.path.join(os.path.dirname(__file__), "scripts")  # importlib.resources costs an `enqueue` 10 ms
     # Out of memory only a submit is refused, and before it has written anything: ends make room.
     flags = "" if name == "commit" else " flags=allow-oom"
     text = f"#!lua{flags}\n"
-    libraries = ["lib", "lib_leases", "lib_rq", *(["lib_commit"] if name in USERS_OF_COMMIT else [])]
+    libraries = ["lib", "lib_leases", "lib_rq", "lib_joins", *(["lib_commit"] if name in USERS_OF_COMMIT else [])]
     for part in (*libraries, name):
         with open(os.path.join(folder, f"{part}.lua"), encoding="utf-8") as file:
             text += file.read()
@@ -221,10 +221,14 @@ class Store:
         return [(int(r[0]), _head(r[1:])) for r in answer]
 
     def release_dependents(self, limit: int) -> tuple[int, int]:
-        now = time.time()
-        handled, left = self.run(
-            "release_dependents", self.term, f"{now:.6f}", iso(now), limit, self.settings.failed_ttl_s
+        now, s = time.time(), self.settings
+        handled, left, unwanted = self.run(
+            "release_dependents", self.term, f"{now:.6f}", iso(now), limit, s.failed_ttl_s, s.finished_ttl_s
         )
+        for task_id, children in zip(unwanted[::2], unwanted[1::2], strict=True):
+            self.cancel([child.decode() for child in children])
+            name = keys.children(task_id.decode())
+            self.link.pipeline([("LREM", name, 1, child) for child in children])
         return int(handled), int(left)
 
     def report_lost(self, reports: Sequence[EndReport]) -> list[str]:

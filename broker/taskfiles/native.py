@@ -53,6 +53,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     after_any: str | list[str] | None = None
     after_notok: str | list[str] | None = None
     after_each: str | list[str] | None = None
+    join: bool | None = None
     priority: Whole | None = None
     nice: bool | None = None
     time_limit: float | str | None = None
@@ -85,8 +86,8 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 KEYS = (*Entry.__struct_fields__, "tasks", "defaults")
 # Keys whose value is the field of Task unchanged.
 _PLAIN = (
-    "args", "kwargs", "name", "priority", "nice", "retries", "memory_grow", "time_grow", "cwd", "stdin", "stdout",
-    "stderr", "model", "queue",
+    "args", "kwargs", "name", "join", "priority", "nice", "retries", "memory_grow", "time_grow", "cwd", "stdin",
+    "stdout", "stderr", "model", "queue",
 )  # fmt: skip
 # Keys whose text these read.
 _QUANTITIES: dict[str, Callable[[str], Any]] = {

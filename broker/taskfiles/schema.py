@@ -72,6 +72,10 @@ KEYS: Final[dict[str, tuple[str, str]]] = {
         "text, or list of texts",
         "arrays of the same length: element number i waits for number i of each. Not together with the others",
     ),
+    "join": (
+        "true or false",
+        "it ends when its process and all tasks that were submitted within it have ended. Not of an array",
+    ),
     "priority": ("number, -1000 to 1000", "higher goes first. Default 0"),
     "nice": (
         "true or false",

@@ -203,8 +203,9 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     it starts. Those of ``after_any`` must end in any way, and those of ``after_notok`` otherwise than by finishing
     (they fail, are stopped or canceled). ``after_each`` names arrays of the same length, whose element i must finish
     before element i of this array starts. When more elements of an array have failed than ``stop_on_failures`` says
-    (``20``, or ``5%`` of them), those that wait are canceled. A ``nice`` task begins only when no other waits for the
-    cores, and is ended and queued again when another one can use them.
+    (``20``, or ``5%`` of them), those that wait are canceled. A task with ``join`` ends when its process has ended, and
+    all tasks that were submitted from within it (its children) have. A ``nice`` task begins only when no other waits
+    for the cores, and is ended and queued again when another one can use them.
     """
 
     command: list[str] | None = None
@@ -220,6 +221,7 @@ class Task(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     after_any: list[str] = []
     after_notok: list[str] = []
     after_each: list[str] = []
+    join: bool = False
     priority: int = 0
     nice: bool = False
     time_limit: float | None = None

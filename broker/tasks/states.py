@@ -34,7 +34,20 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("started", "end_requeued"): "queued",  # ended through no fault of its own: the pilot ends, or its node is suspect
     ("started", "end_stopped"): "stopped",
     ("started", "end_canceled"): "canceled",
+    ("started", "end_joining"): "deferred",  # its process has ended, and it waits for its children
+    ("deferred", "join_finished"): "finished",
+    ("deferred", "join_failed"): "failed",
+    ("deferred", "join_stopped"): "stopped",
+    ("deferred", "join_canceled"): "canceled",
     ("started", "cancel"): "started",  # the worker has the message; the status changes when its processes are gone
+    # Of a task that has children, and no process: these are canceled, and it ends when they have.
+    ("queued", "cancel_joining"): "deferred",
+    ("deferred", "cancel_joining"): "deferred",
+    ("scheduled", "cancel_joining"): "deferred",
+    ("canceled", "cancel_joining"): "deferred",
+    ("canceled", "end_joining"): "deferred",
+    ("started", "return_joining"): "deferred",
+    ("canceled", "return_joining"): "deferred",
     # The user wants it again. RQ's own requeue sets the status first, and puts it into the user's queue.
     ("failed", "requeue"): "queued",
     ("stopped", "requeue"): "queued",
@@ -81,6 +94,9 @@ EVENT_SCRIPTS: Final = {
     "end_canceled": "complete", "requeue": "requeue", "requeue_deferred": "requeue", "route": "route_rq",
     "refuse": "route_rq", "adopt": "route_rq", "adopt_ready": "route_rq", "adopt_omitted": "route_rq",
     "requeue_undone": "route_rq", "release_limited": "release_dependents", "due": "enqueue_due",
+    "end_joining": "complete", "join_finished": "release_dependents", "join_failed": "release_dependents",
+    "join_stopped": "release_dependents", "join_canceled": "release_dependents", "cancel_joining": "cancel",
+    "return_joining": "return_unstarted",
     "due_limited": "enqueue_due", "pick_up": "enqueue_due", "rate_slot": "free_rate_slots", "end_later": "complete",
 }  # fmt: skip
 
@@ -108,6 +124,7 @@ REASONS: Final[dict[str, str]] = {
     "walltime": "the allocation it ran in ended before it did",
     "node": "failed at once on a node where others did so before it: another node tries it",
     "elements": "some of its tasks did not finish",
+    "children": "some of its children did not finish",
     "failures": "more tasks failed than may: what waited was canceled",
     "refused": "asks for what cannot be",
     "retries": "asked for more retries than it may have",

@@ -109,6 +109,7 @@ _TASK: dict[str, Check] = {
     "after_any": (_texts, "a list of ids or names"),
     "after_notok": (_texts, "a list of ids or names"),
     "after_each": (_texts, "a list of ids or names"),
+    "join": _FLAG,
     "priority": _WHOLE,
     "nice": _FLAG,
     "time_limit": _SECONDS,
@@ -269,6 +270,8 @@ def _problems(task: Task) -> Iterator[str]:
     yield from request_problems(task.request)
     if task.after_each and not task.is_array:
         yield "after_each is for arrays: use after"
+    if task.join and task.is_array:
+        yield "join is for single tasks: an element of an array cannot join what it submits"
     if task.stop_on_failures:
         yield from _failure_limit_problems(task)
 

@@ -30,6 +30,7 @@ from pilotq.cli.task_selection import ids_of
 )
 @click.option("--after-any", multiple=True, metavar="ID", help="Wait until ID has ended in any way.")
 @click.option("--after-notok", multiple=True, metavar="ID", help="Run only if ID has ended and not finished.")
+@click.option("--join", is_flag=True, help="End it when what it enqueues has ended, too.")
 @stop_on_failures_option
 @learn_option
 @dir_option

@@ -1,1 +1,1 @@
-"""The Lua scripts: one file for each transition; lib.lua and lib_rq.lua are put in front of each."""
+"""The Lua scripts: one file for each transition; those that begin with lib are put in front of others."""

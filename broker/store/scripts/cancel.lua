@@ -1,4 +1,4 @@
--- cancel: the user wants these tasks not to run (any more). Event cancel.
+-- cancel: the user wants these tasks not to run (any more). Events cancel, cancel_joining.
 --
 -- ARGV: 1 queue id, 2 now (unix s), 3 now (ISO), 4 ttl of canceled records (s), 5 reason for which what waits is canceled (what
 --       has begun goes on; of an array the elements that wait are canceled), or '' (all of them), 6... ids.
@@ -71,7 +71,7 @@ end
 local function cancel(id, is_recorded)
   own_task(id)
   local v = redis.call('HMGET', job_key(id), 'status', 'pq_exec', 'pq_node', 'pq_array', 'pq_class', 'pq_next', 'pq_parents',
-    'pq_sub', 'origin', 'pq_cancel', 'pq_reason', 'pq_running')
+    'pq_sub', 'origin', 'pq_cancel', 'pq_reason', 'pq_running', 'pq_join', 'pq_joining')
   local status = v[1]
   if not status and v[5] then damaged('status') end
   if not status then return cancel_element(id) or not is_recorded and cancel(id, true) or 'unknown' end
@@ -81,6 +81,13 @@ local function cancel(id, is_recorded)
   if waiting and (v[8] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0 then return 'unknown' end
   if not STATUSES[status] then damaged('status', status) end
   if not waiting and status ~= 'started' and status ~= 'canceled' then return status end
+  local joining = v[14] and not v[11]
+  if joining and only_waiting then return 'started' end -- it has run
+  if joining then
+    joins.cancel(id, queue_of(class_in(v[5])), now)
+    changed, work = true, work + 1
+    return 'stopping'
+  end
   -- One that had finished before RQ's cancel met it has no reason, and a TTL.
   if status == 'canceled' and (v[10] or v[11] or (v[8] or '') ~= '' and redis.call('TTL', job_key(id)) >= 0) then return status end
   if only_waiting and not waiting and not v[4] then
@@ -98,10 +105,10 @@ local function cancel(id, is_recorded)
     number_in('pq_exec', v[2])
     redis.call('ZADD', wip, 'inf', member)
     send_stop(id, v[3], v[2])
+    if v[13] then joins.look_later(id) end
     return 'stopping'
   end
-  end_unrun(id, why, now, now_iso, ttl)
-  return 'canceled'
+  return end_unrun(id, why, now, now_iso, ttl) or 'canceled'
 end
 
 local answer = {}

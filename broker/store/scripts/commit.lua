@@ -12,6 +12,7 @@
 --         elementwise = [[array id, class, [parent array, ...], number of tasks], ...] wait element by element
 --         extra  = [key, ...]                                          other staged keys that are to stay
 --         shared = key of what all of them share
+--         submitter = id of the task within which they are submitted
 --         layout = of a submission with bundles: which tasks are in which, for those who ask for its ids again
 --         past   = {parent = status}: parents that only the journal knows
 --         pieces = number of pieces, of a large submission, whose work this is not; each has key = submission key, too, and sizes =
@@ -127,10 +128,15 @@ end
 if mode == 'check' then return {'ok'} end
 
 -- 2. Write.
+work.child_of = work.submitter and joins.name_of(work.submitter)
 if #carried > 0 then write_carried() end
 for _, name in ipairs(staged) do redis.call('PERSIST', name) end
 redis.call('HSET', submit_key(key), 'first', first, 'records', records, 'total', total, 'left', total,
   'shared', work.shared)
+if work.child_of then
+  redis.call('HSET', submit_key(key), 'child_of', work.child_of)
+  joins.expect(work.child_of, tonumber(records))
+end
 if work.layout then redis.call('HSET', submit_key(key), 'layout', work.layout) end
 redis.call('ZADD', 'pilotq:submissions', first, key)
 count_up('pilotq:shared-refs', work.shared, 1)

@@ -1,5 +1,5 @@
 -- complete: executions have ended. Events end_finished, end_failed, end_retried, end_later, end_requeued, end_stopped,
--- end_canceled, lost, crash_limit.
+-- end_canceled, end_joining, lost, crash_limit.
 --
 -- Idempotent: a report is judged by its execution number; of a task that has ended with that number it is answered
 -- 'ok' again, and nothing is written. The message to the dispatcher is sent once for each number of call.
@@ -32,7 +32,7 @@ local answers, done, wip, front, arrays, elementwise = {}, {}, {}, {}, {}, {}
 local requeued, last_ended = false, ''
 local runs, finished_number = {}, 0
 
-local FIELDS = {'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown', 'pq_released'} -- of a record
+local FIELDS = {'status', 'pq_exec', 'pq_cancel', 'pq_has_dependents', 'pq_shown', 'pq_released', 'pq_join', 'pq_joining'} -- of a record
 
 local function add(items, ...)
   for _, item in ipairs({...}) do items[#items + 1] = item end
@@ -118,6 +118,23 @@ local function final(r, f, id, status, reason, text, kind)
   end
   request_release(id, f.dependents, status)
   notify_executor(f.submission, id, status, reason, text)
+end
+
+-- What there is of an execution that has ended in a record that stays.
+local function keep_execution(r, id, status)
+  local fields = {'started_at', r[7], 'pq_cpus', r[8], 'pq_exit', r[6]}
+  redis.call('HSET', job_key(id), unpack(fields, 1, status == 'finished' and r[6] == '0' and 4 or 6))
+end
+
+-- The process of a task with children has ended for good. Its output is in the journal from now on, its result, that of an
+-- executor's call too, with its record; the task ends with its last child.
+local function join(r, f, id, status, reason, text, line)
+  if f.join and f.is_leased then f.is_leased = not own_task(id) end
+  if not f.join or not joins.begin(id, f.queue, status, reason, r[5], now) then return false end
+  keep_execution(r, id, status)
+  if text ~= '' and status ~= 'canceled' then add_result(id, status == 'finished' and '1' or '2', text, worker, 0) end
+  journal(line, {status = status, reason = reason, final = false, joining = seconds_of(r[5]), released = tonumber(f.released or '')})
+  return true
 end
 
 local function requeue(id, f, command)
@@ -378,9 +395,9 @@ local function report(r, line, text)
   if v[1] == 'finished' and not v[2] then v[2] = '1' end
   if not string.match(v[2] or '', '^%d+$') or not STATUSES[v[1]] then v[1], v[2] = mend(id, v, execution, r[11]) end
   if v[2] ~= execution then return 'stale' end
-  local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped'
+  local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped' or v[8]
   local f = {status = v[1], cancel = v[3], dependents = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
-    submission = r[12], retries = r[13], is_leased = is_leased}
+    submission = r[12], retries = r[13], is_leased = is_leased, join = v[7], released = v[6]}
   if f.class == '' or f.array and f.submission == '' then
     local more = redis.call('HMGET', job_key(id), 'pq_class', 'pq_sub', 'pq_retries', 'pq_array_of', 'pq_pos')
     f.class, f.submission, f.retries = class_in(more[1]), more[2], number_in('pq_retries', more[3], 0)
@@ -403,6 +420,7 @@ local function report(r, line, text)
   last_ended = r[5]
   if v[5] then hide_execution(id, execution, v[5]) end
   local status, reason, retried, kind = decide(r[3], r[4], f, id, r, text)
+  if not retried and join(r, f, id, status, reason, text, line) then return 'ok' end
   if not retried then final(r, f, id, status, reason, text, kind) end
   if not retried and f.array and known(f.array)[3] then describe_member(id, line) end
   journal(line, packed_ending(status, reason, not retried, v[6]))

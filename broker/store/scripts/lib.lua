@@ -17,6 +17,7 @@ local function elementwise_key(id) return 'pilotq:elementwise:' .. id end
 local function outcomes_key(id) return 'pilotq:outcomes:' .. id end
 local function completed_key(name) return 'pilotq:completed:' .. name end
 local function values_key(id) return 'pilotq:values:' .. id end
+local function children_key(id) return 'pilotq:children:' .. id end
 
 -- The user's queue of a class list: default.p10.2c -> default. RQ's producers may have points in the names of theirs.
 local queues = {}
@@ -50,12 +51,12 @@ local STATUSES = {queued = true, deferred = true, scheduled = true, rate_limited
 local ENDED = {finished = true, failed = true, stopped = true, canceled = true}
 
 -- A dependency as text is the id of a parent and, behind a colon, the letters of those of its ends that release what waits; without
--- them only 'k' does.
+-- them only 'k' does. Behind a task that joins stands 'j': it waits for the end of this child, see lib_joins.lua.
 local END_LETTERS = {finished = 'k', failed = 'f', stopped = 'o', canceled = 'o'}
 
 local function parent_of(text)
   if not string.find(text, ':', 1, true) then return text, 'k' end
-  local parent, ends = string.match(text, '^(.*):([kfo]+)$')
+  local parent, ends = string.match(text, '^(.*):([kfoj]+)$')
   return parent or text, ends or 'k'
 end
 
@@ -397,10 +398,11 @@ local function track_parent(parent) redis.call('SADD', 'pilotq:parents', parent)
 -- Tasks that wait for others, as ours know it, have this added to the time in their score; RQ's producers have not.
 local ADOPTED = 1e12
 
--- Defined in lib_rq.lua, and in lib_leases.lua.
+-- Defined in lib_rq.lua, in lib_leases.lua, and in lib_joins.lua.
 local rq_ended, rq_count_in
 local drop_leases, number_leased
 local end_waiting
+local joins = {}
 
 -- Set elements first..last (positions) of an array to a two-bit outcome that no element there has yet.
 local function set_outcomes(array, first, last, outcome)
@@ -567,13 +569,15 @@ local function end_elements(array, submission, first, last, now, now_iso, ttl)
   if number > 0 then count_canceled(array, submission, first, last, number, now, now_iso, ttl) end
 end
 
--- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted.
+-- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted. One that has children
+-- is 'stopping' first.
 local function end_unrun(id, reason, now, now_iso, ttl)
   local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_has_dependents',
-    'pq_array_of', 'pq_pos', 'description', 'enqueued_at')
+    'pq_array_of', 'pq_pos', 'description', 'enqueued_at', 'pq_join')
   -- A producer's job that was not routed yet has no class.
   local queue = v[1] and queue_of(v[1]) or v[2] or ''
   redis.call('ZREM', registry('scheduled', queue), id)
+  if v[11] and joins.begin(id, queue, 'canceled', reason, '', now) then return 'stopping' end
   if v[7] then
     local position = number_in('pq_pos', v[8])
     redis.call('DEL', job_key(id))

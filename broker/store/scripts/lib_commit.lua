@@ -79,6 +79,7 @@ end
 -- counts as canceled.
 local function admit(work, staged, now, now_iso, ttl)
   local seen_queues, omitted = {}, {}
+  local child_of = work.child_of or staged and redis.call('HGET', submit_key(work.key), 'child_of')
 
   local function know(class)
     local queue = queue_of(class)
@@ -87,7 +88,9 @@ local function admit(work, staged, now, now_iso, ttl)
   end
 
   local function is_there(id, size)
-    if not staged or redis.call('PERSIST', job_key(id)) == 1 then return true end
+    local there = not staged or redis.call('PERSIST', job_key(id)) == 1
+    if child_of then joins.adopt(child_of, id, there) end
+    if there then return true end
     count_end(work.key, 'canceled', size)
     return false
   end

@@ -24,7 +24,7 @@ local function status_before(id, queue, f)
   end
   if f.pq_reason then return f.pq_reason == '' and 'finished' or 'failed' end
   if redis.call('ZSCORE', registry('scheduled', queue), id) then return 'scheduled' end
-  if tonumber(f.pq_open_parents or '0') > 0 or f.pq_parents then return 'deferred' end
+  if tonumber(f.pq_open_parents or '0') > 0 or f.pq_parents or f.pq_joining then return 'deferred' end
   return 'queued'
 end
 

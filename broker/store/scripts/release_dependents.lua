@@ -1,4 +1,5 @@
--- release_dependents: dependents of ended tasks are queued, or omitted. Events release, omit, release_limited.
+-- release_dependents: dependents of ended tasks are queued, or omitted; tasks that join end with their last child. Events release,
+-- omit, release_limited, join_finished, join_failed, join_stopped, join_canceled.
 --
 -- Takes entries from the front of pilotq:release until about `limit` dependents were handled; what is left of an entry
 -- goes back to the front.
@@ -11,11 +12,13 @@
 --   's:<first number>' a large submission was accepted: the pieces of it that are left become tasks;
 --   'w:<id>:<wait>:<offset>' a task that waits again looks at the parents that are left in its list of very many;
 --   'x:<array>:<ttl>' the array has ended, and what stood before this was handled: its record is kept so many seconds more.
--- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s).
--- Returns {number handled, entries left}.
+--   'j:<id>' a task that joins has no process any more, or was canceled: it may end, or its children are to be canceled.
+-- ARGV: 1 queue id, 2 term, 3 now (unix s), 4 now (ISO), 5 limit, 6 ttl of canceled records (s), 7 ttl of finished ones.
+-- Returns {number handled, entries left, [id of a canceled task that joins, [child, ...], ...]}: the caller cancels these children, and
+-- takes them out of the list of the task. Until then the entry stays.
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
-local now, now_iso, limit, ttl = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local now, now_iso, limit, ttl, ttl_finished = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6], ARGV[7]
 local moment = {now, now_iso, ttl}
 local PIECE_WORTH = 200 -- of the limit, a piece of a submission
 
@@ -60,7 +63,11 @@ local function release_dependents_of(parent, kind, array)
   for _, entry in ipairs(dependents) do
     local dependent, ends = parent_of(entry)
     local id, wait = string.match(dependent, '^(.*)#([0-9a-v]+)$')
-    guarded(moment, id or dependent, release, id or dependent, wait or '', ends, kind)
+    if ends == 'j' then
+      guarded(moment, id, joins.count_end, id, wait, parent, kind, now, now_iso, ttl_finished, ttl)
+    else
+      guarded(moment, id or dependent, release, id or dependent, wait or '', ends, kind)
+    end
   end
   return #dependents, redis.call('EXISTS', dependents_key(parent)) == 1
 end
@@ -188,7 +195,7 @@ local function wait_on(id, wait, offset)
   return number
 end
 
-local handled = 0
+local handled, unwanted = 0, {}
 while handled < limit do
   local entry = redis.call('LPOP', 'pilotq:release')
   if not entry then break end
@@ -204,6 +211,12 @@ while handled < limit do
   elseif kind == 'x' then
     local array, seconds = string.match(rest, '^(.*):(%d+)$')
     guarded(nil, array, expire_array, array, tonumber(seconds))
+  elseif kind == 'j' then
+    local done, children = guarded(moment, rest, joins.look, rest, limit, now, now_iso, ttl_finished, ttl)
+    if done and #children > 0 then
+      for _, item in ipairs({rest, children}) do unwanted[#unwanted + 1] = item end
+      handled = handled + #children
+    end
   elseif kind == 'w' then
     local id, wait, offset = string.match(rest, '^(.*):(%d+):(%d+)$')
     local done, number = guarded(moment, id, wait_on, id, wait, tonumber(offset))
@@ -215,9 +228,10 @@ while handled < limit do
     handled = handled + (done and number or 0)
   end
 end
+for k = 1, #unwanted, 2 do joins.look_later(unwanted[k]) end
 flush_ready()
 flush_tally(ttl)
 flush_lines()
 local left = redis.call('LLEN', 'pilotq:release')
 if left > 0 then wake() end
-return {math.floor(handled), left}
+return {math.floor(handled), left, unwanted}

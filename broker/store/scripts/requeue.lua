@@ -66,6 +66,7 @@ end
 -- A record that has ended is one that waits again.
 local function revive(id, queue)
   redis.call('PERSIST', job_key(id))
+  joins.requeue(id)
   redis.call('HDEL', job_key(id), 'pq_reason', 'pq_exit', 'pq_cpus', 'pq_cancel', 'pq_crashes', 'pq_node', 'pq_slot',
     'pq_running', 'pq_out', 'pq_err', 'worker_name', 'started_at', 'ended_at', 'pq_excuses', 'pq_suspect_node', 'pq_stopped')
   local budget = redis.call('HGET', job_key(id), 'pq_budget')

@@ -1,5 +1,5 @@
 -- return_unstarted: handed tasks that were never launched return to the head of their lists. Events return,
--- return_canceled.
+-- return_canceled, return_joining.
 --
 -- ARGV: 1 queue id, 2 node:incarnation, 3 number of the call, 4 message (packed), 5 msgpack [[id, execution, class, array, position], ...] oldest
 --       first (array and position of elements),

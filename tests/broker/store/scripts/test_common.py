@@ -15,7 +15,7 @@ from pilotq.broker.tasks.states import EVENT_SCRIPTS, STATUSES, TABLE
 from tests.support.engine import NODE, ONE, QUEUE_ID, Engine, fixtures, task
 
 engine, server, node = fixtures
-LIBRARIES = {"lib", "lib_leases", "lib_rq", "lib_commit"}
+LIBRARIES = {"lib", "lib_leases", "lib_rq", "lib_joins", "lib_commit"}
 NO_TRANSITION = {
     "cancel_orphans",
     "count_vanished",
