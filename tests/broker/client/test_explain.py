@@ -14,12 +14,13 @@ import pytest
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.client.explain import PREDICATES, Explainer, duration
 from pilotq.broker.client.queries import TaskQueries
+from pilotq.broker.client.submit import submit
 from pilotq.broker.client.views import Explanation
 from pilotq.broker.errors import NeverFits
 from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
 from pilotq.broker.tasks.states import REASONS
-from tests.support.engine import ONE, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
+from tests.support.engine import ONE, SHARED, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
 from tests.support.live_pilot import LivePilot, live_pilot
 from tests.support.waiting import wait_until
 
@@ -337,3 +338,31 @@ def test_a_sentence_of_a_reason_goes_on_from_it_or_has_a_subject() -> None:
     subjects = ("a ", "its ", "one ", "some ", "starting ", "the ", "more tasks ")
     for reason, sentence in REASONS.items():
         assert not reason or sentence.startswith(PREDICATES) != sentence.startswith(subjects), reason
+
+
+def test_what_joins(engine: Engine) -> None:
+    (parent,) = engine.submit(task(join=True))
+    (handed,) = engine.claim()
+    children = submit(engine.link, engine.store, [task(name="bad"), *[task()] * 6], SHARED, None, submitter=parent)
+    engine.complete([handed])
+    engine.complete(engine.claim(), "failed", "exit")
+    engine.release_dependents()
+    found = explain(engine, parent)
+    assert found.why[:2] == ["its process has ended: finished", "it waits for 6 of its 7 children"]
+    assert found.why[2:7] == [f"task {child} is queued" for child in children[1:6]]
+    assert found.why[7:] == [f"it will have failed: 1 child did not finish, the first of them {children[0]}"]
+    assert found.tasks == children[1:]
+    engine.cancel(parent)
+    assert "it was canceled, and its children with it: it ends when they have" in explain(engine, parent).why
+
+
+def test_what_waits_for_itself_is_found(engine: Engine) -> None:
+    """No submission can bring that about: somebody has written it."""
+    (parent,) = engine.submit(task(join=True))
+    (handed,) = engine.claim()
+    (child,) = submit(engine.link, engine.store, [task()], SHARED, None, submitter=parent)
+    engine.complete([handed])
+    engine.link.call("HSET", keys.job(child), "status", "deferred", "pq_after", parent)
+    circle = f"it can never end by itself, as it waits for itself: {parent} -> {child} -> {parent}; cancel one of them"
+    assert circle in explain(engine, parent).why
+    assert "it can never end" in why(engine, child)

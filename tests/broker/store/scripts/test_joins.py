@@ -310,3 +310,37 @@ def test_arrays_are_refused_and_bundles_have_no_member_that_joins(engine: Engine
     first, *_ = engine.submit(*[task(str(n), join=True) for n in range(3)])
     assert "_" not in first
     assert engine.list(ONE)[0] == first
+
+
+def test_what_an_executor_calls_returns_to_it_with_the_end(engine: Engine) -> None:
+    (parent_id,) = engine.submit(task(join=True), key="@0123456789ab.1")
+    (parent,) = engine.claim()
+    (child,) = within(engine, parent_id, task())
+    engine.complete([parent], text="value")
+    engine.release_dependents()
+    assert engine.link.call("XLEN", keys.completed("0123456789ab")) == 0
+    finish(engine, child)
+    ((_, (_, packed)),) = engine.link.call("XRANGE", keys.completed("0123456789ab"), "-", "+")
+    assert msgspec.msgpack.decode(packed) == [[parent_id, "finished", "", "value"]]
+
+
+def test_a_joining_task_that_was_hidden_by_a_producer_of_rq(engine: Engine) -> None:
+    """Its end does not ask for the status, which RQ may have written over."""
+    parent = started(engine)
+    (child,) = within(engine, parent.id, task())
+    engine.complete([parent])
+    engine.link.call("HSET", keys.job(parent.id), "status", "queued")
+    finish(engine, child)
+    assert engine.status(parent.id) == "finished"
+
+
+def test_a_damaged_record_of_one_that_joins_ends_it_alone(engine: Engine) -> None:
+    parent = started(engine)
+    (child,) = within(engine, parent.id, task())
+    engine.complete([parent])
+    engine.link.call("HSET", keys.job(parent.id), "pq_open_children", "many")
+    finish(engine, child)
+    assert engine.statuses(parent.id, child) == ["failed", "finished"]
+    assert engine.hash(parent.id)["pq_reason"] == "refused"
+    assert engine.cancel(parent.id) == ["failed"]
+    assert engine.nothing_left()
