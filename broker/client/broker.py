@@ -149,7 +149,7 @@ class Broker:
     def enqueue_calls(self, base: Task, payloads: Sequence[bytes], *, key: str, context: SubmitContext) -> list[str]:
         """Submit many calls of functions, packed by `functions.pack_call`: each is a task like ``base``, whose own
         function counts for nothing. Otherwise as `enqueue_many`."""
-        return submit_calls(self.link, self.store, base, payloads, self._sent(context), key)
+        return submit_calls(self.link, self.store, base, payloads, self._sent(context), key, self._submitter())
 
     def _sent(self, context: SubmitContext) -> SubmitContext:
         """A submit context as the pilot gets it."""

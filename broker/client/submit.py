@@ -146,22 +146,32 @@ def submit(
     above = store.settings.bundle_above
     early = len(tasks) if len(tasks) <= above else 0
     prepared = _Prepared(lambda: _plan(tasks), context)
-    return _submit(link, store, early, prepared, lambda plan: bundled(plan, above), key, statuses_in_journal)
+    return _submit(link, store, early, prepared, lambda plan: bundled(plan, above), key, statuses_in_journal, submitter)
 
 
 def submit_calls(
-    link: Connection, store: Store, base: Task, payloads: Sequence[bytes], context: SubmitContext, key: str
+    link: Connection,
+    store: Store,
+    base: Task,
+    payloads: Sequence[bytes],
+    context: SubmitContext,
+    key: str,
+    submitter: str = "",
 ) -> list[str]:
     """The same for calls of functions that are packed (`functions.pack_call`), each a task like ``base``."""
     members = MemberPacker().pack_calls(base, payloads) if shares_record(base) else []
     small = sum(len(member) <= MEMBER_MAX for member in members)
     if small <= store.settings.bundle_calls_above:
         tasks = [msgspec.structs.replace(base, function=Packed(payload)) for payload in payloads]
-        return submit(link, store, tasks, context, key)
+        return submit(link, store, tasks, context, key, submitter=submitter)
     first = msgspec.structs.replace(base, function=Packed(payloads[0]))
     prepared = _Prepared(lambda: _plan([first]), context)
     number = len(payloads) - small + 1
-    return _submit(link, store, number, prepared, lambda plan: with_calls(plan, payloads, members), key, _no_journal)
+
+    def with_bundle(plan: SubmitPlan) -> SubmitPlan:
+        return with_calls(plan, payloads, members)
+
+    return _submit(link, store, number, prepared, with_bundle, key, _no_journal, submitter)
 
 
 def _submit(
@@ -172,6 +182,7 @@ def _submit(
     with_bundles: Callable[[SubmitPlan], SubmitPlan],
     key: str | None,
     statuses_in_journal: StatusesInJournal,
+    submitter: str,
 ) -> list[str]:
     """``early``: how many records there will be, where that is known by now; else 0. ``with_bundles`` makes the plan
     with them of one whose tasks are checked."""
