@@ -496,6 +496,10 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   request_release(array, f[6], status)
 end
 
+local end_elements
+
+do
+
 -- Of the elements first..last of an array `number` have been canceled.
 local function count_canceled(array, submission, first, last, number, now, now_iso, ttl)
   count_end(submission, 'canceled', number)
@@ -544,7 +548,7 @@ end
 
 -- Elements first..last of an array, of which none runs, end as canceled. Where some may have been canceled one by one before
 -- (pq_has_gaps), these have ended, and are passed over.
-local function end_elements(array, submission, first, last, now, now_iso, ttl)
+end_elements = function(array, submission, first, last, now, now_iso, ttl)
   if executor_of(submission) then -- the calls of one are at most some thousands
     for position = first, last do
       if redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. string.format('%d', position))[1] == 0 then
@@ -567,6 +571,8 @@ local function end_elements(array, submission, first, last, now, now_iso, ttl)
     end
   end
   if number > 0 then count_canceled(array, submission, first, last, number, now, now_iso, ttl) end
+end
+
 end
 
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted. One that has children

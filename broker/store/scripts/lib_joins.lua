@@ -4,6 +4,8 @@
 -- pilotq:dependents:<child>: '<task>#<life>:j'. A requeue begins another life of the task, which has other children.
 -- Between the end of its process and its own a task is *joining*: deferred, with the outcome of its process in pq_joining.
 
+do
+
 -- '<task>#<life>' of a task that joins and has not ended, nil of any other: its submissions keep that.
 function joins.name_of(id)
   local v = redis.pcall('HMGET', job_key(id), 'pq_join', 'pq_reason')
@@ -150,4 +152,6 @@ function joins.look(id, limit, now, now_iso, ttl_finished, ttl_failed)
   local v = redis.call('HMGET', job_key(id), 'pq_cancel', 'pq_reason')
   if not v[1] or v[2] then return {} end
   return redis.call('LRANGE', children_key(id), 0, limit - 1)
+end
+
 end
