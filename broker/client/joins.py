@@ -42,8 +42,10 @@ def _joining(link: Connection, task_id: str) -> list[str]:
     found: list[str] = []
     life = None
     while task_id and task_id not in found:
-        (join, reason, submission), *_ = link.read_hashes([keys.job(task_id)], "pq_join", "pq_reason", "pq_sub")
-        if join is None or reason is not None or life not in (None, join.decode()):
+        fields = ("pq_join", "status", "pq_reason", "pq_sub")
+        (join, status, reason, submission), *_ = link.read_hashes([keys.job(task_id)], *fields)
+        has_ended = reason is not None or status == b"finished"
+        if join is None or has_ended or life not in (None, join.decode()):
             break
         found.append(task_id)
         task_id, _, life = child_of(link, submission.decode() if submission else "").partition("#")

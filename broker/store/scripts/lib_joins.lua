@@ -6,18 +6,21 @@
 
 do
 
+-- A record that has ended says why, or has finished.
+local function has_ended(status, reason) return reason or status == 'finished' end
+
 -- '<task>#<life>' of a task that joins and has not ended, nil of any other: its submissions keep that.
 function joins.name_of(id)
-  local v = redis.pcall('HMGET', job_key(id), 'pq_join', 'pq_reason')
-  return v[1] and not v[2] and id .. '#' .. v[1] or nil
+  local v = redis.pcall('HMGET', job_key(id), 'pq_join', 'status', 'pq_reason')
+  return v[1] and not has_ended(v[2], v[3]) and id .. '#' .. v[1] or nil
 end
 
 -- The task of such a name, and whether that life of it has not ended.
 local function parent_named(name)
   local id, life = string.match(name or '', '^(.*)#(%d+)$')
   if not id then return end
-  local v = redis.pcall('HMGET', job_key(id), 'pq_join', 'pq_reason', 'pq_cancel')
-  return id, v[1] == life and not v[2], v[3]
+  local v = redis.pcall('HMGET', job_key(id), 'pq_join', 'status', 'pq_reason', 'pq_cancel')
+  return id, v[1] == life and not has_ended(v[2], v[3]), v[4]
 end
 
 -- It is to be looked at: it may end, or its children are to be canceled.
@@ -134,9 +137,9 @@ end
 
 -- A child has ended in this way (see END_LETTERS).
 function joins.count_end(id, life, child, kind, now, now_iso, ttl_finished, ttl_failed)
-  local v = redis.call('HMGET', job_key(id), 'pq_join', 'pq_open_children', 'pq_reason')
+  local v = redis.call('HMGET', job_key(id), 'pq_join', 'pq_open_children', 'status', 'pq_reason')
   if not v[1] then redis.call('DEL', children_key(id)) end -- somebody has deleted the task
-  if v[1] ~= life or v[3] then return end
+  if v[1] ~= life or has_ended(v[3], v[4]) then return end
   number_in('pq_open_children', v[2])
   redis.call('HINCRBY', job_key(id), 'pq_open_children', -1)
   if kind ~= 'k' then
@@ -149,8 +152,8 @@ end
 -- A task that is to be looked at. Returns its children, at most so many, that are to be canceled.
 function joins.look(id, limit, now, now_iso, ttl_finished, ttl_failed)
   joins.finish(id, now, now_iso, ttl_finished, ttl_failed)
-  local v = redis.call('HMGET', job_key(id), 'pq_cancel', 'pq_reason')
-  if not v[1] or v[2] then return {} end
+  local v = redis.call('HMGET', job_key(id), 'pq_cancel', 'status', 'pq_reason')
+  if not v[1] or has_ended(v[2], v[3]) then return {} end
   return redis.call('LRANGE', children_key(id), 0, limit - 1)
 end
 
