@@ -102,7 +102,7 @@ def waits_for(link: Connection, ids: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     rows = link.read_hashes([keys.job(task_id) for task_id in several], *FIELDS)
     for task_id, row in zip(several, rows, strict=True):
-        if row[1] is not None:  # it has ended
+        if row[1] is not None or row[0] == b"finished":
             continue
         status, _, after, array, join, each = (value.decode("utf-8", "replace") if value else "" for value in row)
         if not status or array:
