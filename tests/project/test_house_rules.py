@@ -24,7 +24,7 @@ INTEGRATIONS = [path for path in sorted((ROOT / "integrations").rglob("*.py")) i
 OTHER = [path for room in ("tests", "benchmarks", "examples") for path in sorted((ROOT / room).rglob("*.py"))]
 OTHER += INTEGRATIONS
 # What a program of a user imports.
-USABLE = {f"pilotq.broker{name}" for name in ("", ".__init__", ".client", ".taskfiles", ".tasks")}
+USABLE = {"pilotq", *(f"pilotq.broker{name}" for name in ("", ".__init__", ".client", ".taskfiles", ".tasks"))}
 
 # Longer than this asks for a reason: a file as "broker/x.py", a function as "broker/x.py:name" -> why it is one thing.
 FILE_LINES, FUNCTION_LINES = 500, 60

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import select
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ import pytest
 
 from pilotq.broker.client.submit import submit
 from pilotq.broker.pilot.server import RunningServer, start_server
-from pilotq.broker.scheduling.dispatcher import Dispatcher
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
@@ -426,40 +424,6 @@ class FakeNode:
         reason = {"finished": "", "failed": "exit"}.get(outcome, outcome)
         self._reports.append(end_report(h, outcome, reason))
         self._ends.append(ExecutionEnd(slot, h.class_name, 0.001 if slot else -1.0, kept))
-
-
-class RunningDispatcher:
-    """The real dispatcher, in a thread; ``error`` is what ended it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.dispatcher = Dispatcher(engine.running.address, QUEUE_ID, engine.settings)
-        self.error: Exception | None = None
-        self._engine = engine
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> RunningDispatcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        self.dispatcher.stop = True
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    @property
-    def ended(self) -> bool:
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self.dispatcher.run()
-        except Exception as error:  # noqa: BLE001 - the boundary of the thread: the test looks at it
-            self.error = error
-        finally:
-            self.dispatcher.close()
 
 
 def pump(nodes: Sequence[FakeNode], condition: Callable[[], object], *, seconds: float = 20.0) -> None:

@@ -20,8 +20,9 @@ from pilotq.broker.errors import NeverFits
 from pilotq.broker.scheduling.status import HoldStatus
 from pilotq.broker.store import keys
 from pilotq.broker.tasks.states import REASONS
-from tests.support.engine import ONE, SHARED, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
+from tests.support.engine import ONE, SHARED, Engine, FakeNode, array, fixtures, pump, task, wide
 from tests.support.live_pilot import LivePilot, live_pilot
+from tests.support.running_dispatcher import RunningDispatcher
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures

@@ -22,8 +22,9 @@ from pilotq.broker.store.connection import Connection
 from pilotq.broker.store.messages import Run
 from pilotq.broker.store.store import Store
 from pilotq.broker.tasks.spec import FLAG_RQ_JOB, Spec
-from tests.support.engine import QUEUE_ID, SHARED, Engine, FakeNode, RunningDispatcher, fixtures, pump, task
+from tests.support.engine import QUEUE_ID, SHARED, Engine, FakeNode, fixtures, pump, task
 from tests.support.rq_producer import CLASS, producing, route, text_of, work
+from tests.support.running_dispatcher import RunningDispatcher
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures

@@ -19,8 +19,9 @@ from pilotq.broker.scheduling.reconciler import CLOCKS_S, Reconciler
 from pilotq.broker.store import keys
 from pilotq.broker.store.registry import user_queues
 from pilotq.broker.tasks.model import ArrayRange
-from tests.support.engine import NODE, ONE, Engine, FakeNode, RunningDispatcher, end_report, fixtures, pump, task
+from tests.support.engine import NODE, ONE, Engine, FakeNode, end_report, fixtures, pump, task
 from tests.support.rq_producer import CLASS, producing, route, text_of, work
+from tests.support.running_dispatcher import RunningDispatcher
 
 engine, server, node = fixtures
 client, ingest = producing

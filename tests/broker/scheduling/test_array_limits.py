@@ -16,7 +16,8 @@ from pilotq.broker.store.messages import NodeLost
 from pilotq.broker.store.resources import class_info
 from pilotq.broker.store.store import pack
 from pilotq.broker.tasks.model import ArrayRange, Task
-from tests.support.engine import Engine, FakeNode, RunningDispatcher, fixtures, pump, task
+from tests.support.engine import Engine, FakeNode, fixtures, pump, task
+from tests.support.running_dispatcher import RunningDispatcher
 
 engine, server, node = fixtures
 Make = Callable[..., FakeNode]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from pilotq.broker.store import keys
-from tests.support.engine import ONE, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task
+from tests.support.engine import ONE, Engine, FakeNode, array, fixtures, pump, task
+from tests.support.running_dispatcher import RunningDispatcher
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures

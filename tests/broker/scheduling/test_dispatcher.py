@@ -19,7 +19,8 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.messages import ControlChanged, NodeLost, StateReport
 from pilotq.broker.store.store import pack
 from pilotq.broker.tasks.model import Request
-from tests.support.engine import QUEUE_ID, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task, wide
+from tests.support.engine import QUEUE_ID, Engine, FakeNode, array, fixtures, pump, task, wide
+from tests.support.running_dispatcher import RunningDispatcher
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures

@@ -9,7 +9,8 @@ import pytest
 
 from pilotq.broker.store import keys
 from pilotq.broker.store.messages import Reopen
-from tests.support.engine import ONE, Engine, FakeNode, RunningDispatcher, array, fixtures, pump, task
+from tests.support.engine import ONE, Engine, FakeNode, array, fixtures, pump, task
+from tests.support.running_dispatcher import RunningDispatcher
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures

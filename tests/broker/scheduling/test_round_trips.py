@@ -10,7 +10,8 @@ from pilotq.broker.scheduling.dispatcher import Dispatcher
 from pilotq.broker.store import keys
 from pilotq.broker.store.messages import ControlChanged
 from pilotq.broker.store.store import pack
-from tests.support.engine import QUEUE_ID, Engine, FakeNode, RunningDispatcher, fixtures, pump, task
+from tests.support.engine import QUEUE_ID, Engine, FakeNode, fixtures, pump, task
+from tests.support.running_dispatcher import RunningDispatcher
 from tests.support.waiting import wait_until
 
 engine, server, node = fixtures
