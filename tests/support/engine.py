@@ -375,7 +375,10 @@ class FakeNode:
         self.link.close()
 
     def _receive(self, message: ToWorker) -> None:
-        if isinstance(message, Run):
+        if isinstance(message, Lease):
+            for run in map(message.run, range(message.number)):
+                self._receive(run)
+        elif isinstance(message, Run):
             if message.slot:
                 self._start(message, message.slot, message.allocation)
             else:
