@@ -160,10 +160,10 @@ class Output:
     def _state(self, task_id: str, stream: str) -> tuple[str, int, str]:
         """Status, number of the last execution, and the file that a running one writes."""
         field = "pq_out" if stream == "stdout" else "pq_err"
-        status, execution, path, joining = self._queries.link.call(
-            "HMGET", keys.job(task_id), "status", "pq_exec", field, "pq_joining"
+        status, execution, path, process_ended, joining = self._queries.link.call(
+            "HMGET", keys.job(task_id), "status", "pq_exec", field, "pq_process_ended", "pq_joining"
         )
-        if joining is not None:  # its process has written all that it will
+        if joining is not None and process_ended:  # its process has written all that it will
             status = b"finished"
         if status is not None:
             return status.decode(), int(execution or 0), os.fsdecode(path or b"")

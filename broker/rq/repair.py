@@ -6,6 +6,7 @@ It is a part of the reconciler: each turn examines a slice of everything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -82,13 +83,15 @@ class RqRepair:
         if not arrays:
             return
         left = [row[0] for row in self.connection.read_hashes([keys.job(i) for i in arrays], "pq_left")]
-        running = self.connection.pipeline([("ZLEXCOUNT", wip, f"[{i}_", f"({i}`") for i in arrays])
+        # What is no lease has this score.
+        own = self.connection.call("ZRANGEBYSCORE", wip, "+inf", "+inf")
+        running = Counter(member.decode().rpartition("_")[0] for member in own)
         leased = number_leased(self.connection)
         # Most often all open elements run. Otherwise some wait: queued, for other tasks, or for ever without a record.
         waiting = [
             array
-            for array, own, there in zip(arrays, left, running, strict=True)
-            if own and own.isdigit() and int(own) > there + leased[array]
+            for array, open_ones in zip(arrays, left, strict=True)
+            if open_ones and open_ones.isdigit() and int(open_ones) > running[array] + leased[array]
         ]
         for array in waiting:
             try:

@@ -150,7 +150,7 @@ def with_leases(
         if lease is not None:
             by_lease = {
                 "status": b"started", "pq_exec": b"%d" % lease.execution, "pq_node": lease.address.encode(),
-                "origin": queue.encode(),
+                "origin": queue.encode(), "started_at": None,
             }  # fmt: skip
             found[number] = [by_lease.get(name, value) for name, value in zip(fields, rows[number], strict=True)]
     return found

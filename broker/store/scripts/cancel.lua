@@ -61,7 +61,7 @@ local function cancel_element(id)
   if record_leased(id) then return nil end -- it runs, or is about to: as one that has a record
   if redis.call('TTL', job_key(array)) >= 0 then return 'unknown' end -- staged
   -- Somebody deleted its record. If it ran by then its end is still to come, and counts it.
-  if redis.call('ZLEXCOUNT', registry('wip', queue_of(v[3])), '[' .. id .. ':', '(' .. id .. ';') > 0 then return 'stopping' end
+  if #in_wip(queue_of(v[3]), id .. ':') > 0 then return 'stopping' end
   redis.call('HSET', job_key(array), 'pq_has_gaps', 1)
   end_elements(array, v[1], position, position, now, now_iso, ttl)
   changed = true
@@ -108,7 +108,7 @@ local function cancel(id, is_recorded)
     if v[13] then joins.look_later(id) end
     return 'stopping'
   end
-  return end_unrun(id, why, now, now_iso, ttl) or 'canceled'
+  return end_unrun(id, why, now, now_iso, ttl, only_waiting) or 'canceled'
 end
 
 local answer = {}

@@ -305,9 +305,15 @@ end
 local function vanished(r, id, execution, line, text)
   local array, member = r[9] ~= '' and r[9], id .. ':' .. execution
   -- A heartbeat may have shown it again between two steps of RQ's delete.
-  if not array then hide_execution(id, execution, worker) end
+  if not array then
+    hide_execution(id, execution, worker)
+    redis.call('DEL', children_key(id))
+  end
   -- An element's record is dropped at its end: then its two bits tell whether this report was counted.
-  if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then return 'ok' end
+  if array and redis.call('BITFIELD', outcomes_key(array), 'GET', 'u2', '#' .. r[10])[1] ~= 0 then
+    if r[11] ~= '' then redis.call('ZREM', registry('wip', queue_of(r[11])), member) end
+    return 'ok'
+  end
   local status = (r[3] == 'finished' or r[3] == 'canceled') and r[3] or 'failed'
   local held = record_or_end(id, r[9], r[10], execution, status, now, r[5], ttl_failed)
   if held == 'record' then return end
@@ -395,6 +401,7 @@ local function report(r, line, text)
   if v[1] == 'finished' and not v[2] then v[2] = '1' end
   if not string.match(v[2] or '', '^%d+$') or not STATUSES[v[1]] then v[1], v[2] = mend(id, v, execution, r[11]) end
   if v[2] ~= execution then return 'stale' end
+  if is_leased and v[1] == 'canceled' then is_leased = not own_task(id) end -- by RQ, which writes the status alone
   local again = v[1] == 'finished' or v[1] == 'failed' or v[1] == 'stopped' or v[8]
   local f = {status = v[1], cancel = v[3], dependents = v[4], array = r[9] ~= '' and r[9], position = r[10], class = r[11],
     submission = r[12], retries = r[13], is_leased = is_leased, join = v[7], released = v[6]}

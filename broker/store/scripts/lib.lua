@@ -576,14 +576,14 @@ end
 end
 
 -- A task or element of which nothing runs ends: canceled while it waited or was on its way back, or omitted. One that has children
--- is 'stopping' first.
-local function end_unrun(id, reason, now, now_iso, ttl)
+-- is 'stopping' first; with `goes_on` they are not canceled.
+local function end_unrun(id, reason, now, now_iso, ttl, goes_on)
   local v = redis.call('HMGET', job_key(id), 'pq_class', 'origin', 'pq_name', 'pq_sub', 'pq_queued_at', 'pq_has_dependents',
     'pq_array_of', 'pq_pos', 'description', 'enqueued_at', 'pq_join')
   -- A producer's job that was not routed yet has no class.
   local queue = v[1] and queue_of(v[1]) or v[2] or ''
   redis.call('ZREM', registry('scheduled', queue), id)
-  if v[11] and joins.begin(id, queue, 'canceled', reason, '', now) then return 'stopping' end
+  if v[11] and joins.begin(id, queue, 'canceled', reason, '', now, goes_on) then return 'stopping' end
   if v[7] then
     local position = number_in('pq_pos', v[8])
     redis.call('DEL', job_key(id))
@@ -626,6 +626,15 @@ local function end_damaged_element(id, array, now, now_iso, ttl)
   return true
 end
 
+-- What begins so in a queue's wip and is no lease: that has a score below 0. An order by name there is none.
+local function in_wip(queue, prefix)
+  local found = {}
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', registry('wip', queue), '+inf', '+inf')) do
+    if string.sub(member, 1, #prefix) == prefix then found[#found + 1] = member end
+  end
+  return found
+end
+
 -- A task, array or element whose record cannot be used has failed; the journal says why.
 local function end_damaged(id, why, now, now_iso, ttl)
   local v = redis.pcall('HMGET', job_key(id), 'status', 'pq_sub', 'pq_class', 'origin', 'pq_name', 'pq_queued_at',
@@ -638,7 +647,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   local queue, number = queue_of(class), 1
   if v[10] then -- those of its elements that run are counted when they end
     local open = tonumber(v[11] or '') or count_of(v[10]) or 1
-    local running = redis.call('ZLEXCOUNT', registry('wip', queue), '[' .. id .. '_', '(' .. id .. '`') + number_leased(id)
+    local running = #in_wip(queue, id .. '_') + number_leased(id)
     number = math.max(open - running, 0)
     for _, key in ipairs({outcomes_key(id), values_key(id)}) do redis.call('EXPIRE', key, ttl) end
   end
@@ -647,7 +656,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   redis.call('ZREM', registry('deferred', queue), id)
   redis.call('ZREM', registry('scheduled', queue), id)
   redis.call('HSET', job_key(id), 'status', 'failed', 'origin', queue, 'pq_reason', 'refused', 'ended_at', now_iso)
-  redis.call('EXPIRE', job_key(id), ttl)
+  for _, key in ipairs({job_key(id), children_key(id)}) do redis.call('EXPIRE', key, ttl) end
   redis.call('ZADD', registry('failed', queue), now + ttl, id)
   if number > 0 then count_end(submission, 'failed', number) end
   local text = 'its record on the server is damaged: ' .. why

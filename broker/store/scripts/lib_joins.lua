@@ -57,7 +57,7 @@ function joins.requeue(id)
   if v[1] then
     redis.call('HINCRBY', job_key(id), 'pq_join', 1)
     redis.call('HDEL', job_key(id), 'pq_joining', 'pq_process_ended', 'pq_children', 'pq_open_children', 'pq_bad_children', 'pq_bad_child')
-    redis.call('DEL', children_key(id))
+    redis.call('DEL', children_key(id), 'rq:results:' .. id)
   end
   local name = redis.call('HGET', submit_key(v[2] or ''), 'child_of')
   local parent, open, canceled = parent_named(name)
@@ -70,12 +70,13 @@ function joins.requeue(id)
 end
 
 -- Its process has ended for good, or will never run (again): the task ends so unless it has children. Returns whether it has.
-function joins.begin(id, queue, status, reason, process_ended, now)
+-- Those go on where only what waits is canceled (`goes_on`).
+function joins.begin(id, queue, status, reason, process_ended, now, goes_on)
   local v = redis.call('HMGET', job_key(id), 'pq_join', 'pq_children')
   if not v[1] or not v[2] then return false end
   redis.call('HSET', job_key(id), 'status', 'deferred', 'origin', queue, 'pq_joining', status .. ':' .. reason, 'pq_process_ended', process_ended)
   redis.call('HDEL', job_key(id), 'worker_name', 'pq_slot', 'pq_running', 'pq_out', 'pq_err', 'pq_shown')
-  if status == 'canceled' then redis.call('HSET', job_key(id), 'pq_cancel', 'canceled') end
+  if status == 'canceled' and not goes_on then redis.call('HSET', job_key(id), 'pq_cancel', 'canceled') end
   redis.call('ZADD', registry('deferred', queue), ADOPTED + now, id)
   joins.look_later(id)
   return true
@@ -120,6 +121,8 @@ function joins.finish(id, now, now_iso, ttl_finished, ttl_failed)
   local kind = status == 'stopped' and 'failed' or status
   count_end(submission, status, 1)
   if reason == 'children' then add_result(id, '2', message, '', ttl) end
+  -- What was canceled has no value, though its process has returned one.
+  if status == 'canceled' then redis.call('DEL', 'rq:results:' .. id) else redis.call('ZREM', registry('canceled', queue), id) end
   local text = executor_of(submission) and text_of_result(id) or ''
   redis.call('HDEL', job_key(id), 'pq_joining')
   redis.call('HSET', job_key(id), 'status', status, 'origin', queue, 'pq_reason', reason, 'ended_at', now_iso)

@@ -187,6 +187,7 @@ local function own_task(id, wanted, class)
   redis.call('HSET', job_key(id), 'status', status == 'queued' and 'started' or status, 'origin', queue, 'pq_exec', execution,
     'pq_node', address, 'worker_name', string.match(address, '^(.*):'))
   if score % 2 == 1 then redis.call('HSET', job_key(id), 'pq_slot', '1') end
+  if execution ~= '1' then redis.call('HDEL', job_key(id), 'started_at') end -- that is of the one before
   redis.call('ZADD', registry('wip', queue), 'inf', id .. ':' .. execution)
   return true
 end
@@ -219,9 +220,7 @@ local function stop_leased(array, unstarted, nodes)
 end
 
 -- Elements of an array that have a record and are with a node: '<id>:<execution>'.
-local function records_running(array, queue)
-  return redis.call('ZRANGEBYLEX', registry('wip', queue), '[' .. array .. '_', '(' .. array .. '`')
-end
+local function records_running(array, queue) return in_wip(queue, array .. '_') end
 
 -- What waits of an array ends: what was not handed out now, what nodes have not begun by a message to them; what waits again, or
 -- element by element, is found by release_dependents.lua in slices. What runs goes on. `why` is noted once: why the array ends so;
