@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 
-PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EINTR})
+PASSING = frozenset(
+    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EINTR, errno.ETOOMANYREFS}
+)
 RETRY_S = 0.5  # between two attempts
 
 

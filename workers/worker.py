@@ -177,7 +177,7 @@ class _Loop:
         self._exit_code = 0
         self._pilot = Pilot(directory)
         self._look_at = 0.0  # monotonic: when it is looked for the server at another address
-        self._moved = False
+        self._looking = self._moved = False
 
     def run(self) -> int:
         while not self._over():
@@ -291,13 +291,16 @@ class _Loop:
             raise ServerUnavailable(f"no answer from the server for {bound:g} s")
         if self._moved:
             raise Superseded("the pilot was started again, with its server at another address")
-        if out_of_touch > MOVED_S and now >= self._look_at:
-            self._look_at = now + MOVED_S
+        if out_of_touch > MOVED_S and now >= self._look_at and not self._looking:
+            self._look_at, self._looking = now + MOVED_S, True
             self._node.beside(self._look_for_server)
 
     def _look_for_server(self) -> None:
-        with suppress(PilotqError):
-            self._moved = self._pilot.connection().address != self._session.address
+        try:
+            with suppress(PilotqError):
+                self._moved = self._pilot.connection().address != self._session.address
+        finally:
+            self._looking = False
 
     def _contact_bound(self) -> float:
         return self._session.contact_s or math.inf if self._node.busy else self._settings.server_wait_s

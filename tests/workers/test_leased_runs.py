@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,19 @@ def test_a_program_that_is_not_there_fails_each_element(tmp_path: Path) -> None:
         found = ends(host, range(12))
     assert {end.report.reason for end in found} == {"not found"}
     assert {end.report.outcome for end in found} <= {"failed", "suspect"}
+
+
+def test_what_is_chained_behind_an_element_that_cannot_start_runs_once(tmp_path: Path) -> None:
+    """A program that is being written for too long fails its element; its launcher has retracted what was behind."""
+    shell = shutil.which("dash") or shutil.which("sh") or ""
+    for index in range(60):
+        shutil.copy(shell, tmp_path / f"p-{index}")
+    with Host(tmp_path, shortage_s=1.0, **PROMPT) as host, open(tmp_path / "p-2", "ab"):
+        lease(host, 60, str(tmp_path / "p-{index}"), "-c", "echo $PILOTQ_INDEX >>order")
+        found = ends(host, range(60))
+        host.until(lambda: host.reported("heartbeat") and host.reported("heartbeat")[-1][0]["state"] == "idle")
+    assert [n for n, end in enumerate(found) if end.report.outcome != "finished"] == [2]
+    assert found[2].report.reason == "launch"
+    assert sorted(map(int, (tmp_path / "order").read_text().split())) == [n for n in range(60) if n != 2]
+    told = [end for _, batch in host.reported("ends") for end in batch]
+    assert sum(end.number for end in told) == 60

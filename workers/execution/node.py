@@ -402,6 +402,8 @@ class Node:
                 continue
             if e.phase is Phase.CHAINED:
                 self._slots.unchain(e)
+                if not e.reason:  # an interpreter had it behind others: what it began last is to blame
+                    e.reason, e.outcome = "worker lost", "requeue"
             self._escalation.ended(e)
             e.phase = Phase.KILLED
             if not e.reason:
@@ -585,9 +587,10 @@ class Node:
 
     def _refuse(self, e: Execution, reason: str, message: str, now: float, *, passing: bool) -> None:
         """It cannot be launched: never, or not now."""
-        if passing and not e.reason and hold_back(e, message, now, self._settings.shortage_s):
+        if passing:  # its launcher has retracted what was behind it
             self._retry_at = now + RETRY_S
             self._unpack_behind(e)
+        if passing and not e.reason and hold_back(e, message, now, self._settings.shortage_s):
             self._out_of_escalation(e)
             if e.phase is Phase.CHAINED:
                 self._slots.return_to_queue(e)

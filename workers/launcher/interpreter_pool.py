@@ -6,6 +6,7 @@ not read can be retracted (`workers/launcher/message_socket.py`): exactly the ca
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -31,6 +32,7 @@ from pilotq.workers.protocol import NO_OUTPUT, Begun, Call, Exited, Interrupt, R
 from pilotq.workers.shortage import is_shortage
 
 CALLS_MAX = 256  # that an interpreter has at most, with the one that runs
+CALLS_BYTES = 1 << 20  # ... and no more of them once they have so many bytes of arguments
 REST_S = 0.005  # for so long at most what has returned is not read while an interpreter has other calls
 REST_MIN_S = 0.0005  # a shorter rest saves nothing
 OVERHEAD_S = 20e-6  # what a call takes beside its function
@@ -92,36 +94,41 @@ class InterpreterPool:
                 self._refuse(call, chain, error)
                 return True
         room = min(CALLS_MAX, self._options.calls - interpreter.calls_done) - len(interpreter.calls)
-        batch: list[Call] = []
-        context = None
-        while chain and len(batch) < room:
+        size = sum(len(call.payload) for _, call, _ in interpreter.calls)
+        batch: list[tuple[Call, LaunchContext | None]] = []
+        while chain and len(batch) < room and (size < CALLS_BYTES or not (batch or interpreter.calls)):
             call, context = chain[0]
             if not isinstance(call, Call) or (call.base, call.slot) != interpreter.context_key:
                 break
-            batch.append(call)
+            size += len(call.payload)
+            batch.append((call, context))
             chain.popleft()
         if batch:
-            self._reports.report(Begun(batch[0].key, [call.key for call in batch[1:]]))
+            self._reports.report(Begun(batch[0][0].key, [call.key for call, _ in batch[1:]]))
             self._reports.flush()
             if self._reports.full:
                 # No call may start that the reader of the pipe would not know of after our death.
-                chain.extendleft((call, context) for call in reversed(batch))
+                chain.extendleft(reversed(batch))
                 if not chain.interpreter:
                     self._set_idle(interpreter, chain)
                 return False
-            self._give(interpreter, batch, context, chain)
+            self._give(interpreter, batch, chain)
         return True
 
     def _give(
-        self, interpreter: InterpreterProcess, batch: list[Call], context: LaunchContext | None, chain: Chain
+        self, interpreter: InterpreterProcess, batch: list[tuple[Call, LaunchContext | None]], chain: Chain
     ) -> None:
         was_empty = not interpreter.calls
-        for position, call in enumerate(batch):
+        for position, (call, context) in enumerate(batch):
             try:
                 message_socket.send(interpreter.sock, _encode(call))
-            except OSError:
+            except OSError as error:
                 # Full of large calls: the rest follows later. Or the interpreter has ended, and is reaped soon.
-                chain.extendleft((call, context) for call in reversed(batch[position:]))
+                chain.extendleft(reversed(batch[position:]))
+                if not interpreter.calls and error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                    self._set_idle(interpreter, chain)
+                    self._refuse(call, chain, error)
+                    return
                 break
             out, err = interpreter.files
             files = None if call.stdout else out, None if call.stderr else err
