@@ -154,15 +154,17 @@ def test_a_program_that_is_not_there_fails_each_element(tmp_path: Path) -> None:
 
 def test_what_is_chained_behind_an_element_that_cannot_start_runs_once(tmp_path: Path) -> None:
     """A program that is being written for too long fails its element; its launcher has retracted what was behind."""
-    shell = shutil.which("dash") or shutil.which("sh") or ""
-    for index in range(60):
-        shutil.copy(shell, tmp_path / f"p-{index}")
-    with Host(tmp_path, shortage_s=1.0, **PROMPT) as host, open(tmp_path / "p-2", "ab"):
-        lease(host, 60, str(tmp_path / "p-{index}"), "-c", "echo $PILOTQ_INDEX >>order")
-        found = ends(host, range(60))
-        host.until(lambda: host.reported("heartbeat") and host.reported("heartbeat")[-1][0]["state"] == "idle")
+    shell, indices = shutil.which("dash") or shutil.which("sh") or "", range(300)
+    shutil.copy(shell, tmp_path / "written")
+    for index in indices:
+        (tmp_path / f"p-{index}").symlink_to(shell if index != 2 else tmp_path / "written")
+    with Host(tmp_path, shortage_s=1.0, heartbeat_s=0.05, prefetch_after=1) as host, open(tmp_path / "written", "ab"):
+        host.run("other", "sleep", "0.1", slot=9, allocation="n1[1]", class_name=CLASS)
+        lease(host, 300, str(tmp_path / "p-{index}"), "-c", "echo $PILOTQ_INDEX >>order; sleep 0.01")
+        found = ends(host, indices)
+        host.until(lambda: host.reported("heartbeat")[-1][0]["state"] == "idle")
     assert [n for n, end in enumerate(found) if end.report.outcome != "finished"] == [2]
     assert found[2].report.reason == "launch"
-    assert sorted(map(int, (tmp_path / "order").read_text().split())) == [n for n in range(60) if n != 2]
+    assert sorted(map(int, (tmp_path / "order").read_text().split())) == [n for n in indices if n != 2]
     told = [end for _, batch in host.reported("ends") for end in batch]
-    assert sum(end.number for end in told) == 60
+    assert sum(end.number for end in told) == 301
