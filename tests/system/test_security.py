@@ -32,8 +32,8 @@ ESCAPES = ("\x1b", "\x9b", "\x07")
 
 @pytest.fixture
 def open_place() -> Iterator[Path]:
-    """A directory that every user may enter: what lies in it protects itself or not at all."""
-    place = Path(tempfile.mkdtemp(prefix="private-"))
+    """A directory that every user may enter, as all above it: what lies in it protects itself or not at all."""
+    place = Path(tempfile.mkdtemp(prefix="private-", dir="/tmp"))
     place.chmod(0o755)
     yield place
     shutil.rmtree(place)
