@@ -99,7 +99,7 @@ def _with_bundles(plan: SubmitPlan, layout: bytes, members: list[list[bytes]]) -
         for place, number in enumerate(records)
     ]
     classes = [plan.classes[number] for number in records]
-    payloads = {places[number]: payload for number, payload in plan.payloads.items()}
+    payloads = {places[number]: payload for number, payload in plan.payloads.items() if number in places}
     after = {
         places[number]: [d._replace(parent=_moved(d.parent, places)) for d in several]
         for number, several in plan.parents.after.items()

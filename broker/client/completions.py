@@ -84,14 +84,15 @@ class Completions:
     def _ended_of_bundles(self, ids: Sequence[str]) -> list[str]:
         """Those of these that have ended, or whose bundle is gone: most of them have no record while they are open."""
         bundles = list(dict.fromkeys(task_id.partition("_")[0] for task_id in ids))
-        commands = [(("EXISTS", keys.job(bundle)), ("GET", keys.outcomes(bundle))) for bundle in bundles]
+        commands = [(("HGET", keys.job(bundle), "status"), ("GET", keys.outcomes(bundle))) for bundle in bundles]
         replies = self._link.pipeline([command for pair in commands for command in pair]) if commands else []
-        there = dict(zip(bundles, replies[::2], strict=True))
+        # One whose record was damaged ends as a whole, without an outcome of each.
+        over = {b: s is None or s.decode(errors="replace") in ENDED for b, s in zip(bundles, replies[::2], strict=True)}
         outcomes = dict(zip(bundles, (reply or b"" for reply in replies[1::2]), strict=True))
         found = []
         for task_id in ids:
             bundle, _, position = task_id.partition("_")
-            if not there[bundle] or outcome_at(outcomes[bundle], int(position), 0) != OUTCOMES[0]:
+            if over[bundle] or outcome_at(outcomes[bundle], int(position), 0) != OUTCOMES[0]:
                 found.append(task_id)
         return found
 

@@ -269,3 +269,10 @@ def use_memory(megabytes: int, seconds: float) -> int:
 def gpus_seen() -> tuple[int, str]:
     """Which process this is, and which GPUs of NVIDIA it may use."""
     return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def end_at(number: int, last: int) -> int:
+    """Ends its interpreter, with success, if it is the one with this number."""
+    if number == last:
+        os._exit(0)
+    return number

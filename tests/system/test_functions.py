@@ -16,6 +16,7 @@ from rq.job import Job
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.errors import FunctionCanceled, FunctionFailed, InvalidInput
+from pilotq.broker.settings import Settings
 from pilotq.broker.tasks.submit_context import capture_context
 from pilotq.workers.process_tree import processes
 from tests.support import functions
@@ -89,6 +90,18 @@ def test_a_system_exit_is_a_failure_and_the_interpreter_goes_on(pilot: LivePilot
     with pytest.raises(SystemExit):
         call(pilot, sys.exit, 0, request=whole)
     assert call(pilot, os.getpid, request=whole) == pid
+
+
+def test_who_ends_its_interpreter_has_failed_also_beside_others_of_one_record(pilot: LivePilot) -> None:
+    tasks = [Task(function=functions.end_at, args=(n, 3)) for n in range(Settings().bundle_above + 1)]
+    ids = pilot.broker.enqueue_many(tasks)
+    assert ids[3].endswith("_3"), "they share a record"
+    array = pilot.broker.enqueue(Task(function=functions.end_at, args=(1,), array=ArrayRange(0, 3)))
+    for task in (ids[3], f"{array}_1"):
+        view = pilot.ended(task)
+        assert (view.status, view.reason, view.exit_code) == ("failed", "interpreter", 0)
+    counts = pilot.broker.wait([*ids, array], timeout=60)
+    assert (counts.finished, counts.failed) == (len(ids) - 1, 2), counts
 
 
 @pytest.mark.parametrize(("function", "args", "text"), [

@@ -200,7 +200,8 @@ def _leaves_lines_only(e: Execution) -> bool:
     """Whether it has finished, and nothing of it is to be kept in the server: a short result goes to its executor."""
     if isinstance(e.exited, Returned):
         return e.exited.outcome == "finished" and bool(e.exited.value and executor_of(e.run.submission))
-    return e.exited is not None and not e.exited.status
+    # A function whose interpreter ended has not returned, whatever the exit code is.
+    return e.exited is not None and not e.exited.status and not e.function
 
 
 def _outcome(e: Execution, code: int | None, number: int | None) -> tuple[str, str, str]:

@@ -112,6 +112,12 @@ local function add_result(id, kind, text, worker, ttl)
   if ttl > 0 then redis.call('EXPIRE', key, ttl) else redis.call('PERSIST', key) end -- that of an earlier execution had a TTL
 end
 
+-- Under which number an end with this reason was counted, of a record whose status says it no more: RQ's requeue has set that.
+local function counted_as(reason)
+  if reason == '' then return 'finished' end
+  return (reason == 'canceled' or reason == 'dependency' or reason == 'failures') and 'canceled' or 'failed'
+end
+
 -- RQ's times: how long the record of a job that ended so is kept; 0 = not at all, below 0 = for ever.
 local function rq_ttl(id, status)
   if status == 'canceled' then return -1 end

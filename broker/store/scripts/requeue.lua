@@ -86,7 +86,7 @@ local function requeue_task(id, v)
   if not parents then return 'dependency' end
   class_in(class)
   if not needs_there(submission) then return 'gone' end
-  local canceled = status == 'canceled' or requeued and (v[7] == 'canceled' or v[7] == 'dependency')
+  local canceled = status == 'canceled' or requeued and counted_as(v[7]) == 'canceled'
   revive(id, queue_of(class))
   uncount(submission, canceled and 'canceled' or 'failed', 1)
   note(id, v[4], submission)

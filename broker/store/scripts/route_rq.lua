@@ -27,12 +27,6 @@ local function refresh(id)
     'pq_out', 'pq_err', 'pq_crashes', 'pq_shown')
 end
 
--- Under which number an end with this reason was counted.
-local function counted_as(reason)
-  if reason == '' then return 'finished' end
-  return (reason == 'canceled' or reason == 'dependency') and 'canceled' or 'failed'
-end
-
 -- -- jobs of RQ's producers ---------------------------------------------------------------------------------------------
 
 -- An id that looks like one of ours is never given out by us.

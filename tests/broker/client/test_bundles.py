@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import msgspec
@@ -11,6 +12,7 @@ from pilotq.broker.client import commit
 from pilotq.broker.client import submit as client_submit
 from pilotq.broker.client.completions import Completions
 from pilotq.broker.client.queries import TaskQueries
+from pilotq.broker.client.results import OutputFiles
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
@@ -59,6 +61,15 @@ def test_more_tasks_than_the_bound_share_a_record(engine: Engine) -> None:
     assert last is not None and (last.name, last.spec.argv) == ("n2499", [b"echo", b"2499"])
     assert engine.hash("1")["description"] == "echo 0 (and 2,499 more)"
     assert engine.submit(task()) == ["2"], "a bundle takes one number"
+
+
+def test_functions_share_a_record_like_commands(engine: Engine) -> None:
+    engine.submit(*[Task(function="math:sqrt", args=(n,)) for n in range(6)])
+    assert engine.list() == ["1"]
+    found = [one and decode_payload(one.spec.argv[0]) for one in members(engine, "1", 6)]
+    assert [one and (one.name, pickle.loads(one.arguments)) for one in found] == [
+        ("math:sqrt", ((n,), {})) for n in range(6)
+    ]
 
 
 def test_as_few_as_the_bound_are_by_themselves(engine: Engine) -> None:
@@ -307,3 +318,15 @@ def test_what_a_function_notes_in_its_job_becomes_a_part_of_its_record(engine: E
     assert engine.complete(handed, text="value") == ["ok"]
     assert engine.hash(found[0])["meta"] == "noted" and engine.status(found[0]) == "finished"
     assert engine.ttl(keys.job(found[0])) > 0 and told(engine)[0][1] == "finished"
+
+
+@pytest.mark.parametrize("field", ["pq_array", "pq_left"])
+def test_calls_of_a_record_that_was_damaged_do_not_stay_open(engine: Engine, field: str) -> None:
+    engine.reset(bundle_calls_above=4)
+    found = submit_calls(engine, 5)
+    engine.link.call("HSET", keys.job("1"), field, b"?")
+    engine.complete_runs(engine.claim(9))
+    completions = Completions(engine.link, EXECUTOR)
+    known = {ended.id for ended in completions.read()}
+    completions.poll(found, OutputFiles(None))
+    assert known | {task_id for task_id, _ in completions.missed()} >= set(found)

@@ -10,6 +10,7 @@ import pytest
 import redis
 from rq import Queue
 from rq.job import Job
+from rq.registry import CanceledJobRegistry
 
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.rq import repair
@@ -171,6 +172,24 @@ def test_a_requeue_gives_the_retries_back(engine: Engine, client: redis.Redis, i
     Job.fetch(task_id, connection=client).requeue()
     route(ingest)
     assert engine.hash(task_id)["pq_retries"] == "2" and engine.counts() == {"total": 1}
+
+
+@pytest.mark.parametrize("reason", ["canceled", "failures"])
+@pytest.mark.parametrize("whose", ["ours", "RQ's"])
+def test_what_was_canceled_and_is_requeued_is_counted_once(
+    engine: Engine, client: redis.Redis, ingest: RqIngest, whose: str, reason: str
+) -> None:
+    if whose == "ours":
+        (task_id,) = engine.submit(task())
+    else:
+        task_id = Queue(connection=client).enqueue(work).id
+        route(ingest)
+    engine.store.cancel([task_id], waiting=True, reason=reason)
+    assert engine.counts() == {"total": 1, "canceled": 1}
+    job = Job.fetch(task_id, connection=client)
+    CanceledJobRegistry(connection=client).requeue(job)
+    route(ingest)
+    assert engine.counts() == {"total": 1} and engine.status(task_id) == "queued"
 
 
 def test_all_that_waits_is_listed_and_counted(engine: Engine, client: redis.Redis, ingest: RqIngest) -> None:
