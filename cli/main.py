@@ -221,8 +221,13 @@ def _of_others(error: click.ClickException) -> str:
         if others is None or not any(option in (*one.opts, *one.secondary_opts) for one in others.params):
             continue
         if (here, name) == ("run", "enqueue"):
+            why = (
+                "it waits for what its tasks submit"
+                if option == "--join"
+                else "its pilot is new and has no tasks before"
+            )
             return (
-                f"`pilotq run` has no {option}, as its pilot is new and has no tasks before: start one with "
+                f"`pilotq run` has no {option}, as {why}: start one with "
                 f"`pilotq start`, and use `pilotq enqueue {option}`"
             )
         return f"`{context.command_path}` has no {option}: `pilotq {name}` has it"

@@ -154,11 +154,12 @@ class TaskQueries:
     def _of_redis(self, status: str | None, page: int) -> Iterator[TaskView]:
         """Tasks with a record in Redis that may have this status. ``page``: how much of each list is read at once."""
         if status in (None, "started"):
-            yield from (view for view in self._views(self._running(), page) if not view.is_bundle)
-            yield from self._unrecorded.leased()
+            yield from self._started(page)
         if status is None or status in WAITING:
             for view in self._views(self._waiting(page), page):
                 yield from self._unrecorded.waiting(view) if view.is_bundle else (view,)
+        if status is None:
+            yield from self._started(page)  # what has left the waiting ones before these were read
         kinds = sorted(set(ENDED_KINDS.values())) if status is None else [ENDED_KINDS.get(status, "")]
         ended = [
             self._views(_pages(self._of_registry(kind, queue), page), page)
@@ -167,6 +168,10 @@ class TaskQueries:
         ]  # fmt: skip
         both = merge(*ended, key=lambda view: view.times.get("ended") or 0.0, reverse=True)
         yield from (view for view in both if not view.is_bundle)
+
+    def _started(self, page: int) -> Iterator[TaskView]:
+        yield from (view for view in self._views(self._running(), page) if not view.is_bundle)
+        yield from self._unrecorded.leased()
 
     def _canceled_members(self, seen: set[str], ended: list[JournalEntry]) -> Iterator[TaskView]:
         """Tasks of bundles that were canceled and are not ``seen``; ``ended``: bundles as the journal has them."""

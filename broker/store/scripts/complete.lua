@@ -111,7 +111,7 @@ local function final(r, f, id, status, reason, text, kind)
     redis.call('HSET', job_key(id), unpack(fields))
     redis.call('EXPIRE', job_key(id), ttl)
     local kind = status == 'stopped' and 'failed' or status
-    add(items_of(done, registry(kind, queue)), status == 'canceled' and now or math.floor(now) + ttl, id)
+    add(items_of(done, registry(kind, queue)), status == 'canceled' and now or now + ttl, id)
     -- The value of an executor's call goes to that executor alone.
     local stored = text ~= '' and status ~= 'canceled' and not (status == 'finished' and executor_of(f.submission))
     if stored then add_result(id, status == 'finished' and '1' or '2', text, worker, ttl) end

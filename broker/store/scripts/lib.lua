@@ -480,7 +480,7 @@ local function array_ended(array, number, bad, now, now_iso, ttl_finished, ttl_f
   redis.call('HSET', job_key(array), 'status', status, 'pq_reason', reason, 'ended_at', now_iso, 'origin', queue)
   redis.call('ZREM', registry('wip', queue), array .. ':0')
   redis.call('ZREM', registry('deferred', queue), array)
-  redis.call('ZADD', registry(status, queue), status == 'canceled' and now or math.floor(now) + ttl, array)
+  redis.call('ZADD', registry(status, queue), status == 'canceled' and now or now + ttl, array)
   if f[11] then -- behind the entries of its elements
     redis.call('RPUSH', 'pilotq:release', string.format('x:%s:%d', array, ttl))
   else
@@ -657,7 +657,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
   redis.call('ZREM', registry('scheduled', queue), id)
   redis.call('HSET', job_key(id), 'status', 'failed', 'origin', queue, 'pq_reason', 'refused', 'ended_at', now_iso)
   for _, key in ipairs({job_key(id), children_key(id)}) do redis.call('EXPIRE', key, ttl) end
-  redis.call('ZADD', registry('failed', queue), math.floor(now) + ttl, id)
+  redis.call('ZADD', registry('failed', queue), now + ttl, id)
   if number > 0 then count_end(submission, 'failed', number) end
   local text = 'its record on the server is damaged: ' .. why
   local line = {id = printable(id), message = text, name = printable(v[5]), submission = printable(submission), array = array or nil}

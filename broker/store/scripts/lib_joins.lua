@@ -128,7 +128,7 @@ function joins.finish(id, now, now_iso, ttl_finished, ttl_failed)
   redis.call('HSET', job_key(id), 'status', status, 'origin', queue, 'pq_reason', reason, 'ended_at', now_iso)
   for _, key in ipairs({job_key(id), children_key(id), 'rq:results:' .. id}) do redis.call('EXPIRE', key, ttl) end
   redis.call('ZREM', registry('deferred', queue), id)
-  redis.call('ZADD', registry(kind, queue), status == 'canceled' and now or math.floor(now) + ttl, id)
+  redis.call('ZADD', registry(kind, queue), status == 'canceled' and now or now + ttl, id)
   local line = {id = id, name = printable(v[10]), submission = printable(submission), command = printable(v[11]), message = message,
     node = string.match(v[15] or '', '^(.*):'), cpus = v[14], joining = seconds_of(v[16]),
     exit_code = tonumber(v[13] or '') or v[14] and string.find(v[1], '^finished') and 0 or nil}
