@@ -200,7 +200,7 @@ def test_a_closed_reader_is_no_error(tmp_path: Path) -> None:
         (["run", "--after-any", "1", "--", "true"],
          "`pilotq run` has no --after-any, as its pilot is new and has no tasks before: start one with `pilotq start`, "
          "and use `pilotq enqueue --after-any`. See `pilotq run --help`."),
-        (["run", "--join", "--", "true"], "`pilotq run` has no --join, as it waits for what its tasks submit: start one"),
+        (["run", "--join", "--", "true"], "no --join, as it waits for what its tasks submit: start one"),
         (["run", "--learn", "--", "true"], "and use `pilotq enqueue --learn`."),
         (["submit", "--after", "1", "file"], "`pilotq submit` has no --after: `pilotq enqueue` has it."),
         (["enqueue", "--min-nodes", "2", "true"], "`pilotq enqueue` has no --min-nodes: `pilotq start` has it."),
