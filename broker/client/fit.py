@@ -6,7 +6,8 @@ that is resumed may have smaller ones than before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from pilotq.broker.client.queries import TaskQueries
 from pilotq.broker.scheduling.cluster import Cluster
@@ -31,19 +32,43 @@ def nothing_left_fits(link: Connection) -> str:
     """
     nodes, missing = nodes_and_missing(link)
     queries = TaskQueries(link, None)
-    names = [name.decode() for name in link.call("HKEYS", keys.CLASSES)]
     on_the_way = sum(link.pipeline([("LLEN", keys.EVENTS), ("LLEN", keys.RELEASE)])) + queries.to_be_queued()
-    if missing or not names or on_the_way or next(queries.executions(), None) is not None:
+    if missing or on_the_way or next(queries.executions(), None) is not None:
         return ""
-    why, cluster = "", _cluster(nodes)
-    for name, first in zip(names, link.pipeline([("LINDEX", keys.queue(name), 0) for name in names]), strict=True):
+    found = list(_waiting(link, nodes))
+    return (
+        f"task {found[0].first} can never run here: {found[0].why}" if found and all(one.why for one in found) else ""
+    )
+
+
+def never_here(link: Connection) -> list[str]:
+    """A sentence for each kind of task that waits, and can never run on the nodes of the pilot, once these are known."""
+    nodes, missing = nodes_and_missing(link)
+    if missing:
+        return []
+    return [
+        f"task {one.first}{f' and {one.number - 1:,} like it' if one.number > 1 else ''} can never run here: {one.why}"
+        for one in _waiting(link, nodes) if one.why
+    ]  # fmt: skip
+
+
+class _Kind(NamedTuple):
+    """Tasks that wait and ask for the same."""
+
+    first: str  # id
+    number: int
+    why: str  # they can never run; empty: they may
+
+
+def _waiting(link: Connection, nodes: Iterable[NodeInfo]) -> Iterator[_Kind]:
+    cluster = _cluster(nodes)
+    names = [name.decode() for name in link.call("HKEYS", keys.CLASSES)]
+    read = [command for name in names for command in (("LINDEX", keys.queue(name), 0), ("LLEN", keys.queue(name)))]
+    replies = link.pipeline(read) if read else []
+    for name, first, number in zip(names, replies[::2], replies[1::2], strict=True):
         info = class_info(name) if first is not None else None
         if info is not None:
-            never = cluster.never_fits(info.request)
-            if never is None:
-                return ""
-            why = why or f"task {first.decode()} can never run here: {never}"
-    return why
+            yield _Kind(first.decode(), number, cluster.never_fits(info.request) or "")
 
 
 def _cluster(nodes: Iterable[NodeInfo]) -> Cluster:

@@ -141,11 +141,11 @@ class Pilot(msgspec.Struct, frozen=True):
         return holder(self.path("lock")) is not None
 
 
-def create(directory: str | None = None) -> Pilot:
+def create(directory: str | None = None, *, temporary: bool = False) -> Pilot:
     """Make a pilot's directory, or use one that exists; only its owner may enter it.
 
     By default it is ``.pilotq/<id>`` below the current directory. ``.pilotq/current`` is a link to the last one made or
-    used so. Raises InvalidInput when the place cannot be used, or others may change what is there.
+    used so; of a ``temporary`` pilot, which ends with a command, only where it leads to no pilot that runs. Raises InvalidInput when the place cannot be used, or others may change what is there.
     """
     if directory is None:
         path = os.path.abspath(os.path.join(HOME, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"))
@@ -164,7 +164,7 @@ def create(directory: str | None = None) -> Pilot:
             _check_own(home)  # who may write there could redirect `current`
         for folder in (path, *(os.path.join(path, name) for name in FOLDERS)):
             _make_private(folder)
-        if os.path.basename(home) == HOME:
+        if os.path.basename(home) == HOME and not (temporary and Pilot(os.path.join(home, "current")).alive()):
             _point_current_at(path)
     except OSError as error:
         raise InvalidInput(

@@ -136,7 +136,7 @@ def start_pilot(directory: str | None, options: SupervisorOptions, *, timeout: f
 
         pilot = start_pilot(None, SupervisorOptions(nodes=[LocalNode("n1", [0, 1], {0: 0, 1: 1})]))
     """
-    pilot = create(directory)
+    pilot = create(directory, temporary=bool(options.owner_pid))
     save_submit_context(pilot)
     path = pilot.path(f"options-{os.urandom(4).hex()}.json")
     options = msgspec.structs.replace(options, directory=pilot.directory)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pilotq.broker.client.broker import Broker
+from pilotq.broker.client.fit import never_here
 from pilotq.broker.errors import NoPilot, ServerUnavailable
 from pilotq.broker.pilot.directory import Pilot, find
 from pilotq.broker.pilot.start import ALLOCATION_ENDED, StartedPilot
@@ -51,6 +52,8 @@ def start_command(owner: int, foreground: bool | None, **values: Any) -> None:
         await_nodes(broker, pilot, options)
         for sentence in differences(broker):
             click.echo(f"pilotq: {sentence}", err=True)
+        for sentence in never_here(broker.link) if values["resume"] else ():
+            click.echo(f"pilotq: {sentence}; a pilot that is resumed has the nodes of this command alone", err=True)
         _print_ready(pilot, broker, values)
         if foreground:
             with Interrupts(allocation=options.remote is not None) as interrupts:

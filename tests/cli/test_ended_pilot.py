@@ -268,3 +268,14 @@ def test_output_that_is_shorter_than_the_journal_says_is_said(tmp_path: Path) ->
         assert done.stderr.startswith(f"pilotq: {said}" if said else "") and bool(said) == bool(done.stderr), (
             done.stderr
         )
+
+
+def test_a_pilot_that_is_resumed_says_what_can_never_run_on_its_nodes(tmp_path: Path) -> None:
+    with in_background(tmp_path, "--nodes", "1", "--counter", "lic=1") as cli:
+        for _ in range(3):
+            cli("enqueue", "--use", "lic=1", "--", "sleep", "100")
+        cli("stop", "--now")
+        again = cli("start", "--resume", ".pilotq/current", "--nodes", "1")
+        assert again.returncode == 0
+        assert "pilotq: task 1 and 2 like it can never run here: needs 1 of lic on one node" in again.stderr
+        assert "a pilot that is resumed has the nodes of this command alone" in again.stderr

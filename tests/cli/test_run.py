@@ -305,6 +305,13 @@ def test_start_names_the_pilot_that_commands_meant_so_far(cli: Cli, tmp_path: Pa
             assert (note in started.stderr) == earlier and (" runs, too" in started.stderr) == earlier
 
 
+def test_a_run_beside_a_pilot_leaves_commands_to_that(pilot: Cli, tmp_path: Path) -> None:
+    current = (tmp_path / ".pilotq" / "current").resolve()
+    ran = pilot("run", "--", "true")
+    assert ran.returncode == 0 and str(current) not in ran.stderr
+    assert (tmp_path / ".pilotq" / "current").resolve() == current
+
+
 def test_a_pilot_in_the_background(pilot: Cli, tmp_path: Path) -> None:
     one = pilot("enqueue", "--name", "hello", "--", "sh", "-c", "echo hello; echo oops >&2").stdout.strip()
     assert one and "\n" not in one
