@@ -42,7 +42,7 @@ def nothing_left_fits(link: Connection) -> str:
 
 
 def never_here(link: Connection) -> list[str]:
-    """A sentence for each kind of task that waits, and can never run on the nodes of the pilot, once these are known."""
+    """A sentence for each kind of task that waits and can never run on the nodes of the pilot, once these are known."""
     nodes, missing = nodes_and_missing(link)
     if missing:
         return []

@@ -145,7 +145,8 @@ def create(directory: str | None = None, *, temporary: bool = False) -> Pilot:
     """Make a pilot's directory, or use one that exists; only its owner may enter it.
 
     By default it is ``.pilotq/<id>`` below the current directory. ``.pilotq/current`` is a link to the last one made or
-    used so; of a ``temporary`` pilot, which ends with a command, only where it leads to no pilot that runs. Raises InvalidInput when the place cannot be used, or others may change what is there.
+    used so; of a ``temporary`` pilot, which ends with a command, only where it leads to no pilot that runs. Raises
+    InvalidInput when the place cannot be used, or others may change what is there.
     """
     if directory is None:
         path = os.path.abspath(os.path.join(HOME, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"))
