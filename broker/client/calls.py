@@ -62,12 +62,18 @@ class Calls(futures.Executor):
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
+        unordered: bool = False,
     ) -> Iterator[Any]:
-        """Results in order; one task for ``chunksize`` calls. The rest is canceled when one raises, or after
-        ``timeout`` seconds (TimeoutError). With ``buffersize`` at most so many tasks are ahead of the results that were
-        taken, and the iterables are read as they are needed; else they are read, and submitted, at once."""
+        """Results in order, or with ``unordered`` as they come; one task for ``chunksize`` calls.
+
+        The rest is canceled when one raises, or after ``timeout`` seconds (TimeoutError). With ``buffersize`` at most
+        so many tasks are ahead of the results that were taken, and the iterables are read as they are needed; else they
+        are read, and submitted, at once.
+        """
         calls = zip(*iterables, strict=False)
-        return mapped(self._put_calls, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+        return mapped(
+            self._put_calls, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize, unordered=unordered
+        )  # fmt: skip
 
     def starmap(
         self,
@@ -76,10 +82,13 @@ class Calls(futures.Executor):
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
+        unordered: bool = False,
     ) -> Iterator[Any]:
         """As `map`, of ``fn(*args)`` for each ``args`` of the iterable."""
         calls = map(tuple, iterable)
-        return mapped(self._put_calls, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+        return mapped(
+            self._put_calls, fn, calls, timeout=timeout, chunksize=chunksize, buffersize=buffersize, unordered=unordered
+        )  # fmt: skip
 
     def _put_calls(self, fn: Any, calls: Iterator[tuple[Any, ...]], most: int) -> Iterator[TaskFuture]:
         while part := list(islice(calls, most)):

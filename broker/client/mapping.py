@@ -1,7 +1,8 @@
-"""`mapped`: the results of many calls, in order, for `map` and `starmap` of an executor."""
+"""`mapped`: the results of many calls, in order or as they come, for `map` and `starmap` of an executor."""
 
 from __future__ import annotations
 
+import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ def mapped(
     timeout: float | None,
     chunksize: int,
     buffersize: int | None,
+    unordered: bool,
 ) -> Iterator[Any]:
-    """Submit ``fn(*args)`` for each of ``calls`` by ``put``, ``chunksize`` calls as one; yield results.
+    """Submit ``fn(*args)`` for each of ``calls`` by ``put``, ``chunksize`` calls as one; yield results, in order or,
+    ``unordered``, as they come.
 
     With ``buffersize`` only so many are submitted ahead of what was yielded. Raises ValueError and TypeError for wrong
     arguments.
@@ -44,7 +47,7 @@ def mapped(
         submitted = put(run_each, ((fn, part) for part in several), 1 if buffersize else BLOCK)
     else:
         submitted = put(target_of(fn), calls, 1 if buffersize else BLOCK)
-    found = _results(deque(islice(submitted, buffersize)), submitted, end_at)
+    found = (_results_as_done if unordered else _results)(deque(islice(submitted, buffersize)), submitted, end_at)
     return chain.from_iterable(found) if chunksize > 1 else found
 
 
@@ -59,11 +62,40 @@ def _results(
     try:
         while made:
             made.extend(islice(more, 1))
-            left = None if end_at is None else max(end_at - time.monotonic(), 0.0)
-            yield _take(made.popleft(), left)  # without a name: a result that was yielded is not kept
+            yield _take(made.popleft(), _left(end_at))  # without a name: a result that was yielded is not kept
     finally:
         for future in made:
             future.cancel()
+
+
+def _results_as_done(
+    made: deque[futures.Future[Any]], more: Iterator[futures.Future[Any]], end_at: float | None
+) -> Iterator[Any]:
+    done: queue.SimpleQueue[futures.Future[Any]] = queue.SimpleQueue()
+    left: set[futures.Future[Any]] = set()
+    try:
+        while made or left:
+            made.extend(islice(more, 1))
+            while made:
+                left.add(made[0])
+                made.popleft().add_done_callback(done.put)  # without a name: a result that was yielded is not kept
+            yield _next(done, left, _left(end_at))
+    finally:
+        for future in (*made, *left):
+            future.cancel()
+
+
+def _next(done: queue.SimpleQueue[futures.Future[Any]], left: set[futures.Future[Any]], timeout: float | None) -> Any:
+    try:
+        future = done.get(timeout=timeout)
+    except queue.Empty:
+        raise futures.TimeoutError from None
+    left.discard(future)
+    return future.result()
+
+
+def _left(end_at: float | None) -> float | None:
+    return None if end_at is None else max(end_at - time.monotonic(), 0.0)
 
 
 def _take(future: futures.Future[Any], timeout: float | None) -> Any:

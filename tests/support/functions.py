@@ -117,6 +117,14 @@ def wait_for_ever(mark: str, stubborn: bool = False) -> str:
                 raise
 
 
+def wait_for(file: str) -> str:
+    """Returns the name of the file as soon as there is one; at once if there is no name."""
+    from tests.support.waiting import wait_until
+
+    wait_until(lambda: not file or os.path.exists(file), seconds=FAR_S)
+    return file
+
+
 def large_when_ended(mark: str, size: int) -> bytes:
     try:
         wait_for_ever(mark)

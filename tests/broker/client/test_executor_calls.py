@@ -65,6 +65,19 @@ def test_starmap_takes_the_arguments_of_each_call_together(executor: Executor) -
         executor.starmap(functions.product, [1])  # type: ignore[list-item]
 
 
+def test_results_come_as_their_calls_end(executor: Executor, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    results = executor.map(functions.wait_for, [str(go), ""], unordered=True)
+    assert next(results) == ""
+    go.touch()
+    assert list(results) == [str(go)]
+    numbers = executor.starmap(functions.product, [(n, 1) for n in range(9)], 2, buffersize=2, unordered=True)
+    assert sorted(numbers) == list(range(9))
+    assert sorted(executor.map(functions.product, range(9), chunksize=4, unordered=True)) == list(range(9))
+    with pytest.raises(futures.TimeoutError):
+        list(executor.map(functions.wait_for, [str(tmp_path / "never")], timeout=0.1, unordered=True))
+
+
 def test_it_says_how_many_calls_run_at_once(executor: Executor) -> None:
     """As those of the standard library do; Dask and joblib read it."""
     assert executor._max_workers == 2
