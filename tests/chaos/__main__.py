@@ -26,9 +26,9 @@ from pathlib import Path
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.errors import PilotqError
-from pilotq.broker.store.journal import Journal, JournalEntry
+from pilotq.broker.store.journal import Journal
 from tests.chaos.judge import FINISHED, Expected, History, judge
-from tests.support.fault_rig import HELD, Rig, Work
+from tests.support.fault_rig import CHILDREN, HELD, Rig, Work, by_task
 from tests.support.network_namespace import CUT, FarNode, possible
 from tests.support.waiting import wait_until
 
@@ -85,6 +85,7 @@ class Chaos:
         tasks.append(r.probe(code=5, retries=1, backoff=rnd.choice((0.0, 0.3))))
         tasks += [r.probe(name="a", array=ArrayRange(0, rnd.randint(1, 40))), r.probe(name="b", after=["a"])]
         tasks += [r.probe(after=["b"], priority=rnd.randint(-1, 1)), r.probe(request=Request(nodes=(2, 2)))]
+        tasks += [r.joining() for _ in range(rnd.randint(0, 1))]
         expected = [Expected(most=1 + task.retries) for task in tasks]
         if rnd.random() < 0.4:
             kind = rnd.choice(list(HOSTILE))
@@ -202,10 +203,8 @@ class Chaos:
             for task_id, task, one in zip(work.ids, work.tasks, expected, strict=True):
                 names = [f"{task_id}_{n}" for n in range(task.size)] if task.is_array else [task_id]
                 accepted.update(dict.fromkeys(names, one))
-        lines: dict[str, list[JournalEntry]] = {}
-        for line in Journal(self.rig.pilot.journal).entries():
-            if not line.elements:
-                lines.setdefault(line.id, []).append(line)
+        entries = Journal(self.rig.pilot.journal).entries()
+        lines = by_task(line for line in entries if not line.submission.startswith(CHILDREN))
         return History(accepted, lines, list(self.rig.ledger()), self.faults, 4, self.rig.of_tasks())
 
     def complete(self) -> bool:
@@ -241,6 +240,7 @@ def main() -> int:
         healed = time.monotonic() - healed
         history = chaos.history()
         wrong += judge(history)
+        wrong += [text for work, _ in chaos.work for text in chaos.rig.ended_before_children(work)]
     finally:
         chaos.end()
     executions = sum(line[2] == "begin" for line in history.ledger)

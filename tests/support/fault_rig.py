@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,14 @@ from tests.support.waiting import SHARED, wait_until
 
 PROBE = str(Path(__file__).with_name("fault_probe.py"))
 NODES = "n1:2,n2:2"
+CHILDREN = "children-of-"  # and the id of the task that submits them: the key of these
+SUBMIT = f"""
+import os
+from pilotq.broker import ArrayRange, Broker, Task
+with Broker.connect() as broker:
+    children = Task(command=["sleep", "0.1"], array=ArrayRange(0, 1))
+    broker.enqueue_many([children], key="{CHILDREN}" + os.environ["PILOTQ_TASK_ID"])
+"""
 END_S = 60.0
 # The tasks that one core may hold when all processes that know of it die at once: one that runs, and those that were
 # prefetched, a fifth of a second's worth of tasks of at least 10 ms (prefetch_s). Any number of them may have ended
@@ -188,8 +198,15 @@ class Rig:
         words = [sys.executable, "-I", "-S", PROBE, str(self.folder), str(seconds), str(code)]
         return Task(command=words, **fields)
 
+    def joining(self) -> Task:
+        """One that submits two others, whose key names it, and ends when these have ended."""
+        words = [sys.executable, "-I", "-S", PROBE, str(self.folder), "0.01"]
+        submit = shlex.join([sys.executable, "-c", SUBMIT])
+        return Task(script=f"{shlex.join(words)} || exit\nuntil {submit}; do sleep 0.1; done", join=True)
+
     def mixed(self, number: int = 12) -> list[Task]:
-        """Short and longer ones, two cores, two nodes, a retried one, a chain, arrays, also element by element.
+        """Short and longer ones, two cores, two nodes, a retried one, a chain, arrays, also element by element,
+        one that joins others.
 
         Where ``bundle_above`` is 6 and ``number`` 12 or more, some are a bundle.
         """
@@ -198,7 +215,7 @@ class Rig:
         tasks += [self.probe(request=Request(nodes=(2, 2))) for _ in range(2)]
         tasks += [self.probe(code=7, retries=1), self.probe(name="first"), self.probe(name="second", after=["first"])]
         tasks += [self.probe(name="many", array=ArrayRange(0, 5)), self.probe(after=["many", "second"])]
-        return [*tasks, self.probe(name="each", array=ArrayRange(0, 5), after_each=["many"])]
+        return [*tasks, self.probe(name="each", array=ArrayRange(0, 5), after_each=["many"]), self.joining()]
 
     def submit(self, tasks: list[Task]) -> Work:
         """Submit, again with the same key while the server does not answer: that is what keys are for."""
@@ -232,11 +249,7 @@ class Rig:
     def lines(self, work: Work) -> dict[str, list[JournalEntry]]:
         """The journal's lines of the tasks of a submission, those of arrays as a whole left out."""
         assert self.pilot is not None
-        found: dict[str, list[JournalEntry]] = {}
-        for line in Journal(self.pilot.journal).entries():
-            if line.submission == work.key and not line.elements:
-                found.setdefault(line.id, []).append(line)
-        return found
+        return by_task(line for line in Journal(self.pilot.journal).entries() if line.submission == work.key)
 
     def ledger(self) -> Iterator[list[str]]:
         with suppress(FileNotFoundError):
@@ -279,7 +292,37 @@ class Rig:
         ledger = (words for words in self.ledger() if words[0] in expected)
         cores = sum(len(plan.cores) for plan in self.plans)
         left = self.of_tasks() if alone else []
-        return judge(History(accepted, self.lines(work), ledger, faults, cores, left, held))
+        wrong = judge(History(accepted, self.lines(work), ledger, faults, cores, left, held))
+        return [*wrong, *self.ended_before_children(work)]
+
+    def ended_before_children(self, work: Work) -> Iterator[str]:
+        """A sentence for each task that joins others, and that ended while one of these had not."""
+        assert self.pilot is not None
+        keys = {CHILDREN + task_id: task_id for task_id, task in zip(work.ids, work.tasks, strict=True) if task.join}
+        ended = {line.id: line.ended for line in Journal(self.pilot.journal).entries() if line.final}
+        children: dict[str, set[str]] = {key: set() for key in keys}
+        for line in Journal(self.pilot.journal).entries():
+            if line.submission in keys and not line.elements:
+                children[line.submission].add(line.id)
+        for key, task_id in keys.items():
+            late = [child for child in children[key] if ended.get(child, math.inf) > ended.get(task_id, math.inf)]
+            if late or len(children[key]) != 2:
+                yield f"{task_id}: it ended before {late} of {children[key]}, which it joins"
+
+
+def by_task(lines: Iterable[JournalEntry]) -> dict[str, list[JournalEntry]]:
+    """One line for each execution of a task or element, by its id, in their order."""
+    found: dict[str, list[JournalEntry]] = {}
+    for line in lines:
+        if line.elements:
+            continue
+        own = found.setdefault(line.id, [])
+        if line.joining is not None and not line.execution and own:  # the end of the one whose process ended before
+            line = msgspec.structs.replace(
+                own.pop(), status=line.status, reason=line.reason, final=True, ended=line.ended
+            )
+        own.append(line)
+    return found
 
 
 @contextmanager
