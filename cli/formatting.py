@@ -174,9 +174,15 @@ def tasks_of(task_id: str, bundles: Mapping[str, int]) -> str:
 
 def _children(task: TaskView) -> str:
     """What was submitted within a task that joins."""
+    if task.reason == "joining" and not task.children:  # the pilot has ended, and its journal does not know how many
+        return "have not all ended"
     if task.reason == "joining":
         return f"waits for {task.open_children:,} of its {task.children:,} children"
-    return f"{task.children:,}, {task.open_children:,} of them have not ended" if task.children else ""
+    return f"{task.children:,}, {_open(task.open_children)}" if task.children else ""
+
+
+def _open(number: int) -> str:
+    return f"{number:,} of them have not ended" if number else "all of them have ended"
 
 
 def details_text(task: TaskView) -> str:

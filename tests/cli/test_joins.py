@@ -131,6 +131,7 @@ def test_a_pilot_that_ends_meanwhile_goes_on(tmp_path: Path) -> None:
         (ended,) = show(cli, top)
         assert (ended["status"], ended["reason"]) == ("deferred", "joining")
         assert cli("wait", top).returncode == 1 and cli("logs", top).stdout.endswith("out\n")
+        assert "children      have not all ended" in cli("show", top).stdout
         assert cli("start", "--resume", ".pilotq/current", "--nodes", "1").returncode == 0
         joining(cli, top)
         (tmp_path / "go").touch()
