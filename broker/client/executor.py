@@ -72,19 +72,33 @@ class TaskFuture(futures.Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         """The value of the function. A large one is read from its file now, and not kept here."""
         self._executor._check_process(self)
-        value = super().result(timeout)
+        value = self._unless_interrupted(super().result, timeout)
         return value.load() if isinstance(value, StoredValue) else value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the function has raised, or why its value cannot be had."""
         self._executor._check_process(self)
-        error = super().exception(timeout)
+        error: BaseException | None = self._unless_interrupted(super().exception, timeout)
         if error is None and isinstance(value := super().result(0), StoredValue):
             try:
                 value.load()
             except FunctionFailed as failed:
                 return failed
         return error
+
+    def _unless_interrupted(self, wait: Callable[[float | None], Any], timeout: float | None) -> Any:
+        """What ``wait`` returns. There are moments at which Ctrl-C leaves the lock of a future held, which nobody else
+        could take then, or raises RuntimeError for a lock that is not held."""
+        try:
+            return wait(timeout)
+        except KeyboardInterrupt:
+            with suppress(RuntimeError):  # as a rule it is not held
+                self._condition.release()
+            raise
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt) and error is not self._exception:
+                raise error.__context__ from None
+            raise
 
     def _get_snapshot(self) -> Any:
         """What asyncio reads from Python 3.14 on, in place of the methods above."""
@@ -200,7 +214,7 @@ class Executor(Calls):
         """Take no more calls; wait for those that were taken, or cancel them. A private pilot ends after them.
 
         Calls that were taken run in any case: without ``wait`` the program's end waits for them. A ``with`` block that
-        ends by Ctrl-C, also while it waits, or by another exception that is no Exception, cancels them.
+        ends by Ctrl-C, also while it waits, cancels them.
         """
         if os.getpid() != self._pid:
             return  # a process that was forked: calls, threads and pilot are its parent's

@@ -78,6 +78,34 @@ def test_results_come_as_their_calls_end(executor: Executor, tmp_path: Path) -> 
         list(executor.map(functions.wait_for, [str(tmp_path / "never")], timeout=0.1, unordered=True))
 
 
+@pytest.mark.parametrize("lock", ["held", "lost"])
+def test_an_interrupt_at_a_bad_moment_leaves_no_lock_and_is_an_interrupt(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    """As Python's own code does where Ctrl-C comes while a lock changes hands."""
+
+    def interrupted(future: futures.Future[Any], _: float | None = None) -> None:
+        future._condition.acquire()
+        try:
+            raise KeyboardInterrupt
+        finally:
+            if lock == "lost":
+                future._condition.release()
+                future._condition.release()
+
+    future = executor.submit(functions.product, 1)
+    for name in ("result", "exception"):
+        with monkeypatch.context() as patch:
+            patch.setattr(futures.Future, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(future, name)()
+    assert future.result(WAIT_S) == 1
+    other = threading.Thread(target=future.cancelled, daemon=True)
+    other.start()
+    other.join(WAIT_S)
+    assert not other.is_alive()
+
+
 def test_it_says_how_many_calls_run_at_once(executor: Executor) -> None:
     """As those of the standard library do; Dask and joblib read it."""
     assert executor._max_workers == 2
