@@ -24,9 +24,9 @@ from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.skipif(find_spec("snakemake") is None, reason="Snakemake is not installed"),
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(300),
 ]
-WAIT_S = 60.0
+WAIT_S = 120.0  # Snakemake itself takes seconds for each job on a busy machine
 MANY = ("--max-jobs-per-timespan", "10000/1s")  # Snakemake submits at most 100 jobs a second otherwise
 
 # Each kind of job: plain commands with a temporary file, a log, threads, memory; a script; a `run` block; a group.
