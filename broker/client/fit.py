@@ -17,6 +17,8 @@ from pilotq.broker.store.registry import nodes_and_missing
 from pilotq.broker.store.resources import NodeInfo, class_info
 from pilotq.broker.tasks.model import Request
 
+NAMED = 5  # kinds of tasks that are named where many can never run
+
 
 def fit_is_known(link: Connection, requests: Iterable[Request]) -> bool:
     """Whether all of these fit the nodes that have joined, or no node is missing any more."""
@@ -35,21 +37,25 @@ def nothing_left_fits(link: Connection) -> str:
     on_the_way = sum(link.pipeline([("LLEN", keys.EVENTS), ("LLEN", keys.RELEASE)])) + queries.to_be_queued()
     if missing or on_the_way or next(queries.executions(), None) is not None:
         return ""
-    found = list(_waiting(link, nodes))
-    return (
-        f"task {found[0].first} can never run here: {found[0].why}" if found and all(one.why for one in found) else ""
-    )
+    why = ""
+    for one in _waiting(link, nodes):
+        if not one.why:
+            return ""
+        why = why or f"task {one.first} can never run here: {one.why}"
+    return why
 
 
 def never_here(link: Connection) -> list[str]:
-    """A sentence for each kind of task that waits and can never run on the nodes of the pilot, once these are known."""
+    """A sentence for each of the first kinds of tasks that wait and can never run on the nodes of the pilot, once these
+    are known, and one for all others."""
     nodes, missing = nodes_and_missing(link)
-    if missing:
-        return []
-    return [
+    found = [] if missing else [one for one in _waiting(link, nodes) if one.why]
+    said = [
         f"task {one.first}{f' and {one.number - 1:,} like it' if one.number > 1 else ''} can never run here: {one.why}"
-        for one in _waiting(link, nodes) if one.why
-    ]  # fmt: skip
+        for one in found[:NAMED]
+    ]
+    more = sum(one.number for one in found[NAMED:])
+    return [*said, f"nor can {more:,} more"] if more else said
 
 
 class _Kind(NamedTuple):
