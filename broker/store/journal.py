@@ -256,6 +256,7 @@ def decode_entry(raw: bytes) -> JournalEntry:
     try:
         entry = _decode(raw)
     except (msgspec.DecodeError, RecursionError):
+        raw.decode()  # from its version 0.23 on msgspec does not tell what is not UTF-8 from what is no JSON
         entry = from_json(raw, _Line)  # it may have escapes that only this knows
     if b'_b64":' in raw:
         fields = from_json(raw, dict[str, Any])
