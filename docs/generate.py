@@ -20,7 +20,7 @@ else:
 
 from pilotq.broker import env_vars, errors, log
 from pilotq.broker.rq.job_requests import REFUSED
-from pilotq.broker.store.store import script
+from pilotq.broker.store.library import source
 from pilotq.broker.taskfiles import schema
 from pilotq.broker.tasks.states import ACTIVE, ENDED, EVENT_SCRIPTS, REASONS, STATUSES, TABLE, WAITING
 from pilotq.cli import exit_codes as exit_codes_of_commands
@@ -137,7 +137,7 @@ def states() -> str:
 def purpose(name: str) -> str:
     """What the head of a script says that it does."""
     mark = f"-- {name}: "
-    (line,) = (line for line in script(name).text.splitlines() if line.startswith(mark))
+    (line,) = (line for line in source(name).splitlines() if line.startswith(mark))
     text = line.removeprefix(mark)
     return text[: text.index(".")] if "." in text else text
 

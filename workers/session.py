@@ -24,7 +24,7 @@ from pilotq.broker.log import log
 from pilotq.broker.process_identity import machine_id, start_time
 from pilotq.broker.rq.commands import WorkerCommands
 from pilotq.broker.settings import Settings
-from pilotq.broker.store import keys
+from pilotq.broker.store import keys, library
 from pilotq.broker.store.connection import Address, Argument, Connection, ReplyError, ScriptMissing
 from pilotq.broker.store.messages import (
     Draining,
@@ -43,7 +43,7 @@ from pilotq.broker.store.messages import (
     decode_inbox,
 )
 from pilotq.broker.store.resources import NodeInfo
-from pilotq.broker.store.store import FIRST_REPORT, Store, iso, pack, script, translate
+from pilotq.broker.store.store import FIRST_REPORT, Store, iso, pack, translate
 from pilotq.workers.shared_data import SharedData
 
 __all__ = ["Session", "iso"]
@@ -201,9 +201,8 @@ class Session:
             self._limit_timeouts()
             link.connect()
         self._commands.listen(self._registered().name)
-        for name in ("complete", "return_unstarted", "report_started", "heartbeat", "guarded_write", "send"):
-            self._limit_timeouts()
-            self._load(name)
+        self._limit_timeouts()
+        self._load_scripts()
         self._down = False
         self.shared_data.end_pause()
         self._limit_timeouts()
@@ -278,7 +277,7 @@ class Session:
             if isinstance(reply, ScriptMissing):
                 # It did not run, and later calls may have: it goes again as the newest.
                 try:
-                    self._load(call.script)
+                    self._load_scripts()
                 except ServerUnavailable:
                     self._sent.appendleft(call)
                     raise
@@ -336,9 +335,9 @@ class Session:
         )
         self._verdicts += [(task_id, execution, "stale") for task_id, execution in call.reports]
 
-    def _load(self, name: str) -> None:
-        """A server that was started again does not have the scripts. Not on the report link: its order must stand."""
-        self._fetch_link.call("SCRIPT", "LOAD", script(name).text)
+    def _load_scripts(self) -> None:
+        """The server may have none of the scripts. Not on the report link: its order must stand."""
+        library.load(self._fetch_link)
 
     def _post(self, call: _Call) -> None:
         self._sent.append(call._replace(at=time.monotonic()))

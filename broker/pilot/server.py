@@ -38,7 +38,7 @@ USERS = """\
 user default off ~* &* +@all
 user admin on #{admin} ~* &* +@all
 user pilotq on #{pilotq} ~* &* +@all -@admin -@dangerous +info +client|list -script|flush -function|flush \
--function|delete -function|load -function|restore
+-function|delete -function|restore
 """
 CONFIG = """\
 {listen}

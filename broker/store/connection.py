@@ -52,7 +52,7 @@ class Address(msgspec.Struct, omit_defaults=True):
 
 
 class ScriptMissing(PilotFailed):
-    """The server does not know a script that was called by its hash: send it whole."""
+    """The server does not have the library of the script that was called: load it."""
 
 
 class ReplyError(PilotFailed):
@@ -283,7 +283,7 @@ def _connect_unix(path: str, timeout: float) -> socket.socket:
 def _as_error(reply: Exception) -> Exception:
     text = str(reply)
     word = text.partition(" ")[0]
-    if word == "NOSCRIPT":
+    if text == "ERR Function not found":
         return ScriptMissing(text)
     if word in PASSING:
         return ServerRefused(f"the server cannot take this now: {text}")

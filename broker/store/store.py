@@ -1,17 +1,15 @@
 """Calls of the Lua scripts as typed methods, one for each transition, and the few plain writes beside them.
 
-A script is sent by its hash; a server that does not know it (restarted, SCRIPT FLUSH) gets its text. Answers that mean
-that the queue is not ours any more become StateLost (another queue id) and Superseded (another dispatcher's term).
+A script is a function of a library (`library.py`); a server that does not have that gets it. Answers that mean that the
+queue is not ours any more become StateLost (another queue id) and Superseded (another dispatcher's term).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +18,7 @@ import msgspec
 from pilotq.broker import failpoints
 from pilotq.broker.errors import StateLost, Superseded
 from pilotq.broker.settings import Settings
-from pilotq.broker.store import keys
+from pilotq.broker.store import keys, library
 from pilotq.broker.store.connection import Argument, Connection, ReplyError, ScriptMissing
 
 if TYPE_CHECKING:
@@ -47,28 +45,7 @@ def from_iso(text: str) -> float | None:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
-USERS_OF_COMMIT = ("commit", "release_dependents", "requeue")  # scripts that need lib_commit.lua
 FIRST_REPORT = 10  # number of the argument of complete.lua that has the first journal line
-
-
-class Script(NamedTuple):
-    text: str
-    sha: str
-
-
-@cache
-def script(name: str) -> Script:
-    """A script of broker/store/scripts, with lib.lua, lib_leases.lua, lib_rq.lua, lib_joins.lua and, if it needs that,
-    lib_commit.lua in front: a script of Lua has at most 200 local names."""
-    folder = os.path.join(os.path.dirname(__file__), "scripts")  # importlib.resources costs an `enqueue` 10 ms
-    # Out of memory only a submit is refused, and before it has written anything: ends make room.
-    flags = "" if name == "commit" else " flags=allow-oom"
-    text = f"#!lua{flags}\n"
-    libraries = ["lib", "lib_leases", "lib_rq", "lib_joins", *(["lib_commit"] if name in USERS_OF_COMMIT else [])]
-    for part in (*libraries, name):
-        with open(os.path.join(folder, f"{part}.lua"), encoding="utf-8") as file:
-            text += file.read()
-    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def translate(error: ReplyError) -> Exception:
@@ -137,8 +114,8 @@ class Store:
         self.settings = settings
 
     def command(self, name: str, *args: Argument) -> tuple[Argument, ...]:
-        """The command that calls a script by its hash, for Connection.post."""
-        return ("EVALSHA", script(name).sha, 0, self.queue_id, *args)
+        """The command that calls a script, for Connection.post."""
+        return ("FCALL", library.library().function(name), 0, self.queue_id, *args)
 
     def run(self, name: str, *args: Argument) -> Any:
         failpoints.hit(f"{name}:before")
@@ -146,7 +123,8 @@ class Store:
             try:
                 answer = self.link.call(*self.command(name, *args))
             except ScriptMissing:
-                answer = self.link.call("EVAL", script(name).text, 0, self.queue_id, *args)
+                library.load(self.link)
+                answer = self.link.call(*self.command(name, *args))
         except ReplyError as error:
             raise translate(error) from None
         failpoints.hit(f"{name}:after")

@@ -1,4 +1,5 @@
-"""An EasyVVUQ campaign, serially and through its QCGPJPool on pilotq; prints the statistics of both as JSON.
+"""An EasyVVUQ campaign: serially, through its QCGPJPool on pilotq, and with an `Executor` as its pool; prints the
+statistics of all as JSON.
 
     python campaign.py FOLDER [RESOURCES]
 
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pilotq.broker import Executor
 from pilotq.broker.qcg import install
 
 install()
@@ -68,6 +70,10 @@ def main(folder: Path, resources: str) -> None:
     with QCGPJPool(executor, template_params={"venv": sys.prefix}, polling_interval=0.2) as pool:
         pilot.execute(pool=pool).collate()
         states = {name: job["status"] for name, job in executor.qcgpj_manager.list().items()}
+
+    calls = campaign(folder / "calls")
+    with Executor(nodes=2) as pool:
+        calls.execute(pool=pool).collate()
     print(
         json.dumps(
             {
@@ -75,6 +81,7 @@ def main(folder: Path, resources: str) -> None:
                 "states": states,
                 "serial": statistics(serial),
                 "pilot": statistics(pilot),
+                "calls": statistics(calls),
             }
         )
     )

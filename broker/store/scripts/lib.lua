@@ -1,9 +1,28 @@
--- Put in front of every script. Words of design: docs/design/0004-data-in-redis.md.
+-- At the top of the library that the server keeps (broker/store/library.py), and run when it is loaded: what all scripts share. Words
+-- of design: docs/design/0004-data-in-redis.md.
 --
--- Keys are built here and not passed in KEYS: one private server, no cluster; who a task's dependents or its array are
+-- Keys are built here and not passed as keys: one private server, no cluster; who a task's dependents or its array are
 -- is only known after reading. All checks come before the first write: a script is not rolled back.
 -- ARGV[1] is always the id of the queue; scripts of the dispatcher get its term in ARGV[2].
 -- Lists of ours are cut into pieces for unpack(): Lua's stack holds fewer than 8,000 values.
+
+-- What a call was given, what it has read, and what it will write at its end: of one call, nothing of it is left for the next one.
+local ARGV, queues, texts, offered, ready, tally, completed, lines, endings, promoted
+local parents, elements, counts -- of lib_commit.lua
+
+local function begin(argv)
+  ARGV, queues, texts, offered, ready, tally, completed, lines, promoted = argv, {}, {}, {}, {}, {}, {}, {}, 0
+  endings = {['finished\n\n1'] = '\192'}
+  parents, elements, counts = {}, {}, {}
+end
+
+-- A script becomes a function of the library.
+local function define(name, flags, run)
+  redis.register_function{function_name = name, flags = flags, callback = function(_, argv)
+    begin(argv)
+    return run()
+  end}
+end
 
 local PIECE = 4000
 
@@ -20,7 +39,6 @@ local function values_key(id) return 'pilotq:values:' .. id end
 local function children_key(id) return 'pilotq:children:' .. id end
 
 -- The user's queue of a class list: default.p10.2c -> default. RQ's producers may have points in the names of theirs.
-local queues = {}
 local function queue_of(class)
   local queue = queues[class]
   if not queue then
@@ -160,8 +178,6 @@ local function queued_in(value, enqueued_at)
 end
 
 -- The indices of an array; its text may be long, and is read once a call.
-local texts = {}
-
 local function text_of(array)
   local text = texts[array] or redis.pcall('HGET', job_key(array), 'pq_array')
   if type(text) ~= 'string' then return nil end
@@ -196,8 +212,6 @@ end
 
 -- A class list gets something, or has got it: RQ's tools see the list (of very many not all), and the dispatcher reads it.
 local QUEUES_SHOWN = 1000
-local offered = {}
-
 local function offer(class)
   if offered[class] then return end
   offered[class] = true
@@ -208,8 +222,6 @@ local function offer(class)
 end
 
 -- Tasks that get into their lists, in this order; `flush_ready` writes the lists.
-local ready = {}
-
 local function line_up(id, class)
   ready[class] = ready[class] or {}
   table.insert(ready[class], id)
@@ -258,13 +270,12 @@ local function deliver(node, call, message, finished, failed)
   if failed > 0 then redis.call('HINCRBY', worker, 'failed_job_count', failed) end
 end
 
--- What ended in this call, by submission, and what executors are told of it; written once by flush_tally.
-local tally, completed = {}, {}
+-- What ended in this call, by submission (tally), and what executors are told of it (completed); written once by flush_tally.
 local UNREAD_TTL = 86400 -- of what an executor is told: it may be stopped for a day
 
 -- An executor submits with keys '@<its name, 12 hex digits>.<number>'. It reads from a stream how each of its tasks has
 -- ended, with its result, and removes what it has read: that result is kept nowhere else.
-local EXECUTOR = '^@(' .. string.rep('%x', 12) .. ')%.'
+local EXECUTOR = '^@(%x%x%x%x%x%x%x%x%x%x%x%x)%.'
 local function executor_of(submission) return submission and string.match(submission, EXECUTOR) end
 
 -- Without a status: `id` is a run of tasks of a bundle that have finished, packed: the bundle, the first position, and their results.
@@ -353,24 +364,20 @@ end
 
 -- Lines for the journal; one stream entry holds all lines of one call: msgpack [[line, changes], ...]. A line is a map of fields, or a
 -- Line of journal_runs.py.
-local lines = {}
-
 local function journal(line, changes)
   lines[#lines + 1] = '\146' .. line .. (type(changes) == 'string' and changes or cmsgpack.pack(changes))
 end
 
 -- Packed {status, reason, final} of an ended execution, nil of one that finished; most executions of a call end alike. One that
 -- has waited for others was released at some time.
-local ending_cache = {['finished\n\n1'] = '\192'}
-
 local function packed_ending(status, reason, final, released)
   released = tonumber(released or '')
   if released then return cmsgpack.pack({status = status, reason = reason, final = final, released = released}) end
   local key = status .. '\n' .. reason .. (final and '\n1' or '')
-  local packed = ending_cache[key]
+  local packed = endings[key]
   if not packed then
     packed = cmsgpack.pack({status = status, reason = reason, final = final})
-    ending_cache[key] = packed
+    endings[key] = packed
   end
   return packed
 end
@@ -681,7 +688,7 @@ local function guarded(moment, id, step, ...)
   -- What says that the server can write nothing is no damage.
   local code = string.match(why, '^%-?(%u+) ')
   if code and code ~= 'ERR' and code ~= 'WRONGTYPE' then error(a, 0) end
-  why = printable((string.gsub(string.gsub(why, '^user_script:%d+: ', ''), ' script: .*$', '')))
+  why = printable((string.gsub(string.gsub(why, '^user_%a+:%d+: ', ''), ' script: .*$', '')))
   if moment then pcall(end_damaged, id, why, unpack(moment, 1, 3)) end
   return false
 end

@@ -1,9 +1,6 @@
--- Behind lib_rq.lua in front of every script: staged tasks become tasks, for commit.lua and release_dependents.lua.
+-- Behind lib_joins.lua in the library: staged tasks become tasks, for commit.lua and release_dependents.lua.
 
 local function staged_key(first) return 'pilotq:staged:' .. first end
-
--- What this call knows of parents: their statuses; of elements the array; of arrays the number of elements.
-local parents, elements, counts = {}, {}, {}
 
 -- The status of a parent. Elements have no record of their own before they run and after they finished.
 local function read_parent(parent)

@@ -1,4 +1,4 @@
--- Behind lib_rq.lua in front of every script: tasks that join, which end when their process and all of their children have ended.
+-- Behind lib_rq.lua in the library: tasks that join, which end when their process and all of their children have ended.
 --
 -- A child is a task or array that was submitted from within one that joins. It is waited for as any parent is, by an entry in
 -- pilotq:dependents:<child>: '<task>#<life>:j'. A requeue begins another life of the task, which has other children.

@@ -1,4 +1,4 @@
--- Behind lib.lua in front of every script: leases of runs of elements.
+-- Behind lib.lua in the library: leases of runs of elements.
 --
 -- A lease says that a node has some elements of an array, at consecutive positions, for one execution. Such an element has
 -- no record while it is short and ends well. `own_record` makes the one it needs when it lives longer, fails, is stopped or

@@ -1,4 +1,4 @@
--- Behind lib.lua in front of every script: what RQ 3 owes to the jobs of its own producers (their pq_sub is empty), and
+-- Behind lib_leases.lua in the library: what RQ 3 owes to the jobs of its own producers (their pq_sub is empty), and
 -- what its tools show of running tasks.
 
 -- Numbers of a record that somebody else wrote: whole, and such that the server takes them as a TTL.
@@ -23,7 +23,7 @@ local function to_rq_list(id, queue, front, now_iso)
 end
 
 -- Free slots of a rate limit go to those that wait for one, oldest first; more than PROMOTE_MAX in a call wait for the next one.
-local PROMOTE_MAX, promoted = 500, 0
+local PROMOTE_MAX = 500
 
 local function promote(key, now, now_iso)
   local base = 'rq:rl:' .. key

@@ -86,7 +86,7 @@ def test_the_same_tasks_are_not_counted_twice_after_a_repair(tmp_path: Path) -> 
         end(r)
         path = log_of(r)
         data = path.read_bytes()
-        path.write_bytes(data[: data.index(b"pilotq:journal") - 40])  # before the first end
+        path.write_bytes(data[: data.index(b"\r\npilotq:journal\r\n") - 40])  # before the first end
         with pytest.raises(StateLost, match="the server is older than .*journal.jsonl"):
             r.start()
         assert "moved out of the journal" in repair(Pilot(str(tmp_path / "pilot")))[-1]

@@ -79,7 +79,8 @@ def assert_guarded(server: RunningServer) -> None:
     ):
         with pytest.raises(ServerRefused, match="WRONGPASS"):
             ask(wrong, "PING")
-    for denied in (("CONFIG", "GET", "port"), ("FLUSHALL",), ("SHUTDOWN",), ("KEYS", "*"), ("MONITOR",)):
+    administrative = (("CONFIG", "GET", "port"), ("FLUSHALL",), ("SHUTDOWN",), ("KEYS", "*"), ("MONITOR",))
+    for denied in (*administrative, ("FUNCTION", "FLUSH"), ("FUNCTION", "DELETE", "pilotq")):
         with pytest.raises(ReplyError, match="NOPERM"):
             ask(where, *denied)
     assert ask(where, "EVAL", "return redis.call('XADD', KEYS[1], '*', 'a', '1')", "1", "s")

@@ -257,7 +257,7 @@ def test_broken_connections_lose_nothing(engine: Engine, node: Make) -> None:
         nodes = [node("n1", 2, quick=True), node("n2", 2, quick=True)]
         for share in range(1, 6):
             pump(nodes, lambda share=share: engine.counts().get("finished", 0) > 500 * share)  # type: ignore[misc]
-            engine.admin.call("SCRIPT", "FLUSH")
+            engine.admin.call("FUNCTION", "FLUSH")
             engine.admin.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             engine.link.close()
         pump(nodes, lambda: ended(engine, 3000))

@@ -1,0 +1,67 @@
+"""The Lua scripts of broker/store/scripts, as one library of functions that the server keeps.
+
+The server runs the top of a library once, when it is loaded, so that what scripts share costs a call nothing. A script
+that is sent by itself makes all of it anew in each call. The name of the library has the hash of its text: programs of
+several versions of pilotq each find their own on one server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from typing import NamedTuple
+
+from pilotq.broker.store.connection import Connection, ReplyError
+
+# What scripts share, in this order: each may use what is before it.
+SHARED = ("lib", "lib_leases", "lib_rq", "lib_joins", "lib_commit")
+# Out of memory only a submit is refused, and before it has written anything: ends make room.
+REFUSED_WITHOUT_MEMORY = ("commit",)
+_FOLDER = os.path.join(os.path.dirname(__file__), "scripts")  # importlib.resources costs an `enqueue` 10 ms
+
+
+class Library(NamedTuple):
+    name: str
+    text: str
+
+    def function(self, script: str) -> str:
+        """The name of the function that a script is, for FCALL."""
+        return f"{self.name}_{script}"
+
+
+def source(name: str) -> str:
+    """The text of one file."""
+    with open(os.path.join(_FOLDER, f"{name}.lua"), encoding="utf-8") as file:
+        return file.read()
+
+
+@cache
+def scripts() -> list[str]:
+    """The names of all scripts."""
+    names = (os.path.splitext(name) for name in os.listdir(_FOLDER))
+    return sorted(name for name, end in names if end == ".lua" and name not in SHARED)
+
+
+@cache
+def library() -> Library:
+    """The library of all scripts."""
+    texts = {name: source(name) for name in (*SHARED, *scripts())}
+    name = "pilotq_" + hashlib.sha1("".join(texts.values()).encode(), usedforsecurity=False).hexdigest()[:12]
+    parts = [f"#!lua name={name}\n", *(texts[part] for part in SHARED)]
+    for script in scripts():
+        flags = "" if script in REFUSED_WITHOUT_MEMORY else "'allow-oom'"
+        parts.append(f"define('{name}_{script}', {{{flags}}}, function()\n{texts[script]}\nend)\n")
+    return Library(name, "".join(parts))
+
+
+def load(link: Connection) -> None:
+    """Have the library on a server; one that has it keeps it."""
+    name, text = library()
+    if link.call("FUNCTION", "LIST", "LIBRARYNAME", name):
+        return
+    try:
+        link.call("FUNCTION", "LOAD", text)
+    except ReplyError as error:
+        if "already exists" not in str(error):  # somebody else was faster
+            raise
