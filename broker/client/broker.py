@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from pilotq.broker.client.past import PastTasks
     from pilotq.broker.client.queries import TaskQueries
 
-POLL_MIN_S, POLL_MAX_S = 0.01, 0.2
+POLL_MIN_S, POLL_MAX_S = 0.005, 0.2  # between two polls of a wait
+POLL_SHARE = 0.03  # of the time that it has waited: so much later at most it knows of the end
 SLICE = 500
 STOP_MODES = ("drain", "stop", "walltime", "now")
 READY_S = 30.0  # how long a pilot may take to become ready, or to end, before that is an error
@@ -174,11 +175,11 @@ class Broker:
 
         ``on_poll`` is called now and then meanwhile, some times a second; what it raises ends the wait.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
+        deadline = None if timeout is None else began + timeout
         left = None if ids is None else _unique(ids)
         past = self._past(left or (), self.link)
         counts = Counts(total=len(left or ()))
-        pause = POLL_MIN_S
         while True:
             if left is None:
                 counts = self.counts()
@@ -192,12 +193,12 @@ class Broker:
                 missing = len(left)
             if missing <= 0:
                 return counts
-            if deadline is not None and time.monotonic() > deadline:
+            now = time.monotonic()
+            if deadline is not None and now > deadline:
                 raise WaitTimedOut(f"{missing} of {counts.total} tasks had not ended after {timeout:g} s")
             if on_poll is not None:
                 on_poll()
-            time.sleep(pause)
-            pause = min(pause * 1.3, POLL_MAX_S)
+            time.sleep(min(max(POLL_MIN_S, POLL_SHARE * (now - began)), POLL_MAX_S))
 
     def _skip_ended(self, ids: list[str], counts: Counts, past: PastTasks) -> list[str]:
         """The ids without the ended ones at their front.
