@@ -149,31 +149,35 @@ class Dispatcher:
         timeout = f"{max(0.0 if reads_on else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
         # At the moment when there is something:
-        look: list[tuple[Argument, ...]] = [("GET", keys.TERM), ("EXISTS", keys.RELEASE)]
+        look: list[tuple[Argument, ...]] = [("GET", keys.TERM), ("EXISTS", keys.RELEASE), ("LPOP", keys.WAKEUP)]
         if not (self.inventory.slots or self.backlog.heads):  # what comes is new work: one round trip less
             look.append(self.backlog.command())
-        reply, term, released, *changed = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
+        reply, term, released, woken, *changed = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
         now = time.monotonic()
-        for answer in (reply, term, released):
+        for answer in (reply, term, released, woken):
             if isinstance(answer, Exception):
                 raise answer
-        is_read = [self.backlog.take(answer) for answer in changed] == [True]
-        self.heads_current = self.heads_current and (is_read or not changed)
-        if reply is not None:
+        taken = [reply] if reply is not None else []
+        taken += [(keys.WAKEUP, [woken])] if woken is not None else []
+        if taken:
             failpoints.hit("events taken")
-            key, items = reply
-            if term is not None and int(term) != self.store.term:
-                # Another dispatcher waits for this, maybe for the answer to its StateRequest.
+        if taken and term is not None and int(term) != self.store.term:
+            for key, items in taken:  # another dispatcher waits for this, maybe for the answer to its StateRequest
                 self.store.write("LPUSH", key, *reversed(items))
-                raise Superseded("another dispatcher has taken over this queue")
+            raise Superseded("another dispatcher has taken over this queue")
+        is_read = [self.backlog.take(answer) for answer in changed] == [True]
+        # An event often comes with a wake-up, which needs no turn of its own.
+        self.heads_current = is_read if changed or woken is not None else self.heads_current
+        if reply is not None:
+            key, items = reply
             if key == keys.EVENTS.encode():
                 for item in items:
                     self._handle_event(item, now)
             else:
                 self.heads_current = is_read
             if released:  # what comes next waits for it: not only when its wake-up is read
-                self.store.release_dependents(RELEASE_LIMIT)
-                self.heads_current = False
+                *_, [heads] = self.store.release_dependents(RELEASE_LIMIT, self.backlog.command())
+                self.heads_current = self.backlog.take(heads)
         self._start_tasks(now)
 
     def _run_periodic_work(self, now: float) -> None:

@@ -118,17 +118,22 @@ class Store:
         return ("FCALL", library.library().function(name), 0, self.queue_id, *args)
 
     def run(self, name: str, *args: Argument) -> Any:
+        return self.run_with((), name, *args)[0]
+
+    def run_with(self, others: Sequence[tuple[Argument, ...]], name: str, *args: Argument) -> list[Any]:
+        """The answer of a script, and behind it those of other commands that are sent with it: in one round trip."""
+        commands = [self.command(name, *args), *others]
         failpoints.hit(f"{name}:before")
         try:
             try:
-                answer = self.link.call(*self.command(name, *args))
+                answers = self.link.pipeline(commands)
             except ScriptMissing:
                 library.load(self.link)
-                answer = self.link.call(*self.command(name, *args))
+                answers = self.link.pipeline(commands)
         except ReplyError as error:
             raise translate(error) from None
         failpoints.hit(f"{name}:after")
-        return answer
+        return answers
 
     def write(self, *command: Argument) -> Any:
         """A plain command that goes through though the memory is full."""
@@ -198,16 +203,17 @@ class Store:
         answer = self.run("claim", self.term, f"{now:.6f}", iso(now), HEADS_SHOWN, self.settings.failed_ttl_s, packed)
         return [(int(r[0]), _head(r[1:])) for r in answer]
 
-    def release_dependents(self, limit: int) -> tuple[int, int]:
+    def release_dependents(self, limit: int, *others: tuple[Argument, ...]) -> tuple[int, int, list[Any]]:
+        """How many were handled, and entries are left; the replies to ``others``, commands that are sent behind it."""
         now, s = time.time(), self.settings
-        handled, left, unwanted = self.run(
-            "release_dependents", self.term, f"{now:.6f}", iso(now), limit, s.failed_ttl_s, s.finished_ttl_s
+        (handled, left, unwanted), *replies = self.run_with(
+            others, "release_dependents", self.term, f"{now:.6f}", iso(now), limit, s.failed_ttl_s, s.finished_ttl_s
         )
         for task_id, children in zip(unwanted[::2], unwanted[1::2], strict=True):
             self.cancel([child.decode() for child in children])
             name = keys.children(task_id.decode())
             self.link.pipeline([("LREM", name, 1, child) for child in children])
-        return int(handled), int(left)
+        return int(handled), int(left), replies
 
     def report_lost(self, reports: Sequence[EndReport]) -> list[str]:
         """End executions that no worker reports; what reports leave empty is read from the records."""

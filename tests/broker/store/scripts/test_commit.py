@@ -337,7 +337,7 @@ def test_more_dependents_than_one_call_handles(engine: Engine) -> None:
     (parent, *dependents) = engine.submit(task(name="p"), *[task(after=["p"]) for _ in range(450)])
     engine.complete(engine.claim())
     engine.link.call("DEL", keys.WAKEUP)
-    handled, left = engine.store.release_dependents(200)
+    handled, left, _ = engine.store.release_dependents(200)
     assert (handled, left) == (201, 1)
     assert engine.list() == dependents[:200]
     assert engine.link.call("LLEN", keys.WAKEUP) == 1  # so that the dispatcher goes on at once
