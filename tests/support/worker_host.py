@@ -308,6 +308,7 @@ class Host:
             if call[0] != "ends":
                 continue
             _, reports, ends = call
+            ends = [end._replace(number=1) for end in ends for _ in range(end.number)]
             end_by_id = dict(zip([r.id for r in reports], ends, strict=True)) if len(ends) == len(reports) else {}
             for report in reports:
                 fields = msgspec.msgpack.decode(report.entry)

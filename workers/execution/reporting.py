@@ -7,7 +7,7 @@ import os
 import signal
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal import JournalEntry
 from pilotq.broker.store.journal_runs import pack_entry
 from pilotq.broker.store.keys import executor_of
-from pilotq.broker.store.messages import SUSPECT, EndReport, ExecutionEnd
+from pilotq.broker.store.messages import HEALTHY, SUSPECT, EndReport, ExecutionEnd
 from pilotq.broker.tasks.functions import result_text
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
 from pilotq.broker.tasks.spec import Spec, command_text, is_bundle
@@ -234,6 +234,31 @@ def _retry(e: Execution, outcome: str, reason: str, code: int | None) -> tuple[i
     return left, retry_delay(spec.backoff, max(spec.retries - left, 0) + 1)
 
 
+def together(ends: Iterable[ExecutionEnd]) -> list[ExecutionEnd]:
+    """The same ends, those in one slot that ended alike as one: they ended well, and the slot went on. In order, as
+    far as that matters: none passes one that ended otherwise.
+
+    >>> together([ExecutionEnd(1, "c", 1.0, True), ExecutionEnd(1, "c", 3.0, True)])
+    [ExecutionEnd(slot=1, class_name='c', seconds=2.0, kept=True, health=0, last_suspect_node='', why='', number=2)]
+    """
+    found: list[ExecutionEnd] = []
+    alike: dict[tuple[int, str], list[float]] = {}  # the seconds of those that may be joined by more
+
+    def close() -> None:
+        for (slot, class_name), seconds in alike.items():
+            found.append(ExecutionEnd(slot, class_name, sum(seconds) / len(seconds), True, number=len(seconds)))
+        alike.clear()
+
+    for end in ends:
+        if end.kept and end.seconds >= 0 and end.health == HEALTHY and not end.last_suspect_node and end.number == 1:
+            alike.setdefault((end.slot, end.class_name), []).append(end.seconds)
+        else:
+            close()
+            found.append(end)
+    close()
+    return found
+
+
 class Outbox:
     """Collects end reports into batches and sends them when they are due.
 
@@ -316,7 +341,7 @@ class Outbox:
             leased = [report for report, _ in call if isinstance(report, LeasedEnd)]
             plain = self._take_plain(CALL_MAX - len(call))
             runs = [*runs_of(leased, self._node), *plain_runs(plain, self._node, self._report)]
-            ends = [end for _, end in call if end is not None]
+            ends = together(end for _, end in call if end is not None)
             self._session.post_ends(reports, [*ends, *(end for one in plain for end in one.slot_ends())], runs)
             if not all_now:
                 break
