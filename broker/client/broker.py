@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pilotq.broker.client.queries import TaskQueries
 
 POLL_MIN_S, POLL_MAX_S = 0.005, 0.2  # between two polls of a wait
-POLL_SHARE = 0.03  # of the time that it has waited: so much later at most it knows of the end
+POLL_SHARE = 0.03  # of the time that it has waited: about so much later at most it knows of the end
 SLICE = 500
 STOP_MODES = ("drain", "stop", "walltime", "now")
 READY_S = 30.0  # how long a pilot may take to become ready, or to end, before that is an error
@@ -173,7 +173,8 @@ class Broker:
     ) -> Counts:
         """Wait until these tasks (default: all) have ended; raises WaitTimedOut after ``timeout`` seconds.
 
-        ``on_poll`` is called now and then meanwhile, some times a second; what it raises ends the wait.
+        ``on_poll`` is called meanwhile, up to 200 times a second at first, later five times; what it raises ends the
+        wait.
         """
         began = time.monotonic()
         deadline = None if timeout is None else began + timeout

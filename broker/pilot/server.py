@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.util import find_spec
 
 from pilotq.broker.errors import InvalidInput, PilotFailed, ServerRefused, ServerUnavailable
@@ -23,6 +23,7 @@ from pilotq.broker.log import log
 from pilotq.broker.pilot.aof_sync import AofSync
 from pilotq.broker.pilot.directory import write_private
 from pilotq.broker.processes import PilotProcess
+from pilotq.broker.store import library
 from pilotq.broker.store.connection import Address, Connection
 
 MIN_VERSION = (7, 0)
@@ -190,6 +191,14 @@ class RunningServer:
         if self._aof_sync is not None:
             self._aof_sync.start()
 
+    def wait_ready(self, *, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """As the function `wait_ready`; then it has the scripts, too."""
+        if not wait_ready(self.address, self.part, stopped=stopped):
+            return False
+        with closing(Connection(self.admin)) as link:
+            library.install(link)
+        return True
+
     def stop(self) -> None:
         """SIGTERM, so that it writes its log to the end; SIGKILL after STOP_S. Removes the socket's directory."""
         if self.process is not None:
@@ -261,7 +270,7 @@ def start_server(
     running = RunningServer(directory, bind=bind, durability=durability, server=server)
     try:
         running.start()
-        wait_ready(running.address, running.part)
+        running.wait_ready()
     except BaseException:
         running.stop()
         raise

@@ -20,7 +20,7 @@ from pilotq.broker.pilot.directory import ConnectionInfo, Pilot, create, establi
 from pilotq.broker.pilot.lock import HEARTBEAT_S, Lock
 from pilotq.broker.pilot.queue_client import POLL_S, QueueClient
 from pilotq.broker.pilot.rollback import open_journal
-from pilotq.broker.pilot.server import RunningServer, wait_ready
+from pilotq.broker.pilot.server import RunningServer
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.connection import Connection
 
@@ -44,7 +44,7 @@ def run_server(directory: str, settings: Settings, *, bind: list[str], durabilit
         running = RunningServer(pilot.directory, bind=bind, durability=durability, server=server)
         try:
             running.start()
-            if wait_ready(running.address, running.part, stopped=lambda: bool(stopping)):
+            if running.wait_ready(stopped=lambda: bool(stopping)):
                 _serve(pilot, running, lock, settings, stopping)
         finally:
             pilot.remove_connection()

@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 from pilotq import __version__
 from pilotq.broker import failpoints
@@ -135,21 +136,22 @@ class Supervisor:
         signal.signal(signal.SIGINT, lambda *_: None)
         self.deadline.poll(time.monotonic())  # the answer comes while the server boots
         self.lost_workers = recovery.kill_leftovers(self.pilot, self.clean_node)
-        options, admin, part = self.options, None, None
+        options, admin = self.options, None
         if options.redis:
             address = parse_url(options.redis)
+            await_server: Callable[..., bool] = partial(wait_ready, address)
         else:
             self.server = RunningServer(
                 self.pilot.directory, bind=options.bind, durability=options.durability, server=options.server
             )
             self.server.start()
-            address, admin, part = self.server.address, self.server.admin, self.server.part
+            address, admin, await_server = self.server.address, self.server.admin, self.server.wait_ready
         # They load while the server boots, and then wait for connection.json.
         for child in (self.dispatcher, *self.workers.values()):
             child.start()
             failpoints.hit("part started")
         recovery.record_parts(self.pilot, self._parts())
-        if wait_ready(address, part, stopped=self._check_end):
+        if await_server(stopped=self._check_end):
             self._open(address, admin)
             self._restart_remote()
 

@@ -149,12 +149,12 @@ class Dispatcher:
         timeout = f"{max(0.0 if reads_on else self.next_check - now, 0.001):.3f}"
         wait = ("BLMPOP", timeout, 2, keys.EVENTS, keys.WAKEUP, "LEFT", "COUNT", 200)
         # At the moment when there is something:
-        look: list[tuple[Argument, ...]] = [("GET", keys.TERM), ("EXISTS", keys.RELEASE), ("LPOP", keys.WAKEUP)]
+        look: list[tuple[Argument, ...]] = [("LPOP", keys.WAKEUP), ("GET", keys.TERM), ("EXISTS", keys.RELEASE)]
         if not (self.inventory.slots or self.backlog.heads):  # what comes is new work: one round trip less
             look.append(self.backlog.command())
-        reply, term, released, woken, *changed = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
+        reply, woken, term, released, *changed = self.ingest.pipeline(self.link, [wait, *look], self._refuse)
         now = time.monotonic()
-        for answer in (reply, term, released, woken):
+        for answer in (reply, woken, term, released):
             if isinstance(answer, Exception):
                 raise answer
         taken = [reply] if reply is not None else []
@@ -175,9 +175,9 @@ class Dispatcher:
                     self._handle_event(item, now)
             else:
                 self.heads_current = is_read
-            if released:  # what comes next waits for it: not only when its wake-up is read
-                *_, [heads] = self.store.release_dependents(RELEASE_LIMIT, self.backlog.command())
-                self.heads_current = self.backlog.take(heads)
+        if taken and released:  # what comes next waits for it: not only when its wake-up is read
+            *_, [heads] = self.store.release_dependents(RELEASE_LIMIT, self.backlog.command())
+            self.heads_current = self.backlog.take(heads)
         self._start_tasks(now)
 
     def _run_periodic_work(self, now: float) -> None:
