@@ -146,6 +146,15 @@ def command_text(spec: Spec) -> str:
 
 
 @lru_cache(maxsize=256)
+def packed_command(packed: bytes) -> str:
+    """The command of a packed `Spec` as `command_text` shows it; empty where it has none of its own or cannot be read."""
+    try:
+        spec = _unpack(packed)
+        return "" if spec.flags & FLAG_BUNDLE else command_text(spec)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
+        return ""
+
+
 def _call_text(name: str) -> str:
     return one_line(f"{name}(...)")
 

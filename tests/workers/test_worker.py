@@ -285,7 +285,7 @@ def test_cancel_finds_a_task_wherever_it_is(tmp_path: Path) -> None:
         host.stop("prefetched")
         canceled = host.end_of("prefetched")
         assert (canceled.report.outcome, canceled.report.started) == ("canceled", "")
-        assert canceled.end is not None
+        assert canceled.end is not None and canceled.entry.command == "touch never"
         assert (canceled.end.slot, canceled.end.seconds, canceled.end.kept) == (0, -1.0, False)
         pid = pid_of(host, "runs")
         host.stop("runs", execution=2)  # not the one that is here

@@ -20,7 +20,7 @@ from pilotq.broker.store.keys import executor_of
 from pilotq.broker.store.messages import HEALTHY, SUSPECT, EndReport, ExecutionEnd
 from pilotq.broker.tasks.functions import result_text
 from pilotq.broker.tasks.retry_policy import is_retried, retry_delay
-from pilotq.broker.tasks.spec import Spec, command_text, is_bundle
+from pilotq.broker.tasks.spec import Spec, command_text, is_bundle, packed_command
 from pilotq.broker.tasks.states import REASONS
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.failure_streak import FailureStreak
@@ -193,7 +193,7 @@ class Reporter:
 
 def command_of(e: Execution) -> str:
     """Its command on one line, shortened."""
-    return "" if e.spec is None else command_text(e.spec)
+    return packed_command(e.run.spec) if e.spec is None else command_text(e.spec)
 
 
 def _leaves_lines_only(e: Execution) -> bool:
