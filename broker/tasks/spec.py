@@ -145,9 +145,8 @@ def command_text(spec: Spec) -> str:
     return _call_text(payload.name) if payload.name else ""
 
 
-@lru_cache(maxsize=256)
 def packed_command(packed: bytes) -> str:
-    """The command of a packed `Spec` as `command_text` shows it; empty where it has none of its own or cannot be read."""
+    """The command of a packed `Spec`, as `command_text` shows it; empty where it has none of its own or is damaged."""
     try:
         spec = _unpack(packed)
         return "" if spec.flags & FLAG_BUNDLE else command_text(spec)
@@ -155,6 +154,7 @@ def packed_command(packed: bytes) -> str:
         return ""
 
 
+@lru_cache(maxsize=256)
 def _call_text(name: str) -> str:
     return one_line(f"{name}(...)")
 
