@@ -63,7 +63,7 @@ class Lab:
 
     def longest_ms(self) -> float:
         entries = self.admin.call("SLOWLOG", "GET", 10_000)
-        return max((int(e[2]) for e in entries if e[3][0] in (b"FCALL", b"FUNCTION")), default=0) / 1e3
+        return max((int(e[2]) for e in entries if e[3][0] == b"FCALL"), default=0) / 1e3
 
     def dispatcher(self) -> Dispatcher:
         found = Dispatcher(self.broker.link.address, self.store.queue_id, Settings())

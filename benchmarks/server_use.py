@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.connection import Connection
 
-SCRIPT_CALLS = ("evalsha", "eval")
+SCRIPT_CALL = "fcall"
 
 
 class Use(NamedTuple):
@@ -46,7 +46,7 @@ class ServerUse:
         }
         return Use(
             sum(calls.values()),
-            sum(calls.get(name, 0) for name in SCRIPT_CALLS),
+            calls.get(SCRIPT_CALL, 0),
             int(stats["total_reads_processed"]),
             int(self._info("persistence").get("aof_current_size", 0)),
             int(self._info("memory")["used_memory"]),

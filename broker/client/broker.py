@@ -199,7 +199,7 @@ class Broker:
                 raise WaitTimedOut(f"{missing} of {counts.total} tasks had not ended after {timeout:g} s")
             if on_poll is not None:
                 on_poll()
-            time.sleep(min(max(POLL_MIN_S, POLL_SHARE * (now - began)), POLL_MAX_S))
+            time.sleep(poll_after(now - began))
 
     def _skip_ended(self, ids: list[str], counts: Counts, past: PastTasks) -> list[str]:
         """The ids without the ended ones at their front.
@@ -441,6 +441,11 @@ class Broker:
 def _unique(ids: Iterable[str]) -> list[str]:
     """Each id once, in order. One text is one id, not its letters."""
     return [ids] if isinstance(ids, str) else list(dict.fromkeys(ids))
+
+
+def poll_after(waited: float) -> float:
+    """Seconds until the next poll of a wait that has taken so many."""
+    return min(max(POLL_MIN_S, POLL_SHARE * waited), POLL_MAX_S)
 
 
 def open_pilot(directory: str | None = None, *, timeout: float = 10.0) -> Broker | Archive:

@@ -157,8 +157,8 @@ class Dispatcher:
         for answer in (reply, woken, term, released):
             if isinstance(answer, Exception):
                 raise answer
-        taken = [reply] if reply is not None else []
-        taken += [(keys.WAKEUP, [woken])] if woken is not None else []
+        taken = [] if reply is None else [(reply[0].decode(), reply[1])]
+        taken += [] if woken is None else [(keys.WAKEUP, [woken])]
         if taken:
             failpoints.hit("events taken")
         if taken and term is not None and int(term) != self.store.term:
@@ -166,15 +166,12 @@ class Dispatcher:
                 self.store.write("LPUSH", key, *reversed(items))
             raise Superseded("another dispatcher has taken over this queue")
         is_read = [self.backlog.take(answer) for answer in changed] == [True]
-        # An event often comes with a wake-up, which needs no turn of its own.
-        self.heads_current = is_read if changed or woken is not None else self.heads_current
-        if reply is not None:
-            key, items = reply
-            if key == keys.EVENTS.encode():
-                for item in items:
-                    self._handle_event(item, now)
-            else:
-                self.heads_current = is_read
+        # A wake-up often comes with an event, and needs no turn of its own then.
+        if changed or any(key == keys.WAKEUP for key, _ in taken):
+            self.heads_current = is_read
+        for key, items in taken:
+            for item in items if key == keys.EVENTS else ():
+                self._handle_event(item, now)
         if taken and released:  # what comes next waits for it: not only when its wake-up is read
             *_, [heads] = self.store.release_dependents(RELEASE_LIMIT, self.backlog.command())
             self.heads_current = self.backlog.take(heads)

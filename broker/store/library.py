@@ -37,7 +37,6 @@ def source(name: str) -> str:
         return file.read()
 
 
-@cache
 def scripts() -> list[str]:
     """The names of all scripts."""
     names = (os.path.splitext(name) for name in os.listdir(_FOLDER))

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import msgspec
 
-from pilotq.broker.os_strings import encode, printable
+from pilotq.broker.os_strings import UNREADABLE, encode, printable
 from pilotq.broker.tasks.functions import Packed, decode_payload_name, pack_call
 from pilotq.broker.tasks.model import Task, one_line
 
@@ -150,7 +150,7 @@ def packed_command(packed: bytes) -> str:
     try:
         spec = _unpack(packed)
         return "" if spec.flags & FLAG_BUNDLE else command_text(spec)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, IndexError):
+    except UNREADABLE:
         return ""
 
 

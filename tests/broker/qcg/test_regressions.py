@@ -87,9 +87,13 @@ def test_h5_a_job_for_all_cores_beside_a_system_core_is_refused(tmp_path: Path) 
 
 
 def test_a_system_core_counts_as_used(tmp_path: Path) -> None:
-    """As there: of three cores one is the service's own. Programs that connect are told the same."""
+    """As there: of three cores one is the service's own. Programs that connect are told the same, and what they use
+    within a quarter of a second."""
     ask = (
-        "from pilotq.broker.qcg import Manager; import os; print(Manager(os.environ['QCG_PM_ZMQ_ADDRESS']).resources())"
+        "import os, time; from pilotq.broker.qcg import Manager\n"
+        "manager, until = Manager(os.environ['QCG_PM_ZMQ_ADDRESS']), time.monotonic() + 10\n"
+        "while (found := manager.resources())['used_cores'] < 2 and time.monotonic() < until: pass\n"
+        "print(found)"
     )
     show = {"exec": sys.executable, "args": ["-c", ask], "stdout": "out"}
     ran = requests(
