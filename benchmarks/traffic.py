@@ -11,12 +11,26 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from typing import NamedTuple
 
-from benchmarks.costs import Submit, await_ends, journal_bytes, submit_array, submit_many, submit_single, submit_some
+from redis import Redis
+from rq import Queue
+
+from benchmarks.costs import (
+    LOOK_S,
+    Submit,
+    await_ends,
+    journal_bytes,
+    submit_array,
+    submit_many,
+    submit_single,
+    submit_some,
+)
 from benchmarks.figures import Figure
 from benchmarks.pretended.pilot import PretendedPilot, pretended_pilot
 from benchmarks.server_use import ServerUse
+from pilotq.broker import Broker
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.connection import Connection
 
@@ -100,6 +114,18 @@ def traffic(submit: Submit, number: int) -> Traffic:
     return Traffic(*(count / number for count in counted))
 
 
+def submit_rq(broker: Broker, number: int) -> None:
+    """As many jobs of a producer that knows only RQ; they are known to the pilot when this returns."""
+    known, deadline = broker.counts().total, time.monotonic() + END_S
+    with Redis.from_url(broker.url) as connection:
+        queue = Queue("default", connection=connection)
+        queue.enqueue_many([Queue.prepare_data("math.sqrt", (n,)) for n in range(number)])
+    while broker.counts().total < known + number:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{number} jobs of a producer were not known to the pilot after {END_S:g} s")
+        time.sleep(LOOK_S)
+
+
 def _play(pilot: PretendedPilot, submit: Submit, number: int) -> None:
     """All of them wait when the first one begins, so that batches have the size that the code gives them."""
     pilot.broker.pause(True)
@@ -115,6 +141,7 @@ def run() -> list[Figure]:
         "task of a bundle": traffic(submit_many, number),
         "single task": traffic(submit_some, number),
         "task of an enqueue of its own": traffic(submit_single, number // 5),
+        "job of an RQ producer": traffic(submit_rq, number),
     }
     return [
         Figure(f"{what}, {field.replace('_', ' ')}", value, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 from pilotq.broker.errors import PilotFailed, ServerUnavailable
 from pilotq.broker.os_strings import UNREADABLE
 from pilotq.broker.store import keys
-from pilotq.broker.store.connection import Argument, Connection
+from pilotq.broker.store.connection import Argument, Connection, ReplyError
 from pilotq.broker.store.registry import decode_nodes
 from pilotq.broker.store.resources import NodeInfo
 from pilotq.broker.store.value_blocks import BLOCK, read_block
@@ -37,6 +37,7 @@ class SharedData:
         self._retry_at = 0.0  # monotonic
         self._fetch_shared = lru_cache(maxsize=256)(self._read_shared)
         self._fetch_block = lru_cache(maxsize=16)(self._read_block)
+        self._jobs: dict[str, list[bytes]] = {}  # records that were read before they are asked for
 
     def end_pause(self) -> None:
         """The server answers again: the next read needs not wait until the pause after a failure is over."""
@@ -57,20 +58,36 @@ class SharedData:
             raise PilotFailed(f"array {array} has no value at position {position}: its record is damaged")
         return block[position % BLOCK]
 
+    def read_jobs(self, ids: Sequence[str]) -> None:
+        """Read the records of these jobs in one round trip; `fetch_job` gives them until `forget_jobs`."""
+        try:
+            records = self._ask(lambda: self._connection.pipeline([("HGETALL", keys.job(i)) for i in ids]))
+        except ReplyError:
+            return  # one of them cannot be read: `fetch_job` says which
+        self._jobs = dict(zip(ids, records, strict=True))
+
+    def forget_jobs(self) -> None:
+        self._jobs.clear()
+
     def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
         """The record of a job as it stands."""
-        flat = self._fetch("HGETALL", keys.job(task_id))
+        flat = self._jobs.pop(task_id, None)
+        if flat is None:
+            flat = self._fetch("HGETALL", keys.job(task_id))
         if not flat:
             raise PilotFailed(f"the record of job {task_id} is gone")
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
     def _fetch(self, *command: Argument) -> Any:
+        return self._ask(lambda: self._connection.call(*command))
+
+    def _ask(self, ask: Callable[[], Any]) -> Any:
         """Each attempt blocks the worker, and many launches may need one: after a failure there is a pause."""
         if time.monotonic() < self._retry_at:
             raise ServerUnavailable(f"the server at {self._connection.address} did not answer a moment ago")
         self._limit_timeouts()
         try:
-            return self._connection.call(*command)
+            return ask()
         except ServerUnavailable:
             self._retry_at = time.monotonic() + RETRY_S
             raise

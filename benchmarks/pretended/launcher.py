@@ -1,20 +1,23 @@
 """A launcher that starts nothing: each task ends after its simulated time, as if a process had run so long.
 
 It takes the place of `LauncherHandle`, and answers with the records that a real launcher sends: begun, started when the
-task lives for a moment, ended with exit code 0. ``sleep N`` runs N seconds, any other program no time. A chained task
-begins when the one before it has ended, as on a machine that has nothing else to do.
+task lives for a moment, ended with exit code 0. ``sleep N`` runs N seconds, any other program no time, and so does a
+function, which returns None. A chained task begins when the one before it has ended, as on a machine that has nothing
+else to do.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+import pickle
 import time
 from collections.abc import Sequence
 from itertools import count
 
 import msgspec
 
+from pilotq.broker.tasks.functions import result_text
 from pilotq.workers.execution.launcher_pool import ISOLATED, LauncherHandle, LauncherPool
 from pilotq.workers.launcher.launcher import ANNOUNCE_S
 from pilotq.workers.launcher.report_pipe import WAKE_DELAY_S, WAKE_REPORTS
@@ -33,6 +36,7 @@ from pilotq.workers.protocol import (
     Ran,
     Retract,
     Retracted,
+    Returned,
     Signal,
     Started,
 )
@@ -40,6 +44,7 @@ from pilotq.workers.protocol import (
 FIRST_NUMBER = 1 << 30  # no descriptor has such a number
 _numbers = count(FIRST_NUMBER)
 _encode = msgspec.msgpack.Encoder().encode
+_NONE = result_text(pickle.dumps(None))
 
 
 def seconds_of(argv: Sequence[bytes]) -> float:
@@ -61,7 +66,8 @@ class PretendedLauncher(LauncherHandle):
         self._running: dict[int, float] = {}  # key -> when it began (monotonic)
         self._elements: dict[int, Element] = {}  # key -> which one it is, of those that came in runs
         self._moments: list[tuple[float, int, bool]] = []  # heap: when, key, whether it ends then, or is announced
-        self._behind: dict[int, Launch] = {}  # key -> what is chained behind it
+        self._calls: set[int] = set()  # keys of functions that run
+        self._behind: dict[int, Launch | Call] = {}  # key -> what is chained behind it
         self._before: dict[int, int] = {}  # key of what is chained -> key it waits for
         self._unseen = 0  # reports since the reader was woken, as in ReportPipe
         self._wake_at = 0.0  # monotonic: when they are old enough
@@ -77,7 +83,6 @@ class PretendedLauncher(LauncherHandle):
             for number in range(launch.number):
                 self.launch(base, slot, launch.launch_of(number))
             return
-        assert isinstance(launch, Launch), "functions are not pretended"
         began = time.thread_time()
         self.launched += 1
         if launch.after in self._running or launch.after in self._before:
@@ -133,10 +138,12 @@ class PretendedLauncher(LauncherHandle):
     def reap(self, seconds: float | None = None) -> None:
         """There is no process to wait for."""
 
-    def _start(self, launch: Launch, at: float) -> None:
-        seconds = seconds_of(launch.argv)
+    def _start(self, launch: Launch | Call, at: float) -> None:
+        seconds = seconds_of(launch.argv) if isinstance(launch, Launch) else 0.0
         self._running[launch.key] = at
-        if launch.element is not None:
+        if isinstance(launch, Call):
+            self._calls.add(launch.key)
+        elif launch.element is not None:
             self._elements[launch.key] = launch.element
         heapq.heappush(self._moments, (at + seconds, launch.key, True))
         if seconds > ANNOUNCE_S:
@@ -151,9 +158,14 @@ class PretendedLauncher(LauncherHandle):
             row = _encode((element.index, element.place, after, round((at - began) * 1e6), 1, 0, 0))
             self._records.append(Ran(key, at - began, self._wall + at, row))
         else:
+            times = self._wall + began, self._wall + at, at - began
+            usage = 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT
             self._records.append(
-                Exited(key, 1, status, self._wall + began, self._wall + at, at - began, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT)
+                Returned(key, 1, "finished", "", "", _NONE, *times, *usage)
+                if key in self._calls
+                else Exited(key, 1, status, *times, *usage)
             )
+            self._calls.discard(key)
         follower = self._behind.pop(key, None)
         if follower is None:
             self._unseen += WAKE_REPORTS

@@ -191,6 +191,12 @@ class SocketSession:
             raise errors.ServerUnavailable("the test has taken the server away")
         return self._shared[key]
 
+    def read_jobs(self, ids: Sequence[str]) -> None:
+        self._channel.send(("read jobs", list(ids)))
+
+    def forget_jobs(self) -> None:
+        pass
+
     def fetch_job(self, task_id: str) -> dict[bytes, bytes]:
         return self._jobs[task_id]
 

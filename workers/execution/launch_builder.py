@@ -7,8 +7,8 @@ import math
 import os
 import random
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -190,6 +190,18 @@ class LaunchBuilder:
             full = {**reservation.slot.defaults, **context.base.env, **reservation.slot.env, **env}
             launch = self.launch_model.apply(e, spec, reservation, full, launch)
         return context.base, reservation.slot, launch
+
+    @contextmanager
+    def reading_ahead(self, runs: Iterable[Run]) -> Iterator[None]:
+        """Within it all of these can be built with one read of the server, where each would need one of its own."""
+        jobs = [run.id for run in runs if not run.submission]  # of RQ's producers
+        if len(jobs) > 1:
+            with suppress(ServerUnavailable):  # building them says so
+                self._shared_data.read_jobs(jobs)
+        try:
+            yield
+        finally:
+            self._shared_data.forget_jobs()
 
     def hold(self, lease: Lease) -> HeldLease | None:
         """What the elements of a lease have in common, if they are alike: programs of one process, without values, and

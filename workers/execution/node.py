@@ -526,7 +526,13 @@ class Node:
             return
         if isinstance(last, Execution) and self._escalation.retracting(last):
             return
-        room, after = self._slots.chain_room(slot), _last_key(last)
+        room = self._slots.chain_room(slot)
+        if room > 0:
+            with self._builder.reading_ahead(self._slots.next_runs(slot, room)):
+                self._chain_next(slot, room, _last_key(last), launcher, now)
+
+    def _chain_next(self, slot: Slot, room: int, after: int, launcher: LauncherHandle, now: float) -> None:
+        """Chain up to ``room`` tasks that are prefetched, behind the one with that key."""
         while room > 0 and now >= self._retry_at:
             e = self._slots.next_prefetched(slot)
             if isinstance(e, LeasedRun):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.messages import Run, StateReport
@@ -162,6 +162,11 @@ class SlotTable:
         """The oldest task of a slot's class that is prefetched, or the run that begins with it."""
         queue = self._queues.get(slot.class_name)
         return next(iter(queue.values())) if queue else None
+
+    def next_runs(self, slot: Slot, most: int) -> list[Run]:
+        """The messages of the next ones of a slot's class that are prefetched one by one."""
+        queue = self._queues.get(slot.class_name)
+        return [e.run for e in islice(queue.values(), most) if isinstance(e, Execution)] if queue else []
 
     def chain(self, slot: Slot) -> Execution:
         """Move the task that is `next_prefetched`, now CHAINED, to the end of a slot's chain."""

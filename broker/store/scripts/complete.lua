@@ -76,11 +76,19 @@ local function end_element(f, id, status, text)
   return status
 end
 
+-- What RQ has written of a producer's job that its end depends on; read once for each.
+local function rules_of(f, id)
+  f.rules = f.rules or redis.call('HMGET', job_key(id), 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
+    'number_of_retries', 'repeats_left', 'repeat_intervals', 'result_ttl', 'failure_ttl', 'rate_limit_key')
+  return f.rules
+end
+
 -- RQ's rules for the record of a producer's job.
 local function final_rq_job(r, f, id, status, reason, text, kind)
-  local queue, ttl = f.queue, rq_ttl(id, status)
+  local v, queue = rules_of(f, id), f.queue
+  local ttl = rq_ttl(id, status, {v[7], v[8]})
   count_end('', status, 1)
-  rq_ended(id, queue, now, r[5])
+  rq_ended(id, queue, now, r[5], v[9])
   if ttl == 0 then
     redis.call('DEL', job_key(id), 'rq:results:' .. id)
   else
@@ -166,8 +174,7 @@ end
 -- The same as `decide` where RQ has rules of its own: Retry of an exception, a returned Retry, Repeat. Last: the type of
 -- the result that RQ keeps, if it is an unusual one.
 local function decide_rq_job(outcome, reason, f, id, r, text)
-  local v = redis.call('HMGET', job_key(id), 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry',
-    'number_of_retries', 'repeats_left', 'repeat_intervals')
+  local v = rules_of(f, id)
   if outcome == 'failed' and whole(v[1], 0) > 0 then
     local left, intervals = whole(v[1], 0), intervals_of(v[2])
     redis.call('HSET', job_key(id), 'retries_left', left - 1)
@@ -324,6 +331,7 @@ local function vanished(r, id, execution, line, text)
     return 'ok'
   end
   if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
+  if node == '' then redis.call('SET', vanished_key(id, execution), '', 'EX', VANISHED_TTL) end
   count_end(r[12] ~= '' and r[12] or submission_of(id), 'canceled', 1)
   if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
   notify_executor(r[12], id, 'canceled', 'canceled', '')

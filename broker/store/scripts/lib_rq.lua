@@ -48,15 +48,14 @@ end
 -- The job waits for nobody any more: RQ's two sets of it.
 local function forget_parents(id)
   local key = 'rq:job::' .. id .. ':dependencies'
-  for _, parent in ipairs(redis.call('SMEMBERS', key)) do
-    redis.call('SREM', job_key(parent) .. ':dependents', id)
-  end
-  redis.call('DEL', key)
+  local waited_for = redis.call('SMEMBERS', key)
+  for _, parent in ipairs(waited_for) do redis.call('SREM', job_key(parent) .. ':dependents', id) end
+  if #waited_for > 0 then redis.call('DEL', key) end
 end
 
--- A producer's job has ended, whatever it was doing.
-rq_ended = function(id, queue, now, now_iso)
-  local key = redis.call('HGET', job_key(id), 'rate_limit_key')
+-- A producer's job has ended, whatever it was doing. `key`: its rate limit, false if it has none; without it that is read.
+rq_ended = function(id, queue, now, now_iso, key)
+  if key == nil then key = redis.call('HGET', job_key(id), 'rate_limit_key') end
   redis.call('ZREM', registry('scheduled', queue), id)
   redis.call('ZREM', registry('ready', queue), id)
   if key then
@@ -94,6 +93,10 @@ local function hide_execution(id, execution, worker)
   redis.call('SREM', 'rq:worker:' .. worker .. ':executions', id .. ':' .. execution)
 end
 
+-- An execution whose record somebody deleted while it ran counts as ended: its worker may show it as running until it knows.
+local VANISHED_TTL = 3600
+local function vanished_key(id, execution) return 'pilotq:vanished:' .. id .. ':' .. execution end
+
 -- RQ's results stream: a text is the result (type 1), or the reason of a failure. Of a failure it may hold a second line:
 -- the exception, pickled, as our own client reads it.
 local function add_result(id, kind, text, worker, ttl)
@@ -118,10 +121,11 @@ local function counted_as(reason)
   return (reason == 'canceled' or reason == 'dependency' or reason == 'failures') and 'canceled' or 'failed'
 end
 
--- RQ's times: how long the record of a job that ended so is kept; 0 = not at all, below 0 = for ever.
-local function rq_ttl(id, status)
+-- RQ's times: how long the record of a job that ended so is kept; 0 = not at all, below 0 = for ever. `v`: the two fields of its
+-- record that say so, if they were read.
+local function rq_ttl(id, status, v)
   if status == 'canceled' then return -1 end
-  local v = redis.call('HMGET', job_key(id), 'result_ttl', 'failure_ttl')
+  v = v or redis.call('HMGET', job_key(id), 'result_ttl', 'failure_ttl')
   if status == 'finished' then return whole(v[1], 500) end
   return whole(v[2], 31536000)
 end

@@ -12,20 +12,17 @@
 if not queue_id_ok() then return queue_id_error() end
 if not term_ok() then return term_error() end
 local now, now_iso, ttl, shared = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6]
-local back, front, requests = {}, {}, {}
+local front, requests, new = {}, {}, 0
 
-local function queue_up(id, class, first)
-  redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
-  local lists = first and front or back
-  lists[class] = lists[class] or {}
-  table.insert(lists[class], id)
+local function enter_list(id, class, first)
+  if not first then return line_up(id, class) end
+  front[class] = front[class] or {}
+  table.insert(front[class], id)
 end
 
--- Nothing of an earlier end is left.
-local function refresh(id)
-  redis.call('HDEL', job_key(id), 'pq_reason', 'pq_exit', 'pq_cancel', 'pq_cpus', 'pq_node', 'pq_slot', 'pq_running',
-    'pq_out', 'pq_err', 'pq_crashes', 'pq_shown')
-end
+-- What an earlier end may have left in a record.
+local LEFT = {'pq_reason', 'pq_exit', 'pq_cancel', 'pq_cpus', 'pq_node', 'pq_slot', 'pq_running', 'pq_out', 'pq_err',
+  'pq_crashes', 'pq_shown'}
 
 -- -- jobs of RQ's producers ---------------------------------------------------------------------------------------------
 
@@ -77,7 +74,8 @@ local function adopt(id, queue, class)
   if #open == 0 then
     redis.call('ZREM', registry('deferred', queue), id)
     forget_parents(id)
-    return queue_up(id, class, redis.call('HGET', job_key(id), 'enqueue_at_front') == '1')
+    redis.call('HSET', job_key(id), 'status', 'queued', 'origin', class)
+    return enter_list(id, class, redis.call('HGET', job_key(id), 'enqueue_at_front') == '1')
   end
   -- The id may be that of a deleted job, which is in the lists of its parents still.
   local wait = redis.call('HGET', job_key(id), 'pq_seq')
@@ -92,22 +90,34 @@ local function adopt(id, queue, class)
   redis.call('ZADD', registry('deferred', queue), ADOPTED + now, id)
 end
 
-local function route_rq_job(item)
+-- `reason`, `queued_at`, `execution`: fields of its record.
+local function route_rq_job(item, reason, queued_at, execution)
   local queue, id, request = item.queue, item.id, requests[item.request]
-  local ended = redis.call('HGET', job_key(id), 'pq_reason')
-  if ended then
-    redis.call('HINCRBY', 'pilotq:counts', counted_as(ended), -1)
+  if reason then
+    redis.call('HINCRBY', 'pilotq:counts', counted_as(reason), -1)
     if redis.call('HEXISTS', job_key(id), 'ttl') == 0 then redis.call('PERSIST', job_key(id)) end
   end
-  rq_count_in(id, now)
-  refresh(id)
+  if reason or queued_at or execution then redis.call('HDEL', job_key(id), unpack(LEFT)) end
   reserve(id)
-  if not request then return refuse(id, queue, item.why, item.shown) end
-  redis.call('HSETNX', job_key(id), 'pq_exec', '0')
-  redis.call('HSET', job_key(id), 'pq_class', request.class, 'pq_spec', request.spec, 'pq_shared', shared, 'pq_sub', '',
-    'pq_seq', next_place())
+  if not request then
+    rq_count_in(id, now)
+    return refuse(id, queue, item.why, item.shown)
+  end
+  local fields = {'pq_class', request.class, 'pq_spec', request.spec, 'pq_shared', shared, 'pq_sub', '', 'pq_seq', next_place()}
+  local function add(field, value)
+    fields[#fields + 1] = field
+    fields[#fields + 1] = value
+  end
+  if not queued_at then add('pq_queued_at', now) end
+  if not execution then add('pq_exec', '0') end
+  if item.listed then
+    add('status', 'queued')
+    add('origin', request.class)
+  end
+  redis.call('HSET', job_key(id), unpack(fields))
+  if not queued_at then new = new + 1 end
   if not item.listed then return adopt(id, queue, request.class) end
-  queue_up(id, request.class, item.first)
+  enter_list(id, request.class, item.first)
 end
 
 -- -- tasks of ours, requeued by RQ's tools ------------------------------------------------------------------------------
@@ -129,12 +139,12 @@ for i = 8 + 2 * #requests, #ARGV, 7 do
     request = tonumber(ARGV[i + 4]), why = ARGV[i + 5], shown = ARGV[i + 6]}
   -- What requeue.lua has queued meanwhile is in its class list, and has left only its place here.
   local there = not item.listed or redis.pcall('LREM', list_key(item.queue), 1, item.id) == 1
-  local v = redis.pcall('HMGET', job_key(item.id), 'status', 'pq_sub')
+  local v = redis.pcall('HMGET', job_key(item.id), 'status', 'pq_sub', 'pq_reason', 'pq_queued_at', 'pq_exec')
   if v.err then v = {} end
   if there and v[1] == (item.listed and 'queued' or 'deferred') and pcall(text_in, 'id', item.id) then
     number = number + 1
     if (v[2] or '') == '' then
-      guarded({now, now_iso, ttl}, item.id, route_rq_job, item)
+      guarded({now, now_iso, ttl}, item.id, route_rq_job, item, unpack(v, 3, 5))
     elseif item.why ~= '' then
       undo(item)
     end
@@ -142,10 +152,8 @@ for i = 8 + 2 * #requests, #ARGV, 7 do
     redis.call('ZREM', registry('deferred', item.queue), item.id)
   end
 end
-for class, ids in pairs(back) do
-  offer(class)
-  push('RPUSH', list_key(class), ids)
-end
+if new > 0 then redis.call('HINCRBY', 'pilotq:counts', 'total', new) end
+flush_ready()
 for class, ids in pairs(front) do
   offer(class)
   for k = #ids, 1, -1 do redis.call('LPUSH', list_key(class), ids[k]) end

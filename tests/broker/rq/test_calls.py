@@ -41,17 +41,26 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 def hand(host: Host, number: int, function: Any, *args: Any, serializer: str = "pickle", **options: Any) -> str:
     """A job as RQ's `enqueue` writes it, handed to the worker."""
-    name, limit = f"job-{number}", options.pop("limit", 0.0)
+    name, limit, slot = f"job-{number}", options.pop("limit", 0.0), options.pop("slot", number)
     job = Job.create(function, args, id=name, connection=Redis(), serializer=serializer, **options)
     fields = {key: text if isinstance(text, (str, bytes)) else str(text) for key, text in job.to_dict().items()}
     fields = {key: text.encode() if isinstance(text, str) else text for key, text in fields.items()}
     host.to_session("job", name, {key.encode(): value for key, value in fields.items()})
-    host.run(name, slot=number, flags=FLAG_RQ_JOB, time_limit=limit)
+    host.run(name, slot=slot, flags=FLAG_RQ_JOB, time_limit=limit)
     return name
 
 
 def trace(text: str) -> str:
     return zlib.decompress(base64.b64decode(text)).decode()
+
+
+def test_records_of_jobs_that_are_chained_are_read_together(host: Host) -> None:
+    names = [hand(host, number, functions.product, number, 2, slot=int(number == 1)) for number in range(1, 41)]
+    results = [pickle.loads(base64.b64decode(host.end_of(name).report.text)) for name in names]
+    assert results == [2 * number for number in range(1, 41)]
+    read = [call[1] for call in host.calls if call[0] == "read jobs"]
+    assert read and max(map(len, read)) > 1
+    assert all(set(some) <= set(names) for some in read)
 
 
 def test_a_job_returns_its_value_in_the_producers_format(host: Host) -> None:

@@ -13,7 +13,7 @@ from pilotq.broker.store import keys
 from pilotq.broker.store.messages import Stop
 from pilotq.broker.store.registry import read_nodes
 from pilotq.broker.tasks.model import ArrayRange
-from tests.support.engine import NODE, ONE, Engine, array, fixtures, ids, task
+from tests.support.engine import NODE, ONE, Engine, array, end_report, fixtures, ids, task
 
 engine, server, node = fixtures
 
@@ -213,6 +213,23 @@ def test_a_deleted_record_is_not_made_again(engine: Engine) -> None:
     assert engine.complete_runs(others) == ["ok", "ok"]
     assert engine.complete([long]) == ["stale"]
     assert engine.outcomes(a, 3) == "311" and engine.nothing_left()
+
+
+def test_a_task_whose_record_was_deleted_counts_once(engine: Engine) -> None:
+    """Its worker shows it as running until the message to stop it has come."""
+    engine.register()
+    engine.submit(task())
+    (run,) = engine.claim(1)
+    engine.report_started(run)
+    engine.link.call("DEL", keys.job(run.id))
+    shown = msgspec.msgpack.encode([(run.id, 1, time.time(), ONE)])
+    report = end_report(run, "canceled", "canceled")
+    assert engine.store.report_lost([report]) == ["stale"]
+    assert engine.counts() == {"total": 1, "canceled": 1}
+    assert engine.store.run("heartbeat", "n1", 1, 480, shown, "", "state", "busy") == 2
+    assert engine.registry("wip") == []
+    assert engine.complete([run], "canceled", "canceled") == ["stale"]
+    assert engine.counts() == {"total": 1, "canceled": 1} and engine.nothing_left()
 
 
 def test_runs_of_two_leases_are_reported_apart_from_each_other(engine: Engine) -> None:
