@@ -16,7 +16,7 @@ pipe, ``wake``, means that one has arrived which is worth waking up for.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -24,7 +24,8 @@ import msgspec
 HEADER = struct.Struct("<I")
 INLINE_BYTES = 4096  # captured output up to this size travels in the message
 END_BYTES = 4096  # of larger output, in the message
-INDEX_MARK, NUMBER_MARK = b"\0i", b"\0n"  # in the strings of a `LaunchRun`: no string that the system takes has a NUL
+# In the strings of a `LaunchRun`: no string that the system takes has a NUL.
+INDEX_MARK, NUMBER_MARK, VALUE_MARK = b"\0i", b"\0n", b"\0v"
 
 
 class LaunchBase(msgspec.Struct, array_like=True, tag="base"):
@@ -96,34 +97,55 @@ class LaunchRun(msgspec.Struct, array_like=True, tag="launch_run"):
     ``launch`` is that of the first one, with its ``element``. The keys of the others are the numbers behind its key,
     their indices follow in steps. Its strings have `INDEX_MARK` where each element has its index, and `NUMBER_MARK`
     where it has eight hexadecimal digits that no other one of this worker process has.
+
+    Where elements differ in more than that ``own`` has a packed list of strings for each: its arguments, if ``launch``
+    has none, else one string, which it has where `VALUE_MARK` is.
     """
 
     number: int
     step: int  # from one index to the next
     launch: Launch
+    own: list[msgspec.Raw] = []
 
     def launch_of(self, number: int) -> Launch:
         """The launch of one of them, counted from 0."""
         template, first = self.launch, self.launch.element
         assert first is not None
         element = msgspec.structs.replace(first, index=first.index + self.step * number)
-        index = b"%d" % element.index
-        digits = b"%08x" % (template.key + number & 0xFFFFFFFF)
+        own = _read_strings(self.own[number]) if self.own else [b""]
+        marks = {
+            INDEX_MARK: b"%d" % element.index,
+            NUMBER_MARK: b"%08x" % (template.key + number & 0xFFFFFFFF),
+            VALUE_MARK: own[0],
+        }
 
         def filled(text: bytes) -> bytes:
-            return text.replace(INDEX_MARK, index).replace(NUMBER_MARK, digits) if b"\0" in text else text
+            return fill_marks(text, marks) if b"\0" in text else text
 
         return msgspec.structs.replace(
             template,
             key=template.key + number,
             id=filled(template.id.encode()).decode(),
-            argv=[filled(argument) for argument in template.argv],
+            argv=[filled(argument) for argument in template.argv] or own,
             env={name: filled(value) for name, value in template.env.items()},
             cwd=filled(template.cwd),
             stdin=filled(template.stdin),
+            stdout=filled(template.stdout),
+            stderr=filled(template.stderr),
             after=template.key + number - 1 if number else template.after,
             element=element,
         )
+
+
+def fill_marks(text: bytes, marks: Mapping[bytes, bytes]) -> bytes:
+    """A string with what stands for each mark in its place; none of that may have a NUL.
+
+    >>> fill_marks(b"run-\\0i/\\0v", {INDEX_MARK: b"7", VALUE_MARK: b"a b"})
+    b'run-7/a b'
+    """
+    for mark, own in marks.items():
+        text = text.replace(mark, own)
+    return text
 
 
 class ConfinedLaunch(Launch, array_like=True, tag="confined"):
@@ -333,6 +355,7 @@ ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | LaunchRun | ConfinedLau
 FromLauncher = Begun | Started | Retracted | Refused | Exited | Ran | Returned | GroupSwept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
+_read_strings = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
 def encode_frame(messages: Sequence[ToLauncher | FromLauncher | msgspec.Raw]) -> bytes:

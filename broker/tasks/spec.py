@@ -69,7 +69,7 @@ class Member(msgspec.Struct, array_like=True):
 
 
 _pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(Spec).decode
+read_spec = msgspec.msgpack.Decoder(Spec).decode
 read_member = msgspec.msgpack.Decoder(Member).decode
 BUNDLE_SPEC = _pack(Spec(argv=[], flags=FLAG_BUNDLE))  # of the record of a bundle
 _DEFAULTS = msgspec.structs.astuple(Spec([]))
@@ -88,7 +88,7 @@ def pack_spec(spec: Spec) -> bytes:
 def is_bundle(packed: bytes) -> bool:
     """Whether this packed `Spec` is that of a bundle."""
     try:
-        return len(packed) <= 2 * len(BUNDLE_SPEC) and bool(_unpack(packed).flags & FLAG_BUNDLE)
+        return len(packed) <= 2 * len(BUNDLE_SPEC) and bool(read_spec(packed).flags & FLAG_BUNDLE)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
 
@@ -148,7 +148,7 @@ def command_text(spec: Spec) -> str:
 def packed_command(packed: bytes) -> str:
     """The command of a packed `Spec`, as `command_text` shows it; empty where it has none of its own or is damaged."""
     try:
-        spec = _unpack(packed)
+        spec = read_spec(packed)
         return "" if spec.flags & FLAG_BUNDLE else command_text(spec)
     except UNREADABLE:
         return ""

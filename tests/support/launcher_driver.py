@@ -14,6 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from pilotq.broker.launcher_kind import launcher_kind
 from pilotq.workers.protocol import (
     Begun,
@@ -156,13 +158,25 @@ class Driver:
             os.close(self.wake)
 
 
-def run_of(driver: Driver, number: int, *argv: str | bytes, origin: float = 0.0, **fields: Any) -> LaunchRun:
+def run_of(
+    driver: Driver,
+    number: int,
+    *argv: str | bytes,
+    origin: float = 0.0,
+    own: Sequence[Sequence[str]] = (),
+    **fields: Any,
+) -> LaunchRun:
     """The message of a run of so many elements of the array ``7``, with the indices 3, 5, 7...; to be sent."""
     marked = {"PILOTQ_INDEX": "\0i", "QCG_PM_STEP_ID": "\0n"}
-    own = {"id": "7_\0i", "env": marked, "element": Element(3, 1, origin)}
-    template = driver.prepare(*argv, **{**own, **fields})
+    element = {"id": "7_\0i", "env": marked, "element": Element(3, 1, origin)}
+    template = driver.prepare(*argv, **{**element, **fields})
     driver.keep_keys(number - 1)
-    return LaunchRun(number, 2, template)
+    return LaunchRun(number, 2, template, [packed_strings(*strings) for strings in own])
+
+
+def packed_strings(*strings: str) -> msgspec.Raw:
+    """An item of `LaunchRun.own`."""
+    return msgspec.Raw(msgspec.msgpack.encode([text.encode() for text in strings]))
 
 
 @contextmanager

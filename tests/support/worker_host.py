@@ -291,10 +291,11 @@ class Host:
 
     def lease(
         self, array: str, number: int, *argv: str, slot: int = 1, allocation: str = "n1[0]", class_name: str = "c",
-        first: int = 0, index: int = 0, step: int = 1, **spec: Any,
+        first: int = 0, index: int = 0, step: int = 1, flags: int = FLAG_ARRAY, **spec: Any,
     ) -> None:  # fmt: skip
-        """Elements of an array, the first one with a slot, if it is not 0."""
-        packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], flags=FLAG_ARRAY, **as_bytes(spec)))
+        """Elements of an array, the first one with a slot, if it is not 0. With FLAG_VALUES or FLAG_BUNDLE the session
+        has their values."""
+        packed = msgspec.msgpack.encode(Spec([a.encode() for a in argv], flags=flags, **as_bytes(spec)))
         self.send(
             Lease(
                 array, 1, class_name, "", 1.0, 2.0, "base", first, number, index, step, 0, "", packed,

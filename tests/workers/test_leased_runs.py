@@ -11,13 +11,21 @@ from typing import Any
 import pytest
 
 from pilotq.broker.store.messages import Leave, RetractTasks, StateRequest
+from pilotq.broker.tasks.model import Task
+from pilotq.broker.tasks.spec import FLAG_ARRAY, FLAG_BUNDLE, FLAG_VALUES, MemberPacker
 from tests.support.worker_host import Host, alive
 
 pytestmark = pytest.mark.usefixtures("each_launcher")
 
 CLASS = "default.p10.1c"
 PROMPT: dict[str, Any] = {"prefetch_after": 1, "chain_s": 3600.0, "chain_max": 8}  # runs are chained from the start
-WAITS = "echo $PILOTQ_INDEX >>begun; [ $PILOTQ_INDEX != 2 ] || read word <go; echo $PILOTQ_INDEX >>order"
+WAITS = "echo $0 >>begun; [ $0 != 2 ] || read word <go; echo $0 >>order"
+
+
+@pytest.fixture(params=["array", "values", "bundle"])
+def shape(request: pytest.FixtureRequest) -> str:
+    """In what the elements differ."""
+    return str(request.param)
 
 
 def lease(host: Host, number: int, *argv: str, **more: Any) -> None:
@@ -28,10 +36,19 @@ def ends(host: Host, indices: range) -> list[Any]:
     return [host.end_of(f"arr_{index}") for index in indices]
 
 
-def at_the_third(host: Host) -> None:
+def at_the_third(host: Host, shape: str) -> None:
     """A lease of 40 of which the third waits for the FIFO ``go``."""
     os.mkfifo(host.directory / "go")
-    lease(host, 40, "sh", "-c", WAITS)
+    if shape == "bundle":
+        tasks = [Task(command=["sh", "-c", WAITS, str(n)], name=f"t{n}") for n in range(40)]
+        packer = MemberPacker()
+        host.to_session("values", "arr", [packer.pack(task, tasks[0]) for task in tasks])
+        lease(host, 40, flags=FLAG_BUNDLE)
+    elif shape == "values":
+        host.to_session("values", "arr", [str(n).encode() for n in range(40)])
+        lease(host, 40, "sh", "-c", WAITS, "{value}", flags=FLAG_ARRAY | FLAG_VALUES)
+    else:
+        lease(host, 40, "sh", "-c", WAITS, "{index}")
     begun = host.directory / "begun"
     host.until(lambda: begun.exists() and begun.read_text().split() == ["0", "1", "2"])
 
@@ -55,6 +72,30 @@ def test_each_element_runs_once_in_its_order_and_has_a_line(tmp_path: Path) -> N
     assert sum(end.number for end in told if end.kept) == 49
 
 
+def test_tasks_of_a_bundle_are_told_by_their_commands_and_names(tmp_path: Path, shape: str) -> None:
+    with Host(tmp_path, **PROMPT) as host:
+        at_the_third(host, shape)
+        (tmp_path / "go").write_text("now\n")
+        found = ends(host, range(40))
+    assert (tmp_path / "order").read_text().split() == [str(n) for n in range(40)]
+    for n, end in enumerate(found):
+        entry, in_bundle = end.entry, shape == "bundle"
+        assert entry.command == f"sh -c {WAITS} {n}"
+        assert (entry.name, entry.index) == ((f"t{n}", None) if in_bundle else ("", n))
+
+
+def test_named_outputs_of_elements(tmp_path: Path) -> None:
+    with Host(tmp_path, **PROMPT) as host:
+        words = "echo out $PILOTQ_INDEX; echo err >&2; [ $PILOTQ_INDEX != 5 ]"
+        lease(host, 12, "sh", "-c", words, stdout="out-{index}", stderr="err-{index}")
+        found = ends(host, range(12))
+    for n, end in enumerate(found):
+        assert (tmp_path / f"out-{n}").read_text() == f"out {n}\n" and (tmp_path / f"err-{n}").read_text() == "err\n"
+        assert end.entry.stdout_at == [os.fsencode(tmp_path / f"out-{n}")]
+        assert end.entry.stderr_at == [os.fsencode(tmp_path / f"err-{n}")]
+        assert end.report.outcome == ("failed" if n == 5 else "finished")
+
+
 def test_what_is_more_than_a_plain_end_is_reported_by_itself(tmp_path: Path) -> None:
     with Host(tmp_path, **PROMPT) as host:
         words = "3) echo out;; 5) exit 3;; 8) kill -9 $$;; 9) sleep 0.3;; 11) setsid sleep 9 &"
@@ -66,9 +107,9 @@ def test_what_is_more_than_a_plain_end_is_reported_by_itself(tmp_path: Path) -> 
     assert found[3].entry.stdout == "out\n" and found[9].entry.ended - found[9].entry.started >= 0.3
 
 
-def test_one_element_is_stopped_and_the_others_go_on(tmp_path: Path) -> None:
+def test_one_element_is_stopped_and_the_others_go_on(tmp_path: Path, shape: str) -> None:
     with Host(tmp_path, **PROMPT) as host:
-        at_the_third(host)
+        at_the_third(host, shape)
         for index in (2, 5, 30):  # it runs, it is chained, it waits
             host.stop(f"arr_{index}")
         found = ends(host, range(40))
@@ -77,18 +118,18 @@ def test_one_element_is_stopped_and_the_others_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "order").read_text().split() == [str(n) for n in range(40) if n not in canceled]
 
 
-def test_all_elements_of_an_array_are_stopped(tmp_path: Path) -> None:
+def test_all_elements_of_an_array_are_stopped(tmp_path: Path, shape: str) -> None:
     with Host(tmp_path, **PROMPT) as host:
-        at_the_third(host)
+        at_the_third(host, shape)
         host.stop("arr")
         found = ends(host, range(40))
     assert [end.report.outcome for end in found] == ["finished"] * 2 + ["canceled"] * 38
     assert (tmp_path / "order").read_text().split() == ["0", "1"]
 
 
-def test_the_newest_elements_are_returned_also_those_that_are_chained(tmp_path: Path) -> None:
+def test_the_newest_elements_are_returned_also_those_that_are_chained(tmp_path: Path, shape: str) -> None:
     with Host(tmp_path, **PROMPT) as host:
-        at_the_third(host)
+        at_the_third(host, shape)
         host.send(RetractTasks(CLASS, 35))
         host.until(lambda: sum(len(tasks) for tasks, _ in host.reported("back")) == 35)
         host.send(StateRequest(5))
@@ -101,9 +142,9 @@ def test_the_newest_elements_are_returned_also_those_that_are_chained(tmp_path: 
     assert (tmp_path / "order").read_text().split() == [str(n) for n in range(5)]
 
 
-def test_elements_that_had_not_begun_outlive_their_launcher(tmp_path: Path) -> None:
+def test_elements_that_had_not_begun_outlive_their_launcher(tmp_path: Path, shape: str) -> None:
     with Host(tmp_path, **PROMPT) as host:
-        at_the_third(host)
+        at_the_third(host, shape)
         (launcher,) = host.launchers()
         os.kill(launcher, signal.SIGKILL)
         lost = host.end_of("arr_2")
@@ -114,9 +155,9 @@ def test_elements_that_had_not_begun_outlive_their_launcher(tmp_path: Path) -> N
     assert (tmp_path / "order").read_text().split() == [str(n) for n in range(40) if n != 2]
 
 
-def test_a_worker_that_leaves_returns_what_has_not_begun(tmp_path: Path) -> None:
+def test_a_worker_that_leaves_returns_what_has_not_begun(tmp_path: Path, shape: str) -> None:
     with Host(tmp_path, **PROMPT) as host:
-        at_the_third(host)
+        at_the_third(host, shape)
         host.send(Leave(5.0))
         assert host.end_of("arr_2").report.outcome == "requeue"
         assert host.wait() == 0

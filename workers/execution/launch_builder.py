@@ -18,37 +18,29 @@ from pilotq.broker.errors import PilotqError, ServerUnavailable, StateLost, Supe
 from pilotq.broker.log import log
 from pilotq.broker.os_strings import UNREADABLE, decode, encode
 from pilotq.broker.slurm.step_environment import ENV_SCHEMA, step_environment
-from pilotq.broker.store.journal_runs import INDEX_PLACE
-from pilotq.broker.store.messages import Lease, Run, StartRemote
+from pilotq.broker.store.messages import Run, StartRemote
 from pilotq.broker.store.resources import NodeInfo, NodeShare, class_info, parse_allocation
 from pilotq.broker.tasks.model import MODELS, ONE_PROCESS_MODELS, PACK, SPREAD
 from pilotq.broker.tasks.retry_policy import parse_retry_on
 from pilotq.broker.tasks.script_text import interpreter_of, is_command_line
 from pilotq.broker.tasks.spec import (
     FLAG_ARRAY,
-    FLAG_BUNDLE,
     FLAG_FUNCTION,
     FLAG_LOGIN,
     FLAG_QCG,
     FLAG_RQ_JOB,
     FLAG_VALUES,
     Spec,
-    command_text,
     is_bundle,
 )
 from pilotq.broker.tasks.submit_context import GPU_VARIABLES, environment
 from pilotq.workers.execution.execution import Execution
-from pilotq.workers.execution.leased_runs import HeldLease, LeasedRun, Template
 from pilotq.workers.execution.templating import Variables, has_variables, render
 from pilotq.workers.gpu_variables import gpu_variables
 from pilotq.workers.protocol import (
-    INDEX_MARK,
-    NUMBER_MARK,
     Call,
-    Element,
     Launch,
     LaunchBase,
-    LaunchRun,
     LaunchSlot,
 )
 from pilotq.workers.shared_data import SharedData
@@ -67,12 +59,14 @@ NODE_VARIABLES = frozenset(
 PROC_BIND = {PACK: "close", SPREAD: "spread"}
 
 
-# Elements of such are not alike, or need more than a start.
-APART_FLAGS = FLAG_BUNDLE | FLAG_FUNCTION | FLAG_QCG | FLAG_RQ_JOB | FLAG_VALUES
-SIGN = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"  # for an index, in a command that is shown
-SHOWN_MAX = 160  # characters of such a command: with each index it is as long as a listing shows
-
 _MEMBER = msgspec.msgpack.Decoder(tuple[msgspec.Raw, str])  # spec.Member
+
+
+class Member(NamedTuple):
+    """One task of a bundle."""
+
+    spec: msgspec.Raw  # packed
+    name: str
 
 
 class UnlaunchableError(Exception):
@@ -143,8 +137,8 @@ class LaunchBuilder:
         self._spec = msgspec.msgpack.Decoder(Spec)
         # The last one that was decoded, and whether it has variables: all elements of a lease have the same one.
         self._decoded: tuple[bytes | None, Spec, bool] = None, Spec([]), False
-        self._context = lru_cache(256)(self._fetch_context)
-        self._reservation = lru_cache(4096)(self._find_reservation)
+        self.context = lru_cache(256)(self._fetch_context)
+        self.reservation = lru_cache(4096)(self._find_reservation)
 
     def build(self, e: Execution, after: int) -> Prepared:
         """The launch or call of an execution that has an allocation, and what it names; sets its limit and its files.
@@ -159,9 +153,9 @@ class LaunchBuilder:
 
     def _build(self, e: Execution, after: int) -> Prepared:
         run = e.run
-        context = self._context(run.shared)
+        context = self.context(run.shared)
         known = class_info(run.class_name)
-        reservation = self._reservation(e.allocation, known.request.numa if known is not None else "")
+        reservation = self.reservation(e.allocation, known.request.numa if known is not None else "")
         member = is_bundle(run.spec)
         spec = self._known_spec(self._member(run) if member else run.spec)
         varies = self._decoded[2]
@@ -173,17 +167,17 @@ class LaunchBuilder:
         cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
         e.limit = spec.time_limit
         e.spec = spec
-        e.stdout, e.stderr = _below(cwd, spec.stdout), _below(cwd, spec.stderr)
+        e.stdout, e.stderr = below(cwd, spec.stdout), below(cwd, spec.stderr)
         if run.execution > 1 and (e.stdout or e.stderr):
             e.suffix = f".{run.execution}"
         if spec.flags & (FLAG_FUNCTION | FLAG_RQ_JOB):
             e.function = True
             return context.base, reservation.slot, self._call(e, spec, value, cwd, after, reservation.slot.name)
-        env = _environment(run, spec, reservation.slot.env, value)
-        argv, script = _command(spec)
+        env = task_environment(run, spec, reservation.slot.env, value)
+        argv, script = command_line(spec)
         launch = Launch(
             e.key, run.id, run.execution, run.shared, reservation.slot.name, argv, env, cwd,
-            _below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after, script,
+            below(cwd, spec.stdin), e.stdout, e.stderr, e.suffix, after, script,
             make_cwd=bool(spec.flags & FLAG_QCG),
         )  # fmt: skip
         if self.launch_model is not None and (len(reservation.nodes) > 1 or spec.model not in ONE_PROCESS_MODELS):
@@ -203,66 +197,28 @@ class LaunchBuilder:
         finally:
             self._shared_data.forget_jobs()
 
-    def hold(self, lease: Lease) -> HeldLease | None:
-        """What the elements of a lease have in common, if they are alike: programs of one process, without values, and
-        without files to write first or to keep."""
+    def spec_of(self, packed: bytes) -> Spec:
+        """The specification in a record, checked. Raises UnlaunchableError."""
+        return self._known_spec(packed)
+
+    def member_of(self, array: str, position: int) -> Member:
+        """One of a bundle, its specification still packed. Raises UnlaunchableError, PilotFailed, ServerUnavailable."""
         try:
-            spec = self._known_spec(lease.spec)
-        except UnlaunchableError:
-            return None
-        known = class_info(lease.class_name)
-        one = spec.model in ONE_PROCESS_MODELS and known is not None and known.request.nodes is None
-        if not one or spec.flags & APART_FLAGS or spec.stdout or spec.stderr or _command(spec)[1]:
-            return None
-        varies = self._decoded[2]
-        # With a sign that it shows as it is for the index, which has another length in each of them.
-        shown = command_text(render(spec, Variables(lease.array, lease.execution, index_text=SIGN)) if varies else spec)
-        texts = *spec.argv, *(spec.env or {}).values(), spec.cwd, spec.stdin
-        if SIGN in command_text(spec) or len(shown) > SHOWN_MAX or any(b"\0" in text for text in texts):
-            return None
-        return HeldLease(lease, spec, shown.replace(SIGN, INDEX_PLACE), varies=varies)
+            return Member(*_MEMBER.decode(self._shared_data.fetch_value(array, position)))
+        except (*UNREADABLE, ValueError) as error:
+            raise UnlaunchableError(
+                "launch", f"its description in the server is damaged ({error}): submit it again"
+            ) from None
 
-    def build_run(self, run: LeasedRun, after: int) -> tuple[LaunchBase, LaunchSlot, LaunchRun]:
-        """The launches of a run in a slot, and what they name; ``after`` and what it raises are as of `build`."""
-        held = run.held
-        template = held.templates.get(run.allocation)
-        if template is None:
-            try:
-                template = held.templates[run.allocation] = self._template(held, run.allocation)
-            except Exception as error:  # noqa: BLE001  # the boundary of its tasks
-                raise refusal(error) from None
-        index = held.lease.index + held.lease.step * run.number
-        element = Element(index, held.place_of(run.allocation), held.lease.handed)
-        launch = msgspec.structs.replace(template.launch, key=run.key, after=after, element=element)
-        return template.base, template.slot, LaunchRun(run.count, held.lease.step, launch)
-
-    def _template(self, held: HeldLease, allocation: str) -> Template:
-        lease, spec = held.lease, held.spec
-        context = self._context(lease.shared)
-        known = class_info(lease.class_name)
-        reservation = self._reservation(allocation, known.request.numa if known is not None else "")
-        mark = INDEX_MARK.decode()
-        run = msgspec.structs.replace(lease.run(0), id=f"{lease.array}_{mark}")
-        if held.varies:
-            variables = _variables(run, None, reservation, context.cwd)
-            variables.index_text = mark
-            spec = render(spec, variables)
-        cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
-        env = _environment(run, spec, reservation.slot.env, INDEX_MARK)
-        env |= {b"PILOTQ_INDEX": INDEX_MARK, **(spec.env or {})}
-        if b"QCG_PM_STEP_ID" not in (spec.env or {}):
-            env[b"QCG_PM_STEP_ID"] = env[b"QCG_PM_STEP_ID"][: -len(b"%08x" % 0)] + NUMBER_MARK
-        launch = Launch(
-            0, run.id, run.execution, lease.shared, reservation.slot.name, _command(spec)[0], env, cwd,
-            _below(cwd, spec.stdin),
-        )  # fmt: skip
-        return Template(context.base, reservation.slot, launch)
+    def value_of(self, array: str, position: int) -> bytes:
+        """The value of an array's element. Raises PilotFailed, ServerUnavailable."""
+        return self._shared_data.fetch_value(array, position)
 
     def build_remote(self, start: StartRemote, key: int) -> tuple[LaunchBase, LaunchSlot, Launch]:
         """The launch of a process for another node's execution; raises as `build`."""
         try:
-            context = self._context(start.shared)
-            reservation = self._reservation(start.allocation, "")
+            context = self.context(start.shared)
+            reservation = self.reservation(start.allocation, "")
         except Exception as error:  # noqa: BLE001  # the boundary of one process
             raise refusal(error) from None
         env = {name: value for name, value in start.env.items() if name not in NODE_VARIABLES}
@@ -280,15 +236,9 @@ class LaunchBuilder:
 
     def _member(self, run: Run) -> bytes:
         """The packed specification of one of a bundle; its `Run` gets its name."""
-        packed = self._shared_data.fetch_value(run.array, run.position)
-        try:
-            spec, name = _MEMBER.decode(packed)
-        except (*UNREADABLE, ValueError) as error:
-            raise UnlaunchableError(
-                "launch", f"its description in the server is damaged ({error}): submit it again"
-            ) from None
-        run.name = name
-        return bytes(spec)
+        member = self.member_of(run.array, run.position)
+        run.name = member.name
+        return bytes(member.spec)
 
     def _known_spec(self, packed: bytes) -> Spec:
         if packed is not self._decoded[0]:
@@ -330,7 +280,7 @@ class LaunchBuilder:
         if spec.env:
             env.update(spec.env)
         call = Call(
-            e.key, run.id, run.execution, run.shared, slot, env, cwd, _below(cwd, spec.stdin),
+            e.key, run.id, run.execution, run.shared, slot, env, cwd, below(cwd, spec.stdin),
             e.stdout, e.stderr, e.suffix, after,
         )  # fmt: skip
         call.submission = run.submission
@@ -420,7 +370,7 @@ def as_bytes(env: Mapping[str, str]) -> dict[bytes, bytes]:
     return {encode(name): encode(value) for name, value in env.items()}
 
 
-def _environment(run: Run, spec: Spec, slot_env: Mapping[bytes, bytes], value: bytes | None) -> dict[bytes, bytes]:
+def task_environment(run: Run, spec: Spec, slot_env: Mapping[bytes, bytes], value: bytes | None) -> dict[bytes, bytes]:
     """The variables of this task alone; the launcher adds its id and execution."""
     step = {b"QCG_PM_STEP_ID": b"%032x" % (random.getrandbits(128) & ~STEP_CLEAR | STEP_SET)}
     env = {**step, **_array_environment(run)}
@@ -439,7 +389,7 @@ def _array_environment(run: Run) -> dict[bytes, bytes]:
     return {b"PILOTQ_ARRAY_ID": run.array.encode(), b"PILOTQ_INDEX": b"%d" % run.index} if run.array else {}
 
 
-def _command(spec: Spec) -> tuple[list[bytes], bytes]:
+def command_line(spec: Spec) -> tuple[list[bytes], bytes]:
     """The arguments, and the script that the launcher writes to a file and names behind them; empty without one."""
     if not spec.script:
         return spec.argv, b""
@@ -451,5 +401,6 @@ def _command(spec: Spec) -> tuple[list[bytes], bytes]:
     return [encode(word) for word in interpreter_of(text)], spec.script
 
 
-def _below(cwd: bytes, path: bytes) -> bytes:
+def below(cwd: bytes, path: bytes) -> bytes:
+    """A path as it is from that directory; empty if it is."""
     return path if not path or path.startswith(b"/") else os.path.join(cwd, path)

@@ -108,7 +108,8 @@ def _plain_run_of(
     rows = [row for end in ends for row in end.rows]
     lines = RunLines(
         lease.array, lease.name, lease.submission, node, lease.execution, lease.queued, lease.handed, held.command,
-        memory_of(lease), held.spec.time_limit, allocations, lease.handed, [],
+        memory_of(lease), held.spec.time_limit, allocations, lease.handed, [], held.fields(number, len(rows)),
+        is_bundle(lease.spec),
     )  # fmt: skip
     packed = pack_run(lines, rows)
 

@@ -6,11 +6,13 @@ plainly. Of what is more than that an `Execution` is made (`SlotTable.unpack`), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
 
 from pilotq.broker.store.messages import ExecutionEnd, Lease, Run
-from pilotq.broker.tasks.spec import Spec
+from pilotq.broker.tasks.spec import Spec, read_spec
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
 from pilotq.workers.protocol import Launch, LaunchBase, LaunchSlot, Ran
@@ -24,29 +26,61 @@ class Template(NamedTuple):
     launch: Launch
 
 
-class HeldLease:
-    """A lease whose elements are alike, on the node that has them: they differ by their index alone.
+class Own(NamedTuple):
+    """What an element of a lease has for itself, beside its index."""
 
-    ``command`` is that of the journal, with `INDEX_PLACE` for the index.
+    strings: msgspec.Raw  # for its launch: an item of `LaunchRun.own`
+    fields: dict[str, Any]  # of its entry in the journal, where they are not those of the lease
+    value: str | None = None
+    spec: bytes = b""  # packed, of a task of a bundle
+
+
+class HeldLease:
+    """A lease whose elements are alike, on the node that has them: they differ by their index, and by ``own`` if they
+    have that, which then has an item for each.
+
+    ``spec`` is that of each, or of the first of a bundle; ``marked`` is it with marks for what differs. ``command`` is
+    that of the journal, with `INDEX_PLACE` for the index; empty where each has one of its own.
     """
 
-    def __init__(self, lease: Lease, spec: Spec, command: str, *, varies: bool) -> None:
+    def __init__(
+        self, lease: Lease, spec: Spec, marked: Spec, command: str, *, varies: bool, own: Sequence[Own] = ()
+    ) -> None:
         self.lease = lease
         self.spec = spec
+        self.marked = marked
         self.varies = varies  # there are variables in it
         self.command = command
+        self.own = own
         self.places: dict[str, int] = {}  # of allocations, in the rows of its ends
         self.templates: dict[str, Template] = {}  # by allocation
 
     def place_of(self, allocation: str) -> int:
         return self.places.setdefault(allocation, len(self.places))
 
+    def strings(self, number: int, count: int) -> list[msgspec.Raw]:
+        """`LaunchRun.own` of so many elements, from this one on."""
+        if not self.own or not bytes(self.own[0].strings):
+            return []
+        return [own.strings for own in self.own[number : number + count]]
+
+    def fields(self, number: int, count: int) -> dict[int, dict[str, Any]]:
+        """`RunLines.more` of so many elements, from this one on."""
+        return {n: own.fields for n, own in enumerate(self.own[number : number + count]) if own.fields}
+
     def describe(self, e: Execution) -> None:
         """Set what an execution that is an element of it would have if its launch had been built."""
         run = e.run
-        variables = Variables(run.id, run.execution, run.name, run.index, position=run.position)
-        e.spec = render(self.spec, variables) if self.varies else self.spec
-        e.limit = self.spec.time_limit
+        own = self.own[run.position - self.lease.first] if self.own else None
+        e.spec, e.limit = self.spec, self.spec.time_limit
+        if own is not None and own.spec:
+            e.spec, run.name = read_spec(own.spec), own.fields.get("name", run.name)
+        elif self.varies:
+            value = own.value if own is not None else None
+            variables = Variables(run.id, run.execution, run.name, run.index, position=run.position, value=value)
+            e.spec = render(self.spec, variables)
+        if own is not None:
+            e.stdout, e.stderr = (own.fields.get(field, [b""])[0] for field in ("stdout_at", "stderr_at"))
 
 
 class LeasedRun:

@@ -45,6 +45,7 @@ from pilotq.workers.execution.memory_limit import MemoryLimits
 from pilotq.workers.execution.orphans import OrphanReaper
 from pilotq.workers.execution.output_files import PendingOutputs
 from pilotq.workers.execution.reporting import LEAVE_REASONS, Outbox, Reporter
+from pilotq.workers.execution.run_builder import RunBuilder
 from pilotq.workers.execution.slots import Slot, SlotTable
 from pilotq.workers.memory_watch import MemoryWatch
 from pilotq.workers.protocol import (
@@ -84,6 +85,7 @@ class Node:
         self._slots = SlotTable(settings)
         self._escalation = Escalation(settings)
         self._builder = builder
+        self._runs = RunBuilder(builder)
         self._reporter = Reporter(info.name, directory)
         self._orphans = OrphanReaper(directory, settings)
         self._memory = MemoryLimits(info, settings, cgroup)
@@ -180,7 +182,7 @@ class Node:
             return  # sent twice
         held = None
         if not self.leaving and not self._memory.confines(lease.class_name):
-            held = self._builder.hold(lease)
+            held = self._runs.hold(lease)
         with_slot = len(lease.slots)
         for number in range(lease.number if held is None else with_slot):
             self._add(lease.run(number))
@@ -553,7 +555,7 @@ class Node:
         """Send a run to its launcher, behind that key; the key to chain to next. Whatever is wrong is found and said of
         each of its elements."""
         try:
-            launcher.launch(*self._builder.build_run(run, after))
+            launcher.launch(*self._runs.build_run(run, after))
         except Exception:  # noqa: BLE001  # the boundary of its tasks
             for e in self._slots.unpack(run):
                 self._slots.return_to_queue(e)

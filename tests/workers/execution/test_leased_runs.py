@@ -16,6 +16,7 @@ from pilotq.workers.execution.leased_ends import read_row
 from pilotq.workers.execution.leased_runs import HeldLease, LeasedRun, PlainEnds
 from pilotq.workers.execution.slots import SlotTable
 
+TRUE = Spec([b"true"])
 SETTINGS = Settings(chain_s=0.02, chain_max=16, prefetch_after=1)
 FIRST = 100
 
@@ -26,7 +27,7 @@ def table_with(number: int) -> tuple[SlotTable, Execution]:
     table = SlotTable(SETTINGS)
     e = table.add(lease.run(0))
     if number > 1:
-        table.add_run(HeldLease(lease, Spec([b"true"]), "true", varies=False), 1, number - 1)
+        table.add_run(HeldLease(lease, TRUE, TRUE, "true", varies=False), 1, number - 1)
     return table, e
 
 
@@ -75,7 +76,7 @@ def test_a_run_is_unpacked_where_it_stands() -> None:
 
 def test_a_run_holds_its_elements_and_their_array() -> None:
     lease = Lease("arr", 2, "c", "", 1.0, 2.0, "", 10, 8, 100, 5, 0, "", b"", [])
-    run = LeasedRun(HeldLease(lease, Spec([b"true"]), "true", varies=False), 7, 2, 3)
+    run = LeasedRun(HeldLease(lease, TRUE, TRUE, "true", varies=False), 7, 2, 3)
     held = [f"arr_{index}" for index in range(90, 160) if run.holds(f"arr_{index}", 0)]
     assert held == ["arr_110", "arr_115", "arr_120"]
     assert run.holds("arr", 2) and not run.holds("arr", 1) and not run.holds("ar", 0) and not run.holds("arr_x", 0)

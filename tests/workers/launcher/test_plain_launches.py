@@ -32,7 +32,7 @@ from pilotq.workers.protocol import (
     Started,
     encode_frame,
 )
-from tests.support.launcher_driver import CPUS, Driver, run_of
+from tests.support.launcher_driver import CPUS, Driver, packed_strings, run_of
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -254,7 +254,13 @@ def sample_messages() -> list[bytes]:
         element=Element(3, 1, 1e9),
     )
     run = LaunchRun(300, 7, template)
-    others = [run, LaunchBase("base", {b"PATH": b"/bin"}, 0o22, {7: 1 << 40}), LaunchSlot("n[0]", {}, {}, [0, 5000]),
+    argued = LaunchRun(
+        3, 7, msgspec.structs.replace(template, argv=[]), [packed_strings("/bin/echo", "a"), *[packed_strings("b")] * 2]
+    )
+    valued = msgspec.structs.replace(template, argv=[b"/bin/echo", b"<\0v>"], stdout=b"/out/\0v\0i")
+    own = [argued, LaunchRun(2, 1, valued, [packed_strings("x" * 300), packed_strings("")])]
+    others = [run, *own, LaunchBase("base", {b"PATH": b"/bin"}, 0o22, {7: 1 << 40}),
+              LaunchSlot("n[0]", {}, {}, [0, 5000]),
               Retract(1), Signal(1 << 40, 9, "x"), Forget(), Quit()]  # fmt: skip
     return [msgspec.msgpack.encode(message) for message in (launch, scripted, call, *others)]
 

@@ -25,7 +25,7 @@ from pilotq.workers.protocol import (
     Retracted,
     Started,
 )
-from tests.support.launcher_driver import CPUS, Driver, run_of
+from tests.support.launcher_driver import CPUS, Driver, packed_strings, run_of
 
 pytestmark = pytest.mark.usefixtures("each_launcher")
 
@@ -64,6 +64,30 @@ def test_each_element_has_its_own_index_id_number_and_cores(driver: Driver, tmp_
     assert [line[:3] for line in lines] == [[f"at-{i}-{i}", str(i), f"7_{i}"] for i in (3, 5, 7)]
     assert len({line[3] for line in lines}) == 3 and all(len(line[3]) == 8 for line in lines)
     assert {line[-1] for line in lines} == {str(CPUS[-1])}
+
+
+def test_each_element_has_its_own_arguments(driver: Driver, tmp_path: Path) -> None:
+    words = 'echo "$0 $# $PILOTQ_INDEX" >>out'
+    run = run_of(driver, 3, own=[["sh", "-c", words, "one"], ["sh", "-c", words, "two", "x"], ["sh", "-c", words, ""]])
+    driver.send(run)
+    for number in range(3):
+        driver.end_of(run.launch.key + number)
+    assert (tmp_path / "out").read_text().splitlines() == ["one 0 3", "two 1 5", " 0 7"]
+
+
+def test_each_element_has_its_own_value_and_files(driver: Driver, tmp_path: Path) -> None:
+    values = ["a b", "", "\N{SNOWMAN}" * 200, "$x"]
+    run = run_of(
+        driver, 4, "sh", "-c", 'printf "%s|%s" "$0" "$PILOTQ_VALUE"; echo bad >&2', "<\0v>", own=[[v] for v in values],
+        env={"PILOTQ_INDEX": "\0i", "PILOTQ_VALUE": "\0v", "QCG_PM_STEP_ID": "\0n"},
+        stdout=str(tmp_path / "out-\0i"), stderr=str(tmp_path / "err-\0i"),
+    )  # fmt: skip
+    driver.send(run)
+    ends = [driver.end_of(run.launch.key + number) for number in range(4)]
+    for index, value in zip((3, 5, 7, 9), values, strict=True):
+        assert (tmp_path / f"out-{index}").read_text() == f"<{value}>|{value}"
+        assert (tmp_path / f"err-{index}").read_text() == "bad\n"
+    assert any(isinstance(end, Ran) for end in ends)  # nothing was captured
 
 
 def test_what_is_more_than_a_plain_end_is_told_by_itself(driver: Driver) -> None:
@@ -152,3 +176,13 @@ def test_the_element_of_a_message_is_that_launch() -> None:
         after=11,
         element=Element(110, 2, 1.5),
     )
+
+
+def test_the_element_of_a_message_has_what_is_its_own() -> None:
+    template = Launch(10, "7_\0i", 2, "b", "s", [], {}, b"/d", element=Element(0, 0, 1.5))
+    run = LaunchRun(2, 1, template, [packed_strings("p"), packed_strings("q", "r")])
+    assert [run.launch_of(number).argv for number in range(2)] == [[b"p"], [b"q", b"r"]]
+    valued = msgspec.structs.replace(template, argv=[b"p", b"\0v"], env={b"V": b"\0v\0i"})
+    run = LaunchRun(2, 1, valued, [packed_strings("x"), packed_strings("y z")])
+    assert [run.launch_of(number).argv for number in range(2)] == [[b"p", b"x"], [b"p", b"y z"]]
+    assert run.launch_of(1).env == {b"V": b"y z1"}

@@ -10,10 +10,11 @@ enum {
     DEPTH_MAX = 32,
     LAUNCH_FIELDS = 18, /* the tag is the first field */
     KEY_FIELD = 1,
+    ARGV_FIELD = 6,
     AFTER_FIELD = 13,
     ELEMENT_FIELD = 17,
     ELEMENT_FIELDS = 3,
-    RUN_FIELDS = 4,
+    RUN_FIELDS = 5,
     RUN_MAX = 1 << 16, /* elements of a run */
 };
 
@@ -234,15 +235,34 @@ enum record_kind read_record(const unsigned char *at, size_t size, struct launch
     return PLAIN_LAUNCH;
 }
 
+/* Whether there is a list of strings, none of them empty of strings, for each of so many elements, or for none. */
+static int skip_own(struct reader *from, uint32_t lists, int64_t number) {
+    struct text text;
+    uint32_t strings;
+    if (lists && lists != number)
+        return 0;
+    for (uint32_t n = 0; n < lists; n++) {
+        if (!read_count(from, 0, &strings) || !strings)
+            return 0;
+        for (uint32_t k = 0; k < strings; k++)
+            if (!read_string(from, &text))
+                return 0;
+    }
+    return 1;
+}
+
 int read_run(const unsigned char *at, size_t size, struct run_record *run) {
     struct reader from = {at, at + size}, launch;
     struct text text = {0, 0};
-    uint32_t fields;
+    uint32_t fields, lists;
     if (!read_count(&from, 0, &fields) || fields != RUN_FIELDS || !read_string(&from, &text)
         || !read_integer(&from, &run->number) || !read_integer(&from, &run->step))
         return 0;
     launch = run->launch = from;
-    if (!skip(&from) || from.at != from.end || !read_count(&launch, 0, &fields) || fields != LAUNCH_FIELDS)
+    if (!skip(&from) || !read_count(&launch, 0, &fields) || fields != LAUNCH_FIELDS || !read_count(&from, 0, &lists))
+        return 0;
+    run->own = from;
+    if (!skip_own(&from, lists, run->number) || from.at != from.end)
         return 0;
     for (int field = 0; field < LAUNCH_FIELDS; field++) {
         int good = field == KEY_FIELD ? read_integer(&launch, &run->key)
@@ -326,12 +346,16 @@ void put_real(struct buffer *to, double value) {
 /* What an element has where the template has a mark: NUL and a letter, as in workers/protocol.py. */
 struct fills {
     char index[24], number[12];
+    struct text value; /* at NULL where it has none */
 };
 
-static const char *fill_of(const struct fills *fills, struct text rest) {
-    if (rest.size < 2)
-        return NULL;
-    return rest.at[1] == 'i' ? fills->index : rest.at[1] == 'n' ? fills->number : NULL;
+static struct text text_of(const char *word) { return (struct text){(const unsigned char *)word, strlen(word)}; }
+
+static struct text fill_of(const struct fills *fills, struct text rest) {
+    const unsigned char letter = rest.size < 2 ? 0 : rest.at[1];
+    if (letter == 'v')
+        return fills->value;
+    return letter == 'i' ? text_of(fills->index) : letter == 'n' ? text_of(fills->number) : (struct text){NULL, 0};
 }
 
 /* A string with its marks filled in; `head` says of which type it was. */
@@ -347,7 +371,7 @@ static int put_filled(struct buffer *to, unsigned char head, struct text text, c
         while (rest.size) {
             const unsigned char *mark = memchr(rest.at, 0, rest.size);
             size_t before = mark ? (size_t)(mark - rest.at) : rest.size;
-            const char *fill = "";
+            struct text fill;
             if (writes)
                 put_raw(to, rest.at, before);
             size += before;
@@ -355,11 +379,12 @@ static int put_filled(struct buffer *to, unsigned char head, struct text text, c
             rest.size -= before;
             if (!mark)
                 break;
-            if (!(fill = fill_of(fills, rest)))
+            fill = fill_of(fills, rest);
+            if (!fill.at)
                 return 0;
             if (writes)
-                put_raw(to, fill, strlen(fill));
-            size += strlen(fill);
+                put_raw(to, fill.at, fill.size);
+            size += fill.size;
             rest.at += 2;
             rest.size -= 2;
         }
@@ -391,11 +416,41 @@ static int copy_filled(struct buffer *to, struct reader *from, const struct fill
     return 1;
 }
 
-int put_element(struct buffer *to, const struct run_record *run, int64_t number) {
+/* The list of strings of the next element that has one, for `own`; its first string is the value. */
+static void take_own(struct run_record *run, struct text *own, struct fills *fills) {
+    struct reader list = run->own;
+    uint32_t strings;
+    if (list.at == list.end)
+        return;
+    own->at = list.at;
+    read_count(&list, 0, &strings);
+    for (uint32_t n = 0; n < strings; n++) {
+        struct text text = next_string(&list);
+        if (!n)
+            fills->value = text;
+    }
+    own->size = (size_t)(list.at - own->at);
+    run->own = list;
+}
+
+/* Its arguments: those of the template, or, where that has none, its own strings. */
+static int put_arguments(struct buffer *to, struct reader *from, struct text own, const struct fills *fills) {
+    struct reader arguments = *from;
+    uint32_t count;
+    if (!own.size || !read_count(&arguments, 0, &count) || count)
+        return copy_filled(to, from, fills);
+    *from = arguments;
+    put_raw(to, own.at, own.size);
+    return 1;
+}
+
+int put_element(struct buffer *to, struct run_record *run, int64_t number) {
     struct reader from = run->launch;
     const int64_t index = run->element.index + number * run->step;
-    struct fills fills;
+    struct fills fills = {.value = {NULL, 0}};
+    struct text own = {NULL, 0};
     uint32_t fields;
+    take_own(run, &own, &fills);
     snprintf(fills.index, sizeof fills.index, "%lld", (long long)index);
     snprintf(fills.number, sizeof fills.number, "%08x", (unsigned)(run->key + number));
     put_number(to, 0xdc, LAUNCH_FIELDS, 2);
@@ -403,7 +458,7 @@ int put_element(struct buffer *to, const struct run_record *run, int64_t number)
         return 0;
     for (int field = 0; field < LAUNCH_FIELDS; field++) {
         if (field != KEY_FIELD && field != AFTER_FIELD && field != ELEMENT_FIELD) {
-            if (!copy_filled(to, &from, &fills))
+            if (field == ARGV_FIELD ? !put_arguments(to, &from, own, &fills) : !copy_filled(to, &from, &fills))
                 return 0;
             continue;
         }

@@ -39,6 +39,7 @@ struct run_record {
     int64_t number, step;
     struct element element; /* of the template */
     struct reader launch;
+    struct reader own; /* a list of strings for each that was not made yet; empty where they have none of their own */
 };
 
 enum record_kind {
@@ -78,7 +79,8 @@ void put_bytes(struct buffer *to, const void *at, size_t size);
 void put_integer(struct buffer *to, int64_t value);
 void put_real(struct buffer *to, double value);
 
-/* The Launch message of the element with this number, 0 for the first; 0 when the template cannot be filled in. */
-int put_element(struct buffer *to, const struct run_record *run, int64_t number);
+/* The Launch message of the element with this number, 0 for the first; 0 when the template cannot be filled in. Those that
+ * have strings of their own are made in their order. */
+int put_element(struct buffer *to, struct run_record *run, int64_t number);
 
 #endif

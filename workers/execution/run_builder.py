@@ -1,0 +1,213 @@
+"""Finds what the elements of a lease have in common, and builds launches of runs of them.
+
+Alike are programs of one process that need no file written before they start. They may differ by index and value, and
+by where their output goes; tasks of a bundle by command and name, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from pilotq.broker.os_strings import decode
+from pilotq.broker.store.journal_runs import INDEX_PLACE
+from pilotq.broker.store.messages import Lease
+from pilotq.broker.store.resources import class_info
+from pilotq.broker.tasks.model import ONE_PROCESS_MODELS, one_line
+from pilotq.broker.tasks.spec import (
+    FLAG_BUNDLE,
+    FLAG_FUNCTION,
+    FLAG_ID,
+    FLAG_QCG,
+    FLAG_RQ_JOB,
+    FLAG_VALUES,
+    Spec,
+    command_text,
+    is_bundle,
+)
+from pilotq.workers.execution.launch_builder import (
+    LaunchBuilder,
+    below,
+    command_line,
+    refusal,
+    task_environment,
+)
+from pilotq.workers.execution.leased_runs import HeldLease, LeasedRun, Own, Template
+from pilotq.workers.execution.templating import Variables, has_variables, render
+from pilotq.workers.protocol import (
+    INDEX_MARK,
+    NUMBER_MARK,
+    VALUE_MARK,
+    Element,
+    Launch,
+    LaunchBase,
+    LaunchRun,
+    LaunchSlot,
+    fill_marks,
+)
+
+APART_FLAGS = FLAG_FUNCTION | FLAG_QCG | FLAG_RQ_JOB  # such need more than a start
+SIGN = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"  # for an index, in a command that is shown
+SHOWN_MAX = 160  # characters of such a command: with each index it is as long as a listing shows
+TEXT_MAX = 4096  # bytes of a command, of which a listing shows the begin
+INDEX, VALUE = INDEX_MARK.decode(), VALUE_MARK.decode()
+_NOTHING = msgspec.Raw(b"")
+_encode = msgspec.msgpack.Encoder().encode
+_read_strings = msgspec.msgpack.Decoder(list[bytes]).decode
+
+
+class _NotAlike(Exception):
+    """The elements of a lease are not alike."""
+
+
+class RunBuilder:
+    """Builds the launches of elements that are alike; ``builder`` builds those of all others."""
+
+    def __init__(self, builder: LaunchBuilder) -> None:
+        self._builder = builder
+
+    def hold(self, lease: Lease) -> HeldLease | None:
+        """What the elements of a lease have in common, if they are alike."""
+        try:
+            return self._hold_bundle(lease) if is_bundle(lease.spec) else self._hold_array(lease)
+        except Exception:  # noqa: BLE001  # the boundary of its tasks: what is wrong with one is said when that is built
+            return None
+
+    def _hold_array(self, lease: Lease) -> HeldLease:
+        spec = self._builder.spec_of(lease.spec)
+        varies, valued = has_variables(spec), bool(spec.flags & FLAG_VALUES)
+        marked = _marked(lease, spec, valued=valued)
+        shown = _shown(lease, spec, marked)
+        outputs = self._outputs(lease, marked)
+        if not valued and not outputs and shown:
+            return HeldLease(lease, spec, marked, shown, varies=varies)
+        text = b"" if shown else _text_of(marked)[:TEXT_MAX]
+        own = []
+        for number in range(lease.number):
+            value = self._builder.value_of(lease.array, lease.first + number) if valued else b""
+            marks = {INDEX_MARK: b"%d" % (lease.index + lease.step * number), VALUE_MARK: value}
+            fields = _filled(outputs, marks)
+            if not shown:
+                fields["command"] = one_line(fill_marks(text, marks))
+            if b"\0" in value:
+                raise _NotAlike
+            strings = msgspec.Raw(_encode([value])) if valued else _NOTHING
+            own.append(Own(strings, fields, decode(value) if valued else None))
+        return HeldLease(lease, spec, marked, shown, varies=varies, own=own)
+
+    def _hold_bundle(self, lease: Lease) -> HeldLease:
+        """All that is packed around the arguments must be the same."""
+        members = [self._builder.member_of(lease.array, lease.first + number) for number in range(lease.number)]
+        first = bytes(members[0].spec)
+        spec = self._builder.spec_of(first)
+        if (
+            spec.script
+            or spec.flags & FLAG_BUNDLE
+            or has_variables(msgspec.structs.replace(spec, flags=spec.flags & ~FLAG_ID))
+        ):
+            raise _NotAlike
+        marked = msgspec.structs.replace(_marked(lease, spec, valued=False), argv=[])
+        outputs = self._outputs(lease, marked)
+        arguments = _encode(spec.argv)
+        at = first.index(arguments, 1)  # behind the head of the list of fields
+        head, tail = first[:at], first[at + len(arguments) :]
+        own = []
+        for number, member in enumerate(members):
+            packed = bytes(member.spec)
+            if not packed.startswith(head) or not packed.endswith(tail):
+                raise _NotAlike
+            strings = packed[len(head) : len(packed) - len(tail)]
+            argv = _read_strings(strings)
+            if not argv or not argv[0] or any(b"\0" in argument for argument in argv):
+                raise _NotAlike
+            fields = _filled(outputs, {INDEX_MARK: b"%d" % (lease.index + lease.step * number)})
+            fields["command"] = one_line(b" ".join(argv))
+            if member.name != lease.name:
+                fields["name"] = member.name
+            own.append(Own(msgspec.Raw(strings), fields, spec=packed))
+        return HeldLease(lease, spec, marked, "", varies=False, own=own)
+
+    def _outputs(self, lease: Lease, marked: Spec) -> dict[str, bytes]:
+        """The fields of entries that say where the output is: field -> path with marks."""
+        if not marked.stdout and not marked.stderr:
+            return {}
+        if lease.execution > 1:
+            raise _NotAlike  # files of later executions are published by themselves
+        cwd = below(self._builder.context(lease.shared).cwd, marked.cwd) or self._builder.context(lease.shared).cwd
+        paths = {"stdout_at": marked.stdout, "stderr_at": marked.stderr}
+        return {field: below(cwd, path) for field, path in paths.items() if path}
+
+    def build_run(self, run: LeasedRun, after: int) -> tuple[LaunchBase, LaunchSlot, LaunchRun]:
+        """The launches of a run in a slot, and what they name. ``after`` and what it raises are as of
+        `LaunchBuilder.build`."""
+        held = run.held
+        template = held.templates.get(run.allocation)
+        if template is None:
+            try:
+                template = held.templates[run.allocation] = self._template(held, run.allocation)
+            except Exception as error:  # noqa: BLE001  # the boundary of its tasks
+                raise refusal(error) from None
+        index = held.lease.index + held.lease.step * run.number
+        element = Element(index, held.place_of(run.allocation), held.lease.handed)
+        launch = msgspec.structs.replace(template.launch, key=run.key, after=after, element=element)
+        own = held.strings(run.number, run.count)
+        return template.base, template.slot, LaunchRun(run.count, held.lease.step, launch, own)
+
+    def _template(self, held: HeldLease, allocation: str) -> Template:
+        lease, spec = held.lease, held.marked
+        context = self._builder.context(lease.shared)
+        known = class_info(lease.class_name)
+        reservation = self._builder.reservation(allocation, known.request.numa if known is not None else "")
+        run = msgspec.structs.replace(lease.run(0), id=f"{lease.array}_{INDEX}")
+        own_env = spec.env or {}
+        if is_bundle(lease.spec):
+            run.array, run.index, run.position = "", -1, 0  # as if it had been submitted by itself
+        valued = spec.flags & FLAG_VALUES
+        env = task_environment(run, spec, reservation.slot.env, VALUE_MARK if valued else INDEX_MARK)
+        if run.array:
+            env |= {b"PILOTQ_INDEX": INDEX_MARK, **own_env}
+        if b"QCG_PM_STEP_ID" not in own_env:
+            env[b"QCG_PM_STEP_ID"] = env[b"QCG_PM_STEP_ID"][: -len(b"%08x" % 0)] + NUMBER_MARK
+        cwd = below(context.cwd, spec.cwd) or context.cwd
+        launch = Launch(
+            0, run.id, run.execution, lease.shared, reservation.slot.name, command_line(spec)[0], env, cwd,
+            below(cwd, spec.stdin), below(cwd, spec.stdout), below(cwd, spec.stderr),
+        )  # fmt: skip
+        return Template(context.base, reservation.slot, launch)
+
+
+def _marked(lease: Lease, spec: Spec, *, valued: bool) -> Spec:
+    """A specification that all elements can share, with marks for what differs. Raises _NotAlike."""
+    known = class_info(lease.class_name)
+    one = spec.model in ONE_PROCESS_MODELS and known is not None and known.request.nodes is None
+    texts = *spec.argv, *spec.env, *spec.env.values(), spec.cwd, spec.stdin, spec.stdout, spec.stderr
+    if not one or spec.flags & APART_FLAGS or command_line(spec)[1] or any(b"\0" in text for text in texts):
+        raise _NotAlike
+    marks = Variables(f"{lease.array}_{INDEX}", lease.execution, index_text=INDEX, value=VALUE if valued else None)
+    marked = render(spec, marks)
+    # A value may be an absolute path.
+    if any(path.startswith(VALUE_MARK) for path in (marked.cwd, marked.stdin, marked.stdout, marked.stderr)):
+        raise _NotAlike
+    return marked
+
+
+def _text_of(spec: Spec) -> bytes:
+    """What `command_text` makes one line of."""
+    return b" ".join(spec.argv) if spec.argv else spec.script.strip()
+
+
+def _shown(lease: Lease, spec: Spec, marked: Spec) -> str:
+    """The command as it is shown, with `INDEX_PLACE` for the index; empty where it is not the same for all."""
+    if VALUE_MARK in _text_of(marked) or SIGN in command_text(spec):
+        return ""
+    # With a sign that it shows as it is for the index, which has another length in each of them.
+    signs = Variables(lease.array, lease.execution, index_text=SIGN, value="" if spec.flags & FLAG_VALUES else None)
+    shown = command_text(render(spec, signs))
+    return shown.replace(SIGN, INDEX_PLACE) if len(shown) <= SHOWN_MAX else ""
+
+
+def _filled(outputs: Mapping[str, bytes], marks: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """Fields of the entry of an element."""
+    return {field: [fill_marks(path, marks)] for field, path in outputs.items()}
