@@ -420,10 +420,9 @@ static int copy_filled(struct buffer *to, struct reader *from, const struct fill
 static void take_own(struct run_record *run, struct text *own, struct fills *fills) {
     struct reader list = run->own;
     uint32_t strings;
-    if (list.at == list.end)
+    if (list.at == list.end || !read_count(&list, 0, &strings))
         return;
-    own->at = list.at;
-    read_count(&list, 0, &strings);
+    own->at = run->own.at;
     for (uint32_t n = 0; n < strings; n++) {
         struct text text = next_string(&list);
         if (!n)
