@@ -25,7 +25,8 @@ HEADER = struct.Struct("<I")
 INLINE_BYTES = 4096  # captured output up to this size travels in the message
 END_BYTES = 4096  # of larger output, in the message
 # In the strings of a `LaunchRun`: no string that the system takes has a NUL.
-INDEX_MARK, NUMBER_MARK, VALUE_MARK = b"\0i", b"\0n", b"\0v"
+INDEX_MARK, NUMBER_MARK = b"\0i", b"\0n"
+OWN_MARKS = b"\0A", b"\0B", b"\0C", b"\0D"
 
 
 class LaunchBase(msgspec.Struct, array_like=True, tag="base"):
@@ -98,8 +99,8 @@ class LaunchRun(msgspec.Struct, array_like=True, tag="launch_run"):
     their indices follow in steps. Its strings have `INDEX_MARK` where each element has its index, and `NUMBER_MARK`
     where it has eight hexadecimal digits that no other one of this worker process has.
 
-    Where elements differ in more than that ``own`` has a packed list of strings for each: its arguments, if ``launch``
-    has none, else one string, which it has where `VALUE_MARK` is.
+    Where elements differ in more than that ``own`` has a packed list of strings for each. The first of them it has
+    where the first of `OWN_MARKS` is, and so on; those behind four are its arguments, if ``launch`` has none.
     """
 
     number: int
@@ -112,12 +113,9 @@ class LaunchRun(msgspec.Struct, array_like=True, tag="launch_run"):
         template, first = self.launch, self.launch.element
         assert first is not None
         element = msgspec.structs.replace(first, index=first.index + self.step * number)
-        own = _read_strings(self.own[number]) if self.own else [b""]
-        marks = {
-            INDEX_MARK: b"%d" % element.index,
-            NUMBER_MARK: b"%08x" % (template.key + number & 0xFFFFFFFF),
-            VALUE_MARK: own[0],
-        }
+        own = _read_strings(self.own[number]) if self.own else []
+        marks = {INDEX_MARK: b"%d" % element.index, NUMBER_MARK: b"%08x" % (template.key + number & 0xFFFFFFFF)}
+        marks |= zip(OWN_MARKS, own, strict=False)
 
         def filled(text: bytes) -> bytes:
             return fill_marks(text, marks) if b"\0" in text else text
@@ -126,7 +124,7 @@ class LaunchRun(msgspec.Struct, array_like=True, tag="launch_run"):
             template,
             key=template.key + number,
             id=filled(template.id.encode()).decode(),
-            argv=[filled(argument) for argument in template.argv] or own,
+            argv=[filled(argument) for argument in template.argv] or own[len(OWN_MARKS) :],
             env={name: filled(value) for name, value in template.env.items()},
             cwd=filled(template.cwd),
             stdin=filled(template.stdin),
@@ -140,7 +138,7 @@ class LaunchRun(msgspec.Struct, array_like=True, tag="launch_run"):
 def fill_marks(text: bytes, marks: Mapping[bytes, bytes]) -> bytes:
     """A string with what stands for each mark in its place; none of that may have a NUL.
 
-    >>> fill_marks(b"run-\\0i/\\0v", {INDEX_MARK: b"7", VALUE_MARK: b"a b"})
+    >>> fill_marks(b"run-\\0i/\\0A", {INDEX_MARK: b"7", OWN_MARKS[0]: b"a b"})
     b'run-7/a b'
     """
     for mark, own in marks.items():

@@ -17,6 +17,8 @@ from pilotq.broker.store.messages import Lease
 from pilotq.broker.store.resources import class_info
 from pilotq.broker.tasks.model import ONE_PROCESS_MODELS, one_line
 from pilotq.broker.tasks.spec import (
+    FLAG_ARRAY,
+    FLAG_ATTEMPT,
     FLAG_BUNDLE,
     FLAG_FUNCTION,
     FLAG_ID,
@@ -29,6 +31,7 @@ from pilotq.broker.tasks.spec import (
 )
 from pilotq.workers.execution.launch_builder import (
     LaunchBuilder,
+    Member,
     below,
     command_line,
     refusal,
@@ -39,7 +42,7 @@ from pilotq.workers.execution.templating import Variables, has_variables, render
 from pilotq.workers.protocol import (
     INDEX_MARK,
     NUMBER_MARK,
-    VALUE_MARK,
+    OWN_MARKS,
     Element,
     Launch,
     LaunchBase,
@@ -52,10 +55,14 @@ APART_FLAGS = FLAG_FUNCTION | FLAG_QCG | FLAG_RQ_JOB  # such need more than a st
 SIGN = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"  # for an index, in a command that is shown
 SHOWN_MAX = 160  # characters of such a command: with each index it is as long as a listing shows
 TEXT_MAX = 4096  # bytes of a command, of which a listing shows the begin
-INDEX, VALUE = INDEX_MARK.decode(), VALUE_MARK.decode()
+INDEX, VALUE = INDEX_MARK.decode(), OWN_MARKS[0].decode()
 _NOTHING = msgspec.Raw(b"")
 _encode = msgspec.msgpack.Encoder().encode
-_read_strings = msgspec.msgpack.Decoder(list[bytes]).decode
+_read_fields = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+# The fields of a packed `Spec` in which tasks of a bundle may differ: arguments, script, and the four paths.
+OWN_FIELDS = 6
+_OWN_HEAD = bytes([0x90 | OWN_FIELDS])
+_read_own = msgspec.msgpack.Decoder(tuple[list[bytes], bytes, bytes, bytes, bytes, bytes]).decode
 
 
 class _NotAlike(Exception):
@@ -87,7 +94,7 @@ class RunBuilder:
         own = []
         for number in range(lease.number):
             value = self._builder.value_of(lease.array, lease.first + number) if valued else b""
-            marks = {INDEX_MARK: b"%d" % (lease.index + lease.step * number), VALUE_MARK: value}
+            marks = {INDEX_MARK: b"%d" % (lease.index + lease.step * number), OWN_MARKS[0]: value}
             fields = _filled(outputs, marks)
             if not shown:
                 fields["command"] = one_line(fill_marks(text, marks))
@@ -98,35 +105,26 @@ class RunBuilder:
         return HeldLease(lease, spec, marked, shown, varies=varies, own=own)
 
     def _hold_bundle(self, lease: Lease) -> HeldLease:
-        """All that is packed around the arguments must be the same."""
+        """All that is packed behind command and paths must be the same."""
         members = [self._builder.member_of(lease.array, lease.first + number) for number in range(lease.number)]
         first = bytes(members[0].spec)
+        fields = [bytes(field) for field in _read_fields(first)]
+        tail = b"".join(fields[OWN_FIELDS:])
+        head = first[: len(first) - sum(map(len, fields))]
         spec = self._builder.spec_of(first)
-        if (
-            spec.script
-            or spec.flags & FLAG_BUNDLE
-            or has_variables(msgspec.structs.replace(spec, flags=spec.flags & ~FLAG_ID))
-        ):
+        if not tail or spec.flags & ~FLAG_ID & (FLAG_ARRAY | FLAG_ATTEMPT | FLAG_BUNDLE):
             raise _NotAlike
-        marked = msgspec.structs.replace(_marked(lease, spec, valued=False), argv=[])
-        outputs = self._outputs(lease, marked)
-        arguments = _encode(spec.argv)
-        at = first.index(arguments, 1)  # behind the head of the list of fields
-        head, tail = first[:at], first[at + len(arguments) :]
+        marked = msgspec.structs.replace(_marked(lease, spec, valued=False), argv=[], script=b"")
+        root = self._builder.context(lease.shared).cwd
         own = []
         for number, member in enumerate(members):
             packed = bytes(member.spec)
             if not packed.startswith(head) or not packed.endswith(tail):
                 raise _NotAlike
-            strings = packed[len(head) : len(packed) - len(tail)]
-            argv = _read_strings(strings)
-            if not argv or not argv[0] or any(b"\0" in argument for argument in argv):
-                raise _NotAlike
-            fields = _filled(outputs, {INDEX_MARK: b"%d" % (lease.index + lease.step * number)})
-            fields["command"] = one_line(b" ".join(argv))
-            if member.name != lease.name:
-                fields["name"] = member.name
-            own.append(Own(msgspec.Raw(strings), fields, spec=packed))
+            one = Spec(*_read_own(_OWN_HEAD + packed[len(head) : len(packed) - len(tail)]), flags=spec.flags)
+            if spec.flags & FLAG_ID:
+                one = render(one, Variables(lease.run(number).id))
+            own.append(_own_of(lease, member, one, packed, root))
         return HeldLease(lease, spec, marked, "", varies=False, own=own)
 
     def _outputs(self, lease: Lease, marked: Spec) -> dict[str, bytes]:
@@ -162,20 +160,39 @@ class RunBuilder:
         reservation = self._builder.reservation(allocation, known.request.numa if known is not None else "")
         run = msgspec.structs.replace(lease.run(0), id=f"{lease.array}_{INDEX}")
         own_env = spec.env or {}
+        cwd = below(context.cwd, spec.cwd) or context.cwd
+        stdin, stdout, stderr = (below(cwd, path) for path in (spec.stdin, spec.stdout, spec.stderr))
         if is_bundle(lease.spec):
             run.array, run.index, run.position = "", -1, 0  # as if it had been submitted by itself
+            cwd, stdin, stdout, stderr = OWN_MARKS
         valued = spec.flags & FLAG_VALUES
-        env = task_environment(run, spec, reservation.slot.env, VALUE_MARK if valued else INDEX_MARK)
+        env = task_environment(run, spec, reservation.slot.env, OWN_MARKS[0] if valued else INDEX_MARK)
         if run.array:
             env |= {b"PILOTQ_INDEX": INDEX_MARK, **own_env}
         if b"QCG_PM_STEP_ID" not in own_env:
             env[b"QCG_PM_STEP_ID"] = env[b"QCG_PM_STEP_ID"][: -len(b"%08x" % 0)] + NUMBER_MARK
-        cwd = below(context.cwd, spec.cwd) or context.cwd
         launch = Launch(
             0, run.id, run.execution, lease.shared, reservation.slot.name, command_line(spec)[0], env, cwd,
-            below(cwd, spec.stdin), below(cwd, spec.stdout), below(cwd, spec.stderr),
+            stdin, stdout, stderr,
         )  # fmt: skip
         return Template(context.base, reservation.slot, launch)
+
+
+def _own_of(lease: Lease, member: Member, spec: Spec, packed: bytes, root: bytes) -> Own:
+    """What one of a bundle has for itself. Raises _NotAlike."""
+    argv, script = command_line(spec)
+    cwd = below(root, spec.cwd) or root
+    paths = below(cwd, spec.stdin), below(cwd, spec.stdout), below(cwd, spec.stderr)
+    strings = [cwd, *paths, *argv]
+    if script or not argv or not argv[0] or any(b"\0" in text for text in strings):
+        raise _NotAlike
+    fields: dict[str, Any] = {"command": one_line(_text_of(spec))}
+    fields |= {field: [path] for field, path in zip(("stdout_at", "stderr_at"), paths[1:], strict=True) if path}
+    if len(fields) > 1 and lease.execution > 1:
+        raise _NotAlike  # files of later executions are published by themselves
+    if member.name != lease.name:
+        fields["name"] = member.name
+    return Own(msgspec.Raw(_encode(strings)), fields, spec=packed)
 
 
 def _marked(lease: Lease, spec: Spec, *, valued: bool) -> Spec:
@@ -188,7 +205,7 @@ def _marked(lease: Lease, spec: Spec, *, valued: bool) -> Spec:
     marks = Variables(f"{lease.array}_{INDEX}", lease.execution, index_text=INDEX, value=VALUE if valued else None)
     marked = render(spec, marks)
     # A value may be an absolute path.
-    if any(path.startswith(VALUE_MARK) for path in (marked.cwd, marked.stdin, marked.stdout, marked.stderr)):
+    if any(path.startswith(OWN_MARKS[0]) for path in (marked.cwd, marked.stdin, marked.stdout, marked.stderr)):
         raise _NotAlike
     return marked
 
@@ -200,7 +217,7 @@ def _text_of(spec: Spec) -> bytes:
 
 def _shown(lease: Lease, spec: Spec, marked: Spec) -> str:
     """The command as it is shown, with `INDEX_PLACE` for the index; empty where it is not the same for all."""
-    if VALUE_MARK in _text_of(marked) or SIGN in command_text(spec):
+    if OWN_MARKS[0] in _text_of(marked) or SIGN in command_text(spec):
         return ""
     # With a sign that it shows as it is for the index, which has another length in each of them.
     signs = Variables(lease.array, lease.execution, index_text=SIGN, value="" if spec.flags & FLAG_VALUES else None)

@@ -95,6 +95,14 @@ BUNDLES = {
     "names": [Task(command=["p", str(n)], name=f"t{n}" if n else None) for n in range(5)],
     "output": [Task(command=["p", str(n)], stdout="{id}.out", cwd="/sub", time_limit=5.0) for n in range(5)],
     "long command": [Task(command=["p", "y" * 400, str(n)]) for n in range(5)],
+    "scripts": [Task(script=f"echo {n}; true", name=f"s{n}") if n else Task(command=["p"]) for n in range(5)],
+    "paths": [
+        Task(
+            command=["p"], cwd=f"sub{n}", stdin="in" if n else None, stdout=f"o{n}", stderr=f"/e{n}" if n < 3 else None
+        )
+        for n in range(5)
+    ],
+    "ids in paths": [Task(command=["p"], cwd="{id}", stdout=f"{n}-{{id}}", stderr=f"{n}-{{id}}") for n in range(5)],
     "words of ours": [Task(command=["p", "{index}", "{value}", "\N{SNOWMAN}"], env={"A": "b"}) for n in range(5)],
 }
 CASES = {
@@ -159,8 +167,7 @@ def check_line(held: HeldLease, number: int, e: Execution) -> None:
 
 UNALIKE = {
     "one has its own variables": members_of([*BUNDLES["commands"][:4], Task(command=["p"], env={"A": "b"})]),
-    "one is a script": members_of([*BUNDLES["commands"][:4], Task(script="echo")]),
-    "scripts": members_of([Task(script=f"echo {n}") for n in range(5)]),
+    "one is a script for another shell": members_of([*BUNDLES["commands"][:4], Task(script="#!/usr/bin/perl\nprint")]),
     "functions": members_of([Task(function=len, args=["abc"])] * 5),
     "attempts": members_of([Task(command=["p", "{attempt}"])] * 5),
     "one is damaged": [*members_of(BUNDLES["commands"])[:4], b"\x92\x91\x90"],

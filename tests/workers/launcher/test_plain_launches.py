@@ -255,9 +255,12 @@ def sample_messages() -> list[bytes]:
     )
     run = LaunchRun(300, 7, template)
     argued = LaunchRun(
-        3, 7, msgspec.structs.replace(template, argv=[]), [packed_strings("/bin/echo", "a"), *[packed_strings("b")] * 2]
+        3,
+        7,
+        msgspec.structs.replace(template, argv=[], cwd=b"\0A", stdin=b"\0B", stdout=b"\0C", stderr=b"\0D"),
+        [packed_strings("/tmp", "", "/o", "", "/bin/echo", "a"), *[packed_strings("/", "", "", "", "b")] * 2],
     )
-    valued = msgspec.structs.replace(template, argv=[b"/bin/echo", b"<\0v>"], stdout=b"/out/\0v\0i")
+    valued = msgspec.structs.replace(template, argv=[b"/bin/echo", b"<\0A>"], stdout=b"/out/\0A\0i")
     own = [argued, LaunchRun(2, 1, valued, [packed_strings("x" * 300), packed_strings("")])]
     others = [run, *own, LaunchBase("base", {b"PATH": b"/bin"}, 0o22, {7: 1 << 40}),
               LaunchSlot("n[0]", {}, {}, [0, 5000]),

@@ -67,19 +67,28 @@ def test_each_element_has_its_own_index_id_number_and_cores(driver: Driver, tmp_
 
 
 def test_each_element_has_its_own_arguments(driver: Driver, tmp_path: Path) -> None:
-    words = 'echo "$0 $# $PILOTQ_INDEX" >>out'
-    run = run_of(driver, 3, own=[["sh", "-c", words, "one"], ["sh", "-c", words, "two", "x"], ["sh", "-c", words, ""]])
+    words = 'echo "$0 $# $PILOTQ_INDEX" >out; [ "$0" = one ] || echo to a file'
+    for number in range(3):
+        (tmp_path / f"dir{number}").mkdir()
+    paths = [
+        [str(tmp_path / f"dir{number}"), "", str(tmp_path / f"out{number}") if number else "", ""]
+        for number in range(3)
+    ]
+    arguments = [["sh", "-c", words, "one"], ["sh", "-c", words, "two", "x"], ["sh", "-c", words, ""]]
+    own = [[*paths[number], *arguments[number]] for number in range(3)]
+    run = run_of(driver, 3, own=own, cwd="\0A", stdin="\0B", stdout="\0C", stderr="\0D")
     driver.send(run)
     for number in range(3):
         driver.end_of(run.launch.key + number)
-    assert (tmp_path / "out").read_text().splitlines() == ["one 0 3", "two 1 5", " 0 7"]
+    assert [(tmp_path / f"dir{n}" / "out").read_text() for n in range(3)] == ["one 0 3\n", "two 1 5\n", " 0 7\n"]
+    assert [(tmp_path / f"out{n}").read_text() for n in (1, 2)] == ["to a file\n"] * 2
 
 
 def test_each_element_has_its_own_value_and_files(driver: Driver, tmp_path: Path) -> None:
     values = ["a b", "", "\N{SNOWMAN}" * 200, "$x"]
     run = run_of(
-        driver, 4, "sh", "-c", 'printf "%s|%s" "$0" "$PILOTQ_VALUE"; echo bad >&2', "<\0v>", own=[[v] for v in values],
-        env={"PILOTQ_INDEX": "\0i", "PILOTQ_VALUE": "\0v", "QCG_PM_STEP_ID": "\0n"},
+        driver, 4, "sh", "-c", 'printf "%s|%s" "$0" "$PILOTQ_VALUE"; echo bad >&2', "<\0A>", own=[[v] for v in values],
+        env={"PILOTQ_INDEX": "\0i", "PILOTQ_VALUE": "\0A", "QCG_PM_STEP_ID": "\0n"},
         stdout=str(tmp_path / "out-\0i"), stderr=str(tmp_path / "err-\0i"),
     )  # fmt: skip
     driver.send(run)
@@ -178,11 +187,15 @@ def test_the_element_of_a_message_is_that_launch() -> None:
     )
 
 
+PATHS = "/d", "", "/o", ""
+
+
 def test_the_element_of_a_message_has_what_is_its_own() -> None:
-    template = Launch(10, "7_\0i", 2, "b", "s", [], {}, b"/d", element=Element(0, 0, 1.5))
-    run = LaunchRun(2, 1, template, [packed_strings("p"), packed_strings("q", "r")])
+    template = Launch(10, "7_\0i", 2, "b", "s", [], {}, b"\0A", stdout=b"\0C", element=Element(0, 0, 1.5))
+    run = LaunchRun(2, 1, template, [packed_strings(*PATHS, "p"), packed_strings(*PATHS, "q", "r")])
     assert [run.launch_of(number).argv for number in range(2)] == [[b"p"], [b"q", b"r"]]
-    valued = msgspec.structs.replace(template, argv=[b"p", b"\0v"], env={b"V": b"\0v\0i"})
+    assert (run.launch_of(1).cwd, run.launch_of(1).stdout, run.launch_of(1).stderr) == (b"/d", b"/o", b"")
+    valued = msgspec.structs.replace(template, argv=[b"p", b"\0A"], env={b"V": b"\0A\0i"})
     run = LaunchRun(2, 1, valued, [packed_strings("x"), packed_strings("y z")])
     assert [run.launch_of(number).argv for number in range(2)] == [[b"p", b"x"], [b"p", b"y z"]]
     assert run.launch_of(1).env == {b"V": b"y z1"}

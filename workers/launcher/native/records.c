@@ -16,6 +16,7 @@ enum {
     ELEMENT_FIELDS = 3,
     RUN_FIELDS = 5,
     RUN_MAX = 1 << 16, /* elements of a run */
+    OWN_MARKS = 4,
 };
 
 static size_t left(const struct reader *from) { return (size_t)(from->end - from->at); }
@@ -346,15 +347,17 @@ void put_real(struct buffer *to, double value) {
 /* What an element has where the template has a mark: NUL and a letter, as in workers/protocol.py. */
 struct fills {
     char index[24], number[12];
-    struct text value; /* at NULL where it has none */
+    struct text own[OWN_MARKS]; /* at NULL where it has none */
+    struct reader argv;         /* behind these, `argc` strings */
+    uint32_t argc;
 };
 
 static struct text text_of(const char *word) { return (struct text){(const unsigned char *)word, strlen(word)}; }
 
 static struct text fill_of(const struct fills *fills, struct text rest) {
     const unsigned char letter = rest.size < 2 ? 0 : rest.at[1];
-    if (letter == 'v')
-        return fills->value;
+    if (letter >= 'A' && letter < 'A' + OWN_MARKS)
+        return fills->own[letter - 'A'];
     return letter == 'i' ? text_of(fills->index) : letter == 'n' ? text_of(fills->number) : (struct text){NULL, 0};
 }
 
@@ -416,40 +419,41 @@ static int copy_filled(struct buffer *to, struct reader *from, const struct fill
     return 1;
 }
 
-/* The list of strings of the next element that has one, for `own`; its first string is the value. */
-static void take_own(struct run_record *run, struct text *own, struct fills *fills) {
-    struct reader list = run->own;
+/* The strings of the next element that has some of its own. */
+static void take_own(struct run_record *run, struct fills *fills) {
     uint32_t strings;
-    if (list.at == list.end || !read_count(&list, 0, &strings))
+    if (run->own.at == run->own.end || !read_count(&run->own, 0, &strings))
         return;
-    own->at = run->own.at;
     for (uint32_t n = 0; n < strings; n++) {
-        struct text text = next_string(&list);
-        if (!n)
-            fills->value = text;
+        if (n == OWN_MARKS)
+            fills->argv = run->own;
+        struct text text = next_string(&run->own);
+        if (n < OWN_MARKS)
+            fills->own[n] = text;
     }
-    own->size = (size_t)(list.at - own->at);
-    run->own = list;
+    fills->argv.end = run->own.at;
+    fills->argc = strings > OWN_MARKS ? strings - OWN_MARKS : 0;
 }
 
-/* Its arguments: those of the template, or, where that has none, its own strings. */
-static int put_arguments(struct buffer *to, struct reader *from, struct text own, const struct fills *fills) {
+/* Its arguments: those of the template, or, where that has none, its own. */
+static int put_arguments(struct buffer *to, struct reader *from, const struct fills *fills) {
     struct reader arguments = *from;
     uint32_t count;
-    if (!own.size || !read_count(&arguments, 0, &count) || count)
+    if (!fills->argc || !read_count(&arguments, 0, &count) || count)
         return copy_filled(to, from, fills);
     *from = arguments;
-    put_raw(to, own.at, own.size);
+    put_number(to, 0xdd, fills->argc, 4);
+    put_raw(to, fills->argv.at, left(&fills->argv));
     return 1;
 }
 
 int put_element(struct buffer *to, struct run_record *run, int64_t number) {
     struct reader from = run->launch;
     const int64_t index = run->element.index + number * run->step;
-    struct fills fills = {.value = {NULL, 0}};
-    struct text own = {NULL, 0};
+    struct fills fills;
     uint32_t fields;
-    take_own(run, &own, &fills);
+    memset(&fills, 0, sizeof fills);
+    take_own(run, &fills);
     snprintf(fills.index, sizeof fills.index, "%lld", (long long)index);
     snprintf(fills.number, sizeof fills.number, "%08x", (unsigned)(run->key + number));
     put_number(to, 0xdc, LAUNCH_FIELDS, 2);
@@ -457,7 +461,7 @@ int put_element(struct buffer *to, struct run_record *run, int64_t number) {
         return 0;
     for (int field = 0; field < LAUNCH_FIELDS; field++) {
         if (field != KEY_FIELD && field != AFTER_FIELD && field != ELEMENT_FIELD) {
-            if (field == ARGV_FIELD ? !put_arguments(to, &from, own, &fills) : !copy_filled(to, &from, &fills))
+            if (field == ARGV_FIELD ? !put_arguments(to, &from, &fills) : !copy_filled(to, &from, &fills))
                 return 0;
             continue;
         }
