@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pilotq.broker.os_strings import to_json
 from pilotq.broker.store.journal import JournalEntry, PackedEntry
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -47,8 +48,9 @@ class RunLines(msgspec.Struct, array_like=True):
     def entries(self) -> Iterator[PackedEntry]:
         """The entry of each element, in the order of the rows."""
         varies = INDEX_PLACE in self.command
+        base = round(self.base * 1e6) if 0 <= self.base < TIMES_BELOW else 0
         for number, (index, place, after, lasted, pid, max_rss, cpu) in enumerate(self.rows):
-            started = round(self.base + after / 1e6, 6)
+            began = base + after
             command = self.command.replace(INDEX_PLACE, str(index)) if varies else self.command
             entry = PackedEntry(
                 id=f"{self.array}_{index}",
@@ -59,8 +61,8 @@ class RunLines(msgspec.Struct, array_like=True):
                 cpus=self.allocations[place],
                 queued=self.queued,
                 handed=self.handed,
-                started=started,
-                ended=round(started + lasted / 1e6, 6),
+                started=began / 1e6,
+                ended=(began + lasted) / 1e6,
                 exit_code=0,
                 pid=pid,
                 max_rss=max_rss,
@@ -75,6 +77,52 @@ class RunLines(msgspec.Struct, array_like=True):
             for name, value in self.more.get(number, {}).items():
                 setattr(entry, name, value)
             yield entry
+
+    def begun_lines(self) -> list[bytes] | None:
+        """The lines of the elements in the file, each without its end: its place in the stream, and a brace.
+
+        They say what `entries` say; most of each line is the same in all of a run. None where `entries` must be
+        rendered one by one: some have written something, or a time is none.
+        """
+        if any(not fields.keys() <= {"command", "name"} for fields in self.more.values()):
+            return None
+        if not all(0 <= moment < TIMES_BELOW for moment in (self.base, self.queued, self.handed, self.limit)):
+            return None
+        alike = PackedEntry(
+            id="", status="finished", execution=self.execution, node=self.node, queued=self.queued, handed=self.handed,
+            exit_code=0, array=self.array, submission=self.submission, memory=self.memory, limit=self.limit or None,
+        )  # fmt: skip
+        rest = _text(alike).removeprefix('{"id":"",').removesuffix("}")
+        name = f',"name":{_text(self.name)}' if self.name else ""
+        head = _text(f"{self.array}_").removesuffix('"')
+        places = [_text(place) for place in self.allocations]
+        command = [_text(part)[1:-1] for part in self.command.split(INDEX_PLACE)]
+        lines, base = [], round(self.base * 1e6)
+        for number, (index, place, after, lasted, pid, max_rss, cpu) in enumerate(self.rows):
+            began = base + after
+            own_name, own_command = name, "".join(('"', str(index).join(command), '"'))
+            if number in self.more:
+                own = self.more[number]
+                own_command = _text(own["command"]) if "command" in own else own_command
+                own_name = f',"name":{_text(own["name"])}' if own.get("name") else "" if "name" in own else name
+            own_index = "" if self.bundled else f',"index":{index}'
+            line = (
+                f'{{"id":{head}{index}",{rest},"cpus":{places[place]},"started":{_seconds(began)},'
+                f'"ended":{_seconds(began + lasted)},"pid":{pid},"max_rss":{max_rss},"cpu":{_seconds(cpu)}'
+                f'{own_name}{own_index},"command":{own_command}'
+            )
+            lines.append(line.encode())
+        return lines
+
+
+def _seconds(micro: int) -> str:
+    """Microseconds as seconds."""
+    digits = f"{micro:07}"
+    return f"{digits[:-6]}.{digits[-6:]}"
+
+
+def _text(value: object) -> str:
+    return to_json(value).decode()
 
 
 def pack_run(lines: RunLines, rows: Sequence[bytes]) -> bytes:

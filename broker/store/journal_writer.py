@@ -225,10 +225,11 @@ class JournalWriter:
         return {}
 
 
-def _items_of(field: bytes, data: bytes) -> list[tuple[PackedEntry, _Ending]]:
-    """What an entry of the stream holds; raises ValueError or LookupError where that cannot be read."""
+def _items_of(field: bytes, data: bytes) -> list[tuple[PackedEntry | bytes, _Ending]]:
+    """What an entry of the stream holds: entries, or lines that lack their end; raises ValueError or LookupError where
+    that cannot be read."""
     if field == RUNS:
-        return [(entry, _Ending()) for run in _runs.decode(data) for entry in run.entries()]
+        return [(item, _FINISHED) for run in _runs.decode(data) for item in run.begun_lines() or run.entries()]
     return [
         (item.entry() if isinstance(item, Line) else item, ending or _FINISHED) for item, ending in _items.decode(data)
     ]
@@ -282,7 +283,9 @@ def _cut_torn(path: str, file: int) -> tuple[int, tuple[tuple[int, int], int]]:
     return end, place
 
 
-def _render(entry: PackedEntry, ending: _Ending, at: str) -> bytes:
+def _render(entry: PackedEntry | bytes, ending: _Ending, at: str) -> bytes:
+    if isinstance(entry, bytes):
+        return b'%s,"at":"%s"}\n' % (entry, at.encode())
     entry.at = at
     for name in ("status", "reason", "final", "ended", "queued", "released", "joining"):
         value = getattr(ending, name)
