@@ -17,11 +17,12 @@ import msgspec
 import pytest
 
 from pilotq.broker.client.submit import submit
+from pilotq.broker.os_strings import from_json
 from pilotq.broker.pilot.server import RunningServer, start_server
 from pilotq.broker.settings import Settings
 from pilotq.broker.store import keys
 from pilotq.broker.store.connection import Connection
-from pilotq.broker.store.journal import JournalEntry
+from pilotq.broker.store.journal import JournalEntry, PackedEntry
 from pilotq.broker.store.leases import leased_elements, read_leases, with_leases
 from pilotq.broker.store.messages import (
     UNKNOWN,
@@ -303,7 +304,8 @@ def _loose(field: bytes, packed: bytes) -> list[Any]:
     from pilotq.broker.tasks.array_outcomes import element_ranges
 
     decoded = []
-    for entry, ending in _items_of(field, packed):
+    for item, ending in _items_of(field, packed):
+        entry = from_json(item + b"}", PackedEntry) if isinstance(item, bytes) else item
         found = {n: getattr(ending, n) for n in ("status", "reason", "final", "released")}
         found = {n: getattr(entry, n) if value is msgspec.UNSET else value for n, value in found.items()}
         if ending.outcomes is not msgspec.UNSET:
