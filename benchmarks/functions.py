@@ -1,6 +1,6 @@
 """Measures no-op functions, each with an argument of its own, and compares every result.
 
-By ``Executor.map``, by ``enqueue_many`` with ``Broker.result``'s reader, and, beside them in each round, by the process
+By ``Executor.map``, by ``enqueue_many`` with ``Broker.results``, and, beside them in each round, by the process
 pools of the standard library on as many cores: these keep nothing, see no end of a process, and capture no output.
 """
 
@@ -16,9 +16,6 @@ from statistics import median
 from benchmarks.figures import Figure
 from benchmarks.pilots import pilot
 from pilotq.broker import Broker, Executor, Task
-from pilotq.broker.client.results import OutputFiles, fetch
-
-SLICE = 500
 
 
 def nothing(number: int) -> int:
@@ -44,10 +41,7 @@ def run(number: int = 20_000, rounds: int = 3) -> list[Figure]:
 
         def by_enqueue(count: int) -> list[int]:
             ids = broker.enqueue_many([Task(function=nothing, args=(n,)) for n in range(count)])
-            broker.wait(ids)
-            files = OutputFiles(broker.pilot)
-            found = [o for i in range(0, count, SLICE) for o in fetch(broker.link, ids[i : i + SLICE], files)]
-            return [o.value for o in found if o is not None]
+            return list(broker.results(ids))
 
         def by_pool(count: int) -> list[int]:
             with multiprocessing.Pool(cores) as pool:

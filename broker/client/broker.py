@@ -235,14 +235,31 @@ class Broker:
         (FunctionCanceled when it was canceled or stopped); InvalidInput when the task is no function; UnknownTask when
         there is no such task, or its record has expired. Reading a result unpickles it.
         """
+        [value] = self.results([task_id], timeout=timeout)
+        return value
+
+    def results(self, ids: Sequence[str], *, timeout: float | None = None) -> Iterator[Any]:
+        """What many functions have returned, in the order of their ids, read together; waits for all of them first.
+
+        Raises in its turn what `result` would raise.
+
+        >>> ids = broker.enqueue_many([Task(function=pow, args=(n, 2)) for n in range(2000)])  # doctest: +SKIP
+        >>> sum(broker.results(ids))  # doctest: +SKIP
+        2664667000
+        """
         from pilotq.broker.client.results import OutputFiles, StoredValue, fetch
 
-        self.wait([task_id], timeout=timeout)
-        [outcome] = fetch(self.link, [task_id], OutputFiles(self.pilot))
-        assert outcome is not None, "it has ended"
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.value.load() if isinstance(outcome.value, StoredValue) else outcome.value
+        def read() -> Iterator[Any]:
+            files = OutputFiles(self.pilot)
+            for first in range(0, len(ids), SLICE):
+                for outcome in fetch(self.link, ids[first : first + SLICE], files):
+                    assert outcome is not None, "it has ended"
+                    if outcome.error is not None:
+                        raise outcome.error
+                    yield outcome.value.load() if isinstance(outcome.value, StoredValue) else outcome.value
+
+        self.wait(ids, timeout=timeout)
+        return read()
 
     def cancel(self, ids: Iterable[str], *, waiting: bool = False, failures: bool = False) -> dict[str, str]:
         """Cancel tasks, waiting or running, or with ``waiting`` only what waits; returns id -> what happened.

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import msgspec
+
 from pilotq.broker.errors import (
     FunctionCanceled,
     FunctionFailed,
@@ -28,6 +30,8 @@ from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.tasks.functions import RESULT_SUFFIX, Stored, read_text
 from pilotq.broker.tasks.states import ENDED, REASONS
 
+SPARSE = 4  # of results in a bundle that lie closer together all between are read
+_decode_piece = msgspec.msgpack.Decoder(tuple[int, list[bytes]]).decode
 MESSAGE_CHARS = 500  # of what a worker says of a function that did not come to its end
 
 
@@ -99,6 +103,41 @@ class StoredValue:
 
 def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outcome | None]:
     """The outcomes of functions; None for those that have not ended."""
+    found: list[Outcome | None] = [None] * len(ids)
+    kept = values_in_bundles(link, ids)
+    alone = [number for number, task_id in enumerate(ids) if task_id not in kept]
+    for task_id, place in ((task_id, place) for place, task_id in enumerate(ids) if task_id in kept):
+        found[place] = _loaded(kept[task_id])
+    for number, outcome in zip(alone, _fetch_alone(link, [ids[n] for n in alone], files), strict=True):
+        found[number] = outcome
+    return found
+
+
+def values_in_bundles(link: Connection, ids: Sequence[str]) -> dict[str, bytes]:
+    """The pickled results, by id, of those functions that share a record with others, and have finished by a lease."""
+    positions: dict[str, list[int]] = {}
+    for task_id in ids:
+        bundle, _, position = task_id.partition("_")
+        if position.isdecimal() and position.isascii():
+            positions.setdefault(bundle, []).append(int(position))
+    commands: list[tuple[Argument, ...]] = []
+    for bundle, some in positions.items():
+        key, low, high = keys.returned(bundle), min(some), max(some)
+        wanted = sorted(set(some)) if high - low > SPARSE * len(some) else [low]
+        commands += [("ZREVRANGEBYSCORE", key, position, "-inf", "LIMIT", 0, 1) for position in wanted]
+        if len(wanted) < len(some):
+            commands.append(("ZRANGEBYSCORE", key, f"({low}", high))
+    asked = [str(command[1]).rpartition(":")[2] for command in commands]
+    found: dict[str, bytes] = {}
+    for bundle, pieces in zip(asked, link.pipeline(commands) if commands else [], strict=True):
+        for piece in pieces:
+            first, values = _decode_piece(piece)
+            found.update((f"{bundle}_{number}", value) for number, value in enumerate(values, first))
+    return {task_id: found[task_id] for task_id in ids if task_id in found}
+
+
+def _fetch_alone(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outcome | None]:
+    """The outcomes of those that have records."""
     if not ids:
         return []
     streams = link.pipeline([("XREVRANGE", keys.results(task_id), "+", "-", "COUNT", 1) for task_id in ids])
@@ -121,13 +160,17 @@ def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outc
     return found
 
 
+def _loaded(value: bytes) -> Outcome:
+    try:
+        return Outcome(load(value))
+    except FunctionFailed as error:
+        return Outcome(error=error)
+
+
 def outcome_of(ended: Ended, files: OutputFiles) -> Outcome:
     """The outcome of a function that its executor was told of."""
     if ended.value:
-        try:
-            return Outcome(load(ended.value))
-        except FunctionFailed as error:
-            return Outcome(error=error)
+        return _loaded(ended.value)
     if ended.status == "finished":
         return _value(ended.text, files, owned=True)
     trace, _, exception = ended.text.partition("\n")

@@ -161,6 +161,11 @@ def values(array_id: str) -> str:
     return f"pilotq:values:{array_id}"
 
 
+def returned(bundle: str) -> str:
+    """Sorted set: packed (position, results of the functions from there on), by that position."""
+    return f"pilotq:returned:{bundle}"
+
+
 def dependents(task_id: str) -> str:
     """List of the ids that wait for this whole task."""
     return f"pilotq:dependents:{task_id}"

@@ -412,7 +412,8 @@ class EndReport(msgspec.Struct):
 class RunEnd(NamedTuple):
     """Elements of an array that a lease holds, at consecutive positions, and that have finished, for complete.lua.
 
-    Nothing is kept of them but lines of the journal; ``values``, if there are any, go to their executor.
+    Nothing is kept of them but lines of the journal; ``values``, if there are any, go to their executor, or are kept in
+    one piece with their bundle.
     """
 
     array: str

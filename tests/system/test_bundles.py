@@ -14,7 +14,7 @@ from rq.job import Job
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.client.archive import Archive
-from pilotq.broker.errors import InvalidInput
+from pilotq.broker.errors import InvalidInput, UnknownTask
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.journal import Journal
 from tests.support.command_line import in_background, prompt
@@ -53,6 +53,29 @@ def test_each_runs_with_what_it_has_for_itself(pilot: LivePilot, tmp_path: Path)
     (line,) = pilot.lines(ids[0])
     assert (line.name, line.array, line.index, line.command) == ("plain", ids[0][:-2], None, f"sh -c {SHOW}")
     assert pilot.ended(ids[5]).command == "#!/bin/sh echo script"
+
+
+def test_functions_that_share_a_record_return_what_each_returns(pilot: LivePilot) -> None:
+    tasks = [Task(function=divmod, args=(n, 7)) for n in range(60)]
+    tasks[30] = Task(function=divmod, args=(1, 0))
+    tasks[40] = Task(function=bytes, args=(100_000,))
+    ids = pilot.broker.enqueue_many(tasks)
+    assert all("_" in task_id for task_id in ids)
+    assert list(pilot.broker.results(ids[:30], timeout=60)) == [divmod(n, 7) for n in range(30)]
+    assert pilot.broker.result(ids[59], timeout=60) == divmod(59, 7)
+    results = pilot.broker.results(ids[29:])
+    assert next(results) == divmod(29, 7)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert pilot.broker.result(ids[40]) == bytes(100_000) and pilot.broker.result(ids[41]) == divmod(41, 7)
+    with Redis.from_url(pilot.broker.url) as connection:
+        bundle = ids[0].partition("_")[0]
+        assert (
+            0 < connection.zcard(f"pilotq:returned:{bundle}") <= 58
+        )  # on a busy machine some live for more than a moment
+        assert 0 < connection.ttl(f"pilotq:returned:{bundle}") <= 7 * 86400
+    with pytest.raises(UnknownTask):
+        pilot.broker.results(["1f2g_3"])
 
 
 def test_what_fails_is_tried_again_and_shown_as_itself(pilot: LivePilot, tmp_path: Path) -> None:

@@ -197,9 +197,11 @@ def command_of(e: Execution) -> str:
 
 
 def _leaves_lines_only(e: Execution) -> bool:
-    """Whether it has finished, and nothing of it is to be kept in the server: a short result goes to its executor."""
+    """Whether it has finished, and nothing of it alone is to be kept in the server: a short result goes to its
+    executor, or to those of its bundle."""
     if isinstance(e.exited, Returned):
-        return e.exited.outcome == "finished" and bool(e.exited.value and executor_of(e.run.submission))
+        is_kept = executor_of(e.run.submission) or is_bundle(e.run.spec)
+        return e.exited.outcome == "finished" and bool(e.exited.value and is_kept)
     # A function whose interpreter ended has not returned, whatever the exit code is.
     return e.exited is not None and not e.exited.status and not e.function
 

@@ -12,7 +12,8 @@
 --       10... for each report two: its journal line (msgpack map), the text RQ shows of a failure ('' = none); then msgpack
 --         [[array, execution, submission, ended ISO (of the last), first position, number], ...]: runs of elements that a lease
 --         of this node holds, and that have finished: nothing is to be kept of them but lines of the journal; for each run those
---         lines, packed (journal_runs.py), and a packed list of the results that go to its executor ('' = none); then specs.
+--         lines, packed (journal_runs.py), and a packed list of the results, which go to its executor, or stay with the bundle ('' = none);
+--         then specs.
 -- outcome: finished, failed, stopped, canceled, lost (requeued, counts against the crash limit), requeue (not counted),
 -- suspect
 -- (failed at once, like others before it on its node: requeued for another node to try, within EXCUSE_LIMIT), retried (a
@@ -57,7 +58,7 @@ end
 local function end_element(f, id, status, text)
   local array = f.array
   if not known(array)[1] then -- somebody deleted the array
-    redis.call('DEL', job_key(id), outcomes_key(array))
+    redis.call('DEL', job_key(id), outcomes_key(array), returned_key(array))
     return
   end
   local outcome = status == 'finished' and 1 or (status == 'canceled' and 3 or 2)
@@ -300,7 +301,11 @@ local function end_run_of_lease(r, lines_of_run, values)
   if not state then state = {0, 0, 0}; arrays[array] = state end
   state[1] = state[1] + number
   if v[2] then redis.call('RPUSH', 'pilotq:release', string.format('e:%s:%d:%d', array, first, first + number - 1)) end
-  if values ~= '' then notify_executor(r[3], '\147' .. cmsgpack.pack(array, first) .. values) end
+  if values ~= '' and executor_of(r[3]) then
+    notify_executor(r[3], '\147' .. cmsgpack.pack(array, first) .. values)
+  elseif values ~= '' then
+    redis.call('ZADD', returned_key(array), first, '\146' .. cmsgpack.pack(first) .. values)
+  end
   runs[#runs + 1] = lines_of_run
   finished_number = finished_number + number
   return 'ok'

@@ -36,6 +36,8 @@ local function elementwise_key(id) return 'pilotq:elementwise:' .. id end
 local function outcomes_key(id) return 'pilotq:outcomes:' .. id end
 local function completed_key(name) return 'pilotq:completed:' .. name end
 local function values_key(id) return 'pilotq:values:' .. id end
+-- Of a bundle of functions: a sorted set of packed {first position, results of that and those behind it}, by that position.
+local function returned_key(id) return 'pilotq:returned:' .. id end
 local function children_key(id) return 'pilotq:children:' .. id end
 
 -- The user's queue of a class list: default.p10.2c -> default. RQ's producers may have points in the names of theirs.
@@ -429,7 +431,9 @@ local function set_outcomes(array, first, last, outcome)
   end
 end
 
-local function array_keys(array) return {job_key(array), outcomes_key(array), values_key(array), elementwise_key(array)} end
+local function array_keys(array)
+  return {job_key(array), outcomes_key(array), values_key(array), returned_key(array), elementwise_key(array)}
+end
 
 -- The record of an array that has ended goes after so many seconds.
 local function expire_array(array, ttl)
@@ -656,7 +660,7 @@ local function end_damaged(id, why, now, now_iso, ttl)
     local open = tonumber(v[11] or '') or count_of(v[10]) or 1
     local running = #in_wip(queue, id .. '_') + number_leased(id)
     number = math.max(open - running, 0)
-    for _, key in ipairs({outcomes_key(id), values_key(id)}) do redis.call('EXPIRE', key, ttl) end
+    for _, key in ipairs({outcomes_key(id), values_key(id), returned_key(id)}) do redis.call('EXPIRE', key, ttl) end
   end
   redis.call('ZREM', registry('wip', queue), id .. ':' .. (v[10] and '0' or v[8] or ''))
   if not v[10] then redis.call('ZREM', registry('wip', queue), id .. ':' .. string.format('%d', (tonumber(v[8] or '') or 0) + 1)) end

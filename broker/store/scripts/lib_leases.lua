@@ -141,7 +141,7 @@ local function end_leased(array, position, id, lease, status, now, now_iso, ttl)
     end
     array_ended(array, 1, status == 'finished' and 0 or 1, now, now_iso, ttl, ttl, status == 'failed' and 1 or 0)
   elseif redis.call('EXISTS', leases_key(array)) == 0 then
-    redis.call('DEL', outcomes_key(array))
+    redis.call('DEL', outcomes_key(array), returned_key(array))
   end
 end
 

@@ -137,7 +137,7 @@ end
 
 local function reopen(id, f)
   revive(id, queue_of(f.class))
-  for _, key in ipairs({outcomes_key(id), values_key(id), elementwise_key(id)}) do redis.call('PERSIST', key) end
+  for _, key in ipairs(array_keys(id)) do redis.call('PERSIST', key) end
 end
 
 local function requeue_array(id, item)

@@ -11,7 +11,7 @@ for i = 5, #ARGV do
   local needed = v[1] and v[2] and redis.call('TTL', job_key(ARGV[i])) < 0
   if not needed and redis.call('ZREM', registry(ARGV[3], ARGV[4]), ARGV[i]) == 1 then
     redis.call('DEL', job_key(ARGV[i]), 'rq:results:' .. ARGV[i], outcomes_key(ARGV[i]), values_key(ARGV[i]),
-      children_key(ARGV[i]))
+      returned_key(ARGV[i]), children_key(ARGV[i]))
     removed = removed + 1
   end
 end

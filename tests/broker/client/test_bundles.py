@@ -12,7 +12,7 @@ from pilotq.broker.client import commit
 from pilotq.broker.client import submit as client_submit
 from pilotq.broker.client.completions import Completions
 from pilotq.broker.client.queries import TaskQueries
-from pilotq.broker.client.results import OutputFiles
+from pilotq.broker.client.results import OutputFiles, fetch, values_in_bundles
 from pilotq.broker.errors import InvalidInput
 from pilotq.broker.store import keys
 from pilotq.broker.store.bundles import Bundles
@@ -293,6 +293,50 @@ def test_a_call_that_failed_or_was_canceled_is_told_by_itself(engine: Engine) ->
     assert told(engine) == [(found[1], "failed", b""), (found[4], "canceled", b"")]
     engine.complete_runs([handed[0]], values=[b"0"])
     assert engine.store.cancel(["1"]) and told(engine)[-1][:2] == (found[5], "canceled")
+
+
+def functions(engine: Engine, count: int) -> list[str]:
+    return engine.submit(*[Task(function=pow, args=(n, 2)) for n in range(count)])
+
+
+def test_results_of_functions_stay_with_their_bundle(engine: Engine) -> None:
+    found = functions(engine, 12)
+    handed = engine.claim(12)
+    values = [pickle.dumps(n * n) for n in range(12)]
+    for part in (handed[:3], handed[3:4], handed[5:9]):
+        positions = [h.position for h in part]
+        assert engine.complete_runs(part, values=[values[p] for p in positions]) == ["ok"] * len(part)
+    engine.complete([handed[4]], "failed", "exception", text="trace")
+    key = keys.returned("1")
+    assert engine.link.call("ZCARD", key) == 3 and engine.ttl(key) < 0
+    assert not [name for name in engine.all_keys() if name.startswith("rq:results:") and not name.endswith("_4")]
+    everything = [*found[:4], *found[5:9]]
+    assert values_in_bundles(engine.link, found) == {i: values[int(i[2:])] for i in everything}
+    for some in ([found[8]], [found[0], found[8]], [found[4]], [found[11]], ["x_1", "1_", "1_-1", "1_99", "1"], []):
+        assert values_in_bundles(engine.link, some) == {i: values[int(i[2:])] for i in some if i in everything}
+    outcomes = fetch(engine.link, [found[2], found[4], found[7]], OutputFiles(None))
+    assert [o.value for o in outcomes if o is not None] == [4, None, 49]
+    assert engine.complete_runs(handed[9:], values=values[9:]) == ["ok"] * 3
+    assert 0 < engine.ttl(key) <= engine.settings.failed_ttl_s
+    assert requeue(engine.store, ["1"]) == {"1": "queued"}
+    assert engine.ttl(key) < 0, "those that finished have theirs while others run again"
+
+
+def test_results_of_a_bundle_go_with_its_record(engine: Engine) -> None:
+    functions(engine, 4)
+    engine.complete_runs(engine.claim(4), values=[b"x"] * 4)
+    assert 0 < engine.ttl(keys.returned("1")) <= engine.settings.finished_ttl_s
+    engine.store.run("trim", engine.store.term, "finished", "default", "1")
+    assert not engine.link.call("EXISTS", keys.returned("1"), keys.job("1"))
+
+
+def test_a_bundle_of_functions_that_is_deleted_leaves_no_results(engine: Engine) -> None:
+    functions(engine, 4)
+    handed = engine.claim(4)
+    engine.complete_runs(handed[:2], values=[b"x"] * 2)
+    engine.link.call("DEL", keys.job("1"))
+    engine.complete_runs(handed[2:], values=[b"x"] * 2)
+    assert not engine.link.call("EXISTS", keys.returned("1"))
 
 
 def test_results_without_room_are_reported_one_by_one(engine: Engine) -> None:
