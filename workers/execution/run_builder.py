@@ -106,8 +106,7 @@ class RunBuilder:
 
     def _hold_bundle(self, lease: Lease) -> HeldLease:
         """All that is packed behind command and paths must be the same."""
-        members = [self._builder.member_of(lease.array, lease.first + number) for number in range(lease.number)]
-        first = bytes(members[0].spec)
+        first = bytes(self._builder.member_of(lease.array, lease.first).spec)
         fields = [bytes(field) for field in _read_fields(first)]
         tail = b"".join(fields[OWN_FIELDS:])
         head = first[: len(first) - sum(map(len, fields))]
@@ -117,7 +116,8 @@ class RunBuilder:
         marked = msgspec.structs.replace(_marked(lease, spec, valued=False), argv=[], script=b"")
         root = self._builder.context(lease.shared).cwd
         own = []
-        for number, member in enumerate(members):
+        for number in range(lease.number):
+            member = self._builder.member_of(lease.array, lease.first + number)
             packed = bytes(member.spec)
             if not packed.startswith(head) or not packed.endswith(tail):
                 raise _NotAlike
