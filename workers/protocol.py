@@ -16,7 +16,7 @@ pipe, ``wake``, means that one has arrived which is worth waking up for.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -177,6 +177,29 @@ class Call(msgspec.Struct, array_like=True, tag="call"):
     rq_fields: dict[bytes, bytes] = {}  # the record of an RQ job
     callback_only: bool = False  # the interpreter of a job that was stopped had to be killed: run its callback alone
     submission: str = ""
+
+
+class CallRun(msgspec.Struct, array_like=True, tag="call_run"):
+    """Run functions one after the other: as many calls as there are ``payloads``, each chained behind the last.
+
+    ``call`` is the first one, but for its payload, with `INDEX_MARK` in its id. The keys and indices of the others are
+    the numbers behind its key and behind ``index``.
+    """
+
+    index: int
+    call: Call
+    payloads: list[bytes]
+
+    def calls(self) -> Iterator[Call]:
+        first, mark = self.call, INDEX_MARK.decode()
+        for number, payload in enumerate(self.payloads):
+            yield msgspec.structs.replace(
+                first,
+                key=first.key + number,
+                id=first.id.replace(mark, str(self.index + number)),
+                after=first.key + number - 1 if number else first.after,
+                payload=payload,
+            )
 
 
 class Interrupt(msgspec.Struct, array_like=True, tag="interrupt"):
@@ -349,7 +372,9 @@ class GroupSwept(msgspec.Struct, array_like=True, tag="swept"):
     stderr: Captured
 
 
-ToLauncher = LaunchBase | LaunchSlot | Forget | Launch | LaunchRun | ConfinedLaunch | Call | Retract | Signal | Quit
+ToLauncher = (
+    LaunchBase | LaunchSlot | Forget | Launch | LaunchRun | ConfinedLaunch | Call | CallRun | Retract | Signal | Quit
+)
 FromLauncher = Begun | Started | Retracted | Refused | Exited | Ran | Returned | GroupSwept
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()

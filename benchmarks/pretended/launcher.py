@@ -25,6 +25,7 @@ from pilotq.workers.protocol import (
     NO_OUTPUT,
     Begun,
     Call,
+    CallRun,
     Element,
     Exited,
     FromLauncher,
@@ -78,10 +79,14 @@ class PretendedLauncher(LauncherHandle):
     def pid(self) -> int:
         return self._number
 
-    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call | LaunchRun) -> None:
+    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call | LaunchRun | CallRun) -> None:
         if isinstance(launch, LaunchRun):
             for number in range(launch.number):
                 self.launch(base, slot, launch.launch_of(number))
+            return
+        if isinstance(launch, CallRun):
+            for call in launch.calls():
+                self.launch(base, slot, call)
             return
         began = time.thread_time()
         self.launched += 1

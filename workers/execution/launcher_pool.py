@@ -19,6 +19,7 @@ from pilotq.broker.processes import RestartBudget
 from pilotq.broker.settings import Settings
 from pilotq.workers.protocol import (
     Call,
+    CallRun,
     Forget,
     FrameDecoder,
     FromLauncher,
@@ -92,7 +93,7 @@ class LauncherHandle:
     def pid(self) -> int:
         return self._process.pid
 
-    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call | LaunchRun) -> None:
+    def launch(self, base: LaunchBase, slot: LaunchSlot, launch: Launch | Call | LaunchRun | CallRun) -> None:
         """Raises what an encoder raises when this launch cannot travel; then none of it is sent."""
         if base.name in self._known_bases and slot.name in self._known_slots:
             self._records.append(msgspec.Raw(_encode(launch)))

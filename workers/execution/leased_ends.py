@@ -6,6 +6,7 @@ Those that ended plainly in a run come packed, and stay so (`plain_runs`); the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +17,7 @@ from pilotq.broker.store.resources import class_info
 from pilotq.broker.tasks.spec import is_bundle
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.leased_runs import HeldLease, PlainEnds
-from pilotq.workers.protocol import NO_OUTPUT, Exited
+from pilotq.workers.protocol import NO_OUTPUT, Exited, Returned
 from pilotq.workers.session import Apart, iso
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -95,7 +96,7 @@ def plain_runs(
             ordered[number].held,
             ordered[number].number,
         )
-        if not follows:
+        if not follows or before.values:  # results are told in pieces, for which there is more often room
             yield _plain_run_of(ordered[first:number], node, report)
             first = number
 
@@ -113,20 +114,32 @@ def _plain_run_of(
     )  # fmt: skip
     packed = pack_run(lines, rows)
 
+    values = [value for end in ends for value in end.values]
+
     def apart() -> list[EndReport]:
         return [
-            report(*_element_of(held, number + place, read_row(row), allocations)) for place, row in enumerate(rows)
+            report(*_element_of(held, number + n, read_row(row), allocations, value))
+            for n, (row, value) in enumerate(zip_longest(rows, values, fillvalue=b""))
         ]
 
-    last = iso(ended)
-    return RunEnd(lease.array, lease.execution, lease.submission, last, lease.first + number, len(rows), packed), apart
+    last, first = iso(ended), lease.first + number
+    results = _pack(values) if values else b""
+    end = RunEnd(lease.array, lease.execution, lease.submission, last, first, len(rows), packed, results)
+    return end, apart
 
 
-def _element_of(held: HeldLease, number: int, row: Row, allocations: Sequence[str]) -> tuple[Execution, float]:
+def _element_of(
+    held: HeldLease, number: int, row: Row, allocations: Sequence[str], value: bytes
+) -> tuple[Execution, float]:
     """The execution that a row is of, and when it ended."""
     e = Execution(0, held.lease.run(number))
     held.describe(e)
-    exited = exited_of(e.key, row, held.lease.handed)
+    exited: Exited | Returned = exited_of(e.key, row, held.lease.handed)
+    if held.is_function:
+        exited = Returned(
+            e.key, exited.pid, "finished", "", "", "", exited.started, exited.ended, exited.seconds, exited.cpu,
+            exited.max_rss, 0, NO_OUTPUT, NO_OUTPUT, value,
+        )  # fmt: skip
     e.allocation, e.exited, e.pid, e.started = allocations[row[1]], exited, exited.pid, exited.started
     return e, exited.ended
 

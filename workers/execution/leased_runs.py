@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pilotq.broker.store.messages import ExecutionEnd, Lease, Run
-from pilotq.broker.tasks.spec import Spec, read_spec
+from pilotq.broker.tasks.spec import FLAG_FUNCTION, Spec, read_spec
 from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
-from pilotq.workers.protocol import Launch, LaunchBase, LaunchSlot, Ran
+from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot, Ran, Returned
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Template(NamedTuple):
@@ -23,7 +25,7 @@ class Template(NamedTuple):
 
     base: LaunchBase
     slot: LaunchSlot
-    launch: Launch
+    launch: Launch | Call
 
 
 class Own(NamedTuple):
@@ -33,6 +35,7 @@ class Own(NamedTuple):
     fields: dict[str, Any]  # of its entry in the journal, where they are not those of the lease
     value: str | None = None
     spec: bytes = b""  # packed, of a task of a bundle
+    payload: bytes = b""  # of a function
 
 
 class HeldLease:
@@ -64,6 +67,10 @@ class HeldLease:
             return []
         return [own.strings for own in self.own[number : number + count]]
 
+    @property
+    def is_function(self) -> bool:
+        return bool(self.spec.flags & FLAG_FUNCTION)
+
     def fields(self, number: int, count: int) -> dict[int, dict[str, Any]]:
         """`RunLines.more` of so many elements, from this one on."""
         return {n: own.fields for n, own in enumerate(self.own[number : number + count]) if own.fields}
@@ -72,7 +79,7 @@ class HeldLease:
         """Set what an execution that is an element of it would have if its launch had been built."""
         run = e.run
         own = self.own[run.position - self.lease.first] if self.own else None
-        e.spec, e.limit = self.spec, self.spec.time_limit
+        e.spec, e.limit, e.function = self.spec, self.spec.time_limit, self.is_function
         if own is not None and own.spec:
             e.spec, run.name = read_spec(own.spec), own.fields.get("name", run.name)
         elif self.varies:
@@ -90,7 +97,7 @@ class LeasedRun:
     prefetched.
     """
 
-    __slots__ = ("held", "key", "number", "count", "slot", "allocation", "launcher", "begun", "since", "ends")
+    __slots__ = ("held", "key", "number", "count", "slot", "allocation", "launcher", "given", "since", "ends")
 
     def __init__(self, held: HeldLease, key: int, number: int, count: int) -> None:
         self.held = held
@@ -100,7 +107,7 @@ class LeasedRun:
         self.slot = 0
         self.allocation = ""
         self.launcher = 0
-        self.begun = False  # its launcher has begun to start the first one
+        self.given = 0  # those with keys up to this one its launcher has begun to start, or given to an interpreter
         self.since = 0.0  # monotonic: since when the first one is to start
         self.ends: PlainEnds | None = None  # those that were collected last
 
@@ -122,19 +129,28 @@ class LeasedRun:
         self.key += count
         self.number += count
         self.count -= count
-        self.begun = False
 
-    def pass_plain(self, record: Ran) -> None:
-        """The first one has ended plainly; its row goes to ``ends``."""
+    def pass_plain(self, record: Ran | Returned) -> None:
+        """The first one has ended plainly; its row and its result go to ``ends``."""
         ends = self.ends
         assert ends is not None
-        ends.rows.append(record.row)
+        if isinstance(record, Ran):
+            ends.rows.append(record.row)
+        else:
+            ends.rows.append(self._row_of(record))
+            ends.values.append(record.value)
         ends.seconds += record.seconds
         ends.ended = record.ended
         self.key += 1
         self.number += 1
         self.count -= 1
-        self.begun = False
+
+    def _row_of(self, record: Returned) -> bytes:
+        lease = self.held.lease
+        after, lasted = record.started - lease.handed, record.ended - record.started
+        times = round(after * 1e6), max(round(lasted * 1e6), 0)
+        used = record.pid, record.max_rss, round(record.cpu * 1e6)
+        return _encode((lease.index + lease.step * self.number, self.held.place_of(self.allocation), *times, *used))
 
     def run(self, number: int) -> Run:
         """The message of one of them, counted from its first, as if it had come by itself."""
@@ -157,13 +173,14 @@ class LeasedRun:
 class PlainEnds:
     """Ends of elements of a lease in one slot, at consecutive positions, that are still to be reported."""
 
-    __slots__ = ("held", "slot", "number", "rows", "seconds", "counted", "ended", "kept", "closed")
+    __slots__ = ("held", "slot", "number", "rows", "values", "seconds", "counted", "ended", "kept", "closed")
 
     def __init__(self, run: LeasedRun) -> None:
         self.held = run.held
         self.slot = run.slot
         self.number = run.number
         self.rows: list[bytes] = []
+        self.values: list[bytes] = []  # pickled results of functions
         self.seconds = self.counted = 0.0  # that they ran, in all; of these, those that the caller has counted
         self.ended = 0.0  # unix seconds: when the last one did
         self.kept = True  # its slot has gone on

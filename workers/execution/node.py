@@ -191,7 +191,7 @@ class Node:
 
     def _unpack(self, run: LeasedRun, count: int = 0) -> None:
         """Make executions of a run, or of its first ``count`` elements: something is to be done with one of them."""
-        since, begun = run.since, run.begun
+        since, given = run.since, run.given
         found = self._slots.unpack(run, count)
         if not run.slot:
             return
@@ -199,8 +199,8 @@ class Node:
         for e in found:
             e.launcher = run.launcher
             run.held.describe(e)
+            e.launch_begun = e.key <= given
             if slot is not None and slot.task is e:
-                e.launch_begun = begun
                 self._escalation.launching(e, since)
             else:
                 self._escalation.chained(e)
@@ -257,7 +257,7 @@ class Node:
                 run = runs.get(record.key)
                 if run is None:
                     self.receive_record(record, now)
-                elif isinstance(record, Ran):
+                elif isinstance(record, Ran) or (isinstance(record, Returned) and _is_plain(record)):
                     failpoints.hit("end received")
                     if run not in passed:
                         self.outbox.open_ends(run, now)
@@ -269,8 +269,7 @@ class Node:
                     else:
                         self._end_run(run, now)
                 elif isinstance(record, Begun):
-                    run.begun = True
-                    self._launchers.living[run.launcher].starting_key = record.key
+                    self._begun(record, run.launcher)
                 else:
                     if run in passed:
                         self._count_plain(run, passed.pop(run), now)
@@ -282,7 +281,9 @@ class Node:
 
     def receive_record(self, record: FromLauncher, now: float) -> None:
         e = self._escalation.executions.get(record.key)
-        if e is None:
+        if e is None and isinstance(record, Begun) and (run := self._slots.run_of(record.key)) is not None:
+            self._begun(record, run.launcher)
+        elif e is None:
             if not self._hooks.receive_record(record):
                 self._receive_late_record(record, now)
         elif isinstance(record, (Exited, Returned, Ran)):
@@ -290,11 +291,7 @@ class Node:
             ended = exited_of(e.key, read_row(record.row), e.run.handed) if isinstance(record, Ran) else record
             self._exited(e, ended, now)
         elif isinstance(record, Begun):
-            e.launch_begun = True
-            self._launchers.living[e.launcher].starting_key = e.key
-            for key in record.others:
-                if (other := self._escalation.executions.get(key)) is not None:
-                    other.launch_begun = True
+            self._begun(record, e.launcher)
         elif isinstance(record, Started):
             e.held_back = None
             suffix = e.suffix.encode()
@@ -310,6 +307,15 @@ class Node:
             self._refuse(e, record.reason, record.message, now, passing=record.passing)
         elif isinstance(record, Retracted):
             self._not_started(e, now)
+
+    def _begun(self, record: Begun, launcher: int) -> None:
+        self._launchers.living[launcher].starting_key = record.key
+        run: LeasedRun | None = None
+        for key in (record.key, *record.others):
+            if (e := self._escalation.executions.get(key)) is not None:
+                e.launch_begun = True
+            elif (run := run if run is not None and key <= run.last_key else self._slots.run_of(key)) is not None:
+                run.given = key
 
     def _end_run(self, run: LeasedRun, now: float) -> None:
         """All elements of a run have ended."""
@@ -746,6 +752,12 @@ class Node:
                 "what was still to be done with files of tasks is left undone: their file systems do not answer",
                 level="warning",
             )
+
+
+def _is_plain(record: Returned) -> bool:
+    """Whether it came to its end within a moment, left and wrote nothing, and has a short result."""
+    written = record.stdout.length or record.stderr.length
+    return bool(record.outcome == "finished" and record.value and not record.remaining and not written)
 
 
 def _last_key(last: Execution | LeasedRun) -> int:

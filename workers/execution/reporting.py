@@ -39,7 +39,8 @@ OUTCOMES = {
 LEAVE_REASONS = ("pilot ended", "walltime")  # reasons that take nothing from a task that has not begun
 CALL_MAX = 500  # ends in one script call: it stops the server for so long
 CALL_BYTES = 32 << 20  # of results in it, but for a single larger one: the server takes no message of any size
-VALUES_BYTES = 256 << 10  # of results for executors in it: while the memory is short, there may be room for no more
+VALUES_BYTES = 256 << 10  # of results without a record in it: while the memory is short, there may be room for no more
+VALUES_MAX = 64  # such results in one piece: each has up to 4 KiB
 TAIL_BYTES = 2048  # of captured stderr, in the text that RQ shows of a failure
 
 
@@ -298,7 +299,8 @@ class Outbox:
     def open_ends(self, run: LeasedRun, now: float) -> None:
         """Elements of a run are about to end plainly: `LeasedRun.pass_plain` adds them to ``ends``."""
         ends = run.ends
-        if ends is None or ends.closed or ends.number + len(ends.rows) != run.number:
+        follows = ends is not None and not ends.closed and ends.number + len(ends.rows) == run.number
+        if not follows or (ends is not None and len(ends.values) >= VALUES_MAX):
             run.ends = PlainEnds(run)
             if not self._plain:
                 self._plain_since = now
@@ -352,10 +354,11 @@ class Outbox:
 
     def _take_plain(self, most: int) -> list[PlainEnds]:
         """About so many of the elements that have ended plainly, for one call."""
-        number = 0
-        taken = []
+        number = size = 0
+        taken: list[PlainEnds] = []
         for ends in self._plain:
-            if number >= most:
+            size += sum(map(len, ends.values))
+            if number >= most or (size > VALUES_BYTES and taken):
                 break
             ends.closed = True
             number += len(ends.rows)

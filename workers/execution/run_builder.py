@@ -43,6 +43,8 @@ from pilotq.workers.protocol import (
     INDEX_MARK,
     NUMBER_MARK,
     OWN_MARKS,
+    Call,
+    CallRun,
     Element,
     Launch,
     LaunchBase,
@@ -51,7 +53,7 @@ from pilotq.workers.protocol import (
     fill_marks,
 )
 
-APART_FLAGS = FLAG_FUNCTION | FLAG_QCG | FLAG_RQ_JOB  # such need more than a start
+APART_FLAGS = FLAG_QCG | FLAG_RQ_JOB  # such need more than a start
 SIGN = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"  # for an index, in a command that is shown
 SHOWN_MAX = 160  # characters of such a command: with each index it is as long as a listing shows
 TEXT_MAX = 4096  # bytes of a command, of which a listing shows the begin
@@ -84,6 +86,8 @@ class RunBuilder:
 
     def _hold_array(self, lease: Lease) -> HeldLease:
         spec = self._builder.spec_of(lease.spec)
+        if spec.flags & FLAG_FUNCTION:
+            raise _NotAlike
         varies, valued = has_variables(spec), bool(spec.flags & FLAG_VALUES)
         marked = _marked(lease, spec, valued=valued)
         shown = _shown(lease, spec, marked)
@@ -114,6 +118,7 @@ class RunBuilder:
         if not tail or spec.flags & ~FLAG_ID & (FLAG_ARRAY | FLAG_ATTEMPT | FLAG_BUNDLE):
             raise _NotAlike
         marked = msgspec.structs.replace(_marked(lease, spec, valued=False), argv=[], script=b"")
+        usual = command_text(spec)
         root = self._builder.context(lease.shared).cwd
         own = []
         for number in range(lease.number):
@@ -124,8 +129,13 @@ class RunBuilder:
             one = Spec(*_read_own(_OWN_HEAD + packed[len(head) : len(packed) - len(tail)]), flags=spec.flags)
             if spec.flags & FLAG_ID:
                 one = render(one, Variables(lease.run(number).id))
-            own.append(_own_of(lease, member, one, packed, root))
-        return HeldLease(lease, spec, marked, "", varies=False, own=own)
+            if spec.flags & FLAG_FUNCTION:
+                if (one.cwd, one.stdin, one.stdout, one.stderr) != (spec.cwd, spec.stdin, b"", b""):
+                    raise _NotAlike
+                own.append(Own(_NOTHING, _named(lease, member, one, usual), spec=packed, payload=one.argv[0]))
+            else:
+                own.append(_own_of(lease, member, one, packed, root, usual))
+        return HeldLease(lease, spec, marked, usual, varies=False, own=own)
 
     def _outputs(self, lease: Lease, marked: Spec) -> dict[str, bytes]:
         """The fields of entries that say where the output is: field -> path with marks."""
@@ -137,8 +147,8 @@ class RunBuilder:
         paths = {"stdout_at": marked.stdout, "stderr_at": marked.stderr}
         return {field: below(cwd, path) for field, path in paths.items() if path}
 
-    def build_run(self, run: LeasedRun, after: int) -> tuple[LaunchBase, LaunchSlot, LaunchRun]:
-        """The launches of a run in a slot, and what they name. ``after`` and what it raises are as of
+    def build_run(self, run: LeasedRun, after: int) -> tuple[LaunchBase, LaunchSlot, LaunchRun | CallRun]:
+        """The launches or calls of a run in a slot, and what they name. ``after`` and what it raises are as of
         `LaunchBuilder.build`."""
         held = run.held
         template = held.templates.get(run.allocation)
@@ -148,6 +158,10 @@ class RunBuilder:
             except Exception as error:  # noqa: BLE001  # the boundary of its tasks
                 raise refusal(error) from None
         index = held.lease.index + held.lease.step * run.number
+        if isinstance(template.launch, Call):
+            call = msgspec.structs.replace(template.launch, key=run.key, after=after)
+            payloads = [own.payload for own in held.own[run.number : run.number + run.count]]
+            return template.base, template.slot, CallRun(index, call, payloads)
         element = Element(index, held.place_of(run.allocation), held.lease.handed)
         launch = msgspec.structs.replace(template.launch, key=run.key, after=after, element=element)
         own = held.strings(run.number, run.count)
@@ -162,6 +176,12 @@ class RunBuilder:
         own_env = spec.env or {}
         cwd = below(context.cwd, spec.cwd) or context.cwd
         stdin, stdout, stderr = (below(cwd, path) for path in (spec.stdin, spec.stdout, spec.stderr))
+        if held.is_function:
+            call = Call(
+                0, run.id, run.execution, lease.shared, reservation.slot.name, dict(own_env), cwd, stdin,
+                submission=lease.submission,
+            )  # fmt: skip
+            return Template(context.base, reservation.slot, call)
         if is_bundle(lease.spec):
             run.array, run.index, run.position = "", -1, 0  # as if it had been submitted by itself
             cwd, stdin, stdout, stderr = OWN_MARKS
@@ -178,7 +198,17 @@ class RunBuilder:
         return Template(context.base, reservation.slot, launch)
 
 
-def _own_of(lease: Lease, member: Member, spec: Spec, packed: bytes, root: bytes) -> Own:
+def _named(lease: Lease, member: Member, spec: Spec, usual: str) -> dict[str, Any]:
+    """Fields of the entry of one of a bundle: its command, if that is not the usual one, and its name."""
+    fields: dict[str, Any] = {}
+    if (command := command_text(spec)) != usual:
+        fields["command"] = command
+    if member.name != lease.name:
+        fields["name"] = member.name
+    return fields
+
+
+def _own_of(lease: Lease, member: Member, spec: Spec, packed: bytes, root: bytes, usual: str) -> Own:
     """What one of a bundle has for itself. Raises _NotAlike."""
     argv, script = command_line(spec)
     cwd = below(root, spec.cwd) or root
@@ -186,12 +216,10 @@ def _own_of(lease: Lease, member: Member, spec: Spec, packed: bytes, root: bytes
     strings = [cwd, *paths, *argv]
     if script or not argv or not argv[0] or any(b"\0" in text for text in strings):
         raise _NotAlike
-    fields: dict[str, Any] = {"command": one_line(_text_of(spec))}
-    fields |= {field: [path] for field, path in zip(("stdout_at", "stderr_at"), paths[1:], strict=True) if path}
-    if len(fields) > 1 and lease.execution > 1:
+    outputs = {field: [path] for field, path in zip(("stdout_at", "stderr_at"), paths[1:], strict=True) if path}
+    if outputs and lease.execution > 1:
         raise _NotAlike  # files of later executions are published by themselves
-    if member.name != lease.name:
-        fields["name"] = member.name
+    fields = _named(lease, member, spec, usual) | outputs
     return Own(msgspec.Raw(_encode(strings)), fields, spec=packed)
 
 
@@ -199,7 +227,8 @@ def _marked(lease: Lease, spec: Spec, *, valued: bool) -> Spec:
     """A specification that all elements can share, with marks for what differs. Raises _NotAlike."""
     known = class_info(lease.class_name)
     one = spec.model in ONE_PROCESS_MODELS and known is not None and known.request.nodes is None
-    texts = *spec.argv, *spec.env, *spec.env.values(), spec.cwd, spec.stdin, spec.stdout, spec.stderr
+    arguments = () if spec.flags & FLAG_FUNCTION else spec.argv
+    texts = *arguments, *spec.env, *spec.env.values(), spec.cwd, spec.stdin, spec.stdout, spec.stderr
     if not one or spec.flags & APART_FLAGS or command_line(spec)[1] or any(b"\0" in text for text in texts):
         raise _NotAlike
     marks = Variables(f"{lease.array}_{INDEX}", lease.execution, index_text=INDEX, value=VALUE if valued else None)

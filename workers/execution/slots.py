@@ -238,6 +238,10 @@ class SlotTable:
         """All runs; or those that launchers have."""
         return [run for run in self.runs_by_key.values() if run.slot or not launched]
 
+    def run_of(self, key: int) -> LeasedRun | None:
+        """The run that a launcher has, and that has an element with this key."""
+        return next((run for run in self.runs(launched=True) if run.key <= key <= run.last_key), None)
+
     def first_runs(self) -> list[LeasedRun]:
         """The runs whose first element has a slot now."""
         return [slot.task for slot in self._slots.values() if isinstance(slot.task, LeasedRun)]

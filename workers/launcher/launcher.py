@@ -41,6 +41,7 @@ from pilotq.workers.protocol import (
     NO_OUTPUT,
     Begun,
     Call,
+    CallRun,
     Captured,
     Element,
     Exited,
@@ -190,6 +191,9 @@ class Launcher:
         elif isinstance(message, LaunchRun):
             for number in range(message.number):
                 self._enqueue(message.launch_of(number))
+        elif isinstance(message, CallRun):
+            for call in message.calls():
+                self._enqueue(call)
         elif isinstance(message, Retract):
             self._retract(message.key)
         elif isinstance(message, Signal):

@@ -168,7 +168,8 @@ def check_line(held: HeldLease, number: int, e: Execution) -> None:
 UNALIKE = {
     "one has its own variables": members_of([*BUNDLES["commands"][:4], Task(command=["p"], env={"A": "b"})]),
     "one is a script for another shell": members_of([*BUNDLES["commands"][:4], Task(script="#!/usr/bin/perl\nprint")]),
-    "functions": members_of([Task(function=len, args=["abc"])] * 5),
+    "functions with files": members_of([Task(function=len, args=["abc"], stdout=f"o{n}") for n in range(5)]),
+    "a function and a command": members_of([Task(function=len, args=["abc"]), *BUNDLES["commands"][:4]]),
     "attempts": members_of([Task(command=["p", "{attempt}"])] * 5),
     "one is damaged": [*members_of(BUNDLES["commands"])[:4], b"\x92\x91\x90"],
     "one has no command": [*members_of(BUNDLES["commands"])[:4], b"\x92" + pack_spec(Spec([])) + b"\xa0"],
