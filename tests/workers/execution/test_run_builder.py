@@ -22,7 +22,7 @@ from pilotq.workers.execution.leased_ends import plain_runs
 from pilotq.workers.execution.leased_runs import HeldLease, LeasedRun, PlainEnds
 from pilotq.workers.execution.reporting import Reporter
 from pilotq.workers.execution.run_builder import RunBuilder
-from pilotq.workers.protocol import Launch, LaunchRun, Ran
+from pilotq.workers.protocol import Call, CallRun, Launch, LaunchRun, Ran
 from pilotq.workers.shared_data import SharedData
 
 CLASS, CORE = "default.p10.1c", "n1[0]"
@@ -163,6 +163,30 @@ def check_line(held: HeldLease, number: int, e: Execution) -> None:
     line.status, entry.at = "finished", ""
     assert msgspec.structs.asdict(entry) == msgspec.structs.asdict(line)
     assert entry.stdout_at == ([e.stdout] if e.stdout else [])
+
+
+def test_a_call_of_a_run_is_as_if_built_by_itself(tmp_path: Path) -> None:
+    tasks = [Task(function=pow, args=[n, 2], name=f"f{n}", env={"A": "b"}, cwd="sub", stdin="in") for n in range(4)]
+    tasks.append(Task(function=len, args=["abc"], env={"A": "b"}, cwd="sub", stdin="in"))
+    builder, runs = builders(Server(members_of(tasks)), tmp_path)
+    lease = lease_of(BUNDLE_SPEC, index=0, step=1)
+    held = runs.hold(lease)
+    assert held is not None and held.is_function
+    run = LeasedRun(held, 100, 1, 4)
+    run.allocation = CORE
+    base, slot, message = runs.build_run(run, 99)
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=CallRun)
+    for number, found in enumerate(sent.calls()):
+        e = Execution(0, lease.run(1 + number))
+        e.allocation = CORE
+        expected_base, expected_slot, expected = builder.build(e, 0)
+        key, after = 100 + number, 99 + number
+        assert (base, slot) == (expected_base, expected_slot) and isinstance(expected, Call)
+        assert found == msgspec.structs.replace(expected, key=key, after=after)
+        described = Execution(0, lease.run(1 + number))
+        held.describe(described)
+        assert (described.function, described.limit, described.run.name) == (True, 0.0, e.run.name)
+    assert held.command == "builtins:pow(...)" and held.fields(3, 2)[1] == {"command": "builtins:len(...)"}
 
 
 UNALIKE = {
