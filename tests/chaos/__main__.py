@@ -85,6 +85,9 @@ class Chaos:
         tasks.append(r.probe(code=5, retries=1, backoff=rnd.choice((0.0, 0.3))))
         tasks += [r.probe(name="a", array=ArrayRange(0, rnd.randint(1, 40))), r.probe(name="b", after=["a"])]
         tasks += [r.probe(after=["b"], priority=rnd.randint(-1, 1)), r.probe(request=Request(nodes=(2, 2)))]
+        tasks.append(r.probe("{value}", values=[rnd.choice(("0", "0", "0.02")) for _ in range(rnd.randint(2, 30))]))
+        # Of a class of their own: they are a bundle of functions.
+        tasks += [r.call(rnd.choice((0, 0, 0.01)), priority=2) for _ in range(rnd.choice((0, 5, 45)))]
         tasks += [r.joining() for _ in range(rnd.randint(0, 1))]
         expected = [Expected(most=1 + task.retries) for task in tasks]
         if rnd.random() < 0.4:

@@ -27,6 +27,7 @@ from pilotq.broker.store.journal import Journal, JournalEntry
 from pilotq.workers.machine.topology import usable_cpus, virtual_nodes
 from pilotq.workers.process_tree import environment, processes
 from tests.chaos.judge import Expected, History, judge
+from tests.support import fault_probe
 from tests.support.live_pilot import left_of
 from tests.support.waiting import SHARED, wait_until
 
@@ -194,7 +195,11 @@ class Rig:
 
     # -- work -------------------------------------------------------------------------------------------------------
 
-    def probe(self, seconds: float = 0.01, code: int = 0, **fields: Any) -> Task:
+    def call(self, seconds: float = 0.01, **fields: Any) -> Task:
+        """The same as a function."""
+        return Task(function=fault_probe.main, args=(str(self.folder), str(seconds)), **fields)
+
+    def probe(self, seconds: float | str = 0.01, code: int = 0, **fields: Any) -> Task:
         words = [sys.executable, "-I", "-S", PROBE, str(self.folder), str(seconds), str(code)]
         return Task(command=words, **fields)
 
