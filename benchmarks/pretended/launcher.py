@@ -45,7 +45,7 @@ from pilotq.workers.protocol import (
 FIRST_NUMBER = 1 << 30  # no descriptor has such a number
 _numbers = count(FIRST_NUMBER)
 _encode = msgspec.msgpack.Encoder().encode
-_NONE = result_text(pickle.dumps(None))
+_NONE = pickle.dumps(None)
 
 
 def seconds_of(argv: Sequence[bytes]) -> float:
@@ -67,7 +67,7 @@ class PretendedLauncher(LauncherHandle):
         self._running: dict[int, float] = {}  # key -> when it began (monotonic)
         self._elements: dict[int, Element] = {}  # key -> which one it is, of those that came in runs
         self._moments: list[tuple[float, int, bool]] = []  # heap: when, key, whether it ends then, or is announced
-        self._calls: set[int] = set()  # keys of functions that run
+        self._calls: dict[int, tuple[str, bytes]] = {}  # key of a function that runs -> text and value that it returns
         self._behind: dict[int, Launch | Call] = {}  # key -> what is chained behind it
         self._before: dict[int, int] = {}  # key of what is chained -> key it waits for
         self._unseen = 0  # reports since the reader was woken, as in ReportPipe
@@ -147,7 +147,8 @@ class PretendedLauncher(LauncherHandle):
         seconds = seconds_of(launch.argv) if isinstance(launch, Launch) else 0.0
         self._running[launch.key] = at
         if isinstance(launch, Call):
-            self._calls.add(launch.key)
+            # RQ reads the results of its producers' jobs itself.
+            self._calls[launch.key] = (result_text(_NONE), b"") if launch.rq_fields else ("", _NONE)
         elif launch.element is not None:
             self._elements[launch.key] = launch.element
         heapq.heappush(self._moments, (at + seconds, launch.key, True))
@@ -165,12 +166,11 @@ class PretendedLauncher(LauncherHandle):
         else:
             times = self._wall + began, self._wall + at, at - began
             usage = 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT
-            self._records.append(
-                Returned(key, 1, "finished", "", "", _NONE, *times, *usage)
-                if key in self._calls
-                else Exited(key, 1, status, *times, *usage)
-            )
-            self._calls.discard(key)
+            if key in self._calls:
+                text, value = self._calls.pop(key)
+                self._records.append(Returned(key, 1, "finished", "", "", text, *times, *usage, value))
+            else:
+                self._records.append(Exited(key, 1, status, *times, *usage))
         follower = self._behind.pop(key, None)
         if follower is None:
             self._unseen += WAKE_REPORTS

@@ -30,6 +30,7 @@ from pilotq.broker.store.connection import Argument, Connection
 from pilotq.broker.tasks.functions import RESULT_SUFFIX, Stored, read_text
 from pilotq.broker.tasks.states import ENDED, REASONS
 
+DIGITS_MAX = 10  # of a position
 SPARSE = 4  # of results in a bundle that lie closer together all between are read
 _decode_piece = msgspec.msgpack.Decoder(tuple[int, list[bytes]]).decode
 MESSAGE_CHARS = 500  # of what a worker says of a function that did not come to its end
@@ -115,19 +116,22 @@ def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outc
 
 def values_in_bundles(link: Connection, ids: Sequence[str]) -> dict[str, bytes]:
     """The pickled results, by id, of those functions that share a record with others, and have finished by a lease."""
-    positions: dict[str, list[int]] = {}
+    positions: dict[str, set[int]] = {}
     for task_id in ids:
         bundle, _, position = task_id.partition("_")
-        if position.isdecimal() and position.isascii():
-            positions.setdefault(bundle, []).append(int(position))
+        if position.isdecimal() and position.isascii() and len(position) <= DIGITS_MAX:
+            positions.setdefault(bundle, set()).add(int(position))
+    asked: list[str] = []
     commands: list[tuple[Argument, ...]] = []
     for bundle, some in positions.items():
         key, low, high = keys.returned(bundle), min(some), max(some)
-        wanted = sorted(set(some)) if high - low > SPARSE * len(some) else [low]
-        commands += [("ZREVRANGEBYSCORE", key, position, "-inf", "LIMIT", 0, 1) for position in wanted]
-        if len(wanted) < len(some):
-            commands.append(("ZRANGEBYSCORE", key, f"({low}", high))
-    asked = [str(command[1]).rpartition(":")[2] for command in commands]
+        is_sparse = high - low > SPARSE * len(some)
+        each = some if is_sparse else [low]
+        reads: list[tuple[Argument, ...]] = [("ZREVRANGEBYSCORE", key, n, "-inf", "LIMIT", 0, 1) for n in each]
+        if not is_sparse and high > low:
+            reads.append(("ZRANGEBYSCORE", key, f"({low}", high))
+        commands += reads
+        asked += [bundle] * len(reads)
     found: dict[str, bytes] = {}
     for bundle, pieces in zip(asked, link.pipeline(commands) if commands else [], strict=True):
         for piece in pieces:

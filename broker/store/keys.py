@@ -61,7 +61,7 @@ PERMANENT = (
     # These live as long as tasks that have not ended need them; ends set a TTL or delete them.
     "rq:job:*", "pilotq:shared:*", "pilotq:submit:*", "pilotq:inbox:*", "pilotq:dependents:*", "pilotq:outcomes:*",
     "pilotq:children:*", "pilotq:values:*", "pilotq:elementwise:*", "pilotq:staged:*", "pilotq:leases:*",
-    "pilotq:recorded:*",
+    "pilotq:recorded:*", "pilotq:returned:*",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from pilotq.workers.execution.execution import Execution
 from pilotq.workers.execution.templating import Variables, render
 from pilotq.workers.protocol import Call, Launch, LaunchBase, LaunchSlot, Ran, Returned
 
+VALUES_MAX = 64  # results that are told in one piece: each has up to 4 KiB
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -185,6 +186,10 @@ class PlainEnds:
         self.ended = 0.0  # unix seconds: when the last one did
         self.kept = True  # its slot has gone on
         self.closed = False  # nothing is added any more
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.values) >= VALUES_MAX
 
     def slot_ends(self) -> Iterator[ExecutionEnd]:
         """What the dispatcher must know of them: the slot went on after each, or after each but the last."""

@@ -181,12 +181,12 @@ class Node:
         if any(run.holds(end.id, end.execution) for end in ends for run in self._slots.runs()):
             return  # sent twice
         held = None
-        if not self.leaving and not self._memory.confines(lease.class_name):
-            held = self._runs.hold(lease)
         with_slot = len(lease.slots)
+        if lease.number > with_slot and not self.leaving and not self._memory.confines(lease.class_name):
+            held = self._runs.hold(lease)
         for number in range(lease.number if held is None else with_slot):
             self._add(lease.run(number))
-        if held is not None and lease.number > with_slot:
+        if held is not None:
             self._slots.add_run(held, with_slot, lease.number - with_slot)
 
     def _unpack(self, run: LeasedRun, count: int = 0) -> None:
@@ -259,6 +259,8 @@ class Node:
                     self.receive_record(record, now)
                 elif isinstance(record, Ran) or (isinstance(record, Returned) and _is_plain(record)):
                     failpoints.hit("end received")
+                    if run in passed and run.ends is not None and run.ends.is_full:
+                        self._count_plain(run, passed.pop(run), now)
                     if run not in passed:
                         self.outbox.open_ends(run, now)
                     passed[run] = passed.get(run, 0) + 1
@@ -269,7 +271,7 @@ class Node:
                     else:
                         self._end_run(run, now)
                 elif isinstance(record, Begun):
-                    self._begun(record, run.launcher)
+                    self._begun(record, run.launcher, run)
                 else:
                     if run in passed:
                         self._count_plain(run, passed.pop(run), now)
@@ -282,7 +284,7 @@ class Node:
     def receive_record(self, record: FromLauncher, now: float) -> None:
         e = self._escalation.executions.get(record.key)
         if e is None and isinstance(record, Begun) and (run := self._slots.run_of(record.key)) is not None:
-            self._begun(record, run.launcher)
+            self._begun(record, run.launcher, run)
         elif e is None:
             if not self._hooks.receive_record(record):
                 self._receive_late_record(record, now)
@@ -308,13 +310,16 @@ class Node:
         elif isinstance(record, Retracted):
             self._not_started(e, now)
 
-    def _begun(self, record: Begun, launcher: int) -> None:
+    def _begun(self, record: Begun, launcher: int, run: LeasedRun | None = None) -> None:
+        """The keys in a record ascend; ``run`` is that of the first one, if that is in one."""
         self._launchers.living[launcher].starting_key = record.key
-        run: LeasedRun | None = None
         for key in (record.key, *record.others):
             if (e := self._escalation.executions.get(key)) is not None:
                 e.launch_begun = True
-            elif (run := run if run is not None and key <= run.last_key else self._slots.run_of(key)) is not None:
+                continue
+            if run is None or not run.key <= key <= run.last_key:
+                run = self._slots.run_of(key)
+            if run is not None:
                 run.given = key
 
     def _end_run(self, run: LeasedRun, now: float) -> None:
@@ -755,7 +760,7 @@ class Node:
 
 
 def _is_plain(record: Returned) -> bool:
-    """Whether it came to its end within a moment, left and wrote nothing, and has a short result."""
+    """Whether it left and wrote nothing, and has a short result. Of one that lived for a moment there was `Started`."""
     written = record.stdout.length or record.stderr.length
     return bool(record.outcome == "finished" and record.value and not record.remaining and not written)
 

@@ -40,7 +40,6 @@ LEAVE_REASONS = ("pilot ended", "walltime")  # reasons that take nothing from a 
 CALL_MAX = 500  # ends in one script call: it stops the server for so long
 CALL_BYTES = 32 << 20  # of results in it, but for a single larger one: the server takes no message of any size
 VALUES_BYTES = 256 << 10  # of results without a record in it: while the memory is short, there may be room for no more
-VALUES_MAX = 64  # such results in one piece: each has up to 4 KiB
 TAIL_BYTES = 2048  # of captured stderr, in the text that RQ shows of a failure
 
 
@@ -300,7 +299,7 @@ class Outbox:
         """Elements of a run are about to end plainly: `LeasedRun.pass_plain` adds them to ``ends``."""
         ends = run.ends
         follows = ends is not None and not ends.closed and ends.number + len(ends.rows) == run.number
-        if not follows or (ends is not None and len(ends.values) >= VALUES_MAX):
+        if not follows or (ends is not None and ends.is_full):
             run.ends = PlainEnds(run)
             if not self._plain:
                 self._plain_since = now

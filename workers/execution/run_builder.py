@@ -6,12 +6,15 @@ by where their output goes; tasks of a bundle by command and name, too.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from pilotq.broker.os_strings import decode
+from pilotq.broker.errors import PilotqError
+from pilotq.broker.log import log
+from pilotq.broker.os_strings import UNREADABLE, decode
 from pilotq.broker.store.journal_runs import INDEX_PLACE
 from pilotq.broker.store.messages import Lease
 from pilotq.broker.store.resources import class_info
@@ -32,6 +35,8 @@ from pilotq.broker.tasks.spec import (
 from pilotq.workers.execution.launch_builder import (
     LaunchBuilder,
     Member,
+    NotYetError,
+    UnlaunchableError,
     below,
     command_line,
     refusal,
@@ -81,7 +86,10 @@ class RunBuilder:
         """What the elements of a lease have in common, if they are alike."""
         try:
             return self._hold_bundle(lease) if is_bundle(lease.spec) else self._hold_array(lease)
-        except Exception:  # noqa: BLE001  # the boundary of its tasks: what is wrong with one is said when that is built
+        except (_NotAlike, NotYetError, UnlaunchableError, PilotqError, ValueError, *UNREADABLE):
+            return None  # what is wrong with one of them is said when that is built
+        except Exception:  # noqa: BLE001  # the boundary of its tasks
+            log(f"elements of {lease.array} are launched one by one:\n{traceback.format_exc()}", level="error")
             return None
 
     def _hold_array(self, lease: Lease) -> HeldLease:
@@ -115,7 +123,7 @@ class RunBuilder:
         tail = b"".join(fields[OWN_FIELDS:])
         head = first[: len(first) - sum(map(len, fields))]
         spec = self._builder.spec_of(first)
-        if not tail or spec.flags & ~FLAG_ID & (FLAG_ARRAY | FLAG_ATTEMPT | FLAG_BUNDLE):
+        if not tail or spec.flags & (FLAG_ARRAY | FLAG_ATTEMPT | FLAG_BUNDLE):
             raise _NotAlike
         marked = msgspec.structs.replace(_marked(lease, spec, valued=False), argv=[], script=b"")
         usual = command_text(spec)
@@ -233,8 +241,11 @@ def _marked(lease: Lease, spec: Spec, *, valued: bool) -> Spec:
         raise _NotAlike
     marks = Variables(f"{lease.array}_{INDEX}", lease.execution, index_text=INDEX, value=VALUE if valued else None)
     marked = render(spec, marks)
-    # A value may be an absolute path.
-    if any(path.startswith(OWN_MARKS[0]) for path in (marked.cwd, marked.stdin, marked.stdout, marked.stderr)):
+    # A value may be empty, or an absolute path.
+    files = marked.stdin, marked.stdout, marked.stderr
+    if any(path.startswith(OWN_MARKS[0]) for path in (marked.cwd, *files)):
+        raise _NotAlike
+    if OWN_MARKS[0] in marked.cwd and any(files):
         raise _NotAlike
     return marked
 

@@ -26,6 +26,7 @@ if not queue_id_ok() then return queue_id_error() end
 local node, call, message, now = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local ttl_finished, ttl_failed, crash_limit = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local worker = string.match(node, '^(.*):') or ''
+local RETURNED_TTL = 2592000 -- of results of a bundle that has not ended: somebody may delete that
 local KEPT_ELEMENTS = 10000 -- records of failed elements an array keeps
 -- The failure of a task is excused by its node no oftener than this: another node counts OTHER_NODE, the same one again 1.
 local EXCUSE_LIMIT, OTHER_NODE = 12, 4
@@ -305,6 +306,7 @@ local function end_run_of_lease(r, lines_of_run, values)
     notify_executor(r[3], '\147' .. cmsgpack.pack(array, first) .. values)
   elseif values ~= '' then
     redis.call('ZADD', returned_key(array), first, '\146' .. cmsgpack.pack(first) .. values)
+    redis.call('EXPIRE', returned_key(array), RETURNED_TTL)
   end
   runs[#runs + 1] = lines_of_run
   finished_number = finished_number + number
@@ -336,7 +338,7 @@ local function vanished(r, id, execution, line, text)
     return 'ok'
   end
   if r[11] == '' or redis.call('ZREM', registry('wip', queue_of(r[11])), member) == 0 then return 'stale' end
-  if node == '' then redis.call('SET', vanished_key(id, execution), '', 'EX', VANISHED_TTL) end
+  if node == '' then redis.call('SET', vanished_key(id, execution), now, 'EX', VANISHED_TTL) end
   count_end(r[12] ~= '' and r[12] or submission_of(id), 'canceled', 1)
   if array then end_element({array = array, position = r[10]}, id, 'canceled', '') end
   notify_executor(r[12], id, 'canceled', 'canceled', '')

@@ -26,7 +26,7 @@ local function show(item)
   -- In the index only what we made: RQ's pages of workers unpickle what they find there, and fail as a whole.
   if v[1] == 'started' and v[2] == tostring(item[2]) then
     show_execution(item[1], v[2], ARGV[2], item[3], (v[3] or '') ~= '', ARGV[4])
-  elseif not v[1] and redis.call('EXISTS', vanished_key(item[1], item[2])) == 0 then
+  elseif not v[1] and item[3] > tonumber(redis.call('GET', vanished_key(item[1], item[2])) or 0) then
     -- RQ's delete of what it sees running takes it out of there, too: only so does the reconciler find it.
     redis.call('ZADD', registry('wip', queue_of(item[4])), 'inf', item[1] .. ':' .. item[2])
   end

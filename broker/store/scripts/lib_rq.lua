@@ -93,7 +93,8 @@ local function hide_execution(id, execution, worker)
   redis.call('SREM', 'rq:worker:' .. worker .. ':executions', id .. ':' .. execution)
 end
 
--- An execution whose record somebody deleted while it ran counts as ended: its worker may show it as running until it knows.
+-- When an execution whose record somebody deleted while it ran was counted as ended (unix s): its worker may show it as running
+-- until it knows. A later job with its id may have an execution of the same number.
 local VANISHED_TTL = 3600
 local function vanished_key(id, execution) return 'pilotq:vanished:' .. id .. ':' .. execution end
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotq.broker.settings import Settings
 from pilotq.broker.store.journal_runs import INDEX_PLACE, RunLines, pack_run
-from pilotq.broker.store.messages import Lease
+from pilotq.broker.store.messages import EndReport, Lease
 from pilotq.broker.tasks.runtime_estimate import RuntimeEstimate
 from pilotq.broker.tasks.spec import Spec
 from pilotq.workers.execution.execution import Execution, Phase
-from pilotq.workers.execution.leased_ends import read_row
-from pilotq.workers.execution.leased_runs import HeldLease, LeasedRun, PlainEnds
+from pilotq.workers.execution.leased_ends import plain_runs, read_row
+from pilotq.workers.execution.leased_runs import VALUES_MAX, HeldLease, LeasedRun, PlainEnds
+from pilotq.workers.execution.reporting import Outbox
 from pilotq.workers.execution.slots import SlotTable
+from pilotq.workers.protocol import NO_OUTPUT, Returned
+from pilotq.workers.session import Session
 
 TRUE = Spec([b"true"])
 SETTINGS = Settings(chain_s=0.02, chain_max=16, prefetch_after=1)
@@ -35,6 +40,25 @@ def chained(table: SlotTable, most: int) -> LeasedRun:
     slot = table.slot(1)
     assert slot is not None
     return table.chain_run(slot, most)
+
+
+def test_results_are_told_in_pieces() -> None:
+    outbox = Outbox(cast(Session, None), SETTINGS, "n1", lambda e, ended: cast(EndReport, None))
+    table, _ = table_with(3 * VALUES_MAX)
+    run = chained(table, 3 * VALUES_MAX)
+    found = []
+    while run.count:
+        outbox.open_ends(run, 1.0)
+        assert run.ends is not None
+        while run.count and not run.ends.is_full:
+            run.pass_plain(
+                Returned(run.key, 1, "finished", "", "", "", 3.0, 3.0, 0.0, 0.0, 0, 0, NO_OUTPUT, NO_OUTPUT, b"v")
+            )
+        found.append((run.ends.number, len(run.ends.rows)))
+    assert found == [(1, VALUES_MAX), (1 + VALUES_MAX, VALUES_MAX), (1 + 2 * VALUES_MAX, VALUES_MAX - 1)]
+    ends = list(outbox._plain)
+    pieces = [(end.first, end.number) for end, _ in plain_runs(ends, "n1", lambda e, ended: cast(EndReport, None))]
+    assert pieces == [(10 + number, count) for number, count in found]
 
 
 def test_a_part_of_a_run_is_chained_and_the_rest_stays_in_its_place() -> None:

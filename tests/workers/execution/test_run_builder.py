@@ -214,6 +214,7 @@ def test_tasks_of_a_bundle_that_are_not_alike_are_built_by_themselves(tmp_path: 
     [
         (valued(command=["p"], stdout="{value}.out"), {}, VALUES),  # it may be an absolute path
         (valued(command=["p"], cwd="{value}"), {}, VALUES),
+        (valued(command=["p"], cwd="x/{value}", stdout="out"), {}, VALUES),
         (array_of(command=["p"], stdout="out-{index}"), {"execution": 2}, VALUES),  # published when it counts
         (array_of(script="#!/usr/bin/perl\nprint 1"), {}, VALUES),  # a file is written first
         (valued(command=["p", "{value}"]), {}, [*VALUES[:4], b"\0v"]),

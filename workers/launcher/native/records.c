@@ -236,7 +236,7 @@ enum record_kind read_record(const unsigned char *at, size_t size, struct launch
     return PLAIN_LAUNCH;
 }
 
-/* Whether there is a list of strings, none of them empty of strings, for each of so many elements, or for none. */
+/* Whether there is a non-empty list of strings for each of so many elements, or for none. */
 static int skip_own(struct reader *from, uint32_t lists, int64_t number) {
     struct text text;
     uint32_t strings;
