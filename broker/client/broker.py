@@ -238,7 +238,7 @@ class Broker:
         [value] = self.results([task_id], timeout=timeout)
         return value
 
-    def results(self, ids: Sequence[str], *, timeout: float | None = None) -> Iterator[Any]:
+    def results(self, ids: Iterable[str], *, timeout: float | None = None) -> Iterator[Any]:
         """What many functions have returned, in the order of their ids, read together; waits for all of them first.
 
         Raises in its turn what `result` would raise.
@@ -249,16 +249,18 @@ class Broker:
         """
         from pilotq.broker.client.results import OutputFiles, StoredValue, fetch
 
+        wanted = list(ids)
+
         def read() -> Iterator[Any]:
             files = OutputFiles(self.pilot)
-            for first in range(0, len(ids), SLICE):
-                for outcome in fetch(self.link, ids[first : first + SLICE], files):
+            for first in range(0, len(wanted), SLICE):
+                for outcome in fetch(self.link, wanted[first : first + SLICE], files):
                     assert outcome is not None, "it has ended"
                     if outcome.error is not None:
                         raise outcome.error
                     yield outcome.value.load() if isinstance(outcome.value, StoredValue) else outcome.value
 
-        self.wait(ids, timeout=timeout)
+        self.wait(wanted, timeout=timeout)
         return read()
 
     def cancel(self, ids: Iterable[str], *, waiting: bool = False, failures: bool = False) -> dict[str, str]:
@@ -372,9 +374,9 @@ class Broker:
         """Ids of what has not ended; an array stands for its elements, a bundle for its tasks."""
         return self._queries.open_ids()
 
-    def bundles(self, ids: Sequence[str]) -> dict[str, int]:
+    def bundles(self, ids: Iterable[str]) -> dict[str, int]:
         """Those of these ids that stand for a bundle, with the number of its tasks (their ids: ``<id>_0`` and on)."""
-        return self._queries.bundles(ids)
+        return self._queries.bundles(list(ids))
 
     def retriable(self) -> list[str]:
         """Ids of what ended, did not finish and can run again, as far as Redis has a record; an array stands for its

@@ -24,10 +24,15 @@ from pilotq.broker.errors import (
     NoPilot,
     UnknownTask,
 )
+from pilotq.broker.os_strings import UNREADABLE
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store import keys
+from pilotq.broker.store.bundles import Bundles
 from pilotq.broker.store.connection import Argument, Connection
+from pilotq.broker.tasks.array_indices import Indices
+from pilotq.broker.tasks.array_outcomes import outcome_at
 from pilotq.broker.tasks.functions import RESULT_SUFFIX, Stored, read_text
+from pilotq.broker.tasks.spec import FLAG_FUNCTION, is_bundle, read_spec
 from pilotq.broker.tasks.states import ENDED, REASONS
 
 DIGITS_MAX = 10  # of a position
@@ -160,8 +165,44 @@ def _fetch_alone(link: Connection, ids: Sequence[str], files: OutputFiles) -> li
         commands.append(("XREVRANGE", keys.results(ids[number]), "+", "-", "COUNT", 1))
     replies = link.pipeline(commands) if commands else []
     for place, number in enumerate(unclear):
-        found[number] = _outcome(ids[number], replies[2 * place], _fields(replies[2 * place + 1]), files)
+        record, fields = replies[2 * place], _fields(replies[2 * place + 1])
+        found[number] = _outcome(ids[number], record, fields, files)
+        if record[0] is None and (known := _outcome_of_element(link, ids[number])) is not None:
+            found[number] = known
     return found
+
+
+def _outcome_of_element(link: Connection, task_id: str) -> Outcome | None:
+    """What an array or bundle knows of one of its functions that has no record; None when that is nothing."""
+    array, _, index = task_id.rpartition("_")
+    record = keys.job(array)
+    [span, following, submission, spec], bits = link.pipeline(
+        [("HMGET", record, "pq_array", "pq_next", "pq_sub", "pq_spec"), ("GET", keys.outcomes(array))]
+    )
+    try:
+        position = Indices.read(span or b"").position(int(index))
+        member = Bundles(link).member(array, position) if position is not None and is_bundle(spec or b"") else None
+        kind = member.spec if member is not None else read_spec(spec or b"")
+    except (ValueError, OverflowError, *UNREADABLE):
+        return None  # it is none, or its array is damaged
+    if position is None:
+        return None
+    outcome = outcome_at(bits or b"", position, int(following or 0))
+    if outcome == "canceled":
+        return Outcome(error=FunctionCanceled(f"task {task_id} was canceled"))
+    if outcome == "finished" and not kind.flags & FLAG_FUNCTION:
+        return Outcome(error=_no_function(task_id))
+    if outcome == "finished" and keys.executor_of((submission or b"").decode()):
+        return Outcome(error=_went_to_executor(task_id))
+    return None
+
+
+def _no_function(task_id: str) -> InvalidInput:
+    return InvalidInput(f"task {task_id} is no function: it has an exit code, but no result")
+
+
+def _went_to_executor(task_id: str) -> UnknownTask:
+    return UnknownTask(f"the result of task {task_id} went to its executor: only that one has it")
 
 
 def _loaded(value: bytes) -> Outcome:
@@ -226,9 +267,9 @@ def _outcome(
     if status == "finished" and (value := _value_of(fields)) is not None:
         return _value(value, files)
     if status == "finished" and keys.executor_of((submission or b"").decode()):
-        return Outcome(error=UnknownTask(f"the result of task {task_id} went to its executor: only that one has it"))
+        return Outcome(error=_went_to_executor(task_id))
     if status == "finished":
-        return Outcome(error=InvalidInput(f"task {task_id} is no function: it has an exit code, but no result"))
+        return Outcome(error=_no_function(task_id))
     trace, exception = (fields.get(name, b"").decode("ascii", "replace") for name in (b"exc_string", b"pq_exception"))
     return Outcome(error=_failure(task_id, status, (reason or b"").decode(), trace, exception, files))
 

@@ -14,7 +14,7 @@ from rq.job import Job
 
 from pilotq.broker import ArrayRange, Request, Task
 from pilotq.broker.client.archive import Archive
-from pilotq.broker.errors import InvalidInput, UnknownTask
+from pilotq.broker.errors import FunctionCanceled, InvalidInput, UnknownTask
 from pilotq.broker.pilot.directory import Pilot
 from pilotq.broker.store.journal import Journal
 from tests.support.command_line import in_background, prompt
@@ -76,6 +76,22 @@ def test_functions_that_share_a_record_return_what_each_returns(pilot: LivePilot
         assert 0 < connection.ttl(f"pilotq:returned:{bundle}") <= 7 * 86400
     with pytest.raises(UnknownTask):
         pilot.broker.results(["1f2g_3"])
+    assert list(pilot.broker.results(iter(ids[:2]))) == [(0, 0), (0, 1)]
+
+
+def test_functions_of_a_bundle_that_were_canceled_and_commands_have_no_result(pilot: LivePilot) -> None:
+    pilot.broker.pause(True)
+    ids = pilot.broker.enqueue_many([Task(function=divmod, args=(n, 7)) for n in range(6)])
+    commands = pilot.broker.enqueue_many([Task(command=["true", str(n)]) for n in range(6)])
+    (array,) = pilot.broker.enqueue_many([Task(function=divmod, args=(7,), array=ArrayRange(1, 3))])
+    pilot.broker.cancel([ids[5], f"{array}_2"])
+    pilot.broker.pause(False)
+    for canceled in (ids[5], f"{array}_2"):
+        with pytest.raises(FunctionCanceled, match="was canceled"):
+            pilot.broker.result(canceled, timeout=60)
+    with pytest.raises(InvalidInput, match="is no function"):
+        pilot.broker.result(commands[0], timeout=60)
+    assert pilot.broker.result(ids[0], timeout=60) == (0, 0) and pilot.broker.result(f"{array}_3", timeout=60) == (0, 3)
 
 
 def test_what_fails_is_tried_again_and_shown_as_itself(pilot: LivePilot, tmp_path: Path) -> None:
