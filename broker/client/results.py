@@ -109,14 +109,9 @@ class StoredValue:
 
 def fetch(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outcome | None]:
     """The outcomes of functions; None for those that have not ended."""
-    found: list[Outcome | None] = [None] * len(ids)
     kept = values_in_bundles(link, ids)
-    alone = [number for number, task_id in enumerate(ids) if task_id not in kept]
-    for task_id, place in ((task_id, place) for place, task_id in enumerate(ids) if task_id in kept):
-        found[place] = _loaded(kept[task_id])
-    for number, outcome in zip(alone, _fetch_alone(link, [ids[n] for n in alone], files), strict=True):
-        found[number] = outcome
-    return found
+    alone = iter(_fetch_alone(link, [task_id for task_id in ids if task_id not in kept], files))
+    return [_loaded(kept[task_id]) if task_id in kept else next(alone) for task_id in ids]
 
 
 def values_in_bundles(link: Connection, ids: Sequence[str]) -> dict[str, bytes]:
@@ -146,7 +141,7 @@ def values_in_bundles(link: Connection, ids: Sequence[str]) -> dict[str, bytes]:
 
 
 def _fetch_alone(link: Connection, ids: Sequence[str], files: OutputFiles) -> list[Outcome | None]:
-    """The outcomes of those that have records."""
+    """The outcomes of those of which no bundle has a result."""
     if not ids:
         return []
     streams = link.pipeline([("XREVRANGE", keys.results(task_id), "+", "-", "COUNT", 1) for task_id in ids])
@@ -165,36 +160,48 @@ def _fetch_alone(link: Connection, ids: Sequence[str], files: OutputFiles) -> li
         commands.append(("XREVRANGE", keys.results(ids[number]), "+", "-", "COUNT", 1))
     replies = link.pipeline(commands) if commands else []
     for place, number in enumerate(unclear):
-        record, fields = replies[2 * place], _fields(replies[2 * place + 1])
-        found[number] = _outcome(ids[number], record, fields, files)
-        if record[0] is None and (known := _outcome_of_element(link, ids[number])) is not None:
-            found[number] = known
+        found[number] = _outcome(ids[number], replies[2 * place], _fields(replies[2 * place + 1]), files)
+    without_record = [ids[number] for place, number in enumerate(unclear) if replies[2 * place][0] is None]
+    known = _outcomes_of_elements(link, without_record)
+    return [known.get(task_id, outcome) for task_id, outcome in zip(ids, found, strict=True)]
+
+
+def _outcomes_of_elements(link: Connection, ids: Sequence[str]) -> dict[str, Outcome]:
+    """What arrays and bundles know of those of their functions that have no record."""
+    by_array: dict[str, list[str]] = {}
+    for task_id in ids:
+        by_array.setdefault(task_id.rpartition("_")[0], []).append(task_id)
+    fields = "pq_array", "pq_next", "pq_sub", "pq_spec"
+    commands = [(("HMGET", keys.job(array), *fields), ("GET", keys.outcomes(array))) for array in by_array]
+    replies = link.pipeline([command for pair in commands for command in pair]) if commands else []
+    bundles = Bundles(link)
+    found: dict[str, Outcome] = {}
+    for (array, elements), record, bits in zip(by_array.items(), replies[::2], replies[1::2], strict=True):
+        span, following, submission, spec = (text or b"" for text in record)
+        try:
+            indices, first_waiting = Indices.read(span), int(following)
+            is_told = keys.executor_of(submission.decode())
+            places = {task_id: indices.position(int(task_id.rpartition("_")[2])) for task_id in elements}
+        except (ValueError, OverflowError):
+            continue  # these are none of an array, or it is damaged
+        for task_id, position in places.items():
+            outcome = "" if position is None else outcome_at(bits or b"", position, first_waiting)
+            if outcome == "canceled":
+                found[task_id] = Outcome(error=FunctionCanceled(f"task {task_id} was canceled"))
+            elif outcome == "finished" and is_told:
+                found[task_id] = Outcome(error=_went_to_executor(task_id))
+            elif outcome == "finished" and position is not None and not _is_function(bundles, array, position, spec):
+                found[task_id] = Outcome(error=_no_function(task_id))
     return found
 
 
-def _outcome_of_element(link: Connection, task_id: str) -> Outcome | None:
-    """What an array or bundle knows of one of its functions that has no record; None when that is nothing."""
-    array, _, index = task_id.rpartition("_")
-    record = keys.job(array)
-    [span, following, submission, spec], bits = link.pipeline(
-        [("HMGET", record, "pq_array", "pq_next", "pq_sub", "pq_spec"), ("GET", keys.outcomes(array))]
-    )
+def _is_function(bundles: Bundles, array: str, position: int, spec: bytes) -> bool:
+    """Whether an element is a function, as far as that can be read."""
     try:
-        position = Indices.read(span or b"").position(int(index))
-        member = Bundles(link).member(array, position) if position is not None and is_bundle(spec or b"") else None
-        kind = member.spec if member is not None else read_spec(spec or b"")
-    except (ValueError, OverflowError, *UNREADABLE):
-        return None  # it is none, or its array is damaged
-    if position is None:
-        return None
-    outcome = outcome_at(bits or b"", position, int(following or 0))
-    if outcome == "canceled":
-        return Outcome(error=FunctionCanceled(f"task {task_id} was canceled"))
-    if outcome == "finished" and not kind.flags & FLAG_FUNCTION:
-        return Outcome(error=_no_function(task_id))
-    if outcome == "finished" and keys.executor_of((submission or b"").decode()):
-        return Outcome(error=_went_to_executor(task_id))
-    return None
+        member = bundles.member(array, position) if is_bundle(spec) else None
+        return bool((member.spec if member is not None else read_spec(spec)).flags & FLAG_FUNCTION)
+    except UNREADABLE:
+        return True
 
 
 def _no_function(task_id: str) -> InvalidInput:

@@ -62,7 +62,7 @@ PROC_BIND = {PACK: "close", SPREAD: "spread"}
 _MEMBER = msgspec.msgpack.Decoder(tuple[msgspec.Raw, str])  # spec.Member
 
 
-class Member(NamedTuple):
+class PackedMember(NamedTuple):
     """One task of a bundle."""
 
     spec: msgspec.Raw  # packed
@@ -157,14 +157,14 @@ class LaunchBuilder:
         known = class_info(run.class_name)
         reservation = self.reservation(e.allocation, known.request.numa if known is not None else "")
         member = is_bundle(run.spec)
-        spec = self._known_spec(self._member(run) if member else run.spec)
+        spec = self.spec_of(self._member(run) if member else run.spec)
         varies = self._decoded[2]
         if member and (varies or not spec.flags & FLAG_FUNCTION):
             run = msgspec.structs.replace(run, array="", index=-1, position=0)  # as if it had been submitted by itself
         value = self._shared_data.fetch_value(run.array, run.position) if spec.flags & FLAG_VALUES else None
         if varies:
             spec = render(spec, _variables(run, value, reservation, context.cwd))
-        cwd = os.path.join(context.cwd, spec.cwd) if spec.cwd else context.cwd
+        cwd = directory_of(spec, context.cwd)
         e.limit = spec.time_limit
         e.spec = spec
         e.stdout, e.stderr = below(cwd, spec.stdout), below(cwd, spec.stderr)
@@ -197,14 +197,10 @@ class LaunchBuilder:
         finally:
             self._shared_data.forget_jobs()
 
-    def spec_of(self, packed: bytes) -> Spec:
-        """The specification in a record, checked. Raises UnlaunchableError."""
-        return self._known_spec(packed)
-
-    def member_of(self, array: str, position: int) -> Member:
+    def member_of(self, array: str, position: int) -> PackedMember:
         """One of a bundle, its specification still packed. Raises UnlaunchableError, PilotFailed, ServerUnavailable."""
         try:
-            return Member(*_MEMBER.decode(self._shared_data.fetch_value(array, position)))
+            return PackedMember(*_MEMBER.decode(self._shared_data.fetch_value(array, position)))
         except (*UNREADABLE, ValueError) as error:
             raise UnlaunchableError(
                 "launch", f"its description in the server is damaged ({error}): submit it again"
@@ -240,7 +236,8 @@ class LaunchBuilder:
         run.name = member.name
         return bytes(member.spec)
 
-    def _known_spec(self, packed: bytes) -> Spec:
+    def spec_of(self, packed: bytes) -> Spec:
+        """The specification in a record, checked. Raises UnlaunchableError."""
         if packed is not self._decoded[0]:
             decoded = self._decode(packed)
             self._decoded = packed, decoded, has_variables(decoded)
@@ -399,6 +396,11 @@ def command_line(spec: Spec) -> tuple[list[bytes], bytes]:
     if is_command_line(text):
         return [b"bash", b"-c", spec.script], b""
     return [encode(word) for word in interpreter_of(text)], spec.script
+
+
+def directory_of(spec: Spec, root: bytes) -> bytes:
+    """The directory in which a task runs; ``root`` is its submitter's."""
+    return below(root, spec.cwd) or root
 
 
 def below(cwd: bytes, path: bytes) -> bytes:

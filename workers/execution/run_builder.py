@@ -34,11 +34,12 @@ from pilotq.broker.tasks.spec import (
 )
 from pilotq.workers.execution.launch_builder import (
     LaunchBuilder,
-    Member,
     NotYetError,
+    PackedMember,
     UnlaunchableError,
     below,
     command_line,
+    directory_of,
     refusal,
     task_environment,
 )
@@ -151,7 +152,7 @@ class RunBuilder:
             return {}
         if lease.execution > 1:
             raise _NotAlike  # files of later executions are published by themselves
-        cwd = below(self._builder.context(lease.shared).cwd, marked.cwd) or self._builder.context(lease.shared).cwd
+        cwd = directory_of(marked, self._builder.context(lease.shared).cwd)
         paths = {"stdout_at": marked.stdout, "stderr_at": marked.stderr}
         return {field: below(cwd, path) for field, path in paths.items() if path}
 
@@ -182,7 +183,7 @@ class RunBuilder:
         reservation = self._builder.reservation(allocation, known.request.numa if known is not None else "")
         run = msgspec.structs.replace(lease.run(0), id=f"{lease.array}_{INDEX}")
         own_env = spec.env or {}
-        cwd = below(context.cwd, spec.cwd) or context.cwd
+        cwd = directory_of(spec, context.cwd)
         stdin, stdout, stderr = (below(cwd, path) for path in (spec.stdin, spec.stdout, spec.stderr))
         if held.is_function:
             call = Call(
@@ -206,7 +207,7 @@ class RunBuilder:
         return Template(context.base, reservation.slot, launch)
 
 
-def _named(lease: Lease, member: Member, spec: Spec, usual: str) -> dict[str, Any]:
+def _named(lease: Lease, member: PackedMember, spec: Spec, usual: str) -> dict[str, Any]:
     """Fields of the entry of one of a bundle: its command, if that is not the usual one, and its name."""
     fields: dict[str, Any] = {}
     if (command := command_text(spec)) != usual:
@@ -216,10 +217,10 @@ def _named(lease: Lease, member: Member, spec: Spec, usual: str) -> dict[str, An
     return fields
 
 
-def _own_of(lease: Lease, member: Member, spec: Spec, packed: bytes, root: bytes, usual: str) -> Own:
+def _own_of(lease: Lease, member: PackedMember, spec: Spec, packed: bytes, root: bytes, usual: str) -> Own:
     """What one of a bundle has for itself. Raises _NotAlike."""
     argv, script = command_line(spec)
-    cwd = below(root, spec.cwd) or root
+    cwd = directory_of(spec, root)
     paths = below(cwd, spec.stdin), below(cwd, spec.stdout), below(cwd, spec.stderr)
     strings = [cwd, *paths, *argv]
     if script or not argv or not argv[0] or any(b"\0" in text for text in strings):
